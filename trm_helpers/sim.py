@@ -1,0 +1,349 @@
+"""The LIBERO simulator: episode order, observations under their file names, frames on demand.
+
+Nothing here is imported from LIBERO, robosuite or MuJoCo before the first environment is built.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import schema
+from .preflight import check_pinned_versions, configure_gl
+
+# What mjv_updateScene reads of the moving scene. A copy of these is enough to draw it later.
+_SCENE_FIELDS = (
+    "geom_xpos", "geom_xmat", "site_xpos", "site_xmat",
+    "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
+)
+_MAX_PLACEMENT_TRIES = 20  # LIBERO's own reset retries for ever
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite."""
+
+    suite: str
+    task_id: int
+    name: str
+    language: str
+    bddl_file: str
+
+
+@functools.cache
+def _benchmark(suite: str):
+    schema.check_suite(suite)
+    check_pinned_versions()
+    configure_gl()
+    with _quiet():
+        from libero.libero import benchmark
+
+        return benchmark.get_benchmark(suite)()
+
+
+def load_task(suite: str, task_id: int) -> Task:
+    """Name, instruction and BDDL file of a task. ``ValueError`` lists what there is."""
+    task_id = schema.check_task_id(suite, task_id)
+    benchmark = _benchmark(suite)
+    task = benchmark.get_task(task_id)
+    return Task(suite, task_id, task.name, task.language,
+                str(benchmark.get_task_bddl_file_path(task_id)))
+
+
+def load_init_states(suite: str, task_id: int) -> np.ndarray:
+    """The official init states (50, S), kept for evaluation: never collect from them."""
+    task_id = schema.check_task_id(suite, task_id)
+    return np.asarray(_benchmark(suite).get_task_init_states(task_id))
+
+
+class Observation(Mapping):
+    """What the policy may see: low-dimensional arrays, and frames drawn when first read.
+
+    Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3), upside
+    down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
+    ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, and ``task_id``.
+    """
+
+    def __init__(self, values: dict, renderers: dict):
+        self._values = values
+        self._renderers = renderers
+
+    def __getitem__(self, key: str):
+        if key not in self._values and key in self._renderers:
+            self._values[key] = self._renderers[key]()
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._values, **self._renderers})
+
+    def __len__(self) -> int:
+        return len(set(self._values) | set(self._renderers))
+
+
+class _Scene:
+    """The scene as it was when robosuite sampled a camera: draws the frame later, to the bit."""
+
+    def __init__(self, raw):
+        self.raw = raw
+        self.sim = raw.sim
+        data = self.sim.data._data
+        self.fields = {name: getattr(data, name).copy() for name in _SCENE_FIELDS}
+        self.site_rgba = self.sim.model._model.site_rgba.copy()  # a stove's flame is a site
+
+    def render(self, camera: str, size: int) -> np.ndarray:
+        """uint8 (size, size, 3) of a camera, upside down as in the files."""
+        if self.raw.sim is not self.sim:
+            raise RuntimeError(
+                f"the frame of {camera} was not read before the environment was reset or closed"
+            )
+        with self._restored():
+            self.sim._render_context_offscreen.gl_ctx.make_current()
+            return np.asarray(self.sim.render(camera_name=camera, width=size, height=size))
+
+    @contextlib.contextmanager
+    def _restored(self):
+        data, model = self.sim.data._data, self.sim.model._model
+        now = {name: getattr(data, name).copy() for name in _SCENE_FIELDS}
+        rgba_now = model.site_rgba.copy()
+        self._assign(data, self.fields)
+        model.site_rgba[:] = self.site_rgba
+        try:
+            yield
+        finally:
+            self._assign(data, now)
+            model.site_rgba[:] = rgba_now
+
+    @staticmethod
+    def _assign(data, fields: dict) -> None:
+        for name, value in fields.items():
+            getattr(data, name)[:] = value
+
+
+class LiberoEnv:
+    """One task of a suite in the simulator, reused over episodes.
+
+    Building takes 5 to 10 s on two CPU cores, a reset about 2 s.
+
+    Args:
+        suite: a name in :data:`schema.SUITES`.
+        task_id: its index in the suite.
+        image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
+        hard_reset: rebuild the model in every reset, as the benchmark does. Without it resets are
+            faster, with the same distribution of placements but not the same numbers.
+        lazy: draw frames only when they are read. ``False`` draws both cameras in every step, as
+            LIBERO does; the frames are equal to the bit.
+
+    Raises:
+        ValueError: unknown suite or task id.
+        RuntimeError: another version of the simulator than the pinned one, no GL library, or no
+            collision-free placement found.
+    """
+
+    def __init__(self, suite: str, task_id: int, *, image_size: int = schema.IMAGE_SIZE,
+                 hard_reset: bool = True, lazy: bool = True):
+        self.task = load_task(suite, task_id)
+        self.image_size = image_size
+        self.lazy = lazy
+        self._init_states: np.ndarray | None = None
+        self._scenes: dict[str, _Scene] = {}
+        with _quiet():
+            from libero.libero.envs import OffScreenRenderEnv
+
+            self._env = OffScreenRenderEnv(
+                bddl_file_name=self.task.bddl_file, camera_heights=image_size,
+                camera_widths=image_size, hard_reset=hard_reset, ignore_done=True,
+            )
+        if lazy:
+            self._install_lazy_cameras()
+        self._close_at_exit = weakref.finalize(self, _close, self._env)
+        atexit.register(self._close_at_exit)  # before EGL's own exit handler
+
+    # --- episodes ---------------------------------------------------------------------------------
+
+    def reset(self, init_state: int | None = None, seed: int = 0) -> Observation:
+        """Start an episode and let the objects settle.
+
+        Args:
+            init_state: index of an official init state, set after a reset with seed 0 (fixtures are
+                placed in the reset and are no part of the state). ``None`` keeps the placement that
+                the reset draws.
+            seed: of that draw. NumPy's global generator, which robosuite draws from, is left as
+                it was found.
+
+        Returns:
+            the observation of the last settle step.
+        """
+        generator_state = np.random.get_state()
+        try:
+            self._env.seed(0 if init_state is not None else seed)
+            self._place()
+        finally:
+            np.random.set_state(generator_state)
+        if init_state is not None:
+            self._env.set_init_state(self._init_state(init_state))
+        for _ in range(schema.SETTLE_STEPS):
+            observation, _ = self.step(np.array(schema.NO_OP))
+        return observation
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """Execute one action for 1/20 s.
+
+        Args:
+            action: (7,) OSC_POSE delta and gripper, in [-1, 1].
+
+        Returns:
+            what robosuite sampled during the step, and whether the task is solved after it.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (schema.ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"action is {action}; expected {schema.ACTION_DIM} finite numbers")
+        values, _, done, _ = self._env.step(action)
+        return self._observe(values), bool(done)
+
+    def set_state(self, state: np.ndarray) -> Observation:
+        """Put the simulator into a flattened state (S,) and return its observation."""
+        expected = self.state().shape
+        if np.shape(state) != expected:
+            raise ValueError(f"state has shape {np.shape(state)}; {self.task.name} has {expected}")
+        return self._observe(self._env.set_init_state(state))
+
+    def close(self) -> None:
+        """Free the renderer. Frames that were not read are lost."""
+        self._close_at_exit()
+
+    def __enter__(self) -> LiberoEnv:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # --- what demonstrators and data files need ---------------------------------------------------
+
+    @property
+    def raw(self):
+        """LIBERO's robosuite environment."""
+        return self._env.env
+
+    @property
+    def sim(self):
+        """robosuite's wrapper of the MuJoCo model and data."""
+        return self._env.env.sim
+
+    @property
+    def horizon(self) -> int:
+        """Steps that the suite's protocol allows."""
+        return schema.HORIZONS[self.task.suite]
+
+    def state(self) -> np.ndarray:
+        """The flattened MuJoCo state (S,): time, positions, velocities."""
+        return self._env.get_sim_state()
+
+    def model_xml(self) -> str:
+        return self.sim.model.get_xml()
+
+    def end_effector(self) -> np.ndarray:
+        """Position (3,) in metres now, not when the observation was sampled."""
+        return np.array(self.sim.data.site_xpos[self.raw.robots[0].eef_site_id])
+
+    def fingers(self) -> float:
+        """Distance between the fingers in metres: 0.08 is open."""
+        left, right = self.raw.robots[0]._ref_gripper_joint_pos_indexes
+        return float(self.sim.data.qpos[left] - self.sim.data.qpos[right])
+
+    def object_position(self, name: str) -> np.ndarray:
+        """Position (3,) in metres now of an object or fixture named in the BDDL file."""
+        return np.array(self.sim.data.body_xpos[self._body(name)])
+
+    def object_rotation(self, name: str) -> np.ndarray:
+        """Rotation matrix (3, 3) now of an object or fixture named in the BDDL file."""
+        return np.array(self.sim.data.body_xmat[self._body(name)]).reshape(3, 3)
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _body(self, name: str) -> int:
+        try:
+            return self.raw.obj_body_id[name]
+        except KeyError:
+            known = ", ".join(sorted(self.raw.obj_body_id))
+            raise ValueError(f"no object {name!r} in {self.task.name}; there are {known}") from None
+
+    def _init_state(self, index: int) -> np.ndarray:
+        if self._init_states is None:
+            self._init_states = load_init_states(self.task.suite, self.task.task_id)
+        if not 0 <= index < len(self._init_states):
+            raise ValueError(f"init_state {index} of {self.task.name}; "
+                             f"expected 0 to {len(self._init_states) - 1}")
+        return self._init_states[index]
+
+    def _place(self) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        for _ in range(_MAX_PLACEMENT_TRIES):
+            with contextlib.suppress(RandomizationError):
+                self.raw.reset()
+                return
+        raise RuntimeError(f"{self.task.name}: no collision-free placement of the objects in "
+                           f"{_MAX_PLACEMENT_TRIES} tries")
+
+    def _observe(self, values: Mapping) -> Observation:
+        from robosuite.utils.transform_utils import quat2axisangle
+
+        low = {
+            "joint_states": np.array(values["robot0_joint_pos"]),
+            "gripper_states": np.array(values["robot0_gripper_qpos"]),
+            "ee_pos": np.array(values["robot0_eef_pos"]),
+            "ee_ori": quat2axisangle(np.array(values["robot0_eef_quat"])),
+            "task_id": self.task.task_id,
+        }
+        low["ee_states"] = np.concatenate([low["ee_pos"], low["ee_ori"]])
+        if not self.lazy:
+            return Observation({**low, **{k: values[v] for k, v in schema.CAMERAS.items()}}, {})
+        renderers = {
+            key: functools.partial(self._scenes[live].render, live.removesuffix("_image"),
+                                   self.image_size)
+            for key, live in schema.CAMERAS.items()
+        }
+        return Observation(low, renderers)
+
+    def _install_lazy_cameras(self) -> None:
+        """Replace the camera sensors, now and in each reset, by ones that keep the scene.
+
+        robosuite goes on deciding when they sample, so the instant is the one of eager rendering.
+        """
+        raw, scenes = self.raw, self._scenes
+
+        def keep_scene(live_name: str, _cache: dict) -> np.ndarray:
+            scenes[live_name] = _Scene(raw)
+            return np.zeros(2)  # stands in for the frame inside robosuite
+
+        def make_lazy(observables: dict) -> dict:
+            for live_name in schema.CAMERAS.values():
+                sensor = functools.partial(keep_scene, live_name)
+                sensor.__modality__ = "image"
+                observables[live_name].set_sensor(sensor)
+            return observables
+
+        setup = raw._setup_observables
+        raw._setup_observables = lambda: make_lazy(setup())
+        make_lazy(raw._observables)
+
+
+def _close(env) -> None:
+    with contextlib.suppress(AttributeError):  # already closed
+        env.env.close()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hide the notices that LIBERO and robosuite print while they load."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
