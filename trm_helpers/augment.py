@@ -32,3 +32,86 @@ def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
     channels_first = images.permute(0, 3, 1, 2).float()  # (N, 3, H, W)
     resized = F.interpolate(channels_first, size=(size, size), mode="area")
     return resized.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def augment_images(
+    images: torch.Tensor, mode: str, generator: torch.Generator
+) -> torch.Tensor:
+    """Augment float images (B, ..., H, W, 3) in [0, 1]; same shape, range and device.
+
+    Each of the B samples gets its own draws, shared by all its frames (the dimensions ``...``, such
+    as T). Call once per camera for draws that are independent between cameras. The draws are made
+    on the generator's device, so that a CPU generator gives the same ones whatever the images'.
+
+    ``none`` returns the images. ``reference`` multiplies by a brightness in [0.8, 1.2] with
+    probability 0.5 and, with probability 0.3, enlarges a random crop of 90 % of each side to the
+    full size. ``shift`` has the same brightness and, in place of the crop, a random shift by whole
+    pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv 2004.13649). Raises
+    ``ValueError`` for another mode, shape or type.
+    """
+    if mode not in AUGMENTATIONS:
+        raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(AUGMENTATIONS)}")
+    if not images.is_floating_point() or images.ndim < 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)} and type {images.dtype}; "
+            "expected (B, ..., H, W, 3) and a floating type"
+        )
+    if mode == "none":
+        return images
+    frames = images.reshape(len(images), -1, *images.shape[-3:])  # (B, T, H, W, 3)
+    frames = _change_brightness(frames, generator)
+    frames = _crop(frames, generator) if mode == "reference" else _shift(frames, generator)
+    return frames.reshape(images.shape)
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    draws = torch.rand(count, generator=generator, device=generator.device)
+    return low + (high - low) * draws
+
+
+def _change_brightness(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    chosen = _uniform(len(frames), 0, 1, generator) < BRIGHTNESS_PROBABILITY
+    factor = _uniform(len(frames), *BRIGHTNESS, generator)
+    factor = torch.where(chosen, factor, 1.0).to(frames.device, frames.dtype)
+    return (frames * factor.view(-1, 1, 1, 1, 1)).clamp_(0, 1)
+
+
+def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Enlarge a random crop of some samples, bilinearly; ``frames`` is (B, T, H, W, 3)."""
+    chosen = _uniform(len(frames), 0, 1, generator) < CROP_PROBABILITY
+    room = 1 - CROP_FRACTION  # how far the crop's centre can go, in units of half a side
+    centre_x = _uniform(len(frames), -room, room, generator)
+    centre_y = _uniform(len(frames), -room, room, generator)
+    rows = chosen.nonzero().squeeze(1)  # drawn on the CPU as a rule: no wait for the GPU
+    if len(rows) == 0:
+        return frames
+    affine = torch.zeros(len(rows), 2, 3, device=rows.device)
+    affine[:, 0, 0] = affine[:, 1, 1] = CROP_FRACTION
+    affine[:, 0, 2] = centre_x[rows]
+    affine[:, 1, 2] = centre_y[rows]
+    rows = rows.to(frames.device)
+    picked = frames[rows].permute(0, 1, 4, 2, 3).flatten(1, 2)  # (b, T*3, H, W)
+    grid = F.affine_grid(affine.to(picked), list(picked.shape), align_corners=False)
+    cropped = F.grid_sample(picked, grid, padding_mode="border", align_corners=False)
+    cropped = cropped.unflatten(1, (-1, 3)).permute(0, 1, 3, 4, 2)  # (b, T, H, W, 3)
+    return frames.index_copy(0, rows, cropped)
+
+
+def _shift(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Move each sample by whole pixels, repeating the edge; ``frames`` is (B, T, H, W, 3)."""
+    batch, time, height, width, _ = frames.shape
+    rows = _shifted_positions(batch, height, generator).to(frames.device)  # (B, H)
+    columns = _shifted_positions(batch, width, generator).to(frames.device)  # (B, W)
+    frame = torch.arange(batch * time, device=frames.device).view(batch, time, 1, 1)
+    pixels = (frame * height + rows.view(batch, 1, height, 1)) * width
+    pixels = pixels + columns.view(batch, 1, 1, width)  # (B, T, H, W) into the flattened pixels
+    return frames.reshape(-1, 3).index_select(0, pixels.flatten()).view(frames.shape)
+
+
+def _shifted_positions(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """(batch, size): where each row (or column) of a shifted image is read from."""
+    furthest = max(1, round(SHIFT_FRACTION * size))
+    offset = torch.randint(
+        -furthest, furthest + 1, (batch, 1), generator=generator, device=generator.device
+    )
+    return (torch.arange(size, device=generator.device) + offset).clamp(0, size - 1)
