@@ -12,7 +12,7 @@ RAW_FRACTION, SHIFT_FRACTION = -0.1, 0.9  # where on the step robosuite samples 
 
 
 def action_at(t, demo: int = 0) -> np.ndarray:
-    """Seven numbers: arm ((3 t + demo + k) mod 7 - 3) / 10 for k < 6; the gripper closes at t = 3."""
+    """Seven numbers: arm ((3 t + demo + k) mod 7 - 3) / 10 for k < 6; gripper closed from t = 3."""
     arm = [((3 * t + demo + k) % 7 - 3) / 10 for k in range(6)]
     return np.array([*arm, -1.0 if t < 3 else 1.0])
 

@@ -320,8 +320,8 @@ def resolve_alignment(path: str | Path, setting: str = "auto") -> str:
         said["the stored joint angles"] = measured
     said = {who: name for who, name in said.items() if name}
     if len(set(said.values())) > 1:
-        claims = "; ".join(f"{who} says {name!r}" for who, name in said.items())
-        raise DemoFileError(f"{path}: alignment is contradictory: {claims} (evidence: {evidence})")
+        claims = ", ".join(f"{name!r} by {who}" for who, name in said.items())
+        raise DemoFileError(f"{path}: contradictory alignment: {claims} (evidence: {evidence})")
     name = next(iter(said.values()), measured)
     if name == "unknown":
         raise DemoFileError(

@@ -1,0 +1,396 @@
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from demo_files import action_at, grey_at, write_demo_file
+
+from trm_helpers.augment import resize_images
+from trm_helpers.data import (
+    ActionNormalizer,
+    LIBERODataset,
+    fit_proprio,
+    normalize_proprio,
+    split_demonstrations,
+)
+from trm_helpers.validate import DemoFileError
+
+BOTH = ("agentview_rgb", "eye_in_hand_rgb")
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Two demonstrations of 5 and 7 steps, obs[t] seen when actions[t] was chosen."""
+    return write_demo_file(tmp_path / "soup_demo.hdf5", (5, 7), image_size=8)
+
+
+def plain(files, split="all", **settings):
+    """A data set with the actions as stored."""
+    defaults = dict(image_size=8, normalize_actions="none", split=split)
+    return LIBERODataset(files, **{**defaults, **settings})
+
+
+def grey(observations, camera="agentview_rgb"):
+    return (observations[camera][..., 0, 0, 0] * 255).round().int().tolist()
+
+
+def same(a, b):
+    return (
+        torch.equal(a["actions"], b["actions"]) and torch.equal(a["mask"], b["mask"])
+        and a["observations"].keys() == b["observations"].keys()
+        and all(torch.equal(a["observations"][k], b["observations"][k]) for k in a["observations"])
+    )
+
+
+# --- normaliser ----------------------------------------------------------------------------------
+ACTIONS = np.array([[0.0, 0.2, 0.5, 0, 0, -1, -1], [1.0, 0.6, 0.5, 0, 0, 1, 1]], np.float32)
+
+
+def test_zscore_by_hand():
+    normalizer = ActionNormalizer("zscore").fit(ACTIONS)
+    assert np.allclose(normalizer.offset, [0.5, 0.4, 0.5, 0, 0, 0])
+    assert np.allclose(normalizer.scale, [0.5 + 1e-6, 0.2 + 1e-6, 0, 0, 0, 1 + 1e-6], atol=1e-8)
+    out = normalizer.normalize(torch.from_numpy(ACTIONS))
+    assert out.dtype == torch.float32
+    expected = torch.tensor([[-1.0, -1, 0, 0, 0, -1, -1], [1, 1, 0, 0, 0, 1, 1]])
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.equal(out[:, 6], expected[:, 6])  # the gripper to the bit
+
+
+def test_minmax_by_hand():
+    normalizer = ActionNormalizer("minmax").fit(torch.from_numpy(ACTIONS))
+    quarter = np.array([0.25, 0.3, 0.5, 0, 0, -0.5, 1], np.float32)
+    assert np.allclose(normalizer.normalize(quarter), [-0.5, -0.5, 0, 0, 0, -0.5, 1], atol=1e-6)
+    assert np.allclose(normalizer.normalize(ACTIONS)[:, [0, 1, 5]], [[-1] * 3, [1] * 3])
+
+
+def test_a_dimension_that_never_varied_stays_finite_both_ways():
+    for mode in ("zscore", "minmax"):
+        normalizer = ActionNormalizer(mode).fit(ACTIONS)
+        unseen = np.array([0.5, 0.4, 0.9, 0.3, 0, 0, 1], np.float32)
+        assert np.allclose(normalizer.normalize(unseen)[:6], 0, atol=1e-6)
+        predicted = normalizer.denormalize(np.full(7, 2.0, np.float32))
+        assert predicted[2] == 0.5 and predicted[3] == 0.0  # the constants that they were
+
+
+@pytest.mark.parametrize("mode", ["zscore", "minmax", "none"])
+def test_denormalize_inverts_for_any_leading_shape_and_survives_json(mode):
+    actions = torch.rand(2, 3, 4, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    normalizer = ActionNormalizer(mode).fit(actions)
+    again = ActionNormalizer.from_dict(json.loads(json.dumps(normalizer.to_dict())))
+    out = again.normalize(actions)
+    assert torch.equal(out, normalizer.normalize(actions))
+    assert torch.allclose(again.denormalize(out), actions, atol=1e-6)
+    assert torch.equal(out, actions) == (mode == "none")
+
+
+def test_normalizer_refuses():
+    with pytest.raises(ValueError, match="mode='robust'.*zscore, minmax, none"):
+        ActionNormalizer("robust")
+    with pytest.raises(ValueError, match="zscore normaliser has no statistics; call fit"):
+        ActionNormalizer().normalize(ACTIONS)
+    with pytest.raises(ValueError, match=r"shape \(2, 6\).*expected \(..., 7\)"):
+        ActionNormalizer("none").normalize(ACTIONS[:, :6])
+    with pytest.raises(ValueError, match="int64; .*floating"):
+        ActionNormalizer("none").normalize(ACTIONS.astype(int))
+    with pytest.raises(ValueError, match="actions is empty"):
+        ActionNormalizer().fit(ACTIONS[:0])
+
+
+def test_proprio_statistics_by_hand():
+    proprio = torch.tensor([[1.0, 3.0], [3.0, 3.0]])
+    stats = fit_proprio(proprio)
+    assert stats == {"mean": [2.0, 3.0], "std": [1.0, 1.0]}  # 1 where nothing varies
+    assert normalize_proprio(proprio, stats).tolist() == [[-1, 0], [1, 0]]
+
+
+# --- split ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("count", "train"), [(50, 40), (10, 8), (5, 4), (3, 2), (2, 1)])
+def test_split_is_80_to_20_and_disjoint(count, train):
+    names = [f"demo_{i}" for i in range(count)]
+    first, second = split_demonstrations(names, "soup_demo.hdf5")
+    assert len(first) == train
+    assert sorted(first + second) == sorted(names)
+
+
+def test_split_is_a_function_of_seed_and_file():
+    names = [f"demo_{i}" for i in range(50)]
+    split = split_demonstrations(names, "a/soup_demo.hdf5", seed=3)
+    assert split == split_demonstrations(names, "b/soup_demo.hdf5", seed=3)
+    assert split != split_demonstrations(names, "a/soup_demo.hdf5", seed=4)
+    assert split != split_demonstrations(names, "a/milk_demo.hdf5", seed=3)
+
+
+def test_split_refuses(path):
+    with pytest.raises(ValueError, match="soup_demo.hdf5: 1 demonstration.*at least 2"):
+        LIBERODataset(path, max_demos_per_task=1)
+    with pytest.raises(ValueError, match="train_fraction=1.0"):
+        LIBERODataset(path, train_fraction=1.0)
+
+
+@pytest.fixture
+def ten(tmp_path):
+    return [
+        write_demo_file(tmp_path / f"{name}_demo.hdf5", range(3, 13), image_size=4)
+        for name in ("soup", "milk")
+    ]
+
+
+def test_train_val_equals_two_data_sets_and_shares_memory_and_statistics(ten):
+    settings = dict(image_size=4, proprioception=True, chunk=2, cameras=BOTH)
+    train, val = LIBERODataset.train_val(ten, seed=5, **settings)
+    alone = LIBERODataset(ten, seed=5, split="train", **settings)
+    alone_val = LIBERODataset(
+        ten, seed=5, split="val", normalizer=alone.normalizer, proprio_stats=alone.proprio_stats,
+        **settings,
+    )
+    for shared, single in ((train, alone), (val, alone_val)):
+        assert len(shared) == len(single)
+        assert shared.describe() == single.describe()
+        indices = range(len(single))
+        assert same(shared.batch(indices), single.batch(indices))
+    assert train._memory is val._memory
+    for file, other in zip(train.describe()["files"], val.describe()["files"], strict=True):
+        assert (len(file["demos"]), len(other["demos"])) == (8, 2)
+        assert not set(file["demos"]) & set(other["demos"])
+
+
+def test_val_uses_the_statistics_of_train_alone(ten):
+    train, val = LIBERODataset.train_val(ten, image_size=4, proprioception=True)
+    rows = [
+        action_at(t, int(name.removeprefix("demo_")))
+        for file in train.describe()["files"] for name in file["demos"]
+        for t in range(3 + int(name.removeprefix("demo_")))
+    ]
+    assert len(rows) == len(train)
+    assert np.allclose(train.normalizer.offset, np.mean(rows, axis=0)[:6])
+    assert np.allclose(train.normalizer.scale, np.std(rows, axis=0)[:6] + 1e-6)
+    assert val.normalizer is train.normalizer and val.proprio_stats == train.proprio_stats
+    everything = train.batch(range(len(train)))
+    assert torch.allclose(everything["actions"][..., :6].mean((0, 1)), torch.zeros(6), atol=1e-6)
+    proprio = everything["observations"]["proprio"][:, 0]
+    assert torch.allclose(proprio.mean(0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(proprio[:, :3].std(0, correction=0), torch.ones(3), atol=1e-5)
+    assert (proprio[:, 3:] == 0).all()  # orientation and fingers never vary in these files
+
+
+def test_val_alone_needs_statistics(path):
+    with pytest.raises(ValueError, match="split='val' without normalizer and proprio_stats"):
+        LIBERODataset(path, split="val")
+
+
+def test_validation_is_not_augmented(path):
+    train, val = LIBERODataset.train_val(path, image_size=8, augmentation="shift")
+    assert (train.augmentation, val.augmentation) == ("shift", "none")
+
+
+# --- samples -------------------------------------------------------------------------------------
+def test_raw_pairs_each_observation_with_its_own_action(path):
+    data = plain(path)
+    assert len(data) == 12
+    sample = data[3]
+    assert {k: (tuple(v.shape), v.dtype) for k, v in sample["observations"].items()} == {
+        "agentview_rgb": ((1, 8, 8, 3), torch.float32)
+    }
+    assert sample["actions"].shape == (1, 7) and sample["mask"].tolist() == [1.0]
+    for index, (demo, t) in enumerate([(0, t) for t in range(5)] + [(1, t) for t in range(7)]):
+        assert grey(data[index]["observations"]) == [grey_at(t, demo)]
+        assert np.allclose(data[index]["actions"][0], action_at(t, demo))
+
+
+@pytest.mark.parametrize("attribute", ["shift", None])
+def test_shift_pairs_an_observation_with_the_next_action(tmp_path, attribute):
+    """obs[t] of these files shows what followed actions[t]: time t + 1, the action at t + 1."""
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", (5, 7), attribute, image_size=8)
+    data = plain(path)
+    assert len(data) == 4 + 6
+    places = [(0, t) for t in range(4)] + [(1, t) for t in range(6)]
+    for index, (demo, t) in enumerate(places):
+        assert grey(data[index]["observations"]) == [grey_at(t + 1, demo)]
+        assert np.allclose(data[index]["actions"][0], action_at(t + 1, demo))
+    assert data.describe()["files"][0]["alignment"] == "shift"
+
+
+def test_chunks_are_padded_with_the_last_action_and_masked(path):
+    data = plain(path, chunk=3)
+    sample = data[3]  # the fourth of five steps: two actions left
+    assert sample["actions"].shape == (1, 3, 7) and sample["mask"].tolist() == [[1, 1, 0]]
+    expected = [action_at(3), action_at(4), action_at(4)]
+    assert np.allclose(sample["actions"][0], expected)
+    assert data[4]["mask"].tolist() == [[1, 0, 0]]
+    assert data[2]["mask"].tolist() == [[1, 1, 1]]
+    assert np.allclose(data[5]["actions"][0], [action_at(t, 1) for t in range(3)])
+
+
+def test_windows_stay_inside_their_demonstration(path):
+    data = plain(path, sequence_length=4, chunk=2)
+    assert len(data) == 2 + 4
+    assert [grey(data[i]["observations"]) for i in (1, 2)] == [[2, 3, 4, 5], [11, 12, 13, 14]]
+    sample = data[1]
+    assert sample["actions"].shape == (4, 2, 7)
+    assert sample["mask"].tolist() == [[1, 1], [1, 1], [1, 1], [1, 0]]
+    assert np.allclose(sample["actions"][2], [action_at(3), action_at(4)])
+    with pytest.raises(ValueError, match="demo_0: 5 steps are shorter than sequence_length=6"):
+        plain(path, sequence_length=6)
+
+
+def test_images_are_resized_once_and_scaled_to_one(path):
+    data = plain(path, image_size=4, cameras=BOTH)
+    with h5py.File(path) as file:
+        stored = torch.from_numpy(file["data/demo_1/obs/eye_in_hand_rgb"][2:3])
+    expected = resize_images(stored, 4).float() / 255
+    assert torch.allclose(data[7]["observations"]["eye_in_hand_rgb"], expected)
+    assert data._memory.images["eye_in_hand_rgb"].dtype == torch.uint8
+    assert data._memory.images["eye_in_hand_rgb"].shape == (12, 4, 4, 3)
+
+
+def test_proprioception_holds_position_orientation_fingers(path):
+    stats = {"mean": [0.0] * 8, "std": [0.5] * 8}
+    data = plain(path, proprioception=True, proprio_stats=stats)
+    with h5py.File(path) as file:
+        position = file["data/demo_0/obs/ee_pos"][2]
+    proprio = data[2]["observations"]["proprio"]
+    assert proprio.shape == (1, 8) and proprio.dtype == torch.float32
+    assert np.allclose(proprio[0], [*(2 * position), 1, 1, 1, 0.08, -0.08])
+
+
+def test_task_ids_follow_their_file(ten):
+    data = plain(ten, image_size=4, task_ids=[7, 2], sequence_length=2)
+    tasks = data.batch(range(len(data)))["observations"]["task_id"]
+    per_file = sum(range(3, 13)) - 10  # two-step windows
+    assert tasks.dtype == torch.int64 and tasks.shape == (2 * per_file, 2)
+    assert tasks[:per_file].unique().tolist() == [7] and tasks[per_file:].unique().tolist() == [2]
+
+
+def test_max_demos_takes_the_first(ten):
+    data = plain(ten[0], image_size=4, max_demos_per_task=3)
+    assert data.describe()["files"][0]["demos"] == ["demo_0", "demo_1", "demo_2"]
+    assert len(data) == 3 + 4 + 5
+
+
+def test_normalisation_accepts_booleans(path):
+    assert LIBERODataset(path, normalize_actions=True).normalizer.mode == "zscore"
+    assert LIBERODataset(path, normalize_actions=False).normalizer.mode == "none"
+    assert LIBERODataset(path, normalize_actions="minmax").normalizer.mode == "minmax"
+
+
+def test_describe_is_json_and_tells_human_from_scripted(tmp_path, path):
+    scripted = write_demo_file(tmp_path / "b_demo.hdf5", (4,), image_size=8, collection={"n": 1})
+    described = json.loads(json.dumps(plain([path, scripted]).describe()))
+    assert described["split"] == "all" and described["samples"] == 16
+    assert described["files"][1] == {
+        "file": str(scripted), "demos": ["demo_0"], "steps": 4, "alignment": "raw",
+        "source": "scripted",
+    }
+    assert described["files"][0]["source"] == "human"
+
+
+# --- batches -------------------------------------------------------------------------------------
+def everything(path, augmentation="none"):
+    return LIBERODataset(
+        path, 2, 8, augmentation=augmentation, split="all", cameras=BOTH, proprioception=True,
+        task_ids=[3], chunk=3,
+    )
+
+
+def test_one_sample_several_samples_and_a_loader_are_the_batch(path):
+    data = everything(path)
+    batch = data.batch([4, 0, 9])
+    assert batch["observations"]["agentview_rgb"].shape == (3, 2, 8, 8, 3)
+    assert batch["actions"].shape == (3, 2, 3, 7) and batch["mask"].shape == (3, 2, 3)
+    collate = torch.utils.data.default_collate
+    assert same(batch, collate([data[4], data[0], data[9]]))
+    assert same(batch, collate(data.__getitems__([4, 0, 9])))
+    loader = torch.utils.data.DataLoader(data, batch_size=10)
+    assert same(next(iter(loader)), data.batch(torch.arange(10)))
+
+
+def test_an_index_out_of_range_raises(path):
+    data = plain(path)
+    assert len(list(data)) == 12 and same(data[-1], data[11])
+    for index in (12, -13):
+        with pytest.raises(IndexError, match="12 samples"):
+            data[index]
+
+
+def test_an_epoch_holds_every_sample_once(path):
+    data = plain(path)
+    def order(**settings):
+        batches = list(data.batches(5, **settings))
+        return [g for batch in batches for row in grey(batch["observations"]) for g in row]
+
+    in_order = order(seed=0, epoch=0, shuffle=False)
+    assert in_order == [1, 2, 3, 4, 5, 11, 12, 13, 14, 15, 16, 17]
+    shuffled = order(seed=0, epoch=0)
+    assert shuffled != in_order and sorted(shuffled) == in_order
+    assert shuffled == order(seed=0, epoch=0)
+    assert shuffled != order(seed=0, epoch=1) and shuffled != order(seed=1, epoch=0)
+    assert order(seed=0, epoch=1) != order(seed=1, epoch=0)
+    assert [len(batch["mask"]) for batch in data.batches(5, 0, 0)] == [5, 5, 2]
+    assert [len(batch["mask"]) for batch in data.batches(5, 0, 0, drop_last=True)] == [5, 5]
+    with pytest.raises(ValueError, match="batch_size=0"):
+        next(data.batches(0, 0, 0))
+
+
+@pytest.mark.parametrize("augmentation", ["reference", "shift"])
+def test_augmented_epochs_repeat_and_can_be_entered_later(path, augmentation):
+    data = everything(path, augmentation)
+    epoch = list(data.batches(4, seed=1, epoch=2))
+    torch.manual_seed(0)  # the global generator has no say
+    assert all(map(same, epoch, data.batches(4, seed=1, epoch=2)))
+    later = list(data.batches(4, seed=1, epoch=2, start=1))
+    assert len(later) == len(epoch) - 1 and all(map(same, epoch[1:], later))
+    other = list(data.batches(4, seed=1, epoch=3, shuffle=False))
+    unshuffled = list(data.batches(4, seed=1, epoch=2, shuffle=False))
+    assert all(torch.equal(a["actions"], b["actions"])
+               for a, b in zip(other, unshuffled, strict=True))
+    assert not all(map(same, other, unshuffled))  # the same samples, drawn anew
+
+
+def test_augmentation_changes_images_alone_and_cameras_apart(path):
+    """Agent-view frames are one grey: what is left of them in a batch is its brightness."""
+    plain_batch = everything(path).batch([2] * 64)
+    batch = everything(path, "shift").batch([2] * 64, torch.Generator().manual_seed(0))
+    for key in ("proprio", "task_id"):
+        assert torch.equal(batch["observations"][key], plain_batch["observations"][key])
+    assert torch.equal(batch["actions"], plain_batch["actions"])
+    factors = {}
+    for camera in BOTH:
+        images = batch["observations"][camera].flatten(1)
+        factors[camera] = images.mean(1) / plain_batch["observations"][camera].flatten(1).mean(1)
+    assert factors["agentview_rgb"].unique().numel() > 16
+    ratio = torch.stack(list(factors.values()))
+    assert abs(torch.corrcoef(ratio)[0, 1]) < 0.4
+
+
+# --- refusals ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_length": 0}, "sequence_length=0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"max_demos_per_task": -1}, "max_demos_per_task=-1"),
+        ({"normalize_actions": "robust"}, "normalize_actions='robust'.*zscore"),
+        ({"augmentation": "rotate"}, "augmentation='rotate'.*shift"),
+        ({"split": "test"}, "split='test'.*train, val, all"),
+        ({"cameras": ("frontview",)}, "cameras=.*frontview.*agentview_rgb"),
+        ({"cameras": ()}, "cameras="),
+        ({"task_ids": (1, 2)}, r"task_ids=\(1, 2\).*one per file, of 1"),
+        ({"alignment": "late"}, "alignment='late'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LIBERODataset(path, **settings)
+
+
+def test_files_are_checked_before_anything_is_loaded(tmp_path, path):
+    with pytest.raises(ValueError, match="hdf5_files="):
+        LIBERODataset([])
+    with pytest.raises(DemoFileError, match="milk_demo.hdf5: not found"):
+        LIBERODataset([path, tmp_path / "milk_demo.hdf5"])
+    broken = write_demo_file(tmp_path / "x_demo.hdf5", image_size=8, ee_pos=None)
+    with pytest.raises(DemoFileError, match="x_demo.hdf5, demo_0: missing obs/ee_pos"):
+        LIBERODataset([path, broken])
