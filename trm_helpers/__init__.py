@@ -1,0 +1,39 @@
+"""Helpers of the Tiny Recursive Model notebooks for robot control in LIBERO.
+
+The public names below are loaded on first use, so that ``import trm_helpers`` loads neither PyTorch
+nor the simulator.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "LIBERODataset": "data",
+    "ActionNormalizer": "data",
+    "explore_libero_dataset": "validate",
+    "VisualEncoder": "model",
+    "RecursiveBlock": "model",
+    "TRMPolicy": "model",
+    "BehaviorCloningTrainer": "train",
+    "PolicyEvaluator": "evaluate",
+    "record_episode": "evaluate",
+    "analyze_model_predictions": "explain",
+    "visualize_recursive_states": "explain",
+    "collect_demonstrations": "collect",
+    "load_policy": "checkpoint",
+    "run_notebook": "runs",
+}
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
