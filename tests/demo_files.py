@@ -23,15 +23,15 @@ def joints_at(t: float) -> np.ndarray:
 
 
 def position_at(t: float, demo: int = 0) -> np.ndarray:
-    """The end effector (m) after t steps that follow the actions at once: 0.05 m at 1.0."""
+    """The end effector (m) at a time in control steps; each step executes the action before it."""
     whole = int(np.floor(t))
-    done = sum((action_at(s, demo)[:3] for s in range(whole)), np.zeros(3))
-    return 0.05 * (done + (t - whole) * action_at(whole, demo)[:3])
+    done = sum((action_at(s - 1, demo)[:3] for s in range(whole)), np.zeros(3))
+    return 0.05 * (done + (t - whole) * action_at(whole - 1, demo)[:3])
 
 
 def grey_at(t: int, demo: int = 0) -> int:
     """The one grey value of agent-view frame t; wrist frames are noise from the seed."""
-    return 10 * demo + t + 1
+    return (10 * demo + t + 1) % 256
 
 
 def write_demo_file(

@@ -3,7 +3,7 @@ import json
 import h5py
 import numpy as np
 import pytest
-from demo_files import action_at, grey_at, joints_at, write_demo_file
+from demo_files import action_at, grey_at, joints_at, position_at, write_demo_file
 
 from trm_helpers import paths, schema, validate
 from trm_helpers.validate import (
@@ -196,22 +196,33 @@ def test_observations_drawn_again_from_the_states_are_raw(tmp_path):
     assert (name, evidence["fraction"], evidence["residual"]) == ("raw", 0.0, 0.0)
 
 
-@pytest.mark.parametrize("alignment", ["raw", "shift"])
-def test_without_states_the_correlation_decides(tmp_path, alignment):
-    """The hand follows each action at once, so that only the actions' order is in question."""
+@pytest.mark.parametrize(("alignment", "delay"), [("raw", 1.1), ("shift", 0.1)])
+def test_without_states_the_delay_decides(tmp_path, alignment, delay):
+    """The hand follows one step late; a tenth of a step more is when the observation is drawn."""
     path = small(tmp_path / "soup_demo.hdf5", LONG, alignment, states=None)
     name, evidence = measure_alignment(path)
-    assert name == alignment and evidence["method"] == "correlation"
+    assert name == alignment and evidence["method"] == "delay"
     assert evidence["fraction"] is None
-    assert evidence["correlation"][alignment] > 0.95
+    assert evidence["delay"] == pytest.approx(delay, abs=0.1)
+
+
+def test_a_delay_between_the_two_tells_nothing(tmp_path):
+    def between(values, demo):
+        return np.array([position_at(t + 0.45, demo) for t in range(len(values))])
+
+    path = small(tmp_path / "soup_demo.hdf5", LONG, None, states=None, ee_pos=between)
+    name, evidence = measure_alignment(path)
+    assert name == "unknown" and evidence["delay"] == pytest.approx(0.65, abs=0.15)
 
 
 def test_joints_off_the_path_are_no_evidence(tmp_path):
     def noise(values, demo):
-        return np.random.default_rng(demo).normal(size=values.shape)
+        return values + np.random.default_rng(demo).normal(0, 0.3, values.shape)
 
     path = small(tmp_path / "soup_demo.hdf5", LONG, "raw", joint_states=noise)
-    assert measure_alignment(path)[1]["method"] == "correlation"
+    name, evidence = measure_alignment(path)
+    assert abs(evidence["fraction"]) < 1 and evidence["residual"] > validate.MAX_RESIDUAL
+    assert (name, evidence["method"]) == ("raw", "delay")
 
 
 def still(values, demo):
@@ -221,7 +232,7 @@ def still(values, demo):
 def test_a_still_arm_tells_nothing(tmp_path):
     path = small(tmp_path / "soup_demo.hdf5", LONG, None, states=still, ee_pos=still)
     name, evidence = measure_alignment(path)
-    assert name == "unknown" and evidence["correlation"] is None
+    assert name == "unknown" and evidence["delay"] is None
     with pytest.raises(DemoFileError, match="can not be measured.*set alignment to raw or shift"):
         resolve_alignment(path)
     assert resolve_alignment(path, "shift") == "shift"

@@ -77,7 +77,7 @@ def _change_brightness(frames: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Enlarge a random crop of some samples, bilinearly; ``frames`` is (B, T, H, W, 3)."""
+    """Enlarge a random crop of some samples, bilinearly; changes ``frames`` (B, T, H, W, 3)."""
     chosen = _uniform(len(frames), 0, 1, generator) < CROP_PROBABILITY
     room = 1 - CROP_FRACTION  # how far the crop's centre can go, in units of half a side
     centre_x = _uniform(len(frames), -room, room, generator)
@@ -90,11 +90,11 @@ def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     affine[:, 0, 2] = centre_x[rows]
     affine[:, 1, 2] = centre_y[rows]
     rows = rows.to(frames.device)
-    picked = frames[rows].permute(0, 1, 4, 2, 3).flatten(1, 2)  # (b, T*3, H, W)
+    picked = frames.index_select(0, rows).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (b, T*3, H, W)
     grid = F.affine_grid(affine.to(picked), list(picked.shape), align_corners=False)
     cropped = F.grid_sample(picked, grid, padding_mode="border", align_corners=False)
     cropped = cropped.unflatten(1, (-1, 3)).permute(0, 1, 3, 4, 2)  # (b, T, H, W, 3)
-    return frames.index_copy(0, rows, cropped)
+    return frames.index_copy_(0, rows, cropped)
 
 
 def _shift(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -19,7 +19,10 @@ IMAGE_SHAPE = (None, None, 3)  # after the time dimension; None: any size
 MIN_MOTION = 1e-6  # rad^2, mean over steps: below it the arm stands still
 MAX_RESIDUAL = 0.2  # share of the motion that the fitted fraction may leave unexplained
 HALF_SUBSTEP = 0.02  # of a control step; an observation after its action is >= 0.04 into it
-MIN_CORRELATION_GAP = 0.1  # below it the correlations do not tell the alignments apart
+# Control steps by which the end effector follows the actions, in simulation with smooth, noisy and
+# scripted motion: 0.9 to 1.4 in raw files, -0.1 to 0.4 in shift files. Near the middle: unknown.
+MIDDLE_DELAY = 0.65
+DELAY_MARGIN = 0.15
 
 
 class DemoFileError(ValueError):
@@ -227,27 +230,28 @@ def measure_alignment(path: str | Path, max_demos: int = 10) -> tuple[str, dict]
     state), f in (0, 1] is what the step with ``actions[t]`` returned, hence ``shift``. f is fitted
     by least squares over the first ``max_demos`` demonstrations.
 
-    Without states, or when the fit explains too little, the correlation of the end effector's
-    displacement ``ee_pos[t+1] - ee_pos[t]`` with ``actions[t]`` (``raw``) and ``actions[t+1]``
-    (``shift``) decides. That is weaker evidence: the controller answers late, which moves the
-    correlation towards ``raw``.
+    Without states, or when the fit explains too little, the delay decides by which the end
+    effector's displacement ``ee_pos[t+1] - ee_pos[t]`` correlates best with the actions. That is
+    weaker evidence: the controller answers about one step late, so that the peak is not at
+    ``actions[t]`` for ``raw`` and ``actions[t+1]`` for ``shift``, but near ``actions[t-1]`` and
+    ``actions[t]``, and it is broad where the motion is smooth. Stored actions that are not the
+    executed ones (a disturbed demonstrator) mislead it.
 
-    Returns the name, or ``unknown`` when neither tells, and the evidence: ``method`` (``joints`` or
-    ``correlation``), ``fraction``, ``residual`` (share of the motion not explained),
-    ``correlation`` (``raw`` and ``shift``). What was not measured is None.
+    Returns the name, or ``unknown`` when neither tells, and the evidence: ``method`` (``joints``
+    or ``delay``), ``fraction``, ``residual`` (share of the motion not explained) and ``delay``
+    (control steps). What could not be measured is None.
     """
     with open_demo_file(path) as file:
         demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)[:max_demos]]
         fraction, residual = _joint_fraction(demos)
-        correlation = _action_correlation(demos)
-    evidence = {"method": "joints", "fraction": fraction, "residual": residual,
-                "correlation": correlation}
+        delay = _action_delay(demos)
+    evidence = {"method": "joints", "fraction": fraction, "residual": residual, "delay": delay}
     if fraction is not None and residual <= MAX_RESIDUAL and abs(fraction) <= 1 + HALF_SUBSTEP:
         return ("raw" if fraction < HALF_SUBSTEP else "shift"), evidence
-    evidence["method"] = "correlation"
-    if correlation is None or abs(correlation["raw"] - correlation["shift"]) < MIN_CORRELATION_GAP:
+    evidence["method"] = "delay"
+    if delay is None or abs(delay - MIDDLE_DELAY) < DELAY_MARGIN:
         return "unknown", evidence
-    return max(correlation, key=correlation.get), evidence
+    return ("raw" if delay > MIDDLE_DELAY else "shift"), evidence
 
 
 def _joint_fraction(demos: list[h5py.Group]) -> tuple[float | None, float | None]:
@@ -279,23 +283,31 @@ def _joint_fraction(demos: list[h5py.Group]) -> tuple[float | None, float | None
     return fraction, residual
 
 
-def _action_correlation(demos: list[h5py.Group]) -> dict[str, float] | None:
-    """Mean over x, y, z of the correlation of displacement and action, for both alignments."""
+def _action_delay(demos: list[h5py.Group]) -> float | None:
+    """Control steps from an action to the displacement that correlates best with it.
+
+    Correlations with ``actions[t - delay]``, averaged over x, y and z, are taken at whole delays;
+    the peak is the vertex of the parabola through the best and its neighbours. None when the arm
+    stands still or the best is at either end.
+    """
+    delays = np.arange(-1, 4)
     moves, actions = [], []
     for demo in demos:
-        moves.append(np.diff(demo["obs/ee_pos"][()].astype(np.float64), axis=0))
-        actions.append(demo["actions"][:, :3].astype(np.float64))
-    lags = {"raw": [a[:-1] for a in actions], "shift": [a[1:] for a in actions]}
-    move = np.concatenate(moves)
-    result = {}
-    for name, lagged in lags.items():
-        action = np.concatenate(lagged)
-        moving = [i for i in range(3) if len(move) > 2 and move[:, i].std() and action[:, i].std()]
-        if not moving:
-            return None
-        result[name] = float(np.mean([np.corrcoef(move[:, i], action[:, i])[0, 1]
-                                      for i in moving]))
-    return result
+        move = np.diff(demo["obs/ee_pos"][()].astype(np.float64), axis=0)
+        steps = np.arange(delays.max(), len(move) + delays.min())
+        moves.append(move[steps])
+        actions.append(demo["actions"][()][steps - delays[:, None], :3])  # (delays, steps, 3)
+    move, action = np.concatenate(moves), np.concatenate(actions, axis=1)
+    moving = [i for i in range(3) if len(move) and move[:, i].std() and action[0, :, i].std()]
+    if not moving:
+        return None
+    score = [np.mean([np.corrcoef(move[:, i], late[:, i])[0, 1] for i in moving])
+             for late in action]
+    best = int(np.argmax(score))
+    if best in (0, len(delays) - 1):
+        return None
+    before, peak, after = score[best - 1 : best + 2]
+    return float(delays[best] + (before - after) / (2 * (before - 2 * peak + after)))
 
 
 def resolve_alignment(path: str | Path, setting: str = "auto") -> str:
