@@ -240,7 +240,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         augmentation: ``none``, ``reference`` or ``shift``: see :func:`augment_images`.
         max_demos_per_task: the first so many demonstrations of each file; 0 takes all.
         cameras: names of `schema.CAMERAS`.
-        proprioception: add ``proprio``: P = 8, the values of `schema.PROPRIO_KEYS`.
+        proprioception: add ``proprio``: P = 12, the values of `schema.PROPRIO_KEYS`.
         task_ids: one per file, added as ``task_id``; None leaves it out.
         alignment: ``auto``, ``raw`` or ``shift``: see :func:`resolve_alignment`.
         chunk: K.

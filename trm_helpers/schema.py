@@ -40,13 +40,15 @@ LOW_DIM = {  # name in the file and its width; `sim.py` fills the same names fro
     "ee_ori": 3,
     "ee_states": 6,
 }
-PROPRIO_KEYS = ("ee_pos", "ee_ori", "gripper_states")
-PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 8
+# `ee_ori` is left out: with the gripper pointing down its angle is pi, where axis-angle changes sign
+PROPRIO_KEYS = ("joint_states", "gripper_states", "ee_pos")
+PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 12
 
 # --- HDF5 layout ---------------------------------------------------------------------------------
 DATA_GROUP = "data"
 DEMO_FILE_SUFFIX = "_demo.hdf5"
 DEMO_DATASETS = ("actions", "states", "robot_states", "rewards", "dones")
+EXECUTED_ACTIONS = "executed_actions"  # ours: what was sent while `actions` was the right answer
 ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none, and are "shift"
 ALIGNMENTS = ("raw", "shift")
 

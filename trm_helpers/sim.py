@@ -136,8 +136,6 @@ class LiberoEnv:
         suite: a name in :data:`schema.SUITES`.
         task_id: its index in the suite.
         image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
-        hard_reset: rebuild the model in every reset, as the benchmark does. Without it resets are
-            faster, with the same distribution of placements but not the same numbers.
         lazy: draw frames only when they are read. ``False`` draws both cameras in every step, as
             LIBERO does; the frames are equal to the bit.
 
@@ -148,7 +146,7 @@ class LiberoEnv:
     """
 
     def __init__(self, suite: str, task_id: int, *, image_size: int = schema.IMAGE_SIZE,
-                 hard_reset: bool = True, lazy: bool = True):
+                 lazy: bool = True):
         self.task = load_task(suite, task_id)
         self.image_size = image_size
         self.lazy = lazy
@@ -157,9 +155,12 @@ class LiberoEnv:
         with _quiet():
             from libero.libero.envs import OffScreenRenderEnv
 
+            # A hard reset rebuilds the model in each episode (2 s). A soft one would place objects
+            # on fixtures relative to where the fixture is *and* to where the reset moves it: the
+            # bowl on the stove lands 40 cm beside it.
             self._env = OffScreenRenderEnv(
                 bddl_file_name=self.task.bddl_file, camera_heights=image_size,
-                camera_widths=image_size, hard_reset=hard_reset, ignore_done=True,
+                camera_widths=image_size, hard_reset=True, ignore_done=True,
             )
         if lazy:
             self._install_lazy_cameras()
@@ -187,8 +188,11 @@ class LiberoEnv:
             self._place()
         finally:
             np.random.set_state(generator_state)
-        if init_state is not None:
-            self._env.set_init_state(self._init_state(init_state))
+        # also a drawn placement is set as a state: robosuite samples observations at an instant
+        # that depends on how often they were forced, and collection is to see what control sees
+        self._env.set_init_state(
+            self.state() if init_state is None else self._init_state(init_state)
+        )
         for _ in range(schema.SETTLE_STEPS):
             observation, _ = self.step(np.array(schema.NO_OP))
         return observation

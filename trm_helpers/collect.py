@@ -1,0 +1,347 @@
+"""Scripted demonstrations into LIBERO's own HDF5 layout, in parallel, resumable, never half-written.
+
+Attempts are numbered and seeded one by one, and the file holds the first successful ones in that
+order, so that the result does not depend on the number of workers or on interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm.auto import tqdm
+
+from . import paths, schema
+from .config import Config
+from .experts import PickPlaceExpert, Style
+from .files import replacing
+from .sim import LiberoEnv, load_task
+from .validate import check_demo_file, find_demonstrations, human_demonstrations
+
+_MAX_STEPS = 220  # an attempt that takes longer is a failure
+_MAX_FAILURES = 20  # more failures than successes and this many: the expert cannot do the task
+
+
+class Disturbance:
+    """Bursts of pushing during a demonstration, so that it shows how to recover.
+
+    For some steps a random command replaces the expert's in what is executed; what is stored as
+    the action stays the expert's own answer to where it has been pushed (after DART,
+    arXiv 1703.09327, with bursts in place of its noise).
+
+    Args:
+        generator: the attempt's own.
+        probability: of a burst beginning in a step.
+        start_probability: of a longer burst at the very start, so that episodes begin elsewhere.
+    """
+
+    def __init__(self, generator: np.random.Generator, probability: float = 0.04,
+                 start_probability: float = 0.5):
+        self.generator = generator
+        self.probability = probability
+        self.left = 0
+        self.push = np.zeros(schema.ARM_DIM)
+        if generator.random() < start_probability:
+            self._begin(generator.integers(6, 16))
+
+    def apply(self, action: np.ndarray) -> np.ndarray:
+        """What is executed in place of ``action`` (7,); the gripper is never disturbed."""
+        if self.left == 0 and self.generator.random() < self.probability:
+            self._begin(self.generator.integers(3, 8))
+        if self.left == 0:
+            return action
+        self.left -= 1
+        return np.concatenate([self.push, action[schema.ARM_DIM:]])
+
+    def _begin(self, steps: int) -> None:
+        self.left = int(steps)
+        direction = self.generator.normal(size=3) * (1.0, 1.0, 0.7)
+        strength = self.generator.uniform(0.3, 0.9)
+        self.push[:3] = strength * direction / np.linalg.norm(direction)
+        self.push[3:] = self.generator.uniform(-0.05, 0.05, 3)
+
+
+def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str | os.PathLike,
+                           *, seed: int = 0, workers: int | None = None,
+                           disturb: bool = True) -> Path:
+    """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
+
+    Placements are drawn by the environment's reset, never taken from the official init states.
+    Each finished attempt is kept in a folder beside the file until the file is complete, and a
+    call that was interrupted goes on from there. A complete file is returned as it is; one with
+    fewer demonstrations is extended.
+
+    Args:
+        num_demos: successful demonstrations in the file.
+        seed: of the placements, the demonstrator's style and the disturbances.
+        workers: simulator processes; ``None`` takes one per CPU core, at most 8.
+        disturb: push the arm about (see :class:`Disturbance`).
+
+    Raises:
+        ValueError: unknown suite or task; a file made with other settings stands in the way.
+        RuntimeError: the expert fails too often on this task.
+        OSError: the disk is full; what is complete stays.
+    """
+    if num_demos < 1:
+        raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
+    task = load_task(suite, task_id)
+    path = Path(folder) / f"{task.name}{schema.DEMO_FILE_SUFFIX}"
+    settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
+                "disturb": disturb, "observations": "what env.step returned", **schema.PINNED}
+    _refuse_other_settings(path, settings)
+    parts = path.with_name(f".{task.name}.seed{seed}{'' if disturb else '.calm'}.parts")
+    attempts = _known_attempts(path, parts)
+    if path.exists() and len(_successes(attempts)) >= num_demos:
+        return path
+    parts.mkdir(parents=True, exist_ok=True)
+    workers = min(workers or min(os.cpu_count() or 1, 8), num_demos)
+    attempt = functools.partial(_attempt, suite, task_id, seed, disturb, parts)
+    bar = tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
+               initial=min(len(_successes(attempts)), num_demos))
+    with bar, _pool(workers) as pool:
+        _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task.name)
+    with replacing(path) as temporary:
+        _assemble(temporary, task, settings, attempts, num_demos)
+        check_demo_file(temporary)
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()
+    return path
+
+
+def ensure_demonstrations(config: Config) -> dict[int, Path]:
+    """The demonstration file of each task of ``config.data``, found, downloaded or collected.
+
+    Prints what is used. ``demos="auto"`` prefers human demonstrations that are found.
+    """
+    data = config.data
+    tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
+    names = [task.name for task in tasks.values()]
+    if data.demos != "scripted":
+        folders = [data.demo_dir] if data.demo_dir else [paths.data_dir()]
+        try:
+            found = human_demonstrations(data.suite, names, folders,
+                                         download=data.demos == "human")
+            print(f"human demonstrations of {len(found)} task(s): "
+                  f"{', '.join(str(path) for path in found.values())}")
+            return {task_id: found[task.name] for task_id, task in tasks.items()}
+        except FileNotFoundError:
+            if data.demos == "human":
+                raise
+    if data.demo_dir:
+        found = find_demonstrations(data.demo_dir, data.suite, names)
+        print(f"demonstrations of {len(found)} task(s) found in {data.demo_dir}")
+        return {task_id: found[task.name] for task_id, task in tasks.items()}
+    files = {}
+    for task_id, task in tasks.items():
+        files[task_id] = collect_demonstrations(
+            data.suite, task_id, data.num_demos, paths.data_dir() / "scripted" / data.suite,
+            seed=data.data_seed)
+        print(f"{data.num_demos} scripted demonstrations: {files[task_id]} ({task.language})")
+    return files
+
+
+# --- attempts -----------------------------------------------------------------------------------
+
+
+def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
+    """Finished attempts: where a success lies, ``None`` for a failure."""
+    known: dict[int, Path | None] = {}
+    if path.exists():
+        with h5py.File(path) as file:
+            collection = json.loads(file[schema.DATA_GROUP].attrs["collection"])
+            known.update(dict.fromkeys(collection["failed_attempts"]))
+            known.update((int(demo.attrs["attempt"]), path)
+                         for demo in file[schema.DATA_GROUP].values())
+    if parts.is_dir():
+        for part in parts.glob("attempt_*"):
+            number = int(part.stem.split("_")[1])
+            known[number] = part if part.suffix == ".hdf5" else None
+    return known
+
+
+def _successes(attempts: dict[int, Path | None]) -> list[int]:
+    """Successful attempts, in order, up to the first that has not been made yet."""
+    done = 0
+    while done in attempts:
+        done += 1
+    return [number for number in range(done) if attempts[number] is not None]
+
+
+def _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task_name) -> None:
+    """Make attempts until the first ``num_demos`` successes are known, whatever order they end in."""
+    running: dict[Future, int] = {}
+    while len(_successes(attempts)) < num_demos:
+        missing = num_demos - len(_successes(attempts))
+        candidates = (n for n in range(len(attempts) + len(running) + missing + workers)
+                      if n not in attempts and n not in running.values())
+        for number in candidates:
+            if len(running) >= workers:
+                break
+            running[pool.submit(attempt, number)] = number
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            attempts[running.pop(future)] = future.result()
+        bar.n = min(len(_successes(attempts)), num_demos)
+        bar.refresh()
+        failures = sum(part is None for part in attempts.values())
+        if failures >= _MAX_FAILURES and failures > len(attempts) / 2:
+            raise RuntimeError(f"the scripted expert failed {failures} of {len(attempts)} attempts "
+                               f"at {task_name}; it cannot demonstrate this task")
+    for future in running:
+        future.cancel()
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes (a forked OpenGL context is not usable), stopped at once on an error."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@functools.cache
+def _worker_env(suite: str, task_id: int) -> LiberoEnv:
+    return LiberoEnv(suite, task_id)
+
+
+def _attempt(suite: str, task_id: int, seed: int, disturb: bool, parts: Path,
+             number: int) -> Path | None:
+    """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
+    env = _worker_env(suite, task_id)
+    generator = np.random.default_rng([seed, task_id, number])
+    record = record_demonstration(env, generator, disturb)
+    if record is None:
+        (parts / f"attempt_{number:05d}.failed").touch()
+        return None
+    path = parts / f"attempt_{number:05d}.hdf5"
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        demo = file.create_group("demo")
+        _write_demo(demo, record)
+        demo.attrs["attempt"] = number
+    return path
+
+
+def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
+                         disturb: bool = True) -> dict | None:
+    """One episode of the expert from a fresh placement; ``None`` when it fails.
+
+    Returns:
+        observations (what the expert's action at t could be chosen from), the expert's ``actions``
+        (T, 7), the ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
+    """
+    observation = env.reset(seed=int(generator.integers(2**31)))
+    expert = PickPlaceExpert(env, Style.sample(generator))
+    disturbance = Disturbance(generator) if disturb else None
+    record = {"observations": [], "actions": [], "executed_actions": [], "states": [],
+              "model_file": env.model_xml()}
+    for _ in range(_MAX_STEPS):
+        action = expert.act()
+        executed = disturbance.apply(action) if disturbance else action
+        record["observations"].append({key: observation[key] for key in observation})
+        record["actions"].append(action)
+        record["executed_actions"].append(executed)
+        record["states"].append(env.state())
+        observation, success = env.step(executed)
+        if success:
+            return record
+    return None
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _write_demo(group: h5py.Group, record: dict) -> None:
+    length = len(record["actions"])
+    stacked = {key: np.stack([o[key] for o in record["observations"]])
+               for key in (*schema.CAMERAS, *schema.LOW_DIM)}
+    obs = group.create_group("obs")
+    for key, values in stacked.items():
+        obs[key] = values
+    last = np.zeros(length, dtype=np.uint8)
+    last[-1] = 1
+    group["actions"] = np.stack(record["actions"])
+    group[schema.EXECUTED_ACTIONS] = np.stack(record["executed_actions"])
+    group["states"] = np.stack(record["states"])
+    group["robot_states"] = _robot_states(stacked)
+    group["rewards"] = last
+    group["dones"] = last
+    group.attrs["num_samples"] = length
+    group.attrs["init_state"] = record["states"][0]
+    group.attrs["model_file"] = record["model_file"]
+
+
+def _robot_states(stacked: dict[str, np.ndarray]) -> np.ndarray:
+    """LIBERO's (T, 9): fingers, end-effector position and quaternion (x, y, z, w)."""
+    from robosuite.utils.transform_utils import axisangle2quat
+
+    quaternions = np.stack([axisangle2quat(vector) for vector in stacked["ee_ori"]])
+    return np.concatenate([stacked["gripper_states"], stacked["ee_pos"], quaternions], axis=1)
+
+
+def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) -> None:
+    chosen = _successes(attempts)[:num_demos]
+    failed = [n for n in range(chosen[-1]) if attempts[n] is None]
+    with h5py.File(path, "w") as file:
+        data = file.create_group(schema.DATA_GROUP)
+        for index, number in enumerate(chosen):
+            with h5py.File(attempts[number]) as source:
+                source.copy(_demo_of_attempt(source, number), data, f"demo_{index}")
+        kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": schema.CONTROL_HZ,
+                  "camera_names": [n.removesuffix("_image") for n in schema.CAMERAS.values()],
+                  "camera_heights": schema.IMAGE_SIZE, "camera_widths": schema.IMAGE_SIZE,
+                  "bddl_file_name": task.bddl_file}
+        name = _problem_name(task.bddl_file)
+        data.attrs["num_demos"] = num_demos
+        data.attrs["total"] = sum(int(demo.attrs["num_samples"]) for demo in data.values())
+        data.attrs["env_name"] = name
+        data.attrs["env_args"] = json.dumps(
+            {"type": 1, "env_name": name, "problem_name": name, "bddl_file": task.bddl_file,
+             "env_kwargs": kwargs})
+        data.attrs["problem_info"] = json.dumps(
+            {"problem_name": name, "domain_name": "robosuite",
+             "language_instruction": task.language})
+        data.attrs["bddl_file_name"] = task.bddl_file
+        data.attrs["bddl_file_content"] = Path(task.bddl_file).read_text()
+        data.attrs["macros_image_convention"] = "opengl"
+        data.attrs[schema.ALIGNMENT_ATTR] = "raw"
+        data.attrs["collection"] = json.dumps({**settings, "failed_attempts": failed})
+
+
+def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
+    if "demo" in file:
+        return file["demo"]
+    return next(demo for demo in file[schema.DATA_GROUP].values()
+                if int(demo.attrs["attempt"]) == number)
+
+
+def _problem_name(bddl_file: str) -> str:
+    from libero.libero.envs import bddl_utils
+
+    return bddl_utils.get_problem_info(bddl_file)["problem_name"]
+
+
+def _refuse_other_settings(path: Path, settings: dict) -> None:
+    if not path.exists():
+        return
+    check_demo_file(path)
+    with h5py.File(path) as file:
+        found = json.loads(file[schema.DATA_GROUP].attrs.get("collection", "{}"))
+    found.pop("failed_attempts", None)
+    different = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
+    if different:
+        detail = "; ".join(f"{k}: {found.get(k)!r} there, {settings.get(k)!r} asked for"
+                           for k in different)
+        raise ValueError(f"{path} was made with other settings ({detail}); "
+                         "move it away or collect into another folder")
