@@ -1,0 +1,132 @@
+"""Statistics against published and hand-computed numbers."""
+
+import math
+
+import pytest
+
+from trm_helpers.stats import (
+    format_success,
+    minimum_detectable_difference,
+    paired_mcnemar,
+    summarize_episodes,
+    wilson_interval,
+)
+
+
+def episode(init_state, success, steps=100, task_id=0, suite="libero_object"):
+    return dict(suite=suite, task_id=task_id, init_state=init_state, success=success, steps=steps)
+
+
+def episodes(outcomes: str, **settings) -> list[dict]:
+    """One episode per character; ``1`` succeeded."""
+    return [episode(i, outcome == "1", **settings) for i, outcome in enumerate(outcomes)]
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"),
+    [(5, 5, 57, 100), (45, 50, 79, 96), (450, 500, 87, 92), (8, 10, 49, 94), (0, 10, 0, 28)],
+)
+def test_wilson_interval_in_percent(successes, count, low, high):
+    assert [round(100 * bound) for bound in wilson_interval(successes, count)] == [low, high]
+
+
+def test_wilson_interval_equals_its_formula():
+    n, z = 10, 1.6448536269514722  # 90 %
+    p = 0.3
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert wilson_interval(3, 10, confidence=0.9) == pytest.approx((centre - half, centre + half))
+
+
+@pytest.mark.parametrize(
+    "arguments", [(1, 0), (-1, 5), (6, 5), (3, 5, 0.0), (3, 5, 1.0), (3, 5, 95)]
+)
+def test_wilson_interval_refuses(arguments):
+    with pytest.raises(ValueError, match="is not valid; expected"):
+        wilson_interval(*arguments)
+
+
+def test_summary_of_all_and_per_task():
+    rows = [
+        episode(0, True, 10, task_id=3), episode(1, False, 40, task_id=3),
+        episode(0, True, 20, task_id=1), episode(1, True, 30, task_id=1),
+    ]
+    summary = summarize_episodes(rows)
+    assert (summary["successes"], summary["episodes"], summary["success_rate"]) == (3, 4, 0.75)
+    assert summary["mean_length"] == 25
+    assert summary["std_length"] == pytest.approx(math.sqrt(125))  # (15, 15, 5, 5): population
+    assert (summary["wilson_low"], summary["wilson_high"]) == wilson_interval(3, 4)
+    assert [task["task_id"] for task in summary["tasks"]] == [1, 3]
+    assert [task["success_rate"] for task in summary["tasks"]] == [1.0, 0.5]
+    assert [task["mean_length"] for task in summary["tasks"]] == [25, 25]
+    assert [task["std_length"] for task in summary["tasks"]] == [5, 15]
+
+
+def test_a_single_episode_has_a_summary():
+    summary = summarize_episodes([episode(7, False, 280)])
+    assert (summary["success_rate"], summary["std_length"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows is empty"),
+        ([{"suite": "libero_goal", "success": True}], "lacks task_id, init_state, steps"),
+        ([episode(4, True), episode(4, False)], r"\('libero_object', 0, 4\) twice"),
+    ],
+)
+def test_summary_refuses(rows, message):
+    with pytest.raises(ValueError, match=message):
+        summarize_episodes(rows)
+
+
+def test_one_line():
+    summary = summarize_episodes(episodes("1111111100", steps=120))
+    assert format_success(summary) == (
+        "8 of 10 episodes, success rate 80 % (95 % Wilson interval 49 to 94 %), "
+        "length 120.0 +- 0.0 steps"
+    )
+
+
+def test_mcnemar_by_hand():
+    # 1 pair for a, 5 for b: p = 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64
+    a, b = episodes("1000000111"), episodes("0111110110")
+    a = [row for row in a if row["init_state"] != 9]
+    result = paired_mcnemar(a, list(reversed(b)))
+    assert result == {
+        "pairs": 9, "both": 2, "only_a": 1, "only_b": 5, "neither": 1, "unpaired": 1,
+        "difference": pytest.approx(4 / 9), "p_value": pytest.approx(14 / 64),
+    }
+
+
+def test_mcnemar_pairs_within_task_and_suite():
+    a = episodes("10") + episodes("01", task_id=1) + episodes("1", suite="libero_goal")
+    assert paired_mcnemar(a, a) == {
+        "pairs": 5, "both": 3, "only_a": 0, "only_b": 0, "neither": 2, "unpaired": 0,
+        "difference": 0.0, "p_value": 1.0,
+    }
+
+
+def test_mcnemar_refuses_episodes_that_do_not_match():
+    with pytest.raises(ValueError, match="share no suite"):
+        paired_mcnemar(episodes("11"), episodes("11", task_id=2))
+
+
+def test_minimum_detectable_difference():
+    # (1.95996 + 0.84162) sqrt(2 * 0.8 * 0.2 / 50) = 2.80158 * 0.08
+    assert minimum_detectable_difference(50, 0.8) == pytest.approx(0.2241, abs=5e-5)
+    assert minimum_detectable_difference(500, 0.8) == pytest.approx(0.0709, abs=5e-5)
+    # z at 97.5 % twice: power as strict as alpha
+    assert minimum_detectable_difference(8, 0.5, power=0.975) == pytest.approx(0.97998, abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"episodes": 0}, "episodes"), ({"success_rate": 1.0}, "success_rate"),
+        ({"power": 0.0}, "power"), ({"alpha": 5}, "alpha"),
+    ],
+)
+def test_minimum_detectable_difference_refuses(settings, name):
+    with pytest.raises(ValueError, match=f"{name}="):
+        minimum_detectable_difference(**{"episodes": 50, "success_rate": 0.8, **settings})

@@ -1,0 +1,143 @@
+"""Success rates with their uncertainty: intervals, paired comparison, what a sample can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
+
+import numpy as np
+from scipy.stats import binomtest
+
+EPISODE_KEYS = ("suite", "task_id", "init_state", "success", "steps")
+
+
+def wilson_interval(
+    successes: int, episodes: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Wilson score interval (low, high), in [0, 1], of a success rate.
+
+    It keeps its coverage at few episodes and at rates near 0 and 1, where the usual
+    ``p +- 1.96 sqrt(p (1 - p) / n)`` fails (Wilson 1927; Brown, Cai and DasGupta 2001). Raises
+    ``ValueError`` for counts that can not be and for a confidence outside (0, 1).
+    """
+    if episodes < 1 or not 0 <= successes <= episodes:
+        raise ValueError(
+            f"successes={successes} of episodes={episodes} is not valid; "
+            "expected episodes >= 1 and successes from 0 to episodes"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not valid; expected in (0, 1)")
+    interval = binomtest(int(successes), int(episodes)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def summarize_episodes(rows: Sequence[Mapping]) -> dict:
+    """Success and length of evaluated episodes, together and under ``"tasks"`` for each task.
+
+    Each row has ``suite``, ``task_id``, ``init_state``, ``success`` and ``steps``. Returns
+    ``successes``, ``episodes``, ``success_rate`` with its 95 % Wilson interval ``wilson_low`` and
+    ``wilson_high``, ``mean_length`` and ``std_length`` in steps (over all episodes, failed ones
+    included; population standard deviation, so that one episode has 0), and ``tasks``: a list of
+    the same with ``suite`` and ``task_id``, in that order. Raises ``ValueError`` when there is no
+    row, for one that lacks a key, and for an episode that occurs twice.
+    """
+    episodes = _by_episode(rows, "rows")
+    if not episodes:
+        raise ValueError("rows is empty; expected at least one episode")
+    tasks = [
+        {"suite": suite, "task_id": task_id}
+        | _summary([row for key, row in episodes.items() if key[:2] == (suite, task_id)])
+        for suite, task_id in sorted({key[:2] for key in episodes})
+    ]
+    return _summary(episodes.values()) | {"tasks": tasks}
+
+
+def _summary(rows: Iterable[Mapping]) -> dict:
+    success, steps = zip(*((bool(row["success"]), row["steps"]) for row in rows), strict=True)
+    low, high = wilson_interval(sum(success), len(success))
+    return {
+        "successes": sum(success),
+        "episodes": len(success),
+        "success_rate": sum(success) / len(success),
+        "wilson_low": low,
+        "wilson_high": high,
+        "mean_length": float(np.mean(steps)),
+        "std_length": float(np.std(steps)),
+    }
+
+
+def _by_episode(rows: Sequence[Mapping], name: str) -> dict[tuple, Mapping]:
+    """Rows by (suite, task_id, init_state)."""
+    episodes: dict[tuple, Mapping] = {}
+    for row in rows:
+        missing = [key for key in EPISODE_KEYS if key not in row]
+        if missing:
+            raise ValueError(f"a row of {name} lacks {', '.join(missing)}; found {sorted(row)}")
+        key = (row["suite"], row["task_id"], row["init_state"])
+        if key in episodes:
+            raise ValueError(f"{name} holds suite, task, init state {key} twice; expected once")
+        episodes[key] = row
+    return episodes
+
+
+def format_success(summary: Mapping) -> str:
+    """One line on a summary of :func:`summarize_episodes`, or on one of its tasks."""
+    return (
+        f"{summary['successes']} of {summary['episodes']} episodes, "
+        f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
+        f"{100 * summary['wilson_low']:.0f} to {100 * summary['wilson_high']:.0f} %), "
+        f"length {summary['mean_length']:.1f} +- {summary['std_length']:.1f} steps"
+    )
+
+
+def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
+    """Exact McNemar test of two policies on the same episodes.
+
+    Rows as in :func:`summarize_episodes`, paired by suite, task and init state; those without a
+    partner are counted in ``unpaired`` and left out. Returns ``pairs``, ``both``, ``only_a``,
+    ``only_b`` and ``neither`` (how many succeeded so), ``difference`` (success rate of b minus that
+    of a, over the pairs) and the two-sided ``p_value``: under equal success rates ``only_a`` is
+    binomial with probability 1/2 among the pairs that differ (McNemar 1947). Raises ``ValueError``
+    when nothing can be paired.
+    """
+    first, second = _by_episode(a, "a"), _by_episode(b, "b")
+    shared = first.keys() & second.keys()
+    if not shared:
+        raise ValueError(
+            f"a ({len(first)} episodes) and b ({len(second)}) share no suite, task and init state; "
+            "expected policies evaluated on the same episodes"
+        )
+    outcomes = [(bool(first[key]["success"]), bool(second[key]["success"])) for key in shared]
+    only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
+    differing = only_a + only_b
+    return {
+        "pairs": len(shared),
+        "both": outcomes.count((True, True)),
+        "only_a": only_a,
+        "only_b": only_b,
+        "neither": outcomes.count((False, False)),
+        "unpaired": len(first) + len(second) - 2 * len(shared),
+        "difference": (only_b - only_a) / len(shared),
+        "p_value": float(binomtest(only_a, differing, 0.5).pvalue) if differing else 1.0,
+    }
+
+
+def minimum_detectable_difference(
+    episodes: int, success_rate: float, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """Smallest gap between two success rates that ``episodes`` per policy are likely to reveal.
+
+    Two independent groups, two-sided test at level ``alpha``, found with probability ``power``;
+    normal approximation with the variance at ``success_rate``:
+    ``(z_(1 - alpha/2) + z_power) sqrt(2 p (1 - p) / n)``. Pairing by init state sees smaller gaps.
+    Raises ``ValueError`` for a value out of range.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes={episodes} is not valid; expected >= 1")
+    for name, value in (("success_rate", success_rate), ("power", power), ("alpha", alpha)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value} is not valid; expected in (0, 1)")
+    z = NormalDist().inv_cdf
+    variance = 2 * success_rate * (1 - success_rate) / episodes
+    return (z(1 - alpha / 2) + z(power)) * math.sqrt(variance)
