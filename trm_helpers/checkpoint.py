@@ -1,0 +1,163 @@
+"""Run folders: the one way to make, find, save and load them.
+
+Weights are safetensors and everything else is JSON, so that loading a policy runs no code from the
+file; the optimizer's state goes through ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import paths
+from .config import Config, ModelConfig
+from .data import ActionNormalizer, LIBERODataset
+from .files import replacing, write_json
+from .model import TRMPolicy
+from .preflight import software_versions
+
+WEIGHTS = ("best", "last")
+# what may change between a training and its continuation
+_FREE_SETTINGS = {"max_minutes", "device", "num_threads", "wandb_mode", "wandb_project"}
+
+
+def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
+    """Make ``artifacts/<run_name>`` with its ``config.json``, or go on with one.
+
+    Args:
+        run_name: letters, digits, ``._-``; empty gives ``<suite>-<variant>-s<seed>-<date-time>``.
+        resume: use the folder if it exists; without it an existing folder is refused.
+
+    Raises:
+        FileExistsError: the folder exists and ``resume`` is off.
+        ValueError: the name is not usable; the folder to be resumed was made with other settings of
+            data, model or training (they are listed).
+    """
+    run_name = run_name or (f"{config.data.suite}-{config.model.variant}-s{config.train.seed}-"
+                            f"{time.strftime('%Y%m%d-%H%M%S')}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
+        raise ValueError(f"run_name={run_name!r} is not valid; expected letters, digits, '._-'")
+    run = paths.artifacts_dir() / run_name
+    if (run / "config.json").exists():
+        if not resume:
+            raise FileExistsError(f"{run} exists already; choose another run_name, remove it, or "
+                                  "resume it (resume=True)")
+        _refuse_other_settings(run, config)
+        return run
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
+    return run
+
+
+def find_run(run_name: str = "") -> Path:
+    """The folder of a trained run by name or path; the newest one for an empty name.
+
+    Raises ``FileNotFoundError`` that lists the runs there are.
+    """
+    root = paths.artifacts_dir()
+    trained = sorted(root.glob("*/policy.json"), key=lambda path: path.stat().st_mtime)
+    names = [path.parent.name for path in trained]
+    if not run_name and trained:
+        return trained[-1].parent
+    for run in (root / run_name, Path(run_name)):
+        if run_name and (run / "policy.json").exists():
+            return run
+    raise FileNotFoundError(f"no trained run {run_name!r} in {root}; "
+                            f"there are: {', '.join(names) or 'none'}. 04_train makes one")
+
+
+def load_config(run: str | Path) -> Config:
+    """The :class:`Config` a run was made with."""
+    path = Path(run) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; expected a run folder") from None
+    return Config.from_dict({k: v for k, v in values.items() if k != "software"})
+
+
+def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) -> None:
+    """Write ``policy.json``: all that :func:`load_policy` needs beside the weights."""
+    write_json(Path(run) / "policy.json", {
+        "model": dataclasses.asdict(policy.config),
+        "normalizer": policy.normalizer.to_dict(),
+        "proprio_stats": policy.proprio_stats,
+        "trained_on": data.describe(),
+    })
+
+
+def save_weights(run: str | Path, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Write ``<name>.safetensors`` (``best`` or ``last``), whole or not at all."""
+    with replacing(Path(run) / f"{name}.safetensors") as temporary:
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()},
+                  temporary)
+
+
+def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> TRMPolicy:
+    """Rebuild a policy, its normalisers and its observation mapping from a run folder alone.
+
+    Args:
+        run: folder, or name of a folder in ``artifacts/``.
+        weights: ``best`` (lowest validation loss) or ``last``.
+
+    Raises:
+        FileNotFoundError: no such run or weights.
+        ValueError: the weights are damaged, or belong to another configuration than
+            ``policy.json`` (the differences are listed).
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is not valid; expected one of {', '.join(WEIGHTS)}")
+    run = find_run(str(run))
+    described = json.loads((run / "policy.json").read_text())
+    policy = TRMPolicy(
+        ModelConfig(**described["model"]),
+        ActionNormalizer.from_dict(described["normalizer"]),
+        described["proprio_stats"],
+    )
+    path = run / f"{weights}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    expected = policy.state_dict()
+    different = [name for name in sorted({*state, *expected})
+                 if name not in state or name not in expected
+                 or state[name].shape != expected[name].shape]
+    if different:
+        raise ValueError(f"{path} does not fit the configuration in policy.json; "
+                         f"these weights differ: {', '.join(different)}")
+    policy.load_state_dict(state)
+    return policy.to(device).eval()
+
+
+def save_training_state(run: str | Path, state: dict) -> None:
+    """Write ``training_state.pt``: what an exact continuation needs."""
+    with replacing(Path(run) / "training_state.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def load_training_state(run: str | Path) -> dict | None:
+    """Inverse of :func:`save_training_state`; ``None`` when there is nothing to continue."""
+    path = Path(run) / "training_state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def _refuse_other_settings(run: Path, config: Config) -> None:
+    before, now = load_config(run).to_dict(), config.to_dict()
+    different = [
+        f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
+        for part in ("data", "model", "train") for name in now[part]
+        if before[part][name] != now[part][name] and name not in _FREE_SETTINGS
+    ]
+    if different:
+        raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
+                         "choose another run_name or the same settings")

@@ -1,0 +1,255 @@
+"""Behaviour cloning: bring the policy's actions close to the demonstrator's."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from .checkpoint import (
+    load_training_state,
+    save_description,
+    save_training_state,
+    save_weights,
+)
+from .config import Config, TrainConfig
+from .data import LIBERODataset
+from .files import append_jsonl, read_jsonl, replacing
+from .model import TRMPolicy
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BehaviorCloningTrainer:
+    """Trains a policy on demonstrations and keeps its run folder complete after every epoch.
+
+    AdamW, gradient clipping, cosine annealing over all steps down to ``min_lr``, early stopping on
+    the validation loss. ``best`` and ``last`` weights are the moving average's where one is used.
+    Calling :meth:`fit` on a folder that holds a training state goes on from it; with the same
+    data, settings and machine the losses equal those of an uninterrupted run.
+
+    Args:
+        policy: to be trained, in place.
+        train_data, val_data: the two splits, from :meth:`LIBERODataset.train_val`.
+        config: a :class:`TrainConfig`.
+        run: folder from :func:`checkpoint.create_run`.
+    """
+
+    def __init__(self, policy: TRMPolicy, train_data: LIBERODataset, val_data: LIBERODataset,
+                 config: TrainConfig, run: str | Path):
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.run = Path(run)
+        self.train_data, self.val_data = train_data, val_data
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.policy = policy.to(self.device)
+        self.ema = None
+        if config.ema_decay:
+            self.ema = AveragedModel(self.policy, use_buffers=True,
+                                     multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr,
+                                           weight_decay=config.weight_decay)
+        self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, config.epochs * self.steps_per_epoch, eta_min=config.min_lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
+                                           enabled=self.precision == "fp16")
+        self.epoch = 0  # epochs done
+        self.best_loss, self.best_epoch = math.inf, 0
+
+    @classmethod
+    def from_config(cls, config: Config, files: dict[int, Path],
+                    run: str | Path) -> BehaviorCloningTrainer:
+        """Data, a seeded policy and the trainer of a :class:`Config`.
+
+        ``files`` is one demonstration file per task id, as ``collect.ensure_demonstrations`` gives.
+        """
+        train_data, val_data = LIBERODataset.from_config(files, config)
+        torch.manual_seed(config.train.seed)
+        policy = TRMPolicy(config.model, train_data.normalizer, train_data.proprio_stats)
+        return cls(policy, train_data, val_data, config.train, run)
+
+    def fit(self) -> list[dict]:
+        """Train until the epochs, the patience or the minutes are used up.
+
+        Returns:
+            the rows of ``metrics.jsonl``: epoch, train_loss, val_loss, the loss's parts, lr,
+            grad_norm, seconds, samples_per_second.
+
+        Raises:
+            RuntimeError: the loss is not finite; the last complete epoch stays in the run folder.
+        """
+        began = time.perf_counter()
+        self._resume()
+        save_description(self.run, self.policy, self.train_data)
+        with self._tracker() as track, self._progress() as bar:
+            while self.epoch < self.config.epochs and not self._patience_is_over():
+                row = self._run_epoch(bar)
+                append_jsonl(self.run / "metrics.jsonl", row)
+                self._save(row)
+                track(row)
+                minutes = (time.perf_counter() - began) / 60
+                if self.config.max_minutes and minutes >= self.config.max_minutes:
+                    break
+        return read_jsonl(self.run / "metrics.jsonl")
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss and parts over the validation split, with the averaged weights if any."""
+        model = self.ema.module if self.ema else self.policy
+        model.eval()
+        totals: dict[str, float] = {}
+        batches = self.val_data.batches(self.config.batch_size, 0, 0, shuffle=False,
+                                        device=self.device)
+        for batch in batches:
+            loss, parts = self._loss(model, batch)
+            share = len(batch["actions"]) / len(self.val_data)
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + share * float(value)
+        return totals
+
+    # --- one epoch --------------------------------------------------------------------------------
+
+    def _run_epoch(self, bar: tqdm) -> dict:
+        started, losses, norms = time.perf_counter(), [], []
+        self.policy.train()
+        batches = self.train_data.batches(self.config.batch_size, self.config.seed, self.epoch,
+                                          device=self.device)
+        for batch in batches:
+            loss, norm = self._step(batch)
+            losses.append(loss)
+            norms.append(norm)
+            bar.update()
+        seconds = time.perf_counter() - started
+        train_loss = torch.stack(losses).mean().item()
+        validation = self.validate()
+        if not (math.isfinite(train_loss) and math.isfinite(validation["loss"])):
+            raise RuntimeError(self._diagnosis(train_loss, validation["loss"], norms))
+        self.epoch += 1
+        bar.set_postfix(epoch=self.epoch, train=f"{train_loss:.4f}",
+                        val=f"{validation['loss']:.4f}")
+        return {
+            "epoch": self.epoch, "train_loss": train_loss, "val_loss": validation.pop("loss"),
+            **{f"val_{name}": value for name, value in validation.items()},
+            "lr": self.scheduler.get_last_lr()[0],
+            "grad_norm": torch.stack(norms).mean().item(),
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(len(self.train_data) / seconds, 1),
+        }
+
+    def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update; the loss and the gradient's norm before clipping, both detached."""
+        loss, _ = self._loss(self.policy, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.ema:
+            self.ema.update_parameters(self.policy)
+        return loss.detach(), norm.detach()
+
+    def _loss(self, model: TRMPolicy, batch: dict):
+        autocast = contextlib.nullcontext()
+        if self.precision in _AUTOCAST:
+            autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        with autocast:
+            return model.loss(batch, self.config.loss, self.config.gripper_weight)
+
+    def _diagnosis(self, train_loss: float, val_loss: float, norms: list) -> str:
+        broken = [name for name, value in self.policy.named_parameters()
+                  if not value.isfinite().all()]
+        return (f"the loss is not finite in epoch {self.epoch + 1} (train {train_loss}, validation "
+                f"{val_loss}; largest gradient norm {max(float(n) for n in norms):.3g}; "
+                f"weights with NaN: {', '.join(broken[:3]) or 'none'}). Lower lr="
+                f"{self.config.lr:g} or use precision='fp32'; {self.run} keeps the last complete "
+                "epoch")
+
+    # --- run folder -------------------------------------------------------------------------------
+
+    def _patience_is_over(self) -> bool:
+        return bool(self.config.patience) and self.epoch - self.best_epoch >= self.config.patience
+
+    def _save(self, row: dict) -> None:
+        weights = (self.ema.module if self.ema else self.policy).state_dict()
+        if row["val_loss"] < self.best_loss:
+            self.best_loss, self.best_epoch = row["val_loss"], self.epoch
+            save_weights(self.run, weights, "best")
+        save_weights(self.run, weights, "last")
+        save_training_state(self.run, {
+            "epoch": self.epoch, "best_loss": self.best_loss, "best_epoch": self.best_epoch,
+            "policy": self.policy.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else {},
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(), "generator": torch.get_rng_state(),
+        })
+
+    def _resume(self) -> None:
+        state = load_training_state(self.run)
+        rows = read_jsonl(self.run / "metrics.jsonl")
+        done = state["epoch"] if state else 0
+        if len(rows) != done:  # cut off between a row and its checkpoint: that epoch runs again
+            with replacing(self.run / "metrics.jsonl") as temporary:
+                temporary.touch()
+                for row in rows[:done]:
+                    append_jsonl(temporary, row)
+        if not state:
+            return
+        self.epoch, self.best_loss = state["epoch"], state["best_loss"]
+        self.best_epoch = state["best_epoch"]
+        self.policy.load_state_dict(state["policy"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        for name in ("optimizer", "scheduler", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["generator"])
+
+    def _progress(self) -> tqdm:
+        return tqdm(total=self.config.epochs * self.steps_per_epoch, desc="training", unit="step",
+                    initial=self.epoch * self.steps_per_epoch)
+
+    @contextlib.contextmanager
+    def _tracker(self):
+        """A function that logs one row to W&B, or does nothing."""
+        if self.config.wandb_mode == "disabled":
+            yield lambda row: None
+            return
+        import wandb
+
+        mode = self.config.wandb_mode
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            print("no W&B key found: logging offline; `wandb sync` uploads it later")
+            mode = "offline"
+        with wandb.init(project=self.config.wandb_project, name=self.run.name, dir=self.run,
+                        mode=mode, config=vars(self.config), resume="allow") as tracked:
+            yield lambda row: tracked.log(row, step=row["epoch"])
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """``auto`` takes a CUDA GPU when there is one. ``ValueError`` for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' was asked for; PyTorch finds no CUDA GPU here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """``auto``: bf16 where the hardware has it, else fp16 on a GPU (a T4) and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if has_bf16 else "fp32"
