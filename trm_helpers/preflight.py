@@ -25,7 +25,7 @@ from . import __version__, paths, schema
 from .files import write_json
 
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest supported
-# Debian's names. robosuite imports OpenCV, which needs libgl1 and libglib2.0-0 even without a window.
+# Debian's names; robosuite imports OpenCV, which wants libgl1 and libglib2.0-0 in any case.
 GL_INSTALL = (
     ("apt-get", "update"),
     ("apt-get", "install", "--yes", "--no-install-recommends",
@@ -191,7 +191,7 @@ def probe_gl() -> dict:
     """Draw with the configured backend, in a process of its own (1 to 2 s, once).
 
     Returns:
-        ``{"renderer": the GL_RENDERER string, "ms": of one 128x128 frame of a nearly empty scene}``.
+        ``{"renderer": GL_RENDERER, "ms": of one 128x128 frame of a nearly empty scene}``.
 
     Raises:
         RuntimeError: nothing can be drawn, with the command that installs what is missing.

@@ -1,0 +1,285 @@
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from trm_helpers import paths, runs
+from trm_helpers.preflight import Check
+from trm_helpers.runs import main, notebook_parameters, run_notebook, run_suite
+
+PARAMETERS = '''
+preset: str = "reference"  # which settings
+run_name: str = ""  # folder under artifacts/
+lr: float = 3e-4  # learning rate
+'''
+RESULTS = {"successes": 8, "episodes": 10, "success_rate": 0.8, "wilson_low": 0.490,
+           "wilson_high": 0.943, "mean_length": 100.0, "std_length": 5.0}
+
+
+def write_notebook(path, *cells, parameters=PARAMETERS):
+    """A notebook with a ``parameters`` cell and code cells."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3",
+                                    "language": "python"}
+    tagged = nbformat.v4.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]})
+    notebook.cells = [tagged, *(nbformat.v4.new_code_cell(textwrap.dedent(c)) for c in cells)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """An empty notebooks folder in place of the checkout's."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(paths, "notebooks_dir", lambda: folder)
+    return folder
+
+
+# --- one notebook --------------------------------------------------------------------------------
+
+def test_runs_with_this_python_in_its_folder_with_the_parameters(notebooks, monkeypatch, tmp_path):
+    write_notebook(notebooks / "04_train.ipynb", """
+        import json, os, pathlib, sys
+        said = {"lr": lr, "cwd": os.getcwd(), "python": sys.executable, "pid": os.getpid()}
+        pathlib.Path("said.json").write_text(json.dumps(said))
+    """)
+    monkeypatch.chdir(tmp_path)
+    executed = run_notebook("04_train", {"lr": 1e-3, "run_name": "first"})
+    assert executed == tmp_path / "artifacts" / "first" / "notebooks" / "04_train.ipynb"
+    said = json.loads((notebooks / "said.json").read_text())
+    assert said["lr"] == 1e-3
+    assert said["cwd"] == str(notebooks)
+    assert said["python"] == sys.executable
+    assert [p.name for p in executed.parent.iterdir()] == ["04_train.ipynb"]
+    cells = nbformat.read(executed, as_version=4).cells
+    assert [cell.execution_count for cell in cells] == [1, 2, 3]  # one injected
+
+
+def test_unknown_parameter_is_refused_before_anything_runs(notebooks, tmp_path):
+    write_notebook(notebooks / "04_train.ipynb", "open('ran', 'w').close()")
+    with pytest.raises(ValueError) as error:
+        run_notebook("04_train", {"learning_rate": 1e-3})
+    message = str(error.value)
+    assert "unknown parameter 'learning_rate' for 04_train" in message
+    assert "  lr        learning rate" in message.splitlines()
+    assert not (notebooks / "ran").exists()
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_parameters_have_their_comments(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb")
+    assert notebook_parameters(notebook) == {
+        "preset": "which settings", "run_name": "folder under artifacts/", "lr": "learning rate"}
+
+
+def test_failure_has_the_traceback_and_keeps_the_copy(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb", "print('before')", "wheels = 4\nwheels / 0",
+                              "print('after')")
+    output = tmp_path / "out" / "a.ipynb"
+    with pytest.raises(RuntimeError) as error:
+        run_notebook(notebook, output=output)
+    assert "a.ipynb failed: ZeroDivisionError: division by zero" in str(error.value)
+    assert "wheels / 0" in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert [p.name for p in output.parent.iterdir()] == ["a.failed.ipynb"]
+
+    write_notebook(notebook, "print('before')")
+    run_notebook(notebook, output=output)
+    assert [p.name for p in output.parent.iterdir()] == ["a.ipynb"]
+
+
+def test_failed_run_leaves_the_earlier_copy(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb", "print('good')")
+    output = run_notebook(notebook, output=tmp_path / "out.ipynb")
+    good = output.read_bytes()
+    write_notebook(notebook, "1 / 0")
+    with pytest.raises(RuntimeError):
+        run_notebook(notebook, output=output)
+    assert output.read_bytes() == good
+
+
+def test_killed_kernel_is_an_error(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb", "import os\nos._exit(9)")
+    with pytest.raises(RuntimeError, match="a.ipynb failed: its kernel ended"):
+        run_notebook(notebook, output=tmp_path / "out.ipynb")
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb", """
+        import os, pathlib, time
+        pathlib.Path("started").write_text(str(os.getpid()))
+        time.sleep(100)
+    """)
+    command = subprocess.Popen([sys.executable, "-m", "trm_helpers.runs", str(notebook)],
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text())
+    command.terminate()
+    _, said = command.communicate(timeout=30)
+    assert command.returncode == 130
+    assert "interrupted" in said
+    kernel = Path("/proc") / (tmp_path / "started").read_text()
+    wait_for(lambda: not kernel.exists())
+    assert not [p for p in paths.artifacts_dir().rglob("*") if p.is_file()]
+
+
+def test_missing_notebook_lists_those_there_are(notebooks):
+    with pytest.raises(FileNotFoundError, match="make notebooks"):
+        run_notebook("04_train")
+    write_notebook(notebooks / "00_setup.ipynb")
+    with pytest.raises(FileNotFoundError, match="'04_train'.*one of 00_setup"):
+        run_notebook("04_train")
+
+
+# --- the suite -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def suite(notebooks, monkeypatch):
+    """Three notebooks that append their number to ``order``; preflight and collection pretended."""
+    for name in ("00_setup", "04_train", "06_eval"):
+        write_notebook(notebooks / f"{name}.ipynb",
+                       f"with open('order', 'a') as file: file.write('{name[:2]} ')")
+    monkeypatch.setattr("trm_helpers.preflight.preflight", lambda: [Check("Python", "ok", "3")])
+    monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations",
+                        lambda config: print(f"collected for {config.preset}"))
+    run_dir = paths.artifacts_dir() / "demo"
+    run_dir.mkdir(parents=True)
+    (run_dir / "results.json").write_text(json.dumps(RESULTS))
+    return notebooks
+
+
+def pretend_runs(monkeypatch, fail=()):
+    """Replace execution by writing the copy; returns the list of what ran."""
+    ran = []
+
+    def run(path, parameters, *, run_dir):
+        ran.append((path.stem, parameters))
+        if path.stem in fail:
+            raise RuntimeError(f"{path.stem} failed")
+        copy = run_dir / "notebooks" / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text("{}")
+        (run_dir / "results.json").write_text(json.dumps(RESULTS))
+
+    monkeypatch.setattr(runs, "run_notebook", run)
+    return ran
+
+
+def test_suite_runs_in_order_and_ends_with_the_success_line(suite, capfd):
+    run_dir = run_suite("demo")
+    assert run_dir == paths.artifacts_dir() / "demo"
+    assert (suite / "order").read_text() == "00 04 06 "
+    printed = capfd.readouterr().out
+    assert "collected for demo" in printed
+    assert str(run_dir / "notebooks") in printed
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("8 of 10 episodes, success rate 80 %")
+    assert last.endswith(" minutes")
+
+
+def test_each_parameter_goes_to_the_notebooks_that_have_it(suite, monkeypatch):
+    write_notebook(suite / "00_setup.ipynb", parameters='preset: str = "demo"  # settings')
+    ran = pretend_runs(monkeypatch)
+    run_suite("demo", "mine", {"lr": 0.01})
+    both = {"lr": 0.01, "preset": "demo", "run_name": "mine"}
+    assert ran == [("00_setup", {"preset": "demo"}), ("04_train", both), ("06_eval", both)]
+
+
+def test_interrupted_suite_continues_where_it_was(suite, monkeypatch):
+    ran = pretend_runs(monkeypatch, fail=["04_train"])
+    with pytest.raises(RuntimeError, match="04_train failed"):
+        run_suite("demo")
+    assert [name for name, _ in ran] == ["00_setup", "04_train"]
+    ran = pretend_runs(monkeypatch)
+    run_suite("demo")
+    assert [name for name, _ in ran] == ["04_train", "06_eval"]
+    ran = pretend_runs(monkeypatch)
+    run_suite("demo")
+    assert ran == []
+
+
+@pytest.mark.parametrize("change", ["source", "parameters"])
+def test_a_change_runs_that_notebook_and_all_after_it(suite, monkeypatch, change):
+    pretend_runs(monkeypatch)
+    run_suite("demo", parameters={"lr": 0.01})
+    ran = pretend_runs(monkeypatch)
+    if change == "source":
+        write_notebook(suite / "04_train.ipynb", "print('changed')")
+        run_suite("demo", parameters={"lr": 0.01})
+        assert [name for name, _ in ran] == ["04_train", "06_eval"]
+    else:
+        run_suite("demo", parameters={"lr": 0.02})
+        assert [name for name, _ in ran] == ["00_setup", "04_train", "06_eval"]
+
+
+def test_minutes_add_up_over_interruptions(suite, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+
+    def run(minutes, fail=()):
+        monkeypatch.setenv("TRM_STARTED_AT", str(now[0]))
+        now[0] += 60 * minutes  # set-up and all
+        pretend_runs(monkeypatch, fail)
+        run_suite("demo")
+
+    with pytest.raises(RuntimeError):
+        run(7, fail=["06_eval"])
+    run(2.5)
+    assert capsys.readouterr().out.strip().endswith("9.5 minutes")
+    run(1)  # nothing left to do: still the time that it took
+    assert capsys.readouterr().out.strip().endswith("9.5 minutes")
+
+
+def test_suite_refuses_what_no_notebook_has(suite, monkeypatch):
+    ran = pretend_runs(monkeypatch)
+    with pytest.raises(ValueError, match="unknown parameter 'speed' for 00_setup, 04_train, 06"):
+        run_suite("demo", parameters={"speed": 1})
+    with pytest.raises(ValueError, match="unknown preset 'fast'; expected one of reference, demo"):
+        run_suite("fast")
+    with pytest.raises(ValueError, match="parameter preset='tiny' contradicts 'demo'"):
+        run_suite("demo", parameters={"preset": "tiny"})
+    assert ran == []
+
+
+def test_existing_run_is_refused_without_resume(suite, monkeypatch):
+    ran = pretend_runs(monkeypatch)
+    with pytest.raises(FileExistsError, match="artifacts/demo exists"):
+        run_suite("demo", resume=False)
+    assert ran == []
+
+
+def test_failed_preflight_stops_the_suite(suite, monkeypatch):
+    ran = pretend_runs(monkeypatch)
+    monkeypatch.setattr("trm_helpers.preflight.preflight", lambda: [Check("GL", "fail", "none")])
+    with pytest.raises(RuntimeError, match="preflight failed"):
+        run_suite("demo")
+    assert ran == []
+
+
+# --- command line --------------------------------------------------------------------------------
+
+def test_command_line_reads_values_as_python(suite, monkeypatch):
+    ran = pretend_runs(monkeypatch)
+    assert main(["demo", "--run-name", "r", "-p", "lr", "1e-3"]) == 0
+    assert ran[0] == ("00_setup", {"lr": 0.001, "preset": "demo", "run_name": "r"})
+
+
+def test_command_line_runs_one_notebook(suite, capsys):
+    assert main(["06_eval", "-p", "lr", "1e-3"]) == 0
+    assert (suite / "order").read_text() == "06 "
+    assert main(["06_eval", "-p", "rate", "1e-3"]) == 1
+    assert "error: unknown parameter 'rate'" in capsys.readouterr().err

@@ -1,0 +1,306 @@
+"""Notebooks through papermill, one or all: ``python -m trm_helpers.runs demo`` or ``04_train``.
+
+papermill only warns about a parameter that the notebook does not have; here it is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from . import paths
+from .config import PRESETS, from_flat, settings_by_part
+from .files import replacing, write_json
+
+_TRACEBACK_LINES = 15  # of a failed notebook shown in the error
+_PRODUCTS = {
+    "notebooks": "notebooks/[0-9]*.ipynb",
+    "figures": "figures/*",
+    "videos": "videos/*.mp4",
+    "checkpoints": "*.safetensors",
+    "results": "results.json",
+}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+# --- one notebook --------------------------------------------------------------------------------
+
+def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None, *,
+                 output: str | os.PathLike | None = None,
+                 run_dir: str | os.PathLike | None = None) -> Path:
+    """Execute a notebook with papermill in a process of its own, wherever it is called from.
+
+    The kernel is the Python that calls, its working folder the notebook's. Nothing stands under
+    the output's name before every cell has run; the copy of a failed run is kept beside it as
+    ``<name>.failed.ipynb``.
+
+    Args:
+        name_or_path: ``"04_train"`` for one of the suite, or a path to an ``.ipynb``.
+        parameters: values for its ``parameters`` cell.
+        output: the executed copy; by default ``<run_dir>/notebooks/<name>.ipynb``.
+        run_dir: by default ``artifacts/<run_name>`` with the parameter of that name, else
+            ``artifacts``.
+
+    Returns:
+        the path of the executed copy.
+
+    Raises:
+        FileNotFoundError: no such notebook, with those there are.
+        ValueError: a parameter that it does not have, with those it has; nothing was run.
+        RuntimeError: a cell failed, with the end of its traceback.
+    """
+    source = _find_notebook(name_or_path)
+    parameters = dict(parameters or {})
+    _refuse_unknown(parameters, {source: notebook_parameters(source)})
+    if output is None:
+        run_dir = Path(run_dir or paths.artifacts_dir() / str(parameters.get("run_name") or ""))
+        output = run_dir / "notebooks" / source.name
+    output = Path(output).resolve()
+    failed = output.with_suffix(".failed.ipynb")
+    with replacing(output) as temporary:
+        if _in_own_process(source, temporary, parameters) != 0:
+            if not temporary.exists():
+                raise RuntimeError(f"{source.name} did not start; see the messages above")
+            os.replace(temporary, failed)
+            raise RuntimeError(f"{source.name} failed: {_failure(failed)}\n"
+                               f"The copy up to there is {failed}")
+    failed.unlink(missing_ok=True)
+    return output
+
+
+def notebook_parameters(notebook: str | os.PathLike) -> dict[str, str]:
+    """Name and comment of each parameter in the cell tagged ``parameters``."""
+    import papermill
+
+    found = papermill.inspect_notebook(str(notebook))
+    return {name: entry["help"] for name, entry in found.items()}
+
+
+def suite_notebooks() -> list[Path]:
+    """The notebooks of the suite in order. ``FileNotFoundError`` if there is none."""
+    found = sorted(paths.notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise FileNotFoundError(f"no notebook in {paths.notebooks_dir()}; expected 00_setup.ipynb "
+                                "and so on, which `make notebooks` writes")
+    return found
+
+
+def _find_notebook(name_or_path: str | os.PathLike) -> Path:
+    path = Path(name_or_path)
+    candidates = [path, paths.notebooks_dir() / path.with_suffix(".ipynb").name]
+    for candidate in candidates:
+        if candidate.suffix == ".ipynb" and candidate.is_file():
+            return candidate.resolve()
+    known = ", ".join(p.stem for p in suite_notebooks())
+    raise FileNotFoundError(f"no notebook {str(path)!r}; expected the path of an .ipynb or one of "
+                            f"{known}")
+
+
+def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:
+    """Raise ``ValueError`` for a parameter that none of the notebooks has."""
+    valid = {name: comment for parameters in known.values()
+             for name, comment in parameters.items()}
+    unknown = [name for name in given if name not in valid]
+    if unknown:
+        where = ", ".join(path.stem for path in known)
+        width = max(map(len, valid), default=0)
+        lines = "\n".join(f"  {name:{width}}  {comment}" for name, comment in valid.items())
+        raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))} for {where}; "
+                         f"valid:\n{lines or '  none'}")
+
+
+def _in_own_process(source: Path, output: Path, parameters: dict) -> int:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_execute, args=(source, output, parameters), name=source.stem)
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():  # interrupted: let the kernel end with it
+            process.terminate()
+            process.join()
+    return process.exitcode
+
+
+def _execute(source: Path, output: Path, parameters: dict) -> None:
+    """The child process: exit code 1 for a failed cell, whose traceback is in ``output``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # before a python3 kernel in the user's home
+    os.environ.setdefault("TQDM_MININTERVAL", "1")  # each refresh is stored in the executed copy
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm: text is wanted
+    import papermill
+
+    try:
+        papermill.execute_notebook(
+            source, output, parameters, cwd=source.parent, kernel_name="python3",
+            progress_bar={"desc": source.stem}, stderr_file=sys.stderr)
+    except papermill.PapermillExecutionError:
+        sys.exit(1)
+
+
+def _failure(executed: Path) -> str:
+    """Error and end of the traceback, from the executed copy."""
+    for cell in json.loads(executed.read_text())["cells"]:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                lines = _ANSI.sub("", "\n".join(output["traceback"])).splitlines()
+                return (f"{output['ename']}: {output['evalue']}\n"
+                        + "\n".join(lines[-_TRACEBACK_LINES:]))
+    return "its kernel ended (out of memory?); see the messages above"
+
+
+# --- the suite -----------------------------------------------------------------------------------
+
+def run_suite(preset: str, run_name: str | None = None, parameters: dict | None = None, *,
+              resume: bool = True) -> Path:
+    """Preflight, demonstrations, then every notebook in order; ends with the success line.
+
+    A notebook whose executed copy is complete, with the same parameters and source, and no
+    notebook run before it, is kept: an interrupted suite continues where it was.
+
+    Args:
+        preset: a name in ``config.PRESETS``.
+        run_name: the folder under ``artifacts/``; by default the preset's name.
+        parameters: more parameters, each given to the notebooks that have it.
+        resume: ``False`` refuses a run folder that exists.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        ValueError: unknown preset; a parameter that no notebook has.
+        FileExistsError: the run folder exists and ``resume`` is off.
+        RuntimeError: preflight or a notebook failed.
+    """
+    started = float(os.environ.get("TRM_STARTED_AT", time.time()))
+    settings = {"preset": preset, "run_name": run_name or preset}
+    for name, value in (parameters or {}).items():
+        if settings.setdefault(name, value) != value:
+            raise ValueError(f"parameter {name}={value!r} contradicts {settings[name]!r}")
+    owners = settings_by_part()
+    config = from_flat(preset, **{k: v for k, v in settings.items() if k in owners})
+    known = {path: notebook_parameters(path) for path in suite_notebooks()}
+    _refuse_unknown(settings, known)
+    run_dir = paths.artifacts_dir() / settings["run_name"]
+    if run_dir.exists() and not resume:
+        raise FileExistsError(f"{run_dir} exists; choose another run_name, move it away or resume")
+    plan = {path: {k: v for k, v in settings.items() if k in names}
+            for path, names in known.items()}
+    pending = _pending(plan, run_dir)
+    minutes = _minutes_before(run_dir)
+    if pending:
+        try:
+            _prepare(config)
+            for path in pending:
+                _run_and_record(path, plan[path], run_dir)
+        finally:
+            minutes += (time.time() - started) / 60
+            write_json(run_dir / "notebooks" / "minutes.json", minutes)
+    _report(run_dir, minutes)
+    return run_dir
+
+
+def _prepare(config) -> None:
+    from .collect import ensure_demonstrations
+    from .preflight import preflight, table
+
+    checks = preflight()
+    print(table(checks), flush=True)
+    if any(check.status == "fail" for check in checks):
+        raise RuntimeError("preflight failed; see the table above")
+    ensure_demonstrations(config)
+
+
+def _pending(plan: dict[Path, dict], run_dir: Path) -> list[Path]:
+    """The notebooks from the first that is not complete on."""
+    order = list(plan)
+    for index, path in enumerate(order):
+        copy = run_dir / "notebooks" / path.name
+        record = copy.with_suffix(".json")
+        if not (copy.exists() and record.exists()
+                and json.loads(record.read_text()) == _identity(path, plan[path])):
+            return order[index:]
+        print(f"{path.stem}: kept from before, {copy}")
+    return []
+
+
+def _run_and_record(path: Path, parameters: dict, run_dir: Path) -> None:
+    record = run_dir / "notebooks" / f"{path.stem}.json"
+    record.unlink(missing_ok=True)
+    run_notebook(path, parameters, run_dir=run_dir)
+    write_json(record, _identity(path, parameters))
+
+
+def _identity(path: Path, parameters: dict) -> dict:
+    cells = [[cell["cell_type"], "".join(cell["source"])]
+             for cell in json.loads(path.read_text())["cells"]]
+    return {"parameters": json.loads(json.dumps(parameters)),  # as read back: no tuples
+            "source_sha256": hashlib.sha256(json.dumps(cells).encode()).hexdigest()}
+
+
+def _minutes_before(run_dir: Path) -> float:
+    file = run_dir / "notebooks" / "minutes.json"
+    return json.loads(file.read_text()) if file.exists() else 0.0
+
+
+def _report(run_dir: Path, minutes: float) -> None:
+    """Print where everything is, and the success line."""
+    from .stats import format_success
+
+    print(f"\nEverything is in {run_dir}")
+    for title, pattern in _PRODUCTS.items():
+        found = sorted(run_dir.glob(pattern))
+        print(f"  {title:11} {len(found):3}  {run_dir / pattern}")
+    results = run_dir / "results.json"
+    if not results.exists():
+        raise RuntimeError(f"{results} is missing; 06_eval should have written it")
+    print(f"{format_success(json.loads(results.read_text()))}, {minutes:.1f} minutes", flush=True)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", help=f"a preset ({', '.join(PRESETS)}) for the whole suite, or a "
+                                     "notebook such as 04_train")
+    parser.add_argument("--run-name", help="folder under artifacts/")
+    parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[],
+                        metavar=("NAME", "VALUE"), help="parameter; may be given more than once")
+    arguments = parser.parse_args(argv)
+    parameters = {name: _literal(value) for name, value in arguments.parameters}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C: kernels too
+    try:
+        if arguments.what in PRESETS:
+            run_suite(arguments.what, arguments.run_name, parameters)
+        else:
+            if arguments.run_name:
+                parameters["run_name"] = arguments.run_name
+            print(run_notebook(arguments.what, parameters))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _literal(text: str):
+    """``1e-3``, ``True`` or ``[0, 1]`` as Python reads them; anything else is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
