@@ -1,0 +1,234 @@
+"""Figures show the numbers they are given; pictures are the right way up; videos play."""
+
+import imageio.v2 as imageio
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from trm_helpers import plots
+from trm_helpers.stats import summarize_episodes, wilson_interval
+
+matplotlib.use("agg")
+
+
+def stored(count: int = 2, size: int = 8) -> np.ndarray:
+    """(n, size, size, 3) uint8 frames as stored: the first row, the picture's bottom, is red."""
+    images = np.zeros((count, size, size, 3), np.uint8)
+    images[:, 0] = (255, 0, 0)
+    return images
+
+
+def assert_upright(axes) -> None:
+    shown = axes.images[0].get_array()
+    assert (shown[-1] == shown[-1, 0]).all() and shown[-1, 0, 0] > 0 and shown[0].sum() == 0
+
+
+def episodes(successes: int, count: int, task_id: int = 0) -> list[dict]:
+    return [dict(suite="libero_object", task_id=task_id, init_state=i, success=i < successes,
+                 steps=100 if i < successes else 280) for i in range(count)]
+
+
+def bar_heights(axes) -> list[float]:
+    return [patch.get_height() for patch in axes.patches]
+
+
+# --- pictures ------------------------------------------------------------------------------------
+def test_upright_flips_the_vertical_axis_only():
+    images = np.arange(2 * 3 * 4 * 5 * 3).reshape(2, 3, 4, 5, 3)
+    flipped = plots.upright(images)
+    assert flipped.shape == images.shape
+    for row in range(4):
+        np.testing.assert_array_equal(flipped[:, :, row], images[:, :, 3 - row])
+    np.testing.assert_array_equal(plots.upright(flipped), images)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 4), (3,)])
+def test_upright_refuses_what_is_no_image(shape):
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., H, W, 3\)"):
+        plots.upright(np.zeros(shape))
+
+
+def test_frames_are_upright_in_every_figure_of_images():
+    batch = {
+        "observations": {"agentview_rgb": stored()[:, None] / 255, "proprio": np.zeros((2, 1, 8))},
+        "actions": np.arange(2 * 1 * 4 * 7).reshape(2, 1, 4, 7) / 10,
+    }
+    figures = [
+        plots.plot_frames({"agentview_rgb": stored(), "eye_in_hand_rgb": stored()}, "a task"),
+        plots.plot_augmentation(stored() / 255, stored() / 255),
+        plots.plot_rollout_strip(plots.upright(stored()), [0, 30], "success after 31 steps"),
+        plots.plot_batch(batch),
+    ]
+    for figure, count in zip(figures, (4, 4, 2, 2), strict=True):
+        with_images = [axes for axes in figure.axes if axes.images]
+        assert len(with_images) == count
+        for axes in with_images:
+            assert_upright(axes)
+    assert [axes.get_title() for axes in figures[2].axes] == ["step 0 (0.0 s)", "step 30 (1.5 s)"]
+    widths = [[bar.get_width() for bar in axes.patches] for axes in figures[3].axes[2:]]
+    np.testing.assert_allclose(widths, batch["actions"][:, 0, 0])  # first step, first of the chunk
+
+
+# --- curves and bars -----------------------------------------------------------------------------
+def test_action_statistics_are_shares_of_the_steps():
+    actions = np.zeros((4, 7))
+    actions[:, 0] = (0.5, 0.5, 0.5, -0.5)
+    actions[:, 6] = (-1, 1, 1, 1)
+    figure = plots.plot_action_statistics(actions)
+    assert sorted(bar_heights(figure.axes[0]))[-2:] == [25, 75]
+    assert (bar_heights(figure.axes[6])[0], bar_heights(figure.axes[6])[-1]) == (25, 75)
+    assert figure.axes[0].get_title() == "dx: mean +0.25, std 0.43"
+
+
+@pytest.mark.parametrize("draw", [plots.plot_action_statistics, plots.plot_action_trace])
+@pytest.mark.parametrize("shape", [(0, 7), (5, 6), (7,)])
+def test_actions_of_another_shape_are_refused(draw, shape):
+    with pytest.raises(ValueError, match=r"expected \(T, 7\)"):
+        draw(np.zeros(shape))
+
+
+def test_action_trace_is_in_seconds():
+    actions = np.linspace(-1, 1, 40 * 7).reshape(40, 7)
+    figure = plots.plot_action_trace(actions)
+    move, turn, grip = figure.axes
+    lines = [*move.patches, *turn.patches, *grip.patches]
+    for dim, line in enumerate(lines):
+        np.testing.assert_array_equal(line.get_data().values, actions[:, dim])
+        assert line.get_data().edges[-1] == 2.0  # 40 steps at 20 Hz
+    assert len(lines) == 7
+
+
+def test_alignment_shows_what_was_measured_and_what_was_not():
+    evidence = {"method": "delay", "fraction": None, "residual": None, "delay": 0.25}
+    figure = plots.plot_alignment("shift", evidence)
+    by_joints, by_delay = figure.axes
+    assert any("could not be measured" in text.get_text() for text in by_joints.texts)
+    assert [list(line.get_xdata()) for line in by_delay.lines] == [[0.25, 0.25]]
+    assert "obs[t] -> actions[t+1]" in figure.get_suptitle()
+
+
+def test_demo_lengths_count_every_demonstration():
+    figure = plots.plot_demo_lengths([100, 100, 120], horizon=280)
+    assert sum(bar_heights(figure.axes[0])) == 3
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [pytest.approx(320 / 3), 280]
+
+
+def test_training_curves_mark_the_best_epoch():
+    rows = [dict(epoch=e, train_loss=1 / e, val_loss=v, lr=1e-3 / e, seconds=30)
+            for e, v in enumerate((0.5, 0.2, 0.4), 1)]
+    figure = plots.plot_training_curves(rows)
+    losses, rates = figure.axes
+    train, val, best = losses.lines
+    np.testing.assert_allclose(train.get_ydata(), (1, 1 / 2, 1 / 3))
+    np.testing.assert_allclose(val.get_ydata(), (0.5, 0.2, 0.4))
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [0.2])
+    np.testing.assert_allclose(rates.lines[0].get_ydata(), (1e-3, 5e-4, 1e-3 / 3))
+    assert losses.get_yscale() == "log"
+    assert figure.get_suptitle() == "Training: 3 epochs in 1.5 minutes"
+
+
+def test_training_curves_need_an_epoch():
+    with pytest.raises(ValueError, match="metrics is empty"):
+        plots.plot_training_curves([])
+
+
+def test_search_is_ranked_by_final_loss():
+    rows = [dict(lr=lr, hidden_dim=128, num_recursions=4, val_loss=losses[-1], val_losses=losses)
+            for lr, losses in ((1e-3, [0.9, 0.3]), (5e-4, [0.8, 0.1]), (1e-4, [0.7, 0.2]))]
+    ranking, curves = plots.plot_search_ranking(rows).axes
+    assert [bar.get_width() for bar in ranking.patches] == [0.1, 0.2, 0.3]
+    assert [label.get_text() for label in ranking.get_yticklabels()] == [
+        "lr 0.0005, D 128, N 4", "lr 0.0001, D 128, N 4", "lr 0.001, D 128, N 4"
+    ]
+    red = matplotlib.colors.to_rgba(plots.RED)
+    assert [bar.get_facecolor() == red for bar in ranking.patches] == [True, False, False]
+    highlighted = [line for line in curves.lines if matplotlib.colors.to_rgba(line.get_color())
+                   == red]
+    assert [list(line.get_ydata()) for line in highlighted] == [[0.8, 0.1]]
+
+
+def test_success_bars_have_wilson_intervals_and_counts():
+    summary = summarize_episodes(episodes(8, 10) + episodes(0, 10, task_id=3))
+    axes = plots.plot_success({"policy": summary}).axes[0]
+    assert bar_heights(axes) == [80, 0, 40]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["object 0", "object 3", "all"]
+    assert [text.get_text() for text in axes.texts] == ["8/10", "0/10", "8/20"]
+    whiskers = axes.collections[0].get_segments()
+    for segment, (successes, count) in zip(whiskers, ((8, 10), (0, 10), (8, 20)), strict=True):
+        np.testing.assert_allclose(
+            segment[:, 1] / 100, wilson_interval(successes, count), atol=1e-12
+        )
+
+
+def test_success_of_two_policies_side_by_side_on_the_tasks_each_has():
+    both = {"a": summarize_episodes(episodes(1, 2)),
+            "b": summarize_episodes(episodes(2, 2) + episodes(0, 2, task_id=1))}
+    axes = plots.plot_success(both).axes[0]
+    assert bar_heights(axes) == [50, 50, 100, 0, 50]
+    centres = [patch.get_x() + patch.get_width() / 2 for patch in axes.patches]
+    np.testing.assert_allclose(centres, [-0.2, 1.8, 0.2, 1.2, 2.2])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_episode_lengths_by_outcome():
+    axes = plots.plot_episode_lengths(episodes(3, 5), horizon=280).axes[0]
+    assert sum(bar_heights(axes)) == 5
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "horizon 280", "succeeded (3)", "failed (2)"
+    }
+
+
+# --- files ---------------------------------------------------------------------------------------
+def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figure = plots.plot_demo_lengths([100, 120])
+    assert dict(matplotlib.rcParams) == before
+    assert matplotlib.pyplot.get_fignums() == []
+    path = plots.save_figure(figure, tmp_path / "figures" / "lengths.png")
+    assert imread(path).shape[:2] == (3.2 * 150, 6 * 150)
+    assert [file.name for file in path.parent.iterdir()] == ["lengths.png"]
+
+
+def test_caption_stands_above_the_picture():
+    frame = np.full((128, 128, 3), 200, np.uint8)
+    short = plots.caption_frame(frame, ["step 12 of 280"])
+    assert short.shape == (384 + 27, 384, 3) and short.dtype == np.uint8
+    assert (short[-384:] == 200).all()
+    assert short[:-384].max() > 200  # white letters on the band
+    long = plots.caption_frame(frame, ["pick up the black bowl " * 4, "step 12 of 280"])
+    assert (len(long) - len(short)) % 19 == 0 and len(long) > len(short) + 19
+    assert plots.caption_frame(frame, [], scale=2).shape == (256, 256, 3)
+
+
+def test_caption_refuses_other_frames():
+    with pytest.raises(ValueError, match="expected \\(H, W, 3\\) and uint8"):
+        plots.caption_frame(np.zeros((8, 8, 3)), ["x"])
+
+
+def test_video_plays_with_even_sides(tmp_path):
+    frames = [np.full((33, 47, 3), 20 * i, np.uint8) for i in range(10)]
+    path = plots.write_video(tmp_path / "videos" / "episode.mp4", iter(frames), fps=20)
+    with imageio.get_reader(path) as reader:
+        meta, read = reader.get_meta_data(), list(reader.iter_data())
+    assert (meta["codec"], meta["pix_fmt"].split("(")[0], meta["fps"]) == ("h264", "yuv420p", 20)
+    assert meta["size"] == (48, 34)
+    assert len(read) == 10
+    for i, frame in enumerate(read):
+        assert abs(frame.astype(float) - 20 * i).max() < 6  # lossy
+    assert [file.name for file in path.parent.iterdir()] == ["episode.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "message"),
+    [
+        ("a.mp4", [], "frames is empty"),
+        ("a.mp4", [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 6, 3), np.uint8)], "frame 1 has"),
+        ("a.mp4", [np.zeros((8, 8, 3))], "frame 0 has shape .* float64"),
+        ("a.gif", [np.zeros((8, 8, 3), np.uint8)], "ends in .mp4"),
+    ],
+)
+def test_video_refuses_and_leaves_nothing(tmp_path, name, frames, message):
+    with pytest.raises(ValueError, match=message):
+        plots.write_video(tmp_path / name, frames)
+    assert list(tmp_path.iterdir()) == []
