@@ -49,11 +49,24 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
         if not resume:
             raise FileExistsError(f"{run} exists already; choose another run_name, remove it, or "
                                   "resume it (resume=True)")
-        _refuse_other_settings(run, config)
+        refuse_other_settings(run, config)
         return run
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
     return run
+
+
+def refuse_other_settings(run: Path, config: Config) -> None:
+    """Raise ``ValueError`` listing the settings of data, model or training that a run differs in."""
+    before, now = load_config(run).to_dict(), config.to_dict()
+    different = [
+        f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
+        for part in ("data", "model", "train") for name in now[part]
+        if before[part][name] != now[part][name] and name not in _FREE_SETTINGS
+    ]
+    if different:
+        raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
+                         "choose another name or the same settings")
 
 
 def find_run(run_name: str = "") -> Path:
@@ -149,15 +162,3 @@ def load_training_state(run: str | Path) -> dict | None:
     """Inverse of :func:`save_training_state`; ``None`` when there is nothing to continue."""
     path = Path(run) / "training_state.pt"
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def _refuse_other_settings(run: Path, config: Config) -> None:
-    before, now = load_config(run).to_dict(), config.to_dict()
-    different = [
-        f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
-        for part in ("data", "model", "train") for name in now[part]
-        if before[part][name] != now[part][name] and name not in _FREE_SETTINGS
-    ]
-    if different:
-        raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
-                         "choose another run_name or the same settings")

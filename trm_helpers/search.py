@@ -1,0 +1,133 @@
+"""Hyper-parameter search: short trainings over the reference's sixteen-point grid, ranked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from . import schema
+from .checkpoint import refuse_other_settings
+from .config import Config, SearchConfig
+from .data import LIBERODataset
+from .files import replacing, write_json
+from .model import TRMPolicy
+from .train import BehaviorCloningTrainer
+
+_SPIKE = 1.2  # a validation loss this many times the lowest before it
+_CONVERGED = 0.9  # of the way from the first validation loss to the lowest
+_SAME_LOSS = 1.01  # losses this close count as equal, and the next criterion decides
+
+
+def grid(config: SearchConfig) -> list[dict]:
+    """The settings of every trial: learning rate x width x recursions, or ``max_configs`` of them.
+
+    A part of the grid is spread evenly over it, first and last point included.
+    """
+    points = [
+        {"lr": lr, "hidden_dim": width, "num_recursions": depth}
+        for lr, width, depth in itertools.product(
+            config.search_lrs, config.search_hidden_dims, config.search_num_recursions)
+    ]
+    count = config.max_configs
+    if not count or count >= len(points):
+        return points
+    if count == 1:
+        return points[:1]
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def run_search(config: Config, files: dict[int, Path], run: str | Path) -> list[dict]:
+    """Train every point of the grid for ``search_epochs`` and rank the trials.
+
+    Each trial has a folder in ``<run>/search/`` and a trial that is complete there is not run
+    again. Writes ``trials.json`` (ranked) and ``best.yaml``, which
+    ``papermill 04_train.ipynb -f best.yaml`` takes.
+
+    Args:
+        files: one demonstration file per task id.
+
+    Returns:
+        the trials, best first: the settings, ``trial``, the measures of :func:`measure_curve`,
+        ``val_losses`` per epoch, and ``success_rate`` where ``search_episodes`` asks for rollouts.
+
+    Raises:
+        ValueError: a trial in the folder was trained with other settings.
+    """
+    folder = Path(run) / "search"
+    data = LIBERODataset.from_config(files, config)
+    trials = []
+    with tqdm(grid(config.search), desc="search", unit="trial") as bar:
+        for point in bar:
+            name = "-".join(f"{key}{value:g}" for key, value in point.items())
+            bar.set_postfix_str(name)
+            settings = config.replace(**point, epochs=config.search.search_epochs, patience=0,
+                                      wandb_mode="disabled")
+            trials.append({"trial": name, **point, **_run_trial(settings, data, folder / name)})
+    ranked = rank_trials(trials)
+    write_json(folder / "trials.json", ranked)
+    best = {key: ranked[0][key] for key in point}
+    with replacing(folder / "best.yaml") as temporary:
+        temporary.write_text("".join(f"{key}: {value!r}\n" for key, value in best.items()))
+    return ranked
+
+
+def measure_curve(val_losses: list[float]) -> dict:
+    """The criteria of a trial from its validation losses per epoch.
+
+    ``final_val_loss``; ``epochs_to_converge``: the first epoch (from 1) that has come 90 % of the
+    way from the first loss to the lowest; ``spikes``: epochs above 1.2 times the lowest before.
+    """
+    if not val_losses:
+        raise ValueError("val_losses is empty; expected one per epoch")
+    first, lowest = val_losses[0], min(val_losses)
+    near = first - _CONVERGED * (first - lowest)
+    epochs = next(epoch for epoch, loss in enumerate(val_losses, 1) if loss <= near)
+    spikes = sum(loss > _SPIKE * min(val_losses[:i]) for i, loss in enumerate(val_losses) if i)
+    return {"final_val_loss": val_losses[-1], "epochs_to_converge": epochs, "spikes": spikes}
+
+
+def rank_trials(trials: list[dict]) -> list[dict]:
+    """Best first: success rate where measured, final validation loss, convergence, stability.
+
+    Losses that fall into the same step of 1 % count as equal.
+    """
+    def key(trial: dict) -> tuple:
+        loss_step = math.floor(math.log(trial["final_val_loss"]) / math.log(_SAME_LOSS))
+        return (-trial.get("success_rate", 0.0), loss_step, trial["epochs_to_converge"],
+                trial["spikes"], trial["final_val_loss"])
+
+    return sorted(trials, key=key)
+
+
+def _run_trial(config: Config, data: tuple[LIBERODataset, LIBERODataset], folder: Path) -> dict:
+    """Train (or go on with, or read) one trial and measure it."""
+    if (folder / "config.json").exists():
+        refuse_other_settings(folder, config)
+    write_json(folder / "config.json", config.to_dict())
+    torch.manual_seed(config.train.seed)
+    train_data, val_data = data
+    policy = TRMPolicy(config.model, train_data.normalizer, train_data.proprio_stats)
+    rows = BehaviorCloningTrainer(policy, train_data, val_data, config.train, folder).fit()
+    losses = [row["val_loss"] for row in rows]
+    result = {**measure_curve(losses), "val_losses": losses,
+              "minutes": round(sum(row["seconds"] for row in rows) / 60, 3)}
+    if config.search.search_episodes:
+        result["success_rate"] = _success_rate(config, folder)
+    return result
+
+
+def _success_rate(config: Config, folder: Path) -> float:
+    """Rollouts on the last init states, which a report on the first ones leaves alone."""
+    from .evaluate import evaluate_run
+
+    episodes = config.search.search_episodes
+    settings = dataclasses.replace(
+        config.eval, num_episodes=episodes, num_videos=0,
+        first_init_state=schema.NUM_INIT_STATES - episodes)
+    return evaluate_run(folder, settings, weights="last")["success_rate"]
+
