@@ -31,6 +31,7 @@ from .validate import DELAY_MARGIN, MIDDLE_DELAY
 # Okabe and Ito's colours, told apart with every common colour vision
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#8C8C8C"
+PALETTE = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -40,7 +41,7 @@ STYLE = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, RED, GREEN, ORANGE, PURPLE, SKY]),
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
     "image.interpolation": "nearest",
     "lines.linewidth": 1.5,
 }
@@ -186,7 +187,7 @@ def plot_action_trace(actions, title: str = "Actions of one demonstration") -> F
     move, turn, grip = fig.subplots(3, sharex=True, height_ratios=(3, 3, 1))
     for dim in range(schema.ARM_DIM):
         axes = move if dim < 3 else turn
-        axes.stairs(actions[:, dim], edges, baseline=None, color=f"C{dim % 3}", linewidth=1.5,
+        axes.stairs(actions[:, dim], edges, baseline=None, color=PALETTE[dim % 3], linewidth=1.5,
                     label=schema.ACTION_NAMES[dim])
     for axes, label in ((move, "translation\n(1 is 0.05 m a step)"),
                         (turn, "rotation\n(1 is 0.5 rad a step)")):
