@@ -108,6 +108,15 @@ def test_predictions_are_compared_in_the_environments_units():
     assert both["mean_absolute_error"]["dx"] == pytest.approx(0, abs=1e-6)
 
 
+def test_predictions_of_many_samples():
+    report, figure = explain.analyze_model_predictions(
+        FakePolicy(), FakeDataset(200), num_samples=2, num_errors=150
+    )
+    assert (report["count"], len(report["samples"])) == (150, 2)
+    assert report["mean_absolute_error"]["dx"] == pytest.approx(0, abs=1e-5)
+    assert len([axes for axes in figure.axes if axes.images]) == 2
+
+
 def test_predictions_keep_the_policys_mode_and_the_data_sets_augmentation():
     policy, dataset = FakePolicy(), FakeDataset()
     first = explain.analyze_model_predictions(policy, dataset, num_samples=2, seed=3)[0]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from . import schema
 from .plots import (
     BLUE,
+    GREEN,
     GREY,
     ORANGE,
     PALETTE,
@@ -96,11 +97,10 @@ def analyze_model_predictions(
         for batch in _batches(policy, dataset, max(num_samples, num_errors), seed):
             predictions.append(_first_actions(policy, policy(batch["observations"])))
             targets.append(_targets(dataset, batch))
-            if not images:
-                view = batch["observations"][policy.config.cameras[0]].flatten(0, 1)
-                images = upright(view[:num_samples].cpu())
+            if len(images) < num_samples:
+                images.extend(batch["observations"][policy.config.cameras[0]].flatten(0, 1).cpu())
     report = prediction_report(np.concatenate(targets), np.concatenate(predictions), num_samples)
-    return report, plot_predictions(images, report)
+    return report, plot_predictions(images[:num_samples], report)
 
 
 def prediction_report(targets: np.ndarray, predictions: np.ndarray, num_samples: int) -> dict:
@@ -128,7 +128,7 @@ def prediction_report(targets: np.ndarray, predictions: np.ndarray, num_samples:
 
 @styled
 def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
-    """Upright images (n, H, W, 3) over target and prediction bars; below, errors on average."""
+    """Stored images (n, H, W, 3) over target and prediction bars; below, errors on average."""
     samples = report["samples"]
     count = max(len(samples), 3)  # room for the panels below
     fig = new_figure(2.7 * count, 8.2)
@@ -137,7 +137,7 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
     for i, sample in enumerate(samples):
         columns = slice(2 * i, 2 * i + 2)
         picture = fig.add_subplot(grid[0, columns])
-        show_image(picture, images[i])
+        show_image(picture, upright(images[i]))
         picture.set_title(f"sample {i + 1}: MSE {sample['mse']:.4f}")
         bars = fig.add_subplot(grid[1, columns])
         bars.barh(place - 0.2, sample["target"], 0.4, color=BLUE, label="demonstrated")
@@ -147,14 +147,15 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
         bars.set(yticks=place, yticklabels=schema.ACTION_NAMES if i == 0 else [],
                  xlim=(-limit, limit), xlabel="action (environment units)")
         bars.invert_yaxis()
-    fig.legend(*bars.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     errors = fig.add_subplot(grid[2, :count])
-    errors.bar(schema.ACTION_NAMES, report["mean_absolute_error"].values(), color=BLUE)
-    errors.set(ylabel="mean absolute error (env. units)", title=f"Error over {report['count']} samples "
+    errors.bar(schema.ACTION_NAMES, report["mean_absolute_error"].values(), color=GREEN)
+    errors.set(ylabel="mean absolute error (env. units)",
+               title=f"Error over {report['count']} samples "
                f"(gripper right in {100 * report['gripper_accuracy']:.0f} %)")
     ratios = fig.add_subplot(grid[2, count:])
     values = [np.nan if value is None else value for value in report["std_ratio"].values()]
-    ratios.bar(schema.ACTION_NAMES, values, color=BLUE)
+    ratios.bar(schema.ACTION_NAMES, values, color=GREEN)
     ratios.axhline(1, color="black", linestyle=":")
     ratios.set(ylabel="std(predicted) / std(target)", title="Spread (below 1: shrunk to the mean)")
     for axes in (errors, ratios):

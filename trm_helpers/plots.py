@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import schema
 from .files import replacing
-from .validate import DELAY_MARGIN, MIDDLE_DELAY
+from .validate import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 
 # Okabe and Ito's colours, told apart with every common colour vision
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -210,11 +210,10 @@ def plot_alignment(name: str, evidence: Mapping) -> Figure:
     zones = {"raw": BLUE, "shift": ORANGE, "unknown": GREY}
     low, high = MIDDLE_DELAY - DELAY_MARGIN, MIDDLE_DELAY + DELAY_MARGIN
     panels = (
-        (by_joints, "fraction", {"raw": (-1, 0), "shift": (0, 1)},
-         "stored joint angles against the simulator's state when actions[t] is chosen "
-         "(control steps)"),
+        (by_joints, "fraction", {"raw": (-1, HALF_SUBSTEP), "shift": (HALF_SUBSTEP, 1)},
+         "by joint angles: when obs[t] was taken, from choosing actions[t] (control steps)"),
         (by_delay, "delay", {"shift": (-1, low), "unknown": (low, high), "raw": (high, 2.5)},
-         "delay from an action to the arm's motion (control steps)"),
+         "by motion: delay from actions[t] to the arm's displacement after obs[t] (control steps)"),
     )
     for axes, key, spans, label in panels:
         for zone, (start, end) in spans.items():
@@ -228,7 +227,7 @@ def plot_alignment(name: str, evidence: Mapping) -> Figure:
                       bbox={"facecolor": "white", "edgecolor": "none"})
         else:
             axes.axvline(value, color="black", linewidth=2)
-            axes.annotate(f" {value:+.2f}", (value, 0.3))
+            axes.annotate(f"{value:+.2f} ", (value, 0.3), ha="right")
     meaning = {
         "raw": "obs[t] was seen before actions[t] was executed: learn obs[t] -> actions[t]",
         "shift": "obs[t] was seen after actions[t] was executed: learn obs[t] -> actions[t+1]",
