@@ -135,6 +135,14 @@ def test_spread_of_targets_that_do_not_vary_is_none():
     ]
 
 
+def test_predictions_show_pictures_upright():
+    image = np.zeros((4, 4, 3))
+    image[0] = 1  # stored first, the picture's last row
+    report = explain.prediction_report(np.zeros((1, 7)), np.ones((1, 7)), 1)
+    picture = explain.plot_predictions([image], report).axes[0].images[0].get_array()
+    assert picture[-1].min() == 1 and picture[:-1].max() == 0
+
+
 def test_a_sample_is_needed():
     with pytest.raises(ValueError, match="num_samples=0"):
         explain.depth_curve(FakePolicy(), FakeDataset(), num_samples=0)
