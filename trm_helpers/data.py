@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from . import schema
 from .augment import AUGMENTATIONS, augment_images, resize_images
+from .config import Config
 from .validate import check_demo_file, demo_names, open_demo_file, resolve_alignment, source_of
 
 MODES = ("zscore", "minmax", "none")
@@ -163,6 +164,7 @@ class _Memory:
     actions: torch.Tensor  # (N, 7) float32, environment's units
     proprio: torch.Tensor  # (N, P) float32, m and rad
     file_of_step: torch.Tensor  # (N,) int64
+    pushed_at: torch.Tensor  # (N,) int64, the first step from here on that was disturbed
 
 
 def _open_files(files: Sequence[Path], alignment: str) -> list[_File]:
@@ -198,6 +200,7 @@ def _load(
         actions=torch.empty(count, schema.ACTION_DIM),
         proprio=torch.empty(count, schema.PROPRIO_DIM),
         file_of_step=torch.empty(count, dtype=torch.int64),
+        pushed_at=torch.empty(count, dtype=torch.int64),
     )
     with tqdm(total=len(demos), desc="loading demonstrations", unit="demo") as progress:
         for index, file in enumerate(files):
@@ -214,11 +217,24 @@ def _fill(memory: _Memory, demo: _Demo, group) -> None:
     late = len(group["actions"]) - length
     memory.actions[place] = torch.from_numpy(group["actions"][late:])
     memory.file_of_step[place] = demo.file
+    memory.pushed_at[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
     parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
     memory.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1))
     for camera, images in memory.images.items():
         frames = torch.from_numpy(group["obs"][camera][:length])
         images[place] = resize_images(frames, images.shape[1])
+
+
+def _next_push(group, first: int) -> np.ndarray:
+    """(T,) the first step from t on whose action was not the one executed; a large number if none.
+
+    Steps are counted from ``first``. Only this project's files push the arm about.
+    """
+    pushed = np.full(len(group["actions"]), np.iinfo(np.int64).max)
+    if schema.EXECUTED_ACTIONS in group:
+        differs = (group["actions"][:] != group[schema.EXECUTED_ACTIONS][:]).any(axis=1)
+        pushed[differs] = first + np.flatnonzero(differs)
+    return np.minimum.accumulate(pushed[::-1])[::-1].copy()
 
 
 # --- samples -------------------------------------------------------------------------------------
@@ -228,7 +244,8 @@ class LIBERODataset(torch.utils.data.Dataset):
     ``dataset[i]`` is ``{"observations": {camera: (T, H, W, 3) float32 in [0, 1], "proprio": (T, P)
     float32 z-scored, "task_id": (T,) int64}, "actions": (T, 7) float32 normalised, "mask": (T,)
     float32}``; with ``chunk`` K > 1 actions are (T, K, 7) and mask (T, K): the action of the step
-    and the K - 1 after it. Past the demonstration's end the last action is repeated with mask 0.
+    and the K - 1 after it. Past the demonstration's end the last action is repeated with mask 0;
+    the mask is also 0 for what follows a push (see :class:`collect.Disturbance`).
     A batch has B in front; :meth:`batch` and :meth:`batches` make it at once.
 
     Args:
@@ -297,6 +314,20 @@ class LIBERODataset(torch.utils.data.Dataset):
             chosen.append(names)
         self._memory = _load(opened, chosen, self.cameras, image_size)
         self._use(self._memory.demos, split, normalizer, proprio_stats)
+
+    @classmethod
+    def from_config(cls, files: Mapping[int, Path],
+                    config: Config) -> tuple[LIBERODataset, LIBERODataset]:
+        """Both splits as a :class:`Config` describes them; ``files`` is one file per task id."""
+        data, model = config.data, config.model
+        return cls.train_val(
+            list(files.values()), train_fraction=data.train_fraction, seed=data.data_seed,
+            sequence_length=data.sequence_length, image_size=model.image_size,
+            normalize_actions=data.normalize_actions, augmentation=data.augmentation,
+            max_demos_per_task=data.max_demos_per_task, cameras=model.cameras,
+            proprioception=model.proprioception, alignment=data.alignment, chunk=model.chunk,
+            task_ids=list(files) if model.num_tasks else None,
+        )
 
     @classmethod
     def train_val(
@@ -413,7 +444,9 @@ class LIBERODataset(torch.utils.data.Dataset):
         steps = self._starts[indices].unsqueeze(1) + torch.arange(self.sequence_length)  # (B, T)
         future = steps.unsqueeze(2) + torch.arange(self.chunk)  # (B, T, K)
         ends = self._ends[indices].view(-1, 1, 1)
-        mask = (future < ends).float()
+        # after a push the demonstrator answers to what could not be foreseen
+        pushed_at = self._memory.pushed_at[steps].unsqueeze(2)
+        mask = ((future < ends) & (future <= pushed_at)).float()
         actions = self._actions[torch.minimum(future, ends - 1)]  # (B, T, K, 7)
         if self.chunk == 1:
             actions, mask = actions.squeeze(2), mask.squeeze(2)
