@@ -300,33 +300,37 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
 
 
 @styled
-def plot_search_ranking(rows: Sequence[Mapping]) -> Figure:
-    """Configurations by final validation loss, best on top, and their curves in the same colours.
+def plot_search_ranking(trials: Sequence[Mapping]) -> Figure:
+    """Trials of `search.run_search`, best first: final validation loss, and curves in its colour.
 
-    Each row has ``lr``, ``hidden_dim``, ``num_recursions``, ``val_loss`` and ``val_losses``, the
-    validation loss of every epoch.
+    Each has ``lr``, ``hidden_dim``, ``num_recursions``, ``final_val_loss``, ``val_losses`` (one per
+    epoch) and, where rollouts were made, ``success_rate``, which is written on the bar.
     """
-    rows = sorted(rows, key=lambda row: row["val_loss"])
-    names = [f"lr {row['lr']:g}, D {row['hidden_dim']}, N {row['num_recursions']}" for row in rows]
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(rows)))
+    names = [f"lr {trial['lr']:g}, D {trial['hidden_dim']}, N {trial['num_recursions']}"
+             for trial in trials]
+    labels = [f"{trial['final_val_loss']:.4f}" for trial in trials]
+    if all("success_rate" in trial for trial in trials):
+        labels = [f"{label} ({100 * trial['success_rate']:.0f} % success)"
+                  for label, trial in zip(labels, trials, strict=True)]
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(trials)))
     colours = [RED, *shades[1:]]
-    fig = new_figure(11, max(3.2, 0.28 * len(rows) + 1.4))
+    fig = new_figure(11, max(3.2, 0.28 * len(trials) + 1.4))
     ranking, curves = fig.subplots(1, 2)
-    bars = ranking.barh(names, [row["val_loss"] for row in rows], color=colours)
-    ranking.bar_label(bars, fmt="%.4f", padding=3, fontsize=8)
+    bars = ranking.barh(names, [trial["final_val_loss"] for trial in trials], color=colours)
+    ranking.bar_label(bars, labels, padding=3, fontsize=8)
     ranking.invert_yaxis()
-    ranking.margins(x=0.15)
+    ranking.set_xlim(right=1.5 * max(trial["final_val_loss"] for trial in trials))
     ranking.get_yticklabels()[0].set_fontweight("bold")
     ranking.set(xlabel="final validation loss", title="Ranking (best in red)")
-    for row, colour in reversed(list(zip(rows, colours, strict=True))):
-        losses = row["val_losses"]
+    for trial, colour in reversed(list(zip(trials, colours, strict=True))):
+        losses = trial["val_losses"]
         curves.plot(range(1, len(losses) + 1), losses, color=colour, marker=".",
-                    linewidth=2.5 if row is rows[0] else 1.2)
+                    linewidth=2.5 if trial is trials[0] else 1.2)
     curves.set(xlabel="epoch", ylabel="validation loss (log scale)",
                title="Validation loss during training")
     log_axis(curves.yaxis)
     count_axis(curves.xaxis)
-    fig.suptitle(f"Search over {len(rows)} configurations: learning rate lr, hidden dimension D, "
+    fig.suptitle(f"Search over {len(trials)} configurations: learning rate lr, hidden dimension D, "
                  "recursions N")
     return fig
 
