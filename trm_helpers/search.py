@@ -53,7 +53,8 @@ def run_search(config: Config, files: dict[int, Path], run: str | Path) -> list[
 
     Returns:
         the trials, best first: the settings, ``trial``, the measures of :func:`measure_curve`,
-        ``val_losses`` per epoch, and ``success_rate`` where ``search_episodes`` asks for rollouts.
+        ``val_losses`` per epoch, and ``success_rate`` of ``episodes`` where ``search_episodes``
+        asks for rollouts.
 
     Raises:
         ValueError: a trial in the folder was trained with other settings.
@@ -117,11 +118,11 @@ def _run_trial(config: Config, data: tuple[LIBERODataset, LIBERODataset], folder
     result = {**measure_curve(losses), "val_losses": losses,
               "minutes": round(sum(row["seconds"] for row in rows) / 60, 3)}
     if config.search.search_episodes:
-        result["success_rate"] = _success_rate(config, folder)
+        result |= _rollouts(config, folder)
     return result
 
 
-def _success_rate(config: Config, folder: Path) -> float:
+def _rollouts(config: Config, folder: Path) -> dict:
     """Rollouts on the last init states, which a report on the first ones leaves alone."""
     from .evaluate import evaluate_run
 
@@ -129,5 +130,6 @@ def _success_rate(config: Config, folder: Path) -> float:
     settings = dataclasses.replace(
         config.eval, num_episodes=episodes, num_videos=0,
         first_init_state=schema.NUM_INIT_STATES - episodes)
-    return evaluate_run(folder, settings, weights="last")["success_rate"]
+    results = evaluate_run(folder, settings, weights="last")
+    return {key: results[key] for key in ("success_rate", "successes", "episodes")}
 
