@@ -20,6 +20,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	    "Python %d.%d found, 3.10 to 3.13 needed; try: make PYTHON=python3.12" \
 	    % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m trm_helpers.preflight --gl
 	@touch $(STAMP)
