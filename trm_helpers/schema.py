@@ -40,7 +40,7 @@ LOW_DIM = {  # name in the file and its width; `sim.py` fills the same names fro
     "ee_ori": 3,
     "ee_states": 6,
 }
-# `ee_ori` is left out: with the gripper pointing down its angle is pi, where axis-angle changes sign
+# `ee_ori` is left out: pointing down is a turn by pi, where axis-angle changes its sign
 PROPRIO_KEYS = ("joint_states", "gripper_states", "ee_pos")
 PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 12
 

@@ -67,8 +67,8 @@ def load_init_states(suite: str, task_id: int) -> np.ndarray:
 class Observation(Mapping):
     """What the policy may see: low-dimensional arrays, and frames drawn when first read.
 
-    Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3), upside
-    down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
+    Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3),
+    upside down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
     ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, and ``task_id``.
     """
 
