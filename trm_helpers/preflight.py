@@ -229,7 +229,7 @@ def preflight(quick: bool = False) -> list[Check]:
     """Check this machine.
 
     Args:
-        quick: leave out the timed frame and the settle probe (20 s on two CPU cores).
+        quick: leave out the timed frame and the settle probe (10 s on two CPU cores).
     """
     checks = [_check_python(), _check_torch(), *_check_simulator()]
     if not quick:
