@@ -247,24 +247,24 @@ def _check_names(given, known: list[str], what: str) -> None:
 # What the demo needs to succeed in the simulator: both cameras, proprioception, action chunks.
 _CONTROL = dict(
     cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64, proprioception=True,
-    chunk=8, execution_horizon=8, gripper="classifier",
+    chunk=8, execution_horizon=4, gripper="classifier",
 )
 PRESETS: dict[str, dict[str, Any]] = {
     # the reference architecture exactly as documented
     "reference": {},
     # one task learned and evaluated on two CPU cores in minutes
     "demo": dict(
-        _CONTROL, suite="libero_object", demos="scripted", num_demos=40, num_recursions=4,
-        epochs=40, batch_size=64, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
-        augmentation="shift", num_episodes=10, num_videos=3,
-        search_epochs=1, max_configs=4, eval_workers=2,
+        _CONTROL, suite="libero_spatial", task_ids=(2,), demos="scripted", num_demos=30,
+        num_recursions=4, epochs=60, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
+        normalize_actions="none", augmentation="shift", num_videos=2, eval_workers=2,
+        search_epochs=3, max_configs=4,
     ),
     # every code path in seconds; its policy is not expected to succeed
     "tiny": dict(
         _CONTROL, suite="libero_object", demos="scripted", num_demos=2, hidden_dim=32,
-        num_recursions=2, epochs=2, batch_size=32, lr=1e-3, loss="l1", num_episodes=2, horizon=24,
-        num_videos=1, search_hidden_dims=(32,), search_num_recursions=(1, 2),
-        search_lrs=(1e-3,), search_epochs=1,
+        num_recursions=2, epochs=2, batch_size=32, lr=1e-3, loss="l1", normalize_actions="none",
+        num_episodes=2, horizon=24, num_videos=1, search_hidden_dims=(32,),
+        search_num_recursions=(1, 2), search_lrs=(1e-3,), search_epochs=1,
     ),
 }
 
