@@ -171,7 +171,7 @@ def test_val_uses_the_statistics_of_train_alone(ten):
     everything = train.batch(range(len(train)))
     assert torch.allclose(everything["actions"][..., :6].mean((0, 1)), torch.zeros(6), atol=1e-6)
     proprio = everything["observations"]["proprio"][:, 0]
-    assert torch.allclose(proprio.mean(0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(proprio.mean(0), torch.zeros(schema.PROPRIO_DIM), atol=1e-5)
     assert torch.allclose(proprio[:, :3].std(0, correction=0), torch.ones(3), atol=1e-5)
     assert (proprio[:, 3:] == 0).all()  # orientation and fingers never vary in these files
 

@@ -57,7 +57,7 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
 
 
 def refuse_other_settings(run: Path, config: Config) -> None:
-    """Raise ``ValueError`` listing the settings of data, model or training that a run differs in."""
+    """Raise ``ValueError`` that lists how a run's data, model or training settings differ."""
     before, now = load_config(run).to_dict(), config.to_dict()
     different = [
         f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"

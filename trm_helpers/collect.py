@@ -1,4 +1,4 @@
-"""Scripted demonstrations into LIBERO's own HDF5 layout, in parallel, resumable, never half-written.
+"""Scripted demonstrations into LIBERO's HDF5 layout, in parallel, resumable, never half-written.
 
 Attempts are numbered and seeded one by one, and the file holds the first successful ones in that
 order, so that the result does not depend on the number of workers or on interruptions.
@@ -6,13 +6,10 @@ order, so that the result does not depend on the number of workers or on interru
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import h5py
@@ -23,7 +20,7 @@ from . import paths, schema
 from .config import Config
 from .experts import PickPlaceExpert, Style
 from .files import replacing
-from .sim import LiberoEnv, load_task
+from .sim import LiberoEnv, load_task, worker_pool
 from .validate import check_demo_file, find_demonstrations, human_demonstrations
 
 _MAX_STEPS = 220  # an attempt that takes longer is a failure
@@ -106,7 +103,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     attempt = functools.partial(_attempt, suite, task_id, seed, disturb, parts)
     bar = tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
                initial=min(len(_successes(attempts)), num_demos))
-    with bar, _pool(workers) as pool:
+    with bar, worker_pool(workers) as pool:
         _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task.name)
     with replacing(path) as temporary:
         _assemble(temporary, task, settings, attempts, num_demos)
@@ -177,7 +174,7 @@ def _successes(attempts: dict[int, Path | None]) -> list[int]:
 
 
 def _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task_name) -> None:
-    """Make attempts until the first ``num_demos`` successes are known, whatever order they end in."""
+    """Make attempts until the first ``num_demos`` successes are known, in any order of ending."""
     running: dict[Future, int] = {}
     while len(_successes(attempts)) < num_demos:
         missing = num_demos - len(_successes(attempts))
@@ -198,17 +195,6 @@ def _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task_name) -
                                f"at {task_name}; it cannot demonstrate this task")
     for future in running:
         future.cancel()
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes (a forked OpenGL context is not usable), stopped at once on an error."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @functools.cache

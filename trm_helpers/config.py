@@ -49,7 +49,8 @@ class DataConfig:
             schema.check_task_id(self.suite, task_id)
         _one_of("demos", self.demos, ("auto", "human", "scripted"))
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
-        _require(self.max_demos_per_task >= 0, "max_demos_per_task", self.max_demos_per_task, ">= 0")
+        _require(self.max_demos_per_task >= 0, "max_demos_per_task", self.max_demos_per_task,
+                 ">= 0")
         _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "in (0, 1)")
         _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
         _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))

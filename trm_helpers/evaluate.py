@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +20,7 @@ from .config import EvalConfig
 from .files import append_jsonl, read_jsonl, write_json
 from .plots import caption_frame, upright, write_video
 from .preflight import software_versions
-from .sim import LiberoEnv, Observation
+from .sim import LiberoEnv, Observation, worker_pool
 from .stats import summarize_episodes
 
 VIDEO_FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
@@ -198,18 +196,13 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
 
 def _run_all(job, episodes: list, workers: int):
     """Rows of the episodes as they end; in this process for one worker."""
-    if workers == 1 or len(episodes) == 1:
+    if workers == 1 or len(episodes) <= 1:
         yield from (job(episode) for episode in episodes)
         _worker_env.cache_clear()
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")  # a forked OpenGL context is not usable
-    with ProcessPoolExecutor(min(workers, len(episodes) or 1), mp_context=context) as pool:
-        try:
-            for future in as_completed([pool.submit(job, episode) for episode in episodes]):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with worker_pool(min(workers, len(episodes))) as pool:
+        for future in as_completed([pool.submit(job, episode) for episode in episodes]):
+            yield future.result()
 
 
 def _run_in_worker(run: Path, weights: str, config: EvalConfig, episode: tuple) -> dict:

@@ -9,9 +9,13 @@ import atexit
 import contextlib
 import functools
 import io
+import multiprocessing
+import os
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -338,6 +342,31 @@ class LiberoEnv:
         setup = raw._setup_observables
         raw._setup_observables = lambda: make_lazy(setup())
         make_lazy(raw._observables)
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for simulators: spawned, as a forked OpenGL context is not usable.
+
+    One thread each, since the processes share the cores. On an error or an interrupt what has not
+    begun is dropped; the workers end with their parent, however that ends.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
+                               initializer=_begin_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _close(env) -> None:
