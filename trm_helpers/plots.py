@@ -300,6 +300,18 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
 
 
 @styled
+def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure:
+    """Time of one decision against the number of recursions."""
+    fig = new_figure(6, 3.2)
+    axes = fig.subplots()
+    axes.plot(depths, milliseconds, marker="o")
+    axes.set(xlabel="recursions", ylabel="milliseconds per decision", ylim=(0, None),
+             title="What a decision costs (one observation, median)")
+    count_axis(axes.xaxis)
+    return fig
+
+
+@styled
 def plot_search_ranking(trials: Sequence[Mapping]) -> Figure:
     """Trials of `search.run_search`, best first: final validation loss, and curves in its colour.
 

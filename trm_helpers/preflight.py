@@ -99,6 +99,35 @@ def _pip_command(distributions) -> str:
     return f"run: {sys.executable} -m pip install {pins}"
 
 
+def missing_requirements(root: str | os.PathLike) -> list[str]:
+    """Lines of ``<root>/requirements.txt`` that what is installed does not satisfy."""
+    from packaging.requirements import Requirement
+
+    lines = (Path(root) / "requirements.txt").read_text().splitlines()
+    wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
+    return [str(one) for one in wanted
+            if (found := _version(one.name)) is None or not one.specifier.contains(found)]
+
+
+def install_missing(root: str | os.PathLike) -> None:
+    """Install what :func:`missing_requirements` names, and the package of the checkout ``root``.
+
+    What is there in a version that fits is left alone. Raises ``RuntimeError`` when pip fails.
+    """
+    steps = []
+    if missing := missing_requirements(root):
+        steps.append(missing)
+    if _version("trm-helpers") is None:
+        steps.append(["--no-deps", "--editable", str(root)])
+    for arguments in steps:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+        print("+", *command, flush=True)
+        if subprocess.run(command).returncode:
+            raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
+    if not steps:
+        print("nothing is missing")
+
+
 def software_versions() -> dict:
     """What a result depends on, for result files; ``None`` where something is not there.
 

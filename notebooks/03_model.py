@@ -1,0 +1,120 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 03 The recursive policy
+#
+# Instead of many layers, one small block is applied again and again to its own output, and is shown
+# the encoded picture each time. More steps of thought cost time but no parameters. This notebook
+# walks through the network and checks that the recursion does something at all: in several public
+# attempts every step after the first gave the same output, and nobody noticed.
+
+# %% tags=["parameters"]
+preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
+hidden_dim = None  # type: int; width of the state; None keeps the preset's
+num_recursions = None  # type: int; applications of the block; None keeps the preset's
+halting = None  # type: str; fixed, remainder or act; None keeps the preset's
+
+# %%
+import time
+
+import pandas as pd
+import torch
+
+from trm_helpers import TRMPolicy, paths, plots, schema
+from trm_helpers.config import from_flat
+from trm_helpers.model import count_parameters
+
+# %%
+folder = paths.artifacts_dir() / (run_name or preset)
+config = from_flat(preset, hidden_dim=hidden_dim, num_recursions=num_recursions, halting=halting)
+torch.manual_seed(0)
+policy = TRMPolicy(config.model).eval()
+config.model
+
+# %% [markdown]
+# ## Where the parameters are
+#
+# Most sit in the encoders, where pictures become vectors. The block is small, and used
+# `num_recursions` times.
+
+# %%
+parts = pd.Series(count_parameters(policy), name="parameters")
+print(f"{parts.sum():,} parameters in all")
+parts.to_frame()
+
+# %% [markdown]
+# ## Shapes on the way through
+#
+# A batch of two random observations: pictures -> one vector `x_cond` of width `D` -> the same width
+# after every application of the block -> seven numbers per future action.
+
+# %%
+size = config.model.image_size
+observations = {camera: torch.rand(2, size, size, 3) for camera in config.model.cameras}
+observations |= {"proprio": torch.randn(2, schema.PROPRIO_DIM),
+                 "task_id": torch.zeros(2, dtype=torch.int64)}
+x_cond = policy.encode(observations)
+actions, states = policy(observations, return_all_states=True)
+print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[-1].shape),
+      "| actions", tuple(actions.shape))
+
+# %% [markdown]
+# ## Does the recursion do anything?
+#
+# Four checks, each of which would fail for a loop that does nothing:
+#
+# 1. one application and all of them give different actions;
+# 2. the number of parameters does not depend on the number of applications;
+# 3. the picture still reaches the last application: its gradient there is not zero;
+# 4. far more applications than planned stay finite.
+
+# %%
+once, always = (policy(observations, num_recursions=n) for n in (1, config.model.num_recursions))
+deeper = TRMPolicy(config.replace(num_recursions=4 * config.model.num_recursions).model)
+x = x_cond.detach().requires_grad_()
+policy.block(states[-2].detach(), x).square().sum().backward()
+
+# %%
+checks = {
+    "depth changes the action": (once - always).abs().max().item() > 1e-6,
+    "weights are shared": sum(count_parameters(deeper).values()) == parts.sum(),
+    "the observation reaches the last step": x.grad.abs().max().item() > 0,
+    "64 applications stay finite": policy(observations, num_recursions=64).isfinite().all().item(),
+}
+assert all(checks.values()), checks
+checks
+
+# %% [markdown]
+# ## What a step of thought costs
+#
+# Milliseconds per decision (one observation), median of 20. The encoder is paid once; each further
+# application of the block adds a little.
+
+# %%
+single = {name: value[:1] for name, value in observations.items()}
+depths, milliseconds = [1, 2, 4, 8, 16], []
+for depth in depths:
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            policy(single, num_recursions=depth)
+        times.append(1000 * (time.perf_counter() - began))
+    milliseconds.append(sorted(times)[10])
+
+# %%
+fig = plots.plot_latency(depths, milliseconds)
+plots.save_figure(fig, folder / "figures" / "03_latency.png")
+fig
+
+# %% [markdown]
+# Next: `04_train` gives the weights a meaning.

@@ -1,0 +1,89 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 Behaviour cloning
+#
+# The policy is shown what the demonstrator saw and corrected towards what the demonstrator did. After
+# every epoch the run folder is complete: weights, settings, one line of measurements. Start the
+# notebook again with the same `run_name` and it goes on where it was.
+#
+# A low loss is not the goal. It says that the policy agrees with the demonstrator on the
+# demonstrator's own path; whether it can *do* the task only the simulator tells (`06_eval`).
+
+# %% tags=["parameters"]
+preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+run_name = ""  # type: str; folder under artifacts/; empty makes a new one from suite, seed and time
+suite = None  # type: str; LIBERO suite; None keeps the preset's
+task_ids = None  # type: list; task indices in the suite; None keeps the preset's
+demos = None  # type: str; auto, human or scripted; None keeps the preset's
+demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
+num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+epochs = None  # type: int; passes over the training samples; None keeps the preset's
+batch_size = None  # type: int; samples per update; None keeps the preset's
+lr = None  # type: float; learning rate at the start; None keeps the preset's
+loss = None  # type: str; mse, l1 or mix; None keeps the preset's
+hidden_dim = None  # type: int; width of the state; None keeps the preset's
+num_recursions = None  # type: int; applications of the block; None keeps the preset's
+halting = None  # type: str; fixed, remainder or act; None keeps the preset's
+gripper = None  # type: str; continuous, threshold, classifier or mixture; None keeps the preset's
+image_size = None  # type: int; pixels; None keeps the preset's
+chunk = None  # type: int; future actions predicted at once; None keeps the preset's
+execution_horizon = None  # type: int; how many of them are executed; None keeps the preset's
+seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
+max_minutes = None  # type: float; save and stop after so long; None keeps the preset's
+num_threads = None  # type: int; CPU threads; None keeps the preset's
+wandb_mode = None  # type: str; disabled, offline or online; None keeps the preset's
+
+# %%
+import pandas as pd
+
+from trm_helpers import BehaviorCloningTrainer, plots
+from trm_helpers.checkpoint import create_run
+from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.config import from_flat
+
+# %%
+config = from_flat(
+    preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
+    epochs=epochs, batch_size=batch_size, lr=lr, loss=loss, hidden_dim=hidden_dim,
+    num_recursions=num_recursions, halting=halting, gripper=gripper, image_size=image_size,
+    chunk=chunk, execution_horizon=execution_horizon, seed=seed, max_minutes=max_minutes,
+    num_threads=num_threads, wandb_mode=wandb_mode)
+files = ensure_demonstrations(config)
+run = create_run(config, run_name, resume=True)
+print("run folder:", run)
+
+# %% [markdown]
+# ## Train
+#
+# The bar counts updates; behind it stand the last epoch's losses.
+
+# %%
+trainer = BehaviorCloningTrainer.from_config(config, files, run)
+print(f"{len(trainer.train_data)} training samples, {trainer.precision} on {trainer.device}")
+metrics = trainer.fit()
+
+# %% [markdown]
+# ## Curves
+#
+# Both losses should fall and the validation loss should level out rather than rise. A training loss
+# that falls far below it says that the demonstrations are being learned by heart.
+
+# %%
+fig = plots.plot_training_curves(metrics)
+plots.save_figure(fig, run / "figures" / "04_training.png")
+fig
+
+# %%
+pd.DataFrame(metrics).tail().round(4)
+
+# %% [markdown]
+# Next: `05_search` asks whether other settings would have done better, `06_eval` lets the policy act.

@@ -1,0 +1,132 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 07 Look inside
+#
+# What does the policy get wrong, what does the recursion do with its state, how deep does it need to
+# think, and which pixels does it look at? The last cell writes a report of the whole run.
+
+# %% tags=["parameters"]
+preset = "demo"  # type: str; only names the run where run_name is empty
+run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
+weights = "best"  # type: str; best (lowest validation loss) or last
+num_samples = 256  # type: int; validation samples behind the averages
+
+# %%
+import json
+
+from IPython.display import Markdown
+
+from trm_helpers import (
+    LIBERODataset,
+    analyze_model_predictions,
+    explain,
+    load_policy,
+    plots,
+    visualize_recursive_states,
+)
+from trm_helpers.checkpoint import find_run, load_config
+from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.stats import format_success
+
+# %%
+run = find_run(run_name)
+config = load_config(run)
+policy = load_policy(run, weights)
+_, data = LIBERODataset.from_config(ensure_demonstrations(config), config)
+observations = data.batch([len(data) // 3])["observations"]
+
+# %% [markdown]
+# ## Prediction against target
+#
+# Validation samples, first action of the chunk, in the environment's units. Below: is one dimension
+# worse than the others, and are predictions shrunk towards the mean (ratio well below 1)?
+
+# %%
+report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
+plots.save_figure(fig, run / "figures" / "07_predictions.png")
+fig
+
+# %% [markdown]
+# ## The state during recursion
+#
+# Left: each row is one number of the hidden state, from the encoded picture (step 0) to the last step.
+# Right: how large it is and how much it still moves. A loop that has found its answer stops moving.
+
+# %%
+recursion, fig = visualize_recursive_states(policy, observations)
+plots.save_figure(fig, run / "figures" / "07_recursion.png")
+print(recursion["sentence"])
+fig
+
+# %% [markdown]
+# ## How deep does it have to think?
+#
+# The same weights, stopped earlier or left running longer than in training. A flat curve says that
+# depth beyond that point buys nothing.
+
+# %%
+curve = explain.depth_curve(policy, data, num_samples=num_samples)
+fig = explain.plot_depth_curve(curve)
+plots.save_figure(fig, run / "figures" / "07_depth.png")
+fig
+
+# %%
+depths = list(range(1, 2 * config.model.num_recursions + 1))
+fig = explain.plot_prediction_by_depth(
+    depths, explain.prediction_by_depth(policy, observations, depths))
+plots.save_figure(fig, run / "figures" / "07_prediction_by_depth.png")
+fig
+
+# %% [markdown]
+# ## Where does it stop?
+#
+# With `halting="fixed"` every sample uses all steps; with `remainder` or `act` easy ones may stop
+# early.
+
+# %%
+fig = explain.plot_halting(explain.halting_profile(policy, data, num_samples))
+plots.save_figure(fig, run / "figures" / "07_halting.png")
+fig
+
+# %% [markdown]
+# ## Which pixels matter?
+#
+# Integrated gradients of the arm's command. Bright pixels move the answer most. They should lie on the
+# hand, the object and the target, not on the wall.
+
+# %%
+maps = explain.saliency(policy, observations)
+images = {camera: observations[camera][0, 0].numpy() for camera in config.model.cameras}
+fig = explain.plot_saliency(images, {camera: maps[camera][0] for camera in images})
+plots.save_figure(fig, run / "figures" / "07_saliency.png")
+fig
+
+# %% [markdown]
+# ## Report
+#
+# One page with the run's numbers and figures, beside them in the run folder.
+
+# %%
+results = run / "results.json"
+success = format_success(json.loads(results.read_text())) if results.exists() else "not evaluated"
+errors = f"mean squared error of the first action {report['mse']:.4f}, " \
+         f"gripper right in {100 * report['gripper_accuracy']:.1f} % of {report['count']} samples"
+figures = sorted(path.name for path in (run / "figures").glob("*.png"))
+lines = [f"# {run.name}", "", f"- {success}", f"- {errors}", f"- {recursion['sentence']}", ""]
+lines += [f"![{name}](figures/{name})\n" for name in figures]
+(run / "report.md").write_text("\n".join(lines))
+Markdown("\n".join(lines[:6]))
+
+# %% [markdown]
+# That is the whole way, from a file of demonstrations to a policy and its explanation. From here:
+# another task (`task_ids`), more recursions, the human demonstrations, or a policy of your own, which
+# needs no more than `reset()` and `act(observation)` to be evaluated.
