@@ -11,12 +11,13 @@
 # %% [markdown]
 # # 00 Set-up
 #
-# Is this machine ready? This notebook installs what is missing, sees to the renderer, and makes sure
-# that there are demonstrations to learn from. Everything after it only reads what it leaves behind.
+# Is this machine ready? This notebook installs what is missing, sees to the renderer, and makes
+# sure that there are demonstrations to learn from. Everything after it only reads what it leaves
+# behind.
 #
-# The robot lives in a physics simulator, MuJoCo, with the tasks of the LIBERO benchmark. You do not
-# have to know either: the simulator takes seven numbers twenty times a second (where to move the
-# hand, how to turn it, open or close the gripper) and gives back two camera pictures.
+# The robot lives in a physics simulator, MuJoCo, with the tasks of the LIBERO benchmark. You do
+# not have to know either: the simulator takes seven numbers twenty times a second (where to move
+# the hand, how to turn it, open or close the gripper) and gives back two camera pictures.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -30,9 +31,9 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 # %% [markdown]
 # ## Find the package
 #
-# In a checkout that was set up with `make setup` there is nothing to do here. Elsewhere, on Kaggle
-# say, this cell looks for the repository: in the folders above, in the working folder, and in the
-# attached data sets.
+# In a checkout that was set up with `make setup` there is nothing to do here. Elsewhere, on
+# Kaggle say, this cell looks for the repository: in the folders above, in the working folder, and
+# in the attached data sets.
 
 # %%
 import sys
@@ -62,8 +63,9 @@ preflight.install_missing(roots[0])
 # %% [markdown]
 # ## Renderer
 #
-# The cameras' pictures are drawn by OpenGL without a screen. Look at the name: `llvmpipe` is the CPU
-# (a frame of a LIBERO scene takes about a tenth of a second), a GPU's name means milliseconds.
+# The cameras' pictures are drawn by OpenGL without a screen. Look at the name: `llvmpipe` is the
+# CPU (a frame of a LIBERO scene takes about a tenth of a second), a GPU's name means
+# milliseconds.
 
 # %%
 renderer = preflight.ensure_gl()
@@ -72,8 +74,8 @@ print(f"{renderer['renderer']} draws a small test frame in {renderer['ms']:.1f} 
 # %% [markdown]
 # ## The whole table
 #
-# Every row should say `ok`. The settle probe drops a bowl on a ramekin and sees that it stays there:
-# with other versions of the simulator it slides off, and the benchmark is another one.
+# Every row should say `ok`. The settle probe drops a bowl on a ramekin and sees that it stays
+# there: with other versions of the simulator it slides off, and the benchmark is another one.
 
 # %%
 checks = preflight.preflight()
@@ -88,15 +90,16 @@ print("runs:           ", paths.artifacts_dir() / (run_name or preset))
 # %% [markdown]
 # ## Demonstrations
 #
-# Behaviour cloning needs somebody to imitate. LIBERO's human demonstrations are used where they are
-# attached or can be downloaded; otherwise a scripted expert shows the task in the simulator. It is
-# pushed about while it does so, because a policy that has only seen perfect motion does not know what
-# to do after its first small mistake.
+# Behaviour cloning needs somebody to imitate. LIBERO's human demonstrations are used where they
+# are attached or can be downloaded; otherwise a scripted expert shows the task in the simulator.
+# It is pushed about while it does so, because a policy that has only seen perfect motion does not
+# know what to do after its first small mistake.
 
 # %%
 from trm_helpers.collect import ensure_demonstrations
 
-config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos)
+config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
+                   num_demos=num_demos)
 files = ensure_demonstrations(config)
 
 # %% [markdown]

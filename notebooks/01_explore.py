@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 01 Explore the demonstrations
 #
-# Before you train on data, look at it. Most failures of robot policies are failures to look: pictures
-# upside down, actions paired with the wrong picture, a gripper that was averaged away.
+# Before you train on data, look at it. Most failures of robot policies are failures to look:
+# pictures upside down, actions paired with the wrong picture, a gripper that was averaged away.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -34,7 +34,8 @@ from trm_helpers.config import from_flat
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
-config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos)
+config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
+                   num_demos=num_demos)
 files = ensure_demonstrations(config)
 file = next(iter(files.values()))
 found = explore_libero_dataset(file)
@@ -42,11 +43,12 @@ found = explore_libero_dataset(file)
 # %% [markdown]
 # ## What is in a file
 #
-# One HDF5 file holds all demonstrations of one task. `T` differs from demonstration to demonstration;
-# `states` is the simulator's complete state, from which every step can be replayed.
+# One HDF5 file holds all demonstrations of one task. `T` differs from demonstration to
+# demonstration; `states` is the simulator's complete state, from which every step can be
+# replayed.
 
 # %%
-print(found["language_instruction"], "|", found["source"], "|", found["num_demos"], "demonstrations")
+print(f"{found['language_instruction']}: {found['num_demos']} demonstrations, {found['source']}")
 pd.DataFrame(found["structure"]).T
 
 # %% [markdown]
@@ -82,8 +84,8 @@ plots.save_figure(fig, folder / "figures" / "01_action_statistics.png")
 fig
 
 # %% [markdown]
-# One demonstration over time: where does the gripper close, where does it open again? With a scripted
-# expert the sudden strong corrections are its answers to having been pushed.
+# One demonstration over time: where does the gripper close, where does it open again? With a
+# scripted expert the sudden strong corrections are its answers to having been pushed.
 
 # %%
 fig = plots.plot_action_trace(actions)
@@ -103,8 +105,8 @@ fig
 # %% [markdown]
 # ## Which picture belongs to which action?
 #
-# Files differ: in some, picture `t` is what was seen *before* action `t` ("raw"), in LIBERO's own it
-# is what followed ("shift"). Off by one, and the policy learns to act on the past. The file is
+# Files differ: in some, picture `t` is what was seen *before* action `t` ("raw"), in LIBERO's own
+# it is what followed ("shift"). Off by one, and the policy learns to act on the past. The file is
 # measured, not trusted: the stored joint angles must lie between the states around them.
 
 # %%

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 02 From demonstrations to samples
 #
-# A sample is what the policy sees at one moment (pictures, its own joints) and what the demonstrator
-# did next. Here they are split, normalised, augmented and drawn in batches.
+# A sample is what the policy sees at one moment (pictures, its own joints) and what the
+# demonstrator did next. Here they are split, normalised, augmented and drawn in batches.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -37,7 +37,8 @@ from trm_helpers.config import from_flat
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
-config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
+config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
+                   num_demos=num_demos,
                    batch_size=batch_size)
 files = ensure_demonstrations(config)
 
@@ -45,8 +46,8 @@ files = ensure_demonstrations(config)
 # ## Split by demonstration
 #
 # Neighbouring steps of one demonstration look almost the same. If they were split at random, the
-# validation set would be a copy of the training set. So whole demonstrations go to one side or the
-# other: 80 % to train, 20 % to validate, for each task.
+# validation set would be a copy of the training set. So whole demonstrations go to one side or
+# the other: 80 % to train, 20 % to validate, for each task.
 
 # %%
 train_data, val_data = LIBERODataset.from_config(files, config)
@@ -56,8 +57,9 @@ pd.DataFrame([{"split": data.split, "demonstrations": len(data.demos), "samples"
 # %% [markdown]
 # ## One sample
 #
-# `actions` holds the next `K` actions (a chunk) where the preset predicts chunks. `mask` is 0 where an
-# action does not exist (past the end) or could not be foreseen (after the arm was pushed).
+# `actions` holds the next `K` actions (a chunk) where the preset predicts chunks. `mask` is 0
+# where an action does not exist (past the end) or could not be foreseen (after the arm was
+# pushed).
 
 # %%
 sample = train_data[0]
@@ -68,8 +70,9 @@ pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(value.dty
 # %% [markdown]
 # ## Normalisation
 #
-# Statistics come from the training split alone and travel with the checkpoint. The gripper keeps its
-# -1 and +1. `offset` and `scale` below are what is taken off an action and what it is divided by.
+# Statistics come from the training split alone and travel with the checkpoint. The gripper keeps
+# its -1 and +1. `offset` and `scale` below are what is taken off an action and what it is divided
+# by.
 
 # %%
 statistics = train_data.normalizer.to_dict()
@@ -80,8 +83,8 @@ pd.DataFrame({name: statistics[name] for name in ("offset", "scale")},
 # %% [markdown]
 # ## Augmentation
 #
-# Brightness and position of the picture are varied, each sample by itself, so that the policy does
-# not count on single pixels. Compare the rows: the scene must stay recognisable.
+# Brightness and position of the picture are varied, each sample by itself, so that the policy
+# does not count on single pixels. Compare the rows: the scene must stay recognisable.
 
 # %%
 camera = config.model.cameras[0]
@@ -103,8 +106,8 @@ fig
 # %% [markdown]
 # ## Loading speed
 #
-# Frames lie in memory as bytes and are gathered a batch at a time, so that loading does not hold up
-# training.
+# Frames lie in memory as bytes and are gathered a batch at a time, so that loading does not hold
+# up training.
 
 # %%
 began = time.perf_counter()

@@ -11,10 +11,10 @@
 # %% [markdown]
 # # 03 The recursive policy
 #
-# Instead of many layers, one small block is applied again and again to its own output, and is shown
-# the encoded picture each time. More steps of thought cost time but no parameters. This notebook
-# walks through the network and checks that the recursion does something at all: in several public
-# attempts every step after the first gave the same output, and nobody noticed.
+# Instead of many layers, one small block is applied again and again to its own output, and is
+# shown the encoded picture each time. More steps of thought cost time but no parameters. This
+# notebook walks through the network and checks that the recursion does something at all: in
+# several public attempts every step after the first gave the same output, and nobody noticed.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -54,8 +54,8 @@ parts.to_frame()
 # %% [markdown]
 # ## Shapes on the way through
 #
-# A batch of two random observations: pictures -> one vector `x_cond` of width `D` -> the same width
-# after every application of the block -> seven numbers per future action.
+# A batch of two random observations: pictures -> one vector `x_cond` of width `D` -> the same
+# width after every application of the block -> seven numbers per future action.
 
 # %%
 size = config.model.image_size
@@ -96,8 +96,8 @@ checks
 # %% [markdown]
 # ## What a step of thought costs
 #
-# Milliseconds per decision (one observation), median of 20. The encoder is paid once; each further
-# application of the block adds a little.
+# Milliseconds per decision (one observation), median of 20. The encoder is paid once; each
+# further application of the block adds a little.
 
 # %%
 single = {name: value[:1] for name, value in observations.items()}

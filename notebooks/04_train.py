@@ -11,9 +11,9 @@
 # %% [markdown]
 # # 04 Behaviour cloning
 #
-# The policy is shown what the demonstrator saw and corrected towards what the demonstrator did. After
-# every epoch the run folder is complete: weights, settings, one line of measurements. Start the
-# notebook again with the same `run_name` and it goes on where it was.
+# The policy is shown what the demonstrator saw and corrected towards what the demonstrator did.
+# After every epoch the run folder is complete: weights, settings, one line of measurements. Start
+# the notebook again with the same `run_name` and it goes on where it was.
 #
 # A low loss is not the goal. It says that the policy agrees with the demonstrator on the
 # demonstrator's own path; whether it can *do* the task only the simulator tells (`06_eval`).
@@ -74,8 +74,8 @@ metrics = trainer.fit()
 # %% [markdown]
 # ## Curves
 #
-# Both losses should fall and the validation loss should level out rather than rise. A training loss
-# that falls far below it says that the demonstrations are being learned by heart.
+# Both losses should fall and the validation loss should level out rather than rise. A training
+# loss that falls far below it says that the demonstrations are being learned by heart.
 
 # %%
 fig = plots.plot_training_curves(metrics)
@@ -86,4 +86,5 @@ fig
 pd.DataFrame(metrics).tail().round(4)
 
 # %% [markdown]
-# Next: `05_search` asks whether other settings would have done better, `06_eval` lets the policy act.
+# Next: `05_search` asks whether other settings would have done better, `06_eval` lets the policy
+# act.

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 05 Hyper-parameter search
 #
-# Sixteen points: four learning rates, two widths, two numbers of recursions, a few epochs each. Short
-# trainings only rank roughly, so the ranking looks at three things in this order: the final
+# Sixteen points: four learning rates, two widths, two numbers of recursions, a few epochs each.
+# Short trainings only rank roughly, so the ranking looks at three things in this order: the final
 # validation loss, how soon it got there, and whether it got there without spikes. With
 # `search_episodes` above 0 the success rate in the simulator comes first.
 
@@ -38,7 +38,8 @@ from trm_helpers.search import run_search
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
-config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
+config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
+                   num_demos=num_demos,
                    max_configs=max_configs, search_epochs=search_epochs,
                    search_episodes=search_episodes)
 files = ensure_demonstrations(config)

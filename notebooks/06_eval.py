@@ -11,11 +11,12 @@
 # %% [markdown]
 # # 06 Evaluation in the simulator
 #
-# The policy acts. Each episode begins from one of the benchmark's fifty official init states, which no
-# demonstration was collected from, and ends with success or when its steps are used up.
+# The policy acts. Each episode begins from one of the benchmark's fifty official init states,
+# which no demonstration was collected from, and ends with success or when its steps are used up.
 #
-# Five of five sounds perfect, but a policy that succeeds half the time does that once in 32 tries. So
-# every rate comes with its 95 % Wilson interval: the rates that the episodes do not contradict.
+# Five of five sounds perfect, but a policy that succeeds half the time does that once in 32
+# tries. So every rate comes with its 95 % Wilson interval: the rates that the episodes do not
+# contradict.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; only names the run where run_name is empty
@@ -81,8 +82,8 @@ fig
 # %% [markdown]
 # ## Watch it
 #
-# Agent view on the left, wrist camera on the right. Where it fails, ask: did it miss the object, drop
-# it, or miss the target?
+# Agent view on the left, wrist camera on the right. Where it fails, ask: did it miss the object,
+# drop it, or miss the target?
 
 # %%
 videos = sorted((run / "videos").glob("*-init*.mp4"))
@@ -100,11 +101,13 @@ fig
 # %% [markdown]
 # ## Against another run
 #
-# On the same init states two policies can be compared pair by pair: only the episodes on which they
-# disagree count (McNemar's test). The last number is the gap that so many episodes can see at all.
+# On the same init states two policies can be compared pair by pair: only the episodes on which
+# they disagree count (McNemar's test). The last number is the gap that so many episodes can see
+# at all.
 
 # %%
-gap = minimum_detectable_difference(results["episodes"], min(max(results["success_rate"], 0.1), 0.9))
+rate = min(max(results["success_rate"], 0.1), 0.9)
+gap = minimum_detectable_difference(results["episodes"], rate)
 print(f"{results['episodes']} episodes can tell rates apart that differ by {100 * gap:.0f} points")
 if baseline_run:
     baseline = find_run(baseline_run)

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 07 Look inside
 #
-# What does the policy get wrong, what does the recursion do with its state, how deep does it need to
-# think, and which pixels does it look at? The last cell writes a report of the whole run.
+# What does the policy get wrong, what does the recursion do with its state, how deep does it need
+# to think, and which pixels does it look at? The last cell writes a report of the whole run.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; only names the run where run_name is empty
@@ -47,8 +47,9 @@ observations = data.batch([len(data) // 3])["observations"]
 # %% [markdown]
 # ## Prediction against target
 #
-# Validation samples, first action of the chunk, in the environment's units. Below: is one dimension
-# worse than the others, and are predictions shrunk towards the mean (ratio well below 1)?
+# Validation samples, first action of the chunk, in the environment's units. Below: is one
+# dimension worse than the others, and are predictions shrunk towards the mean (ratio well below
+# 1)?
 
 # %%
 report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
@@ -58,8 +59,9 @@ fig
 # %% [markdown]
 # ## The state during recursion
 #
-# Left: each row is one number of the hidden state, from the encoded picture (step 0) to the last step.
-# Right: how large it is and how much it still moves. A loop that has found its answer stops moving.
+# Left: each row is one number of the hidden state, from the encoded picture (step 0) to the last
+# step. Right: how large it is and how much it still moves. A loop that has found its answer stops
+# moving.
 
 # %%
 recursion, fig = visualize_recursive_states(policy, observations)
@@ -70,8 +72,8 @@ fig
 # %% [markdown]
 # ## How deep does it have to think?
 #
-# The same weights, stopped earlier or left running longer than in training. A flat curve says that
-# depth beyond that point buys nothing.
+# The same weights, stopped earlier or left running longer than in training. A flat curve says
+# that depth beyond that point buys nothing.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
@@ -100,8 +102,8 @@ fig
 # %% [markdown]
 # ## Which pixels matter?
 #
-# Integrated gradients of the arm's command. Bright pixels move the answer most. They should lie on the
-# hand, the object and the target, not on the wall.
+# Integrated gradients of the arm's command. Bright pixels move the answer most. They should lie
+# on the hand, the object and the target, not on the wall.
 
 # %%
 maps = explain.saliency(policy, observations)
@@ -128,5 +130,5 @@ Markdown("\n".join(lines[:6]))
 
 # %% [markdown]
 # That is the whole way, from a file of demonstrations to a policy and its explanation. From here:
-# another task (`task_ids`), more recursions, the human demonstrations, or a policy of your own, which
-# needs no more than `reset()` and `act(observation)` to be evaluated.
+# another task (`task_ids`), more recursions, the human demonstrations, or a policy of your own,
+# which needs no more than `reset()` and `act(observation)` to be evaluated.

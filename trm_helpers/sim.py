@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import io
+import logging
 import multiprocessing
 import os
 import threading
@@ -376,7 +377,11 @@ def _close(env) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    """Hide the notices that LIBERO and robosuite print while they load."""
+    """Hide the notices that LIBERO and robosuite print and log while they load."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
