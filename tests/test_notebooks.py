@@ -1,0 +1,247 @@
+"""The eight notebooks: their form, a run of all of them, and the README's commands."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import jupytext
+import nbformat
+import numpy as np
+import pytest
+import yaml
+
+from trm_helpers import paths
+from trm_helpers.config import from_flat
+from trm_helpers.files import read_jsonl
+from trm_helpers.runs import main, notebook_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_search", "06_eval",
+         "07_visualize"]
+FIGURES = {
+    "01_frames", "01_action_statistics", "01_action_trace", "01_lengths", "01_alignment",
+    "02_augmentation", "02_batch", "03_latency", "04_training", "05_search", "06_success",
+    "06_lengths", "06_rollout", "07_predictions", "07_recursion", "07_depth",
+    "07_prediction_by_depth", "07_halting", "07_saliency",
+}
+
+
+def read(name: str):
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def code(notebook) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+# --- form ---------------------------------------------------------------------------------------
+
+
+def test_there_are_eight_and_each_has_its_source():
+    for suffix in (".py", ".ipynb"):
+        assert sorted(p.stem for p in (ROOT / "notebooks").glob(f"*{suffix}")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_what_its_source_says_without_outputs(name):
+    source = jupytext.read(ROOT / "notebooks" / f"{name}.py")
+    notebook = read(name)
+    assert [(c.cell_type, c.source, c.metadata.get("tags")) for c in notebook.cells] \
+        == [(c.cell_type, c.source, c.metadata.get("tags")) for c in source.cells]
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_defines_nothing_and_keeps_cells_short(name):
+    cells = code(read(name))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for cell in cells:
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell)))
+    assert statistics.median(cell.count("\n") + 1 for cell in cells) < 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_literals_with_a_comment_each(name):
+    cells = [c for c in read(name).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(cells) == 1
+    for line in cells[0].source.splitlines():
+        assignment, comment = line.split("#", 1)
+        ast.literal_eval(assignment.split("=", 1)[1].strip())
+        assert re.match(r" type: (str|int|float|list); \S", comment), line
+    known = notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
+    assert {"preset", "run_name"} <= set(known)
+
+
+def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):
+    assert main(["04_train", "-p", "learning_rate", "1e-3"]) == 1
+    said = capsys.readouterr().err
+    assert "unknown parameter 'learning_rate'" in said
+    assert "lr" in said and "hidden_dim" in said and "learning rate at the start" in said
+    assert not paths.artifacts_dir().exists()
+
+
+# --- a run of all eight against the real simulator ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The environment variables and the run folder of ``python -m trm_helpers.runs tiny``."""
+    folder = tmp_path_factory.mktemp("tiny")
+    environment = {**os.environ, "TRM_DATA_DIR": str(folder / "data"),
+                   "TRM_ARTIFACTS_DIR": str(folder / "artifacts")}
+    done = subprocess.run([sys.executable, "-m", "trm_helpers.runs", "tiny"], env=environment,
+                          capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return environment, folder / "artifacts" / "tiny", done.stdout
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_suite_ends_with_the_success_line(tiny):
+    _, run, output = tiny
+    results = json.loads((run / "results.json").read_text())
+    assert output.splitlines()[-1].startswith(f"{results['successes']} of 2 episodes, success rate")
+    assert re.search(r"length \d+\.\d \+- \d+\.\d steps, \d+\.\d minutes", output.splitlines()[-1])
+    assert f"Everything is in {run}" in output
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_suite_executed_every_cell(tiny):
+    executed = sorted((tiny[1] / "notebooks").glob("*.ipynb"))
+    assert [path.stem for path in executed] == NAMES
+    for path in executed:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                assert cell.execution_count, f"{path.stem}: {cell.source}"
+                assert all(output.output_type != "error" for output in cell.outputs)
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_suite_drew_figures_and_filmed(tiny):
+    figures = {path.stem: imageio.imread(path) for path in (tiny[1] / "figures").glob("*.png")}
+    assert set(figures) == FIGURES
+    for name, pixels in figures.items():
+        assert min(pixels.shape[:2]) > 200 and np.asarray(pixels).std() > 5, f"{name} is blank"
+    films = sorted((tiny[1] / "videos").glob("*.mp4"))
+    assert [film.name for film in films] == \
+        ["01_demonstration.mp4", "libero_object-task0-init00-failure.mp4"]
+    steps = 24 + 30  # the horizon of the preset, and the last frame held for a second
+    assert len(imageio.imread(films[1])) == steps
+    assert imageio.immeta(films[1])["fps"] == 30
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_suite_wrote_measurements_that_agree(tiny):
+    run = tiny[1]
+    config = from_flat("tiny")
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert [row["epoch"] for row in metrics] == list(range(1, config.train.epochs + 1))
+    episodes = read_jsonl(run / "episodes.jsonl")
+    results = json.loads((run / "results.json").read_text())
+    assert sorted(row["init_state"] for row in episodes) == [0, 1]
+    assert results["episodes"] == 2
+    assert results["successes"] == sum(row["success"] for row in episodes)
+    assert results["software"]["mujoco"] == "3.3.2" and results["software"]["gl_renderer"]
+    assert results["protocol"]["horizon"] == 24
+    trials = json.loads((run / "search" / "trials.json").read_text())
+    best = yaml.safe_load((run / "search" / "best.yaml").read_text())
+    assert len(trials) == 2 and best == {key: trials[0][key] for key in best}
+    assert from_flat("tiny", **best).model.num_recursions == best["num_recursions"]
+    report = (run / "report.md").read_text()
+    assert "success rate" in report and report.count("](figures/") == len(FIGURES)
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_suite_started_again_does_nothing_again(tiny):
+    environment, run, _ = tiny
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    done = subprocess.run([sys.executable, "-m", "trm_helpers.runs", "tiny"], env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("kept from before") == 8
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+# --- the README ---------------------------------------------------------------------------------
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def readme_commands() -> list[str]:
+    lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("cd ")]
+
+
+def test_readme_has_the_two_commands_and_papermill():
+    commands = readme_commands()
+    assert commands[:2] == ["make demo", "make test"]
+    assert "papermill 04_train.ipynb -p lr 1e-3" in commands
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_readme_make_commands_end_in_what_is_tested_here(target):
+    plan = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    expected = {"demo": "-m trm_helpers.runs demo", "test": "-m pytest"}[target]
+    assert plan.returncode == 0 and plan.stdout.splitlines()[-1].endswith(expected)
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+@pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("make")])
+def test_readme_command_runs(command, tiny, tmp_path):
+    """As it stands there, but with the tiny preset, and for an evaluation one short episode."""
+    environment, run, _ = tiny
+    words = shlex.split(command)
+    if "--help-notebook" not in words:
+        words += ["-p", "preset", "tiny"]
+    if "06_eval.ipynb" in words:
+        words += ["-p", "num_episodes", "1", "-p", "horizon", "8", "-p", "num_videos", "1"]
+    scripts = Path(sys.executable).parent
+    done = subprocess.run(words, cwd=ROOT / "notebooks", capture_output=True, text=True,
+                          env={**environment, "PATH": f"{scripts}:{os.environ['PATH']}"})
+    for left in (ROOT / "notebooks").glob("out.ipynb"):
+        left.unlink()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_papermill_runs_from_the_root_too(tiny):
+    environment = tiny[0]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", "notebooks/04_train.ipynb", "-p", "lr", "1e-3",
+         "-p", "preset", "tiny", "-p", "run_name", "from-the-root"],
+        cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Path(environment["TRM_ARTIFACTS_DIR"]) / "from-the-root"
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["lr"] == 1e-3 and len(read_jsonl(run / "metrics.jsonl")) == 2
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_readme_python_runs(tiny):
+    (example,) = readme_blocks("python")
+    for text, small in (('"demo"', '"tiny"'), ('"libero_spatial", task_id=2', '"libero_object", 0'),
+                        ("range(10, 15), num_episodes=5", "range(10, 11), num_episodes=1"),
+                        ("PolicyEvaluator(policy)", "PolicyEvaluator(policy, horizon=8)")):
+        assert text in example
+        example = example.replace(text, small)
+    done = subprocess.run([sys.executable, "-c", example], env=tiny[0], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.match(r"0\.0 0\.0 0\.79\d+", done.stdout.splitlines()[-1])
