@@ -6,7 +6,9 @@ import pytest
 import torch
 from demo_files import action_at, grey_at, write_demo_file
 
+from trm_helpers import schema
 from trm_helpers.augment import resize_images
+from trm_helpers.config import from_flat
 from trm_helpers.data import (
     ActionNormalizer,
     LIBERODataset,
@@ -172,8 +174,9 @@ def test_val_uses_the_statistics_of_train_alone(ten):
     assert torch.allclose(everything["actions"][..., :6].mean((0, 1)), torch.zeros(6), atol=1e-6)
     proprio = everything["observations"]["proprio"][:, 0]
     assert torch.allclose(proprio.mean(0), torch.zeros(schema.PROPRIO_DIM), atol=1e-5)
-    assert torch.allclose(proprio[:, :3].std(0, correction=0), torch.ones(3), atol=1e-5)
-    assert (proprio[:, 3:] == 0).all()  # orientation and fingers never vary in these files
+    varying = [*range(7), 9, 10, 11]  # joints and position; fingers never vary in these files
+    assert torch.allclose(proprio[:, varying].std(0, correction=0), torch.ones(10), atol=1e-5)
+    assert (proprio[:, 7:9] == 0).all()
 
 
 def test_val_alone_needs_statistics(path):
@@ -246,14 +249,15 @@ def test_images_are_resized_once_and_scaled_to_one(path):
     assert data._memory.images["eye_in_hand_rgb"].shape == (12, 4, 4, 3)
 
 
-def test_proprioception_holds_position_orientation_fingers(path):
-    stats = {"mean": [0.0] * 8, "std": [0.5] * 8}
+def test_proprioception_holds_joints_fingers_position(path):
+    stats = {"mean": [0.0] * schema.PROPRIO_DIM, "std": [0.5] * schema.PROPRIO_DIM}
     data = plain(path, proprioception=True, proprio_stats=stats)
     with h5py.File(path) as file:
-        position = file["data/demo_0/obs/ee_pos"][2]
+        obs = file["data/demo_0/obs"]
+        joints, position = obs["joint_states"][2], obs["ee_pos"][2]
     proprio = data[2]["observations"]["proprio"]
-    assert proprio.shape == (1, 8) and proprio.dtype == torch.float32
-    assert np.allclose(proprio[0], [*(2 * position), 1, 1, 1, 0.08, -0.08])
+    assert proprio.shape == (1, 12) and proprio.dtype == torch.float32
+    assert np.allclose(proprio[0], [*(2 * joints), 0.08, -0.08, *(2 * position)])
 
 
 def test_task_ids_follow_their_file(ten):
@@ -285,6 +289,40 @@ def test_describe_is_json_and_tells_human_from_scripted(tmp_path, path):
         "source": "scripted",
     }
     assert described["files"][0]["source"] == "human"
+
+
+def test_nothing_is_learned_from_what_follows_a_push(tmp_path):
+    path = write_demo_file(tmp_path / "a_demo.hdf5", (6,), image_size=8)
+    with h5py.File(path, "a") as file:
+        executed = file["data/demo_0/actions"][:]
+        executed[2] += 0.1  # pushed in step 2
+        file[f"data/demo_0/{schema.EXECUTED_ACTIONS}"] = executed
+    mask = plain(path, chunk=3).batch(range(6))["mask"][:, 0]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
+
+
+def test_a_push_is_found_in_shifted_files_too(tmp_path):
+    path = write_demo_file(tmp_path / "a_demo.hdf5", (6,), alignment="shift", image_size=8)
+    with h5py.File(path, "a") as file:
+        executed = file["data/demo_0/actions"][:]
+        executed[2] += 0.1  # the action that obs[1] is paired with
+        file[f"data/demo_0/{schema.EXECUTED_ACTIONS}"] = executed
+    mask = plain(path, chunk=3).batch(range(5))["mask"][:, 0]
+    assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
+
+
+def test_from_config_follows_the_config(tmp_path):
+    files = {4: write_demo_file(tmp_path / "a_demo.hdf5", (4, 5, 6, 7, 8), image_size=72)}
+    config = from_flat("demo", task_ids=(4,), image_size=36, num_tasks=10, max_demos_per_task=4)
+    train, val = LIBERODataset.from_config(files, config)
+    assert [len(split.demos) for split in (train, val)] == [3, 1]
+    assert train.augmentation == "shift" and val.augmentation == "none"
+    sample = val[0]
+    assert sample["actions"].shape == (1, 8, 7) and sample["mask"].shape == (1, 8)
+    assert sample["observations"]["eye_in_hand_rgb"].shape == (1, 36, 36, 3)
+    assert sample["observations"]["task_id"].tolist() == [4]
+    plain_task = LIBERODataset.from_config(files, from_flat("demo", image_size=36))[0]
+    assert "task_id" not in plain_task[0]["observations"]
 
 
 # --- batches -------------------------------------------------------------------------------------

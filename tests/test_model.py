@@ -422,7 +422,7 @@ class CountingObservation(Mapping):
             "agentview_rgb": np.full((48, 48, 3), 128, np.uint8),
             "eye_in_hand_rgb": np.full((48, 48, 3), 64, np.uint8),
             "ee_pos": np.array([0.1, 0.2, 0.3]),
-            "ee_ori": np.zeros(3),
+            "joint_states": np.zeros(7),
             "gripper_states": np.array([0.04, -0.04]),
             "task_id": 1,
             **values,
@@ -456,12 +456,12 @@ def test_act_executes_the_chunk_in_order_and_reads_nothing_in_between():
 
 def test_act_equals_the_network_on_the_prepared_observation():
     config = small(cameras=tuple(schema.CAMERAS), proprioception=True, num_tasks=2)
-    stats = {"mean": [0.1] * 8, "std": [2.0] * 8}
+    stats = {"mean": [0.1] * schema.PROPRIO_DIM, "std": [2.0] * schema.PROPRIO_DIM}
     policy = TRMPolicy(config, proprio_stats=stats)
     image = np.random.default_rng(0).integers(0, 256, (36, 36, 3), dtype=np.uint8)
     upright = image[::-1]  # a view with a negative stride
     seen = CountingObservation(agentview_rgb=upright, eye_in_hand_rgb=image)
-    raw = torch.tensor([0.1, 0.2, 0.3, 0, 0, 0, 0.04, -0.04])  # in the order of PROPRIO_KEYS
+    raw = torch.tensor([*7 * [0.0], 0.04, -0.04, 0.1, 0.2, 0.3])  # in the order of PROPRIO_KEYS
     expected = policy({
         "agentview_rgb": torch.tensor(upright.copy())[None] / 255,
         "eye_in_hand_rgb": torch.tensor(image)[None] / 255,
