@@ -40,7 +40,7 @@ from IPython.display import Video, display
 
 from trm_helpers import plots
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import evaluate_run
+from trm_helpers.evaluate import VIDEO_FPS, evaluate_run
 from trm_helpers.files import read_jsonl
 from trm_helpers.stats import format_success, minimum_detectable_difference, paired_mcnemar
 
@@ -92,9 +92,9 @@ for video in videos:
     display(Video(video, embed=True, width=640))
 
 # %%
-film = imageio.imread(videos[0])
+film = imageio.imread(videos[0])[:-VIDEO_FPS, -384:, :384]  # the agent view, without the hold
 chosen = [round(i * (len(film) - 1) / 5) for i in range(6)]
-fig = plots.plot_rollout_strip(film[chosen], chosen, videos[0].stem.split("-")[-1])
+fig = plots.plot_rollout_strip(film[chosen], chosen, videos[0].stem.replace("-", ", "))
 plots.save_figure(fig, run / "figures" / "06_rollout.png")
 fig
 

@@ -24,3 +24,41 @@ def own_folders(tmp_path, monkeypatch):
     """No test reads or writes the checkout's data/ and artifacts/."""
     monkeypatch.setenv("TRM_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(tmp_path / "artifacts"))
+
+
+SMALL = dict(
+    num_demos=5, hidden_dim=16, num_recursions=2, image_size=36, cameras=("agentview_rgb",),
+    chunk=2, execution_horizon=1, epochs=2, batch_size=8, num_threads=1, precision="fp32",
+)
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """A function: a trainer of a small policy on a small file, in ``artifacts/<name>``."""
+    from demo_files import write_demo_file
+
+    from trm_helpers import checkpoint
+    from trm_helpers.config import from_flat
+    from trm_helpers.train import BehaviorCloningTrainer
+
+    monkeypatch.setattr(checkpoint, "software_versions", dict)
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
+
+    def make(name="small", resume=False, **settings):
+        config = from_flat("tiny", **{**SMALL, **settings})
+        run = checkpoint.create_run(config, name, resume)
+        return BehaviorCloningTrainer.from_config(config, {0: file}, run)
+
+    return make
+
+
+@pytest.fixture
+def trainer(small_run):
+    return small_run()
+
+
+@pytest.fixture
+def trained(trainer):
+    """A run folder after two epochs."""
+    trainer.fit()
+    return trainer.run

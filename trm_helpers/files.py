@@ -34,9 +34,15 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
 
 
 def append_jsonl(path: str | os.PathLike, row: dict) -> None:
-    """Append one line and flush it to the disk, so that a kill loses nothing that was reported."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append one line and flush it to the disk, so that a kill loses nothing that was reported.
+
+    A last line that a kill had cut off is removed first.
+    """
+    with open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,0 +1,132 @@
+import errno
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from trm_helpers import checkpoint, paths
+from trm_helpers.checkpoint import (
+    create_run,
+    find_run,
+    load_config,
+    load_policy,
+    load_training_state,
+    save_training_state,
+    save_weights,
+)
+from trm_helpers.config import from_flat
+
+
+@pytest.fixture(autouse=True)
+def no_probe(monkeypatch):
+    """Versions without starting a renderer."""
+    monkeypatch.setattr(checkpoint, "software_versions", lambda: {"mujoco": "3.3.2"})
+
+
+def observation(seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "agentview_rgb": generator.integers(0, 256, (36, 36, 3), dtype=np.uint8),
+        "joint_states": generator.normal(size=7), "gripper_states": np.array([0.04, -0.04]),
+        "ee_pos": generator.normal(size=3),
+    }
+
+
+def test_a_run_folder_is_made_once_and_resumed_only_when_asked_for():
+    config = from_flat("tiny")
+    run = create_run(config, "a-run")
+    assert run == paths.artifacts_dir() / "a-run" and load_config(run) == config
+    assert json.loads((run / "config.json").read_text())["software"] == {"mujoco": "3.3.2"}
+    with pytest.raises(FileExistsError, match="a-run exists already"):
+        create_run(config, "a-run")
+    assert create_run(config, "a-run", resume=True) == run
+
+
+def test_resuming_with_other_settings_lists_them_and_changes_nothing():
+    run = create_run(from_flat("tiny"), "a-run")
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"lr: 0.001 there, 0.5 now; seed: 0 there, 3 now"):
+        create_run(from_flat("tiny", lr=0.5, seed=3, num_threads=7, num_episodes=5), "a-run", True)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_the_name_is_made_from_suite_variant_seed_and_time():
+    run = create_run(from_flat("tiny", seed=4))
+    assert run.name.startswith("libero_object-block-s4-2") and len(run.name.split("-")) == 5
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "/abs", "-x"])
+def test_a_name_that_is_no_folder_name_is_refused(name):
+    with pytest.raises(ValueError, match="run_name"):
+        create_run(from_flat("tiny"), name)
+
+
+def test_a_missing_run_lists_those_there_are(trained):
+    assert find_run() == find_run("small") == find_run(str(trained)) == trained
+    with pytest.raises(FileNotFoundError, match="no trained run 'other'.*there are: small"):
+        load_policy("other")
+    with pytest.raises(FileNotFoundError, match="expected a run folder"):
+        load_config(trained / "figures")
+
+
+def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
+    rebuilt = load_policy("small", "last")
+    original = trainer.policy.eval()
+    assert rebuilt.config == original.config and not rebuilt.training
+    for seed in range(3):
+        rebuilt.reset()
+        original.reset()
+        assert np.array_equal(rebuilt.act(observation(seed)), original.act(observation(seed)))
+
+
+def test_damaged_and_foreign_weights_are_refused(trained):
+    best = trained / "best.safetensors"
+    whole = best.read_bytes()
+    best.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="best.safetensors is damaged"):
+        load_policy(trained)
+    best.write_bytes(whole)
+    described = json.loads((trained / "policy.json").read_text())
+    described["model"]["hidden_dim"] = 64
+    (trained / "policy.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="does not fit .*policy.json.*block.attention"):
+        load_policy(trained)
+    with pytest.raises(ValueError, match="weights='newest'.*best, last"):
+        load_policy(trained, "newest")
+    best.unlink()
+    with pytest.raises(FileNotFoundError, match="best.safetensors does not exist"):
+        load_policy(trained, "best")
+
+
+@pytest.mark.parametrize("save", ["save_file", "torch.save"])
+def test_a_full_disk_keeps_what_was_saved_before(trained, monkeypatch, save):
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+
+    def full(_, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if save == "save_file":
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        call = save_weights, (trained, {"a": torch.ones(2)}, "best")
+    else:
+        monkeypatch.setattr(torch, "save", full)
+        call = save_training_state, (trained, {"epoch": 9})
+    with pytest.raises(OSError, match="No space left"):
+        call[0](*call[1])
+    assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def test_loading_runs_no_code_from_the_file(trained, capsys):
+    assert load_training_state(trained)["epoch"] == 2
+    torch.save({"epoch": _Evil()}, trained / "training_state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_training_state(trained)
+    assert "code from a checkpoint ran" not in capsys.readouterr().out
