@@ -122,12 +122,12 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
 
     row = run_episode(policy, env, init_state, horizon, watch)
     outcome = "success" if row["success"] else "failure"
-    titles = "   |   ".join(schema.CAMERA_TITLES.values())
+    titles = " | ".join(schema.CAMERA_TITLES.values())
     captioned = [
         caption_frame(np.concatenate(list(pair), axis=1), [
             env.task.language,
-            f"{titles}   |   step {step} of at most {row['horizon']}"
-            + (f": {outcome}" if step == row["steps"] else ""),
+            titles,
+            f"step {step:3} of {row['horizon']}  {outcome if step == row['steps'] else ''}",
         ])
         for step, pair in enumerate(frames, 1)
     ]

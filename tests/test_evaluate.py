@@ -1,0 +1,148 @@
+import json
+import types
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+from trm_helpers import evaluate, schema
+from trm_helpers.config import EvalConfig
+from trm_helpers.evaluate import PolicyEvaluator, evaluate_run, record_episode, run_episode
+from trm_helpers.files import read_jsonl
+
+
+class CountingPolicy:
+    """Always asks for a full step forward; counts its episodes."""
+
+    last_recursions = 3
+
+    def __init__(self):
+        self.resets = 0
+
+    def reset(self):
+        self.resets += 1
+
+    def act(self, observation):
+        return np.array([1.0, 0, 0, 0, 0, 0, -1])
+
+
+class StraightRoad:
+    """Solved after ``init_state + 1`` steps forward. Stands in for ``sim.LiberoEnv``."""
+
+    task = types.SimpleNamespace(suite="libero_object", task_id=3, name="walk",
+                                 language="walk to the end")
+    horizon = 4
+    made = []
+
+    def __init__(self, *_):
+        self.made.append(self)
+
+    def reset(self, init_state):
+        self.left = init_state + 1
+        return self._look()
+
+    def step(self, action):
+        self.left -= action[0]
+        return self._look(), bool(self.left <= 0)
+
+    def _look(self):
+        frame = np.zeros((64, 64, 3), np.uint8)
+        frame[0] = 255  # the first row as stored is at the bottom for a person
+        return dict.fromkeys(schema.CAMERAS, frame)
+
+
+def test_an_episode_ends_with_success_or_at_the_horizon():
+    policy = CountingPolicy()
+    row = run_episode(policy, StraightRoad(), init_state=2)
+    assert row.pop("seconds") >= 0
+    assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "success": True,
+                   "steps": 3, "horizon": 4, "mean_recursions": 3.0}
+    failed = run_episode(policy, StraightRoad(), init_state=9)
+    assert (failed["success"], failed["steps"]) == (False, 4)
+    assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
+    assert policy.resets == 3
+
+
+def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
+    ledger = tmp_path / "episodes.jsonl"
+    evaluator = PolicyEvaluator(CountingPolicy(), ledger=ledger)
+    result = evaluator.evaluate_on_task(StraightRoad(), init_states=[0, 2, 9, 5], num_episodes=3)
+    assert (result["successes"], result["episodes"]) == (2, 3)
+    assert result["mean_length"] == pytest.approx((1 + 3 + 4) / 3)
+    assert result["std_length"] == pytest.approx(np.std([1, 3, 4]))
+    assert [row["init_state"] for row in read_jsonl(ledger)] == [0, 2, 9]
+    with pytest.raises(ValueError, match="num_episodes=3 is not valid; expected 1 to 2"):
+        evaluator.evaluate_on_task(StraightRoad(), [0, 1], 3)
+    with pytest.raises(ValueError, match="horizon=-1"):
+        PolicyEvaluator(CountingPolicy(), horizon=-1)
+
+
+def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
+    row, frames = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    assert row["video"] == "a-success.mp4" and row["steps"] == 2
+    assert frames.shape == (2, 64, 64, 3) and (frames[:, -1] == 255).all()
+    film = imageio.imread(tmp_path / "a-success.mp4")
+    assert len(film) == 2 + 30  # the last frame stands for a second
+    assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
+
+
+@pytest.fixture
+def run(trained, monkeypatch):
+    """A trained run whose simulator is the straight road and whose policy walks it."""
+    StraightRoad.made.clear()
+    evaluate._worker_env.cache_clear()
+    evaluate._worker_policy.cache_clear()
+    monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_: CountingPolicy())
+    monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
+    monkeypatch.setattr(StraightRoad.task, "task_id", 0)
+    return trained
+
+
+def test_a_run_is_evaluated_into_its_folder(run):
+    config = EvalConfig(num_episodes=3, first_init_state=1, horizon=3, num_videos=1)
+    results = evaluate_run(run, config)
+    assert results == json.loads((run / "results.json").read_text())
+    assert (results["successes"], results["episodes"]) == (2, 3)
+    assert results["protocol"]["horizon"] == 3 and results["protocol"]["weights"] == "best"
+    assert results["software"] == {"mujoco": "3.3.2"}
+    assert [row["init_state"] for row in read_jsonl(run / "episodes.jsonl")] == [1, 2, 3]
+    assert [p.name for p in (run / "videos").iterdir()] == \
+        ["libero_object-task0-init01-success.mp4"]
+    assert len(StraightRoad.made) == 1  # one environment for all episodes of a task
+
+
+def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
+    config = EvalConfig(num_episodes=3, horizon=4, num_videos=0)
+    play, played = evaluate.run_episode, []
+
+    def interrupt(policy, env, init_state, horizon):
+        played.append(init_state)
+        if played == [0, 1]:
+            raise KeyboardInterrupt
+        return play(policy, env, init_state, horizon)
+
+    monkeypatch.setattr(evaluate, "run_episode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, config)
+    assert evaluate_run(run, config)["episodes"] == 3 and played == [0, 1, 1, 2]
+    evaluate_run(run, config)
+    assert played == [0, 1, 1, 2]
+
+
+def test_episodes_of_other_weights_or_horizon_are_not_mixed_in(run):
+    evaluate_run(run, EvalConfig(num_episodes=1, horizon=4, num_videos=0))
+    ledger = (run / "episodes.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="another policy or protocol .horizon: 4 there, 5 now"):
+        evaluate_run(run, EvalConfig(num_episodes=1, horizon=5, num_videos=0))
+    (run / "best.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="sha256"):
+        evaluate_run(run, EvalConfig(num_episodes=1, horizon=4, num_videos=0))
+    assert (run / "episodes.jsonl").read_bytes() == ledger
+
+
+def test_an_unknown_suite_or_task_is_refused(run):
+    with pytest.raises(ValueError, match="unknown suite 'libero_best'"):
+        evaluate_run(run, suite="libero_best")
+    with pytest.raises(ValueError, match="task_id 10 is not in libero_object"):
+        evaluate_run(run, task_ids=[10])
