@@ -120,7 +120,7 @@ class PickPlaceExpert:
     def _plan_travel(self) -> float:
         """Height of the end effector at which the hanging object passes over what is in the way."""
         start, end = (self.env.object_position(name)[:2] for name in (self.object, self.target))
-        path = np.linspace(start, end, 20)
+        path = np.linspace(start, end, 20)[5:]  # it leaves what stands beside it straight up
         tops = []
         for name in self.env.raw.obj_body_id:
             low, high = _bounds(self.env, name)
@@ -153,7 +153,7 @@ class PickPlaceExpert:
                 if ee[2] > self._travel_height - 0.015:
                     return "carry"
             case "carry":
-                if np.linalg.norm((ee - self._place_point())[:2]) < 0.012:
+                if np.linalg.norm((ee - self._place_point())[:2]) < 0.018:
                     return "lower"
             case "lower":
                 if np.linalg.norm((ee - self._place_point())[:2]) > 0.03:

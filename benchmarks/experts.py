@@ -1,0 +1,68 @@
+"""Success of the scripted expert: the table in docs/experts.md.
+
+    python benchmarks/experts.py --suite libero_spatial --episodes 10
+    python benchmarks/experts.py --suite libero_object --episodes 10 --init-states
+
+Without ``--init-states`` the placements are drawn by resets with seeds 1000, 1001, ...; with it
+they are the official init states 0, 1, ..., used to test the expert and never to collect.
+"""
+
+import argparse
+import functools
+from concurrent.futures import as_completed
+
+import numpy as np
+
+from trm_helpers import schema
+from trm_helpers.collect import Disturbance
+from trm_helpers.experts import PickPlaceExpert, Style
+from trm_helpers.sim import LiberoEnv, load_task, worker_pool
+from trm_helpers.stats import wilson_interval
+
+
+def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_id: int) -> dict:
+    """Successes and mean length of successful episodes of one task."""
+    lengths = []
+    with LiberoEnv(suite, task_id) as env:
+        for episode in range(episodes):
+            if init_states:
+                env.reset(init_state=episode)
+            else:
+                env.reset(seed=1000 + episode)
+            generator = np.random.default_rng([task_id, episode])
+            expert = PickPlaceExpert(env, Style.sample(generator))
+            disturbance = Disturbance(generator) if disturb else None
+            for step in range(env.horizon):
+                action = expert.act()
+                _, success = env.step(disturbance.apply(action) if disturb else action)
+                if success:
+                    lengths.append(step + 1)
+                    break
+    return {"task_id": task_id, "successes": len(lengths),
+            "mean_length": float(np.mean(lengths)) if lengths else float("nan")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="libero_spatial", choices=schema.SUITES)
+    parser.add_argument("--tasks", type=int, nargs="*", help="task ids; all of the suite")
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--init-states", action="store_true")
+    parser.add_argument("--disturb", action="store_true", help="push the arm as in collection")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    tasks = given.tasks or range(schema.SUITES[given.suite])
+    job = functools.partial(run_task, given.suite, given.episodes, given.init_states,
+                            given.disturb)
+    with worker_pool(given.workers) as pool:
+        rows = [done.result() for done in as_completed([pool.submit(job, t) for t in tasks])]
+    print("| task | instruction | successes | 95 % interval | mean steps |\n|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: row["task_id"]):
+        low, high = wilson_interval(row["successes"], given.episodes)
+        language = load_task(given.suite, row["task_id"]).language
+        print(f"| {row['task_id']} | {language} | {row['successes']} of {given.episodes} | "
+              f"{100 * low:.0f} to {100 * high:.0f} % | {row['mean_length']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+import errno
+import json
+from concurrent.futures import Future
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from trm_helpers import collect, schema
+from trm_helpers.collect import _run_attempts, _successes, collect_demonstrations
+from trm_helpers.config import from_flat
+from trm_helpers.sim import LiberoEnv
+from trm_helpers.validate import check_demo_file, measure_alignment
+
+
+class Bar:
+    n = 0
+
+    def refresh(self):
+        pass
+
+
+class LastFirst:
+    """Ends what is submitted in the opposite order, two at a time."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def submit(self, function, number):
+        future = Future()
+        self.waiting.append((future, function, number))
+        if len(self.waiting) == 2:
+            for each, call, given in reversed(self.waiting):
+                each.set_result(call(given))
+            self.waiting.clear()
+        return future
+
+
+def run_attempts(attempt, known, num_demos):
+    attempts = dict(known)
+    _run_attempts(LastFirst(), attempt, attempts, num_demos, 2, Bar(), "a task")
+    return attempts
+
+
+def test_successes_count_only_up_to_the_first_open_attempt():
+    part = Path("part")
+    assert _successes({0: part, 1: None, 2: part, 4: part}) == [0, 2]
+    assert _successes({1: part}) == []
+
+
+def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end():
+    made = []
+
+    def attempt(number):
+        made.append(number)
+        return None if number in (1, 2) else Path(str(number))
+
+    attempts = run_attempts(attempt, {}, 3)
+    assert _successes(attempts)[:3] == [0, 3, 4]
+    made.clear()
+    again = run_attempts(attempt, {0: Path("0"), 1: None}, 3)
+    assert 0 not in made and 1 not in made  # what was finished is not done again
+    assert _successes(again)[:3] == [0, 3, 4]
+
+
+def test_an_expert_that_cannot_do_it_is_given_up():
+    with pytest.raises(RuntimeError, match="failed 20 of 20 attempts at a task"):
+        run_attempts(lambda number: None, {}, 3)
+
+
+@pytest.mark.parametrize("num_demos", [0, -1])
+def test_no_demonstrations_are_not_collected(tmp_path, num_demos):
+    with pytest.raises(ValueError, match=f"num_demos={num_demos}"):
+        collect_demonstrations("libero_object", 0, num_demos, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Two demonstrations really collected, by two processes."""
+    folder = tmp_path_factory.mktemp("collected")
+    return collect_demonstrations("libero_object", 5, 2, folder, workers=2)
+
+
+@pytest.mark.sim
+def test_a_file_has_liberos_layout(collected):
+    check_demo_file(collected)
+    assert [path.name for path in collected.parent.iterdir()] == \
+        ["pick_up_the_tomato_sauce_and_place_it_in_the_basket_demo.hdf5"]
+    with h5py.File(collected) as file:
+        data = file["data"]
+        assert data.attrs["num_demos"] == 2 == len(data)
+        assert data.attrs["total"] == sum(len(demo["actions"]) for demo in data.values())
+        assert json.loads(data.attrs["problem_info"])["language_instruction"] \
+            == "pick up the tomato sauce and place it in the basket"
+        assert json.loads(data.attrs["env_args"])["env_kwargs"]["controller"] == "OSC_POSE"
+        assert data.attrs["macros_image_convention"] == "opengl"
+        assert data.attrs["bddl_file_name"].endswith(".bddl")
+        assert data.attrs[schema.ALIGNMENT_ATTR] == "raw"
+        made = json.loads(data.attrs["collection"])
+        assert made["by"] == "scripted expert" and made["mujoco"] == "3.3.2"
+        for demo in data.values():
+            length = demo.attrs["num_samples"]
+            layout = {"actions": (7, "f8"), "states": (110, "f8"), "robot_states": (9, "f8"),
+                      "executed_actions": (7, "f8"), "obs/joint_states": (7, "f8"),
+                      "obs/gripper_states": (2, "f8"), "obs/ee_pos": (3, "f8"),
+                      "obs/ee_ori": (3, "f8"), "obs/ee_states": (6, "f8")}
+            for name, (width, kind) in layout.items():
+                assert demo[name].shape == (length, width) and demo[name].dtype == kind, name
+            for camera in schema.CAMERAS:
+                images = demo["obs"][camera]
+                assert images.shape == (length, 128, 128, 3) and images.dtype == np.uint8
+                assert images.chunks is None and images.compression is None  # memory-mappable
+            for name in ("rewards", "dones"):
+                assert demo[name][:].tolist() == [0] * (length - 1) + [1]
+            assert np.array_equal(demo.attrs["init_state"], demo["states"][0])
+            assert demo.attrs["model_file"].startswith("<mujoco")
+    assert measure_alignment(collected)[0] == "raw"
+
+
+@pytest.mark.sim
+def test_stored_actions_replay_to_the_stored_states_and_success(collected):
+    with LiberoEnv("libero_object", 5) as env, h5py.File(collected) as file:
+        demo = file["data/demo_1"]
+        env.reset(seed=0)
+        env.set_state(demo["states"][0])
+        success = False
+        for state, action in zip(demo["states"], demo["executed_actions"], strict=True):
+            assert np.abs(env.state() - state)[1:30].max() < 5e-3
+            _, success = env.step(action)
+        assert success
+
+
+@pytest.mark.sim
+def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
+        collected, monkeypatch):
+    made = []
+    attempt = collect._attempt
+
+    def in_this_process(*given):
+        made.append(given[-1])
+        return attempt(*given)
+
+    monkeypatch.setattr(collect, "_attempt", in_this_process)
+    monkeypatch.setattr(collect, "worker_pool", InThisProcess)
+    before = collected.read_bytes()
+    assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
+    assert made == [] and collected.read_bytes() == before
+    with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 asked for"):
+        collect_demonstrations("libero_object", 5, 2, collected.parent, seed=9)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(collect, "_write_demo", full)
+        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=1)
+    assert collected.read_bytes() == before
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(collect, "_assemble", full)
+        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=1)
+    assert collected.read_bytes() == before
+    made.clear()
+    collect_demonstrations("libero_object", 5, 3, collected.parent, workers=1)
+    assert made == []  # the attempt before the disk was full is kept
+    with h5py.File(collected) as file:
+        assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2"]
+        assert [demo.attrs["attempt"] for demo in file["data"].values()] == sorted(
+            demo.attrs["attempt"] for demo in file["data"].values())
+    assert len(list(collected.parent.iterdir())) == 1
+
+
+class InThisProcess:
+    """In place of the pool of processes."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, number):
+        future = Future()
+        try:
+            future.set_result(function(number))
+        except OSError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_what_is_used_is_found_or_collected_and_printed(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def made(suite, task_id, num_demos, folder, *, seed):
+        asked.append((suite, task_id, num_demos, seed))
+        return folder / "task_demo.hdf5"
+
+    monkeypatch.setattr(collect, "collect_demonstrations", made)
+    files = collect.ensure_demonstrations(from_flat("tiny", data_seed=4))
+    assert asked == [("libero_object", 0, 2, 4)] and list(files) == [0]
+    assert "2 scripted demonstrations" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):
+        collect.ensure_demonstrations(from_flat("tiny", demo_dir=str(tmp_path)))
+
+
+def test_human_demonstrations_are_preferred_when_they_are_there(tmp_path, capsys):
+    from demo_files import write_demo_file
+
+    name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
+    human = write_demo_file(tmp_path / "deep" / "libero_object" / name, image_size=8)
+    config = from_flat("tiny", demos="auto", demo_dir=str(tmp_path))
+    assert collect.ensure_demonstrations(config) == {0: human}
+    assert "human demonstrations of 1 task(s)" in capsys.readouterr().out
