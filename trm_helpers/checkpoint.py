@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 import time
 from pathlib import Path
@@ -141,15 +142,21 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    expected = policy.state_dict()
-    different = [name for name in sorted({*state, *expected})
-                 if name not in state or name not in expected
-                 or state[name].shape != expected[name].shape]
-    if different:
-        raise ValueError(f"{path} does not fit the configuration in policy.json; "
-                         f"these weights differ: {', '.join(different)}")
+    _refuse_other_weights(path, state, policy.state_dict())
     policy.load_state_dict(state)
     return policy.to(device).eval()
+
+
+def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
+    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()}
+              for weights in (found, expected)]
+    different = [
+        f"{name}: {shapes[0].get(name, 'none')} there, {shapes[1].get(name, 'none')} expected"
+        for name in sorted({*found, *expected}) if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if different:
+        raise ValueError(f"{path} does not fit the configuration in policy.json; "
+                         f"these weights differ: {'; '.join(different)}")
 
 
 def save_training_state(run: str | Path, state: dict) -> None:
@@ -159,6 +166,16 @@ def save_training_state(run: str | Path, state: dict) -> None:
 
 
 def load_training_state(run: str | Path) -> dict | None:
-    """Inverse of :func:`save_training_state`; ``None`` when there is nothing to continue."""
+    """Inverse of :func:`save_training_state`; ``None`` when there is nothing to continue.
+
+    Raises ``ValueError`` for a damaged file, and for one that holds more than tensors and numbers:
+    such a file could run code.
+    """
     path = Path(run) / "training_state.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors and numbers; "
+                         "remove it to train from the start") from error

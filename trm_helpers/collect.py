@@ -96,7 +96,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     _refuse_other_settings(path, settings)
     parts = path.with_name(f".{task.name}.seed{seed}{'' if disturb else '.calm'}.parts")
     attempts = _known_attempts(path, parts)
-    if path.exists() and len(_successes(attempts)) >= num_demos:
+    if sum(part == path for part in attempts.values()) >= num_demos:
         return path
     parts.mkdir(parents=True, exist_ok=True)
     workers = min(workers or min(os.cpu_count() or 1, 8), num_demos)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import numbers
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,35 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 def _one_of(name: str, value: Any, options: tuple) -> None:
     _require(value in options, name, value, "one of " + ", ".join(map(repr, options)))
+
+
+def _different(name: str, values: tuple) -> None:
+    _require(len(set(values)) == len(values), name, values, "no value twice")
+
+
+def _convert_types(part) -> None:
+    """Give each setting the type of its annotation, or raise ``ValueError``.
+
+    Whole numbers serve as floats and lists as tuples. Notebooks and YAML files bring other types:
+    YAML reads ``1e-3`` as a string and ``1.0e-3`` as a number.
+    """
+    for name, kind in typing.get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+            fits = isinstance(value, (list, tuple)) and all(_is_a(item, kind) for item in value)
+            _require(fits, name, value, f"a list of {kind.__name__}")
+            value = tuple(kind(item) for item in value)
+        else:
+            _require(_is_a(value, kind), name, value, kind.__name__)
+            value = kind(value)
+        object.__setattr__(part, name, value)
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
 
 
 @dataclass(frozen=True)
@@ -42,11 +73,12 @@ class DataConfig:
     data_seed: int = 0  # split and collection
 
     def __post_init__(self):
-        object.__setattr__(self, "task_ids", tuple(int(i) for i in self.task_ids))
+        _convert_types(self)
         schema.check_suite(self.suite)
         _require(len(self.task_ids) > 0, "task_ids", self.task_ids, "at least one task id")
         for task_id in self.task_ids:
             schema.check_task_id(self.suite, task_id)
+        _different("task_ids", self.task_ids)
         _one_of("demos", self.demos, ("auto", "human", "scripted"))
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
         _require(self.max_demos_per_task >= 0, "max_demos_per_task", self.max_demos_per_task,
@@ -79,7 +111,7 @@ class ModelConfig:
     execution_horizon: int = 1  # how many of them are executed before the next look
 
     def __post_init__(self):
-        object.__setattr__(self, "cameras", tuple(self.cameras))
+        _convert_types(self)
         _one_of("variant", self.variant, ("block",))
         for name in ("hidden_dim", "num_recursions", "num_heads", "num_experts", "chunk"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
@@ -93,6 +125,7 @@ class ModelConfig:
         _require(len(self.cameras) > 0, "cameras", self.cameras, "at least one camera")
         for camera in self.cameras:
             _one_of("cameras", camera, tuple(schema.CAMERAS))
+        _different("cameras", self.cameras)
         _require(self.image_size >= 36, "image_size", self.image_size,
                  ">= 36, what the three convolutions need")
         _require(self.num_tasks >= 0, "num_tasks", self.num_tasks, ">= 0")
@@ -123,10 +156,12 @@ class TrainConfig:
     wandb_project: str = "trm-libero"
 
     def __post_init__(self):
+        _convert_types(self)
         for name in ("epochs", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("lr", "min_lr", "grad_clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr!r}")
         for name in ("weight_decay", "gripper_weight", "patience", "max_minutes", "num_threads"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
@@ -147,6 +182,7 @@ class EvalConfig:
     eval_workers: int = 1  # simulator processes
 
     def __post_init__(self):
+        _convert_types(self)
         _require(1 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
                  self.num_episodes, f"1 to {schema.NUM_INIT_STATES}, the official init states")
         last = schema.NUM_INIT_STATES - self.num_episodes
@@ -169,8 +205,8 @@ class SearchConfig:
     search_episodes: int = 0  # rollouts per configuration; 0 ranks by validation loss alone
 
     def __post_init__(self):
+        _convert_types(self)
         for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
         _require(self.search_epochs >= 1, "search_epochs", self.search_epochs, ">= 1")

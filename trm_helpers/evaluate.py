@@ -123,15 +123,16 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
     row = run_episode(policy, env, init_state, horizon, watch)
     outcome = "success" if row["success"] else "failure"
     titles = " | ".join(schema.CAMERA_TITLES.values())
-    captioned = [
-        caption_frame(np.concatenate(list(pair), axis=1), [
+    steps = [*range(row["steps"]), *[row["steps"] - 1] * VIDEO_FPS]  # the end stands for a second
+    captioned = (  # one at a time: enlarged frames of a long episode are half a gigabyte
+        caption_frame(np.concatenate(list(frames[step]), axis=1), [
             env.task.language,
             titles,
-            f"step {step:3} of {row['horizon']}  {outcome if step == row['steps'] else ''}",
+            f"step {step + 1:3} of {row['horizon']}  "
+            f"{outcome if step + 1 == row['steps'] else ''}",
         ])
-        for step, pair in enumerate(frames, 1)
-    ]
-    captioned += captioned[-1:] * VIDEO_FPS  # the end stands for a second
+        for step in steps
+    )
     path = Path(str(path).replace("{outcome}", outcome))
     write_video(path, captioned, fps=VIDEO_FPS)
     return {**row, "video": path.name}, np.stack([pair[0] for pair in frames])
@@ -160,12 +161,12 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     trained = load_config(run)
     config = config or trained.eval
     suite = suite or trained.data.suite
-    task_ids = tuple(task_ids) or trained.data.task_ids
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
     identity = {"weights": weights, "sha256": _digest(run / f"{weights}.safetensors"),
                 "horizon": config.horizon or schema.HORIZONS[schema.check_suite(suite)]}
     ledger = run / "episodes.jsonl"
-    rows = _finished(ledger, identity)
-    done = {(row["suite"], row["task_id"], row["init_state"]) for row in rows}
+    rows = _finished(ledger, suite, identity)
+    done = {_episode(row) for row in rows}
     first = config.first_init_state
     planned = [(suite, schema.check_task_id(suite, task_id), init_state)
                for task_id in task_ids for init_state in range(first, first + config.num_episodes)]
@@ -178,10 +179,8 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
             rows.append(row)
             bar.update()
             bar.set_postfix(successes=sum(row["success"] for row in rows))
-    chosen = [row for row in rows
-              if (row["suite"], row["task_id"], row["init_state"]) in set(planned)]
     results = {
-        **summarize_episodes(chosen),
+        **summarize_episodes([row for row in rows if _episode(row) in planned]),
         "protocol": {"suite": suite, "task_ids": list(task_ids), **asdict(config), **identity,
                      "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
                      "observations": "what env.step returned"},
@@ -197,8 +196,11 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
 def _run_all(job, episodes: list, workers: int):
     """Rows of the episodes as they end; in this process for one worker."""
     if workers == 1 or len(episodes) <= 1:
-        yield from (job(episode) for episode in episodes)
-        _worker_env.cache_clear()
+        try:
+            yield from map(job, episodes)
+        finally:  # weights may be others at the next call
+            _worker_policy.cache_clear()
+            _worker_env.cache_clear()
         return
     with worker_pool(min(workers, len(episodes))) as pool:
         for future in as_completed([pool.submit(job, episode) for episode in episodes]):
@@ -215,7 +217,7 @@ def _run_in_worker(run: Path, weights: str, config: EvalConfig, episode: tuple) 
 
 
 @functools.lru_cache(maxsize=1)
-def _worker_policy(run: Path, weights: str):
+def _worker_policy(run: Path, weights: str) -> Policy:
     return load_policy(run, weights)
 
 
@@ -227,11 +229,20 @@ def _worker_env(suite: str, task_id: int) -> LiberoEnv:
 # --- ledger -------------------------------------------------------------------------------------
 
 
-def _finished(ledger: Path, identity: dict) -> list[dict]:
+def _episode(row: dict) -> tuple[str, int, int]:
+    return row["suite"], row["task_id"], row["init_state"]
+
+
+def _finished(ledger: Path, suite: str, identity: dict) -> list[dict]:
+    """The ledger's rows; ``ValueError`` if a row's policy, or its protocol, is not ``identity``.
+
+    Each suite has a horizon of its own, so it is compared within ``suite`` only.
+    """
     rows = read_jsonl(ledger)
     for row in rows:
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
-                     for key, value in identity.items() if row.get(key) != value]
+                     for key, value in identity.items() if row.get(key) != value
+                     and not (key == "horizon" and row["suite"] != suite)]
         if different:
             raise ValueError(f"{ledger} holds episodes of another policy or protocol "
                              f"({'; '.join(different)}); move it away to evaluate afresh")

@@ -36,28 +36,31 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
 def append_jsonl(path: str | os.PathLike, row: dict) -> None:
     """Append one line and flush it to the disk, so that a kill loses nothing that was reported.
 
-    A last line that a kill had cut off is removed first.
+    A last line that a kill or a full disk had cut off is removed first. NaN is refused
+    (``ValueError``).
     """
+    line = json.dumps(row, allow_nan=False).encode() + b"\n"
     with open(path, "a+b") as file:
         file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Rows of a JSON-lines file; a last line cut off by a kill is left out."""
+    """Rows of a JSON-lines file; none where there is no file.
+
+    A last line without its newline was cut off, and is left out. Raises ``ValueError`` with the
+    number of a line that is not JSON.
+    """
     path = Path(path)
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     return rows

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from pathlib import Path
 
-import torch
+import yaml
 from tqdm.auto import tqdm
 
 from . import schema
@@ -15,7 +16,6 @@ from .checkpoint import refuse_other_settings
 from .config import Config, SearchConfig
 from .data import LIBERODataset
 from .files import replacing, write_json
-from .model import TRMPolicy
 from .train import BehaviorCloningTrainer
 
 _SPIKE = 1.2  # a validation loss this many times the lowest before it
@@ -60,20 +60,24 @@ def run_search(config: Config, files: dict[int, Path], run: str | Path) -> list[
         ValueError: a trial in the folder was trained with other settings.
     """
     folder = Path(run) / "search"
+    points = grid(config.search)
+    settings = [  # all of them first: a bad value is refused before anything is trained
+        config.replace(**point, epochs=config.search.search_epochs, patience=0, max_minutes=0.0,
+                       wandb_mode="disabled")
+        for point in points
+    ]
     data = LIBERODataset.from_config(files, config)
     trials = []
-    with tqdm(grid(config.search), desc="search", unit="trial") as bar:
-        for point in bar:
+    with tqdm(zip(points, settings, strict=True), "search", len(points), unit="trial") as bar:
+        for point, trial_config in bar:
             name = "-".join(f"{key}{value:g}" for key, value in point.items())
             bar.set_postfix_str(name)
-            settings = config.replace(**point, epochs=config.search.search_epochs, patience=0,
-                                      wandb_mode="disabled")
-            trials.append({"trial": name, **point, **_run_trial(settings, data, folder / name)})
+            trials.append({"trial": name, **point, **_run_trial(trial_config, data, folder / name)})
     ranked = rank_trials(trials)
     write_json(folder / "trials.json", ranked)
-    best = {key: ranked[0][key] for key in point}
     with replacing(folder / "best.yaml") as temporary:
-        temporary.write_text("".join(f"{key}: {value!r}\n" for key, value in best.items()))
+        best = {key: ranked[0][key] for key in points[0]}
+        temporary.write_text(yaml.safe_dump(best, sort_keys=False))
     return ranked
 
 
@@ -98,7 +102,8 @@ def rank_trials(trials: list[dict]) -> list[dict]:
     Losses that fall into the same step of 1 % count as equal.
     """
     def key(trial: dict) -> tuple:
-        loss_step = math.floor(math.log(trial["final_val_loss"]) / math.log(_SAME_LOSS))
+        loss = max(trial["final_val_loss"], sys.float_info.min)  # 0 has no logarithm
+        loss_step = math.floor(math.log(loss) / math.log(_SAME_LOSS))
         return (-trial.get("success_rate", 0.0), loss_step, trial["epochs_to_converge"],
                 trial["spikes"], trial["final_val_loss"])
 
@@ -110,10 +115,7 @@ def _run_trial(config: Config, data: tuple[LIBERODataset, LIBERODataset], folder
     if (folder / "config.json").exists():
         refuse_other_settings(folder, config)
     write_json(folder / "config.json", config.to_dict())
-    torch.manual_seed(config.train.seed)
-    train_data, val_data = data
-    policy = TRMPolicy(config.model, train_data.normalizer, train_data.proprio_stats)
-    rows = BehaviorCloningTrainer(policy, train_data, val_data, config.train, folder).fit()
+    rows = BehaviorCloningTrainer.from_data(config, *data, folder).fit()
     losses = [row["val_loss"] for row in rows]
     result = {**measure_curve(losses), "val_losses": losses,
               "minutes": round(sum(row["seconds"] for row in rows) / 60, 3)}

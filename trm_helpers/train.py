@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import netrc
 import os
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -72,7 +75,12 @@ class BehaviorCloningTrainer:
 
         ``files`` is one demonstration file per task id, as ``collect.ensure_demonstrations`` gives.
         """
-        train_data, val_data = LIBERODataset.from_config(files, config)
+        return cls.from_data(config, *LIBERODataset.from_config(files, config), run)
+
+    @classmethod
+    def from_data(cls, config: Config, train_data: LIBERODataset, val_data: LIBERODataset,
+                  run: str | Path) -> BehaviorCloningTrainer:
+        """A seeded policy and the trainer of a :class:`Config` for data read before."""
         torch.manual_seed(config.train.seed)
         policy = TRMPolicy(config.model, train_data.normalizer, train_data.proprio_stats)
         return cls(policy, train_data, val_data, config.train, run)
@@ -82,10 +90,11 @@ class BehaviorCloningTrainer:
 
         Returns:
             the rows of ``metrics.jsonl``: epoch, train_loss, val_loss, the loss's parts, lr,
-            grad_norm, seconds, samples_per_second.
+            grad_norm (mean, before clipping), seconds, samples_per_second.
 
         Raises:
-            RuntimeError: the loss is not finite; the last complete epoch stays in the run folder.
+            RuntimeError: the loss is not finite, or no gradient of an epoch was; the last complete
+                epoch stays in the run folder.
         """
         began = time.perf_counter()
         self._resume()
@@ -103,18 +112,23 @@ class BehaviorCloningTrainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss and parts over the validation split, with the averaged weights if any."""
+        """Mean loss and parts over the validation split, with the averaged weights if any.
+
+        The mean is over the actions that exist, however they fall into batches.
+        """
         model = self.ema.module if self.ema else self.policy
         model.eval()
         totals: dict[str, float] = {}
+        actions = 0.0
         batches = self.val_data.batches(self.config.batch_size, 0, 0, shuffle=False,
                                         device=self.device)
         for batch in batches:
             loss, parts = self._loss(model, batch)
-            share = len(batch["actions"]) / len(self.val_data)
+            weight = float(batch["mask"].sum())
+            actions += weight
             for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + share * float(value)
-        return totals
+                totals[name] = totals.get(name, 0.0) + weight * float(value)
+        return {name: total / actions for name, total in totals.items()}
 
     # --- one epoch --------------------------------------------------------------------------------
 
@@ -130,8 +144,10 @@ class BehaviorCloningTrainer:
             bar.update()
         seconds = time.perf_counter() - started
         train_loss = torch.stack(losses).mean().item()
+        norms = torch.stack(norms)
+        grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
         validation = self.validate()
-        if not (math.isfinite(train_loss) and math.isfinite(validation["loss"])):
+        if not all(map(math.isfinite, (train_loss, validation["loss"], grad_norm))):
             raise RuntimeError(self._diagnosis(train_loss, validation["loss"], norms))
         self.epoch += 1
         bar.set_postfix(epoch=self.epoch, train=f"{train_loss:.4f}",
@@ -140,7 +156,7 @@ class BehaviorCloningTrainer:
             "epoch": self.epoch, "train_loss": train_loss, "val_loss": validation.pop("loss"),
             **{f"val_{name}": value for name, value in validation.items()},
             "lr": self.scheduler.get_last_lr()[0],
-            "grad_norm": torch.stack(norms).mean().item(),
+            "grad_norm": grad_norm,
             "seconds": round(seconds, 3),
             "samples_per_second": round(len(self.train_data) / seconds, 1),
         }
@@ -166,14 +182,14 @@ class BehaviorCloningTrainer:
         with autocast:
             return model.loss(batch, self.config.loss, self.config.gripper_weight)
 
-    def _diagnosis(self, train_loss: float, val_loss: float, norms: list) -> str:
+    def _diagnosis(self, train_loss: float, val_loss: float, norms: torch.Tensor) -> str:
         broken = [name for name, value in self.policy.named_parameters()
                   if not value.isfinite().all()]
-        return (f"the loss is not finite in epoch {self.epoch + 1} (train {train_loss}, validation "
-                f"{val_loss}; largest gradient norm {max(float(n) for n in norms):.3g}; "
-                f"weights with NaN: {', '.join(broken[:3]) or 'none'}). Lower lr="
-                f"{self.config.lr:g} or use precision='fp32'; {self.run} keeps the last complete "
-                "epoch")
+        return (f"loss or gradient is not finite in epoch {self.epoch + 1} (train loss "
+                f"{train_loss}, validation loss {val_loss}; largest gradient norm "
+                f"{norms.max():.3g}; weights with NaN: {', '.join(broken[:3]) or 'none'}). Lower "
+                f"lr={self.config.lr:g} or use precision='fp32'; {self.run} keeps the last "
+                "complete epoch")
 
     # --- run folder -------------------------------------------------------------------------------
 
@@ -200,9 +216,7 @@ class BehaviorCloningTrainer:
         done = state["epoch"] if state else 0
         if len(rows) != done:  # cut off between a row and its checkpoint: that epoch runs again
             with replacing(self.run / "metrics.jsonl") as temporary:
-                temporary.touch()
-                for row in rows[:done]:
-                    append_jsonl(temporary, row)
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:done]))
         if not state:
             return
         self.epoch, self.best_loss = state["epoch"], state["best_loss"]
@@ -227,12 +241,27 @@ class BehaviorCloningTrainer:
         import wandb
 
         mode = self.config.wandb_mode
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode == "online" and not wandb_key_found():
             print("no W&B key found: logging offline; `wandb sync` uploads it later")
             mode = "offline"
+        settings = {**vars(self.policy.config), **vars(self.config)}
         with wandb.init(project=self.config.wandb_project, name=self.run.name, dir=self.run,
-                        mode=mode, config=vars(self.config), resume="allow") as tracked:
+                        mode=mode, config=settings) as tracked:
             yield lambda row: tracked.log(row, step=row["epoch"])
+
+
+def wandb_key_found() -> bool:
+    """Whether ``$WANDB_API_KEY`` or the netrc file holds a key; asks neither user nor network.
+
+    W&B's own look-up changes its name between versions, or prompts.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def choose_device(device: str = "auto") -> torch.device:
