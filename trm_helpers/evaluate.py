@@ -182,7 +182,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     results = {
         **summarize_episodes([row for row in rows if _episode(row) in planned]),
         "protocol": {"suite": suite, "task_ids": list(task_ids), **asdict(config), **identity,
-                     "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
+                     "horizon": horizon, "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
@@ -234,15 +234,13 @@ def _episode(row: dict) -> tuple[str, int, int]:
 
 
 def _finished(ledger: Path, suite: str, identity: dict) -> list[dict]:
-    """The ledger's rows; ``ValueError`` if a row's policy, or its protocol, is not ``identity``.
-
-    Each suite has a horizon of its own, so it is compared within ``suite`` only.
-    """
+    """The rows there are; ``ValueError`` if they are not of these weights and, in this suite, of
+    this horizon."""
     rows = read_jsonl(ledger)
     for row in rows:
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
-                     for key, value in identity.items() if row.get(key) != value
-                     and not (key == "horizon" and row["suite"] != suite)]
+                     for key, value in identity.items()
+                     if row.get(key) != value and (key != "horizon" or row["suite"] == suite)]
         if different:
             raise ValueError(f"{ledger} holds episodes of another policy or protocol "
                              f"({'; '.join(different)}); move it away to evaluate afresh")
