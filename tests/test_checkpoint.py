@@ -1,6 +1,6 @@
 import errno
 import json
-import pickle
+import os
 
 import numpy as np
 import pytest
@@ -71,6 +71,14 @@ def test_a_missing_run_lists_those_there_are(trained):
         load_config(trained / "figures")
 
 
+def test_no_name_means_the_newest_trained_run(small_run):
+    for age, name in ((0, "new"), (100, "old")):
+        run = small_run(name, epochs=1).run
+        (run / "policy.json").write_text("{}")
+        os.utime(run / "policy.json", (1e9 - age, 1e9 - age))
+    assert find_run().name == "new"
+
+
 def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
     rebuilt = load_policy("small", "last")
     original = trainer.policy.eval()
@@ -91,7 +99,14 @@ def test_damaged_and_foreign_weights_are_refused(trained):
     described = json.loads((trained / "policy.json").read_text())
     described["model"]["hidden_dim"] = 64
     (trained / "policy.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="does not fit .*policy.json.*block.attention"):
+    # the tiny preset's proprioception is 12 numbers; hidden_dim was 16
+    with pytest.raises(ValueError, match=r"does not fit .*policy.json.*"
+                                         r"proprio_mlp.0.weight: \(16, 12\) there, \(64, 12\)"):
+        load_policy(trained)
+    described["model"] |= {"hidden_dim": 16, "halting": "act"}
+    (trained / "policy.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"differ: halt.bias: none there, \(1,\) expected; "
+                                         r"halt.weight: none there, \(1, 16\) expected$"):
         load_policy(trained)
     with pytest.raises(ValueError, match="weights='newest'.*best, last"):
         load_policy(trained, "newest")
@@ -119,14 +134,23 @@ def test_a_full_disk_keeps_what_was_saved_before(trained, monkeypatch, save):
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
 
+def test_a_truncated_training_state_is_named(trained):
+    path = trained / "training_state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="training_state.pt is damaged"):
+        load_training_state(trained)
+
+
 class _Evil:
     def __reduce__(self):
         return print, ("code from a checkpoint ran",)
 
 
-def test_loading_runs_no_code_from_the_file(trained, capsys):
+def test_loading_runs_no_code_from_the_file(trained, trainer, capsys):
     assert load_training_state(trained)["epoch"] == 2
     torch.save({"epoch": _Evil()}, trained / "training_state.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="training_state.pt .* more than tensors and numbers"):
         load_training_state(trained)
+    with pytest.raises(ValueError, match="remove it to train from the start"):
+        trainer.fit()
     assert "code from a checkpoint ran" not in capsys.readouterr().out

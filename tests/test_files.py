@@ -1,5 +1,6 @@
 import errno
 import json
+import resource
 
 import pytest
 
@@ -24,25 +25,48 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_nan_is_not_json(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    for write in (write_json, append_jsonl):
+        with pytest.raises(ValueError, match="JSON"):
+            write(tmp_path / "a.json", {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
-def test_lines_are_appended_and_one_cut_off_by_a_kill_is_left_out(tmp_path):
+def test_lines_are_appended(tmp_path):
     path = tmp_path / "a.jsonl"
     assert read_jsonl(path) == []
     append_jsonl(path, {"a": 1})
-    append_jsonl(path, {"a": 2})
-    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
-    path.write_text(path.read_text() + '{"a": ')
-    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
-    append_jsonl(path, {"a": 3})  # the next line begins afresh
-    assert read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    append_jsonl(path, {"a": "é\u2028"})
+    assert read_jsonl(path) == [{"a": 1}, {"a": "é\u2028"}]
 
 
-def test_a_broken_line_in_the_middle_is_an_error_that_says_where(tmp_path):
+@pytest.mark.parametrize("cut", ['{"a": ', '{"a": 3}', "{"])
+def test_a_line_counts_when_its_newline_is_there(tmp_path, cut):
+    """Reading and appending agree on which lines there are, also on one cut just before its end."""
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    path.write_text('{"a": 1}\n' + cut)
+    assert read_jsonl(path) == [{"a": 1}]
+    append_jsonl(path, {"a": 2})
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def test_a_disk_that_fills_up_within_a_line_loses_that_line_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append_jsonl(path, {"a": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15, limits[1]))  # no file above 15 bytes
+        with pytest.raises(OSError):
+            append_jsonl(path, {"a": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == 15 and read_jsonl(path) == [{"a": 1}]
+    append_jsonl(path, {"a": 3})
+    assert read_jsonl(path) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\nnonsense\n{"a": 2}\n', '{"a": 1}\n{"a"\n'])
+def test_a_broken_line_is_an_error_that_says_where(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
     with pytest.raises(ValueError, match="a.jsonl, line 2 is not JSON"):
         read_jsonl(path)

@@ -81,8 +81,8 @@ class DataConfig:
         _different("task_ids", self.task_ids)
         _one_of("demos", self.demos, ("auto", "human", "scripted"))
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
-        _require(self.max_demos_per_task >= 0, "max_demos_per_task", self.max_demos_per_task,
-                 ">= 0")
+        for name in ("max_demos_per_task", "data_seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "in (0, 1)")
         _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
         _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))
@@ -162,7 +162,8 @@ class TrainConfig:
         for name in ("lr", "min_lr", "grad_clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr!r}")
-        for name in ("weight_decay", "gripper_weight", "patience", "max_minutes", "num_threads"):
+        for name in ("weight_decay", "gripper_weight", "patience", "max_minutes", "num_threads",
+                     "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _one_of("loss", self.loss, ("mse", "l1", "mix"))
@@ -210,8 +211,9 @@ class SearchConfig:
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
         _require(self.search_epochs >= 1, "search_epochs", self.search_epochs, ">= 1")
-        for name in ("max_configs", "search_episodes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(self.max_configs >= 0, "max_configs", self.max_configs, ">= 0")
+        _require(0 <= self.search_episodes <= schema.NUM_INIT_STATES, "search_episodes",
+                 self.search_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     results = {
         **summarize_episodes([row for row in rows if _episode(row) in planned]),
         "protocol": {"suite": suite, "task_ids": list(task_ids), **asdict(config), **identity,
-                     "horizon": horizon, "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
+                     "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
@@ -234,8 +234,7 @@ def _episode(row: dict) -> tuple[str, int, int]:
 
 
 def _finished(ledger: Path, suite: str, identity: dict) -> list[dict]:
-    """The rows there are; ``ValueError`` if they are not of these weights and, in this suite, of
-    this horizon."""
+    """The ledger's rows; ``ValueError`` for one of other weights or, in ``suite``, horizon."""
     rows = read_jsonl(ledger)
     for row in rows:
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
