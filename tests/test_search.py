@@ -4,7 +4,7 @@ import pytest
 import yaml
 from demo_files import write_demo_file
 
-from trm_helpers import checkpoint, search
+from trm_helpers import checkpoint, evaluate, search
 from trm_helpers.config import SearchConfig, from_flat
 from trm_helpers.search import grid, measure_curve, rank_trials, run_search
 
@@ -42,10 +42,12 @@ def test_ranking_takes_the_criteria_in_order():
     assert [t["trial"] for t in rank_trials(trials)] == ["low", "calm", "spiky", "slow"]
     succeeding = trial("succeeds", 0.9, 9, 9, success_rate=0.4)
     assert rank_trials([*trials, succeeding])[0] is succeeding
+    assert rank_trials([*trials, trial("perfect", 0.0, 9, 9)])[0]["trial"] == "perfect"
 
 
 @pytest.fixture
 def searched(tmp_path, monkeypatch):
+    """The arguments of a search of two points."""
     monkeypatch.setattr(checkpoint, "software_versions", dict)
     files = {0: write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8), image_size=36)}
     config = from_flat("tiny", hidden_dim=16, search_hidden_dims=(16,), search_epochs=2,
@@ -65,11 +67,47 @@ def test_a_search_writes_its_ranking_and_the_best_settings(searched):
     assert from_flat("tiny", **best).train.lr == 1e-3
 
 
+def test_a_small_learning_rate_survives_yaml(searched):
+    config, files, run = searched  # as Python writes it, 1e-05, YAML reads a string
+    run_search(config.replace(search_lrs=(1e-5,), search_num_recursions=(1,)), files, run)
+    best = yaml.safe_load((run / "search" / "best.yaml").read_text())
+    assert from_flat("tiny", **best).train.lr == 1e-5
+
+
 def test_a_search_goes_on_where_it_was(searched, monkeypatch):
     first = run_search(*searched)
     monkeypatch.setattr(search.BehaviorCloningTrainer, "_step",
                         lambda *_: pytest.fail("trained again"))
     assert [t["val_losses"] for t in run_search(*searched)] == [t["val_losses"] for t in first]
+
+
+def test_trials_run_to_their_end(searched):
+    config, files, run = searched
+    trials = run_search(config.replace(max_minutes=1e-9, patience=1), files, run)
+    assert [len(trial["val_losses"]) for trial in trials] == [2, 2]
+
+
+def test_rollouts_rank_first_and_use_the_last_init_states(searched, monkeypatch):
+    config, files, run = searched
+    asked = []
+
+    def evaluate_run(folder, settings, weights):
+        asked.append((settings.first_init_state, settings.num_episodes, settings.num_videos,
+                      weights))
+        success = folder.name.endswith("num_recursions2")
+        return {"success_rate": success / 3, "successes": int(success), "episodes": 3}
+
+    monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
+    trials = run_search(config.replace(search_episodes=3), files, run)
+    assert asked == [(47, 3, 0, "last")] * 2
+    assert trials[0]["num_recursions"] == 2 and trials[0]["success_rate"] == 1 / 3
+
+
+def test_a_bad_point_is_refused_before_anything_is_trained(searched):
+    config, files, run = searched
+    with pytest.raises(ValueError, match="hidden_dim=18.*multiple of num_heads"):
+        run_search(config.replace(search_hidden_dims=(16, 18)), files, run)
+    assert not run.exists()
 
 
 def test_a_trial_with_other_settings_is_not_mixed_in(searched):

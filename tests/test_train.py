@@ -1,4 +1,7 @@
+import contextlib
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -6,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from trm_helpers import train
+from trm_helpers.checkpoint import load_policy
 from trm_helpers.files import read_jsonl
-from trm_helpers.train import choose_device, choose_precision
+from trm_helpers.train import choose_device, choose_precision, wandb_key_found
 
 
 def losses(rows):
@@ -33,8 +37,9 @@ def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, broken):
     settings = dict(ema_decay=0.9, epochs=4, augmentation="shift")
     straight = small_run("straight", **settings)
     expected = straight.fit()
+    assert len({row["val_loss"] for row in expected}) == 4
 
-    interrupted = small_run("resumed", **settings)
+    interrupted = small_run("resumed", max_minutes=0.0 if broken else 1e-9, **settings)
     if broken:  # killed between the row of epoch 3 and its training state
         save, calls = train.save_training_state, []
 
@@ -50,8 +55,6 @@ def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, broken):
         monkeypatch.setattr(train, "save_training_state", save)
         assert len(read_jsonl(interrupted.run / "metrics.jsonl")) == 3
     else:
-        interrupted.config = type(interrupted.config)(**{
-            **vars(interrupted.config), "max_minutes": 1e-9})
         assert len(interrupted.fit()) == 1
 
     resumed = small_run("resumed", resume=True, **settings)
@@ -64,16 +67,21 @@ def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, broken):
 def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
     trainer = small_run(epochs=4, lr=1e-3, min_lr=1e-6)
     rates = [row["lr"] for row in trainer.fit()]
-    # cosine from 1e-3 to 1e-6: after a quarter (1 + cos 45 deg) / 2 of the way is left
-    expected = [1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3, 4)]
-    assert np.allclose(rates, expected, rtol=1e-6) and rates[-1] == pytest.approx(1e-6)
+    # of the way from 1e-3 to 1e-6, (1 + cos) / 2 of 45, 90, 135 and 180 degrees is left
+    left = np.array([0.8535534, 0.5, 0.1464466, 0])
+    assert rates == pytest.approx(1e-6 + 999e-6 * left, rel=1e-5)
 
 
 def test_gradients_are_clipped_to_the_norm(small_run):
-    trainer = small_run(grad_clip=1e-3, batch_size=40)
-    _, norm = trainer._step(next(trainer.train_data.batches(40, 0, 0)))
-    after = torch.stack([p.grad.norm() for p in trainer.policy.parameters() if p.grad is not None])
-    assert norm > 1e-2 and after.norm().item() == pytest.approx(1e-3, rel=1e-3)
+    norms, used = {}, {}
+    for clip in (1e-3, 1e3):
+        trainer = small_run(f"clip{clip}", grad_clip=clip, batch_size=40)
+        norms[clip] = trainer._step(next(trainer.train_data.batches(40, 0, 0)))[1].item()
+        gradients = [p.grad.norm() for p in trainer.policy.parameters() if p.grad is not None]
+        used[clip] = torch.stack(gradients).norm().item()
+    assert norms[1e-3] == norms[1e3] > 1e-2  # as found, before clipping
+    assert used[1e-3] == pytest.approx(1e-3, rel=1e-3)
+    assert used[1e3] == pytest.approx(norms[1e3], rel=1e-5)
 
 
 def test_early_stopping_and_the_best_weights(small_run, monkeypatch):
@@ -88,25 +96,40 @@ def test_early_stopping_and_the_best_weights(small_run, monkeypatch):
     monkeypatch.setattr(trainer, "validate", validate)
     rows = trainer.fit()
     assert [row["val_loss"] for row in rows] == [0.5, 0.3, 0.4, 0.35]
+    assert small_run(resume=True, epochs=9, patience=2).fit() == rows  # stopped for good
     best = load_file(trainer.run / "best.safetensors")
     assert all(torch.equal(best[key], saved[1][key]) for key in best)
 
 
 def test_averaged_weights_are_what_is_validated_and_saved(small_run):
-    trainer = small_run(ema_decay=0.5, epochs=1, batch_size=40)  # one update
-    before = {k: v.clone() for k, v in trainer.policy.state_dict().items()}
-    trainer.fit()
-    # the first update copies the weights into the average (PyTorch's AveragedModel)
-    last = load_file(trainer.run / "last.safetensors")
-    now = trainer.policy.state_dict()
-    assert all(torch.allclose(last[k], now[k]) for k in now)
-    assert any(not torch.equal(before[k], now[k]) for k in now)
-    batch = next(trainer.train_data.batches(40, 0, 0))
-    trainer._step(batch)
-    trainer._step(batch)
-    averaged = trainer.ema.module.state_dict()
-    weight = "head.output.weight"
-    assert not torch.equal(averaged[weight], trainer.policy.state_dict()[weight])
+    trainer = small_run(ema_decay=0.75, epochs=2, batch_size=40)  # two updates
+    step, weights = trainer._step, []
+
+    def watch(batch):
+        done = step(batch)
+        weights.append(trainer.policy.head.output.weight.detach().clone())
+        return done
+
+    trainer._step = watch
+    rows = trainer.fit()
+    # the average begins with the weights after the first update (PyTorch's AveragedModel)
+    expected = 0.75 * weights[0] + 0.25 * weights[1]
+    saved = load_file(trainer.run / "last.safetensors")
+    assert torch.allclose(saved["head.output.weight"], expected, atol=1e-7)
+    assert not torch.allclose(expected, weights[1], atol=1e-7)
+    trainer.policy.load_state_dict(saved)
+    trainer.ema = None
+    assert trainer.validate()["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+
+
+def test_validation_does_not_depend_on_how_samples_fall_into_batches(small_run):
+    """With chunks, batches differ in how many actions exist past the demonstrations' ends."""
+    values = [small_run(f"b{size}", batch_size=size, chunk=4, gripper="classifier").validate()
+              for size in (3, 40)]
+    assert values[0].keys() == {"loss", "action", "gripper"}
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0]["loss"] == pytest.approx(
+        values[0]["action"] + 0.1 * values[0]["gripper"], rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epoch(small_run):
@@ -121,10 +144,24 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epo
         return step(batch)
 
     trainer._step = explode
-    with pytest.raises(RuntimeError, match=r"not finite in epoch 2 .*weights with NaN: .*lr=0.001"):
+    with pytest.raises(RuntimeError, match="not finite in epoch 2 .*train loss nan.*"
+                                           r"weights with NaN: encoders.*lr=0\.001"):
         trainer.fit()
     assert (trainer.run / "last.safetensors").read_bytes() == good
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 1
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
+def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_run):
+    """As fp16 has them: the scaler leaves out an update whose gradient overflows."""
+    norms = iter([2.0, math.inf, 4.0, math.inf, math.nan, math.inf])
+    trainer = small_run(epochs=2, batch_size=11)
+    assert trainer.steps_per_epoch == 3
+    trainer._step = lambda batch: (torch.tensor(0.5), torch.tensor(next(norms)))
+    with pytest.raises(RuntimeError, match="gradient is not finite in epoch 2"):
+        trainer.fit()
+    (row,) = read_jsonl(trainer.run / "metrics.jsonl")
+    assert row["grad_norm"] == 3.0
 
 
 @pytest.mark.parametrize("settings", [
@@ -132,7 +169,8 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epo
     dict(gripper="continuous"), dict(gripper="threshold"), dict(gripper="classifier"),
     dict(gripper="mixture"), dict(halting="fixed"), dict(halting="remainder"), dict(halting="act"),
     dict(proprioception=False), dict(num_tasks=3), dict(chunk=1), dict(sequence_length=3),
-    dict(precision="bf16"), dict(normalize_actions="minmax"), dict(augmentation="reference"),
+    dict(precision="bf16"), dict(precision="fp16"), dict(normalize_actions="minmax"),
+    dict(augmentation="reference"), dict(ema_decay=0.9), dict(cameras=["eye_in_hand_rgb"]),
 ])
 def test_every_option_trains(small_run, settings):
     rows = small_run(epochs=1, **settings).fit()
@@ -151,10 +189,75 @@ def test_online_tracking_without_a_key_goes_offline(small_run, monkeypatch, caps
     assert any(path.suffix == ".wandb" for path in folder.iterdir())
 
 
-def test_device_and_precision():
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_resumed_goes_on_as_straight(small_run, precision):
+    settings = dict(precision=precision, device="cuda", ema_decay=0.9, epochs=3)
+    expected = small_run("straight", **settings).fit()
+    small_run("resumed", max_minutes=1e-9, **settings).fit()
+    found = small_run("resumed", resume=True, **settings).fit()
+    assert len(found) == 3
+    assert np.allclose(losses(found), losses(expected), rtol=1e-2)
+    policy = load_policy("resumed", device="cuda")
+    assert next(policy.parameters()).is_cuda
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    """Stands in for the ``wandb`` package: the settings it is given and what is logged."""
+    seen = types.SimpleNamespace(settings=None, rows=[])
+
+    @contextlib.contextmanager
+    def init(**settings):
+        seen.settings = settings
+        yield types.SimpleNamespace(log=lambda row, step: seen.rows.append((step, row)))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_every_row_is_logged_with_the_settings(small_run, tracker, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    trainer = small_run(wandb_mode=mode, wandb_project="a-project")
+    rows = trainer.fit()
+    assert tracker.rows == [(1, rows[0]), (2, rows[1])]
+    given = tracker.settings
+    assert (given["mode"], given["project"], given["name"]) == (mode, "a-project", "small")
+    assert given["dir"] == trainer.run
+    assert given["config"]["lr"] == 1e-3 and given["config"]["hidden_dim"] == 16
+
+
+def test_disabled_tracking_asks_for_nothing(small_run, tracker):
+    small_run(wandb_mode="disabled").fit()
+    assert tracker.settings is None
+
+
+def test_a_key_is_looked_for_where_wandb_does(tmp_path, monkeypatch):
+    file = tmp_path / "netrc"
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(file))
+    assert not wandb_key_found()
+    file.write_text("machine api.wandb.ai login user password secret\n")
+    file.chmod(0o600)
+    assert wandb_key_found()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not wandb_key_found()
+    file.write_text("nonsense")
+    assert not wandb_key_found()
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert wandb_key_found()
+
+
+def test_device_and_precision(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_device("cpu") == cpu and choose_precision("fp32", cpu) == "fp32"
     assert choose_precision("auto", cpu) in ("fp32", "bf16")
+    for native, expected in ((True, "bf16"), (False, "fp16")):  # a T4 emulates bf16 slowly
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, own=native: including_emulation or own)
+        assert choose_precision("auto", torch.device("cuda")) == expected
     if not torch.cuda.is_available():
         assert choose_device("auto") == cpu
         with pytest.raises(ValueError, match="finds no CUDA GPU"):
