@@ -293,8 +293,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference": {},
     # one task learned and evaluated on two CPU cores in minutes
     "demo": dict(
-        _CONTROL, suite="libero_spatial", task_ids=(2,), demos="scripted", num_demos=40,
-        num_recursions=4, epochs=60, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
+        _CONTROL, suite="libero_spatial", task_ids=(2,), demos="scripted", num_demos=30,
+        num_recursions=4, epochs=70, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
         normalize_actions="none", augmentation="shift", num_videos=2, eval_workers=2,
         search_epochs=3, max_configs=4,
     ),
