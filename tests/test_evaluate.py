@@ -1,5 +1,7 @@
+import contextlib
 import json
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as imageio
 import numpy as np
@@ -8,33 +10,36 @@ import pytest
 from trm_helpers import evaluate, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run, record_episode, run_episode
+from trm_helpers.experts import PickPlaceExpert
 from trm_helpers.files import read_jsonl
+from trm_helpers.sim import LiberoEnv
 
 
 class CountingPolicy:
-    """Always asks for a full step forward; counts its episodes."""
+    """Always asks for the same full step; counts its episodes."""
 
     last_recursions = 3
 
-    def __init__(self):
+    def __init__(self, axis=0):
+        self.action = np.eye(7)[axis] - np.eye(7)[schema.GRIPPER_INDEX]
         self.resets = 0
 
     def reset(self):
         self.resets += 1
 
     def act(self, observation):
-        return np.array([1.0, 0, 0, 0, 0, 0, -1])
+        return self.action
 
 
 class StraightRoad:
     """Solved after ``init_state + 1`` steps forward. Stands in for ``sim.LiberoEnv``."""
 
-    task = types.SimpleNamespace(suite="libero_object", task_id=3, name="walk",
-                                 language="walk to the end")
     horizon = 4
     made = []
 
-    def __init__(self, *_):
+    def __init__(self, suite="libero_object", task_id=3):
+        self.task = types.SimpleNamespace(suite=suite, task_id=task_id, name="walk",
+                                          language="walk to the end")
         self.made.append(self)
 
     def reset(self, init_state):
@@ -90,12 +95,9 @@ def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
 def run(trained, monkeypatch):
     """A trained run whose simulator is the straight road and whose policy walks it."""
     StraightRoad.made.clear()
-    evaluate._worker_env.cache_clear()
-    evaluate._worker_policy.cache_clear()
     monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
     monkeypatch.setattr(evaluate, "load_policy", lambda *_: CountingPolicy())
     monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
-    monkeypatch.setattr(StraightRoad.task, "task_id", 0)
     return trained
 
 
@@ -130,6 +132,46 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     assert played == [0, 1, 1, 2]
 
 
+def test_workers_play_the_same_episodes(run, monkeypatch):
+    config = EvalConfig(num_episodes=3, horizon=2, num_videos=0, eval_workers=2)
+    sizes = []
+
+    @contextlib.contextmanager
+    def pool(workers):
+        sizes.append(workers)
+        with ThreadPoolExecutor(1) as executor:
+            yield executor
+
+    monkeypatch.setattr(evaluate, "worker_pool", pool)
+    results = evaluate_run(run, config, task_ids=[0, 4, 0])
+    assert sizes == [2]
+    assert [(t["task_id"], t["successes"], t["episodes"]) for t in results["tasks"]] \
+        == [(0, 2, 3), (4, 2, 3)]
+    assert len(read_jsonl(run / "episodes.jsonl")) == 6
+
+
+def test_every_call_loads_the_policy_as_it_is_then(run, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(evaluate, "load_policy",
+                        lambda *given: loaded.append(given) or CountingPolicy())
+    evaluate_run(run, EvalConfig(num_episodes=2, horizon=4, num_videos=0))
+    assert loaded == [(run, "best")]
+    (run / "episodes.jsonl").unlink()
+    evaluate_run(run, EvalConfig(num_episodes=1, horizon=4, num_videos=0), weights="best")
+    assert len(loaded) == 2
+
+
+def test_one_ledger_holds_several_suites_each_with_its_horizon(run):
+    config = EvalConfig(num_episodes=2, num_videos=0)
+    for suite, horizon in (("libero_object", 280), ("libero_goal", 300), ("libero_object", 280)):
+        results = evaluate_run(run, config, suite=suite)
+        assert results["episodes"] == 2 and results["tasks"][0]["suite"] == suite
+        assert results["protocol"]["horizon"] == horizon
+    rows = read_jsonl(run / "episodes.jsonl")
+    assert [(row["suite"], row["horizon"]) for row in rows] \
+        == [("libero_object", 280)] * 2 + [("libero_goal", 300)] * 2
+
+
 def test_episodes_of_other_weights_or_horizon_are_not_mixed_in(run):
     evaluate_run(run, EvalConfig(num_episodes=1, horizon=4, num_videos=0))
     ledger = (run / "episodes.jsonl").read_bytes()
@@ -146,3 +188,60 @@ def test_an_unknown_suite_or_task_is_refused(run):
         evaluate_run(run, suite="libero_best")
     with pytest.raises(ValueError, match="task_id 10 is not in libero_object"):
         evaluate_run(run, task_ids=[10])
+
+
+# --- the real simulator -------------------------------------------------------------------------
+
+
+class ExpertPolicy:
+    """The scripted demonstrator behind the two calls that evaluation knows."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def reset(self):
+        self.expert = None
+
+    def act(self, observation):
+        self.expert = self.expert or PickPlaceExpert(self.env)  # it looks at the scene as reset
+        return self.expert.act()
+
+
+@pytest.fixture(scope="module")
+def env():
+    with LiberoEnv("libero_object", 0) as made:
+        yield made
+
+
+@pytest.mark.sim
+def test_the_expert_succeeds_from_official_init_states(env):
+    result = PolicyEvaluator(ExpertPolicy(env)).evaluate_on_task(env, [0, 1], 2)
+    assert (result["successes"], result["episodes"]) == (2, 2)
+    assert all(60 < row["steps"] < row["horizon"] == 280 for row in result["rows"])
+
+
+@pytest.mark.sim
+def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path):
+    """The arm rises, so that what changes between frames moves up in the picture."""
+    row, frames = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
+    assert (row["success"], row["steps"], row["video"]) == (False, 12, "failure.mp4")
+    assert frames.shape == (12, 128, 128, 3)
+    film = imageio.imread(tmp_path / "failure.mp4")
+    assert len(film) == 12 + 30 and imageio.immeta(tmp_path / "failure.mp4")["fps"] == 30
+    agent_view = film[:12, -384:, :384][:, 1::3, 1::3].astype(float)
+
+    def mean_row(change):
+        strong = np.where(change > 60, change, 0).sum(axis=1)
+        return strong @ np.arange(128) / strong.sum()
+
+    early, late = (np.abs(agent_view[a] - agent_view[b]).sum(axis=-1) for a, b in ((0, 2), (9, 11)))
+    assert mean_row(late) < mean_row(early) - 2 < 64
+    assert np.abs(agent_view - frames).mean() < 10 < np.abs(agent_view - frames[:, ::-1]).mean()
+
+
+@pytest.mark.sim
+def test_doing_nothing_fails_at_the_horizon(env):
+    policy = CountingPolicy()
+    policy.action = np.array(schema.NO_OP)
+    row = run_episode(policy, env, init_state=2, horizon=15)
+    assert (row["success"], row["steps"], row["horizon"]) == (False, 15, 15)
