@@ -32,33 +32,43 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 # ## Find the package
 #
 # In a checkout that was set up with `make setup` there is nothing to do here. Elsewhere, on
-# Kaggle say, this cell looks for the repository: in the folders above, in the working folder, and
-# in the attached data sets.
+# Kaggle say, this cell looks for the repository in the folders above and in the working folder,
+# then for a copy or a wheel of it in an attached data set. Attached folders are read-only, so the
+# copy is copied once more.
 
 # %%
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/working").glob("*")]
-attached = [found.parent for found in Path("/kaggle/input").rglob("trm_helpers/schema.py")]
+attached, working = Path("/kaggle/input"), Path("/kaggle/working")
+places = [Path.cwd(), *Path.cwd().parents, *working.glob("*")]
 roots = [place for place in places if (place / "trm_helpers" / "schema.py").exists()]
-roots += [found.parent for found in attached]
-assert roots, "trm_helpers not found: clone the repository or attach it as a data set"
-sys.path.insert(0, str(roots[0]))
-print("package in", roots[0])
-
-# %%
-from trm_helpers import paths, preflight
-from trm_helpers.config import from_flat
+sources = [found.parent.parent for found in attached.rglob("trm_helpers/schema.py")]
+wheels = sorted(attached.rglob("trm_helpers-*.whl"))
+assert roots or sources or wheels, "trm_helpers not found: clone the repository or attach it"
 
 # %% [markdown]
 # ## Install only what is missing
 #
 # The versions of MuJoCo, robosuite and LIBERO are pinned: another MuJoCo changes success rates
-# silently. What Kaggle already has in a version that fits stays as it is.
+# silently. What is there in a version that fits stays as it is.
 
 # %%
-preflight.install_missing(roots[0])
+if not roots and sources:
+    roots = [shutil.copytree(sources[0], working / "trm", dirs_exist_ok=True)]
+if roots:
+    sys.path.insert(0, str(roots[0]))
+    from trm_helpers.preflight import install_missing
+    install_missing(roots[0])
+else:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wheels[-1]], check=True)
+
+# %%
+from trm_helpers import paths, preflight
+from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.config import from_flat
 
 # %% [markdown]
 # ## Renderer
@@ -82,6 +92,12 @@ checks = preflight.preflight()
 print(preflight.table(checks))
 assert all(check.status != "fail" for check in checks), "see the rows that say fail"
 
+# %% [markdown]
+# ## Folders
+#
+# What is read and what is written has one place each; `TRM_DATA_DIR` and `TRM_ARTIFACTS_DIR`
+# move them.
+
 # %%
 print("on Kaggle:      ", paths.on_kaggle())
 print("demonstrations: ", paths.data_dir())
@@ -96,8 +112,6 @@ print("runs:           ", paths.artifacts_dir() / (run_name or preset))
 # know what to do after its first small mistake.
 
 # %%
-from trm_helpers.collect import ensure_demonstrations
-
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
                    num_demos=num_demos)
 files = ensure_demonstrations(config)

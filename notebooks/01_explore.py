@@ -13,6 +13,10 @@
 #
 # Before you train on data, look at it. Most failures of robot policies are failures to look:
 # pictures upside down, actions paired with the wrong picture, a gripper that was averaged away.
+#
+# You will see what is in a file, what the cameras saw, what the seven numbers of an action do, and
+# a check of which picture belongs to which action. Every figure is also written to the run's
+# folder, under `figures/`.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -25,6 +29,7 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 
 # %%
 import h5py
+import numpy as np
 import pandas as pd
 from IPython.display import Video
 
@@ -43,9 +48,10 @@ found = explore_libero_dataset(file)
 # %% [markdown]
 # ## What is in a file
 #
-# One HDF5 file holds all demonstrations of one task. `T` differs from demonstration to
-# demonstration; `states` is the simulator's complete state, from which every step can be
-# replayed.
+# One HDF5 file holds all demonstrations of one task; this is the first task's. The table is of its
+# first demonstration: the first number of each shape counts its steps, twenty of which are one
+# second. `obs` is what the robot could perceive; `states` is the simulator's complete state, from
+# which every step can be replayed. A policy must never see `states`: no robot has it.
 
 # %%
 print(f"{found['language_instruction']}: {found['num_demos']} demonstrations, {found['source']}")
@@ -65,39 +71,48 @@ fig
 # %% [markdown]
 # ## The seven numbers of an action
 #
-# The first three move the hand, the next three turn it, the last opens (-1) or closes (+1) the
-# gripper. Look at the ranges: position uses all of it, rotation hardly any, and the gripper is
-# never in between. That is why the gripper is not normalised.
+# An action does not say where the hand shall be but how far it shall move within the next
+# twentieth of a second. The first three numbers move it, the next three turn it, the last opens
+# (-1) or closes (+1) the gripper.
 
 # %%
+pd.set_option("display.max_colwidth", None)
 pd.DataFrame(found["actions"]).round(3)
 
 # %%
 with h5py.File(file) as data:
-    demo = data["data/demo_0"]
-    actions, frames = demo["actions"][:], demo["obs/agentview_rgb"][:]
-    lengths = [len(d["actions"]) for d in data["data"].values()]
+    actions = {name: demo["actions"][:] for name, demo in data["data"].items()}
+    cameras = [data["data/demo_0/obs"][camera][:] for camera in schema.CAMERAS]
+
+# %% [markdown]
+# Look at the ranges: positions use all of theirs, rotations hardly any, and the gripper is never
+# in between. That is why the gripper is not normalised with the rest: a policy that is drawn
+# towards its mean would leave the gripper half open.
 
 # %%
-fig = plots.plot_action_statistics(actions)
+fig = plots.plot_action_statistics(np.concatenate(list(actions.values())))
 plots.save_figure(fig, folder / "figures" / "01_action_statistics.png")
 fig
 
 # %% [markdown]
-# One demonstration over time: where does the gripper close, where does it open again? With a
-# scripted expert the sudden strong corrections are its answers to having been pushed.
+# One demonstration over time. Find the moments: the way to the object, the gripper closing around
+# it, the lift (`dz` above 0), the way to the target, the gripper opening. A gripper that opens
+# early and closes again is a second try. With a scripted expert, sudden strong corrections are its
+# answers to having been pushed.
 
 # %%
-fig = plots.plot_action_trace(actions)
+fig = plots.plot_action_trace(actions["demo_0"])
 plots.save_figure(fig, folder / "figures" / "01_action_trace.png")
 fig
 
 # %% [markdown]
 # ## How long are they?
 #
-# The dotted line is the number of steps that the benchmark allows a policy.
+# The dotted line is the number of steps that the benchmark allows a policy. Demonstrations should
+# end well before it: a policy is rarely faster than its teacher, and needs time for its mistakes.
 
 # %%
+lengths = [len(values) for values in actions.values()]
 fig = plots.plot_demo_lengths(lengths, schema.HORIZONS[config.data.suite])
 plots.save_figure(fig, folder / "figures" / "01_lengths.png")
 fig
@@ -106,8 +121,10 @@ fig
 # ## Which picture belongs to which action?
 #
 # Files differ: in some, picture `t` is what was seen *before* action `t` ("raw"), in LIBERO's own
-# it is what followed ("shift"). Off by one, and the policy learns to act on the past. The file is
-# measured, not trusted: the stored joint angles must lie between the states around them.
+# it is what followed ("shift"). Off by one, and the policy learns to repeat the past. So the file
+# is measured, not trusted. Above: when were the stored joint angles true, compared with the
+# simulator's states before and after the action? Below: how many steps after an action does the
+# hand move? The black lines should fall into zones of the same name.
 
 # %%
 fig = plots.plot_alignment(**found["alignment"])
@@ -116,10 +133,13 @@ fig
 
 # %% [markdown]
 # ## Watch one
+#
+# The first demonstration at its true speed, agent view on the left, wrist camera on the right.
 
 # %%
-video = plots.write_video(folder / "videos" / "01_demonstration.mp4", plots.upright(frames))
-Video(video, embed=True, width=384)
+film = plots.upright(np.concatenate(cameras, axis=2))
+video = plots.write_video(folder / "videos" / "01_demonstration.mp4", film, schema.CONTROL_HZ)
+Video(video, embed=True, width=640)
 
 # %% [markdown]
 # Next: `02_dataset` turns these files into samples.

@@ -12,7 +12,8 @@
 # # 02 From demonstrations to samples
 #
 # A sample is what the policy sees at one moment (pictures, its own joints) and what the
-# demonstrator did next. Here they are split, normalised, augmented and drawn in batches.
+# demonstrator did next. Here they are split, normalised, augmented and drawn in batches: you will
+# see exactly what the network is going to get.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -30,7 +31,7 @@ import time
 import pandas as pd
 import torch
 
-from trm_helpers import LIBERODataset, paths, plots, schema
+from trm_helpers import ActionNormalizer, LIBERODataset, paths, plots, schema
 from trm_helpers.augment import augment_images
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import from_flat
@@ -38,8 +39,7 @@ from trm_helpers.config import from_flat
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos,
-                   batch_size=batch_size)
+                   num_demos=num_demos, batch_size=batch_size)
 files = ensure_demonstrations(config)
 
 # %% [markdown]
@@ -57,9 +57,8 @@ pd.DataFrame([{"split": data.split, "demonstrations": len(data.demos), "samples"
 # %% [markdown]
 # ## One sample
 #
-# `actions` holds the next `K` actions (a chunk) where the preset predicts chunks. `mask` is 0
-# where an action does not exist (past the end) or could not be foreseen (after the arm was
-# pushed).
+# Pictures come as `(T, H, W, 3)` in [0, 1], with `T` consecutive steps (here mostly one); `proprio`
+# is what the robot feels of itself: seven joint angles, two fingers, the hand's position.
 
 # %%
 sample = train_data[0]
@@ -68,27 +67,46 @@ pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(value.dty
               for name, value in shapes.items()])
 
 # %% [markdown]
-# ## Normalisation
+# ## Chunk and mask
 #
-# Statistics come from the training split alone and travel with the checkpoint. The gripper keeps
-# its -1 and +1. `offset` and `scale` below are what is taken off an action and what it is divided
-# by.
+# Where the preset predicts chunks, `actions` holds the next `K` actions instead of one: the policy
+# plans a short way ahead and looks again later, which makes it faster and its motion smoother.
+# `mask` says which of them count in the loss: 0 where an action does not exist (past the end of
+# the demonstration) or could not be foreseen (after the arm was pushed). Compare a
+# demonstration's first and last moment.
 
 # %%
-statistics = train_data.normalizer.to_dict()
-print("mode:", statistics["mode"])
-pd.DataFrame({name: statistics[name] for name in ("offset", "scale")},
-             index=schema.ACTION_NAMES[: schema.ARM_DIM]).round(4)
+last = train_data[len(train_data) - 1]
+pd.DataFrame({"mask at the first moment": sample["mask"].flatten().tolist(),
+              "mask at the last": last["mask"].flatten().tolist()}).rename_axis("action ahead")
+
+# %% [markdown]
+# ## Normalisation
+#
+# Z-scoring takes off the mean and divides by the standard deviation, so that every dimension
+# weighs the same in the loss. Look at the rotations: tiny before, as large as the rest after, which
+# is not always what you want. The gripper keeps its -1 and +1. Statistics come from the training
+# split alone and travel with the checkpoint.
+
+# %%
+drawn = next(train_data.batches(512, seed=0, epoch=0))["actions"].flatten(0, -2)  # (N, 7)
+raw = train_data.normalizer.denormalize(drawn)
+scaled = ActionNormalizer("zscore").fit(raw).normalize(raw)
+print("this preset uses:", train_data.normalizer.mode)
+pd.DataFrame({"mean before": raw.mean(0), "std before": raw.std(0), "mean after": scaled.mean(0),
+              "std after": scaled.std(0)}, index=schema.ACTION_NAMES).round(3)
 
 # %% [markdown]
 # ## Augmentation
 #
 # Brightness and position of the picture are varied, each sample by itself, so that the policy
-# does not count on single pixels. Compare the rows: the scene must stay recognisable.
+# does not count on single pixels. Compare the rows: something should differ in every column, and
+# the scene must stay recognisable. Only training samples are augmented.
 
 # %%
 camera = config.model.cameras[0]
-originals = val_data.batch(range(6))["observations"][camera][:, 0]
+spread = range(0, len(val_data), -(-len(val_data) // 6))
+originals = val_data.batch(spread)["observations"][camera][:, 0]
 augmented = augment_images(originals, config.data.augmentation, torch.Generator().manual_seed(0))
 fig = plots.plot_augmentation(originals, augmented)
 plots.save_figure(fig, folder / "figures" / "02_augmentation.png")
@@ -96,6 +114,9 @@ fig
 
 # %% [markdown]
 # ## A batch as the policy gets it
+#
+# Samples of all demonstrations, shuffled: the order is a function of the seed and the epoch, so
+# that a run can be repeated. The bars are the first action to learn. Does it fit the picture?
 
 # %%
 batches = train_data.batches(config.train.batch_size, seed=0, epoch=0)

@@ -17,6 +17,9 @@
 #
 # A low loss is not the goal. It says that the policy agrees with the demonstrator on the
 # demonstrator's own path; whether it can *do* the task only the simulator tells (`06_eval`).
+#
+# What `05_search` found best can be used here: `papermill 04_train.ipynb -f .../best.yaml`. A list
+# is given as YAML on the command line: `-y "task_ids: [0, 1]"`.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
@@ -26,6 +29,8 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
+augmentation = None  # type: str; none, reference or shift; None keeps the preset's
 epochs = None  # type: int; passes over the training samples; None keeps the preset's
 batch_size = None  # type: int; samples per update; None keeps the preset's
 lr = None  # type: float; learning rate at the start; None keeps the preset's
@@ -38,9 +43,11 @@ image_size = None  # type: int; pixels; None keeps the preset's
 chunk = None  # type: int; future actions predicted at once; None keeps the preset's
 execution_horizon = None  # type: int; how many of them are executed; None keeps the preset's
 seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
+patience = None  # type: int; epochs without progress to stop after, 0 never; None keeps the preset's
 max_minutes = None  # type: float; save and stop after so long; None keeps the preset's
 num_threads = None  # type: int; CPU threads; None keeps the preset's
 wandb_mode = None  # type: str; disabled, offline or online; None keeps the preset's
+resume = True  # type: bool; go on with a run folder that exists; False refuses it
 
 # %%
 import pandas as pd
@@ -53,18 +60,21 @@ from trm_helpers.config import from_flat
 # %%
 config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
-    epochs=epochs, batch_size=batch_size, lr=lr, loss=loss, hidden_dim=hidden_dim,
-    num_recursions=num_recursions, halting=halting, gripper=gripper, image_size=image_size,
-    chunk=chunk, execution_horizon=execution_horizon, seed=seed, max_minutes=max_minutes,
+    max_demos_per_task=max_demos_per_task, augmentation=augmentation, epochs=epochs,
+    batch_size=batch_size, lr=lr, loss=loss, hidden_dim=hidden_dim, num_recursions=num_recursions,
+    halting=halting, gripper=gripper, image_size=image_size, chunk=chunk,
+    execution_horizon=execution_horizon, seed=seed, patience=patience, max_minutes=max_minutes,
     num_threads=num_threads, wandb_mode=wandb_mode)
 files = ensure_demonstrations(config)
-run = create_run(config, run_name, resume=True)
-print("run folder:", run)
+run = create_run(config, run_name, resume)
 
 # %% [markdown]
 # ## Train
 #
-# The bar counts updates; behind it stand the last epoch's losses.
+# Each update shows the policy a batch, measures how far its actions are from the demonstrator's
+# (`loss`), and moves the weights a little against the gradient. The learning rate falls along a
+# cosine, from `lr` to almost nothing. The bar counts updates; behind it stand the last epoch's
+# losses.
 
 # %%
 trainer = BehaviorCloningTrainer.from_config(config, files, run)
@@ -75,15 +85,32 @@ metrics = trainer.fit()
 # ## Curves
 #
 # Both losses should fall and the validation loss should level out rather than rise. A training
-# loss that falls far below it says that the demonstrations are being learned by heart.
+# loss that falls far below it says that the demonstrations are being learned by heart: more
+# demonstrations or more augmentation help, more epochs do not. The star is the epoch whose weights
+# are kept as `best`.
 
 # %%
 fig = plots.plot_training_curves(metrics)
 plots.save_figure(fig, run / "figures" / "04_training.png")
 fig
 
+# %% [markdown]
+# The last epochs in numbers. `grad_norm` is the gradient's length before it is clipped to 1: when
+# it jumps, lower `lr`.
+
 # %%
-pd.DataFrame(metrics).tail().round(4)
+pd.DataFrame(metrics).tail().round(6)
+
+# %% [markdown]
+# ## What there is now
+#
+# Everything that the next notebooks need is in the run folder: settings, weights (`best`, `last`),
+# measurements per epoch, and `training_state.pt`, from which training goes on.
+
+# %%
+print(run)
+pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
+              for path in sorted(run.iterdir()) if path.is_file()])
 
 # %% [markdown]
 # Next: `05_search` asks whether other settings would have done better, `06_eval` lets the policy

@@ -11,9 +11,10 @@
 # %% [markdown]
 # # 05 Hyper-parameter search
 #
-# Sixteen points: four learning rates, two widths, two numbers of recursions, a few epochs each.
-# Short trainings only rank roughly, so the ranking looks at three things in this order: the final
-# validation loss, how soon it got there, and whether it got there without spikes. With
+# Would other settings have done better? The grid has sixteen points: four learning rates, two
+# widths, two numbers of recursions. Each, or as many as `max_configs` says, is trained for a few
+# epochs. Short trainings only rank roughly, so the ranking looks at three things in this order:
+# the final validation loss, how soon it got there, and whether it got there without spikes. With
 # `search_episodes` above 0 the success rate in the simulator comes first.
 
 # %% tags=["parameters"]
@@ -39,8 +40,7 @@ from trm_helpers.search import run_search
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos,
-                   max_configs=max_configs, search_epochs=search_epochs,
+                   num_demos=num_demos, max_configs=max_configs, search_epochs=search_epochs,
                    search_episodes=search_episodes)
 files = ensure_demonstrations(config)
 
@@ -55,10 +55,17 @@ trials = run_search(config, files, folder)
 # %% [markdown]
 # ## Ranking
 #
-# Small differences mean little: another seed moves the loss by a few per cent.
+# Best first. `epochs_to_converge` is when a trial had come nine tenths of its way down, `spikes`
+# counts epochs that fell back by a fifth. Small differences mean little: another seed moves the
+# loss by a few per cent.
 
 # %%
 pd.DataFrame(trials).drop(columns="val_losses").round(4)
+
+# %% [markdown]
+# On the right, look for curves that still fall steeply at the end: those trials were cut off, and
+# more epochs (`search_epochs`) may change their place. A low learning rate always looks worse after
+# a short training.
 
 # %%
 fig = plots.plot_search_ranking(trials)
@@ -67,6 +74,8 @@ fig
 
 # %% [markdown]
 # ## The best, for 04_train
+#
+# Written as parameters that papermill reads. Train it in full before you believe it.
 
 # %%
 best = folder / "search" / "best.yaml"

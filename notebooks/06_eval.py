@@ -19,7 +19,7 @@
 # contradict.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; only names the run where run_name is empty
+preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
 weights = "best"  # type: str; best (lowest validation loss) or last
 suite = None  # type: str; another suite than the run's; None keeps it
@@ -40,7 +40,7 @@ from IPython.display import Video, display
 
 from trm_helpers import plots
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import VIDEO_FPS, evaluate_run
+from trm_helpers.evaluate import evaluate_run
 from trm_helpers.files import read_jsonl
 from trm_helpers.stats import format_success, minimum_detectable_difference, paired_mcnemar
 
@@ -53,15 +53,22 @@ print("evaluating", run)
 
 # %% [markdown]
 # ## Run the episodes
+#
+# Every episode is written to `episodes.jsonl` the moment it ends: interrupted and started again,
+# only the missing ones are run.
 
 # %%
 results = evaluate_run(run, config.eval, weights, suite or "", task_ids or ())
 print(format_success(results))
 
+# %% [markdown]
+# All episodes of this run so far. `mean_recursions` is how often the block was applied per
+# decision.
+
 # %%
 episodes = read_jsonl(run / "episodes.jsonl")
 columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "seconds"]
-pd.DataFrame(episodes)[columns]
+pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %% [markdown]
 # ## Success and length
@@ -86,32 +93,48 @@ fig
 # drop it, or miss the target?
 
 # %%
-videos = sorted((run / "videos").glob("*-init*.mp4"))
-for video in videos:
-    print(video.name)
-    display(Video(video, embed=True, width=640))
+filmed = [row for row in episodes if "video" in row]
+for row in filmed:
+    print(row["video"])
+    display(Video(run / "videos" / row["video"], embed=True, width=640))
+
+# %% [markdown]
+# The first of them as a strip, from its first step to its last.
 
 # %%
-film = imageio.imread(videos[0])[:-VIDEO_FPS, -384:, :384]  # the agent view, without the hold
-chosen = [round(i * (len(film) - 1) / 5) for i in range(6)]
-fig = plots.plot_rollout_strip(film[chosen], chosen, videos[0].stem.replace("-", ", "))
-plots.save_figure(fig, run / "figures" / "06_rollout.png")
-fig
+for row in filmed[:1]:
+    film = imageio.imread(run / "videos" / row["video"])
+    side = film.shape[2] // 2  # the agent view is the square at the lower left
+    steps = [1 + round(i * (row["steps"] - 1) / 5) for i in range(6)]
+    frames = [film[step - 1, -side:, :side] for step in steps]
+    fig = plots.plot_rollout_strip(frames, steps, row["video"].removesuffix(".mp4"))
+    plots.save_figure(fig, run / "figures" / "06_rollout.png")
+    display(fig)
 
 # %% [markdown]
 # ## Against another run
 #
-# On the same init states two policies can be compared pair by pair: only the episodes on which
-# they disagree count (McNemar's test). The last number is the gap that so many episodes can see
-# at all.
+# How large must a difference be before it means anything? With few episodes, very large.
 
 # %%
 rate = min(max(results["success_rate"], 0.1), 0.9)
 gap = minimum_detectable_difference(results["episodes"], rate)
 print(f"{results['episodes']} episodes can tell rates apart that differ by {100 * gap:.0f} points")
-if baseline_run:
-    baseline = find_run(baseline_run)
-    print(json.dumps(paired_mcnemar(episodes, read_jsonl(baseline / "episodes.jsonl")), indent=2))
+
+# %% [markdown]
+# On the same init states two policies can be compared pair by pair, which sees more: only the
+# episodes on which they disagree count (McNemar's test). Give an evaluated run as `baseline_run`;
+# `a` is this run and `b` the baseline, and a `p_value` above 0.05 says that luck explains the
+# difference well enough.
+
+# %%
+for baseline in [find_run(baseline_run)] if baseline_run else []:
+    test = paired_mcnemar(episodes, read_jsonl(baseline / "episodes.jsonl"))
+    display(pd.Series(test, name=f"{run.name} (a) and {baseline.name} (b)").to_frame())
+    theirs = json.loads((baseline / "results.json").read_text())
+    fig = plots.plot_success({run.name: results, baseline.name: theirs})
+    plots.save_figure(fig, run / "figures" / "06_comparison.png")
+    display(fig)
 
 # %% [markdown]
 # Next: `07_visualize` looks inside.

@@ -15,7 +15,7 @@
 # to think, and which pixels does it look at? The last cell writes a report of the whole run.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; only names the run where run_name is empty
+preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
 weights = "best"  # type: str; best (lowest validation loss) or last
 num_samples = 256  # type: int; validation samples behind the averages
@@ -47,9 +47,11 @@ observations = data.batch([len(data) // 3])["observations"]
 # %% [markdown]
 # ## Prediction against target
 #
-# Validation samples, first action of the chunk, in the environment's units. Below: is one
-# dimension worse than the others, and are predictions shrunk towards the mean (ratio well below
-# 1)?
+# Four validation samples: what the policy saw, what the demonstrator did (blue) and what the policy
+# would do (orange), in the environment's units. A large error on one sample need not be a
+# mistake: where the demonstrator goes on to the next phase at once, the policy may be a step late.
+# Below, over many samples: is one dimension worse than the others, and are predictions shrunk
+# towards the mean (ratio well below 1)?
 
 # %%
 report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
@@ -60,8 +62,9 @@ fig
 # ## The state during recursion
 #
 # Left: each row is one number of the hidden state, from the encoded picture (step 0) to the last
-# step. Right: how large it is and how much it still moves. A loop that has found its answer stops
-# moving.
+# step. Middle: how large the state is. Right: how much it still moves. A loop that has found its
+# answer stops moving: the red curve falls below the dotted line, and the columns on the left look
+# alike.
 
 # %%
 recursion, fig = visualize_recursive_states(policy, observations)
@@ -72,14 +75,19 @@ fig
 # %% [markdown]
 # ## How deep does it have to think?
 #
-# The same weights, stopped earlier or left running longer than in training. A flat curve says
-# that depth beyond that point buys nothing.
+# The same weights, stopped earlier or left running longer than in training. An error that falls
+# up to the dotted line says that every step is used; a flat curve after it, that further thought
+# buys nothing but does no harm either.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
 fig = explain.plot_depth_curve(curve)
 plots.save_figure(fig, run / "figures" / "07_depth.png")
 fig
+
+# %% [markdown]
+# The same for one sample: how its first action forms. The lines should settle by the depth that
+# the policy was trained with.
 
 # %%
 depths = list(range(1, 2 * config.model.num_recursions + 1))
@@ -103,7 +111,9 @@ fig
 # ## Which pixels matter?
 #
 # Integrated gradients of the arm's command. Bright pixels move the answer most. They should lie
-# on the hand, the object and the target, not on the wall.
+# on the hand, the object and the target, not on the wall. Both cameras share one scale: a camera
+# that stays dark hardly matters at this moment. Near the object it is often the wrist camera alone
+# that is looked at.
 
 # %%
 maps = explain.saliency(policy, observations)
@@ -115,18 +125,23 @@ fig
 # %% [markdown]
 # ## Report
 #
-# One page with the run's numbers and figures, beside them in the run folder.
+# One page with the run's numbers and figures: `report.md` in the run folder.
 
 # %%
 results = run / "results.json"
 success = format_success(json.loads(results.read_text())) if results.exists() else "not evaluated"
-errors = f"mean squared error of the first action {report['mse']:.4f}, " \
-         f"gripper right in {100 * report['gripper_accuracy']:.1f} % of {report['count']} samples"
+numbers = [
+    success, recursion["sentence"],
+    f"Mean squared error of the first action over {report['count']} samples: {report['mse']:.4f}",
+    f"Gripper right in {100 * report['gripper_accuracy']:.1f} % of them",
+]
+text = f"# {run.name}\n\n" + "".join(f"- {line}\n" for line in numbers)
+
+# %%
 figures = sorted(path.name for path in (run / "figures").glob("*.png"))
-lines = [f"# {run.name}", "", f"- {success}", f"- {errors}", f"- {recursion['sentence']}", ""]
-lines += [f"![{name}](figures/{name})\n" for name in figures]
-(run / "report.md").write_text("\n".join(lines))
-Markdown("\n".join(lines[:6]))
+pictures = "".join(f"\n![{name}](figures/{name})\n" for name in figures)
+(run / "report.md").write_text(text + pictures)
+Markdown(text)
 
 # %% [markdown]
 # That is the whole way, from a file of demonstrations to a policy and its explanation. From here:

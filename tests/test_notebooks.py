@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import yaml
 from trm_helpers import paths
 from trm_helpers.config import from_flat
 from trm_helpers.files import read_jsonl
-from trm_helpers.runs import main, notebook_parameters
+from trm_helpers.runs import main, notebook_parameters, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_search", "06_eval",
@@ -69,6 +70,14 @@ def test_notebook_defines_nothing_and_keeps_cells_short(name):
     assert statistics.median(cell.count("\n") + 1 for cell in cells) < 10
 
 
+@pytest.mark.parametrize("name", NAMES[1:])  # 00 finds the package before it can import it
+def test_notebook_imports_in_one_block_after_its_parameters(name):
+    kinds = (ast.Import, ast.ImportFrom)
+    cells = [[isinstance(node, kinds) for node in ast.walk(ast.parse(cell))]
+             for cell in code(read(name))]
+    assert [i for i, nodes in enumerate(cells) if any(nodes)] == [1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_literals_with_a_comment_each(name):
     cells = [c for c in read(name).cells if "parameters" in c.metadata.get("tags", [])]
@@ -76,9 +85,34 @@ def test_parameters_are_literals_with_a_comment_each(name):
     for line in cells[0].source.splitlines():
         assignment, comment = line.split("#", 1)
         ast.literal_eval(assignment.split("=", 1)[1].strip())
-        assert re.match(r" type: (str|int|float|list); \S", comment), line
+        assert re.match(r" type: (str|int|float|bool|list); \S", comment), line
     known = notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
     assert {"preset", "run_name"} <= set(known)
+
+
+def bootstrap(tmp_path):
+    """Run the cells of 00_setup that find and install the package, where no checkout is above."""
+    cells = [cell for cell in code(read("00_setup")) if "attached" in cell or "sources" in cell]
+    source = "\n".join(cells).replace("/kaggle/", f"{tmp_path}/")
+    (tmp_path / "working").mkdir()
+    return subprocess.run([sys.executable, "-c", source], cwd=tmp_path / "working", text=True,
+                          capture_output=True)
+
+
+def test_setup_finds_the_package_in_a_read_only_data_set_and_copies_it(tmp_path):
+    attached = tmp_path / "input" / "datasets" / "somebody" / "trm"
+    shutil.copytree(ROOT / "trm_helpers", attached / "trm_helpers")
+    shutil.copy(ROOT / "requirements.txt", attached)
+    done = bootstrap(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is missing" in done.stdout
+    assert (tmp_path / "working" / "trm" / "trm_helpers" / "schema.py").exists()
+
+
+def test_setup_says_what_to_do_where_the_package_is_not(tmp_path):
+    done = bootstrap(tmp_path)
+    assert done.returncode == 1
+    assert "trm_helpers not found: clone the repository or attach it" in done.stderr
 
 
 def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):
@@ -230,6 +264,44 @@ def test_papermill_runs_from_the_root_too(tiny):
     run = Path(environment["TRM_ARTIFACTS_DIR"]) / "from-the-root"
     config = json.loads((run / "config.json").read_text())
     assert config["train"]["lr"] == 1e-3 and len(read_jsonl(run / "metrics.jsonl")) == 2
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_best_of_the_search_is_trained_and_compared(tiny, tmp_path):
+    """05's file as 04's parameters, then 06 against the first run, filming nothing."""
+    environment, first, _ = tiny
+    best = first / "search" / "best.yaml"
+    settings = yaml.safe_load(best.read_text())
+    for name, options in (("04_train", ["-f", str(best), "-p", "preset", "tiny"]),
+                          ("06_eval", ["-p", "baseline_run", "tiny", "-p", "num_videos", "0"])):
+        done = subprocess.run(
+            [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb",
+             str(tmp_path / f"{name}.ipynb"), "-p", "run_name", "searched", *options],
+            cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    run = first.parent / "searched"
+    config = json.loads((run / "config.json").read_text())
+    assert settings == {"lr": config["train"]["lr"], "hidden_dim": config["model"]["hidden_dim"],
+                        "num_recursions": config["model"]["num_recursions"]}
+    assert not (run / "videos").exists() and (run / "figures" / "06_comparison.png").exists()
+    (table,) = [output.data["text/plain"] for cell in nbformat.read(
+        tmp_path / "06_eval.ipynb", as_version=4).cells for output in cell.get("outputs", [])
+        if "p_value" in output.get("data", {}).get("text/plain", "")]
+    assert "searched (a) and tiny (b)" in table and re.search(r"pairs +2", table)
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_training_does_not_touch_a_run_that_it_may_not_resume(tiny, monkeypatch, tmp_path):
+    environment, run, _ = tiny
+    for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR"):
+        monkeypatch.setenv(name, environment[name])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(RuntimeError, match="exists already; choose another run_name"):
+        run_notebook("04_train", {"preset": "tiny", "run_name": "tiny", "resume": False},
+                     output=tmp_path / "refused.ipynb")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.sim
