@@ -62,11 +62,14 @@ results = evaluate_run(run, config.eval, weights, suite or "", task_ids or ())
 print(format_success(results))
 
 # %% [markdown]
-# All episodes of this run so far. `mean_recursions` is how often the block was applied per
-# decision.
+# Episode by episode (the file may hold others, from evaluations before). `mean_recursions` is how
+# often the block was applied per decision.
 
 # %%
-episodes = read_jsonl(run / "episodes.jsonl")
+asked = results["protocol"]
+inits = range(asked["first_init_state"], asked["first_init_state"] + asked["num_episodes"])
+episodes = [row for row in read_jsonl(run / "episodes.jsonl") if row["suite"] == asked["suite"]
+            and row["task_id"] in asked["task_ids"] and row["init_state"] in inits]
 columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "seconds"]
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
@@ -82,7 +85,7 @@ plots.save_figure(fig, run / "figures" / "06_success.png")
 fig
 
 # %%
-fig = plots.plot_episode_lengths(episodes, results["protocol"]["horizon"])
+fig = plots.plot_episode_lengths(episodes, asked["horizon"])
 plots.save_figure(fig, run / "figures" / "06_lengths.png")
 fig
 
