@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -81,10 +82,14 @@ def test_a_search_goes_on_where_it_was(searched, monkeypatch):
     assert [t["val_losses"] for t in run_search(*searched)] == [t["val_losses"] for t in first]
 
 
-def test_trials_run_to_their_end(searched):
+def test_trials_run_to_their_end(searched, monkeypatch):
+    """Neither patience nor minutes of the settings cut a trial: all are compared alike."""
     config, files, run = searched
-    trials = run_search(config.replace(max_minutes=1e-9, patience=1), files, run)
-    assert [len(trial["val_losses"]) for trial in trials] == [2, 2]
+    rising = itertools.count(1.0)
+    monkeypatch.setattr(search.BehaviorCloningTrainer, "validate", lambda _: {"loss": next(rising)})
+    settings = config.replace(search_epochs=3, max_minutes=1e-9, patience=1)
+    assert [trial["val_losses"] for trial in run_search(settings, files, run)] \
+        == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
 
 def test_rollouts_rank_first_and_use_the_last_init_states(searched, monkeypatch):

@@ -25,6 +25,15 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(small_run):
     assert [row["epoch"] for row in first] == [1, 2]
 
 
+def test_order_of_the_samples_follows_seed_and_epoch(small_run, monkeypatch):
+    trainer = small_run(seed=5)
+    batches, asked = trainer.train_data.batches, []
+    monkeypatch.setattr(trainer.train_data, "batches", lambda size, seed, epoch, **given: (
+        asked.append((size, seed, epoch)) or batches(size, seed, epoch, **given)))
+    trainer.fit()
+    assert asked == [(8, 5, 0), (8, 5, 1)]
+
+
 def test_one_batch_is_learned_by_heart(small_run):
     trainer = small_run(hidden_dim=64, batch_size=8, epochs=100, lr=1e-3, augmentation="none")
     batch = next(trainer.train_data.batches(8, 0, 0))
@@ -85,19 +94,25 @@ def test_gradients_are_clipped_to_the_norm(small_run):
 
 
 def test_early_stopping_and_the_best_weights(small_run, monkeypatch):
-    trainer = small_run(epochs=9, patience=2)
-    scripted = iter([0.5, 0.3, 0.4, 0.35, 0.1])
+    scripted = iter([0.5, 0.3, 0.4, None, 0.35, 0.1])
     saved = []
 
-    def validate():
+    def validate(trainer):
+        loss = next(scripted)
+        if loss is None:
+            raise KeyboardInterrupt
         saved.append({k: v.clone() for k, v in trainer.policy.state_dict().items()})
-        return {"loss": next(scripted), "action": 0.0}
+        return {"loss": loss, "action": 0.0}
 
-    monkeypatch.setattr(trainer, "validate", validate)
-    rows = trainer.fit()
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "validate", validate)
+    settings = dict(epochs=9, patience=2)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(**settings).fit()
+    resumed = small_run(resume=True, **settings)
+    rows = resumed.fit()
     assert [row["val_loss"] for row in rows] == [0.5, 0.3, 0.4, 0.35]
-    assert small_run(resume=True, epochs=9, patience=2).fit() == rows  # stopped for good
-    best = load_file(trainer.run / "best.safetensors")
+    assert small_run(resume=True, **settings).fit() == rows  # stopped for good
+    best = load_file(resumed.run / "best.safetensors")
     assert all(torch.equal(best[key], saved[1][key]) for key in best)
 
 
