@@ -18,7 +18,7 @@ def test_reference_preset_is_the_documented_architecture():
     assert (model.hidden_dim, model.num_recursions, model.num_heads, model.image_size) \
         == (256, 8, 4, 128)
     assert model.cameras == ("agentview_rgb",) and model.chunk == 1
-    assert not model.proprioception and model.num_tasks == 0
+    assert not model.proprioception and model.conditioning == "none"
     assert (train.loss, train.grad_clip, train.min_lr) == ("mse", 1.0, 1e-6)
     assert search.search_lrs == (1e-3, 5e-4, 3e-4, 1e-4) and search.search_epochs == 10
 
@@ -80,8 +80,8 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(image_size=35), "image_size=35.*>= 36"),
     (dict(chunk=4, execution_horizon=5), "execution_horizon=5.*1 to chunk=4"),
     (dict(execution_horizon=0), "execution_horizon=0"),
-    (dict(num_tasks=-1), "num_tasks=-1"),
-    (dict(num_tasks=2, task_ids=[2]), "num_tasks=2.*highest task id, 2"),
+    (dict(num_tasks=0), "num_tasks=0"),
+    (dict(conditioning="task_id", num_tasks=2, task_ids=[2]), "num_tasks=2.*highest task id, 2"),
     (dict(epochs=0), "epochs=0"),
     (dict(batch_size=0), "batch_size=0"),
     (dict(batch_size=True), "batch_size=True .*expected int"),

@@ -9,13 +9,8 @@ from demo_files import action_at, grey_at, write_demo_file
 from trm_helpers import schema
 from trm_helpers.augment import resize_images
 from trm_helpers.config import from_flat
-from trm_helpers.data import (
-    ActionNormalizer,
-    LIBERODataset,
-    fit_proprio,
-    normalize_proprio,
-    split_demonstrations,
-)
+from trm_helpers.data import LIBERODataset, split_demonstrations
+from trm_helpers.normalize import ActionNormalizer, fit_proprio, normalize_proprio
 from trm_helpers.validate import DemoFileError
 
 BOTH = ("agentview_rgb", "eye_in_hand_rgb")
@@ -153,7 +148,7 @@ def test_train_val_equals_two_data_sets_and_shares_memory_and_statistics(ten):
         assert shared.describe() == single.describe()
         indices = range(len(single))
         assert same(shared.batch(indices), single.batch(indices))
-    assert train._memory is val._memory
+    assert train._steps is val._steps
     for file, other in zip(train.describe()["files"], val.describe()["files"], strict=True):
         assert (len(file["demos"]), len(other["demos"])) == (8, 2)
         assert not set(file["demos"]) & set(other["demos"])
@@ -245,8 +240,8 @@ def test_images_are_resized_once_and_scaled_to_one(path):
         stored = torch.from_numpy(file["data/demo_1/obs/eye_in_hand_rgb"][2:3])
     expected = resize_images(stored, 4).float() / 255
     assert torch.allclose(data[7]["observations"]["eye_in_hand_rgb"], expected)
-    assert data._memory.images["eye_in_hand_rgb"].dtype == torch.uint8
-    assert data._memory.images["eye_in_hand_rgb"].shape == (12, 4, 4, 3)
+    assert data._steps.frames.images["eye_in_hand_rgb"].dtype == torch.uint8
+    assert data._steps.frames.images["eye_in_hand_rgb"].shape == (12, 4, 4, 3)
 
 
 def test_proprioception_holds_joints_fingers_position(path):
@@ -313,7 +308,8 @@ def test_a_push_is_found_in_shifted_files_too(tmp_path):
 
 def test_from_config_follows_the_config(tmp_path):
     files = {4: write_demo_file(tmp_path / "a_demo.hdf5", (4, 5, 6, 7, 8), image_size=72)}
-    config = from_flat("demo", task_ids=(4,), image_size=36, num_tasks=10, max_demos_per_task=4)
+    config = from_flat("demo", task_ids=(4,), image_size=36,
+                       conditioning="task_id", max_demos_per_task=4)
     train, val = LIBERODataset.from_config(files, config)
     assert [len(split.demos) for split in (train, val)] == [3, 1]
     assert train.augmentation == "shift" and val.augmentation == "none"

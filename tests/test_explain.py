@@ -13,8 +13,9 @@ from torch import nn
 
 from trm_helpers import explain, schema
 from trm_helpers.config import ModelConfig
-from trm_helpers.data import ActionNormalizer, LIBERODataset
+from trm_helpers.data import LIBERODataset
 from trm_helpers.model import TRMPolicy
+from trm_helpers.normalize import ActionNormalizer
 
 matplotlib.use("agg")
 CAMERA = "agentview_rgb"
@@ -276,8 +277,9 @@ def test_the_real_policy_and_data_set(tmp_path, halting):
     torch.manual_seed(0)
     cameras = ("agentview_rgb", "eye_in_hand_rgb")
     config = ModelConfig(
-        hidden_dim=16, num_recursions=6, image_size=36, cameras=cameras, chunk=2, num_tasks=5,
-        proprioception=True, gripper="classifier", halting=halting, halting_threshold=0.2,
+        hidden_dim=16, num_recursions=6, image_size=36, cameras=cameras, chunk=2,
+        proprioception=True, conditioning="task_id", num_tasks=5, gripper="classifier",
+        halting=halting, halting_threshold=0.2,
     )
     dataset = LIBERODataset(
         write_demo_file(tmp_path / "soup_demo.hdf5", (5, 7)), sequence_length=2, image_size=36,

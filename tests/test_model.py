@@ -10,8 +10,9 @@ import torch
 
 from trm_helpers import schema
 from trm_helpers.config import ModelConfig
-from trm_helpers.data import ActionNormalizer
-from trm_helpers.model import RecursiveBlock, TRMPolicy, VisualEncoder, count_parameters
+from trm_helpers.layers import RecursiveBlock, VisualEncoder
+from trm_helpers.model import TRMPolicy, count_parameters
+from trm_helpers.normalize import ActionNormalizer
 
 SIGMOID_1 = 1 / (1 + math.exp(-1))
 
@@ -30,7 +31,7 @@ def observations(config: ModelConfig, *batch: int) -> dict:
     values = {camera: torch.rand(*batch, size, size, 3) for camera in config.cameras}
     if config.proprioception:
         values["proprio"] = torch.randn(*batch, schema.PROPRIO_DIM)
-    if config.num_tasks:
+    if config.conditioning == "task_id":
         values["task_id"] = torch.randint(config.num_tasks, batch)
     return values
 
@@ -115,7 +116,8 @@ def test_reference_condition_is_the_encoder_output_alone():
 
 
 def test_every_input_reaches_the_actions():
-    config = small(cameras=tuple(schema.CAMERAS), proprioception=True, num_tasks=3)
+    config = small(cameras=tuple(schema.CAMERAS), proprioception=True,
+                   conditioning="task_id", num_tasks=3)
     policy = TRMPolicy(config)
     seen = observations(config, 2)
     seen["task_id"] = torch.tensor([0, 1])
@@ -238,7 +240,7 @@ def test_remainder_stops_with_the_slowest_sample_and_counts_each():
     torch.testing.assert_close(recursion.weights, torch.tensor(expected))
 
 
-class _Repeat(torch.nn.Module):
+class _Repeat(RecursiveBlock):
     def forward(self, h, x_cond):
         return x_cond
 
@@ -305,7 +307,8 @@ def test_ponder_cost_enters_the_loss():
 @pytest.mark.parametrize("chunk, shape", [(1, (4, 7)), (3, (4, 3, 7))])
 def test_shapes_and_time_folded_into_the_batch(gripper, chunk, shape):
     config = small(gripper=gripper, chunk=chunk, cameras=tuple(schema.CAMERAS),
-                   proprioception=True, num_tasks=3)
+                   proprioception=True,
+                   conditioning="task_id", num_tasks=3)
     policy = TRMPolicy(config)
     seen = observations(config, 2, 2)
     folded = {name: value.flatten(0, 1) for name, value in seen.items()}
@@ -455,7 +458,8 @@ def test_act_executes_the_chunk_in_order_and_reads_nothing_in_between():
 
 
 def test_act_equals_the_network_on_the_prepared_observation():
-    config = small(cameras=tuple(schema.CAMERAS), proprioception=True, num_tasks=2)
+    config = small(cameras=tuple(schema.CAMERAS), proprioception=True,
+                   conditioning="task_id", num_tasks=2)
     stats = {"mean": [0.1] * schema.PROPRIO_DIM, "std": [2.0] * schema.PROPRIO_DIM}
     policy = TRMPolicy(config, proprio_stats=stats)
     image = np.random.default_rng(0).integers(0, 256, (36, 36, 3), dtype=np.uint8)
@@ -544,7 +548,7 @@ def test_act_refuses_numbers_that_are_not_finite():
     ],
 )
 def test_act_names_a_malformed_observation(change, message):
-    policy = TRMPolicy(small(proprioception=True, num_tasks=2))
+    policy = TRMPolicy(small(proprioception=True, conditioning="task_id", num_tasks=2))
     with pytest.raises(ValueError, match=message):
         policy.act(CountingObservation(**change))
 

@@ -183,7 +183,8 @@ def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_r
     dict(loss="mse"), dict(loss="l1"), dict(loss="mix"),
     dict(gripper="continuous"), dict(gripper="threshold"), dict(gripper="classifier"),
     dict(gripper="mixture"), dict(halting="fixed"), dict(halting="remainder"), dict(halting="act"),
-    dict(proprioception=False), dict(num_tasks=3), dict(chunk=1), dict(sequence_length=3),
+    dict(proprioception=False), dict(conditioning="task_id"), dict(chunk=1),
+    dict(sequence_length=3), dict(variant="trm", image_size=64),
     dict(precision="bf16"), dict(precision="fp16"), dict(normalize_actions="minmax"),
     dict(augmentation="reference"), dict(ema_decay=0.9), dict(cameras=["eye_in_hand_rgb"]),
 ])

@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "LIBERODataset": "data",
-    "ActionNormalizer": "data",
+    "ActionNormalizer": "normalize",
     "explore_libero_dataset": "validate",
-    "VisualEncoder": "model",
-    "RecursiveBlock": "model",
+    "VisualEncoder": "layers",
+    "RecursiveBlock": "layers",
     "TRMPolicy": "model",
     "BehaviorCloningTrainer": "train",
     "PolicyEvaluator": "evaluate",

@@ -19,14 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from . import paths
 from .config import Config, ModelConfig
-from .data import ActionNormalizer, LIBERODataset
+from .data import LIBERODataset
 from .files import replacing, write_json
 from .model import TRMPolicy
+from .normalize import ActionNormalizer
 from .preflight import software_versions
 
 WEIGHTS = ("best", "last")
 # what may change between a training and its continuation
-_FREE_SETTINGS = {"max_minutes", "device", "num_threads", "wandb_mode", "wandb_project"}
+_FREE_SETTINGS = {"max_minutes", "storage", "device", "num_threads", "wandb_mode", "wandb_project"}
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:

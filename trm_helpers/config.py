@@ -70,6 +70,7 @@ class DataConfig:
     alignment: str = "auto"  # auto: the file's own attribute, else measured; raw; shift
     normalize_actions: str = "zscore"  # zscore, minmax, none; never applied to the gripper
     augmentation: str = "reference"  # none; reference: brightness and crop; shift: + random shift
+    storage: str = "ram"  # of the frames: ram, mmap (read when needed), gpu
     data_seed: int = 0  # split and collection
 
     def __post_init__(self):
@@ -87,48 +88,78 @@ class DataConfig:
         _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
         _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))
         _one_of("normalize_actions", self.normalize_actions, ("zscore", "minmax", "none"))
+        _one_of("storage", self.storage, ("ram", "mmap", "gpu"))
         _one_of("augmentation", self.augmentation, ("none", "reference", "shift"))
+
+
+HALTING = ("fixed", "remainder", "act", "learned", "convergence")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network, and what it sees and returns: all that is needed to rebuild it."""
 
-    variant: str = "block"
+    variant: str = "block"  # block: the reference; trm: the paper's, on tokens; transformer
     hidden_dim: int = 256  # D
-    num_recursions: int = 8  # applications of the shared block
+    num_recursions: int = 8  # applications of the shared block; of trm, supervision steps (N_sup)
     num_heads: int = 4
-    halting: str = "fixed"  # fixed; remainder: the documented weighted sum; act: Graves' ACT
-    halting_threshold: float = 0.01  # stop when every sample's remainder is below it
+    num_layers: int = 2  # of trm's network, which is shared, or of the transformer
+    latent_updates: int = 6  # of trm: n, updates of z before each of y
+    cycles: int = 3  # of trm: T, of which the last has a gradient
+    image_grid: int = 4  # of trm and transformer: image_grid x image_grid tokens per camera
+    deep_supervision: bool = False  # grade the answer after every recursion, each on its own
+    halting: str = "fixed"  # fixed, remainder, act, learned, convergence: see TRMPolicy.recurse
+    halting_threshold: float = 0.01  # of remainder and act: what is left when a sample stops
     ponder_cost: float = 0.01  # weight of ACT's expected depth in the loss
-    gripper: str = "continuous"  # continuous, threshold, classifier, mixture
+    halting_tolerance: float = 0.05  # learned: largest mean absolute error of a right answer
+    halting_weight: float = 0.5  # weight of the learned halting head's loss
+    convergence_threshold: float = 1e-3  # squared change of an action that counts as none
+    carry_over: bool = False  # in control, begin each decision from the last one's state
+    gripper: str = "continuous"  # continuous, threshold, classifier, binary, mixture
     num_experts: int = 4  # of the mixture head
     cameras: tuple[str, ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE
-    proprioception: bool = False  # end-effector position, orientation and finger positions
-    num_tasks: int = 0  # size of the task embedding; 0 leaves the task out
+    proprioception: bool = False  # joint angles, finger positions, end-effector position
+    conditioning: str = "none"  # none, task_id, language: how the policy is told its task
+    num_tasks: int = 10  # size of the task embedding
     chunk: int = 1  # K: future actions predicted at once
     execution_horizon: int = 1  # how many of them are executed before the next look
+    temporal_ensembling: bool = False  # average what overlapping chunks say of a step
 
     def __post_init__(self):
         _convert_types(self)
-        _one_of("variant", self.variant, ("block",))
-        for name in ("hidden_dim", "num_recursions", "num_heads", "num_experts", "chunk"):
+        _one_of("variant", self.variant, ("block", "trm", "transformer"))
+        for name in ("hidden_dim", "num_recursions", "num_heads", "num_layers", "latent_updates",
+                     "cycles", "image_grid", "num_experts", "num_tasks", "chunk"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         _require(self.hidden_dim % self.num_heads == 0, "hidden_dim", self.hidden_dim,
                  f"a multiple of num_heads={self.num_heads}")
-        _one_of("halting", self.halting, ("fixed", "remainder", "act"))
+        _one_of("halting", self.halting, HALTING)
+        _require(not self.deep_supervision or self.halting not in ("remainder", "act"),
+                 "deep_supervision", self.deep_supervision,
+                 f"False with halting={self.halting!r}, which weighs all steps together")
+        _require(self.variant != "transformer" or self.num_recursions == 1, "num_recursions",
+                 self.num_recursions, "1 for the transformer, which does not recurse")
         _require(0 < self.halting_threshold < 1, "halting_threshold", self.halting_threshold,
                  "in (0, 1)")
-        _require(self.ponder_cost >= 0, "ponder_cost", self.ponder_cost, ">= 0")
-        _one_of("gripper", self.gripper, ("continuous", "threshold", "classifier", "mixture"))
+        for name in ("ponder_cost", "halting_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        for name in ("halting_tolerance", "convergence_threshold"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        _one_of("gripper", self.gripper,
+                ("continuous", "threshold", "classifier", "binary", "mixture"))
         _require(len(self.cameras) > 0, "cameras", self.cameras, "at least one camera")
         for camera in self.cameras:
             _one_of("cameras", camera, tuple(schema.CAMERAS))
         _different("cameras", self.cameras)
-        _require(self.image_size >= 36, "image_size", self.image_size,
-                 ">= 36, what the three convolutions need")
-        _require(self.num_tasks >= 0, "num_tasks", self.num_tasks, ">= 0")
+        if self.variant == "block":
+            _require(self.image_size >= 36, "image_size", self.image_size,
+                     ">= 36, what the three convolutions need")
+        else:
+            step = 8 * self.image_grid  # pixels
+            _require(self.image_size % step == 0, "image_size", self.image_size,
+                     f"a multiple of {step} with image_grid={self.image_grid}")
+        _one_of("conditioning", self.conditioning, ("none", "task_id", "language"))
         _require(1 <= self.execution_horizon <= self.chunk, "execution_horizon",
                  self.execution_horizon, f"1 to chunk={self.chunk}")
 
@@ -147,8 +178,11 @@ class TrainConfig:
     gripper_weight: float = 0.1  # of the classifier's cross-entropy beside the arm's loss
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
     patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
+    rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
+    rollout_episodes: int = 10  # of each task, on the last init states: reports use the first ones
     max_minutes: float = 0.0  # save and end cleanly after so long; 0 is no limit
     precision: str = "auto"  # auto, fp32, bf16, fp16
+    compile: bool = False  # torch.compile; goes on without it where it fails
     device: str = "auto"  # auto, cpu, cuda
     num_threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
     seed: int = 0
@@ -162,10 +196,12 @@ class TrainConfig:
         for name in ("lr", "min_lr", "grad_clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr!r}")
-        for name in ("weight_decay", "gripper_weight", "patience", "max_minutes", "num_threads",
-                     "seed"):
+        for name in ("weight_decay", "gripper_weight", "patience", "rollout_every", "max_minutes",
+                     "num_threads", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(1 <= self.rollout_episodes <= schema.NUM_INIT_STATES, "rollout_episodes",
+                 self.rollout_episodes, f"1 to {schema.NUM_INIT_STATES}, the official init states")
         _one_of("loss", self.loss, ("mse", "l1", "mix"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
@@ -228,7 +264,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self):
-        if self.model.num_tasks:
+        if self.model.conditioning == "task_id":
             highest = max(self.data.task_ids)
             _require(highest < self.model.num_tasks, "num_tasks", self.model.num_tasks,
                      f"more than the highest task id, {highest}")

@@ -1,116 +1,24 @@
-"""Demonstrations as samples: loading into memory, split, normalisation, vectorised batches."""
+"""Demonstrations as samples: split, windows, vectorised batches."""
 
 from __future__ import annotations
 
 import copy
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from . import schema
-from .augment import AUGMENTATIONS, augment_images, resize_images
+from .augment import AUGMENTATIONS, augment_images
 from .config import Config
-from .validate import check_demo_file, demo_names, open_demo_file, resolve_alignment, source_of
+from .language import embed_instruction
+from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
+from .storage import STORAGES, Demo, load_steps, open_files
+from .validate import demo_names, open_demo_file
 
-MODES = ("zscore", "minmax", "none")
-EPSILON = 1e-6
 SPLITS = ("train", "val", "all")
-
-
-class ActionNormalizer:
-    """Affine scaling of the six arm dimensions; the gripper, -1 or +1, is left as it is.
-
-    ``zscore`` maps ``a`` to ``(a - mean) / (std + 1e-6)``, ``minmax`` maps the fitted range to
-    [-1, 1], ``none`` changes nothing. A dimension that never varied in the fitted actions would be
-    divided by (almost) nothing: it becomes 0 whatever its value, and comes back as the constant it
-    was, so that neither an unseen value nor a prediction is blown up.
-    """
-
-    def __init__(self, mode: str = "zscore"):
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(MODES)}")
-        self.mode = mode
-        fitted = mode == "none"
-        self.offset: list[float] | None = [0.0] * schema.ARM_DIM if fitted else None
-        self.scale: list[float] | None = [1.0] * schema.ARM_DIM if fitted else None
-
-    def fit(self, actions) -> ActionNormalizer:
-        """Fit to actions (..., 7), a tensor or an array; returns itself."""
-        arm = np.asarray(actions, dtype=np.float64).reshape(-1, schema.ACTION_DIM)
-        arm = arm[:, : schema.ARM_DIM]
-        if len(arm) == 0:
-            raise ValueError("actions is empty; expected at least one action to fit to")
-        low, high = arm.min(axis=0), arm.max(axis=0)
-        if self.mode == "zscore":
-            offset, scale = arm.mean(axis=0), arm.std(axis=0) + EPSILON
-        elif self.mode == "minmax":
-            offset, scale = (high + low) / 2, (high - low) / 2
-        else:
-            return self
-        constant = high == low
-        self.offset = np.where(constant, low, offset).tolist()
-        self.scale = np.where(constant, 0.0, scale).tolist()
-        return self
-
-    def normalize(self, actions):
-        """Actions (..., 7) in the environment's units to normalised ones; tensor or array."""
-        self._check(actions)
-        inverse = [1 / scale if scale else 0.0 for scale in self.scale]
-        return (actions - _row(self.offset, 0.0, actions)) * _row(inverse, 1.0, actions)
-
-    def denormalize(self, actions):
-        """Inverse of :meth:`normalize`, for tensors or arrays (..., 7)."""
-        self._check(actions)
-        return actions * _row(self.scale, 1.0, actions) + _row(self.offset, 0.0, actions)
-
-    def _check(self, actions) -> None:
-        if self.offset is None:
-            raise ValueError(f"the {self.mode} normaliser has no statistics; call fit first")
-        if actions.shape[-1:] != (schema.ACTION_DIM,) or "float" not in str(actions.dtype):
-            raise ValueError(
-                f"actions have shape {tuple(actions.shape)} and type {actions.dtype}; "
-                "expected (..., 7) and a floating type"
-            )
-
-    def to_dict(self) -> dict:
-        """``mode``, ``offset`` and ``scale`` (six floats each): all of it, as JSON holds it."""
-        return {"mode": self.mode, "offset": self.offset, "scale": self.scale}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> ActionNormalizer:
-        """Inverse of :meth:`to_dict`."""
-        normalizer = cls(values["mode"])
-        normalizer.offset, normalizer.scale = values["offset"], values["scale"]
-        return normalizer
-
-
-def _row(arm: list[float], gripper: float, like):
-    """The seven numbers as a tensor or array of the type and device of ``like``."""
-    if isinstance(like, torch.Tensor):
-        return torch.tensor([*arm, gripper], dtype=like.dtype, device=like.device)
-    return np.array([*arm, gripper], dtype=like.dtype)
-
-
-def fit_proprio(proprio: torch.Tensor) -> dict[str, list[float]]:
-    """``mean`` and ``std`` of proprioception (N, P): P floats each, for ``(p - mean) / std``.
-
-    ``std`` is 1 where the values do not vary, so that dividing by it is always safe.
-    """
-    values = proprio.double()
-    std = values.std(dim=0, correction=0)
-    std[std < EPSILON] = 1.0
-    return {"mean": values.mean(dim=0).tolist(), "std": std.tolist()}
-
-
-def normalize_proprio(proprio: torch.Tensor, stats: Mapping) -> torch.Tensor:
-    """Z-score proprioception (..., P) with the statistics of :func:`fit_proprio`."""
-    mean, std = (proprio.new_tensor(stats[name]) for name in ("mean", "std"))
-    return (proprio - mean) / std
 
 
 def split_demonstrations(
@@ -136,110 +44,9 @@ def split_demonstrations(
     )
 
 
-# --- memory --------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    alignment: str
-    source: str
-
-
-@dataclass(frozen=True)
-class _Demo:
-    """Where a demonstration's steps lie in :class:`_Memory`: ``first`` up to ``end``."""
-
-    file: int
-    name: str
-    first: int
-    end: int
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """All steps of all demonstrations one after another, observation and action paired."""
-
-    files: list[_File]
-    demos: list[_Demo]
-    images: dict[str, torch.Tensor]  # camera -> (N, S, S, 3) uint8
-    actions: torch.Tensor  # (N, 7) float32, environment's units
-    proprio: torch.Tensor  # (N, P) float32, m and rad
-    file_of_step: torch.Tensor  # (N,) int64
-    pushed_at: torch.Tensor  # (N,) int64, the first step from here on that was disturbed
-
-
-def _open_files(files: Sequence[Path], alignment: str) -> list[_File]:
-    for path in files:
-        check_demo_file(path)
-    return [_File(path, resolve_alignment(path, alignment), source_of(path)) for path in files]
-
-
-def _lay_out(files: list[_File], chosen: list[list[str]]) -> list[_Demo]:
-    """Give each chosen demonstration its place; a shift file loses one step to the pairing."""
-    demos, first = [], 0
-    for index, (file, names) in enumerate(zip(files, chosen, strict=True)):
-        with open_demo_file(file.path) as content:
-            for name in names:
-                length = len(content[schema.DATA_GROUP][name]["actions"])
-                end = first + length - (file.alignment == "shift")
-                demos.append(_Demo(index, name, first, end))
-                first = end
-    return demos
-
-
-def _load(
-    files: list[_File], chosen: list[list[str]], cameras: Sequence[str], image_size: int
-) -> _Memory:
-    """Read the chosen demonstrations of each file, images resized once."""
-    demos = _lay_out(files, chosen)
-    count = demos[-1].end
-    shape = (count, image_size, image_size, 3)
-    memory = _Memory(
-        files=files,
-        demos=demos,
-        images={camera: torch.empty(shape, dtype=torch.uint8) for camera in cameras},
-        actions=torch.empty(count, schema.ACTION_DIM),
-        proprio=torch.empty(count, schema.PROPRIO_DIM),
-        file_of_step=torch.empty(count, dtype=torch.int64),
-        pushed_at=torch.empty(count, dtype=torch.int64),
-    )
-    with tqdm(total=len(demos), desc="loading demonstrations", unit="demo") as progress:
-        for index, file in enumerate(files):
-            with open_demo_file(file.path) as content:
-                for demo in (demo for demo in demos if demo.file == index):
-                    _fill(memory, demo, content[schema.DATA_GROUP][demo.name])
-                    progress.update()
-    return memory
-
-
-def _fill(memory: _Memory, demo: _Demo, group) -> None:
-    """Copy one demonstration, pairing obs[t] with actions[t] (raw) or actions[t+1] (shift)."""
-    place, length = slice(demo.first, demo.end), demo.end - demo.first
-    late = len(group["actions"]) - length
-    memory.actions[place] = torch.from_numpy(group["actions"][late:])
-    memory.file_of_step[place] = demo.file
-    memory.pushed_at[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
-    parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
-    memory.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1))
-    for camera, images in memory.images.items():
-        frames = torch.from_numpy(group["obs"][camera][:length])
-        images[place] = resize_images(frames, images.shape[1])
-
-
-def _next_push(group, first: int) -> np.ndarray:
-    """(T,) the first step from t on whose action was not the one executed; a large number if none.
-
-    Steps are counted from ``first``. Only this project's files push the arm about.
-    """
-    pushed = np.full(len(group["actions"]), np.iinfo(np.int64).max)
-    if schema.EXECUTED_ACTIONS in group:
-        differs = (group["actions"][:] != group[schema.EXECUTED_ACTIONS][:]).any(axis=1)
-        pushed[differs] = first + np.flatnonzero(differs)
-    return np.minimum.accumulate(pushed[::-1])[::-1].copy()
-
-
 # --- samples -------------------------------------------------------------------------------------
 class LIBERODataset(torch.utils.data.Dataset):
-    """Windows of T consecutive steps of LIBERO demonstrations, held in memory.
+    """Windows of T consecutive steps of LIBERO demonstrations.
 
     ``dataset[i]`` is ``{"observations": {camera: (T, H, W, 3) float32 in [0, 1], "proprio": (T, P)
     float32 z-scored, "task_id": (T,) int64}, "actions": (T, 7) float32 normalised, "mask": (T,)
@@ -259,8 +66,11 @@ class LIBERODataset(torch.utils.data.Dataset):
         cameras: names of `schema.CAMERAS`.
         proprioception: add ``proprio``: P = 12, the values of `schema.PROPRIO_KEYS`.
         task_ids: one per file, added as ``task_id``; None leaves it out.
+        language: add ``language``: (T, 384) float32, the embedded instruction of the file.
         alignment: ``auto``, ``raw`` or ``shift``: see :func:`resolve_alignment`.
         chunk: K.
+        storage: of the frames. ``ram`` and ``gpu`` resize them once and keep them as uint8;
+            ``mmap`` reads them from the files when they are needed.
         split: ``train``, ``val`` or ``all`` demonstrations, by :func:`split_demonstrations`.
         train_fraction: share of each task's demonstrations to train on.
         seed: of the split.
@@ -283,8 +93,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         cameras: Sequence[str] = ("agentview_rgb",),
         proprioception: bool = False,
         task_ids: Sequence[int] | None = None,
+        language: bool = False,
         alignment: str = "auto",
         chunk: int = 1,
+        storage: str = "ram",
         split: str = "train",
         train_fraction: float = 0.8,
         seed: int = 0,
@@ -302,8 +114,9 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.cameras = tuple(cameras)
         self.proprioception = proprioception
         self.task_ids = None if task_ids is None else tuple(int(task) for task in task_ids)
-        self._check_settings(files, image_size, max_demos_per_task, split)
-        opened = _open_files(files, alignment)
+        self.language = language
+        self._check_settings(files, image_size, max_demos_per_task, split, storage)
+        opened = open_files(files, alignment)
         chosen = []
         for path in files:
             with open_demo_file(path) as content:
@@ -312,8 +125,11 @@ class LIBERODataset(torch.utils.data.Dataset):
                 train, val = split_demonstrations(names, path, train_fraction, seed)
                 names = train if split == "train" else val
             chosen.append(names)
-        self._memory = _load(opened, chosen, self.cameras, image_size)
-        self._use(self._memory.demos, split, normalizer, proprio_stats)
+        self._steps = load_steps(opened, chosen, self.cameras, image_size, storage)
+        if language:
+            self._language = torch.from_numpy(
+                np.stack([embed_instruction(file.language) for file in opened]))
+        self._use(self._steps.demos, split, normalizer, proprio_stats)
 
     @classmethod
     def from_config(cls, files: Mapping[int, Path],
@@ -326,7 +142,8 @@ class LIBERODataset(torch.utils.data.Dataset):
             normalize_actions=data.normalize_actions, augmentation=data.augmentation,
             max_demos_per_task=data.max_demos_per_task, cameras=model.cameras,
             proprioception=model.proprioception, alignment=data.alignment, chunk=model.chunk,
-            task_ids=list(files) if model.num_tasks else None,
+            task_ids=list(files) if model.conditioning == "task_id" else None,
+            language=model.conditioning == "language", storage=data.storage,
         )
 
     @classmethod
@@ -343,9 +160,9 @@ class LIBERODataset(torch.utils.data.Dataset):
         ``settings`` are those of the class. Validation samples are not augmented.
         """
         whole = cls(hdf5_files, split="all", **settings)
-        halves: tuple[list[_Demo], list[_Demo]] = ([], [])
-        for index, file in enumerate(whole._memory.files):
-            demos = [demo for demo in whole._memory.demos if demo.file == index]
+        halves: tuple[list[Demo], list[Demo]] = ([], [])
+        for index, file in enumerate(whole._steps.files):
+            demos = [demo for demo in whole._steps.demos if demo.file == index]
             names = split_demonstrations(
                 [demo.name for demo in demos], file.path, train_fraction, seed
             )
@@ -358,7 +175,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         val.augmentation = "none"
         return train, val
 
-    def _check_settings(self, files, image_size, max_demos_per_task, split) -> None:
+    def _check_settings(self, files, image_size, max_demos_per_task, split, storage) -> None:
         def require(condition, name, value, expected):
             if not condition:
                 raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
@@ -372,6 +189,7 @@ class LIBERODataset(torch.utils.data.Dataset):
                 f"True, False or one of {', '.join(MODES)}")
         require(self.augmentation in AUGMENTATIONS, "augmentation", self.augmentation,
                 f"one of {', '.join(AUGMENTATIONS)}")
+        require(storage in STORAGES, "storage", storage, f"one of {', '.join(STORAGES)}")
         require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
         require(self.cameras and set(self.cameras) <= set(schema.CAMERAS), "cameras", self.cameras,
                 f"at least one of {', '.join(schema.CAMERAS)}")
@@ -391,18 +209,17 @@ class LIBERODataset(torch.utils.data.Dataset):
         for demo in self.demos:
             if demo.end - demo.first < self.sequence_length:
                 raise ValueError(
-                    f"{self._memory.files[demo.file].path}, {demo.name}: "
+                    f"{self._steps.files[demo.file].path}, {demo.name}: "
                     f"{demo.end - demo.first} steps are shorter than "
                     f"sequence_length={self.sequence_length}"
                 )
         steps = torch.cat([torch.arange(demo.first, demo.end) for demo in self.demos])
-        memory = self._memory
         self.normalizer = normalizer or ActionNormalizer(self.normalize_actions).fit(
-            memory.actions[steps]
+            self._steps.actions[steps]
         )
-        self.proprio_stats = dict(proprio_stats or fit_proprio(memory.proprio[steps]))
-        self._actions = self.normalizer.normalize(memory.actions)  # (N, 7)
-        self._proprio = normalize_proprio(memory.proprio, self.proprio_stats)  # (N, P)
+        self.proprio_stats = dict(proprio_stats or fit_proprio(self._steps.proprio[steps]))
+        self._actions = self.normalizer.normalize(self._steps.actions)  # (N, 7)
+        self._proprio = normalize_proprio(self._steps.proprio, self.proprio_stats)  # (N, P)
         starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1)
                   for demo in self.demos]
         self._starts = torch.cat(starts)  # first step of each sample
@@ -445,7 +262,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         future = steps.unsqueeze(2) + torch.arange(self.chunk)  # (B, T, K)
         ends = self._ends[indices].view(-1, 1, 1)
         # after a push the demonstrator answers to what could not be foreseen
-        pushed_at = self._memory.pushed_at[steps].unsqueeze(2)
+        pushed_at = self._steps.pushed_at[steps].unsqueeze(2)
         mask = ((future < ends) & (future <= pushed_at)).float()
         actions = self._actions[torch.minimum(future, ends - 1)]  # (B, T, K, 7)
         if self.chunk == 1:
@@ -457,17 +274,18 @@ class LIBERODataset(torch.utils.data.Dataset):
         if self.proprioception:
             observations["proprio"] = self._proprio[steps].to(device)
         if self.task_ids is not None:
-            tasks = torch.tensor(self.task_ids)[self._memory.file_of_step[steps]]
+            tasks = torch.tensor(self.task_ids)[self._steps.file_of_step[steps]]
             observations["task_id"] = tasks.to(device)
+        if self.language:
+            embedded = self._language[self._steps.file_of_step[steps]]  # (B, T, 384)
+            observations["language"] = embedded.to(device)
         return {
             "observations": observations, "actions": actions.to(device), "mask": mask.to(device)
         }
 
     def _images(self, camera, steps, generator, device) -> torch.Tensor:
-        stored = self._memory.images[camera]
-        # whole frames as rows: several times faster than indexing four dimensions
-        picked = stored.flatten(1).index_select(0, steps.flatten())
-        images = picked.to(device).float().div_(255).view(*steps.shape, *stored.shape[1:])
+        picked = self._steps.frames.pick(camera, steps.flatten())
+        images = picked.to(device).float().div_(255).view(*steps.shape, *picked.shape[1:])
         return augment_images(images, self.augmentation, generator)
 
     def batches(
@@ -497,7 +315,7 @@ class LIBERODataset(torch.utils.data.Dataset):
     def describe(self) -> dict:
         """Where the samples come from, as JSON: for a run's provenance."""
         files = []
-        for index, file in enumerate(self._memory.files):
+        for index, file in enumerate(self._steps.files):
             demos = [demo for demo in self.demos if demo.file == index]
             files.append({
                 "file": str(file.path),

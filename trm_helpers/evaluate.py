@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from . import schema
 from .checkpoint import find_run, load_config, load_policy
-from .config import EvalConfig
+from .config import Config, EvalConfig
 from .files import append_jsonl, read_jsonl, write_json
 from .plots import caption_frame, upright, write_video
 from .preflight import software_versions
@@ -181,13 +181,33 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
             bar.set_postfix(successes=sum(row["success"] for row in rows))
     results = {
         **summarize_episodes([row for row in rows if _episode(row) in planned]),
-        "protocol": {"suite": suite, "task_ids": list(task_ids), **asdict(config), **identity,
+        "protocol": {"suite": suite, "task_ids": list(task_ids),
+                     **dataclasses.asdict(config), **identity,
                      "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
     write_json(run / "results.json", results)
     return results
+
+
+def selection_success(run: str | Path, config: Config, episodes: int,
+                      weights: str = "last") -> dict:
+    """Success on the last ``episodes`` official init states, which reports leave alone.
+
+    For choosing among checkpoints and settings; nothing is written.
+
+    Returns:
+        :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
+    """
+    settings = dataclasses.replace(config.eval, num_episodes=episodes, num_videos=0,
+                                   first_init_state=schema.NUM_INIT_STATES - episodes)
+    planned = [(config.data.suite, task_id, init_state) for task_id in config.data.task_ids
+               for init_state in range(settings.first_init_state, schema.NUM_INIT_STATES)]
+    job = functools.partial(_run_in_worker, Path(run), weights, settings)
+    bar = tqdm(_run_all(job, planned, settings.eval_workers), "selection", len(planned),
+               unit="episode", leave=False)
+    return summarize_episodes(list(bar))
 
 
 # --- processes ----------------------------------------------------------------------------------

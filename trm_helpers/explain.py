@@ -207,7 +207,7 @@ def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Fig
     """
     with _evaluating(policy):
         _, states = policy(observations, return_all_states=True)
-    states = torch.stack(states).float().cpu()  # (N + 1, B, D)
+    states = torch.stack(states).float().cpu().flatten(2)  # (N + 1, B, D), or K * D of tokens
     norms = states.norm(dim=-1).mean(dim=1).tolist()
     changes = states.diff(dim=0).norm(dim=-1).mean(dim=1).tolist()
     verdict, sentence = recursion_verdict(changes, norms)

@@ -1,4 +1,4 @@
-"""The policy: images to a conditioning vector, one shared block applied over and over, actions.
+"""The policy: images to tokens or one vector, one shared block applied over and over, actions.
 
 Shape letters: B batch, T time, K chunk, H W image, N tokens, D hidden, P proprioception.
 """
@@ -12,126 +12,38 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from . import schema
 from .augment import resize_images
 from .config import ModelConfig
-from .data import ActionNormalizer, normalize_proprio
+from .language import embed_instruction
+from .layers import ActionHead, TokenEncoder, VisualEncoder, make_block
+from .normalize import ActionNormalizer, normalize_proprio
 
-CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
 LOSSES = ("mse", "l1", "mix")
-
-
-class VisualEncoder(nn.Module):
-    """Images (B, H, W, 3) in [0, 1] to features (B, D).
-
-    At H = W = 128: (B, 32, 31, 31), (B, 64, 14, 14), (B, 128, 12, 12), each followed by ReLU;
-    flattened to 18432, a linear layer to D, LayerNorm.
-    """
-
-    def __init__(self, hidden_dim: int = 256, image_size: int = schema.IMAGE_SIZE):
-        super().__init__()
-        layers, channels, side = [], 3, image_size
-        for out_channels, kernel, stride in CONVOLUTIONS:
-            layers += [nn.Conv2d(channels, out_channels, kernel, stride), nn.ReLU()]
-            channels, side = out_channels, (side - kernel) // stride + 1
-        self.convolutions = nn.Sequential(*layers)
-        self.project = nn.Linear(channels * side * side, hidden_dim)
-        self.norm = nn.LayerNorm(hidden_dim)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # the permuted view is channels_last in memory: the convolutions take it without a copy
-        maps = self.convolutions(rearrange(images, "b h w c -> b c h w"))  # (B, 128, 12, 12)
-        return self.norm(self.project(rearrange(maps, "b c h w -> b (c h w)")))  # (B, D)
-
-
-class RecursiveBlock(nn.Module):
-    """One step ``h = block(h, x_cond)``; its weights are shared by all steps.
-
-    The observation is re-injected (``h + x_cond``), then self-attention and an MLP, each with a
-    residual and LayerNorm after it. ``h`` and ``x_cond`` have the same shape, (B, D), one token,
-    or (B, N, D). Over one token the softmax is over one key and always 1, so that attention is
-    then a linear map of that token (value and output projections); query and key play no part.
-    """
-
-    def __init__(self, hidden_dim: int = 256, num_heads: int = 4):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(hidden_dim, num_heads, batch_first=True)
-        self.attention_norm = nn.LayerNorm(hidden_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
-        )
-        self.mlp_norm = nn.LayerNorm(hidden_dim)
-
-    def forward(self, h: torch.Tensor, x_cond: torch.Tensor) -> torch.Tensor:
-        if h.shape != x_cond.shape or h.ndim not in (2, 3):
-            raise ValueError(
-                f"h has shape {tuple(h.shape)} and x_cond {tuple(x_cond.shape)}; "
-                "expected the same shape, (B, D) or (B, N, D)"
-            )
-        tokens = (h + x_cond).view(len(h), -1, h.shape[-1])  # (B, N, D), N = 1 for one vector
-        attended, _ = self.attention(tokens, tokens, tokens, need_weights=False)
-        tokens = self.attention_norm(tokens + attended)
-        return self.mlp_norm(tokens + self.mlp(tokens)).view(h.shape)
-
-
-class ActionHead(nn.Module):
-    """Features (B, D) to normalised actions (B, K, 7) and, of a classifier, logits (B, K, 2).
-
-    Linear D-D, ReLU, linear. The gripper is the seventh number of that last layer, or, as
-    ``"classifier"``, a softmax of its own over (open, closed) whose expected value in (-1, 1)
-    becomes the seventh number. ``"mixture"`` has ``num_experts`` last layers and sums them with the
-    weights of a softmax gate on the features.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.chunk, self.num_experts = config.chunk, 1
-        self.hidden = nn.Linear(config.hidden_dim, config.hidden_dim)
-        self.gate = self.gripper = None
-        width = schema.ACTION_DIM
-        if config.gripper == "classifier":
-            width = schema.ARM_DIM
-            self.gripper = nn.Linear(config.hidden_dim, 2 * self.chunk)
-        elif config.gripper == "mixture":
-            self.num_experts = config.num_experts
-            self.gate = nn.Linear(config.hidden_dim, self.num_experts)
-        self.output = nn.Linear(config.hidden_dim, self.num_experts * self.chunk * width)
-
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden = F.relu(self.hidden(features))
-        experts = rearrange(
-            self.output(hidden).float(), "b (e k a) -> b e k a", e=self.num_experts, k=self.chunk
-        )
-        if self.gate is not None:
-            weights = self.gate(features).float().softmax(-1)  # (B, E)
-            return torch.einsum("be,beka->bka", weights, experts), None
-        actions = experts.squeeze(1)  # (B, K, 7), of a classifier (B, K, 6)
-        if self.gripper is None:
-            return actions, None
-        logits = rearrange(self.gripper(hidden).float(), "b (k c) -> b k c", c=2)
-        p_open, p_closed = logits.softmax(-1).split(1, dim=-1)
-        gripper = schema.GRIPPER_OPEN * p_open + schema.GRIPPER_CLOSED * p_closed
-        return torch.cat([actions, gripper], dim=-1), logits
+ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 the oldest (ACT)
 
 
 class Recursion(NamedTuple):
-    """What the recursion did to a batch."""
+    """What the recursion did to a batch; features are (B, D), or of token variants (B, K, D)."""
 
-    output: torch.Tensor  # (B, D), what the action head reads
-    states: list[torch.Tensor]  # h0 ... hn, each (B, D); h0 is x_cond
+    output: torch.Tensor  # features, what the action head reads
+    states: list[torch.Tensor]  # features after 0 ... n steps; a sample that has halted stays
     weights: torch.Tensor  # (B, n): output is the sum of weights[:, i] * states[i + 1]
-    depth: torch.Tensor  # (B,) int64, recursions each sample used before it halted
+    depth: torch.Tensor  # (B,) int64, steps each sample used before it halted
     ponder: torch.Tensor  # (B,) Graves' N + R; without ACT, the depth
+    carry: torch.Tensor  # (B, ...) the block's own state, where another recursion can begin
 
 
 class TRMPolicy(nn.Module):
     """Observations to actions: encoders, the shared block ``num_recursions`` times, action head.
 
-    With one camera and nothing else, ``x_cond`` is the encoder's output. Several cameras (separate
-    weights), proprioception and task are concatenated, then a linear layer and LayerNorm.
+    ``variant="block"``: ``x_cond`` is one vector. With one camera and nothing else it is the
+    encoder's output. Several cameras (separate weights), proprioception and task are concatenated,
+    then a linear layer and LayerNorm. ``"trm"`` and the baseline ``"transformer"``: ``x_cond`` is a
+    sequence of tokens: those of each camera, one of proprioception, one of the task, and a learned
+    query for each of the K actions.
 
     Args:
         config: sizes and options.
@@ -150,25 +62,33 @@ class TRMPolicy(nn.Module):
         self.config = config
         self.normalizer = normalizer
         self.proprio_stats = proprio_stats
-        dim = config.hidden_dim
-        self.encoders = nn.ModuleDict(
-            {camera: VisualEncoder(dim, config.image_size) for camera in config.cameras}
-        )
+        dim, size = config.hidden_dim, config.image_size
+        self.tokens = config.variant != "block"
+        self.encoders = nn.ModuleDict({
+            camera: TokenEncoder(dim, size, config.image_grid) if self.tokens
+            else VisualEncoder(dim, size) for camera in config.cameras
+        })
         parts = len(config.cameras)
         if config.proprioception:
             parts += 1
-            self.proprio_mlp = nn.Sequential(
-                nn.Linear(schema.PROPRIO_DIM, dim), nn.ReLU(), nn.Linear(dim, dim)
-            )
-        if config.num_tasks:
+            self.proprio_mlp = _two_layers(schema.PROPRIO_DIM, dim)
+        if config.conditioning == "task_id":
             parts += 1
             self.task_embedding = nn.Embedding(config.num_tasks, dim)
-        if parts > 1:
+        elif config.conditioning == "language":
+            parts += 1
+            self.language_mlp = _two_layers(schema.LANGUAGE_DIM, dim)
+        if self.tokens:
+            self.action_queries = nn.Parameter(torch.randn(config.chunk, dim))
+        elif parts > 1:
             self.fuse = nn.Sequential(nn.Linear(parts * dim, dim), nn.LayerNorm(dim))
-        self.block = RecursiveBlock(dim, config.num_heads)
-        if config.halting != "fixed":
+        self.block = make_block(config)
+        if config.halting in ("remainder", "act", "learned"):
             # sigmoid(w h) as documented for the remainder, sigmoid(w h + b) in Graves' paper
-            self.halt = nn.Linear(dim, 1, bias=config.halting == "act")
+            self.halt = nn.Linear(dim, 1, bias=config.halting != "remainder")
+        if config.halting == "learned":
+            nn.init.zeros_(self.halt.weight)  # starts by going on, as TRM's does
+            nn.init.constant_(self.halt.bias, -5.0)
         self.head = ActionHead(config)
         self.last_depth: torch.Tensor | None = None  # (B,) of the last forward pass
         self.last_recursions = 0  # of the last decision in act
@@ -177,7 +97,7 @@ class TRMPolicy(nn.Module):
     # --- network -------------------------------------------------------------------------------
 
     def encode(self, observations: Mapping) -> torch.Tensor:
-        """Batched observations, with or without T, to ``x_cond`` (B, D) or (B*T, D)."""
+        """Batched observations, with or without T, to ``x_cond``: (B, D), or tokens (B, N, D)."""
         size = self.config.image_size
         parts = [
             encoder(_read_batch(observations, camera, (size, size, 3)))
@@ -186,14 +106,22 @@ class TRMPolicy(nn.Module):
         if self.config.proprioception:
             proprio = _read_batch(observations, "proprio", (schema.PROPRIO_DIM,))
             parts.append(self.proprio_mlp(proprio))
-        if self.config.num_tasks:
+        if self.config.conditioning == "task_id":
             parts.append(self.task_embedding(_read_batch(observations, "task_id", ())))
-        return self.fuse(torch.cat(parts, dim=-1)) if len(parts) > 1 else parts[0]
+        elif self.config.conditioning == "language":
+            language = _read_batch(observations, "language", (schema.LANGUAGE_DIM,))
+            parts.append(self.language_mlp(language))
+        if not self.tokens:
+            return self.fuse(torch.cat(parts, dim=-1)) if len(parts) > 1 else parts[0]
+        parts = [part if part.ndim == 3 else part.unsqueeze(1) for part in parts]
+        queries = self.action_queries.to(parts[0].dtype).expand(len(parts[0]), -1, -1)
+        return torch.cat([*parts, queries], dim=1)
 
-    def recurse(self, x_cond: torch.Tensor, num_recursions: int | None = None) -> Recursion:
-        """Apply the block up to ``num_recursions`` times (None: as configured) to (B, D).
+    def recurse(self, x_cond: torch.Tensor, num_recursions: int | None = None,
+                carry: torch.Tensor | None = None) -> Recursion:
+        """Apply the block up to ``num_recursions`` times (None: as configured).
 
-        ``halting="fixed"``: all of them; the output is the last state.
+        ``halting="fixed"``: all of them; the output is the last answer.
 
         ``"remainder"``: ``r = 1``, then ``h = block(h, x_cond)``, ``output += r h``,
         ``r *= 1 - sigmoid(w h)`` until the largest r of the batch is below ``halting_threshold``.
@@ -204,22 +132,40 @@ class TRMPolicy(nn.Module):
         halts with probability ``p = sigmoid(w h + b)``; the first step at which the sum of p is
         at least ``1 - halting_threshold``, or the last one allowed, gets the remainder R instead,
         so that the weights of every sample sum to one. The ponder cost is N + R.
+
+        ``"learned"``: training takes all steps and grades the halting head (see :meth:`loss`); in
+        evaluation mode a sample ends with the first answer that the head takes for right.
+
+        ``"convergence"``: likewise, with the first answer whose actions are less than
+        ``convergence_threshold`` (squared distance, largest over the chunk) from those before it.
+
+        Under these two a sample that has ended is computed no further. For tokens, the halting
+        heads read the mean over the K answers.
+
+        Args:
+            carry: the block's state to begin from; None begins anew.
         """
         limit = self.config.num_recursions if num_recursions is None else num_recursions
         if limit < 1:
             raise ValueError(f"num_recursions={limit} is not valid; expected >= 1")
+        state = self.block.start(x_cond) if carry is None else carry
+        if not self.training and self.config.halting in ("learned", "convergence"):
+            return self._recurse_until_right(x_cond, state, limit)
         threshold, halting = self.config.halting_threshold, self.config.halting
-        h, states, weights = x_cond, [x_cond], []
+        states, weights = [self.block.answer(state)], []
         r = x_cond.new_ones(len(x_cond), dtype=torch.float32)  # (B,), what is left to give away
         depth, last_r = torch.zeros_like(r, dtype=torch.int64), torch.zeros_like(r)
         for step in range(1, limit + 1):
-            h = self.block(h, x_cond)
-            states.append(h)
+            if self.training and self.config.deep_supervision:
+                state = state.detach()
+            state = self.block(state, x_cond)
+            answer = self.block.answer(state)
+            states.append(answer)
             depth = depth + (r >= threshold)
-            if halting == "fixed":
+            if halting not in ("remainder", "act"):
                 weights.append(torch.full_like(r, float(step == limit)))
                 continue
-            p = torch.sigmoid(self.halt(h).float()).squeeze(-1)  # (B,)
+            p = torch.sigmoid(self._halting_logit(answer))  # (B,)
             if halting == "remainder":
                 weights.append(r)
                 r = r * (1 - p)
@@ -231,11 +177,46 @@ class TRMPolicy(nn.Module):
             if not (r >= threshold).any():
                 break
         weights = torch.stack(weights, dim=1)  # (B, n)
-        if halting == "fixed":
-            output = h
-        else:
-            output = torch.einsum("bn,nbd->bd", weights, torch.stack(states[1:]).float())
-        return Recursion(output, states, weights, depth, depth + last_r)
+        output = answer
+        if halting in ("remainder", "act"):
+            output = torch.einsum("bn,nb...->b...", weights, torch.stack(states[1:]).float())
+        return Recursion(output, states, weights, depth, depth + last_r, state)
+
+    def _recurse_until_right(self, x_cond: torch.Tensor, state: torch.Tensor,
+                             limit: int) -> Recursion:
+        """Each sample until its own rule says stop; only those that go on are computed."""
+        answer = self.block.answer(state)
+        states, carry = [answer], state
+        depth = torch.zeros(len(x_cond), dtype=torch.int64, device=x_cond.device)
+        going_on = torch.arange(len(x_cond), device=x_cond.device)
+        actions = None
+        for step in range(1, limit + 1):
+            state = self.block(state, x_cond)
+            now = self.block.answer(state)
+            answer = answer.to(now.dtype).index_copy(0, going_on, now)
+            carry = carry.to(state.dtype).index_copy(0, going_on, state)
+            states.append(answer)
+            depth[going_on] = step
+            if self.config.halting == "learned":
+                stops = self._halting_logit(now) > 0
+            else:
+                before, actions = actions, self.head(now)[0]
+                stops = torch.zeros_like(going_on, dtype=torch.bool)
+                if before is not None:
+                    distance = (actions - before).square().sum(-1).amax(-1)
+                    stops = distance < self.config.convergence_threshold
+                actions = actions[~stops]
+            state, x_cond, going_on = state[~stops], x_cond[~stops], going_on[~stops]
+            if not len(going_on):
+                break
+        steps = torch.arange(1, len(states), device=depth.device)
+        weights = (depth.unsqueeze(1) == steps).float()
+        return Recursion(answer, states, weights, depth, depth.float(), carry)
+
+    def _halting_logit(self, answer: torch.Tensor) -> torch.Tensor:
+        """(B,) of features (B, D), or of the mean of (B, K, D)."""
+        pooled = answer.mean(dim=1) if answer.ndim == 3 else answer
+        return self.halt(pooled).float().squeeze(-1)
 
     def forward(
         self,
@@ -247,9 +228,10 @@ class TRMPolicy(nn.Module):
 
         Args:
             observations: each camera float (B, H, W, 3) in [0, 1]; where configured, ``proprio``
-                (B, P) z-scored and ``task_id`` (B,) int64; all with or all without T after B.
+                (B, P) z-scored, ``task_id`` (B,) int64 or ``language`` (B, 384); all with or all
+                without T after B.
             num_recursions: another depth than the one configured.
-            return_all_states: return ``(actions, [h0 ... hn])``, each state (B, D).
+            return_all_states: return ``(actions, [h0 ... hn])``, each (B, D), or (B, K, D).
 
         ``last_depth`` (B,) then holds the recursions each sample used. Raises ``ValueError`` for
         a missing key and for a wrong shape.
@@ -266,54 +248,90 @@ class TRMPolicy(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch (``observations``, normalised ``actions``, ``mask``) and its parts.
 
-        ``action``: mean over the seven numbers (of a classifier, the six of the arm) and over the
-        actions that the mask says exist. ``gripper`` (classifier): cross-entropy over the same
-        actions, times ``gripper_weight``. ``ponder`` (ACT): mean of N + R, times the configured
-        ``ponder_cost``. The parts are detached and unweighted. ``"mix"`` is the mean of ``"mse"``
-        and ``"l1"``.
+        ``action``: mean over the seven numbers (of a gripper with its own loss, the six of the
+        arm) and over the actions that the mask says exist. ``gripper``: cross-entropy over the
+        same actions, times ``gripper_weight``. ``ponder`` (ACT): mean of N + R, times the
+        configured ``ponder_cost``. The parts are detached and unweighted. ``"mix"`` is the mean of
+        ``"mse"`` and ``"l1"``.
+
+        In training, ``deep_supervision`` grades the answer after every step and takes the mean,
+        and ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary
+        cross-entropy of the head at every step against whether that answer's mean absolute error
+        is within ``halting_tolerance``.
         """
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not valid; expected one of {', '.join(LOSSES)}")
         recursion = self.recurse(self.encode(batch["observations"]))
-        predicted, logits = self.head(recursion.output)  # (B*T, K, 7)
-        target = batch["actions"].reshape(-1, *predicted.shape[1:])
+        target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
         mask = batch["mask"].reshape(-1, self.config.chunk)
-        if target.shape != predicted.shape or mask.shape != predicted.shape[:2]:
+        count = len(recursion.output)
+        if len(target) != count or len(mask) != count:
             raise ValueError(
                 f"actions have shape {tuple(batch['actions'].shape)} and mask "
-                f"{tuple(batch['mask'].shape)}; expected {predicted.shape[0]} observations with "
+                f"{tuple(batch['mask'].shape)}; expected {count} observations with "
                 f"chunk={self.config.chunk} actions each"
             )
+        every_step = self.training and self.config.deep_supervision
+        graded = recursion.states[1:] if every_step else [recursion.output]
+        grades = [self._grade(*self.head(answer), target, mask, loss) for answer in graded]
+        parts = {name: torch.stack([grade[name] for grade in grades]).mean() for name in grades[0]}
+        total = parts["action"]
+        if "gripper" in parts:
+            total = total + gripper_weight * parts["gripper"]
+        if self.config.halting == "act":
+            parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
+            total = total + self.config.ponder_cost * parts["ponder"]
+        if self.config.halting == "learned" and self.training:
+            parts["halting"] = self._grade_halting(recursion.states[1:], target, mask)
+            total = total + self.config.halting_weight * parts["halting"]
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _grade(self, predicted, logits, target, mask, loss: str) -> dict[str, torch.Tensor]:
+        """``action`` and, with logits, ``gripper`` losses of one answer's actions (B, K, 7)."""
         width = schema.ACTION_DIM if logits is None else schema.ARM_DIM
         error = predicted[..., :width] - target[..., :width]
         errors = {"mse": error.square(), "l1": error.abs()}
         errors["mix"] = (errors["mse"] + errors["l1"]) / 2
         parts = {"action": _masked_mean(errors[loss].mean(-1), mask)}
-        total = parts["action"]
         if logits is not None:
-            closed = (target[..., schema.GRIPPER_INDEX] > 0).long()
-            cross_entropy = F.cross_entropy(logits.mT, closed, reduction="none")  # (B*T, K)
-            parts["gripper"] = _masked_mean(cross_entropy, mask)
-            total = total + gripper_weight * parts["gripper"]
-        if self.config.halting == "act":
-            parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
-            total = total + self.config.ponder_cost * parts["ponder"]
-        return total, {name: part.detach() for name, part in parts.items()}
+            closed = target[..., schema.GRIPPER_INDEX] > 0  # (B, K)
+            if logits.shape[-1] == 1:
+                entropy = F.binary_cross_entropy_with_logits(
+                    logits.squeeze(-1), closed.float(), reduction="none")
+            else:
+                entropy = F.cross_entropy(logits.mT, closed.long(), reduction="none")
+            parts["gripper"] = _masked_mean(entropy, mask)
+        return parts
+
+    def _grade_halting(self, answers, target, mask) -> torch.Tensor:
+        """Cross-entropy of the halting head against "this answer is within the tolerance"."""
+        terms = []
+        for answer in answers:
+            with torch.no_grad():
+                error = (self.head(answer)[0] - target).abs().mean(-1)  # (B, K)
+                error = (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+                right = (error <= self.config.halting_tolerance).float()
+            terms.append(F.binary_cross_entropy_with_logits(self._halting_logit(answer), right,
+                                                            reduction="none"))
+        return _masked_mean(torch.stack(terms).mean(0), mask.amax(dim=1))
 
     # --- control -------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Start an episode: forget what is left of the last chunk."""
+        """Start an episode: forget what is left of the last chunk, older chunks and the carry."""
         self._planned: deque[np.ndarray] = deque()
+        self._chunks: deque[np.ndarray] = deque()  # (K, 7) each, the oldest first, for ensembling
+        self._carry: torch.Tensor | None = None
 
     def act(self, observation: Mapping) -> np.ndarray:
         """The next action (7,) float32 in [-1, 1], in the environment's units.
 
         ``observation`` is unbatched: each camera uint8 (H, W, 3), resized as in training; where
-        configured, the raw arrays of ``schema.PROPRIO_KEYS`` and ``task_id``. It is read when a
-        new chunk is needed, once in ``execution_horizon`` calls, so that a simulator which draws
-        frames on demand draws no others. Raises ``ValueError`` for a missing or malformed entry,
-        ``RuntimeError`` when the network returns a number that is not finite.
+        configured, the raw arrays of ``schema.PROPRIO_KEYS``, ``task_id``, and the instruction as
+        ``language``. It is read when a new chunk is needed, once in ``execution_horizon`` calls,
+        so that a simulator which draws frames on demand draws no others. Raises ``ValueError`` for
+        a missing or malformed entry, ``RuntimeError`` when the network returns a number that is
+        not finite.
         """
         if not self._planned:
             self._planned.extend(self._plan(observation))
@@ -322,22 +340,48 @@ class TRMPolicy(nn.Module):
     @torch.inference_mode()
     def _plan(self, observation: Mapping) -> np.ndarray:
         """(execution_horizon, 7): the actions to execute before the next look."""
-        actions = self(self._prepare(observation)).view(self.config.chunk, schema.ACTION_DIM)
+        recursion = self.recurse(self.encode(self._prepare(observation)), carry=self._carry)
+        if self.config.carry_over:
+            self._carry = recursion.carry
+        actions = self.head(recursion.output)[0].squeeze(0)  # (K, 7)
         if not actions.isfinite().all():
             raise RuntimeError(
                 f"the policy returned {actions.tolist()}; expected finite numbers. "
                 "Its weights or the observation hold NaN or infinity"
             )
-        self.last_recursions = int(self.last_depth.max())
-        actions = actions[: self.config.execution_horizon]
+        self.last_recursions = int(recursion.depth.max())
         if self.normalizer is not None:
             actions = self.normalizer.denormalize(actions)
-        if self.config.gripper in ("threshold", "classifier"):
-            closed = actions[:, schema.GRIPPER_INDEX] > 0
-            actions[:, schema.GRIPPER_INDEX] = torch.where(
+        planned = actions.cpu().numpy()
+        if self.config.temporal_ensembling:
+            planned = self._ensemble(planned)
+        planned = planned[: self.config.execution_horizon]
+        if self.config.gripper in ("threshold", "classifier", "binary"):
+            closed = planned[:, schema.GRIPPER_INDEX] > 0
+            planned[:, schema.GRIPPER_INDEX] = np.where(
                 closed, schema.GRIPPER_CLOSED, schema.GRIPPER_OPEN
             )
-        return actions.clamp(-1, 1).float().cpu().numpy()
+        return planned.clip(-1, 1)
+
+    def _ensemble(self, chunk: np.ndarray) -> np.ndarray:
+        """(horizon, 7): what this chunk (K, 7) and the older ones say of the steps now due.
+
+        Zhao et al. 2023 (ACT, arXiv 2304.13705): an average with weights exp(-decay * i), i = 0
+        for the oldest prediction.
+        """
+        horizon = self.config.execution_horizon
+        self._chunks.append(chunk)
+        if len(self._chunks) > -(-len(chunk) // horizon):  # older ones do not reach this far
+            self._chunks.popleft()
+        planned = []
+        for step in range(horizon):
+            said = [older[age * horizon + step]
+                    for age, older in zip(range(len(self._chunks) - 1, -1, -1), self._chunks,
+                                          strict=True)
+                    if age * horizon + step < len(older)]
+            weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(said), dtype=np.float32))
+            planned.append(np.average(said, axis=0, weights=weights))
+        return np.stack(planned).astype(np.float32)
 
     def _prepare(self, observation: Mapping) -> dict[str, torch.Tensor]:
         """One raw observation as a batch of one on the policy's device, like the data set's."""
@@ -354,13 +398,16 @@ class TRMPolicy(nn.Module):
             batch[camera] = images.to(device).float() / 255
         if self.config.proprioception:
             batch["proprio"] = self._read_proprio(observation).to(device)
-        if self.config.num_tasks:
+        if self.config.conditioning == "task_id":
             task_id = int(_read(observation, "task_id"))
             if not 0 <= task_id < self.config.num_tasks:
                 raise ValueError(
                     f"observation 'task_id' is {task_id}; expected 0 to {self.config.num_tasks - 1}"
                 )
             batch["task_id"] = torch.tensor([task_id], device=device)
+        elif self.config.conditioning == "language":
+            embedding = embed_instruction(_read(observation, "language"))
+            batch["language"] = torch.from_numpy(embedding).unsqueeze(0).to(device)
         return batch
 
     def _read_proprio(self, observation: Mapping) -> torch.Tensor:
@@ -374,6 +421,10 @@ class TRMPolicy(nn.Module):
         proprio = torch.from_numpy(np.concatenate(arrays)).unsqueeze(0)
         stats = self.proprio_stats
         return proprio if stats is None else normalize_proprio(proprio, stats)
+
+
+def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:

@@ -44,6 +44,8 @@ LOW_DIM = {  # name in the file and its width; `sim.py` fills the same names fro
 PROPRIO_KEYS = ("joint_states", "gripper_states", "ee_pos")
 PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 12
 
+LANGUAGE_DIM = 384  # sentence embeddings of the instructions, all-MiniLM-L6-v2
+
 # --- HDF5 layout ---------------------------------------------------------------------------------
 DATA_GROUP = "data"
 DEMO_FILE_SUFFIX = "_demo.hdf5"

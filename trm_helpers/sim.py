@@ -74,7 +74,8 @@ class Observation(Mapping):
 
     Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3),
     upside down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
-    ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, and ``task_id``.
+    ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, ``task_id``, and the
+    instruction as ``language``.
     """
 
     def __init__(self, values: dict, renderers: dict):
@@ -311,6 +312,7 @@ class LiberoEnv:
             "ee_pos": np.array(values["robot0_eef_pos"]),
             "ee_ori": quat2axisangle(np.array(values["robot0_eef_quat"])),
             "task_id": self.task.task_id,
+            "language": self.task.language,
         }
         low["ee_states"] = np.concatenate([low["ee_pos"], low["ee_ori"]])
         if not self.lazy:

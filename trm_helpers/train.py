@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import netrc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,14 +44,22 @@ class BehaviorCloningTrainer:
         train_data, val_data: the two splits, from :meth:`LIBERODataset.train_val`.
         config: a :class:`TrainConfig`.
         run: folder from :func:`checkpoint.create_run`.
+        roll_out: success rate of the run's ``last`` weights; needed for ``rollout_every``, after
+            which ``best`` is the highest success rate, and among equals the lowest validation
+            loss.
     """
 
     def __init__(self, policy: TRMPolicy, train_data: LIBERODataset, val_data: LIBERODataset,
-                 config: TrainConfig, run: str | Path):
+                 config: TrainConfig, run: str | Path,
+                 roll_out: Callable[[], float] | None = None):
+        if config.rollout_every and roll_out is None:
+            raise ValueError(f"rollout_every={config.rollout_every} needs rollouts; expected "
+                             "roll_out, or a trainer made by from_config")
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
         self.run = Path(run)
+        self.roll_out = roll_out
         self.train_data, self.val_data = train_data, val_data
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
@@ -58,6 +68,9 @@ class BehaviorCloningTrainer:
         if config.ema_decay:
             self.ema = AveragedModel(self.policy, use_buffers=True,
                                      multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self._training_loss = self.policy.loss
+        if config.compile:
+            self._training_loss = _Compiled(self.policy.loss)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr,
                                            weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
@@ -66,7 +79,7 @@ class BehaviorCloningTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
                                            enabled=self.precision == "fp16")
         self.epoch = 0  # epochs done
-        self.best_loss, self.best_epoch = math.inf, 0
+        self.best_score, self.best_epoch = (-1.0, -math.inf), 0  # success rate, -validation loss
 
     @classmethod
     def from_config(cls, config: Config, files: dict[int, Path],
@@ -83,7 +96,8 @@ class BehaviorCloningTrainer:
         """A seeded policy and the trainer of a :class:`Config` for data read before."""
         torch.manual_seed(config.train.seed)
         policy = TRMPolicy(config.model, train_data.normalizer, train_data.proprio_stats)
-        return cls(policy, train_data, val_data, config.train, run)
+        return cls(policy, train_data, val_data, config.train, run,
+                   functools.partial(_success_rate, run, config))
 
     def fit(self) -> list[dict]:
         """Train until the epochs, the patience or the minutes are used up.
@@ -102,8 +116,9 @@ class BehaviorCloningTrainer:
         with self._tracker() as track, self._progress() as bar:
             while self.epoch < self.config.epochs and not self._patience_is_over():
                 row = self._run_epoch(bar)
+                self._save_weights(row)
                 append_jsonl(self.run / "metrics.jsonl", row)
-                self._save(row)
+                self._save_state()
                 track(row)
                 minutes = (time.perf_counter() - began) / 60
                 if self.config.max_minutes and minutes >= self.config.max_minutes:
@@ -123,7 +138,7 @@ class BehaviorCloningTrainer:
         batches = self.val_data.batches(self.config.batch_size, 0, 0, shuffle=False,
                                         device=self.device)
         for batch in batches:
-            loss, parts = self._loss(model, batch)
+            loss, parts = self._loss(model.loss, batch)
             weight = float(batch["mask"].sum())
             actions += weight
             for name, value in {"loss": loss, **parts}.items():
@@ -163,7 +178,7 @@ class BehaviorCloningTrainer:
 
     def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """One update; the loss and the gradient's norm before clipping, both detached."""
-        loss, _ = self._loss(self.policy, batch)
+        loss, _ = self._loss(self._training_loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -175,12 +190,12 @@ class BehaviorCloningTrainer:
             self.ema.update_parameters(self.policy)
         return loss.detach(), norm.detach()
 
-    def _loss(self, model: TRMPolicy, batch: dict):
+    def _loss(self, compute: Callable, batch: dict):
         autocast = contextlib.nullcontext()
         if self.precision in _AUTOCAST:
             autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
         with autocast:
-            return model.loss(batch, self.config.loss, self.config.gripper_weight)
+            return compute(batch, self.config.loss, self.config.gripper_weight)
 
     def _diagnosis(self, train_loss: float, val_loss: float, norms: torch.Tensor) -> str:
         broken = [name for name, value in self.policy.named_parameters()
@@ -196,14 +211,21 @@ class BehaviorCloningTrainer:
     def _patience_is_over(self) -> bool:
         return bool(self.config.patience) and self.epoch - self.best_epoch >= self.config.patience
 
-    def _save(self, row: dict) -> None:
+    def _save_weights(self, row: dict) -> None:
+        """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
         weights = (self.ema.module if self.ema else self.policy).state_dict()
-        if row["val_loss"] < self.best_loss:
-            self.best_loss, self.best_epoch = row["val_loss"], self.epoch
-            save_weights(self.run, weights, "best")
         save_weights(self.run, weights, "last")
+        every = self.config.rollout_every
+        if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
+            row["success_rate"] = self.roll_out()
+        score = (row.get("success_rate", -1.0), -row["val_loss"])
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, self.epoch
+            save_weights(self.run, weights, "best")
+
+    def _save_state(self) -> None:
         save_training_state(self.run, {
-            "epoch": self.epoch, "best_loss": self.best_loss, "best_epoch": self.best_epoch,
+            "epoch": self.epoch, "best_score": self.best_score, "best_epoch": self.best_epoch,
             "policy": self.policy.state_dict(),
             "ema": self.ema.state_dict() if self.ema else {},
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
@@ -219,8 +241,8 @@ class BehaviorCloningTrainer:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:done]))
         if not state:
             return
-        self.epoch, self.best_loss = state["epoch"], state["best_loss"]
-        self.best_epoch = state["best_epoch"]
+        self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
+        self.best_score = tuple(state["best_score"])
         self.policy.load_state_dict(state["policy"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -248,6 +270,29 @@ class BehaviorCloningTrainer:
         with wandb.init(project=self.config.wandb_project, name=self.run.name, dir=self.run,
                         mode=mode, config=settings) as tracked:
             yield lambda row: tracked.log(row, step=row["epoch"])
+
+
+class _Compiled:
+    """A function through ``torch.compile``, or as it is from the moment that this fails."""
+
+    def __init__(self, function: Callable):
+        self.function, self.compiled = function, torch.compile(function)
+
+    def __call__(self, *given):
+        if self.compiled is not None:
+            try:
+                return self.compiled(*given)
+            except Exception as error:  # whatever the compiler or its C++ toolchain raises
+                reason = str(error).strip().splitlines()[0]
+                print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without")
+                self.compiled = None
+        return self.function(*given)
+
+
+def _success_rate(run: str | Path, config: Config) -> float:
+    from .evaluate import selection_success
+
+    return selection_success(run, config, config.train.rollout_episodes)["success_rate"]
 
 
 def wandb_key_found() -> bool:

@@ -400,6 +400,12 @@ def _describe_first(path: Path) -> dict:
         }
 
 
+def instruction_of(path: str | Path) -> str:
+    """The language instruction of a file; empty where it holds none."""
+    with open_demo_file(path) as file:
+        return _instruction(file[schema.DATA_GROUP])
+
+
 def _instruction(group: h5py.Group) -> str:
     """Upstream files hold a string or a list of its pieces, some with quotation marks around."""
     problem = json.loads(group.attrs.get("problem_info", "{}"))

@@ -1,0 +1,223 @@
+"""Where the steps of the demonstrations are held: in memory, mapped from the files, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from . import schema
+from .augment import resize_images
+from .validate import (
+    DemoFileError,
+    check_demo_file,
+    instruction_of,
+    open_demo_file,
+    resolve_alignment,
+    source_of,
+)
+
+STORAGES = ("ram", "mmap", "gpu")
+_KEPT_FREE = 0.1  # share of the free memory that is not to be used
+
+
+@dataclass(frozen=True)
+class DemoFile:
+    path: Path
+    alignment: str
+    source: str
+    language: str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where a demonstration's steps lie in :class:`Steps`: ``first`` up to ``end``."""
+
+    file: int
+    name: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of all demonstrations one after another, observation and action paired."""
+
+    files: list[DemoFile]
+    demos: list[Demo]
+    frames: FramesInMemory | FramesOnDisk
+    actions: torch.Tensor  # (N, 7) float32, environment's units
+    proprio: torch.Tensor  # (N, P) float32, m and rad
+    file_of_step: torch.Tensor  # (N,) int64
+    pushed_at: torch.Tensor  # (N,) int64, the first step from here on that was disturbed
+
+
+class FramesInMemory:
+    """Frames resized once and kept as uint8 tensors on one device."""
+
+    def __init__(self, images: dict[str, torch.Tensor]):
+        self.images = images  # camera -> (N, S, S, 3)
+
+    def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,)."""
+        stored = self.images[camera]
+        # whole frames as rows: several times faster than indexing four dimensions
+        rows = stored.flatten(1).index_select(0, steps.to(stored.device))
+        return rows.view(-1, *stored.shape[1:])
+
+
+class FramesOnDisk:
+    """Frames read when they are needed, straight from the files' pages, and resized then.
+
+    An uncompressed, contiguous HDF5 data set is one run of bytes: the file is mapped, and a frame
+    is a slice of it. The operating system keeps what is used often and drops what is not.
+    """
+
+    def __init__(self, files: Sequence[DemoFile], demos: Sequence[Demo], cameras: Sequence[str],
+                 image_size: int):
+        self.image_size = image_size
+        self.maps = [np.memmap(file.path, dtype=np.uint8, mode="r") for file in files]
+        count = demos[-1].end
+        self.file_of_step = np.empty(count, dtype=np.int64)
+        self.offsets = {camera: np.empty(count, dtype=np.int64) for camera in cameras}
+        self.shapes: dict[str, tuple] = {}
+        for index, file in enumerate(files):
+            with open_demo_file(file.path) as content:
+                for demo in (demo for demo in demos if demo.file == index):
+                    self.file_of_step[demo.first:demo.end] = index
+                    for camera in cameras:
+                        self._locate(file.path, demo, content[schema.DATA_GROUP][demo.name],
+                                     camera)
+
+    def _locate(self, path: Path, demo: Demo, group, camera: str) -> None:
+        dataset = group["obs"][camera]
+        offset, shape = dataset.id.get_offset(), dataset.shape[1:]
+        if offset is None:
+            raise DemoFileError(
+                f"{path}: {dataset.name} is compressed or chunked; expected a contiguous data set "
+                "for storage='mmap'. Use storage='ram'")
+        if self.shapes.setdefault(camera, shape) != shape:
+            raise DemoFileError(f"{path}: frames of {dataset.name} have shape {shape}; expected "
+                                f"{self.shapes[camera]}, that of the others, for storage='mmap'")
+        steps = np.arange(demo.end - demo.first)
+        self.offsets[camera][demo.first:demo.end] = offset + steps * int(np.prod(shape))
+
+    def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,)."""
+        steps, shape = steps.numpy(), self.shapes[camera]
+        size = int(np.prod(shape))
+        frames = np.empty((len(steps), size), dtype=np.uint8)
+        places = zip(self.file_of_step[steps].tolist(), self.offsets[camera][steps].tolist(),
+                     strict=True)
+        for row, (file, offset) in enumerate(places):
+            frames[row] = self.maps[file][offset:offset + size]
+        return resize_images(torch.from_numpy(frames.reshape(-1, *shape)), self.image_size)
+
+
+def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
+    """Check each file and settle its alignment; :class:`DemoFileError` for one not usable."""
+    opened = []
+    for path in files:
+        check_demo_file(path)
+        opened.append(DemoFile(path, resolve_alignment(path, alignment), source_of(path),
+                               instruction_of(path)))
+    return opened
+
+
+def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence[str],
+               image_size: int, storage: str = "ram") -> Steps:
+    """Read the chosen demonstrations of each file.
+
+    Raises ``MemoryError`` when the frames do not fit, before anything is read, and ``ValueError``
+    for ``storage="gpu"`` without one.
+    """
+    demos = _lay_out(files, chosen)
+    count = demos[-1].end
+    images: dict[str, torch.Tensor] = {}
+    if storage == "mmap":
+        frames = FramesOnDisk(files, demos, cameras, image_size)
+    else:
+        device = _device(storage)
+        _refuse_too_much(count * image_size**2 * 3 * len(cameras), storage, device)
+        images = {camera: torch.empty(count, image_size, image_size, 3, dtype=torch.uint8,
+                                      device=device) for camera in cameras}
+        frames = FramesInMemory(images)
+    steps = Steps(
+        files=files,
+        demos=demos,
+        frames=frames,
+        actions=torch.empty(count, schema.ACTION_DIM),
+        proprio=torch.empty(count, schema.PROPRIO_DIM),
+        file_of_step=torch.empty(count, dtype=torch.int64),
+        pushed_at=torch.empty(count, dtype=torch.int64),
+    )
+    with tqdm(total=len(demos), desc="loading demonstrations", unit="demo") as progress:
+        for index, file in enumerate(files):
+            with open_demo_file(file.path) as content:
+                for demo in (demo for demo in demos if demo.file == index):
+                    _fill(steps, demo, content[schema.DATA_GROUP][demo.name], images)
+                    progress.update()
+    return steps
+
+
+def _device(storage: str) -> torch.device:
+    if storage == "gpu" and not torch.cuda.is_available():
+        raise ValueError("storage='gpu' was asked for; PyTorch finds no CUDA GPU here. "
+                         "Expected 'ram' or 'mmap'")
+    return torch.device("cuda" if storage == "gpu" else "cpu")
+
+
+def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
+    """Print what the frames need; ``MemoryError`` when there is not that much."""
+    free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" \
+        else psutil.virtual_memory().available
+    print(f"frames need {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free ({storage})")
+    if needed > (1 - _KEPT_FREE) * free:
+        raise MemoryError(
+            f"the frames need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free with "
+            f"storage={storage!r}; expected a smaller image_size, fewer demonstrations "
+            "(max_demos_per_task) or storage='mmap'")
+
+
+def _lay_out(files: list[DemoFile], chosen: list[list[str]]) -> list[Demo]:
+    """Give each chosen demonstration its place; a shift file loses one step to the pairing."""
+    demos, first = [], 0
+    for index, (file, names) in enumerate(zip(files, chosen, strict=True)):
+        with open_demo_file(file.path) as content:
+            for name in names:
+                length = len(content[schema.DATA_GROUP][name]["actions"])
+                end = first + length - (file.alignment == "shift")
+                demos.append(Demo(index, name, first, end))
+                first = end
+    return demos
+
+
+def _fill(steps: Steps, demo: Demo, group, images: dict[str, torch.Tensor]) -> None:
+    """Copy one demonstration, pairing obs[t] with actions[t] (raw) or actions[t+1] (shift)."""
+    place, length = slice(demo.first, demo.end), demo.end - demo.first
+    late = len(group["actions"]) - length
+    steps.actions[place] = torch.from_numpy(group["actions"][late:])
+    steps.file_of_step[place] = demo.file
+    steps.pushed_at[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
+    parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
+    steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1))
+    for camera, stored in images.items():
+        frames = torch.from_numpy(group["obs"][camera][:length])
+        stored[place] = resize_images(frames, stored.shape[1]).to(stored.device)
+
+
+def _next_push(group, first: int) -> np.ndarray:
+    """(T,) the first step from t on whose action was not the one executed; a large number if none.
+
+    Steps are counted from ``first``. Only this project's files push the arm about.
+    """
+    pushed = np.full(len(group["actions"]), np.iinfo(np.int64).max)
+    if schema.EXECUTED_ACTIONS in group:
+        differs = (group["actions"][:] != group[schema.EXECUTED_ACTIONS][:]).any(axis=1)
+        pushed[differs] = first + np.flatnonzero(differs)
+    return np.minimum.accumulate(pushed[::-1])[::-1].copy()
