@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -173,3 +174,31 @@ def test_workers_end_with_their_parent():
 def test_worker_errors_reach_the_caller():
     with worker_pool(1) as pool, pytest.raises(ZeroDivisionError):
         pool.submit(divmod, 1, 0).result()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_ends_busy_and_idle_workers_and_the_parent(workers):
+    """As Ctrl-C in a terminal: the signal goes to every process of the group.
+
+    The busy one swallows the exception, as code under it does.
+    """
+    busy = "import time\nwhile True:\n try: time.sleep(60)\n except BaseException: pass"
+    program = ("import time\n"
+               "from trm_helpers.sim import worker_pool\n"
+               "if __name__ == '__main__':\n"
+               f"    with worker_pool({workers}) as pool:\n"
+               "        for job in [pool.submit(time.sleep, 0) for _ in range(8)]:\n"
+               "            job.result()\n"
+               "        print('ready', flush=True)\n"
+               f"        pool.submit(exec, {busy!r}).result()\n")
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(1)
+    os.killpg(parent.pid, signal.SIGINT)
+    try:
+        _, errors = parent.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")

@@ -12,6 +12,7 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 import weakref
@@ -351,25 +352,34 @@ class LiberoEnv:
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for simulators: spawned, as a forked OpenGL context is not usable.
 
-    One thread each, since the processes share the cores. On an error or an interrupt what has not
-    begun is dropped; the workers end with their parent, however that ends.
+    One thread each, since the processes share the cores. On an error or an interrupt the workers
+    end at once, whatever they are at; and with their parent, however that ends.
     """
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"),
-                               initializer=_begin_worker)
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker,
+                               initargs=(stop,))
     try:
         yield pool
+    except BaseException:
+        stop.set()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker() -> None:
+def _begin_worker(stop) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+    # Ctrl-C reaches every process of the terminal; a worker that died of it while it held the
+    # lock of the job queue would leave the others, and so the parent, waiting for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+    def end_after(wait) -> None:
+        wait()
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    for wait in (stop.wait, multiprocessing.parent_process().join):
+        threading.Thread(target=end_after, args=(wait,), daemon=True).start()
 
 
 def _close(env) -> None:
