@@ -494,6 +494,37 @@ def test_act_denormalises_the_arm_clips_and_leaves_the_gripper():
     np.testing.assert_allclose(policy.act(CountingObservation()), expected, atol=1e-6)
 
 
+def test_temporal_ensembling_averages_what_chunks_say_of_a_step():
+    config = small(chunk=4, execution_horizon=2, temporal_ensembling=True)
+    policy = TRMPolicy(config)
+    chunks = [[0.0, 0.1, 0.2, 0.3], [0.4, 0.5, 0.6, 0.7], [-0.4, -0.5, -0.6, -0.7]]
+    said = []
+    for chunk in chunks:
+        set_output(policy, [value for value in chunk for _ in range(7)])
+        said += [policy.act(CountingObservation())[0] for _ in range(2)]
+    old, new = 1 / (1 + math.exp(-0.01)), math.exp(-0.01) / (1 + math.exp(-0.01))
+    # the chunk made at step 0 says 0.2 and 0.3 of steps 2 and 3, the one of step 2 0.4 and 0.5
+    expected = [0.0, 0.1, old * 0.2 + new * 0.4, old * 0.3 + new * 0.5,
+                old * 0.6 - new * 0.4, old * 0.7 - new * 0.5]
+    assert said == pytest.approx(expected, abs=1e-6)
+    policy.reset()
+    assert policy.act(CountingObservation())[0] == pytest.approx(-0.4)
+
+
+def test_carry_over_begins_where_the_last_decision_ended():
+    seen = CountingObservation()
+    plain, carrying = (TRMPolicy(small(variant="trm", image_size=64, image_grid=2, carry_over=over))
+                       for over in (False, True))
+    carrying.load_state_dict(plain.state_dict())
+    first = plain.act(seen)
+    np.testing.assert_array_equal(plain.act(seen), first)
+    np.testing.assert_array_equal(carrying.act(seen), first)
+    twice = plain(plain._prepare(seen), num_recursions=6)[0].detach().numpy()  # 3 and 3 more
+    np.testing.assert_allclose(carrying.act(seen), twice.clip(-1, 1), atol=1e-5)
+    carrying.reset()
+    np.testing.assert_array_equal(carrying.act(seen), first)
+
+
 @pytest.mark.parametrize(
     "gripper, positive, negative",
     [
@@ -501,16 +532,18 @@ def test_act_denormalises_the_arm_clips_and_leaves_the_gripper():
         ("mixture", 0.3, -0.2),
         ("threshold", 1.0, -1.0),
         ("classifier", 1.0, -1.0),
+        ("binary", 1.0, -1.0),
     ],
 )
 def test_gripper_at_execution(gripper, positive, negative):
     config = small(gripper=gripper, num_experts=2, chunk=2, execution_horizon=2)
     policy = TRMPolicy(config)
-    if gripper == "classifier":
+    if gripper in ("classifier", "binary"):
         set_output(policy, [0.0] * 12)
+        logits = [0.0, 0.1, 0.1, 0.0] if gripper == "classifier" else [0.1, -0.1]
         with torch.no_grad():
             policy.head.gripper.weight.zero_()
-            policy.head.gripper.bias.copy_(torch.tensor([0.0, 0.1, 0.1, 0.0]))
+            policy.head.gripper.bias.copy_(torch.tensor(logits))
     else:
         experts = 2 if gripper == "mixture" else 1
         set_output(policy, ([0.0] * 6 + [0.3] + [0.0] * 6 + [-0.2]) * experts)

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import math
 import sys
 import types
@@ -114,6 +115,52 @@ def test_early_stopping_and_the_best_weights(small_run, monkeypatch):
     assert small_run(resume=True, **settings).fit() == rows  # stopped for good
     best = load_file(resumed.run / "best.safetensors")
     assert all(torch.equal(best[key], saved[1][key]) for key in best)
+
+
+def test_rollouts_choose_the_best_weights(small_run, monkeypatch):
+    rates = {2: 0.5, 4: 0.8, 6: 0.8, 7: 0.3}  # every second epoch, and the last
+    losses = iter([0.1, 0.6, 0.2, 0.5, 0.2, 0.4, 0.3])
+    asked = []
+
+    def roll_out(run, config):
+        asked.append(load_file(run / "last.safetensors"))
+        return rates[2 * len(asked) if len(asked) < 4 else 7]
+
+    monkeypatch.setattr(train, "_success_rate", roll_out)
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
+                        lambda _: {"loss": next(losses), "action": 0.0})
+    trainer = small_run(epochs=7, patience=0, rollout_every=2)
+    rows = trainer.fit()
+    assert {row["epoch"]: row["success_rate"] for row in rows if "success_rate" in row} == rates
+    best = load_file(trainer.run / "best.safetensors")  # 0.8 twice; the lower loss decides
+    assert all(torch.equal(best[key], asked[2][key]) for key in best)
+    assert not torch.equal(best["head.output.weight"], asked[1]["head.output.weight"])
+
+
+def test_rollouts_are_refused_where_there_is_no_simulator_to_ask(trainer, small_run):
+    config = trainer.config
+    with pytest.raises(ValueError, match="rollout_every=3"):
+        train.BehaviorCloningTrainer(trainer.policy, trainer.train_data, trainer.val_data,
+                                     dataclasses.replace(config, rollout_every=3), trainer.run)
+
+
+@pytest.mark.gpu  # minutes on a CPU
+def test_compiled_training_is_training(small_run):
+    rows = [small_run(name, compile=on, epochs=1).fit()
+            for name, on in (("eager", False), ("compiled", True))]
+    assert rows[1][0]["train_loss"] == pytest.approx(rows[0][0]["train_loss"], rel=1e-3)
+
+
+def test_training_goes_on_where_compiling_fails(small_run, monkeypatch, capsys):
+    def broken(function):
+        def fail(*_):
+            raise RuntimeError("no C++ compiler\nlong trace")
+        return fail
+
+    expected = losses(small_run("eager").fit())
+    monkeypatch.setattr(torch, "compile", broken)
+    assert losses(small_run("broken", compile=True).fit()) == expected
+    assert "torch.compile failed (RuntimeError: no C++ compiler)" in capsys.readouterr().out
 
 
 def test_averaged_weights_are_what_is_validated_and_saved(small_run):

@@ -1,0 +1,122 @@
+"""What recursion earns: the tables in docs/results.md.
+
+    python benchmarks/policies.py --tasks 2 --demos 30 --epochs 70 --episodes 50
+
+Trains every policy on the same demonstrations for the same epochs, evaluates it on the same
+official init states, and prints a table: success with its 95 % Wilson interval, the paired McNemar
+test against the first policy, parameters, training samples per second and milliseconds per
+executed action. Runs are kept in ``artifacts/policies-<name>-s<seed>``; a call that was interrupted
+goes on.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from trm_helpers import BehaviorCloningTrainer, load_policy, schema
+from trm_helpers.checkpoint import create_run
+from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.config import Config, EvalConfig, from_flat
+from trm_helpers.evaluate import evaluate_run
+from trm_helpers.files import read_jsonl
+from trm_helpers.stats import paired_mcnemar
+
+_TOKENS = dict(hidden_dim=128, image_grid=2)
+_TRM = dict(_TOKENS, variant="trm", latent_updates=2, cycles=2, num_recursions=2,
+            deep_supervision=True)
+_LAYERS = 2 * (2 + 1) * 2 * 2  # of _TRM, unrolled: 2 layers, n + 1 updates, T cycles, N_sup steps
+POLICIES = {
+    "block, depth 4": dict(variant="block", num_recursions=4),
+    "block, depth 1": dict(variant="block", num_recursions=1),
+    "trm": _TRM,
+    "trm, one step, one cycle, one update": dict(_TRM, latent_updates=1, cycles=1,
+                                                 num_recursions=1),
+    "transformer, equal parameters": dict(_TOKENS, variant="transformer", num_recursions=1),
+    "transformer, equal depth, untied": dict(_TOKENS, variant="transformer", num_recursions=1,
+                                             num_layers=_LAYERS),
+}
+
+
+def train_and_evaluate(name: str, settings: dict, given: argparse.Namespace, seed: int) -> dict:
+    """One row of the table; the episodes under ``"rows"``."""
+    config = from_flat(
+        "demo", suite=given.suite, task_ids=given.tasks, num_demos=given.demos,
+        epochs=given.epochs, num_threads=given.threads, seed=seed,
+        conditioning="task_id" if len(given.tasks) > 1 else "none", **settings)
+    words = "-".join(name.replace(",", "").split())
+    run = create_run(config, f"policies-{given.suite}-{words}-s{seed}", resume=True)
+    trainer = BehaviorCloningTrainer.from_config(config, ensure_demonstrations(config), run)
+    metrics = trainer.fit()
+    evaluation = EvalConfig(num_episodes=given.episodes, first_init_state=given.first_init_state,
+                            num_videos=0, eval_workers=given.workers)
+    results = evaluate_run(run, evaluation, weights="best")
+    return {
+        "name": name, "seed": seed, **results, "rows": read_jsonl(run / "episodes.jsonl"),
+        "parameters": sum(weight.numel() for weight in trainer.policy.parameters()),
+        "samples_per_second": float(np.median([row["samples_per_second"] for row in metrics])),
+        "milliseconds": milliseconds_per_action(run, config),
+    }
+
+
+def milliseconds_per_action(run, config: Config, actions: int = 64) -> float:
+    """Median over five repeats of the mean time of ``act``, one thread, batch of one."""
+    policy = load_policy(run)
+    generator = np.random.default_rng(0)
+    size = (schema.IMAGE_SIZE, schema.IMAGE_SIZE, 3)
+    observation = {camera: generator.integers(0, 256, size, dtype=np.uint8)
+                   for camera in config.model.cameras}
+    observation |= {key: np.zeros(width) for key, width in schema.LOW_DIM.items()}
+    observation["task_id"] = config.data.task_ids[0]
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(5):
+        policy.reset()
+        began = time.perf_counter()
+        for _ in range(actions):
+            policy.act(observation)
+        times.append(1000 * (time.perf_counter() - began) / actions)
+    torch.set_num_threads(threads)
+    return float(np.median(times))
+
+
+def print_table(rows: list[dict]) -> None:
+    print("| policy | seed | parameters | success | 95 % interval | against the first: gap, p | "
+          "length | training samples/s | ms per action |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        compared = paired_mcnemar(rows[0]["rows"], row["rows"])
+        against = "" if row is rows[0] else (f"{100 * compared['difference']:+.0f} points, "
+                                             f"p = {compared['p_value']:.2f}")
+        print(f"| {row['name']} | {row['seed']} | {row['parameters'] / 1e6:.2f} M | "
+              f"{row['successes']} of {row['episodes']} | {100 * row['wilson_low']:.0f} to "
+              f"{100 * row['wilson_high']:.0f} % | {against} | {row['mean_length']:.0f} | "
+              f"{row['samples_per_second']:.0f} | {row['milliseconds']:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="libero_spatial", choices=schema.SUITES)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2])
+    parser.add_argument("--demos", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=70)
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--first-init-state", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="names of policies; all of them")
+    given = parser.parse_args()
+    unknown = set(given.only or ()) - set(POLICIES)
+    if unknown:
+        parser.error(f"unknown policies {sorted(unknown)}; there are {sorted(POLICIES)}")
+    rows = []
+    for seed in given.seeds:
+        for name in given.only or POLICIES:
+            rows.append(train_and_evaluate(name, POLICIES[name], given, seed))
+            print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
