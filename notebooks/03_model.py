@@ -19,9 +19,10 @@
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
+variant = None  # type: str; block or trm; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
 num_recursions = None  # type: int; applications of the block; None keeps the preset's
-halting = None  # type: str; fixed, remainder or act; None keeps the preset's
+halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
 
 # %%
 import time
@@ -35,7 +36,8 @@ from trm_helpers.model import count_parameters
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
-config = from_flat(preset, hidden_dim=hidden_dim, num_recursions=num_recursions, halting=halting)
+config = from_flat(preset, variant=variant, hidden_dim=hidden_dim, num_recursions=num_recursions,
+                   halting=halting)
 torch.manual_seed(0)
 policy = TRMPolicy(config.model).eval()
 config.model
@@ -55,13 +57,16 @@ parts.to_frame()
 # ## Shapes on the way through
 #
 # A batch of two random observations: pictures -> one vector `x_cond` of width `D` -> the same
-# width after every application of the block -> seven numbers per future action.
+# width after every application of the block -> seven numbers per future action. With
+# `variant="trm"`, `x_cond` is a sequence of such vectors: tokens of the pictures, the arm, the
+# task, and one for each future action, where the answer is read.
 
 # %%
 size = config.model.image_size
 observations = {camera: torch.rand(2, size, size, 3) for camera in config.model.cameras}
 observations |= {"proprio": torch.randn(2, schema.PROPRIO_DIM),
-                 "task_id": torch.zeros(2, dtype=torch.int64)}
+                 "task_id": torch.zeros(2, dtype=torch.int64),
+                 "language": torch.randn(2, schema.LANGUAGE_DIM)}
 x_cond = policy.encode(observations)
 actions, states = policy(observations, return_all_states=True)
 print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[-1].shape),
@@ -78,10 +83,12 @@ print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[
 # 4. far more applications than planned stay finite.
 
 # %%
-once, often, far = (policy(observations, num_recursions=n) for n in (1, 8, 64))
+with torch.inference_mode():
+    once, often, far = (policy(observations, num_recursions=n) for n in (1, 8, 64))
 deeper = TRMPolicy(config.replace(num_recursions=4 * config.model.num_recursions).model)
 x = x_cond.detach().requires_grad_()
-policy.block(states[-2].detach(), x)[:, 0].sum().backward()  # one of the D numbers
+carry = policy.recurse(x_cond).carry.detach()  # the state, as if it had been thought already
+policy.recurse(x, 1, carry=carry).output[..., 0].sum().backward()  # one of the D numbers
 
 # %%
 change = (once - often).abs().max().item()

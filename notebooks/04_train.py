@@ -30,20 +30,25 @@ demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
+storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, reference or shift; None keeps the preset's
 epochs = None  # type: int; passes over the training samples; None keeps the preset's
 batch_size = None  # type: int; samples per update; None keeps the preset's
 lr = None  # type: float; learning rate at the start; None keeps the preset's
 loss = None  # type: str; mse, l1 or mix; None keeps the preset's
+variant = None  # type: str; block, trm or transformer; None keeps the preset's
+conditioning = None  # type: str; none, task_id or language; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
 num_recursions = None  # type: int; applications of the block; None keeps the preset's
-halting = None  # type: str; fixed, remainder or act; None keeps the preset's
-gripper = None  # type: str; continuous, threshold, classifier or mixture; None keeps the preset's
+deep_supervision = None  # type: bool; grade the answer of every recursion; None: the preset's
+halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
+gripper = None  # type: str; continuous, threshold, classifier, binary, mixture; None: the preset's
 image_size = None  # type: int; pixels; None keeps the preset's
 chunk = None  # type: int; future actions predicted at once; None keeps the preset's
 execution_horizon = None  # type: int; how many of them are executed; None keeps the preset's
 seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
 patience = None  # type: int; epochs without progress to stop after, 0 never; None keeps the preset's
+rollout_every = None  # type: int; epochs between rollouts that choose best; None: the preset's
 max_minutes = None  # type: float; save and stop after so long; None keeps the preset's
 num_threads = None  # type: int; CPU threads; None keeps the preset's
 wandb_mode = None  # type: str; disabled, offline or online; None keeps the preset's
@@ -60,11 +65,13 @@ from trm_helpers.config import from_flat
 # %%
 config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
-    max_demos_per_task=max_demos_per_task, augmentation=augmentation, epochs=epochs,
-    batch_size=batch_size, lr=lr, loss=loss, hidden_dim=hidden_dim, num_recursions=num_recursions,
-    halting=halting, gripper=gripper, image_size=image_size, chunk=chunk,
-    execution_horizon=execution_horizon, seed=seed, patience=patience, max_minutes=max_minutes,
-    num_threads=num_threads, wandb_mode=wandb_mode)
+    max_demos_per_task=max_demos_per_task, storage=storage, augmentation=augmentation,
+    epochs=epochs, batch_size=batch_size, lr=lr, loss=loss, variant=variant,
+    conditioning=conditioning, hidden_dim=hidden_dim, num_recursions=num_recursions,
+    deep_supervision=deep_supervision, halting=halting, gripper=gripper, image_size=image_size,
+    chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
+    rollout_every=rollout_every, max_minutes=max_minutes, num_threads=num_threads,
+    wandb_mode=wandb_mode)
 files = ensure_demonstrations(config)
 run = create_run(config, run_name, resume)
 

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -225,6 +226,25 @@ class LiberoEnv:
         if np.shape(state) != expected:
             raise ValueError(f"state has shape {np.shape(state)}; {self.task.name} has {expected}")
         return self._observe(self._env.set_init_state(state))
+
+    def set_fixtures(self, model_xml: str) -> None:
+        """Move the fixtures to where they are in a stored model, until the next reset.
+
+        Fixtures are placed in the model by a reset and are no part of a state. Raises
+        ``ValueError`` for a model with other bodies than this task's.
+        """
+        model = self.sim.model
+        bodies = ElementTree.fromstring(model_xml).find("worldbody").findall("body")
+        unknown = {body.get("name") for body in bodies} - set(model.body_names)
+        if unknown:
+            raise ValueError(f"the stored model has {', '.join(sorted(unknown))}; "
+                             f"{self.task.name} has no such bodies")
+        for body in bodies:
+            index = model.body_name2id(body.get("name"))
+            for name, values in (("pos", model.body_pos), ("quat", model.body_quat)):
+                if body.get(name):
+                    values[index] = np.fromstring(body.get(name), sep=" ")
+        self.sim.forward()
 
     def close(self) -> None:
         """Free the renderer. Frames that were not read are lost."""
