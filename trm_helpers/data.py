@@ -15,7 +15,7 @@ from .augment import AUGMENTATIONS, augment_images
 from .config import Config
 from .language import embed_instruction
 from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
-from .storage import STORAGES, Demo, load_steps, open_files
+from .storage import STORAGES, Demo, DemoFile, load_steps, open_files
 from .validate import demo_names, open_demo_file
 
 SPLITS = ("train", "val", "all")
@@ -127,8 +127,7 @@ class LIBERODataset(torch.utils.data.Dataset):
             chosen.append(names)
         self._steps = load_steps(opened, chosen, self.cameras, image_size, storage)
         if language:
-            self._language = torch.from_numpy(
-                np.stack([embed_instruction(file.language) for file in opened]))
+            self._language = torch.from_numpy(np.stack([_embedded(file) for file in opened]))
         self._use(self._steps.demos, split, normalizer, proprio_stats)
 
     @classmethod
@@ -325,6 +324,13 @@ class LIBERODataset(torch.utils.data.Dataset):
                 "source": file.source,
             })
         return {"split": self.split, "samples": len(self), "files": files}
+
+
+def _embedded(file: DemoFile) -> np.ndarray:
+    try:
+        return embed_instruction(file.language)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
 
 
 def _generator(*key: int) -> torch.Generator:
