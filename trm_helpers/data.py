@@ -248,11 +248,13 @@ class LIBERODataset(torch.utils.data.Dataset):
         indices: Sequence[int] | torch.Tensor,
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
+        as_bytes: bool = False,
     ) -> dict:
         """The samples of ``indices`` (B,) as one batch on ``device``.
 
-        ``generator`` draws the augmentation; None takes PyTorch's global one. Raises
-        ``IndexError`` for an index out of range.
+        ``generator`` draws the augmentation; None takes PyTorch's global one. ``as_bytes`` leaves
+        the frames uint8 in [0, 255], without augmentation, for a program that scales them itself.
+        Raises ``IndexError`` for an index out of range.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
@@ -267,9 +269,14 @@ class LIBERODataset(torch.utils.data.Dataset):
         if self.chunk == 1:
             actions, mask = actions.squeeze(2), mask.squeeze(2)
         observations = {
-            camera: self._images(camera, steps, generator or torch.default_generator, device)
+            camera: self._steps.frames.pick(camera, steps.flatten()).to(device).unflatten(
+                0, steps.shape)
             for camera in self.cameras
         }
+        if not as_bytes:
+            for camera, frames in observations.items():
+                observations[camera] = augment_images(
+                    _to_float(frames), self.augmentation, generator or torch.default_generator)
         if self.proprioception:
             observations["proprio"] = self._proprio[steps].to(device)
         if self.task_ids is not None:
@@ -282,11 +289,6 @@ class LIBERODataset(torch.utils.data.Dataset):
             "observations": observations, "actions": actions.to(device), "mask": mask.to(device)
         }
 
-    def _images(self, camera, steps, generator, device) -> torch.Tensor:
-        picked = self._steps.frames.pick(camera, steps.flatten())
-        images = picked.to(device).float().div_(255).view(*steps.shape, *picked.shape[1:])
-        return augment_images(images, self.augmentation, generator)
-
     def batches(
         self,
         batch_size: int,
@@ -296,10 +298,12 @@ class LIBERODataset(torch.utils.data.Dataset):
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         start: int = 0,
+        as_bytes: bool = False,
     ) -> Iterator[dict]:
         """The batches of an epoch; order and augmentation are a function of (seed, epoch).
 
-        ``start`` leaves out so many batches and goes on exactly as if they had been drawn.
+        ``start`` leaves out so many batches and goes on exactly as if they had been drawn;
+        ``as_bytes``: see :meth:`batch`.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not valid; expected >= 1")
@@ -309,7 +313,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         for number, indices in enumerate(order.split(batch_size)):
             if number < start or (drop_last and len(indices) < batch_size):
                 continue
-            yield self.batch(indices, _generator(seed, epoch, number + 1), device)
+            yield self.batch(indices, _generator(seed, epoch, number + 1), device, as_bytes)
 
     def describe(self) -> dict:
         """Where the samples come from, as JSON: for a run's provenance."""
@@ -324,6 +328,17 @@ class LIBERODataset(torch.utils.data.Dataset):
                 "source": file.source,
             })
         return {"split": self.split, "samples": len(self), "files": files}
+
+
+def _to_float(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, ...) as float32 in [0, 1] on the same device."""
+    if frames.device.type != "cpu":
+        return frames.float().div_(255)
+    floats = torch.empty(frames.shape)
+    # a few at a time, so that what is read and written stays in the processor's cache
+    for some, out in zip(frames.split(8), floats.split(8), strict=True):
+        torch.div(some, 255, out=out)
+    return floats
 
 
 def _embedded(file: DemoFile) -> np.ndarray:

@@ -75,37 +75,54 @@ class FramesOnDisk:
     """Frames read when they are needed, straight from the files' pages, and resized then.
 
     An uncompressed, contiguous HDF5 data set is one run of bytes: the file is mapped, and a frame
-    is a slice of it. The operating system keeps what is used often and drops what is not.
+    is a slice of it. The operating system keeps what is used often and drops what is not. The
+    files must stay as they are. A copy in another process maps them anew.
+
+    Raises :class:`DemoFileError` for frames that are not one run of bytes, or not all of one
+    shape for a camera.
     """
 
     def __init__(self, files: Sequence[DemoFile], demos: Sequence[Demo], cameras: Sequence[str],
                  image_size: int):
         self.image_size = image_size
-        self.maps = [np.memmap(file.path, dtype=np.uint8, mode="r") for file in files]
+        self.paths = [file.path for file in files]
         count = demos[-1].end
         self.file_of_step = np.empty(count, dtype=np.int64)
         self.offsets = {camera: np.empty(count, dtype=np.int64) for camera in cameras}
         self.shapes: dict[str, tuple] = {}
-        for index, file in enumerate(files):
-            with open_demo_file(file.path) as content:
+        for index, path in enumerate(self.paths):
+            with open_demo_file(path) as content:
                 for demo in (demo for demo in demos if demo.file == index):
                     self.file_of_step[demo.first:demo.end] = index
                     for camera in cameras:
-                        self._locate(file.path, demo, content[schema.DATA_GROUP][demo.name],
-                                     camera)
+                        self._locate(path, demo, content[schema.DATA_GROUP][demo.name], camera)
+        self._map()
 
     def _locate(self, path: Path, demo: Demo, group, camera: str) -> None:
         dataset = group["obs"][camera]
         offset, shape = dataset.id.get_offset(), dataset.shape[1:]
         if offset is None:
             raise DemoFileError(
-                f"{path}: {dataset.name} is compressed or chunked; expected a contiguous data set "
-                "for storage='mmap'. Use storage='ram'")
+                f"{path}: {dataset.name} is compressed, chunked or kept elsewhere; expected one "
+                "run of bytes for storage='mmap'. Use storage='ram'")
         if self.shapes.setdefault(camera, shape) != shape:
             raise DemoFileError(f"{path}: frames of {dataset.name} have shape {shape}; expected "
-                                f"{self.shapes[camera]}, that of the others, for storage='mmap'")
+                                f"{self.shapes[camera]}, that of the others, for storage='mmap'. "
+                                "Use storage='ram'")
         steps = np.arange(demo.end - demo.first)
         self.offsets[camera][demo.first:demo.end] = offset + steps * int(np.prod(shape))
+
+    def _map(self) -> None:
+        # plain arrays over the mapping: slicing a memmap object takes several times as long
+        self.maps = [np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in self.paths]
+
+    def __getstate__(self) -> dict:
+        """Without the mappings, which would be pickled as copies of whole files."""
+        return {name: value for name, value in vars(self).items() if name != "maps"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._map()
 
     def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
         """uint8 (n, S, S, 3) of the steps (n,)."""
@@ -133,14 +150,17 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
                image_size: int, storage: str = "ram") -> Steps:
     """Read the chosen demonstrations of each file.
 
-    Raises ``MemoryError`` when the frames do not fit, before anything is read, and ``ValueError``
-    for ``storage="gpu"`` without one.
+    The memory that the frames need is printed first. Raises ``MemoryError`` when they do not fit,
+    before any is read, ``ValueError`` for ``storage="gpu"`` without one, and
+    :class:`DemoFileError` for a file that can not be mapped with ``storage="mmap"``.
     """
     demos = _lay_out(files, chosen)
     count = demos[-1].end
     images: dict[str, torch.Tensor] = {}
     if storage == "mmap":
         frames = FramesOnDisk(files, demos, cameras, image_size)
+        mapped = sum(file.path.stat().st_size for file in files)
+        print(f"frames need no memory of their own: {mapped / 2**20:,.0f} MiB of files are mapped")
     else:
         device = _device(storage)
         _refuse_too_much(count * image_size**2 * 3 * len(cameras), storage, device)
@@ -179,9 +199,10 @@ def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
     print(f"frames need {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free ({storage})")
     if needed > (1 - _KEPT_FREE) * free:
         raise MemoryError(
-            f"the frames need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free with "
-            f"storage={storage!r}; expected a smaller image_size, fewer demonstrations "
-            "(max_demos_per_task) or storage='mmap'")
+            f"the frames need {needed / 2**20:,.0f} MiB with storage={storage!r}; expected at most "
+            f"{100 * (1 - _KEPT_FREE):.0f} % of the {free / 2**20:,.0f} MiB free. Choose a smaller "
+            "image_size, fewer demonstrations (max_demos_per_task), or storage="
+            + ("'ram' or 'mmap'" if storage == "gpu" else "'mmap'"))
 
 
 def _lay_out(files: list[DemoFile], chosen: list[list[str]]) -> list[Demo]:
