@@ -160,7 +160,7 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
     if storage == "mmap":
         frames = FramesOnDisk(files, demos, cameras, image_size)
         mapped = sum(file.path.stat().st_size for file in files)
-        print(f"frames need no memory of their own: {mapped / 2**20:,.0f} MiB of files are mapped")
+        print(f"frames need no memory of their own: {mapped / 2**20:,.1f} MiB of files are mapped")
     else:
         device = _device(storage)
         _refuse_too_much(count * image_size**2 * 3 * len(cameras), storage, device)
@@ -196,11 +196,11 @@ def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
     """Print what the frames need; ``MemoryError`` when there is not that much."""
     free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" \
         else psutil.virtual_memory().available
-    print(f"frames need {needed / 2**20:,.0f} MiB of {free / 2**20:,.0f} MiB free ({storage})")
+    print(f"frames need {needed / 2**20:,.1f} MiB of {free / 2**20:,.1f} MiB free ({storage})")
     if needed > (1 - _KEPT_FREE) * free:
         raise MemoryError(
-            f"the frames need {needed / 2**20:,.0f} MiB with storage={storage!r}; expected at most "
-            f"{100 * (1 - _KEPT_FREE):.0f} % of the {free / 2**20:,.0f} MiB free. Choose a smaller "
+            f"the frames need {needed / 2**20:,.1f} MiB with storage={storage!r}; expected at most "
+            f"{100 * (1 - _KEPT_FREE):.0f} % of the {free / 2**20:,.1f} MiB free. Choose a smaller "
             "image_size, fewer demonstrations (max_demos_per_task), or storage="
             + ("'ram' or 'mmap'" if storage == "gpu" else "'mmap'"))
 
