@@ -3,12 +3,15 @@
     python -m venv build/peers && python benchmarks/peers_read.py --install build/peers
     build/peers/bin/python benchmarks/peers_read.py FILE_demo.hdf5 --out read.npz
 
-The first line puts robomimic and LIBERO's training code into an environment of their own, beside
-the PyTorch that runs the script; the second reads a file there with robomimic's ``SequenceDataset``
-and LIBERO's ``get_dataset`` and writes what they return. ``tests/test_data.py`` compares it.
+The first line puts robomimic, LIBERO's training code and LeRobot into an environment of their own,
+beside the PyTorch that runs the script. The second reads a file there with robomimic's
+``SequenceDataset`` and LIBERO's ``get_dataset`` and writes what they return, which
+``tests/test_data.py`` compares; LeRobot reads only its own format. ``benchmarks/loading.py`` times
+all of them.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-PEERS = ("robomimic==0.3.0", "hf-libero==0.1.4", "torchvision==0.28.0", "six==1.17.0")
+PEERS = ("robomimic==0.3.0", "hf-libero==0.1.4", "lerobot==0.4.4",
+         "torchvision==0.28.0", "six==1.17.0", "accelerate==1.15.0", "av==18.1.0",
+         "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "pyarrow==26.0.1")
 RGB = ("agentview_rgb", "eye_in_hand_rgb")
 LOW_DIM = ("joint_states", "gripper_states", "ee_pos")
 
@@ -75,6 +80,36 @@ def libero_dataset(path: str, cache: str | None = "low_dim", frames: int = 10):
     dataset, _ = get_dataset(path, {"rgb": list(RGB), "low_dim": list(LOW_DIM)}, seq_len=frames,
                              hdf5_cache_mode=cache)
     return SequenceVLDataset(dataset, torch.zeros(768))  # 768: the width of its BERT embedding
+
+
+def lerobot_dataset(path: str):
+    """LeRobot's data set, one frame a sample, of a copy in its format with PNG images.
+
+    The copy is made once, in the folder that ``$LEROBOT_COPY`` names.
+    """
+    import_torchvision()
+    import h5py
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    folder = Path(os.environ["LEROBOT_COPY"])
+    if folder.exists():
+        return LeRobotDataset("local/demos", root=folder)
+    features = {name: {"dtype": "image", "shape": (128, 128, 3),
+                       "names": ["height", "width", "channel"]} for name in RGB}
+    features |= {"state": {"dtype": "float32", "shape": (12,), "names": None},
+                 "action": {"dtype": "float32", "shape": (7,), "names": None}}
+    copy = LeRobotDataset.create("local/demos", fps=20, features=features, root=folder,
+                                 use_videos=False)
+    with h5py.File(path) as file:
+        for demo in file["data"].values():
+            state = np.concatenate([demo["obs"][key][:] for key in LOW_DIM], axis=1)
+            for t, action in enumerate(demo["actions"][:]):
+                frame = {name: demo["obs"][name][t] for name in RGB}
+                copy.add_frame({**frame, "state": state[t].astype(np.float32),
+                                "action": action.astype(np.float32), "task": "a task"})
+            copy.save_episode()
+    copy.finalize()
+    return LeRobotDataset("local/demos", root=folder)
 
 
 def everything(dataset) -> dict[str, np.ndarray]:
