@@ -90,6 +90,22 @@ def test_each_frame_is_the_one_of_its_step(files, kind):
     assert np.array_equal(found["eye_in_hand_rgb"][-1, 0], stored)
 
 
+@pytest.mark.parametrize("size", [64, 32, 16, 8, 5])
+def test_fast_resizing_is_the_resizing_to_the_bit(size):
+    images = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    found = storage.resize_frames(images, size)
+    assert found.dtype == torch.uint8 and torch.equal(found, resize_images(images, size))
+
+
+def test_half_a_grey_is_rounded_to_even():
+    images = torch.tensor([[0, 1], [0, 1]], dtype=torch.uint8)  # mean 0.5; then 1.5
+    images = torch.stack([images, images + 1]).unsqueeze(-1).expand(2, 2, 2, 3)
+    assert storage.resize_frames(images, 1)[:, 0, 0, 0].tolist() == [0, 2]
+    wide = torch.zeros(1, 2, 4, 3, dtype=torch.uint8)
+    assert storage.resize_frames(wide, 1).shape == (1, 1, 1, 3)
+
+
 @pytest.mark.parametrize("kind", ["ram", "mmap"])
 def test_frames_are_resized_as_control_resizes_them(files, kind):
     with h5py.File(files[0]) as file:
@@ -118,6 +134,56 @@ def test_a_user_block_before_the_hdf5_content_shifts_the_frames(tmp_path):
     everything = range(12)
     assert_same(data_set(shifted, "mmap", image_size=8).batch(everything),
                 data_set(plain, "ram", image_size=8).batch(everything))
+
+
+# --- memory of batches ---------------------------------------------------------------------------
+@pytest.fixture
+def small_too(monkeypatch):
+    """Batches of a few kilobytes count as large."""
+    monkeypatch.setattr(storage.BatchMemory, "SMALLEST", 1)
+
+
+@pytest.mark.parametrize("kind", ["ram", "mmap"])
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_a_batch_in_use_is_never_written_over(files, small_too, kind, as_bytes):
+    data, fresh = data_set(files, kind), data_set(files, kind)
+    held = list(data.batches(3, 0, 0, as_bytes=as_bytes))
+    for batch, expected in zip(held, fresh.batches(3, 0, 0, as_bytes=as_bytes), strict=True):
+        assert_same(batch, expected)
+
+
+def test_one_view_keeps_the_memory_of_its_batch(files, small_too):
+    data = data_set(files)
+    frame = data.batch([4, 7, 1])["observations"]["eye_in_hand_rgb"][1, 0, 2:]
+    expected = frame.clone()
+    for index in range(12):
+        data.batch([index] * 3)
+        assert torch.equal(frame, expected)
+
+
+def test_memory_is_used_again_when_nobody_holds_it(small_too):
+    memory = storage.BatchMemory()
+
+    def place(shape, dtype=torch.float32):
+        tensor = memory.empty(shape, dtype)
+        assert tensor.shape == shape and tensor.dtype == dtype
+        return tensor.data_ptr()
+
+    first = place((8, 5))
+    assert place((8, 5)) == first
+    assert place((7, 5)) == first  # an epoch's last batch
+    assert place((80,), torch.uint8) == first  # other types too
+    assert place((2, 5)) != first  # half of it would lie idle
+    held = memory.empty((8, 5), torch.float32)
+    assert held.data_ptr() == first != place((8, 5))
+
+
+def test_memory_that_is_kept_is_bounded(small_too):
+    memory = storage.BatchMemory()
+    held = [memory.empty((100 * n,), torch.uint8) for n in range(1, 20)]
+    assert len({tensor.data_ptr() for tensor in held}) == 19
+    assert len(memory._kept) == memory.KEPT
+    assert len(pickle.loads(pickle.dumps(memory))._kept) == 0
 
 
 # --- other processes -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from .augment import AUGMENTATIONS, augment_images
 from .config import Config
 from .language import embed_instruction
 from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
-from .storage import STORAGES, Demo, DemoFile, load_steps, open_files
+from .storage import STORAGES, BatchMemory, Demo, DemoFile, load_steps, open_files
 from .validate import demo_names, open_demo_file
 
 SPLITS = ("train", "val", "all")
+_BYTES_AT_ONCE = 2**19  # of frames turned into floats; a share of the second-level cache
 
 
 def split_demonstrations(
@@ -126,6 +128,7 @@ class LIBERODataset(torch.utils.data.Dataset):
                 names = train if split == "train" else val
             chosen.append(names)
         self._steps = load_steps(opened, chosen, self.cameras, image_size, storage)
+        self._memory = BatchMemory()
         if language:
             self._language = torch.from_numpy(np.stack([_embedded(file) for file in opened]))
         self._use(self._steps.demos, split, normalizer, proprio_stats)
@@ -269,14 +272,14 @@ class LIBERODataset(torch.utils.data.Dataset):
         if self.chunk == 1:
             actions, mask = actions.squeeze(2), mask.squeeze(2)
         observations = {
-            camera: self._steps.frames.pick(camera, steps.flatten()).to(device).unflatten(
-                0, steps.shape)
+            camera: self._frames(camera, steps.flatten(), torch.device(device), as_bytes)
+                        .unflatten(0, steps.shape)
             for camera in self.cameras
         }
         if not as_bytes:
             for camera, frames in observations.items():
-                observations[camera] = augment_images(
-                    _to_float(frames), self.augmentation, generator or torch.default_generator)
+                observations[camera] = augment_images(frames, self.augmentation,
+                                                      generator or torch.default_generator)
         if self.proprioception:
             observations["proprio"] = self._proprio[steps].to(device)
         if self.task_ids is not None:
@@ -288,6 +291,23 @@ class LIBERODataset(torch.utils.data.Dataset):
         return {
             "observations": observations, "actions": actions.to(device), "mask": mask.to(device)
         }
+
+    def _frames(self, camera: str, steps: torch.Tensor, device: torch.device,
+                as_bytes: bool) -> torch.Tensor:
+        """(n, S, S, 3) of the steps (n,): uint8, or float32 in [0, 1]."""
+        frames = self._steps.frames
+        shape = (len(steps), frames.image_size, frames.image_size, 3)
+        on_cpu = frames.device.type == "cpu"
+        if as_bytes or not on_cpu or device.type != "cpu":
+            out = self._memory.empty(shape, torch.uint8) if on_cpu else None
+            picked = frames.pick(camera, steps, out).to(device)
+            return picked if as_bytes else picked.float().div_(255)
+        floats = self._memory.empty(shape, torch.float32)
+        # a few at a time, so that their bytes are still in the processor's cache
+        some = max(1, _BYTES_AT_ONCE // math.prod(shape[1:]))
+        for part, out in zip(steps.split(some), floats.split(some), strict=True):
+            torch.div(frames.pick(camera, part), 255, out=out)
+        return floats
 
     def batches(
         self,
@@ -328,17 +348,6 @@ class LIBERODataset(torch.utils.data.Dataset):
                 "source": file.source,
             })
         return {"split": self.split, "samples": len(self), "files": files}
-
-
-def _to_float(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, ...) as float32 in [0, 1] on the same device."""
-    if frames.device.type != "cpu":
-        return frames.float().div_(255)
-    floats = torch.empty(frames.shape)
-    # a few at a time, so that what is read and written stays in the processor's cache
-    for some, out in zip(frames.split(8), floats.split(8), strict=True):
-        torch.div(some, 255, out=out)
-    return floats
 
 
 def _embedded(file: DemoFile) -> np.ndarray:

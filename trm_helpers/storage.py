@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,17 +60,63 @@ class Steps:
     pushed_at: torch.Tensor  # (N,) int64, the first step from here on that was disturbed
 
 
+class BatchMemory:
+    """Memory for large batches, used again as soon as nobody holds the batch that lies in it.
+
+    The C library gives freed memory of this size back to the system, and to get it page by page
+    for the next batch takes longer than to fill it. A tensor made from an array holds a reference
+    to it, and so does every view of the tensor: an array without references is free.
+    """
+
+    KEPT = 4  # the batch being made and the one in use, of two cameras each
+    SMALLEST = 2**20  # bytes; less is kept by the C library itself
+
+    def __init__(self):
+        self._kept: deque[np.ndarray] = deque()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU, its values undefined."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < self.SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        array = self._take(size)
+        tensor = torch.from_numpy(array[:size]).view(dtype).view(*shape)
+        self._kept.append(array)  # only now, so that no other thread takes it
+        if len(self._kept) > self.KEPT:
+            self._kept.popleft()
+        return tensor
+
+    def _take(self, size: int) -> np.ndarray:
+        for _ in range(len(self._kept)):
+            try:
+                array = self._kept.popleft()
+            except IndexError:  # another thread was faster
+                break
+            # referenced by the name and by the call; not far larger than what it is to hold
+            if size <= array.nbytes <= 2 * size and sys.getrefcount(array) == 2:
+                return array
+            self._kept.append(array)
+        return np.empty(size, dtype=np.uint8)
+
+    def __reduce__(self):
+        return BatchMemory, ()  # a copy has memory of its own
+
+
 class FramesInMemory:
     """Frames resized once and kept as uint8 tensors on one device."""
 
     def __init__(self, images: dict[str, torch.Tensor]):
         self.images = images  # camera -> (N, S, S, 3)
+        stored = next(iter(images.values()))
+        self.image_size, self.device = stored.shape[1], stored.device
 
-    def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, S, S, 3) of the steps (n,)."""
+    def pick(self, camera: str, steps: torch.Tensor,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
         stored = self.images[camera]
         # whole frames as rows: several times faster than indexing four dimensions
-        rows = stored.flatten(1).index_select(0, steps.to(stored.device))
+        rows = torch.index_select(stored.flatten(1), 0, steps.to(self.device),
+                                  out=None if out is None else out.flatten(1))
         return rows.view(-1, *stored.shape[1:])
 
 
@@ -84,7 +133,7 @@ class FramesOnDisk:
 
     def __init__(self, files: Sequence[DemoFile], demos: Sequence[Demo], cameras: Sequence[str],
                  image_size: int):
-        self.image_size = image_size
+        self.image_size, self.device = image_size, torch.device("cpu")
         self.paths = [file.path for file in files]
         count = demos[-1].end
         self.file_of_step = np.empty(count, dtype=np.int64)
@@ -110,7 +159,7 @@ class FramesOnDisk:
                                 f"{self.shapes[camera]}, that of the others, for storage='mmap'. "
                                 "Use storage='ram'")
         steps = np.arange(demo.end - demo.first)
-        self.offsets[camera][demo.first:demo.end] = offset + steps * int(np.prod(shape))
+        self.offsets[camera][demo.first:demo.end] = offset + steps * math.prod(shape)
 
     def _map(self) -> None:
         # plain arrays over the mapping: slicing a memmap object takes several times as long
@@ -124,16 +173,45 @@ class FramesOnDisk:
         vars(self).update(state)
         self._map()
 
-    def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, S, S, 3) of the steps (n,)."""
-        steps, shape = steps.numpy(), self.shapes[camera]
-        size = int(np.prod(shape))
-        frames = np.empty((len(steps), size), dtype=np.uint8)
+    def pick(self, camera: str, steps: torch.Tensor,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
+        shape = self.shapes[camera]
+        if shape == (self.image_size, self.image_size, 3):
+            return self._read(camera, steps, out)
+        resized = resize_frames(self._read(camera, steps), self.image_size)
+        return resized if out is None else out.copy_(resized)
+
+    def _read(self, camera: str, steps: torch.Tensor,
+              out: torch.Tensor | None = None) -> torch.Tensor:
+        shape, steps = self.shapes[camera], steps.numpy()
+        size = math.prod(shape)
+        if out is None:
+            out = torch.empty(len(steps), *shape, dtype=torch.uint8)
+        frames = out.flatten(1).numpy()
         places = zip(self.file_of_step[steps].tolist(), self.offsets[camera][steps].tolist(),
                      strict=True)
         for row, (file, offset) in enumerate(places):
             frames[row] = self.maps[file][offset:offset + size]
-        return resize_images(torch.from_numpy(frames.reshape(-1, *shape)), self.image_size)
+        return out
+
+
+def resize_frames(images: torch.Tensor, size: int) -> torch.Tensor:
+    """What :func:`resize_images` gives, to the bit, three times as fast where sides are halved.
+
+    The mean of 4 or 16 bytes is exact in its float arithmetic and in integers alike, and both
+    round a half to the even neighbour.
+    """
+    factor = images.shape[1] // size
+    if images.shape[1:3] != (size * factor, size * factor) or factor not in (2, 4):
+        return resize_images(images, size)
+    sums = images.numpy().astype(np.uint16)  # at most 16 * 255
+    while sums.shape[1] > size:
+        sums = sums[:, ::2] + sums[:, 1::2]
+        sums = sums[:, :, ::2] + sums[:, :, 1::2]
+    bits = 2 * factor.bit_length() - 2  # log2 of the pixels in a sum
+    half = (1 << (bits - 1)) - 1
+    return torch.from_numpy(((sums + (half + (sums >> bits & 1))) >> bits).astype(np.uint8))
 
 
 def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
@@ -229,7 +307,7 @@ def _fill(steps: Steps, demo: Demo, group, images: dict[str, torch.Tensor]) -> N
     steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1))
     for camera, stored in images.items():
         frames = torch.from_numpy(group["obs"][camera][:length])
-        stored[place] = resize_images(frames, stored.shape[1]).to(stored.device)
+        stored[place] = resize_frames(frames, stored.shape[1]).to(stored.device)
 
 
 def _next_push(group, first: int) -> np.ndarray:
