@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,38 +64,38 @@ class BatchMemory:
     """Memory for large batches, used again as soon as nobody holds the batch that lies in it.
 
     The C library gives freed memory of this size back to the system, and to get it page by page
-    for the next batch takes longer than to fill it. A tensor made from an array holds a reference
-    to it, and so does every view of the tensor: an array without references is free.
+    for the next batch takes longer than to fill it. A tensor made from an array keeps the array
+    alive, and so does every view of the tensor: memory whose array is gone is free.
     """
 
     KEPT = 4  # the batch being made and the one in use, of two cameras each
     SMALLEST = 2**20  # bytes; less is kept by the C library itself
 
     def __init__(self):
-        self._kept: deque[np.ndarray] = deque()
+        # the memory, and the array over it that went out as a tensor
+        self._kept: deque[tuple[np.ndarray, weakref.ref]] = deque()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the CPU, its values undefined."""
         size = math.prod(shape) * dtype.itemsize
         if size < self.SMALLEST:
             return torch.empty(shape, dtype=dtype)
-        array = self._take(size)
-        tensor = torch.from_numpy(array[:size]).view(dtype).view(*shape)
-        self._kept.append(array)  # only now, so that no other thread takes it
+        memory = self._take(size)
+        lent = memory[:size]
+        self._kept.append((memory, weakref.ref(lent)))
         if len(self._kept) > self.KEPT:
             self._kept.popleft()
-        return tensor
+        return torch.from_numpy(lent).view(dtype).view(*shape)
 
     def _take(self, size: int) -> np.ndarray:
         for _ in range(len(self._kept)):
             try:
-                array = self._kept.popleft()
+                memory, lent = self._kept.popleft()
             except IndexError:  # another thread was faster
                 break
-            # referenced by the name and by the call; not far larger than what it is to hold
-            if size <= array.nbytes <= 2 * size and sys.getrefcount(array) == 2:
-                return array
-            self._kept.append(array)
+            if lent() is None and size <= memory.nbytes <= 2 * size:  # half may lie idle
+                return memory
+            self._kept.append((memory, lent))
         return np.empty(size, dtype=np.uint8)
 
     def __reduce__(self):
