@@ -24,6 +24,7 @@ demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
+storage = None  # type: str; frames in ram, mmap (read when needed) or gpu; None keeps the preset's
 
 # %%
 import time
@@ -39,7 +40,7 @@ from trm_helpers.config import from_flat
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos, batch_size=batch_size)
+                   num_demos=num_demos, batch_size=batch_size, storage=storage)
 files = ensure_demonstrations(config)
 
 # %% [markdown]
@@ -127,14 +128,22 @@ fig
 # %% [markdown]
 # ## Loading speed
 #
-# Frames lie in memory as bytes and are gathered a batch at a time, so that loading does not hold
-# up training.
+# Loading must not hold up training. `storage` says where the frames lie: `ram` keeps them in
+# memory, already in the size that the network sees; `mmap` takes no memory and reads them from the
+# files when they are needed, resizing them each time; `gpu` keeps them beside the network. All give
+# the same batches. What is needed is printed before it is taken; where it is not there, you get an
+# error at once instead of a crash on the way. `docs/loading.md` has the comparison with others.
 
 # %%
-began = time.perf_counter()
-count = sum(len(batch["actions"]) for batch in
-            train_data.batches(config.train.batch_size, seed=0, epoch=1))
-print(f"{count / (time.perf_counter() - began):,.0f} samples per second, augmentation included")
+rows = []
+for name in ("ram", "mmap", "gpu")[:3 if torch.cuda.is_available() else 2]:
+    data, _ = LIBERODataset.from_config(files, config.replace(storage=name))
+    began = time.perf_counter()
+    count = sum(len(batch["actions"]) for batch in
+                data.batches(config.train.batch_size, seed=0, epoch=1))
+    rows.append({"storage": name, "samples per second, augmentation included":
+                 count / (time.perf_counter() - began)})
+pd.DataFrame(rows).round()
 
 # %% [markdown]
 # Next: `03_model` builds the network that these samples go into.

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,6 +16,7 @@ from trm_helpers.data import LIBERODataset, split_demonstrations
 from trm_helpers.normalize import ActionNormalizer, fit_proprio, normalize_proprio
 from trm_helpers.validate import DemoFileError
 
+ROOT = Path(__file__).resolve().parent.parent
 BOTH = ("agentview_rgb", "eye_in_hand_rgb")
 
 
@@ -319,6 +323,53 @@ def test_from_config_follows_the_config(tmp_path):
     assert sample["observations"]["task_id"].tolist() == [4]
     plain_task = LIBERODataset.from_config(files, from_flat("demo", image_size=36))[0]
     assert "task_id" not in plain_task[0]["observations"]
+
+
+# --- other projects' loaders ---------------------------------------------------------------------
+PEER_PYTHON = Path(os.environ.get("TRM_PEER_PYTHON", ROOT / "build/peers/bin/python"))
+needs_peers = pytest.mark.skipif(
+    not PEER_PYTHON.exists(), reason="no peers: benchmarks/peers_read.py --install build/peers")
+
+
+def read_by_peers(path, tmp_path):
+    """loader -> name -> (samples, T, ...), as ``benchmarks/peers_read.py`` reads the file."""
+    out = tmp_path / "peers.npz"
+    command = [PEER_PYTHON, ROOT / "benchmarks/peers_read.py", path, "--out", out]
+    subprocess.run(command, check=True, timeout=300)
+    loaders = {}
+    with np.load(out) as file:
+        for key in file.files:
+            loader, name = key.split("/")
+            loaders.setdefault(loader, {})[name] = file[key]
+    assert set(loaders) == {"robomimic_low_dim", "robomimic_all", "libero"}
+    return loaders
+
+
+@needs_peers
+def test_robomimic_and_libero_read_our_files_as_we_do(tmp_path, path):
+    stats = {"mean": [0.0] * schema.PROPRIO_DIM, "std": [1.0] * schema.PROPRIO_DIM}
+    data = plain(path, cameras=BOTH, proprioception=True, proprio_stats=stats, chunk=3)
+    ours = data.batch(range(len(data)), as_bytes=True)
+    for loader, read in read_by_peers(path, tmp_path).items():
+        assert len(read["actions"]) == len(data) == 12
+        for camera in BOTH:
+            assert np.array_equal(read[camera][:, 0], ours["observations"][camera][:, 0]), loader
+        parts = [read[key][:, 0] for key in schema.PROPRIO_KEYS]
+        proprio = np.concatenate(parts, axis=1).astype(np.float32)
+        assert np.array_equal(proprio, ours["observations"]["proprio"][:, 0])
+        # like us, they repeat the last action past the end
+        assert np.array_equal(read["actions"][:, :3].astype(np.float32), ours["actions"][:, 0])
+
+
+@needs_peers
+def test_the_peers_pair_shifted_files_one_step_early(tmp_path):
+    """They take files as raw: of upstream's, the action that we pair is their next one."""
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", (5,), None, image_size=8)
+    ours = plain(path).batch(range(4), as_bytes=True)
+    for read in read_by_peers(path, tmp_path).values():
+        frames = ours["observations"]["agentview_rgb"][:, 0]
+        assert np.array_equal(read["agentview_rgb"][:4, 0], frames)
+        assert np.array_equal(read["actions"][:4, 1].astype(np.float32), ours["actions"][:, 0])
 
 
 # --- batches -------------------------------------------------------------------------------------

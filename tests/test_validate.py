@@ -305,6 +305,13 @@ def test_explore_reads_the_upstream_forms_of_the_instruction(tmp_path):
     assert found["collection"] is None and found["alignment"]["name"] == "shift"
 
 
+def test_an_instruction_in_words_keeps_them_apart(tmp_path):
+    path = small(tmp_path / "a_demo.hdf5", LONG, None)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": ["open", "it"]})
+    assert validate.instruction_of(path) == "open it"
+
+
 def test_explore_refuses_nothing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no demonstrations"):
         explore_libero_dataset(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from .augment import AUGMENTATIONS, augment_images
 from .config import Config
 from .language import embed_instruction
 from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
-from .storage import STORAGES, Demo, load_steps, open_files
+from .storage import STORAGES, BatchMemory, Demo, DemoFile, load_steps, open_files
 from .validate import demo_names, open_demo_file
 
 SPLITS = ("train", "val", "all")
+_BYTES_AT_ONCE = 2**19  # of frames turned into floats; a share of the second-level cache
 
 
 def split_demonstrations(
@@ -126,9 +128,9 @@ class LIBERODataset(torch.utils.data.Dataset):
                 names = train if split == "train" else val
             chosen.append(names)
         self._steps = load_steps(opened, chosen, self.cameras, image_size, storage)
+        self._memory = BatchMemory()
         if language:
-            self._language = torch.from_numpy(
-                np.stack([embed_instruction(file.language) for file in opened]))
+            self._language = torch.from_numpy(np.stack([_embedded(file) for file in opened]))
         self._use(self._steps.demos, split, normalizer, proprio_stats)
 
     @classmethod
@@ -249,11 +251,13 @@ class LIBERODataset(torch.utils.data.Dataset):
         indices: Sequence[int] | torch.Tensor,
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
+        as_bytes: bool = False,
     ) -> dict:
         """The samples of ``indices`` (B,) as one batch on ``device``.
 
-        ``generator`` draws the augmentation; None takes PyTorch's global one. Raises
-        ``IndexError`` for an index out of range.
+        ``generator`` draws the augmentation; None takes PyTorch's global one. ``as_bytes`` leaves
+        the frames uint8 in [0, 255], without augmentation, for a program that scales them itself.
+        Raises ``IndexError`` for an index out of range.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
@@ -268,9 +272,14 @@ class LIBERODataset(torch.utils.data.Dataset):
         if self.chunk == 1:
             actions, mask = actions.squeeze(2), mask.squeeze(2)
         observations = {
-            camera: self._images(camera, steps, generator or torch.default_generator, device)
+            camera: self._frames(camera, steps.flatten(), torch.device(device), as_bytes)
+                        .unflatten(0, steps.shape)
             for camera in self.cameras
         }
+        if not as_bytes:
+            for camera, frames in observations.items():
+                observations[camera] = augment_images(frames, self.augmentation,
+                                                      generator or torch.default_generator)
         if self.proprioception:
             observations["proprio"] = self._proprio[steps].to(device)
         if self.task_ids is not None:
@@ -283,10 +292,22 @@ class LIBERODataset(torch.utils.data.Dataset):
             "observations": observations, "actions": actions.to(device), "mask": mask.to(device)
         }
 
-    def _images(self, camera, steps, generator, device) -> torch.Tensor:
-        picked = self._steps.frames.pick(camera, steps.flatten())
-        images = picked.to(device).float().div_(255).view(*steps.shape, *picked.shape[1:])
-        return augment_images(images, self.augmentation, generator)
+    def _frames(self, camera: str, steps: torch.Tensor, device: torch.device,
+                as_bytes: bool) -> torch.Tensor:
+        """(n, S, S, 3) of the steps (n,): uint8, or float32 in [0, 1]."""
+        frames = self._steps.frames
+        shape = (len(steps), frames.image_size, frames.image_size, 3)
+        on_cpu = frames.device.type == "cpu"
+        if as_bytes or not on_cpu or device.type != "cpu":
+            out = self._memory.empty(shape, torch.uint8) if on_cpu else None
+            picked = frames.pick(camera, steps, out).to(device)
+            return picked if as_bytes else picked.float().div_(255)
+        floats = self._memory.empty(shape, torch.float32)
+        # a few at a time, so that their bytes are still in the processor's cache
+        some = max(1, _BYTES_AT_ONCE // math.prod(shape[1:]))
+        for part, out in zip(steps.split(some), floats.split(some), strict=True):
+            torch.div(frames.pick(camera, part), 255, out=out)
+        return floats
 
     def batches(
         self,
@@ -297,10 +318,12 @@ class LIBERODataset(torch.utils.data.Dataset):
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         start: int = 0,
+        as_bytes: bool = False,
     ) -> Iterator[dict]:
         """The batches of an epoch; order and augmentation are a function of (seed, epoch).
 
-        ``start`` leaves out so many batches and goes on exactly as if they had been drawn.
+        ``start`` leaves out so many batches and goes on exactly as if they had been drawn;
+        ``as_bytes``: see :meth:`batch`.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not valid; expected >= 1")
@@ -310,7 +333,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         for number, indices in enumerate(order.split(batch_size)):
             if number < start or (drop_last and len(indices) < batch_size):
                 continue
-            yield self.batch(indices, _generator(seed, epoch, number + 1), device)
+            yield self.batch(indices, _generator(seed, epoch, number + 1), device, as_bytes)
 
     def describe(self) -> dict:
         """Where the samples come from, as JSON: for a run's provenance."""
@@ -325,6 +348,13 @@ class LIBERODataset(torch.utils.data.Dataset):
                 "source": file.source,
             })
         return {"split": self.split, "samples": len(self), "files": files}
+
+
+def _embedded(file: DemoFile) -> np.ndarray:
+    try:
+        return embed_instruction(file.language)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -409,7 +409,9 @@ def instruction_of(path: str | Path) -> str:
 def _instruction(group: h5py.Group) -> str:
     """Upstream files hold a string or a list of its pieces, some with quotation marks around."""
     problem = json.loads(group.attrs.get("problem_info", "{}"))
-    return "".join(problem.get("language_instruction", "")).strip('"')
+    pieces = problem.get("language_instruction", "")
+    words = not isinstance(pieces, str) and any(len(piece) > 1 for piece in pieces)
+    return (" " if words else "").join(pieces).strip('"')
 
 
 def _action_table(actions: np.ndarray) -> list[dict]:
