@@ -163,6 +163,7 @@ def test_fixtures_stand_where_the_stored_model_has_them():
         assert np.abs(env.object_position("flat_stove_1") - places["flat_stove_1"]).max() > 1e-4
         env.set_fixtures(stored)
         for name, place in places.items():
-            np.testing.assert_allclose(env.object_position(name), place, atol=1e-6)  # the XML rounds
+            now = env.object_position(name)
+            np.testing.assert_allclose(now, place, atol=1e-6)  # the XML rounds
         with pytest.raises(ValueError, match="teapot.*no such bodies"):
             env.set_fixtures('<mujoco><worldbody><body name="teapot"/></worldbody></mujoco>')
