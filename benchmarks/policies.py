@@ -5,8 +5,8 @@
 Trains every policy on the same demonstrations for the same epochs, evaluates it on the same
 official init states, and prints a table: success with its 95 % Wilson interval, the paired McNemar
 test against the first policy, parameters, training samples per second (taking turns) and
-milliseconds per executed action, both on one thread. Runs are kept in ``artifacts/policies-<name>-s<seed>``; a call that was interrupted
-goes on.
+milliseconds per executed action, both on one thread. Runs are kept in ``artifacts/policies-...``; a
+call that was interrupted goes on.
 """
 
 import argparse

@@ -26,6 +26,7 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+replays = 2  # type: int; demonstrations that the quality card replays in the simulator
 
 # %%
 import h5py
@@ -36,6 +37,9 @@ from IPython.display import Video
 from trm_helpers import explore_libero_dataset, paths, plots, schema
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import from_flat
+from trm_helpers.files import write_json
+from trm_helpers.quality import quality_card
+from trm_helpers.sim import LiberoEnv
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
@@ -130,6 +134,22 @@ fig
 fig = plots.plot_alignment(**found["alignment"])
 plots.save_figure(fig, folder / "figures" / "01_alignment.png")
 fig
+
+# %% [markdown]
+# ## The quality card
+#
+# Everything above in one table, and two things more that only the simulator can tell. Stored
+# frames are compared with a render of their own state, turned and flipped in all eight ways: the
+# nearest must be the one that LIBERO stores. And some demonstrations are replayed: their actions,
+# sent again from their first state, must solve the task again. No clone of these actions can be
+# expected to do better than they do themselves. `bad` spoils learning; `look` may be as it should.
+
+# %%
+size = found["image_shapes"]["agentview_rgb"][1]  # steps, height, width, colours
+with LiberoEnv(config.data.suite, next(iter(files)), image_size=size) as env:
+    card = quality_card(file, env, replays, env.horizon)
+write_json(folder / "quality.json", card)
+pd.DataFrame(card)
 
 # %% [markdown]
 # ## Watch one
