@@ -519,7 +519,7 @@ def test_carry_over_begins_where_the_last_decision_ended():
     first = plain.act(seen)
     np.testing.assert_array_equal(plain.act(seen), first)
     np.testing.assert_array_equal(carrying.act(seen), first)
-    twice = plain(plain._prepare(seen), num_recursions=6)[0].detach().numpy()  # 3 and 3 more
+    twice = plain(plain.prepare(seen), num_recursions=6)[0].detach().numpy()  # 3 and 3 more
     np.testing.assert_allclose(carrying.act(seen), twice.clip(-1, 1), atol=1e-5)
     carrying.reset()
     np.testing.assert_array_equal(carrying.act(seen), first)

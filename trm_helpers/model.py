@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import schema
-from .augment import resize_images
 from .config import ModelConfig
-from .language import embed_instruction
 from .layers import ActionHead, TokenEncoder, VisualEncoder, make_block
-from .normalize import ActionNormalizer, normalize_proprio
+from .normalize import ActionNormalizer
+from .observations import prepare_observation, read_batch
 
 LOSSES = ("mse", "l1", "mix")
 ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 the oldest (ACT)
@@ -100,16 +99,16 @@ class TRMPolicy(nn.Module):
         """Batched observations, with or without T, to ``x_cond``: (B, D), or tokens (B, N, D)."""
         size = self.config.image_size
         parts = [
-            encoder(_read_batch(observations, camera, (size, size, 3)))
+            encoder(read_batch(observations, camera, (size, size, 3)))
             for camera, encoder in self.encoders.items()
         ]
         if self.config.proprioception:
-            proprio = _read_batch(observations, "proprio", (schema.PROPRIO_DIM,))
+            proprio = read_batch(observations, "proprio", (schema.PROPRIO_DIM,))
             parts.append(self.proprio_mlp(proprio))
         if self.config.conditioning == "task_id":
-            parts.append(self.task_embedding(_read_batch(observations, "task_id", ())))
+            parts.append(self.task_embedding(read_batch(observations, "task_id", ())))
         elif self.config.conditioning == "language":
-            language = _read_batch(observations, "language", (schema.LANGUAGE_DIM,))
+            language = read_batch(observations, "language", (schema.LANGUAGE_DIM,))
             parts.append(self.language_mlp(language))
         if not self.tokens:
             return self.fuse(torch.cat(parts, dim=-1)) if len(parts) > 1 else parts[0]
@@ -337,10 +336,15 @@ class TRMPolicy(nn.Module):
             self._planned.extend(self._plan(observation))
         return self._planned.popleft()
 
+    def prepare(self, observation: Mapping) -> dict[str, torch.Tensor]:
+        """:func:`prepare_observation` for this policy, on its device."""
+        device = next(self.parameters()).device
+        return prepare_observation(observation, self.config, self.proprio_stats, device)
+
     @torch.inference_mode()
     def _plan(self, observation: Mapping) -> np.ndarray:
         """(execution_horizon, 7): the actions to execute before the next look."""
-        recursion = self.recurse(self.encode(self._prepare(observation)), carry=self._carry)
+        recursion = self.recurse(self.encode(self.prepare(observation)), carry=self._carry)
         if self.config.carry_over:
             self._carry = recursion.carry
         actions = self.head(recursion.output)[0].squeeze(0)  # (K, 7)
@@ -383,45 +387,6 @@ class TRMPolicy(nn.Module):
             planned.append(np.average(said, axis=0, weights=weights))
         return np.stack(planned).astype(np.float32)
 
-    def _prepare(self, observation: Mapping) -> dict[str, torch.Tensor]:
-        """One raw observation as a batch of one on the policy's device, like the data set's."""
-        device = next(self.parameters()).device
-        batch = {}
-        for camera in self.config.cameras:
-            image = np.ascontiguousarray(_read(observation, camera))
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise ValueError(
-                    f"observation {camera!r} has shape {image.shape} and type {image.dtype}; "
-                    "expected (H, W, 3) and uint8"
-                )
-            images = resize_images(torch.tensor(image).unsqueeze(0), self.config.image_size)
-            batch[camera] = images.to(device).float() / 255
-        if self.config.proprioception:
-            batch["proprio"] = self._read_proprio(observation).to(device)
-        if self.config.conditioning == "task_id":
-            task_id = int(_read(observation, "task_id"))
-            if not 0 <= task_id < self.config.num_tasks:
-                raise ValueError(
-                    f"observation 'task_id' is {task_id}; expected 0 to {self.config.num_tasks - 1}"
-                )
-            batch["task_id"] = torch.tensor([task_id], device=device)
-        elif self.config.conditioning == "language":
-            embedding = embed_instruction(_read(observation, "language"))
-            batch["language"] = torch.from_numpy(embedding).unsqueeze(0).to(device)
-        return batch
-
-    def _read_proprio(self, observation: Mapping) -> torch.Tensor:
-        """(1, P): the arrays of ``schema.PROPRIO_KEYS`` side by side, z-scored."""
-        arrays = []
-        for key in schema.PROPRIO_KEYS:
-            arrays.append(np.asarray(_read(observation, key), dtype=np.float32))
-            found, width = arrays[-1].shape, schema.LOW_DIM[key]
-            if found != (width,):
-                raise ValueError(f"observation {key!r} has shape {found}; expected ({width},)")
-        proprio = torch.from_numpy(np.concatenate(arrays)).unsqueeze(0)
-        stats = self.proprio_stats
-        return proprio if stats is None else normalize_proprio(proprio, stats)
-
 
 def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
@@ -433,27 +398,6 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
         name: sum(parameter.numel() for parameter in child.parameters())
         for name, child in module.named_children()
     }
-
-
-def _read(observation: Mapping, key: str):
-    # not ``key in observation``: on a mapping that draws frames on demand that draws one too
-    try:
-        return observation[key]
-    except KeyError as error:
-        found = ", ".join(sorted(observation)) or "nothing"
-        raise ValueError(f"observation {key!r} is missing; found {found}") from error
-
-
-def _read_batch(observations: Mapping, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """(B, *shape), or (B, T, *shape) with T folded into B."""
-    value = _read(observations, key)
-    leading = value.ndim - len(shape)
-    if leading not in (1, 2) or tuple(value.shape[leading:]) != shape:
-        raise ValueError(
-            f"observation {key!r} has shape {tuple(value.shape)}; "
-            f"expected B or B, T and then {shape}"
-        )
-    return value.flatten(0, leading - 1)
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
