@@ -153,6 +153,17 @@ def test_another_mujoco_is_refused(monkeypatch):
         load_task(SUITE, TASK)
 
 
+def test_a_seed_gives_one_placement_however_many_resets_came_before():
+    with LiberoEnv("libero_spatial", 4) as env:  # a drawer that begins open
+        env.reset(seed=5)
+        first = env.state(), env.model_xml()
+        env.reset(seed=6)
+        assert np.abs(env.state() - first[0]).max() > 1e-3
+        env.reset(seed=5)
+        np.testing.assert_array_equal(env.state(), first[0])
+        assert env.model_xml() == first[1]  # fixtures are placed in the model
+
+
 def test_workers_end_with_their_parent():
     program = ("import os, time\n"
                "from trm_helpers.sim import worker_pool\n"
