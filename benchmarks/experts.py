@@ -15,7 +15,7 @@ import numpy as np
 
 from trm_helpers import schema
 from trm_helpers.collect import Disturbance
-from trm_helpers.experts import PickPlaceExpert, Style
+from trm_helpers.experts import Style, make_expert
 from trm_helpers.sim import LiberoEnv, load_task, worker_pool
 from trm_helpers.stats import wilson_interval
 
@@ -30,7 +30,7 @@ def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_i
             else:
                 env.reset(seed=1000 + episode)
             generator = np.random.default_rng([task_id, episode])
-            expert = PickPlaceExpert(env, Style.sample(generator))
+            expert = make_expert(env, Style.sample(generator))
             disturbance = Disturbance(generator) if disturb else None
             for step in range(env.horizon):
                 action = expert.act()

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from . import paths, schema
 from .config import Config
-from .experts import PickPlaceExpert, Style
+from .experts import Style, make_expert
 from .files import replacing
 from .sim import LiberoEnv, load_task, worker_pool
 from .validate import check_demo_file, find_demonstrations, human_demonstrations
@@ -228,7 +228,7 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
         (T, 7), the ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
     """
     observation = env.reset(seed=int(generator.integers(2**31)))
-    expert = PickPlaceExpert(env, Style.sample(generator))
+    expert = make_expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
     record = {"observations": [], "actions": [], "executed_actions": [], "states": [],
               "model_file": env.model_xml()}

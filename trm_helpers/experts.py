@@ -1,58 +1,110 @@
-"""Scripted demonstrators: a state machine on privileged object positions, acting as a person would.
+"""Scripted demonstrators, chosen by the goal's BDDL predicates: what a person would do, scripted.
 
-It commands the same seven numbers as a policy: end-effector deltas and the gripper. Its state is
-re-decided from the scene in every step, so that it recovers when it is pushed or drops the object.
+They command the same seven numbers as a policy: end-effector deltas and the gripper.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from . import schema
 from .sim import LiberoEnv
+from .skills import (
+    CLOSE_STEPS,
+    DOWNWARD,
+    OPEN_STEPS,
+    UP,
+    Joint,
+    OpenDrawer,
+    Skill,
+    Style,
+    TurnKnob,
+    bounds,
+    gripper_fits,
+    other_boxes,
+    overreach,
+    tops_along,
+    turned,
+)
 
-# One control step at full command moves the end effector 13 mm (measured, OSC_POSE at 20 Hz), so
-# the error is scaled to command less than the distance left; 1.0 overshoots by 9 mm, 0.7 by 2 mm.
-_GAIN = 0.7
-_METRES_PER_UNIT = 0.05
-_RADIANS_PER_UNIT = 0.5
-# the end-effector site with the gripper pointing down and the fingers closing along y
-_DOWNWARD = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+__all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_place_goal"]
+
 _OPENING = 0.07  # widest thing that goes between the fingers, in metres
-_RIM_INSET = 0.004  # how far inside an object's outline its wall is
-_FINGER_ROOM = 0.015  # what a finger outside a rim needs, in metres
+_RIM_INSET = 0.005  # how far inside an object's outline its wall is
+_RIM_DEPTH = 0.018  # how deep a rim goes between the fingers; at 0.012 it slips now and then
 _FINGERTIP = 0.011  # lowest height of the end-effector site above a support
-_REACH = 0.035  # how deep an object goes between the fingers before it meets the palm
+_REACH = 0.026  # how deep an object goes between the fingers before it meets the palm
 _CORRIDOR = 0.06  # what is nearer than this to the straight way is passed over
-_CLOSE_STEPS = 9  # until the fingers hold
-_OPEN_STEPS = 4
+_CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its rim
+# Turning the gripper takes time, so a yaw other than zero has to be worth it. Plus 90 degrees
+# brings joint 7 near the middle of its range, minus 90 near its end.
+_YAWS = np.radians([0, 30, -30, 60, -60, 90])
+_ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
+_PATIENCE = 50  # steps in a phase that mean that something is in the way
+
+
+def make_expert(env: LiberoEnv, style: Style | None = None) -> Skill | SkillSequence:
+    """The expert for the task's goal: an object with ``act()``, an action (7,) for each step.
+
+    ``On`` and ``In`` are one pick-and-place, after opening the drawer when the target is inside a
+    closed one; ``Open`` pulls a drawer, ``TurnOn`` turns a knob.
+
+    Args:
+        env: the environment, already reset.
+        style: timing and path; the default is the plain one.
+
+    Raises:
+        ValueError: the goal is another one, or more than one predicate.
+    """
+    goal = env.raw.parsed_problem["goal_state"]
+    verb = goal[0][0].lower() if len(goal) == 1 else ""
+    if verb == "turnon":
+        return TurnKnob(env, Joint(env, env.raw.get_object(goal[0][1]).joints[0]), style)
+    if verb == "open":
+        return OpenDrawer(env, _joint_of(env, goal[0][1]), style)
+    pick_place_goal(env)  # refuses the rest
+    joint = _joint_of(env, goal[0][2])
+    if joint is not None and joint.opened() < joint.end / 2:
+        return SkillSequence(lambda: OpenDrawer(env, joint, style),
+                             lambda: PickPlaceExpert(env, style))
+    return PickPlaceExpert(env, style)
+
+
+class SkillSequence:
+    """Skills one after the other; each is planned when the one before has finished."""
+
+    def __init__(self, *makers):
+        self._makers = list(makers)
+        self.current: Skill = self._makers.pop(0)()
+
+    @property
+    def phase(self) -> str:
+        return self.current.phase
+
+    def act(self) -> np.ndarray:
+        """The action (7,) for the scene as it is now, in [-1, 1]."""
+        if self._makers and self.current.finished():
+            self.current = self._makers.pop(0)()
+        return self.current.act()
 
 
 @dataclass(frozen=True)
-class Style:
-    """What varies from one demonstration to the next, as it does for a person."""
+class Grasp:
+    """Where the end effector grasps an object."""
 
-    speed: float = 1.0  # largest command along any axis
-    hover: float = 0.06  # metres above the grasp before descending
-    clearance: float = 0.04  # metres between the carried object and what it passes over
-    grasp_offset: tuple[float, float] = (0.0, 0.0)  # metres along x and in height
-
-    @classmethod
-    def sample(cls, generator: np.random.Generator) -> Style:
-        return cls(
-            speed=generator.uniform(0.85, 1.0),
-            hover=generator.uniform(0.05, 0.08),
-            clearance=generator.uniform(0.03, 0.05),
-            grasp_offset=(generator.uniform(-0.004, 0.004), generator.uniform(-0.003, 0.003)),
-        )
+    offset: np.ndarray  # (3,) metres from the object's body
+    yaw: float  # radians about the vertical; at zero the jaw closes along y
+    bottom: float  # metres from the end effector down to the object's lowest point
+    cost: float
+    key: tuple[float, float]  # the same for the same way of grasping, in every plan
 
 
-class PickPlaceExpert:
+class PickPlaceExpert(Skill):
     """Picks the object of the task's goal up and places it on, or in, the goal's target.
 
-    The goal is read from the task's BDDL predicates (``On a b``, ``In a b``).
+    A target that is a part of the table has the object pushed there: held at its edge, it slides.
 
     Args:
         env: the environment, already reset.
@@ -62,72 +114,87 @@ class PickPlaceExpert:
         ValueError: the goal is not one pick-and-place.
     """
 
-    def __init__(self, env: LiberoEnv, style: Style | None = None):
-        self.env = env
-        self.style = style or Style()
-        self.object, self.target = pick_place_goal(env)
-        self.phase = "approach"
-        self._steps_in_phase = 0
-        low, high = _bounds(env, self.object)
-        self._grasp_offset, self._bottom = self._plan_grasp(low, high)
-        self._travel_height = self._plan_travel()
+    closed = ("close", "lift", "carry", "lower")
 
-    def act(self) -> np.ndarray:
-        """The action (7,) for the scene as it is now, in [-1, 1]."""
-        phase = self._next_phase()
-        self._steps_in_phase = self._steps_in_phase + 1 if phase == self.phase else 0
-        self.phase = phase
-        gripper = schema.GRIPPER_CLOSED if phase in ("close", "lift", "carry", "lower") \
-            else schema.GRIPPER_OPEN
-        return np.concatenate([self._servo(self._goal()), self._upright(), [gripper]])
+    def __init__(self, env: LiberoEnv, style: Style | None = None):
+        super().__init__(env, style)
+        self.object, self.target = pick_place_goal(env)
+        self._region = _region(env, env.raw.parsed_problem["goal_state"][0][2])
+        self._slides = self.target is None
+        self._misses: Counter = Counter()
+        self._plan()
 
     # --- planning ---------------------------------------------------------------------------------
 
-    def _plan_grasp(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, float]:
-        """Where the end effector grasps, from the object's body, and how far the object hangs."""
+    def _plan(self) -> None:
+        """Choose a grasp and the heights at which the gripper comes and the object travels."""
+        self.grasp = min(self._candidates(), key=lambda grasp: grasp.cost)
+        low, high = other_boxes(self.env, self.object)
+        ee, start = self.env.end_effector(), self.env.object_position(self.object)
+        tops = tops_along(ee, start + self.grasp.offset, low, high, _CORRIDOR)
+        self._approach_height = max(tops, default=0.0) + 0.03
+        end, support = self._support()
+        if self._slides:
+            self._travel_height = (start + self.grasp.offset)[2]
+            return
+        start = start[:2] + 0.25 * (end - start[:2])  # it leaves what stands beside it straight up
+        tops = tops_along(start, end, low, high, _CORRIDOR)
+        self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
+
+    def _candidates(self) -> list[Grasp]:
+        return [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
+
+    def _candidates_at(self, yaw: float) -> list[Grasp]:
+        """Grasps with the jaw at one yaw: at the middle, or of a bowl at the rim's two sides."""
         position = self.env.object_position(self.object)
-        centre = (low + high) / 2 - position
+        low, high = bounds(self.env, self.object, yaw)
         width = high[1] - low[1]
-        along, up = self.style.grasp_offset
-        if width > _OPENING:  # a bowl: its rim
-            centre[1] += self._rim_side(position, width) * (width / 2 - _RIM_INSET)
-            height = high[2] - 0.012
+        if width > _OPENING:
+            sides = (1.0, -1.0)
+            height = high[2] - _RIM_DEPTH
         else:
+            sides = (0.0,)
             height = max((low[2] + high[2]) / 2, high[2] - _REACH)
-        grasp = np.array([centre[0] + along, centre[1], height + up - position[2]])
-        grasp[2] = max(grasp[2], low[2] + _FINGERTIP - position[2])
-        return grasp, height - low[2]
-
-    def _rim_side(self, position: np.ndarray, width: float) -> float:
-        """+1 or -1 along y: where the finger outside has room, then where the arm reaches less far.
-
-        At the target the end effector stands on the same side of the object.
-        """
-        target = self.env.object_position(self.target)
-
-        def cost(side: float) -> float:
-            finger = position[:2] + [0.0, side * (width / 2 + _FINGER_ROOM)]
-            crowded = any(
-                np.linalg.norm(finger - np.clip(finger, low[:2], high[:2])) < _FINGER_ROOM
-                for name in self.env.raw.obj_body_id if name != self.object
-                for low, high in [_bounds(self.env, name)]
-                if high[2] > position[2] + _RIM_INSET
+        along, up = self.style.grasp_offset
+        low_others, high_others = other_boxes(self.env, self.object, yaw)
+        end, support = self._support()
+        grasps = []
+        for side in sides:
+            point = (low + high) / 2
+            point[0] += along
+            point[1] += side * (width / 2 - _RIM_INSET)
+            point[2] = max(height + up, low[2] + _FINGERTIP)
+            point = turned(yaw) @ point
+            bottom = point[2] - low[2]
+            offset = point - position
+            place = np.array([*(end + offset[:2]), support + bottom])
+            key = (float(yaw), side)
+            cost = (
+                0.5 * abs(yaw) + 0.3 * abs(side) + 1.5 * self._misses[key]
+                + 10.0 * (not gripper_fits(point, yaw, low_others, high_others))
+                + 5.0 * (not gripper_fits(place, yaw, low_others, high_others))
+                + 50.0 * sum(overreach(self.env, p)
+                             for p in (point, point + self.style.hover * UP, place))
+                + abs(place[1]) + 0.2 * place[0]
             )
-            return 10.0 * crowded + abs(target[1] + side * width / 2)
+            grasps.append(Grasp(offset, float(yaw), bottom, cost, key))
+        return grasps
 
-        return min((1.0, -1.0), key=cost)
+    def _support(self) -> tuple[np.ndarray, float]:
+        """Centre (2,) of where the object goes, and the height that its lowest point goes to."""
+        if self._region is not None:
+            centre, size = self._region()
+            if self.target is None or not self._is_container():
+                return centre[:2], centre[2] - size[2]
+        low, high = bounds(self.env, self.target)
+        # into a container the object falls from its rim; onto a plate it is set down
+        height = high[2] if self._is_container() else (low[2] + high[2]) / 2
+        return self.env.object_position(self.target)[:2], height
 
-    def _plan_travel(self) -> float:
-        """Height of the end effector at which the hanging object passes over what is in the way."""
-        start, end = (self.env.object_position(name)[:2] for name in (self.object, self.target))
-        path = np.linspace(start, end, 20)[5:]  # it leaves what stands beside it straight up
-        tops = []
-        for name in self.env.raw.obj_body_id:
-            low, high = _bounds(self.env, name)
-            beside = path - np.clip(path, low[:2], high[:2])  # from the nearest point of its box
-            if name != self.object and np.linalg.norm(beside, axis=1).min() < _CORRIDOR:
-                tops.append(high[2])
-        return max(tops) + self._bottom + self.style.clearance
+    def _is_container(self) -> bool:
+        """A thing, not a fixture, that is deep."""
+        low, high = bounds(self.env, self.target)
+        return self.target in self.env.raw.objects_dict and high[2] - low[2] > _CONTAINER_DEPTH
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -137,16 +204,21 @@ class PickPlaceExpert:
         held = self._holding()
         match self.phase:
             case "approach":
-                if off_axis < 0.012 and ee[2] - grasp[2] < self.style.hover + 0.02:
+                aligned = np.abs(self._turn_left()).max() < 0.15
+                if aligned and off_axis < 0.012 and ee[2] - grasp[2] < self.style.hover + 0.02:
                     return "descend"
+                if self._steps_in_phase > 2 * _PATIENCE:
+                    return self._missed()
             case "descend":
                 if off_axis > 0.03:
                     return "approach"
                 if off_axis < 0.008 and abs(ee[2] - grasp[2]) < 0.006:
                     return "close"
+                if self._steps_in_phase > _PATIENCE / 2:  # it touches something
+                    return "close" if np.linalg.norm(ee - grasp) < 0.02 else self._missed()
             case "close":
-                if self._steps_in_phase >= _CLOSE_STEPS:
-                    return "lift" if held else "release"
+                if self._steps_in_phase >= CLOSE_STEPS:
+                    return "lift" if held else self._missed()
             case "lift" | "carry" | "lower" if not held:
                 return "release"
             case "lift":
@@ -156,17 +228,22 @@ class PickPlaceExpert:
                 if np.linalg.norm((ee - self._place_point())[:2]) < 0.018:
                     return "lower"
             case "lower":
-                if np.linalg.norm((ee - self._place_point())[:2]) > 0.03:
+                if np.linalg.norm((ee - self._place_point())[:2]) > 0.06:
                     return "lift"
-                if ee[2] - self._place_point()[2] < 0.008:
+                if ee[2] - self._place_point()[2] < 0.008 or self._steps_in_phase > _PATIENCE:
                     return "release"
             case "release":
-                if self._steps_in_phase >= _OPEN_STEPS:
+                if self._steps_in_phase >= OPEN_STEPS:
                     return "retreat"
             case "retreat":
                 if self._steps_in_phase >= 8:
+                    self._plan()
                     return "approach"
         return self.phase
+
+    def _missed(self) -> str:
+        self._misses[self.grasp.key] += 1  # another way of grasping is tried before long
+        return "release"
 
     def _holding(self) -> bool:
         """The fingers are apart though they are closing, and the object is between them."""
@@ -174,60 +251,63 @@ class PickPlaceExpert:
         return bool(near and self.env.fingers() > 0.002)
 
     def _grasp_point(self) -> np.ndarray:
-        return self.env.object_position(self.object) + self._grasp_offset
+        return self.env.object_position(self.object) + self.grasp.offset
 
     def _place_point(self) -> np.ndarray:
         """Where the end effector opens so that the object's body is over the target's centre."""
-        low, high = _bounds(self.env, self.target)
+        centre, support = self._support()
         hang = self.env.end_effector() - self.env.object_position(self.object)
-        point = self.env.object_position(self.target) + hang
-        inside = self._is_container(low, high)
-        # into a container the object falls from its rim; onto a plate it is set down
-        support = high[2] if inside else (low[2] + high[2]) / 2
-        point[2] = support + self._bottom + 0.005
-        return point
-
-    def _is_container(self, low: np.ndarray, high: np.ndarray) -> bool:
-        return high[2] - low[2] > 0.05
+        return np.array([*(centre + hang[:2]), support + self.grasp.bottom + 0.005])
 
     # --- motion -----------------------------------------------------------------------------------
 
+    def _orientation(self) -> np.ndarray:
+        return turned(self.grasp.yaw) @ DOWNWARD
+
     def _goal(self) -> np.ndarray:
         ee, grasp = self.env.end_effector(), self._grasp_point()
-        up = np.array([0, 0, 1.0])
         match self.phase:
             case "approach":
-                return grasp + up * self.style.hover
-            case "descend" | "close":
+                return self._approach_goal(ee, grasp)
+            case "descend":
+                return _straight_down(ee, grasp)
+            case "close":
                 return grasp
             case "lift":
                 return np.array([*ee[:2], self._travel_height])
             case "carry":
                 return np.array([*self._place_point()[:2], self._travel_height])
             case "lower":
-                return self._place_point()
+                return _straight_down(ee, self._place_point())
             case "release":
                 return ee
-        return ee + up * 0.03  # retreat
+        return ee + 0.03 * UP  # retreat
 
-    def _servo(self, goal: np.ndarray) -> np.ndarray:
-        command = _GAIN * (goal - self.env.end_effector()) / _METRES_PER_UNIT
-        return command * min(1.0, self.style.speed / max(np.abs(command).max(), 1e-9))
-
-    def _upright(self) -> np.ndarray:
-        """Axis-angle command that turns the gripper back to pointing down."""
-        from robosuite.utils.transform_utils import mat2quat, quat2axisangle
-
-        site = self.env.raw.robots[0].eef_site_id
-        now = np.array(self.env.sim.data.site_xmat[site]).reshape(3, 3)
-        error = quat2axisangle(mat2quat(_DOWNWARD @ now.T))
-        return np.clip(_GAIN * error / _RADIANS_PER_UNIT, -0.5, 0.5)
+    def _approach_goal(self, ee: np.ndarray, grasp: np.ndarray) -> np.ndarray:
+        """Over what is in the way, then to above the grasp."""
+        goal = grasp + self.style.hover * UP
+        if np.linalg.norm((ee - grasp)[:2]) < _CORRIDOR:
+            return goal
+        if ee[2] < self._approach_height - 0.02:
+            return np.array([*ee[:2], self._approach_height])
+        goal[2] = max(goal[2], self._approach_height)
+        return goal
 
 
-def pick_place_goal(env: LiberoEnv) -> tuple[str, str]:
+def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """The goal, kept higher while the arm is beside it: a fast descent swings it by 2 cm."""
+    beside = np.linalg.norm((ee - goal)[:2])
+    return np.array([*goal[:2], max(goal[2], min(ee[2], goal[2] + 4 * (beside - _ON_AXIS)))])
+
+
+# --- goals ----------------------------------------------------------------------------------------
+
+
+def pick_place_goal(env: LiberoEnv) -> tuple[str, str | None]:
     """The object and the target of a task whose goal is one ``On`` or ``In`` predicate.
 
-    A region such as ``basket_1_contain_region`` stands for the object that it belongs to.
+    A region such as ``basket_1_contain_region`` stands for the object that it belongs to, a region
+    of the table for ``None``.
     """
     goal = env.raw.parsed_problem["goal_state"]
     if len(goal) != 1 or goal[0][0].lower() not in ("on", "in"):
@@ -238,15 +318,20 @@ def pick_place_goal(env: LiberoEnv) -> tuple[str, str]:
     return item, target
 
 
-def _bounds(env: LiberoEnv, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corner (3,) of an object's collision geometry in the world now."""
-    model, data = env.sim.model._model, env.sim.data
-    lows, highs = [], []
-    for geom_name in env.raw.get_object(name).contact_geoms:
-        geom = env.sim.model.geom_name2id(geom_name)
-        rotation = data.geom_xmat[geom].reshape(3, 3)
-        centre = data.geom_xpos[geom] + rotation @ model.geom_aabb[geom, :3]
-        reach = np.abs(rotation) @ model.geom_aabb[geom, 3:]
-        lows.append(centre - reach)
-        highs.append(centre + reach)
-    return np.min(lows, axis=0), np.max(highs, axis=0)
+def _region(env: LiberoEnv, name: str):
+    """A function for centre (3,) and half size (3,) along the world's axes; ``None`` for a body."""
+    if name in env.raw.obj_body_id:
+        return None
+    size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
+
+    def now() -> tuple[np.ndarray, np.ndarray]:
+        rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
+        return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)
+
+    return now
+
+
+def _joint_of(env: LiberoEnv, name: str) -> Joint | None:
+    """The joint that a region moves with: a drawer's rail."""
+    joints = getattr(env.raw.object_sites_dict.get(name), "joints", None)
+    return Joint(env, joints[0]) if joints else None
