@@ -16,16 +16,14 @@ from .skills import (
     DOWNWARD,
     OPEN_STEPS,
     UP,
+    Boxes,
     Joint,
     OpenDrawer,
     Skill,
     Style,
     TurnKnob,
-    bounds,
-    gripper_fits,
-    other_boxes,
+    crowding,
     overreach,
-    tops_along,
     turned,
 )
 
@@ -34,7 +32,7 @@ __all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_pla
 _OPENING = 0.07  # widest thing that goes between the fingers, in metres
 _RIM_INSET = 0.005  # how far inside an object's outline its wall is
 _RIM_DEPTH = 0.018  # how deep a rim goes between the fingers; at 0.012 it slips now and then
-_FINGERTIP = 0.011  # lowest height of the end-effector site above a support
+_FINGERTIP = 0.014  # lowest height of the end-effector site above a support
 _REACH = 0.026  # how deep an object goes between the fingers before it meets the palm
 _CORRIDOR = 0.06  # what is nearer than this to the straight way is passed over
 _CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its rim
@@ -129,16 +127,16 @@ class PickPlaceExpert(Skill):
     def _plan(self) -> None:
         """Choose a grasp and the heights at which the gripper comes and the object travels."""
         self.grasp = min(self._candidates(), key=lambda grasp: grasp.cost)
-        low, high = other_boxes(self.env, self.object)
+        others = Boxes.of_all_but(self.env, self.object)
         ee, start = self.env.end_effector(), self.env.object_position(self.object)
-        tops = tops_along(ee, start + self.grasp.offset, low, high, _CORRIDOR)
+        tops = others.tops_along(ee, start + self.grasp.offset, _CORRIDOR)
         self._approach_height = max(tops, default=0.0) + 0.03
         end, support = self._support()
         if self._slides:
             self._travel_height = (start + self.grasp.offset)[2]
             return
         start = start[:2] + 0.25 * (end - start[:2])  # it leaves what stands beside it straight up
-        tops = tops_along(start, end, low, high, _CORRIDOR)
+        tops = others.tops_along(start, end, _CORRIDOR)
         self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
 
     def _candidates(self) -> list[Grasp]:
@@ -147,7 +145,7 @@ class PickPlaceExpert(Skill):
     def _candidates_at(self, yaw: float) -> list[Grasp]:
         """Grasps with the jaw at one yaw: at the middle, or of a bowl at the rim's two sides."""
         position = self.env.object_position(self.object)
-        low, high = bounds(self.env, self.object, yaw)
+        low, high = Boxes.of(self.env, self.object).bounds(yaw)
         width = high[1] - low[1]
         if width > _OPENING:
             sides = (1.0, -1.0)
@@ -156,7 +154,7 @@ class PickPlaceExpert(Skill):
             sides = (0.0,)
             height = max((low[2] + high[2]) / 2, high[2] - _REACH)
         along, up = self.style.grasp_offset
-        low_others, high_others = other_boxes(self.env, self.object, yaw)
+        others = Boxes.of_all_but(self.env, self.object)
         end, support = self._support()
         grasps = []
         for side in sides:
@@ -170,9 +168,8 @@ class PickPlaceExpert(Skill):
             place = np.array([*(end + offset[:2]), support + bottom])
             key = (float(yaw), side)
             cost = (
-                0.5 * abs(yaw) + 0.3 * abs(side) + 1.5 * self._misses[key]
-                + 10.0 * (not gripper_fits(point, yaw, low_others, high_others))
-                + 5.0 * (not gripper_fits(place, yaw, low_others, high_others))
+                0.5 * abs(yaw) + 3.0 * abs(side) + 1.5 * self._misses[key]
+                + 300.0 * crowding(point, yaw, others) + 100.0 * crowding(place, yaw, others)
                 + 50.0 * sum(overreach(self.env, p)
                              for p in (point, point + self.style.hover * UP, place))
                 + abs(place[1]) + 0.2 * place[0]
@@ -186,14 +183,14 @@ class PickPlaceExpert(Skill):
             centre, size = self._region()
             if self.target is None or not self._is_container():
                 return centre[:2], centre[2] - size[2]
-        low, high = bounds(self.env, self.target)
+        low, high = Boxes.of(self.env, self.target).bounds()
         # into a container the object falls from its rim; onto a plate it is set down
         height = high[2] if self._is_container() else (low[2] + high[2]) / 2
         return self.env.object_position(self.target)[:2], height
 
     def _is_container(self) -> bool:
         """A thing, not a fixture, that is deep."""
-        low, high = bounds(self.env, self.target)
+        low, high = Boxes.of(self.env, self.target).bounds()
         return self.target in self.env.raw.objects_dict and high[2] - low[2] > _CONTAINER_DEPTH
 
     # --- state ------------------------------------------------------------------------------------
@@ -247,7 +244,7 @@ class PickPlaceExpert(Skill):
 
     def _holding(self) -> bool:
         """The fingers are apart though they are closing, and the object is between them."""
-        near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.03
+        near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.04
         return bool(near and self.env.fingers() > 0.002)
 
     def _grasp_point(self) -> np.ndarray:

@@ -24,10 +24,7 @@ DOWNWARD = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 UP = np.array([0.0, 0.0, 1.0])
 CLOSE_STEPS = 9  # until the fingers hold
 OPEN_STEPS = 4
-# Outlines of the open gripper in metres from its site: along the jaw, across it, upwards. Two
-# fingers, and the hand that begins 24 mm above the site at its middle and higher at its edges.
-_GRIPPER_LOW = np.array([[-0.012, -0.052, -0.008], [-0.012, 0.036, -0.008], [-0.035, -0.105, 0.03]])
-_GRIPPER_HIGH = np.array([[0.012, -0.036, 0.12], [0.012, 0.052, 0.12], [0.040, 0.105, 0.16]])
+_ROOM = 0.003  # metres that the gripper keeps from what it must not touch
 # The Panda from its base: the shoulder's height, what the wrist stands above the site of a gripper
 # that points down and beside it (joint 7's offset); the elbow is straight at 0.71 m.
 _SHOULDER_HEIGHT = 0.333
@@ -64,39 +61,82 @@ def turned(yaw: float) -> np.ndarray:
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
-def geom_boxes(env: LiberoEnv, geoms: list[int], yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corners (G, 3) of geometries now, in world axes turned by ``yaw``."""
-    model, data = env.sim.model._model, env.sim.data._data
-    rotation = data.geom_xmat[geoms].reshape(-1, 3, 3)  # (G, 3, 3)
-    centre = data.geom_xpos[geoms] + np.einsum("gij,gj->gi", rotation, model.geom_aabb[geoms, :3])
-    frame = turned(yaw).T
-    reach = np.einsum("gij,gj->gi", np.abs(frame @ rotation), model.geom_aabb[geoms, 3:])
-    return centre @ frame.T - reach, centre @ frame.T + reach
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes around collision geometries, each in its own axes, where they are now."""
+
+    centre: np.ndarray  # (G, 3)
+    rotation: np.ndarray  # (G, 3, 3)
+    half: np.ndarray  # (G, 3)
+
+    @classmethod
+    def of_geoms(cls, env: LiberoEnv, geoms: list[int]) -> Boxes:
+        model, data = env.sim.model._model, env.sim.data._data
+        rotation = data.geom_xmat[geoms].reshape(-1, 3, 3)
+        offset = np.einsum("gij,gj->gi", rotation, model.geom_aabb[geoms, :3])
+        return cls(data.geom_xpos[geoms] + offset, rotation, model.geom_aabb[geoms, 3:])
+
+    @classmethod
+    def of(cls, env: LiberoEnv, *names: str) -> Boxes:
+        """Of objects and fixtures named in the BDDL file."""
+        geoms = [env.sim.model.geom_name2id(geom)
+                 for name in names for geom in env.raw.get_object(name).contact_geoms]
+        return cls.of_geoms(env, geoms)
+
+    @classmethod
+    def of_all_but(cls, env: LiberoEnv, name: str) -> Boxes:
+        return cls.of(env, *(other for other in env.raw.obj_body_id if other != name))
+
+    def corners(self, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corners (G, 3) in world axes turned by ``yaw``."""
+        frame = turned(yaw).T
+        reach = np.einsum("gij,gj->gi", np.abs(frame @ self.rotation), self.half)
+        return self.centre @ frame.T - reach, self.centre @ frame.T + reach
+
+    def bounds(self, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corner (3,) of them all."""
+        low, high = self.corners(yaw)
+        return low.min(axis=0), high.max(axis=0)
+
+    def depth(self, points: np.ndarray) -> float:
+        """How deep in metres the deepest of ``points`` (N, 3) is in a box; 0 outside of all."""
+        local = np.einsum("gji,ngj->ngi", self.rotation, points[:, None] - self.centre)
+        return max(0.0, float((self.half - np.abs(local)).min(axis=-1).max()))
+
+    def tops_along(self, start: np.ndarray, end: np.ndarray, corridor: float) -> np.ndarray:
+        """Heights of those nearer than ``corridor`` metres to the straight way between points."""
+        low, high = self.corners()
+        path = np.linspace(start[:2], end[:2], 20)[:, None]  # (20, 1, 2)
+        beside = path - np.clip(path, low[:, :2], high[:, :2])  # from the nearest point of each
+        return high[np.linalg.norm(beside, axis=-1).min(axis=0) < corridor, 2]
 
 
-def boxes(env: LiberoEnv, name: str, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (G, 3), as :func:`geom_boxes`, of an object's collision geometries."""
-    names = env.raw.get_object(name).contact_geoms
-    return geom_boxes(env, [env.sim.model.geom_name2id(geom) for geom in names], yaw)
+def _grid(*axes) -> np.ndarray:
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
-def bounds(env: LiberoEnv, name: str, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corner (3,) of an object, in world axes turned by ``yaw``."""
-    low, high = boxes(env, name, yaw)
-    return low.min(axis=0), high.max(axis=0)
+def _open_gripper() -> np.ndarray:
+    """Points (N, 3) of the open Panda gripper, in metres from its site, pointing down.
+
+    Axes: along the jaw, the way in which it closes, up. Measured on the collision meshes; 8 mm
+    apart, as drawers have thin walls.
+    """
+    along = (-0.011, 0.0, 0.011)
+    tips = _grid(along, (0.037, 0.045, 0.053), np.arange(-0.009, 0.025, 0.008))
+    roots = _grid(along, (0.033, 0.041, 0.049, 0.057, 0.065), np.arange(0.025, 0.050, 0.008))
+    hand = _grid((-0.022, -0.007, 0.007, 0.022), np.linspace(-0.1, 0.1, 26),
+                 (0.033, 0.041, 0.05, 0.07, 0.09))
+    fingers = np.concatenate([tips, roots])
+    return np.concatenate([fingers, fingers * (1, -1, 1), hand])
 
 
-def other_boxes(env: LiberoEnv, but: str, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (G, 3) of all objects' and fixtures' geometries but one object's."""
-    pairs = [boxes(env, name, yaw) for name in env.raw.obj_body_id if name != but]
-    return np.concatenate([low for low, _ in pairs]), np.concatenate([high for _, high in pairs])
+_GRIPPER = _open_gripper()
 
 
-def gripper_fits(point: np.ndarray, yaw: float, low: np.ndarray, high: np.ndarray) -> bool:
-    """Whether the open gripper at ``point`` (3,) touches none of the boxes (turned by ``yaw``)."""
-    point = turned(yaw).T @ point
-    apart = ((point + _GRIPPER_LOW)[:, None] > high) | ((point + _GRIPPER_HIGH)[:, None] < low)
-    return bool(apart.any(axis=-1).all())
+def crowding(point: np.ndarray, yaw: float, boxes: Boxes) -> float:
+    """How deep in metres the open gripper at ``point`` (3,) would be in boxes; 0: it has room."""
+    roomy = Boxes(boxes.centre, boxes.rotation, boxes.half + _ROOM)
+    return roomy.depth(point + _GRIPPER @ turned(yaw).T)
 
 
 def overreach(env: LiberoEnv, point: np.ndarray) -> float:
@@ -105,14 +145,6 @@ def overreach(env: LiberoEnv, point: np.ndarray) -> float:
     out = np.linalg.norm(from_base[:2]) - _WRIST_BESIDE
     return max(0.0, np.hypot(out, from_base[2] + _WRIST_ABOVE - _SHOULDER_HEIGHT)
                - _COMFORTABLE_REACH)
-
-
-def tops_along(start: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray,
-               corridor: float) -> np.ndarray:
-    """Heights of the boxes nearer than ``corridor`` metres to the straight way between points."""
-    path = np.linspace(start[:2], end[:2], 20)[:, None]  # (20, 1, 2)
-    beside = path - np.clip(path, low[:, :2], high[:, :2])  # from the nearest point of each box
-    return high[np.linalg.norm(beside, axis=-1).min(axis=0) < corridor, 2]
 
 
 # --- motion ---------------------------------------------------------------------------------------
@@ -218,14 +250,15 @@ class OpenDrawer(Skill):
         super().__init__(env, style)
         self.joint = joint
         out = joint.direction()
-        low, high = geom_boxes(env, joint.geoms)
+        low, high = Boxes.of_geoms(env, joint.geoms).corners()
         handle = int(np.argmax((low + high) @ out))  # it stands out furthest
         self._handle_geom = joint.geoms[handle]
         self._pointing = -np.cos(self._TILT) * UP - np.sin(self._TILT) * out
         self._wide = np.cos(self._TILT) * out - np.sin(self._TILT) * UP  # the jaw closes along it
 
     def finished(self) -> bool:
-        return self.phase == "away" and self._steps_in_phase > 10
+        upright = np.abs(self._turn_left()).max() < 0.2
+        return self.phase == "away" and (upright or self._steps_in_phase > 50)
 
     def _handle(self) -> np.ndarray:
         middle = np.array(self.env.sim.data.geom_xpos[self._handle_geom])
@@ -279,7 +312,7 @@ class OpenDrawer(Skill):
                 return ee
             case "back":
                 return ee - 0.05 * self._pointing
-        return ee + 0.05 * UP  # away
+        return ee + 0.02 * UP + 0.02 * out  # away
 
 
 class TurnKnob(Skill):
@@ -302,20 +335,20 @@ class TurnKnob(Skill):
 
     def _plan(self) -> None:
         """The yaw at which the jaw is across the ridge, the highest part of the knob."""
-        low, high = geom_boxes(self.env, self.joint.geoms)
+        _, high = Boxes.of_geoms(self.env, self.joint.geoms).corners()
         self._ridge = self.joint.geoms[int(np.argmax(high[:, 2]))]
 
         def width(yaw: float) -> float:
-            low, high = geom_boxes(self.env, [self._ridge], yaw)
-            return (high - low)[0, 1] + 0.001 * abs(yaw)
+            low, high = Boxes.of_geoms(self.env, [self._ridge]).bounds(yaw)
+            return (high - low)[1] + 0.001 * abs(yaw)
 
         self._yaw = min(np.radians(np.arange(-60, 61, 10)), key=width)
 
     def _grasp_point(self) -> np.ndarray:
-        low, high = geom_boxes(self.env, [self._ridge])
+        low, high = Boxes.of_geoms(self.env, [self._ridge]).bounds()
         along, up = self.style.grasp_offset
-        middle = (low + high)[0] / 2
-        return np.array([middle[0] + along, middle[1], high[0, 2] - self._FINGER_DEPTH + up])
+        middle = (low + high) / 2
+        return np.array([middle[0] + along, middle[1], high[2] - self._FINGER_DEPTH + up])
 
     def _orientation(self) -> np.ndarray:
         if self.phase == "turn":
