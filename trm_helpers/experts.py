@@ -5,6 +5,7 @@ They command the same seven numbers as a policy: end-effector deltas and the gri
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from .skills import (
     crowding,
     overreach,
     turned,
+    way_out,
 )
 
 __all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_place_goal"]
@@ -39,6 +41,8 @@ _CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its ri
 # Turning the gripper takes time, so a yaw other than zero has to be worth it. Plus 90 degrees
 # brings joint 7 near the middle of its range, minus 90 near its end.
 _YAWS = np.radians([0, 30, -30, 60, -60, 90])
+_ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
+_COLUMN = np.arange(0.0, 0.2, 0.03)  # heights over the grasp at which the gripper needs room
 _ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
 _PATIENCE = 50  # steps in a phase that mean that something is in the way
 
@@ -90,13 +94,13 @@ class SkillSequence:
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the end effector grasps an object."""
+    """Where the end effector grasps an object, and what speaks against it."""
 
     offset: np.ndarray  # (3,) metres from the object's body
     yaw: float  # radians about the vertical; at zero the jaw closes along y
     bottom: float  # metres from the end effector down to the object's lowest point
     cost: float
-    key: tuple[float, float]  # the same for the same way of grasping, in every plan
+    key: tuple[float, float, float]  # the same for the same way of grasping, in every plan
 
 
 class PickPlaceExpert(Skill):
@@ -132,12 +136,23 @@ class PickPlaceExpert(Skill):
         tops = others.tops_along(ee, start + self.grasp.offset, _CORRIDOR)
         self._approach_height = max(tops, default=0.0) + 0.03
         end, support = self._support()
+        self._lift_from = start + self.grasp.offset
+        self._way_out = np.zeros(3)
         if self._slides:
-            self._travel_height = (start + self.grasp.offset)[2]
+            self._travel_height = self._lift_from[2]
             return
         start = start[:2] + 0.25 * (end - start[:2])  # it leaves what stands beside it straight up
         tops = others.tops_along(start, end, _CORRIDOR)
         self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
+        self._way_out = way_out(self._outline(), self._travel_height - self._lift_from[2], others)
+
+    def _outline(self) -> np.ndarray:
+        """Points (16, 3) around the object, as if it were round, at its top and bottom."""
+        low, high = Boxes.of(self.env, self.object).bounds()
+        angles = np.arange(0, 2 * np.pi, np.pi / 4)
+        ring = np.stack([np.cos(angles), np.sin(angles), np.ones(8)], axis=1)
+        ring = np.concatenate([ring, ring * (1, 1, -1)])
+        return (low + high) / 2 + ring * (high - low) / 2
 
     def _candidates(self) -> list[Grasp]:
         return [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
@@ -156,20 +171,25 @@ class PickPlaceExpert(Skill):
         along, up = self.style.grasp_offset
         others = Boxes.of_all_but(self.env, self.object)
         end, support = self._support()
+        others = Boxes.of_all_but(self.env, self.object).near(position, 0.3)
+        around_end = Boxes.of_all_but(self.env, self.object).near(np.array([*end, support]), 0.3)
         grasps = []
-        for side in sides:
+        for side, shift in itertools.product(sides, _ALONG):
             point = (low + high) / 2
-            point[0] += along
+            point[0] += along + shift
             point[1] += side * (width / 2 - _RIM_INSET)
             point[2] = max(height + up, low[2] + _FINGERTIP)
             point = turned(yaw) @ point
             bottom = point[2] - low[2]
             offset = point - position
             place = np.array([*(end + offset[:2]), support + bottom])
-            key = (float(yaw), side)
+            key = (float(yaw), side, shift)
+            crowded = max(crowding(point + height * UP, yaw, others) for height in _COLUMN)
+            crowded_there = crowding(place, yaw, around_end)
             cost = (
-                0.5 * abs(yaw) + 3.0 * abs(side) + 1.5 * self._misses[key]
-                + 300.0 * crowding(point, yaw, others) + 100.0 * crowding(place, yaw, others)
+                0.5 * abs(yaw) + 10.0 * abs(shift) + 3.0 * abs(side) + 1.5 * self._misses[key]
+                + 2.0 * (crowded > 0) + 60.0 * crowded
+                + 1.0 * (crowded_there > 0) + 30.0 * crowded_there
                 + 50.0 * sum(overreach(self.env, p)
                              for p in (point, point + self.style.hover * UP, place))
                 + abs(place[1]) + 0.2 * place[0]
@@ -271,7 +291,7 @@ class PickPlaceExpert(Skill):
             case "close":
                 return grasp
             case "lift":
-                return np.array([*ee[:2], self._travel_height])
+                return self._lift_goal(ee)
             case "carry":
                 return np.array([*self._place_point()[:2], self._travel_height])
             case "lower":
@@ -280,12 +300,22 @@ class PickPlaceExpert(Skill):
                 return ee
         return ee + 0.03 * UP  # retreat
 
+    def _lift_goal(self, ee: np.ndarray) -> np.ndarray:
+        """Straight up, or first out from under what is above."""
+        goal = np.array([*ee[:2], self._travel_height])
+        out = self._lift_from + self._way_out
+        if self._way_out.any() and np.linalg.norm((ee - out)[:2]) > 0.015 \
+                and ee[2] < self._lift_from[2] + 0.06:
+            goal = out + 0.02 * UP
+        return goal
+
     def _approach_goal(self, ee: np.ndarray, grasp: np.ndarray) -> np.ndarray:
         """Over what is in the way, then to above the grasp."""
         goal = grasp + self.style.hover * UP
-        if np.linalg.norm((ee - grasp)[:2]) < _CORRIDOR:
+        left = np.linalg.norm((ee - grasp)[:2])
+        if left < _CORRIDOR:
             return goal
-        if ee[2] < self._approach_height - 0.02:
+        if ee[2] < self._approach_height - 0.05 and left > 2 * _CORRIDOR:
             return np.array([*ee[:2], self._approach_height])
         goal[2] = max(goal[2], self._approach_height)
         return goal

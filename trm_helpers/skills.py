@@ -98,10 +98,16 @@ class Boxes:
         low, high = self.corners(yaw)
         return low.min(axis=0), high.max(axis=0)
 
-    def depth(self, points: np.ndarray) -> float:
-        """How deep in metres the deepest of ``points`` (N, 3) is in a box; 0 outside of all."""
+    def share_inside(self, points: np.ndarray) -> float:
+        """Which share of ``points`` (N, 3) is in a box."""
         local = np.einsum("gji,ngj->ngi", self.rotation, points[:, None] - self.centre)
-        return max(0.0, float((self.half - np.abs(local)).min(axis=-1).max()))
+        return float((np.abs(local) < self.half).all(axis=-1).any(axis=-1).mean())
+
+    def near(self, point: np.ndarray, distance: float) -> Boxes:
+        """Those whose middle and corners may come nearer than ``distance`` to ``point`` (3,)."""
+        size = np.linalg.norm(self.half, axis=1)
+        some = np.linalg.norm(self.centre - point, axis=1) < size + distance
+        return Boxes(self.centre[some], self.rotation[some], self.half[some])
 
     def tops_along(self, start: np.ndarray, end: np.ndarray, corridor: float) -> np.ndarray:
         """Heights of those nearer than ``corridor`` metres to the straight way between points."""
@@ -126,17 +132,35 @@ def _open_gripper() -> np.ndarray:
     roots = _grid(along, (0.033, 0.041, 0.049, 0.057, 0.065), np.arange(0.025, 0.050, 0.008))
     hand = _grid((-0.022, -0.007, 0.007, 0.022), np.linspace(-0.1, 0.1, 26),
                  (0.033, 0.041, 0.05, 0.07, 0.09))
+    flange = _grid((-0.045, 0.0, 0.045), (-0.045, 0.0, 0.045), np.arange(0.1, 0.21, 0.02))
     fingers = np.concatenate([tips, roots])
-    return np.concatenate([fingers, fingers * (1, -1, 1), hand])
+    return np.concatenate([fingers, fingers * (1, -1, 1), hand, flange])
 
 
 _GRIPPER = _open_gripper()
 
 
 def crowding(point: np.ndarray, yaw: float, boxes: Boxes) -> float:
-    """How deep in metres the open gripper at ``point`` (3,) would be in boxes; 0: it has room."""
+    """Which share of the open gripper's outline would be in boxes with the site at ``point`` (3,).
+
+    Zero: it has room there.
+    """
     roomy = Boxes(boxes.centre, boxes.rotation, boxes.half + _ROOM)
-    return roomy.depth(point + _GRIPPER @ turned(yaw).T)
+    return roomy.share_inside(point + _GRIPPER @ turned(yaw).T)
+
+
+def way_out(points: np.ndarray, height: float, boxes: Boxes) -> np.ndarray:
+    """The shortest horizontal move (3,) after which ``points`` (N, 3) can go up by ``height``.
+
+    No move when there is nothing above, or no free place within 12 cm.
+    """
+    directions = [turned(angle)[0] for angle in np.radians(np.arange(0, 360, 45))]
+    moves = [np.zeros(3)] + [r * way for r in (0.04, 0.08, 0.12) for way in directions]
+    steps = np.arange(0.02, height, 0.03)[:, None, None] * UP  # (L, 1, 3)
+    for move in moves:
+        if boxes.share_inside((points + move + steps).reshape(-1, 3)) == 0:
+            return move
+    return moves[0]
 
 
 def overreach(env: LiberoEnv, point: np.ndarray) -> float:
