@@ -11,22 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .geometry import UP, Boxes, crowding, geoms_of, overreach, turned, way_out
 from .sim import LiberoEnv
 from .skills import (
     CLOSE_STEPS,
     DOWNWARD,
     OPEN_STEPS,
-    UP,
-    Boxes,
     Joint,
     OpenDrawer,
     Skill,
     Style,
     TurnKnob,
-    crowding,
-    overreach,
-    turned,
-    way_out,
 )
 
 __all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_place_goal"]
@@ -42,7 +37,7 @@ _CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its ri
 # brings joint 7 near the middle of its range, minus 90 near its end.
 _YAWS = np.radians([0, 30, -30, 60, -60, 90])
 _ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
-_COLUMN = np.arange(0.0, 0.2, 0.03)  # heights over the grasp at which the gripper needs room
+_COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
 _ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
 _PATIENCE = 50  # steps in a phase that mean that something is in the way
 
@@ -64,11 +59,11 @@ def make_expert(env: LiberoEnv, style: Style | None = None) -> Skill | SkillSequ
     verb = goal[0][0].lower() if len(goal) == 1 else ""
     if verb == "turnon":
         return TurnKnob(env, Joint(env, env.raw.get_object(goal[0][1]).joints[0]), style)
-    if verb == "open":
-        return OpenDrawer(env, _joint_of(env, goal[0][1]), style)
+    if verb == "open" and (joint := _joint_of(env, goal[0][1])) and joint.slides:
+        return OpenDrawer(env, joint, style)
     pick_place_goal(env)  # refuses the rest
     joint = _joint_of(env, goal[0][2])
-    if joint is not None and joint.opened() < joint.end / 2:
+    if joint and joint.slides and joint.opened() < joint.end / 2:
         return SkillSequence(lambda: OpenDrawer(env, joint, style),
                              lambda: PickPlaceExpert(env, style))
     return PickPlaceExpert(env, style)
@@ -99,7 +94,7 @@ class Grasp:
     offset: np.ndarray  # (3,) metres from the object's body
     yaw: float  # radians about the vertical; at zero the jaw closes along y
     bottom: float  # metres from the end effector down to the object's lowest point
-    cost: float
+    cost: float  # without that for narrow places
     key: tuple[float, float, float]  # the same for the same way of grasping, in every plan
 
 
@@ -123,6 +118,10 @@ class PickPlaceExpert(Skill):
         self.object, self.target = pick_place_goal(env)
         self._region = _region(env, env.raw.parsed_problem["goal_state"][0][2])
         self._slides = self.target is None
+        self._object_geoms = geoms_of(env, self.object)
+        self._other_geoms = geoms_of(
+            env, *(name for name in env.raw.obj_body_id if name != self.object))
+        self._target_geoms = geoms_of(env, self.target) if self.target else []
         self._misses: Counter = Counter()
         self._plan()
 
@@ -130,8 +129,8 @@ class PickPlaceExpert(Skill):
 
     def _plan(self) -> None:
         """Choose a grasp and the heights at which the gripper comes and the object travels."""
-        self.grasp = min(self._candidates(), key=lambda grasp: grasp.cost)
-        others = Boxes.of_all_but(self.env, self.object)
+        self.grasp = self._choose_grasp()
+        others = Boxes.of_geoms(self.env, self._other_geoms)
         ee, start = self.env.end_effector(), self.env.object_position(self.object)
         tops = others.tops_along(ee, start + self.grasp.offset, _CORRIDOR)
         self._approach_height = max(tops, default=0.0) + 0.03
@@ -148,19 +147,28 @@ class PickPlaceExpert(Skill):
 
     def _outline(self) -> np.ndarray:
         """Points (16, 3) around the object, as if it were round, at its top and bottom."""
-        low, high = Boxes.of(self.env, self.object).bounds()
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
         angles = np.arange(0, 2 * np.pi, np.pi / 4)
         ring = np.stack([np.cos(angles), np.sin(angles), np.ones(8)], axis=1)
         ring = np.concatenate([ring, ring * (1, 1, -1)])
         return (low + high) / 2 + ring * (high - low) / 2
 
-    def _candidates(self) -> list[Grasp]:
-        return [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
+    def _choose_grasp(self) -> Grasp:
+        """The candidate of least cost, that for narrow places included."""
+        candidates = [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
+        best, least = candidates[0], np.inf
+        for grasp in sorted(candidates, key=lambda grasp: grasp.cost):
+            if grasp.cost >= least:  # so is every other, and the rest of the cost is not negative
+                break
+            cost = grasp.cost + self._crowding_cost(grasp)
+            if cost < least:
+                best, least = grasp, cost
+        return best
 
     def _candidates_at(self, yaw: float) -> list[Grasp]:
         """Grasps with the jaw at one yaw: at the middle, or of a bowl at the rim's two sides."""
         position = self.env.object_position(self.object)
-        low, high = Boxes.of(self.env, self.object).bounds(yaw)
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(yaw)
         width = high[1] - low[1]
         if width > _OPENING:
             sides = (1.0, -1.0)
@@ -169,49 +177,46 @@ class PickPlaceExpert(Skill):
             sides = (0.0,)
             height = max((low[2] + high[2]) / 2, high[2] - _REACH)
         along, up = self.style.grasp_offset
-        others = Boxes.of_all_but(self.env, self.object)
-        end, support = self._support()
-        others = Boxes.of_all_but(self.env, self.object).near(position, 0.3)
-        around_end = Boxes.of_all_but(self.env, self.object).near(np.array([*end, support]), 0.3)
         grasps = []
         for side, shift in itertools.product(sides, _ALONG):
             point = (low + high) / 2
             point[0] += along + shift
             point[1] += side * (width / 2 - _RIM_INSET)
             point[2] = max(height + up, low[2] + _FINGERTIP)
-            point = turned(yaw) @ point
             bottom = point[2] - low[2]
-            offset = point - position
-            place = np.array([*(end + offset[:2]), support + bottom])
+            offset = turned(yaw) @ point - position
+            place = self._place_point(offset, bottom)
             key = (float(yaw), side, shift)
-            crowded = max(crowding(point + height * UP, yaw, others) for height in _COLUMN)
-            crowded_there = crowding(place, yaw, around_end)
             cost = (
                 0.5 * abs(yaw) + 10.0 * abs(shift) + 3.0 * abs(side) + 1.5 * self._misses[key]
-                + 2.0 * (crowded > 0) + 60.0 * crowded
-                + 1.0 * (crowded_there > 0) + 30.0 * crowded_there
-                + 50.0 * sum(overreach(self.env, p)
-                             for p in (point, point + self.style.hover * UP, place))
-                + abs(place[1]) + 0.2 * place[0]
+                + 50.0 * sum(overreach(self.env, position + offset + up * UP)
+                             for up in (0.0, self.style.hover))
+                + 50.0 * overreach(self.env, place)
+                + abs(place[1]) + 0.1 * (1.0 + place[0])  # rather near the arm's own plane
             )
             grasps.append(Grasp(offset, float(yaw), bottom, cost, key))
         return grasps
 
+    def _crowding_cost(self, grasp: Grasp) -> float:
+        """Cost of what the open gripper would touch on its way to the grasp and at the target."""
+        others = Boxes.of_geoms(self.env, self._other_geoms)
+        start = self.env.object_position(self.object) + grasp.offset
+        there = self._place_point(grasp.offset, grasp.bottom)
+        near_start, near_end = others.near(start, 0.3), others.near(there, 0.3)
+        here = max(crowding(start + height * UP, grasp.yaw, near_start) for height in _COLUMN)
+        there = crowding(there, grasp.yaw, near_end)
+        return 2.0 * (here > 0) + 60.0 * here + 1.0 * (there > 0) + 30.0 * there
+
     def _support(self) -> tuple[np.ndarray, float]:
         """Centre (2,) of where the object goes, and the height that its lowest point goes to."""
-        if self._region is not None:
-            centre, size = self._region()
-            if self.target is None or not self._is_container():
-                return centre[:2], centre[2] - size[2]
-        low, high = Boxes.of(self.env, self.target).bounds()
+        if self._region is not None and self.target not in self.env.raw.objects_dict:
+            centre, size = self._region()  # of the table or a fixture
+            return centre[:2], centre[2] - size[2]
+        low, high = Boxes.of_geoms(self.env, self._target_geoms).bounds()
         # into a container the object falls from its rim; onto a plate it is set down
-        height = high[2] if self._is_container() else (low[2] + high[2]) / 2
+        contains = high[2] - low[2] > _CONTAINER_DEPTH
+        height = high[2] if contains else (low[2] + high[2]) / 2
         return self.env.object_position(self.target)[:2], height
-
-    def _is_container(self) -> bool:
-        """A thing, not a fixture, that is deep."""
-        low, high = Boxes.of(self.env, self.target).bounds()
-        return self.target in self.env.raw.objects_dict and high[2] - low[2] > _CONTAINER_DEPTH
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -222,7 +227,7 @@ class PickPlaceExpert(Skill):
         match self.phase:
             case "approach":
                 aligned = np.abs(self._turn_left()).max() < 0.15
-                if aligned and off_axis < 0.012 and ee[2] - grasp[2] < self.style.hover + 0.02:
+                if aligned and off_axis < 0.02 and ee[2] - grasp[2] < self.style.hover + 0.02:
                     return "descend"
                 if self._steps_in_phase > 2 * _PATIENCE:
                     return self._missed()
@@ -270,11 +275,17 @@ class PickPlaceExpert(Skill):
     def _grasp_point(self) -> np.ndarray:
         return self.env.object_position(self.object) + self.grasp.offset
 
-    def _place_point(self) -> np.ndarray:
-        """Where the end effector opens so that the object's body is over the target's centre."""
+    def _place_point(self, hang: np.ndarray | None = None,
+                     bottom: float | None = None) -> np.ndarray:
+        """Where the end effector opens so that the object's body is over the target's centre.
+
+        ``hang`` is where the end effector is from the object's body: where it is now.
+        """
+        if hang is None:
+            hang = self.env.end_effector() - self.env.object_position(self.object)
+            bottom = self.grasp.bottom
         centre, support = self._support()
-        hang = self.env.end_effector() - self.env.object_position(self.object)
-        return np.array([*(centre + hang[:2]), support + self.grasp.bottom + 0.005])
+        return np.array([*(centre + hang[:2]), support + bottom + 0.005])
 
     # --- motion -----------------------------------------------------------------------------------
 
