@@ -128,9 +128,6 @@ class Joint:
         """Unit vector (3,) along which, or about which, it opens."""
         return self.sign * np.array(self.env.sim.data._data.xaxis[self.id])
 
-    def anchor(self) -> np.ndarray:
-        return np.array(self.env.sim.data._data.xanchor[self.id])
-
 
 class OpenDrawer(Skill):
     """Grasps a drawer's handle with the gripper tilted towards it, and pulls along its rail.
@@ -162,7 +159,9 @@ class OpenDrawer(Skill):
 
     def _handle(self) -> np.ndarray:
         middle = np.array(self.env.sim.data.geom_xpos[self._handle_geom])
-        return middle - self._BACK * self._pointing
+        along, _ = self.style.grasp_offset
+        across = np.cross(self._pointing, self._wide)
+        return middle - self._BACK * self._pointing + along * across
 
     def _orientation(self) -> np.ndarray:
         if self.phase == "away":
