@@ -65,7 +65,7 @@ def test_the_gripper_needs_room_for_its_hand_and_its_fingers():
 
 def test_a_thing_is_moved_out_from_under_what_is_above_it():
     thing = np.array([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0]])
-    shelf = boxes([[0.03, -1.0, 0.1], [1.0, 1.0, 0.2]])
+    shelf = boxes([[0.015, -1.0, 0.1], [1.0, 1.0, 0.2]])
     assert np.allclose(geometry.way_out(thing, 0.3, shelf), [-0.04, 0, 0])
     assert not geometry.way_out(thing, 0.08, shelf).any()  # it does not go up that far
     roof = boxes([[-1.0, -1.0, 0.1], [1.0, 1.0, 0.2]])
