@@ -76,7 +76,7 @@ def test_only_what_is_near_the_way_is_passed_over():
     things = boxes([[0.4, 0.05, 0], [0.6, 0.1, 0.3]], [[0.4, 0.2, 0], [0.6, 0.3, 0.5]])
     tops = things.tops_along(np.zeros(3), np.array([1.0, 0, 0]), 0.06)
     assert tops.tolist() == [0.3]
-    assert len(things.near(np.array([0.5, 0.0, 0.1]), 0.02).centre) == 1
+    assert len(things.near(np.array([0.5, 0.0, 0.1]), 0.01).centre) == 1
 
 
 def test_reach_is_measured_from_the_shoulder():

@@ -94,8 +94,8 @@ class Grasp:
     offset: np.ndarray  # (3,) metres from the object's body
     yaw: float  # radians about the vertical; at zero the jaw closes along y
     bottom: float  # metres from the end effector down to the object's lowest point
-    cost: float  # without that for narrow places
     key: tuple[float, float, float]  # the same for the same way of grasping, in every plan
+    cost: float  # without that for narrow places
 
 
 class PickPlaceExpert(Skill):
@@ -154,7 +154,10 @@ class PickPlaceExpert(Skill):
         return (low + high) / 2 + ring * (high - low) / 2
 
     def _choose_grasp(self) -> Grasp:
-        """The candidate of least cost, that for narrow places included."""
+        """The candidate of least cost.
+
+        What the gripper would touch is worked out, at 5 ms each, only for those that may win.
+        """
         candidates = [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
         best, least = candidates[0], np.inf
         for grasp in sorted(candidates, key=lambda grasp: grasp.cost):
@@ -189,22 +192,21 @@ class PickPlaceExpert(Skill):
             key = (float(yaw), side, shift)
             cost = (
                 0.5 * abs(yaw) + 10.0 * abs(shift) + 3.0 * abs(side) + 1.5 * self._misses[key]
-                + 50.0 * sum(overreach(self.env, position + offset + up * UP)
-                             for up in (0.0, self.style.hover))
-                + 50.0 * overreach(self.env, place)
+                + 50.0 * sum(overreach(self.env, reached) for reached in (
+                    position + offset, position + offset + self.style.hover * UP, place))
                 + abs(place[1]) + 0.1 * (1.0 + place[0])  # rather near the arm's own plane
             )
-            grasps.append(Grasp(offset, float(yaw), bottom, cost, key))
+            grasps.append(Grasp(offset, float(yaw), bottom, key, cost))
         return grasps
 
     def _crowding_cost(self, grasp: Grasp) -> float:
         """Cost of what the open gripper would touch on its way to the grasp and at the target."""
         others = Boxes.of_geoms(self.env, self._other_geoms)
         start = self.env.object_position(self.object) + grasp.offset
-        there = self._place_point(grasp.offset, grasp.bottom)
-        near_start, near_end = others.near(start, 0.3), others.near(there, 0.3)
-        here = max(crowding(start + height * UP, grasp.yaw, near_start) for height in _COLUMN)
-        there = crowding(there, grasp.yaw, near_end)
+        end = self._place_point(grasp.offset, grasp.bottom)
+        around_start, around_end = others.near(start, 0.3), others.near(end, 0.3)
+        here = max(crowding(start + height * UP, grasp.yaw, around_start) for height in _COLUMN)
+        there = crowding(end, grasp.yaw, around_end)
         return 2.0 * (here > 0) + 60.0 * here + 1.0 * (there > 0) + 30.0 * there
 
     def _support(self) -> tuple[np.ndarray, float]:
