@@ -70,6 +70,8 @@ def test_a_thing_is_moved_out_from_under_what_is_above_it():
     assert not geometry.way_out(thing, 0.08, shelf).any()  # it does not go up that far
     roof = boxes([[-1.0, -1.0, 0.1], [1.0, 1.0, 0.2]])
     assert not geometry.way_out(thing, 0.3, roof).any()  # there is no way out
+    wall = boxes([[0.015, -1.0, 0.1], [1.0, 1.0, 0.101]], [[-0.03, -1.0, 0.0], [-0.02, 1.0, 0.05]])
+    assert not geometry.way_out(thing, 0.3, wall).any()  # the way there is barred
 
 
 def test_only_what_is_near_the_way_is_passed_over():

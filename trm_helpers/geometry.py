@@ -115,10 +115,14 @@ def way_out(points: np.ndarray, height: float, boxes: Boxes) -> np.ndarray:
     No move when there is nothing above, or no free place within 12 cm.
     """
     directions = [turned(angle)[0] for angle in np.radians(np.arange(0, 360, 45))]
-    moves = [np.zeros(3)] + [r * way for r in (0.04, 0.08, 0.12) for way in directions]
-    steps = np.arange(0.02, height, 0.03)[:, None, None] * UP  # (L, 1, 3)
+    moves = [np.zeros(3)] + [r * way for r in (0.02, 0.04, 0.08, 0.12) for way in directions]
+    solid = Boxes(boxes.centre, boxes.rotation, np.maximum(boxes.half, 0.003))  # boards are thin
+    begin = 0.02  # it is lifted off its support, moved, then lifted on
+    up = np.arange(begin, height, 0.005)[:, None, None] * UP  # (L, 1, 3)
     for move in moves:
-        if boxes.share_inside((points + move + steps).reshape(-1, 3)) == 0:
+        aside = begin * UP + np.linspace(0, 1, 10)[:, None, None] * move  # (10, 1, 3)
+        way = np.concatenate([points + aside, points + move + up]).reshape(-1, 3)
+        if solid.share_inside(way) == 0:
             return move
     return moves[0]
 
