@@ -29,8 +29,9 @@ __all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_pla
 _OPENING = 0.07  # widest thing that goes between the fingers, in metres
 _RIM_INSET = 0.005  # how far inside an object's outline its wall is
 _RIM_DEPTH = 0.018  # how deep a rim goes between the fingers; at 0.012 it slips now and then
+_FINGER_WIDTH = 0.02  # metres along the jaw
 _FINGERTIP = 0.014  # lowest height of the end-effector site above a support
-_REACH = 0.026  # how deep an object goes between the fingers before it meets the palm
+_REACH = 0.032  # how deep an object goes between the fingers before it meets the palm
 _CORRIDOR = 0.06  # what is nearer than this to the straight way is passed over
 _CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its rim
 # Turning the gripper takes time, so a yaw other than zero has to be worth it. Plus 90 degrees
@@ -39,7 +40,7 @@ _YAWS = np.radians([0, 30, -30, 60, -60, 90])
 _ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
 _COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
 _ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
-_PATIENCE = 50  # steps in a phase that mean that something is in the way
+_PATIENCE = 60  # steps in a phase that mean that something is in the way
 
 
 def make_expert(env: LiberoEnv, style: Style | None = None) -> Skill | SkillSequence:
@@ -143,15 +144,16 @@ class PickPlaceExpert(Skill):
         start = start[:2] + 0.25 * (end - start[:2])  # it leaves what stands beside it straight up
         tops = others.tops_along(start, end, _CORRIDOR)
         self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
-        self._way_out = way_out(self._outline(), self._travel_height - self._lift_from[2], others)
+        self._way_out = way_out(self._outline(), self._travel_height - self._lift_from[2],
+                                others.near(self._lift_from, 0.3))
 
     def _outline(self) -> np.ndarray:
-        """Points (16, 3) around the object, as if it were round, at its top and bottom."""
+        """Points (64, 3) of the object's top and bottom, as if it were round."""
         low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
-        angles = np.arange(0, 2 * np.pi, np.pi / 4)
-        ring = np.stack([np.cos(angles), np.sin(angles), np.ones(8)], axis=1)
-        ring = np.concatenate([ring, ring * (1, 1, -1)])
-        return (low + high) / 2 + ring * (high - low) / 2
+        radius, angle, end = np.meshgrid(
+            (0.6, 1.0), np.arange(0, 2 * np.pi, np.pi / 8), (-1.0, 1.0))
+        disc = np.stack([radius * np.cos(angle), radius * np.sin(angle), end], axis=-1)
+        return (low + high) / 2 + disc.reshape(-1, 3) * (high - low) / 2
 
     def _choose_grasp(self) -> Grasp:
         """The candidate of least cost.
@@ -180,8 +182,10 @@ class PickPlaceExpert(Skill):
             sides = (0.0,)
             height = max((low[2] + high[2]) / 2, high[2] - _REACH)
         along, up = self.style.grasp_offset
+        room = (high[0] - low[0]) / 2 - _FINGER_WIDTH  # or the fingers close beside the object
+        shifts = [shift for shift in _ALONG if abs(shift) <= max(room, 0.0)]
         grasps = []
-        for side, shift in itertools.product(sides, _ALONG):
+        for side, shift in itertools.product(sides, shifts):
             point = (low + high) / 2
             point[0] += along + shift
             point[1] += side * (width / 2 - _RIM_INSET)
@@ -231,7 +235,7 @@ class PickPlaceExpert(Skill):
                 aligned = np.abs(self._turn_left()).max() < 0.15
                 if aligned and off_axis < 0.02 and ee[2] - grasp[2] < self.style.hover + 0.02:
                     return "descend"
-                if self._steps_in_phase > 2 * _PATIENCE:
+                if self._steps_in_phase > _PATIENCE:
                     return self._missed()
             case "descend":
                 if off_axis > 0.03:
@@ -243,7 +247,9 @@ class PickPlaceExpert(Skill):
             case "close":
                 if self._steps_in_phase >= CLOSE_STEPS:
                     return "lift" if held else self._missed()
-            case "lift" | "carry" | "lower" if not held:
+            case "lift" if not held:
+                return self._missed()
+            case "carry" | "lower" if not held:
                 return "release"
             case "lift":
                 if ee[2] > self._travel_height - 0.015:
@@ -317,7 +323,7 @@ class PickPlaceExpert(Skill):
         """Straight up, or first out from under what is above."""
         goal = np.array([*ee[:2], self._travel_height])
         out = self._lift_from + self._way_out
-        if self._way_out.any() and np.linalg.norm((ee - out)[:2]) > 0.015 \
+        if self._way_out.any() and np.linalg.norm((ee - out)[:2]) > 0.008 \
                 and ee[2] < self._lift_from[2] + 0.06:
             goal = out + 0.02 * UP
         return goal
