@@ -9,20 +9,21 @@ they are the official init states 0, 1, ..., used to test the expert and never t
 
 import argparse
 import functools
+import sys
 from concurrent.futures import as_completed
 
 import numpy as np
 
 from trm_helpers import schema
 from trm_helpers.collect import Disturbance
-from trm_helpers.experts import PickPlaceExpert, Style
+from trm_helpers.experts import Style, make_expert
 from trm_helpers.sim import LiberoEnv, load_task, worker_pool
 from trm_helpers.stats import wilson_interval
 
 
 def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_id: int) -> dict:
     """Successes and mean length of successful episodes of one task."""
-    lengths = []
+    lengths, failed = [], []
     with LiberoEnv(suite, task_id) as env:
         for episode in range(episodes):
             if init_states:
@@ -30,7 +31,7 @@ def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_i
             else:
                 env.reset(seed=1000 + episode)
             generator = np.random.default_rng([task_id, episode])
-            expert = PickPlaceExpert(env, Style.sample(generator))
+            expert = make_expert(env, Style.sample(generator))
             disturbance = Disturbance(generator) if disturb else None
             for step in range(env.horizon):
                 action = expert.act()
@@ -38,7 +39,9 @@ def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_i
                 if success:
                     lengths.append(step + 1)
                     break
-    return {"task_id": task_id, "successes": len(lengths),
+            else:
+                failed.append(episode)
+    return {"task_id": task_id, "successes": len(lengths), "failed": failed,
             "mean_length": float(np.mean(lengths)) if lengths else float("nan")}
 
 
@@ -54,8 +57,11 @@ def main() -> None:
     tasks = given.tasks or range(schema.SUITES[given.suite])
     job = functools.partial(run_task, given.suite, given.episodes, given.init_states,
                             given.disturb)
+    rows = []
     with worker_pool(given.workers) as pool:
-        rows = [done.result() for done in as_completed([pool.submit(job, t) for t in tasks])]
+        for done in as_completed([pool.submit(job, task_id) for task_id in tasks]):
+            rows.append(done.result())
+            print(rows[-1], file=sys.stderr, flush=True)  # the failed episodes, to look into
     print("| task | instruction | successes | 95 % interval | mean steps |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row["task_id"]):
         low, high = wilson_interval(row["successes"], given.episodes)

@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 from . import paths, schema
 from .config import Config
-from .experts import PickPlaceExpert, Style
+from .experts import Style, make_expert
 from .files import replacing
 from .sim import LiberoEnv, load_task, worker_pool
 from .validate import check_demo_file, find_demonstrations, human_demonstrations
 
-_MAX_STEPS = 220  # an attempt that takes longer is a failure
 _MAX_FAILURES = 20  # more failures than successes and this many: the expert cannot do the task
 
 
@@ -228,11 +227,11 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
         (T, 7), the ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
     """
     observation = env.reset(seed=int(generator.integers(2**31)))
-    expert = PickPlaceExpert(env, Style.sample(generator))
+    expert = make_expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
     record = {"observations": [], "actions": [], "executed_actions": [], "states": [],
               "model_file": env.model_xml()}
-    for _ in range(_MAX_STEPS):
+    for _ in range(env.horizon):  # what takes longer is a failure
         action = expert.act()
         executed = disturbance.apply(action) if disturbance else action
         record["observations"].append({key: observation[key] for key in observation})

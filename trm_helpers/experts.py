@@ -1,58 +1,108 @@
-"""Scripted demonstrators: a state machine on privileged object positions, acting as a person would.
+"""Scripted demonstrators, chosen by the goal's BDDL predicates: what a person would do, scripted.
 
-It commands the same seven numbers as a policy: end-effector deltas and the gripper. Its state is
-re-decided from the scene in every step, so that it recovers when it is pushed or drops the object.
+They command the same seven numbers as a policy: end-effector deltas and the gripper.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from . import schema
+from .geometry import UP, Boxes, crowding, geoms_of, overreach, turned, way_out
 from .sim import LiberoEnv
+from .skills import (
+    CLOSE_STEPS,
+    DOWNWARD,
+    OPEN_STEPS,
+    Joint,
+    OpenDrawer,
+    Skill,
+    Style,
+    TurnKnob,
+)
 
-# One control step at full command moves the end effector 13 mm (measured, OSC_POSE at 20 Hz), so
-# the error is scaled to command less than the distance left; 1.0 overshoots by 9 mm, 0.7 by 2 mm.
-_GAIN = 0.7
-_METRES_PER_UNIT = 0.05
-_RADIANS_PER_UNIT = 0.5
-# the end-effector site with the gripper pointing down and the fingers closing along y
-_DOWNWARD = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+__all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_place_goal"]
+
 _OPENING = 0.07  # widest thing that goes between the fingers, in metres
-_RIM_INSET = 0.004  # how far inside an object's outline its wall is
-_FINGER_ROOM = 0.015  # what a finger outside a rim needs, in metres
-_FINGERTIP = 0.011  # lowest height of the end-effector site above a support
-_REACH = 0.035  # how deep an object goes between the fingers before it meets the palm
+_RIM_INSET = 0.005  # how far inside an object's outline its wall is
+_RIM_DEPTH = 0.018  # how deep a rim goes between the fingers; at 0.012 it slips now and then
+_FINGER_WIDTH = 0.02  # metres along the jaw
+_FINGERTIP = 0.014  # lowest height of the end-effector site above a support
+_REACH = 0.032  # how deep an object goes between the fingers before it meets the palm
 _CORRIDOR = 0.06  # what is nearer than this to the straight way is passed over
-_CLOSE_STEPS = 9  # until the fingers hold
-_OPEN_STEPS = 4
+_CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its rim
+# Turning the gripper takes time, so a yaw other than zero has to be worth it. Plus 90 degrees
+# brings joint 7 near the middle of its range, minus 90 near its end.
+_YAWS = np.radians([0, 30, -30, 60, -60, 90])
+_ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
+_COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
+_ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
+_PATIENCE = 60  # steps in a phase that mean that something is in the way
+
+
+def make_expert(env: LiberoEnv, style: Style | None = None) -> Skill | SkillSequence:
+    """The expert for the task's goal: an object with ``act()``, an action (7,) for each step.
+
+    ``On`` and ``In`` are one pick-and-place, after opening the drawer when the target is inside a
+    closed one; ``Open`` pulls a drawer, ``TurnOn`` turns a knob.
+
+    Args:
+        env: the environment, already reset.
+        style: timing and path; the default is the plain one.
+
+    Raises:
+        ValueError: the goal is another one, or more than one predicate.
+    """
+    goal = env.raw.parsed_problem["goal_state"]
+    verb = goal[0][0].lower() if len(goal) == 1 else ""
+    if verb == "turnon":
+        return TurnKnob(env, Joint(env, env.raw.get_object(goal[0][1]).joints[0]), style)
+    if verb == "open" and (joint := _joint_of(env, goal[0][1])) and joint.slides:
+        return OpenDrawer(env, joint, style)
+    pick_place_goal(env)  # refuses the rest
+    joint = _joint_of(env, goal[0][2])
+    if joint and joint.slides and joint.opened() < joint.end / 2:
+        return SkillSequence(lambda: OpenDrawer(env, joint, style),
+                             lambda: PickPlaceExpert(env, style))
+    return PickPlaceExpert(env, style)
+
+
+class SkillSequence:
+    """Skills one after the other; each is planned when the one before has finished."""
+
+    def __init__(self, *makers):
+        self._makers = list(makers)
+        self.current: Skill = self._makers.pop(0)()
+
+    @property
+    def phase(self) -> str:
+        return self.current.phase
+
+    def act(self) -> np.ndarray:
+        """The action (7,) for the scene as it is now, in [-1, 1]."""
+        if self._makers and self.current.finished():
+            self.current = self._makers.pop(0)()
+        return self.current.act()
 
 
 @dataclass(frozen=True)
-class Style:
-    """What varies from one demonstration to the next, as it does for a person."""
+class Grasp:
+    """Where the end effector grasps an object, and what speaks against it."""
 
-    speed: float = 1.0  # largest command along any axis
-    hover: float = 0.06  # metres above the grasp before descending
-    clearance: float = 0.04  # metres between the carried object and what it passes over
-    grasp_offset: tuple[float, float] = (0.0, 0.0)  # metres along x and in height
-
-    @classmethod
-    def sample(cls, generator: np.random.Generator) -> Style:
-        return cls(
-            speed=generator.uniform(0.85, 1.0),
-            hover=generator.uniform(0.05, 0.08),
-            clearance=generator.uniform(0.03, 0.05),
-            grasp_offset=(generator.uniform(-0.004, 0.004), generator.uniform(-0.003, 0.003)),
-        )
+    offset: np.ndarray  # (3,) metres from the object's body
+    yaw: float  # radians about the vertical; at zero the jaw closes along y
+    bottom: float  # metres from the end effector down to the object's lowest point
+    key: tuple[float, float, float]  # the same for the same way of grasping, in every plan
+    cost: float  # without that for narrow places
 
 
-class PickPlaceExpert:
+class PickPlaceExpert(Skill):
     """Picks the object of the task's goal up and places it on, or in, the goal's target.
 
-    The goal is read from the task's BDDL predicates (``On a b``, ``In a b``).
+    A target that is a part of the table has the object pushed there: held at its edge, it slides.
 
     Args:
         env: the environment, already reset.
@@ -62,72 +112,117 @@ class PickPlaceExpert:
         ValueError: the goal is not one pick-and-place.
     """
 
-    def __init__(self, env: LiberoEnv, style: Style | None = None):
-        self.env = env
-        self.style = style or Style()
-        self.object, self.target = pick_place_goal(env)
-        self.phase = "approach"
-        self._steps_in_phase = 0
-        low, high = _bounds(env, self.object)
-        self._grasp_offset, self._bottom = self._plan_grasp(low, high)
-        self._travel_height = self._plan_travel()
+    closed = ("close", "lift", "carry", "lower")
 
-    def act(self) -> np.ndarray:
-        """The action (7,) for the scene as it is now, in [-1, 1]."""
-        phase = self._next_phase()
-        self._steps_in_phase = self._steps_in_phase + 1 if phase == self.phase else 0
-        self.phase = phase
-        gripper = schema.GRIPPER_CLOSED if phase in ("close", "lift", "carry", "lower") \
-            else schema.GRIPPER_OPEN
-        return np.concatenate([self._servo(self._goal()), self._upright(), [gripper]])
+    def __init__(self, env: LiberoEnv, style: Style | None = None):
+        super().__init__(env, style)
+        self.object, self.target = pick_place_goal(env)
+        self._region = _region(env, env.raw.parsed_problem["goal_state"][0][2])
+        self._slides = self.target is None
+        self._object_geoms = geoms_of(env, self.object)
+        self._other_geoms = geoms_of(
+            env, *(name for name in env.raw.obj_body_id if name != self.object))
+        self._target_geoms = geoms_of(env, self.target) if self.target else []
+        self._misses: Counter = Counter()
+        self._plan()
 
     # --- planning ---------------------------------------------------------------------------------
 
-    def _plan_grasp(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, float]:
-        """Where the end effector grasps, from the object's body, and how far the object hangs."""
-        position = self.env.object_position(self.object)
-        centre = (low + high) / 2 - position
-        width = high[1] - low[1]
-        along, up = self.style.grasp_offset
-        if width > _OPENING:  # a bowl: its rim
-            centre[1] += self._rim_side(position, width) * (width / 2 - _RIM_INSET)
-            height = high[2] - 0.012
-        else:
-            height = max((low[2] + high[2]) / 2, high[2] - _REACH)
-        grasp = np.array([centre[0] + along, centre[1], height + up - position[2]])
-        grasp[2] = max(grasp[2], low[2] + _FINGERTIP - position[2])
-        return grasp, height - low[2]
+    def _plan(self) -> None:
+        """Choose a grasp and the heights at which the gripper comes and the object travels."""
+        self.grasp = self._choose_grasp()
+        others = Boxes.of_geoms(self.env, self._other_geoms)
+        ee, start = self.env.end_effector(), self.env.object_position(self.object)
+        tops = others.tops_along(ee, start + self.grasp.offset, _CORRIDOR)
+        self._approach_height = max(tops, default=0.0) + 0.03
+        end, support = self._support()
+        self._lift_from = start + self.grasp.offset
+        self._way_out = np.zeros(3)
+        if self._slides:
+            self._travel_height = self._lift_from[2]
+            return
+        start = start[:2] + 0.25 * (end - start[:2])  # it leaves what stands beside it straight up
+        tops = others.tops_along(start, end, _CORRIDOR)
+        self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
+        self._way_out = way_out(self._outline(), self._travel_height - self._lift_from[2],
+                                others.near(self._lift_from, 0.3))
 
-    def _rim_side(self, position: np.ndarray, width: float) -> float:
-        """+1 or -1 along y: where the finger outside has room, then where the arm reaches less far.
+    def _outline(self) -> np.ndarray:
+        """Points (64, 3) of the object's top and bottom, as if it were round."""
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
+        radius, angle, end = np.meshgrid(
+            (0.6, 1.0), np.arange(0, 2 * np.pi, np.pi / 8), (-1.0, 1.0))
+        disc = np.stack([radius * np.cos(angle), radius * np.sin(angle), end], axis=-1)
+        return (low + high) / 2 + disc.reshape(-1, 3) * (high - low) / 2
 
-        At the target the end effector stands on the same side of the object.
+    def _choose_grasp(self) -> Grasp:
+        """The candidate of least cost.
+
+        What the gripper would touch is worked out, at 5 ms each, only for those that may win.
         """
-        target = self.env.object_position(self.target)
+        candidates = [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
+        best, least = candidates[0], np.inf
+        for grasp in sorted(candidates, key=lambda grasp: grasp.cost):
+            if grasp.cost >= least:  # so is every other, and the rest of the cost is not negative
+                break
+            cost = grasp.cost + self._crowding_cost(grasp)
+            if cost < least:
+                best, least = grasp, cost
+        return best
 
-        def cost(side: float) -> float:
-            finger = position[:2] + [0.0, side * (width / 2 + _FINGER_ROOM)]
-            crowded = any(
-                np.linalg.norm(finger - np.clip(finger, low[:2], high[:2])) < _FINGER_ROOM
-                for name in self.env.raw.obj_body_id if name != self.object
-                for low, high in [_bounds(self.env, name)]
-                if high[2] > position[2] + _RIM_INSET
+    def _candidates_at(self, yaw: float) -> list[Grasp]:
+        """Grasps with the jaw at one yaw: at the middle, or of a bowl at the rim's two sides."""
+        position = self.env.object_position(self.object)
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(yaw)
+        width = high[1] - low[1]
+        if width > _OPENING:
+            sides = (1.0, -1.0)
+            height = high[2] - _RIM_DEPTH
+        else:
+            sides = (0.0,)
+            height = max((low[2] + high[2]) / 2, high[2] - _REACH)
+        along, up = self.style.grasp_offset
+        room = (high[0] - low[0]) / 2 - _FINGER_WIDTH  # or the fingers close beside the object
+        shifts = [shift for shift in _ALONG if abs(shift) <= max(room, 0.0)]
+        grasps = []
+        for side, shift in itertools.product(sides, shifts):
+            point = (low + high) / 2
+            point[0] += along + shift
+            point[1] += side * (width / 2 - _RIM_INSET)
+            point[2] = max(height + up, low[2] + _FINGERTIP)
+            bottom = point[2] - low[2]
+            offset = turned(yaw) @ point - position
+            place = self._place_point(offset, bottom)
+            key = (float(yaw), side, shift)
+            cost = (
+                0.5 * abs(yaw) + 10.0 * abs(shift) + 3.0 * abs(side) + 1.5 * self._misses[key]
+                + 50.0 * sum(overreach(self.env, reached) for reached in (
+                    position + offset, position + offset + self.style.hover * UP, place))
+                + abs(place[1]) + 0.1 * (1.0 + place[0])  # rather near the arm's own plane
             )
-            return 10.0 * crowded + abs(target[1] + side * width / 2)
+            grasps.append(Grasp(offset, float(yaw), bottom, key, cost))
+        return grasps
 
-        return min((1.0, -1.0), key=cost)
+    def _crowding_cost(self, grasp: Grasp) -> float:
+        """Cost of what the open gripper would touch on its way to the grasp and at the target."""
+        others = Boxes.of_geoms(self.env, self._other_geoms)
+        start = self.env.object_position(self.object) + grasp.offset
+        end = self._place_point(grasp.offset, grasp.bottom)
+        around_start, around_end = others.near(start, 0.3), others.near(end, 0.3)
+        here = max(crowding(start + height * UP, grasp.yaw, around_start) for height in _COLUMN)
+        there = crowding(end, grasp.yaw, around_end)
+        return 2.0 * (here > 0) + 60.0 * here + 1.0 * (there > 0) + 30.0 * there
 
-    def _plan_travel(self) -> float:
-        """Height of the end effector at which the hanging object passes over what is in the way."""
-        start, end = (self.env.object_position(name)[:2] for name in (self.object, self.target))
-        path = np.linspace(start, end, 20)[5:]  # it leaves what stands beside it straight up
-        tops = []
-        for name in self.env.raw.obj_body_id:
-            low, high = _bounds(self.env, name)
-            beside = path - np.clip(path, low[:2], high[:2])  # from the nearest point of its box
-            if name != self.object and np.linalg.norm(beside, axis=1).min() < _CORRIDOR:
-                tops.append(high[2])
-        return max(tops) + self._bottom + self.style.clearance
+    def _support(self) -> tuple[np.ndarray, float]:
+        """Centre (2,) of where the object goes, and the height that its lowest point goes to."""
+        if self._region is not None and self.target not in self.env.raw.objects_dict:
+            centre, size = self._region()  # of the table or a fixture
+            return centre[:2], centre[2] - size[2]
+        low, high = Boxes.of_geoms(self.env, self._target_geoms).bounds()
+        # into a container the object falls from its rim; onto a plate it is set down
+        contains = high[2] - low[2] > _CONTAINER_DEPTH
+        height = high[2] if contains else (low[2] + high[2]) / 2
+        return self.env.object_position(self.target)[:2], height
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -137,17 +232,24 @@ class PickPlaceExpert:
         held = self._holding()
         match self.phase:
             case "approach":
-                if off_axis < 0.012 and ee[2] - grasp[2] < self.style.hover + 0.02:
+                aligned = np.abs(self._turn_left()).max() < 0.15
+                if aligned and off_axis < 0.02 and ee[2] - grasp[2] < self.style.hover + 0.02:
                     return "descend"
+                if self._steps_in_phase > _PATIENCE:
+                    return self._missed()
             case "descend":
                 if off_axis > 0.03:
                     return "approach"
                 if off_axis < 0.008 and abs(ee[2] - grasp[2]) < 0.006:
                     return "close"
+                if self._steps_in_phase > _PATIENCE / 2:  # it touches something
+                    return "close" if np.linalg.norm(ee - grasp) < 0.02 else self._missed()
             case "close":
-                if self._steps_in_phase >= _CLOSE_STEPS:
-                    return "lift" if held else "release"
-            case "lift" | "carry" | "lower" if not held:
+                if self._steps_in_phase >= CLOSE_STEPS:
+                    return "lift" if held else self._missed()
+            case "lift" if not held:
+                return self._missed()
+            case "carry" | "lower" if not held:
                 return "release"
             case "lift":
                 if ee[2] > self._travel_height - 0.015:
@@ -156,78 +258,102 @@ class PickPlaceExpert:
                 if np.linalg.norm((ee - self._place_point())[:2]) < 0.018:
                     return "lower"
             case "lower":
-                if np.linalg.norm((ee - self._place_point())[:2]) > 0.03:
+                if np.linalg.norm((ee - self._place_point())[:2]) > 0.06:
                     return "lift"
-                if ee[2] - self._place_point()[2] < 0.008:
+                if ee[2] - self._place_point()[2] < 0.008 or self._steps_in_phase > _PATIENCE:
                     return "release"
             case "release":
-                if self._steps_in_phase >= _OPEN_STEPS:
+                if self._steps_in_phase >= OPEN_STEPS:
                     return "retreat"
             case "retreat":
                 if self._steps_in_phase >= 8:
+                    self._plan()
                     return "approach"
         return self.phase
 
+    def _missed(self) -> str:
+        self._misses[self.grasp.key] += 1  # another way of grasping is tried before long
+        return "release"
+
     def _holding(self) -> bool:
         """The fingers are apart though they are closing, and the object is between them."""
-        near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.03
+        near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.04
         return bool(near and self.env.fingers() > 0.002)
 
     def _grasp_point(self) -> np.ndarray:
-        return self.env.object_position(self.object) + self._grasp_offset
+        return self.env.object_position(self.object) + self.grasp.offset
 
-    def _place_point(self) -> np.ndarray:
-        """Where the end effector opens so that the object's body is over the target's centre."""
-        low, high = _bounds(self.env, self.target)
-        hang = self.env.end_effector() - self.env.object_position(self.object)
-        point = self.env.object_position(self.target) + hang
-        inside = self._is_container(low, high)
-        # into a container the object falls from its rim; onto a plate it is set down
-        support = high[2] if inside else (low[2] + high[2]) / 2
-        point[2] = support + self._bottom + 0.005
-        return point
+    def _place_point(self, hang: np.ndarray | None = None,
+                     bottom: float | None = None) -> np.ndarray:
+        """Where the end effector opens so that the object's body is over the target's centre.
 
-    def _is_container(self, low: np.ndarray, high: np.ndarray) -> bool:
-        return high[2] - low[2] > 0.05
+        ``hang`` is where the end effector is from the object's body: where it is now.
+        """
+        if hang is None:
+            hang = self.env.end_effector() - self.env.object_position(self.object)
+            bottom = self.grasp.bottom
+        centre, support = self._support()
+        return np.array([*(centre + hang[:2]), support + bottom + 0.005])
 
     # --- motion -----------------------------------------------------------------------------------
 
+    def _orientation(self) -> np.ndarray:
+        return turned(self.grasp.yaw) @ DOWNWARD
+
     def _goal(self) -> np.ndarray:
         ee, grasp = self.env.end_effector(), self._grasp_point()
-        up = np.array([0, 0, 1.0])
         match self.phase:
             case "approach":
-                return grasp + up * self.style.hover
-            case "descend" | "close":
+                return self._approach_goal(ee, grasp)
+            case "descend":
+                return _straight_down(ee, grasp)
+            case "close":
                 return grasp
             case "lift":
-                return np.array([*ee[:2], self._travel_height])
+                return self._lift_goal(ee)
             case "carry":
                 return np.array([*self._place_point()[:2], self._travel_height])
             case "lower":
-                return self._place_point()
+                return _straight_down(ee, self._place_point())
             case "release":
                 return ee
-        return ee + up * 0.03  # retreat
+        return ee + 0.03 * UP  # retreat
 
-    def _servo(self, goal: np.ndarray) -> np.ndarray:
-        command = _GAIN * (goal - self.env.end_effector()) / _METRES_PER_UNIT
-        return command * min(1.0, self.style.speed / max(np.abs(command).max(), 1e-9))
+    def _lift_goal(self, ee: np.ndarray) -> np.ndarray:
+        """Straight up, or first out from under what is above."""
+        goal = np.array([*ee[:2], self._travel_height])
+        out = self._lift_from + self._way_out
+        if self._way_out.any() and np.linalg.norm((ee - out)[:2]) > 0.008 \
+                and ee[2] < self._lift_from[2] + 0.06:
+            goal = out + 0.02 * UP
+        return goal
 
-    def _upright(self) -> np.ndarray:
-        """Axis-angle command that turns the gripper back to pointing down."""
-        from robosuite.utils.transform_utils import mat2quat, quat2axisangle
+    def _approach_goal(self, ee: np.ndarray, grasp: np.ndarray) -> np.ndarray:
+        """Over what is in the way, then to above the grasp."""
+        goal = grasp + self.style.hover * UP
+        left = np.linalg.norm((ee - grasp)[:2])
+        if left < _CORRIDOR:
+            return goal
+        if ee[2] < self._approach_height - 0.05 and left > 2 * _CORRIDOR:
+            return np.array([*ee[:2], self._approach_height])
+        goal[2] = max(goal[2], self._approach_height)
+        return goal
 
-        site = self.env.raw.robots[0].eef_site_id
-        now = np.array(self.env.sim.data.site_xmat[site]).reshape(3, 3)
-        error = quat2axisangle(mat2quat(_DOWNWARD @ now.T))
-        return np.clip(_GAIN * error / _RADIANS_PER_UNIT, -0.5, 0.5)
+
+def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """The goal, kept higher while the arm is beside it: a fast descent swings it by 2 cm."""
+    beside = np.linalg.norm((ee - goal)[:2])
+    return np.array([*goal[:2], max(goal[2], min(ee[2], goal[2] + 4 * (beside - _ON_AXIS)))])
 
 
-def pick_place_goal(env: LiberoEnv) -> tuple[str, str]:
+# --- goals ----------------------------------------------------------------------------------------
+
+
+def pick_place_goal(env: LiberoEnv) -> tuple[str, str | None]:
     """The object and the target of a task whose goal is one ``On`` or ``In`` predicate.
 
-    A region such as ``basket_1_contain_region`` stands for the object that it belongs to.
+    A region such as ``basket_1_contain_region`` stands for the object that it belongs to, a region
+    of the table for ``None``.
     """
     goal = env.raw.parsed_problem["goal_state"]
     if len(goal) != 1 or goal[0][0].lower() not in ("on", "in"):
@@ -238,15 +364,20 @@ def pick_place_goal(env: LiberoEnv) -> tuple[str, str]:
     return item, target
 
 
-def _bounds(env: LiberoEnv, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corner (3,) of an object's collision geometry in the world now."""
-    model, data = env.sim.model._model, env.sim.data
-    lows, highs = [], []
-    for geom_name in env.raw.get_object(name).contact_geoms:
-        geom = env.sim.model.geom_name2id(geom_name)
-        rotation = data.geom_xmat[geom].reshape(3, 3)
-        centre = data.geom_xpos[geom] + rotation @ model.geom_aabb[geom, :3]
-        reach = np.abs(rotation) @ model.geom_aabb[geom, 3:]
-        lows.append(centre - reach)
-        highs.append(centre + reach)
-    return np.min(lows, axis=0), np.max(highs, axis=0)
+def _region(env: LiberoEnv, name: str):
+    """A function for centre (3,) and half size (3,) along the world's axes; ``None`` for a body."""
+    if name in env.raw.obj_body_id:
+        return None
+    size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
+
+    def now() -> tuple[np.ndarray, np.ndarray]:
+        rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
+        return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)
+
+    return now
+
+
+def _joint_of(env: LiberoEnv, name: str) -> Joint | None:
+    """The joint that a region moves with: a drawer's rail."""
+    joints = getattr(env.raw.object_sites_dict.get(name), "joints", None)
+    return Joint(env, joints[0]) if joints else None
