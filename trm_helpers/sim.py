@@ -317,8 +317,8 @@ class LiberoEnv:
     def _place(self) -> None:
         from robosuite.utils.errors import RandomizationError
 
-        # LIBERO adds the samplers of drawers and knobs once more in each reset and draws from all of
-        # them: the placements after one seed would depend on how many resets there were before
+        # LIBERO adds the samplers of drawers and knobs once more in each reset and draws from all
+        # of them: the placements after a seed would depend on how many resets there were before
         self.raw.object_property_initializers.clear()
         for _ in range(_MAX_PLACEMENT_TRIES):
             with contextlib.suppress(RandomizationError):
