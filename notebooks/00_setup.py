@@ -20,7 +20,7 @@
 # the hand, how to turn it, open or close the gripper) and gives back two camera pictures.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's

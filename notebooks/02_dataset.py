@@ -16,7 +16,7 @@
 # see exactly what the network is going to get.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's

@@ -17,7 +17,7 @@
 # several public attempts every step after the first gave the same output, and nobody noticed.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 variant = None  # type: str; block or trm; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's

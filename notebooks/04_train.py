@@ -22,7 +22,7 @@
 # is given as YAML on the command line: `-y "task_ids: [0, 1]"`.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty makes a new one from suite, seed and time
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's

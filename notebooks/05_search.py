@@ -18,7 +18,7 @@
 # `search_episodes` above 0 the success rate in the simulator comes first.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's

@@ -34,7 +34,7 @@ def test_settings_are_flat_and_unique_and_none_keeps_the_presets():
 
 
 def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown preset 'big'.*reference, demo, tiny"):
+    with pytest.raises(ValueError, match="unknown preset 'big'.*reference, demo, trm, tiny"):
         from_flat("big")
     with pytest.raises(ValueError, match="'hiden_dim'.*did you mean 'hidden_dim'"):
         from_flat("demo", hiden_dim=3)

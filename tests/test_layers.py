@@ -173,10 +173,11 @@ def test_gradient_reaches_only_the_last_cycle_and_the_own_step():
     recursion.states[2].sum().backward()
     assert carry.grad is None or not carry.grad.any()  # detached before the first step
     assert x.grad.abs().sum() > 0
-    loose = trm(cycles=2)
     carry.grad = None
-    loose.block(carry, x).sum().backward()
+    policy.block(carry, x).sum().backward()
     assert carry.grad is None  # the first of two cycles has no gradient
+    policy.eval().block(carry, x).sum().backward()
+    assert carry.grad.abs().sum() > 0  # but in evaluation, where it is explained, it has
 
 
 def test_start_is_the_same_for_every_sample_and_is_not_trained():

@@ -154,7 +154,8 @@ class TRMBlock(nn.Module):
     x (B, N, D) is the encoded observation with one query token per future action at the end, y
     the current answer, z the latent, all of one shape. One cycle: ``latent_updates`` (n) times
     ``z = net(x + y + z)``, then once ``y = net(y + z)``. A step is ``cycles`` (T) of them, the
-    first T - 1 without gradient. The state is y and z as (B, 2, N, D).
+    first T - 1 without gradient in training (what is explained afterwards, as saliency, needs
+    all). The state is y and z as (B, 2, N, D).
 
     ``latent_updates`` and ``cycles`` are plain attributes: they may be changed after training.
     """
@@ -173,7 +174,7 @@ class TRMBlock(nn.Module):
 
     def forward(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         y, z = state.unbind(dim=1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
             for _ in range(self.cycles - 1):
                 y, z = self.cycle(x, y, z)
         return torch.stack(self.cycle(x, y, z), dim=1)
