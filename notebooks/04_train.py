@@ -19,7 +19,9 @@
 # demonstrator's own path; whether it can *do* the task only the simulator tells (`06_eval`).
 #
 # What `05_search` found best can be used here: `papermill 04_train.ipynb -f .../best.yaml`. A list
-# is given as YAML on the command line: `-y "task_ids: [0, 1]"`.
+# is given as YAML on the command line: `-y "task_ids: [0, 1]"`. With two GPUs, train outside of the
+# notebook, each process on one of them, and open this one afterwards for the curves:
+# `torchrun --nproc_per_node 2 -m trm_helpers.train demo --run-name my-run`.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
@@ -29,6 +31,7 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, reference or shift; None keeps the preset's
@@ -65,10 +68,10 @@ from trm_helpers.config import from_flat
 # %%
 config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
-    max_demos_per_task=max_demos_per_task, storage=storage, augmentation=augmentation,
-    epochs=epochs, batch_size=batch_size, lr=lr, loss=loss, variant=variant,
-    conditioning=conditioning, hidden_dim=hidden_dim, num_recursions=num_recursions,
-    deep_supervision=deep_supervision, halting=halting, gripper=gripper, image_size=image_size,
+    placement=placement, max_demos_per_task=max_demos_per_task, storage=storage,
+    augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr, loss=loss,
+    variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
+    num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting, gripper=gripper, image_size=image_size,
     chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
     rollout_every=rollout_every, max_minutes=max_minutes, num_threads=num_threads,
     wandb_mode=wandb_mode)

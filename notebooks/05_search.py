@@ -25,6 +25,7 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
 max_configs = None  # type: int; points of the grid; 0 is all sixteen; None keeps the preset's
 search_epochs = None  # type: int; epochs per point; None keeps the preset's
 search_episodes = None  # type: int; rollouts per point; None keeps the preset's
@@ -40,8 +41,8 @@ from trm_helpers.search import run_search
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos, max_configs=max_configs, search_epochs=search_epochs,
-                   search_episodes=search_episodes)
+                   num_demos=num_demos, placement=placement, max_configs=max_configs,
+                   search_epochs=search_epochs, search_episodes=search_episodes)
 files = ensure_demonstrations(config)
 
 # %% [markdown]

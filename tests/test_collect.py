@@ -148,6 +148,10 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
     assert made == [] and collected.read_bytes() == before
     with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 asked for"):
         collect_demonstrations("libero_object", 5, 2, collected.parent, seed=9)
+    with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' asked for"):
+        collect_demonstrations("libero_object", 5, 2, collected.parent, placement="wide")
+    with pytest.raises(ValueError, match="placement='far' is not valid"):
+        collect_demonstrations("libero_object", 5, 2, collected.parent, placement="far")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,13 +198,16 @@ class InThisProcess:
 def test_what_is_used_is_found_or_collected_and_printed(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def made(suite, task_id, num_demos, folder, *, seed):
-        asked.append((suite, task_id, num_demos, seed))
+    def made(suite, task_id, num_demos, folder, *, seed, placement):
+        asked.append((suite, task_id, num_demos, folder.parent.name, seed, placement))
         return folder / "task_demo.hdf5"
 
     monkeypatch.setattr(collect, "collect_demonstrations", made)
     files = collect.ensure_demonstrations(from_flat("tiny", data_seed=4))
-    assert asked == [("libero_object", 0, 2, 4)] and list(files) == [0]
+    collect.ensure_demonstrations(from_flat("tiny", placement="wide"))
+    assert asked == [("libero_object", 0, 2, "scripted", 4, "benchmark"),
+                     ("libero_object", 0, 2, "scripted-wide", 0, "wide")]
+    assert list(files) == [0]
     assert "2 scripted demonstrations" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError):
         collect.ensure_demonstrations(from_flat("tiny", demo_dir=str(tmp_path)))

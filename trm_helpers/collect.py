@@ -67,7 +67,7 @@ class Disturbance:
 
 def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str | os.PathLike,
                            *, seed: int = 0, workers: int | None = None,
-                           disturb: bool = True) -> Path:
+                           disturb: bool = True, placement: str = "benchmark") -> Path:
     """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
 
     Placements are drawn by the environment's reset, never taken from the official init states.
@@ -80,26 +80,33 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
         seed: of the placements, the demonstrator's style and the disturbances.
         workers: simulator processes; ``None`` takes one per CPU core, at most 8.
         disturb: push the arm about (see :class:`Disturbance`).
+        placement: of the objects: ``benchmark`` or ``wide``, see :meth:`sim.LiberoEnv.reset`.
 
     Raises:
-        ValueError: unknown suite or task; a file made with other settings stands in the way.
+        ValueError: unknown suite, task or placement; a file made with other settings stands in the
+            way.
         RuntimeError: the expert fails too often on this task.
         OSError: the disk is full; what is complete stays.
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
+    if placement not in schema.PLACEMENTS:
+        raise ValueError(f"placement={placement!r} is not valid; expected one of "
+                         f"{', '.join(schema.PLACEMENTS)}")
     task = load_task(suite, task_id)
     path = Path(folder) / f"{task.name}{schema.DEMO_FILE_SUFFIX}"
     settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
-                "disturb": disturb, "observations": "what env.step returned", **schema.PINNED}
+                "disturb": disturb, "placement": placement,
+                "observations": "what env.step returned", **schema.PINNED}
     _refuse_other_settings(path, settings)
-    parts = path.with_name(f".{task.name}.seed{seed}{'' if disturb else '.calm'}.parts")
+    variety = f"{placement}{'' if disturb else '.calm'}"
+    parts = path.with_name(f".{task.name}.{variety}.seed{seed}.parts")
     attempts = _known_attempts(path, parts)
     if sum(part == path for part in attempts.values()) >= num_demos:
         return path
     parts.mkdir(parents=True, exist_ok=True)
     workers = min(workers or min(os.cpu_count() or 1, 8), num_demos)
-    attempt = functools.partial(_attempt, suite, task_id, seed, disturb, parts)
+    attempt = functools.partial(_attempt, suite, task_id, seed, disturb, placement, parts)
     bar = tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
                initial=min(len(_successes(attempts)), num_demos))
     with bar, worker_pool(workers) as pool:
@@ -138,9 +145,10 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
         return {task_id: found[task.name] for task_id, task in tasks.items()}
     files = {}
     for task_id, task in tasks.items():
+        kind = "scripted" if data.placement == "benchmark" else f"scripted-{data.placement}"
         files[task_id] = collect_demonstrations(
-            data.suite, task_id, data.num_demos, paths.data_dir() / "scripted" / data.suite,
-            seed=data.data_seed)
+            data.suite, task_id, data.num_demos, paths.data_dir() / kind / data.suite,
+            seed=data.data_seed, placement=data.placement)
         print(f"{data.num_demos} scripted demonstrations: {files[task_id]} ({task.language})")
     return files
 
@@ -201,12 +209,12 @@ def _worker_env(suite: str, task_id: int) -> LiberoEnv:
     return LiberoEnv(suite, task_id)
 
 
-def _attempt(suite: str, task_id: int, seed: int, disturb: bool, parts: Path,
+def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str, parts: Path,
              number: int) -> Path | None:
     """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
     env = _worker_env(suite, task_id)
     generator = np.random.default_rng([seed, task_id, number])
-    record = record_demonstration(env, generator, disturb)
+    record = record_demonstration(env, generator, disturb, placement)
     if record is None:
         (parts / f"attempt_{number:05d}.failed").touch()
         return None
@@ -219,14 +227,14 @@ def _attempt(suite: str, task_id: int, seed: int, disturb: bool, parts: Path,
 
 
 def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
-                         disturb: bool = True) -> dict | None:
+                         disturb: bool = True, placement: str = "benchmark") -> dict | None:
     """One episode of the expert from a fresh placement; ``None`` when it fails.
 
     Returns:
         observations (what the expert's action at t could be chosen from), the expert's ``actions``
         (T, 7), the ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
     """
-    observation = env.reset(seed=int(generator.integers(2**31)))
+    observation = env.reset(seed=int(generator.integers(2**31)), placement=placement)
     expert = make_expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
     record = {"observations": [], "actions": [], "executed_actions": [], "states": [],
@@ -324,6 +332,7 @@ def _refuse_other_settings(path: Path, settings: dict) -> None:
     with h5py.File(path) as file:
         found = json.loads(file[schema.DATA_GROUP].attrs.get("collection", "{}"))
     found.pop("failed_attempts", None)
+    found.setdefault("placement", "benchmark")  # files made before there was another
     different = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
     if different:
         detail = "; ".join(f"{k}: {found.get(k)!r} there, {settings.get(k)!r} asked for"

@@ -6,6 +6,7 @@ A setting lives in exactly one dataclass, so that a notebook's flat parameters
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -64,6 +65,7 @@ class DataConfig:
     demos: str = "auto"  # auto: human demonstrations if found, else scripted; human; scripted
     demo_dir: str = ""  # a folder to search for *_demo.hdf5; "" searches data/ and Kaggle's input
     num_demos: int = 50  # demonstrations to collect per task when scripted ones are needed
+    placement: str = "benchmark"  # of objects in scripted ones: LIBERO's own, or wide
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
     train_fraction: float = 0.8  # split by demonstration, within each task
     sequence_length: int = 1  # T: consecutive steps in one sample
@@ -81,6 +83,7 @@ class DataConfig:
             schema.check_task_id(self.suite, task_id)
         _different("task_ids", self.task_ids)
         _one_of("demos", self.demos, ("auto", "human", "scripted"))
+        _one_of("placement", self.placement, schema.PLACEMENTS)
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
         for name in ("max_demos_per_task", "data_seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -362,3 +365,11 @@ def from_flat(preset: str = "reference", **settings) -> Config:
     given = {name: value for name, value in settings.items() if value is not None}
     config = Config(preset=preset)
     return config.replace(**{**PRESETS[preset], **given})
+
+
+def parse_value(text: str) -> Any:
+    """``1e-3``, ``True`` or ``[0, 1]`` of a command line as Python reads them; else a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -319,11 +319,13 @@ class LIBERODataset(torch.utils.data.Dataset):
         drop_last: bool = False,
         start: int = 0,
         as_bytes: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[dict]:
         """The batches of an epoch; order and augmentation are a function of (seed, epoch).
 
         ``start`` leaves out so many batches and goes on exactly as if they had been drawn;
-        ``as_bytes``: see :meth:`batch`.
+        ``as_bytes``: see :meth:`batch`. ``part=(r, n)`` gives of each batch every n-th sample from
+        the r-th on, or where there is none its first one with an empty mask.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not valid; expected >= 1")
@@ -333,7 +335,12 @@ class LIBERODataset(torch.utils.data.Dataset):
         for number, indices in enumerate(order.split(batch_size)):
             if number < start or (drop_last and len(indices) < batch_size):
                 continue
-            yield self.batch(indices, _generator(seed, epoch, number + 1), device, as_bytes)
+            mine = indices[part[0]::part[1]]
+            batch = self.batch(mine if len(mine) else indices[:1],
+                               _generator(seed, epoch, number + 1, *part[:1]), device, as_bytes)
+            if not len(mine):
+                batch["mask"].zero_()
+            yield batch
 
     def describe(self) -> dict:
         """Where the samples come from, as JSON: for a run's provenance."""

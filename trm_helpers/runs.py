@@ -6,7 +6,6 @@ papermill only warns about a parameter that the notebook does not have; here it 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import multiprocessing
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 
 from . import paths
-from .config import PRESETS, from_flat, settings_by_part
+from .config import PRESETS, from_flat, parse_value, settings_by_part
 from .files import replacing, write_json
 
 _TRACEBACK_LINES = 15  # of a failed notebook shown in the error
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[],
                         metavar=("NAME", "VALUE"), help="parameter; may be given more than once")
     arguments = parser.parse_args(argv)
-    parameters = {name: _literal(value) for name, value in arguments.parameters}
+    parameters = {name: parse_value(value) for name, value in arguments.parameters}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C: kernels too
     try:
         if arguments.what in PRESETS:
@@ -292,14 +291,6 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
-
-
-def _literal(text: str):
-    """``1e-3``, ``True`` or ``[0, 1]`` as Python reads them; anything else is a string."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 if __name__ == "__main__":

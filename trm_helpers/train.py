@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import json
@@ -18,13 +19,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .checkpoint import (
+    create_run,
     load_training_state,
     save_description,
     save_training_state,
     save_weights,
 )
-from .config import Config, TrainConfig
+from .config import PRESETS, Config, TrainConfig, from_flat, parse_value
 from .data import LIBERODataset
+from .distributed import Team
 from .files import append_jsonl, read_jsonl, replacing
 from .model import TRMPolicy
 
@@ -37,7 +40,9 @@ class BehaviorCloningTrainer:
     AdamW, gradient clipping, cosine annealing over all steps down to ``min_lr``, early stopping on
     the validation loss. ``best`` and ``last`` weights are the moving average's where one is used.
     Calling :meth:`fit` on a folder that holds a training state goes on from it; with the same
-    data, settings and machine the losses equal those of an uninterrupted run.
+    data, settings and machine the losses equal those of an uninterrupted run. Started by
+    ``torchrun``, each process takes its share of every batch, so that the settings mean the same
+    with several GPUs as with one.
 
     Args:
         policy: to be trained, in place.
@@ -61,7 +66,8 @@ class BehaviorCloningTrainer:
         self.run = Path(run)
         self.roll_out = roll_out
         self.train_data, self.val_data = train_data, val_data
-        self.device = choose_device(config.device)
+        self.team = Team(choose_device(config.device).type)
+        self.device = self.team.device
         self.precision = choose_precision(config.precision, self.device)
         self.policy = policy.to(self.device)
         self.ema = None
@@ -112,17 +118,20 @@ class BehaviorCloningTrainer:
         """
         began = time.perf_counter()
         self._resume()
-        save_description(self.run, self.policy, self.train_data)
+        if self.team.leads:
+            save_description(self.run, self.policy, self.train_data)
         with self._tracker() as track, self._progress() as bar:
             while self.epoch < self.config.epochs and not self._patience_is_over():
                 row = self._run_epoch(bar)
                 self._save_weights(row)
-                append_jsonl(self.run / "metrics.jsonl", row)
-                self._save_state()
+                if self.team.leads:
+                    append_jsonl(self.run / "metrics.jsonl", row)
+                    self._save_state()
                 track(row)
-                minutes = (time.perf_counter() - began) / 60
+                minutes = self.team.agree((time.perf_counter() - began) / 60)
                 if self.config.max_minutes and minutes >= self.config.max_minutes:
                     break
+        self.team.wait()
         return read_jsonl(self.run / "metrics.jsonl")
 
     @torch.no_grad()
@@ -151,7 +160,8 @@ class BehaviorCloningTrainer:
         started, losses, norms = time.perf_counter(), [], []
         self.policy.train()
         batches = self.train_data.batches(self.config.batch_size, self.config.seed, self.epoch,
-                                          device=self.device)
+                                          device=self.device,
+                                          part=(self.team.rank, self.team.size))
         for batch in batches:
             loss, norm = self._step(batch)
             losses.append(loss)
@@ -180,7 +190,9 @@ class BehaviorCloningTrainer:
         """One update; the loss and the gradient's norm before clipping, both detached."""
         loss, _ = self._loss(self._training_loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        share = self.team.share_of(batch["mask"].sum())
+        self.scaler.scale(loss * share).backward()
+        self.team.average_gradients(self.policy.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         self.scaler.step(self.optimizer)
@@ -214,14 +226,16 @@ class BehaviorCloningTrainer:
     def _save_weights(self, row: dict) -> None:
         """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
         weights = (self.ema.module if self.ema else self.policy).state_dict()
-        save_weights(self.run, weights, "last")
+        if self.team.leads:
+            save_weights(self.run, weights, "last")
         every = self.config.rollout_every
         if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
-            row["success_rate"] = self.roll_out()
+            row["success_rate"] = self.team.agree(self.roll_out() if self.team.leads else 0.0)
         score = (row.get("success_rate", -1.0), -row["val_loss"])
         if score > self.best_score:
             self.best_score, self.best_epoch = score, self.epoch
-            save_weights(self.run, weights, "best")
+            if self.team.leads:
+                save_weights(self.run, weights, "best")
 
     def _save_state(self) -> None:
         save_training_state(self.run, {
@@ -233,10 +247,12 @@ class BehaviorCloningTrainer:
         })
 
     def _resume(self) -> None:
+        self.team.wait()
         state = load_training_state(self.run)
         rows = read_jsonl(self.run / "metrics.jsonl")
         done = state["epoch"] if state else 0
-        if len(rows) != done:  # cut off between a row and its checkpoint: that epoch runs again
+        # cut off between a row and its checkpoint: that epoch runs again
+        if self.team.leads and len(rows) != done:
             with replacing(self.run / "metrics.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:done]))
         if not state:
@@ -252,12 +268,12 @@ class BehaviorCloningTrainer:
 
     def _progress(self) -> tqdm:
         return tqdm(total=self.config.epochs * self.steps_per_epoch, desc="training", unit="step",
-                    initial=self.epoch * self.steps_per_epoch)
+                    initial=self.epoch * self.steps_per_epoch, disable=not self.team.leads)
 
     @contextlib.contextmanager
     def _tracker(self):
         """A function that logs one row to W&B, or does nothing."""
-        if self.config.wandb_mode == "disabled":
+        if self.config.wandb_mode == "disabled" or not self.team.leads:
             yield lambda row: None
             return
         import wandb
@@ -327,3 +343,29 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return "bf16" if native else "fp16"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if has_bf16 else "fp32"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train as 04_train does; what ``torchrun`` starts in every process."""
+    from .collect import ensure_demonstrations
+
+    parser = argparse.ArgumentParser(description="Train a policy; with torchrun on several GPUs.")
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--run-name", required=True, help="folder under artifacts/")
+    parser.add_argument("-p", dest="settings", nargs=2, action="append", default=[],
+                        metavar=("NAME", "VALUE"), help="setting; may be given more than once")
+    given = parser.parse_args(argv)
+    config = from_flat(given.preset, **{name: parse_value(text) for name, text in given.settings})
+    team = Team(choose_device(config.train.device).type)
+    if not team.leads:
+        team.wait()  # the first one finds or collects the demonstrations and makes the folder
+    files, run = ensure_demonstrations(config), create_run(config, given.run_name, resume=True)
+    if team.leads:
+        team.wait()
+    rows = BehaviorCloningTrainer.from_config(config, files, run).fit()
+    if team.leads:
+        print(f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

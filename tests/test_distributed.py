@@ -1,0 +1,75 @@
+"""Two real processes train one policy: as one process does, and writing its files once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from demo_files import write_demo_file
+
+from trm_helpers.data import LIBERODataset
+from trm_helpers.distributed import Team
+from trm_helpers.files import read_jsonl
+
+SETTINGS = dict(
+    num_demos=5, hidden_dim=16, num_recursions=2, image_size=36, cameras=["agentview_rgb"],
+    chunk=2, execution_horizon=1, epochs=2, batch_size=8, num_threads=1, precision="fp32",
+    augmentation="none", max_demos_per_task=0,
+)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """A function: run ``trm_helpers.train`` in so many processes; its rows and what it printed."""
+    name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
+    write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
+    environment = {**os.environ, "TRM_ARTIFACTS_DIR": str(tmp_path / "runs"),
+                   "OMP_NUM_THREADS": "1"}
+
+    def run(processes, run_name, **settings):
+        command = [sys.executable, "-m"]
+        if processes > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc_per_node",
+                        str(processes), "-m"]
+        command += ["trm_helpers.train", "tiny", "--run-name", run_name,
+                    "-p", "demo_dir", str(tmp_path)]
+        for key, value in {**SETTINGS, **settings}.items():
+            command += ["-p", key, str(value)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return read_jsonl(tmp_path / "runs" / run_name / "metrics.jsonl"), done.stdout
+
+    return run
+
+
+@pytest.mark.sim  # the task's name is read from LIBERO
+def test_two_processes_train_as_one_does_and_resume(train):
+    alone, _ = train(1, "alone")
+    together, printed = train(2, "together")
+    assert [row["epoch"] for row in together] == [1, 2]
+    for key in ("val_loss", "grad_norm"):
+        assert [row[key] for row in together] == pytest.approx([row[key] for row in alone],
+                                                               rel=2e-3)
+    assert printed.count("2 epochs, validation loss") == 1
+    assert train(2, "together")[0] == together  # nothing left to do
+
+
+def test_parts_of_a_batch_are_the_batch(tmp_path):
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=8)
+    data = LIBERODataset(file, split="all", image_size=8, chunk=2)
+    for whole, *parts in zip(data.batches(5, 3, 1),
+                             *(data.batches(5, 3, 1, part=(rank, 4)) for rank in range(4)),
+                             strict=True):
+        count = len(whole["actions"])  # 5, 5 and 3: the last leaves the fourth part empty
+        for rank, part in enumerate(parts):
+            if rank < count:
+                assert torch.equal(part["actions"], whole["actions"][rank::4])
+            else:
+                assert not part["mask"].any()
+        assert sum(part["mask"].sum() for part in parts) == whole["mask"].sum()
+
+
+def test_one_process_is_a_team_of_its_own():
+    team = Team("cpu")
+    assert team.leads and team.agree(0.5) == 0.5 and team.share_of(torch.tensor(3.0)) == 1.0

@@ -1,0 +1,71 @@
+"""Wide placements: spread, free of collisions, at rest, within reach, repeatable."""
+
+import numpy as np
+import pytest
+
+from trm_helpers.experts import make_expert
+from trm_helpers.geometry import overreach
+from trm_helpers.placement import _area, _footprint, _free_to_move, _overlap
+from trm_helpers.sim import LiberoEnv
+
+pytestmark = pytest.mark.sim
+
+
+@pytest.fixture(scope="module")
+def env():
+    with LiberoEnv("libero_object", 0) as env:
+        yield env
+
+
+def test_footprints_overlap_when_they_are_nearer_than_the_fingers_need():
+    box = np.array([[0.0, 0.0], [0.1, 0.1]])
+    assert _overlap(box, box + 0.05) and _overlap(box, box + [0.12, 0.0])
+    assert not _overlap(box, box + [0.14, 0.0]) and not _overlap(box, box + [0.05, 0.14])
+
+
+def test_objects_are_spread_and_stand_free_within_reach(env):
+    env.reset(seed=0)
+    names = _free_to_move(env)
+    heights = {name: env.object_position(name)[2] for name in names}
+    low, high = _area(env)
+    assert len(names) == 7 and "basket_1" in names
+    places = []
+    for seed in range(6):
+        env.reset(seed=seed, placement="wide")
+        places.append([env.object_position(name)[:2] for name in names])
+        for index, name in enumerate(names):
+            position = env.object_position(name)
+            assert abs(position[2] - heights[name]) < 0.01, f"{name} fell over"
+            assert (low < position[:2]).all() and (position[:2] < high).all()
+            assert overreach(env, position) < 0.01
+            for other in names[index + 1:]:
+                gap = _footprint(env, name), _footprint(env, other)
+                assert not (gap[0][0] < gap[1][1]).all() or not (gap[1][0] < gap[0][1]).all()
+    spread = np.std(places, axis=0).mean(axis=1)  # metres, of each object
+    assert spread.min() > 0.04
+    env.reset(seed=5, placement="wide")
+    again = [env.object_position(name)[:2] for name in names]
+    np.testing.assert_allclose(again, places[5], atol=1e-9)
+
+
+def test_the_expert_finds_the_object_wherever_it_is(env):
+    solved = 0
+    for seed in range(3):
+        env.reset(seed=100 + seed, placement="wide")
+        expert, success = make_expert(env), False
+        for _ in range(env.horizon):
+            _, success = env.step(expert.act())
+            if success:
+                break
+        solved += success
+    assert solved >= 2
+
+
+def test_what_cannot_be_is_refused(env):
+    with pytest.raises(ValueError, match="placement='far'.*benchmark, wide"):
+        env.reset(placement="far")
+    with pytest.raises(ValueError, match="init_state=3 with placement='wide'"):
+        env.reset(init_state=3, placement="wide")
+    with LiberoEnv("libero_spatial", 2) as spatial, \
+            pytest.raises(ValueError, match="2 of akita_black_bowl, told apart by where"):
+        spatial.reset(placement="wide")

@@ -1,0 +1,122 @@
+"""Wide placements: the objects of a task anywhere within reach, not where the benchmark has them.
+
+A policy that always saw an object in the same five centimetres can succeed without looking at it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from .geometry import Boxes, geoms_of, overreach
+from .sim import LiberoEnv
+
+_MARGIN = 0.05  # metres beyond the regions that the task itself uses
+_GAP = 0.03  # metres between things, for the fingers
+_TRIES = 200  # positions for one object before all begin anew
+_ROUNDS = 50
+
+
+def place_widely(env: LiberoEnv, generator: np.random.Generator) -> None:
+    """Move what stands on the task's table or floor to free places that the arm can reach.
+
+    The places are drawn uniformly over the rectangle around all of the task's regions. Fixtures
+    stay, and so does what lies on or in another thing, with the thing. Orientations stay too.
+
+    Args:
+        env: the environment, just reset, before the objects settle.
+        generator: of the places.
+
+    Raises:
+        ValueError: the instruction tells the object from others of its kind by where it is, which
+            would no longer be true.
+        RuntimeError: no free places found.
+    """
+    _refuse_told_by_place(env)
+    low, high = _area(env)
+    names = _free_to_move(env)
+    obstacles = [_footprint(env, name) for name in env.raw.obj_body_id if name not in names]
+    largest_first = sorted(names, key=lambda name: -np.prod(np.diff(_footprint(env, name), axis=0)))
+    for _ in range(_ROUNDS):
+        moves = _draw(env, largest_first, obstacles, low, high, generator)
+        if moves is not None:
+            break
+    else:
+        raise RuntimeError(f"{env.task.name}: no free places for {', '.join(names)} in {_ROUNDS} "
+                           "rounds; expected room for all within the arm's reach")
+    for name, move in moves.items():
+        joint = env.raw.get_object(name).joints[-1]
+        position = env.sim.data.get_joint_qpos(joint).copy()
+        position[:2] += move
+        env.sim.data.set_joint_qpos(joint, position)
+    env.sim.forward()
+
+
+def _draw(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] | None:
+    """A move (2,) in metres for each object, or ``None`` when one finds no place."""
+    taken, moves = list(obstacles), {}
+    for name in names:
+        footprint, height = _footprint(env, name), env.object_position(name)[2]
+        for _ in range(_TRIES):
+            place = generator.uniform(low, high)
+            move = place - footprint.mean(axis=0)
+            there = footprint + move
+            reachable = overreach(env, np.array([*place, height])) == 0
+            if reachable and not any(_overlap(there, other) for other in taken):
+                break
+        else:
+            return None
+        taken.append(there)
+        moves[name] = move
+    return moves
+
+
+def _refuse_told_by_place(env: LiberoEnv) -> None:
+    kinds = Counter(_kind(name) for name in env.raw.objects_dict)
+    for predicate in env.raw.parsed_problem["goal_state"]:
+        for name in predicate[1:]:
+            if name in env.raw.objects_dict and kinds[_kind(name)] > 1:
+                raise ValueError(
+                    f"placement='wide' is not possible for {env.task.name!r}: there are "
+                    f"{kinds[_kind(name)]} of {_kind(name)}, told apart by where they are; "
+                    "expected placement='benchmark'")
+
+
+def _kind(name: str) -> str:
+    return name.rsplit("_", 1)[0]
+
+
+def _surface_regions(env: LiberoEnv) -> dict[str, dict]:
+    """The regions of the table or the floor, by name."""
+    regions = env.raw.parsed_problem["regions"]
+    return {name: region for name, region in regions.items()
+            if region["ranges"] and region["target"] not in env.raw.obj_body_id}
+
+
+def _area(env: LiberoEnv) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corner (2,) of the rectangle around the task's regions."""
+    ranges = np.array([values for region in _surface_regions(env).values()
+                       for values in region["ranges"]])
+    offset = np.asarray(env.raw.workspace_offset)[:2]
+    return (ranges[:, :2].min(axis=0) - _MARGIN + offset,
+            ranges[:, 2:].max(axis=0) + _MARGIN + offset)
+
+
+def _free_to_move(env: LiberoEnv) -> list[str]:
+    """Objects that begin on the table or the floor with nothing on them."""
+    placed = {predicate[1]: predicate[2] for predicate in
+              env.raw.parsed_problem["initial_state"] if len(predicate) == 3}
+    regions = _surface_regions(env)
+    carriers = set(placed.values())
+    return [name for name, place in placed.items()
+            if place in regions and name in env.raw.objects_dict and name not in carriers]
+
+
+def _footprint(env: LiberoEnv, name: str) -> np.ndarray:
+    """Lowest and highest corner (2, 2) on the table."""
+    return np.array(Boxes.of_geoms(env, geoms_of(env, name)).bounds())[:, :2]
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a[0] < b[1] + _GAP).all() and (b[0] < a[1] + _GAP).all())
