@@ -71,7 +71,8 @@ config = from_flat(
     placement=placement, max_demos_per_task=max_demos_per_task, storage=storage,
     augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr, loss=loss,
     variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
-    num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting, gripper=gripper, image_size=image_size,
+    num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,
+    gripper=gripper, image_size=image_size,
     chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
     rollout_every=rollout_every, max_minutes=max_minutes, num_threads=num_threads,
     wandb_mode=wandb_mode)
