@@ -37,7 +37,7 @@ def test_frames_drawn_on_demand_equal_frames_drawn_in_every_step_to_the_bit(env)
     lazy = played(env, env.reset(init_state=3), MOVES)
     with LiberoEnv(SUITE, TASK, lazy=False) as eager_env:
         eager = played(eager_env, eager_env.reset(init_state=3), MOVES)
-    assert set(lazy[0]) == {*schema.CAMERAS, *schema.LOW_DIM, "task_id"}
+    assert set(lazy[0]) == {*schema.CAMERAS, *schema.LOW_DIM, "task_id", "language"}
     for one, other in zip(lazy, eager, strict=True):
         for key in one:
             assert np.array_equal(one[key], other[key]), key
