@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import types
@@ -42,36 +43,75 @@ def test_one_batch_is_learned_by_heart(small_run):
     assert history[-1] < 0.1 * history[0]
 
 
-@pytest.mark.parametrize("broken", [None, "save_training_state"])
-def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, broken):
+def killed_between_row_and_state(trainer, monkeypatch):
+    """Of epoch 3."""
+    save = train.save_training_state
+
+    def die(run, state):
+        if state["epoch"] == 3:
+            raise KeyboardInterrupt
+        save(run, state)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "save_training_state", die)
+        trainer.fit()
+    assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 3
+
+
+def killed_in_an_epoch(trainer, monkeypatch):
+    """In the third step of epoch 2, after a state within it."""
+    step, steps = trainer._step, itertools.count(1)
+
+    def die(batch):
+        if next(steps) == trainer.steps_per_epoch + 3:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "_CHECK_EVERY", 1)
+        patched.setattr(train, "_SAVE_EVERY", 0.0)
+        patched.setattr(trainer, "_step", die)
+        trainer.fit()
+    assert len(train.load_training_state(trainer.run)["measured"]) == 2
+
+
+def out_of_time_in_an_epoch(trainer, monkeypatch):
+    """After the second step of epoch 2."""
+    calls = itertools.count(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_CHECK_EVERY", 1)
+        patched.setattr(trainer, "_time_is_up", lambda: next(calls)
+                        > 1 + trainer.steps_per_epoch + 1 + 1)
+        assert len(trainer.fit()) == 1
+    assert len(train.load_training_state(trainer.run)["measured"]) == 2
+
+
+def out_of_time_after_an_epoch(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "_time_is_up", lambda: trainer.epoch > 0)
+    assert len(trainer.fit()) == 1
+
+
+@pytest.mark.parametrize("interrupt", [killed_between_row_and_state, killed_in_an_epoch,
+                                       out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, interrupt):
     settings = dict(ema_decay=0.9, epochs=4, augmentation="shift")
     straight = small_run("straight", **settings)
     expected = straight.fit()
     assert len({row["val_loss"] for row in expected}) == 4
+    assert straight.steps_per_epoch > 2
 
-    interrupted = small_run("resumed", max_minutes=0.0 if broken else 1e-9, **settings)
-    if broken:  # killed between the row of epoch 3 and its training state
-        save, calls = train.save_training_state, []
-
-        def die(run, state):
-            calls.append(state["epoch"])
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            save(run, state)
-
-        monkeypatch.setattr(train, "save_training_state", die)
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.fit()
-        monkeypatch.setattr(train, "save_training_state", save)
-        assert len(read_jsonl(interrupted.run / "metrics.jsonl")) == 3
-    else:
-        assert len(interrupted.fit()) == 1
-
+    interrupt(small_run("resumed", **settings), monkeypatch)
     resumed = small_run("resumed", resume=True, **settings)
     assert losses(resumed.fit()) == losses(expected)
     for name in ("best", "last"):
         weights = [load_file(run / f"{name}.safetensors") for run in (straight.run, resumed.run)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_first_epoch_is_completed_however_short_the_time(small_run):
+    trainer = small_run(max_minutes=1e-9)
+    assert [row["epoch"] for row in trainer.fit()] == [1]
+    assert (trainer.run / "best.safetensors").exists()
 
 
 def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):

@@ -32,6 +32,8 @@ from .files import append_jsonl, read_jsonl, replacing
 from .model import TRMPolicy
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CHECK_EVERY = 16  # steps between looks at the clock
+_SAVE_EVERY = 300.0  # seconds between states saved within an epoch
 
 
 class BehaviorCloningTrainer:
@@ -39,8 +41,9 @@ class BehaviorCloningTrainer:
 
     AdamW, gradient clipping, cosine annealing over all steps down to ``min_lr``, early stopping on
     the validation loss. ``best`` and ``last`` weights are the moving average's where one is used.
-    Calling :meth:`fit` on a folder that holds a training state goes on from it; with the same
-    data, settings and machine the losses equal those of an uninterrupted run. Started by
+    Calling :meth:`fit` on a folder that holds a training state goes on from it, also in the middle
+    of an epoch; with the same data, settings and machine the losses equal those of an uninterrupted
+    run. Started by
     ``torchrun``, each process takes its share of every batch, so that the settings mean the same
     with several GPUs as with one.
 
@@ -85,6 +88,8 @@ class BehaviorCloningTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
                                            enabled=self.precision == "fp16")
         self.epoch = 0  # epochs done
+        self._measured: list[tuple[torch.Tensor, torch.Tensor]] = []  # steps of the epoch begun
+        self._seconds = 0.0  # spent on them
         self.best_score, self.best_epoch = (-1.0, -math.inf), 0  # success rate, -validation loss
 
     @classmethod
@@ -108,6 +113,9 @@ class BehaviorCloningTrainer:
     def fit(self) -> list[dict]:
         """Train until the epochs, the patience or the minutes are used up.
 
+        Within an epoch the state is saved every five minutes. When the minutes are over it is saved
+        at once, except that the first epoch is always completed: there are weights then.
+
         Returns:
             the rows of ``metrics.jsonl``: epoch, train_loss, val_loss, the loss's parts, lr,
             grad_norm (mean, before clipping), seconds, samples_per_second.
@@ -116,21 +124,20 @@ class BehaviorCloningTrainer:
             RuntimeError: the loss is not finite, or no gradient of an epoch was; the last complete
                 epoch stays in the run folder.
         """
-        began = time.perf_counter()
+        self._began = self._saved = time.perf_counter()
         self._resume()
         if self.team.leads:
             save_description(self.run, self.policy, self.train_data)
         with self._tracker() as track, self._progress() as bar:
             while self.epoch < self.config.epochs and not self._patience_is_over():
-                row = self._run_epoch(bar)
+                if self._time_is_up() or not self._run_steps(bar):
+                    break
+                row = self._end_epoch(bar)
                 self._save_weights(row)
                 if self.team.leads:
                     append_jsonl(self.run / "metrics.jsonl", row)
-                    self._save_state()
+                self._save_state()
                 track(row)
-                minutes = self.team.agree((time.perf_counter() - began) / 60)
-                if self.config.max_minutes and minutes >= self.config.max_minutes:
-                    break
         self.team.wait()
         return read_jsonl(self.run / "metrics.jsonl")
 
@@ -156,20 +163,32 @@ class BehaviorCloningTrainer:
 
     # --- one epoch --------------------------------------------------------------------------------
 
-    def _run_epoch(self, bar: tqdm) -> dict:
-        started, losses, norms = time.perf_counter(), [], []
+    def _run_steps(self, bar: tqdm) -> bool:
+        """The updates of an epoch that are still to do; whether they were all done."""
         self.policy.train()
+        done = len(self._measured)
         batches = self.train_data.batches(self.config.batch_size, self.config.seed, self.epoch,
-                                          device=self.device,
+                                          device=self.device, start=done,
                                           part=(self.team.rank, self.team.size))
+        started = time.perf_counter() - self._seconds
         for batch in batches:
-            loss, norm = self._step(batch)
-            losses.append(loss)
-            norms.append(norm)
+            self._measured.append(self._step(batch))
             bar.update()
-        seconds = time.perf_counter() - started
-        train_loss = torch.stack(losses).mean().item()
-        norms = torch.stack(norms)
+            if len(self._measured) % _CHECK_EVERY == 0:
+                self._seconds = time.perf_counter() - started
+                if self._time_is_up():
+                    self._save_state()
+                    return False
+                if self.team.agree(time.perf_counter() - self._saved) > _SAVE_EVERY:
+                    self._save_state()
+        self._seconds = time.perf_counter() - started
+        return True
+
+    def _end_epoch(self, bar: tqdm) -> dict:
+        """Validate; the row for ``metrics.jsonl``."""
+        losses, norms = map(torch.stack, zip(*self._measured, strict=True))
+        seconds, self._measured, self._seconds = self._seconds, [], 0.0
+        train_loss = losses.mean().item()
         grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
         validation = self.validate()
         if not all(map(math.isfinite, (train_loss, validation["loss"], grad_norm))):
@@ -220,6 +239,10 @@ class BehaviorCloningTrainer:
 
     # --- run folder -------------------------------------------------------------------------------
 
+    def _time_is_up(self) -> bool:
+        minutes = self.team.agree((time.perf_counter() - self._began) / 60)
+        return self.epoch > 0 and 0 < self.config.max_minutes <= minutes
+
     def _patience_is_over(self) -> bool:
         return bool(self.config.patience) and self.epoch - self.best_epoch >= self.config.patience
 
@@ -238,8 +261,13 @@ class BehaviorCloningTrainer:
                 save_weights(self.run, weights, "best")
 
     def _save_state(self) -> None:
+        self._saved = time.perf_counter()
+        if not self.team.leads:
+            return
         save_training_state(self.run, {
             "epoch": self.epoch, "best_score": self.best_score, "best_epoch": self.best_epoch,
+            "measured": [(loss.item(), norm.item()) for loss, norm in self._measured],
+            "seconds": self._seconds,
             "policy": self.policy.state_dict(),
             "ema": self.ema.state_dict() if self.ema else {},
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
@@ -259,6 +287,9 @@ class BehaviorCloningTrainer:
             return
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
         self.best_score = tuple(state["best_score"])
+        self._measured = [tuple(torch.tensor(value, device=self.device) for value in pair)
+                          for pair in state["measured"]]
+        self._seconds = state["seconds"]
         self.policy.load_state_dict(state["policy"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -268,7 +299,8 @@ class BehaviorCloningTrainer:
 
     def _progress(self) -> tqdm:
         return tqdm(total=self.config.epochs * self.steps_per_epoch, desc="training", unit="step",
-                    initial=self.epoch * self.steps_per_epoch, disable=not self.team.leads)
+                    initial=self.epoch * self.steps_per_epoch + len(self._measured),
+                    disable=not self.team.leads)
 
     @contextlib.contextmanager
     def _tracker(self):
