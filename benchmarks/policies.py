@@ -36,6 +36,7 @@ POLICIES = {
     "transformer, equal parameters": dict(_TOKENS, variant="transformer", num_recursions=1),
     "transformer, equal depth, untied": dict(_TOKENS, variant="transformer", num_recursions=1,
                                              num_layers=_LAYERS),
+    "ACT-style": dict(_TOKENS, variant="act", num_recursions=1),
 }
 
 

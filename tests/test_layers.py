@@ -7,7 +7,14 @@ import torch
 
 from trm_helpers import schema
 from trm_helpers.config import ModelConfig
-from trm_helpers.layers import TokenEncoder, TransformerLayer, TRMBlock, make_block
+from trm_helpers.layers import (
+    STYLE_DIM,
+    StyleEncoder,
+    TokenEncoder,
+    TransformerLayer,
+    TRMBlock,
+    make_block,
+)
 from trm_helpers.model import TRMPolicy
 
 SIZES = dict(hidden_dim=16, num_heads=2, image_size=32, image_grid=2, chunk=3)
@@ -310,7 +317,54 @@ def test_transformer_is_its_layers_once():
     assert not isinstance(policy.block, TRMBlock)
 
 
+def act(**settings) -> TRMPolicy:
+    return trm(variant="act", num_recursions=1, **settings)
+
+
+def test_acts_queries_look_at_the_other_tokens_and_not_the_other_way_round():
+    policy = act(num_layers=1)
+    x = policy.encode(seen())
+    assert x.shape == (2, 4 + 1 + 3, 16)  # image, style, queries
+    context = policy.block.net.encoder(x[:, :-3])
+    expected = policy.block.net.decoder(x[:, -3:], context)
+    torch.testing.assert_close(policy.recurse(x).output, expected)
+    nearer = x.clone()
+    nearer[:, 0] = nearer[:, 1]
+    assert (policy.recurse(nearer).output - policy.recurse(x).output).abs().max() > 1e-3
+
+
+def test_acts_style_is_drawn_in_training_and_zero_in_control():
+    policy, batch = act(kl_weight=2.0), make_batch()
+    zero = policy.encode(batch["observations"], torch.zeros(4, STYLE_DIM))
+    assert torch.equal(policy.encode(batch["observations"]), zero)
+    assert "kl" not in policy.loss(batch, "l1")[1]
+
+    policy.training = True  # and no dropout below
+    mean, log_variance = policy.style(batch["actions"][:, 0], batch["mask"][:, 0])
+    torch.manual_seed(3)
+    total, parts = policy.loss(batch, "l1")
+    torch.manual_seed(3)
+    style = mean + torch.randn(4, STYLE_DIM) * log_variance.exp().sqrt()
+    answer = policy.recurse(policy.encode(batch["observations"], style)).output
+    error = (policy.head(answer)[0] - batch["actions"][:, 0]).abs().mean()
+    given = torch.distributions.Normal(mean, log_variance.exp().sqrt())
+    kl = torch.distributions.kl_divergence(given, torch.distributions.Normal(0, 1)).sum(-1).mean()
+    torch.testing.assert_close(parts["kl"], kl)
+    torch.testing.assert_close(total, error + 2.0 * kl)
+
+
+def test_acts_style_leaves_out_actions_that_do_not_exist():
+    style = StyleEncoder(16, 2, 1, chunk=3).eval()
+    actions, mask = torch.rand(2, 3, 7), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    other = actions.clone()
+    other[:, 2] += 1
+    (mean, _), (changed, _) = style(actions, mask), style(other, mask)
+    torch.testing.assert_close(mean[0], changed[0])
+    assert (mean[1] - changed[1]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("settings", [
+    dict(variant="act", num_recursions=1),
     dict(variant="trm", deep_supervision=True), dict(variant="trm", gripper="binary"),
     dict(variant="trm", halting="act"), dict(variant="trm", gripper="mixture"),
     dict(variant="transformer", num_recursions=1), dict(variant="block", gripper="binary"),
@@ -321,7 +375,8 @@ def test_variants_learn_a_batch_by_heart(settings):
               "hidden_dim": 32}
     policy = TRMPolicy(ModelConfig(**{**config, **settings}))
     batch = make_batch(4, size=64)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    lr = 1e-3 if settings["variant"] == "act" else 3e-3  # its layers want smaller steps
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
     errors = []
     for _ in range(160):
         optimizer.zero_grad()

@@ -102,14 +102,15 @@ HALTING = ("fixed", "remainder", "act", "learned", "convergence")
 class ModelConfig:
     """The network, and what it sees and returns: all that is needed to rebuild it."""
 
-    variant: str = "block"  # block: the reference; trm: the paper's, on tokens; transformer
+    variant: str = "block"  # block: the reference; trm: the paper's, on tokens; transformer, act
     hidden_dim: int = 256  # D
     num_recursions: int = 8  # applications of the shared block; of trm, supervision steps (N_sup)
     num_heads: int = 4
-    num_layers: int = 2  # of trm's network, which is shared, or of the transformer
+    num_layers: int = 2  # of trm's network, which is shared, of the transformer, of act's three
     latent_updates: int = 6  # of trm: n, updates of z before each of y
     cycles: int = 3  # of trm: T, of which the last has a gradient
-    image_grid: int = 4  # of trm and transformer: image_grid x image_grid tokens per camera
+    image_grid: int = 4  # of all but block: image_grid x image_grid tokens per camera
+    kl_weight: float = 10.0  # of act: weight of its style's divergence in the loss
     deep_supervision: bool = False  # grade the answer after every recursion, each on its own
     halting: str = "fixed"  # fixed, remainder, act, learned, convergence: see TRMPolicy.recurse
     halting_threshold: float = 0.01  # of remainder and act: what is left when a sample stops
@@ -131,7 +132,7 @@ class ModelConfig:
 
     def __post_init__(self):
         _convert_types(self)
-        _one_of("variant", self.variant, ("block", "trm", "transformer"))
+        _one_of("variant", self.variant, ("block", "trm", "transformer", "act"))
         for name in ("hidden_dim", "num_recursions", "num_heads", "num_layers", "latent_updates",
                      "cycles", "image_grid", "num_experts", "num_tasks", "chunk"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
@@ -141,11 +142,11 @@ class ModelConfig:
         _require(not self.deep_supervision or self.halting not in ("remainder", "act"),
                  "deep_supervision", self.deep_supervision,
                  f"False with halting={self.halting!r}, which weighs all steps together")
-        _require(self.variant != "transformer" or self.num_recursions == 1, "num_recursions",
-                 self.num_recursions, "1 for the transformer, which does not recurse")
+        _require(self.variant in ("block", "trm") or self.num_recursions == 1, "num_recursions",
+                 self.num_recursions, f"1 for variant={self.variant!r}, which does not recurse")
         _require(0 < self.halting_threshold < 1, "halting_threshold", self.halting_threshold,
                  "in (0, 1)")
-        for name in ("ponder_cost", "halting_weight"):
+        for name in ("ponder_cost", "halting_weight", "kl_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         for name in ("halting_tolerance", "convergence_threshold"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")

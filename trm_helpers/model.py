@@ -16,7 +16,14 @@ from torch import nn
 
 from . import schema
 from .config import ModelConfig
-from .layers import ActionHead, TokenEncoder, VisualEncoder, make_block
+from .layers import (
+    STYLE_DIM,
+    ActionHead,
+    StyleEncoder,
+    TokenEncoder,
+    VisualEncoder,
+    make_block,
+)
 from .normalize import ActionNormalizer
 from .observations import prepare_observation, read_batch
 
@@ -40,9 +47,9 @@ class TRMPolicy(nn.Module):
 
     ``variant="block"``: ``x_cond`` is one vector. With one camera and nothing else it is the
     encoder's output. Several cameras (separate weights), proprioception and task are concatenated,
-    then a linear layer and LayerNorm. ``"trm"`` and the baseline ``"transformer"``: ``x_cond`` is a
-    sequence of tokens: those of each camera, one of proprioception, one of the task, and a learned
-    query for each of the K actions.
+    then a linear layer and LayerNorm. ``"trm"`` and the baselines ``"transformer"`` and ``"act"``:
+    ``x_cond`` is a sequence of tokens: those of each camera, one of proprioception, one of the
+    task, for ``"act"`` one of the style, and a learned query for each of the K actions.
 
     Args:
         config: sizes and options.
@@ -82,6 +89,9 @@ class TRMPolicy(nn.Module):
         elif parts > 1:
             self.fuse = nn.Sequential(nn.Linear(parts * dim, dim), nn.LayerNorm(dim))
         self.block = make_block(config)
+        self.style = None
+        if config.variant == "act":
+            self.style = StyleEncoder(dim, config.num_heads, config.num_layers, config.chunk)
         if config.halting in ("remainder", "act", "learned"):
             # sigmoid(w h) as documented for the remainder, sigmoid(w h + b) in Graves' paper
             self.halt = nn.Linear(dim, 1, bias=config.halting != "remainder")
@@ -95,8 +105,11 @@ class TRMPolicy(nn.Module):
 
     # --- network -------------------------------------------------------------------------------
 
-    def encode(self, observations: Mapping) -> torch.Tensor:
-        """Batched observations, with or without T, to ``x_cond``: (B, D), or tokens (B, N, D)."""
+    def encode(self, observations: Mapping, style: torch.Tensor | None = None) -> torch.Tensor:
+        """Batched observations, with or without T, to ``x_cond``: (B, D), or tokens (B, N, D).
+
+        ``style`` (B, STYLE_DIM) is ACT's latent; None is zero.
+        """
         size = self.config.image_size
         parts = [
             encoder(read_batch(observations, camera, (size, size, 3)))
@@ -112,6 +125,9 @@ class TRMPolicy(nn.Module):
             parts.append(self.language_mlp(language))
         if not self.tokens:
             return self.fuse(torch.cat(parts, dim=-1)) if len(parts) > 1 else parts[0]
+        if self.style is not None:
+            nothing = parts[0].new_zeros(len(parts[0]), STYLE_DIM)
+            parts.append(self.style.token(nothing if style is None else style))
         parts = [part if part.ndim == 3 else part.unsqueeze(1) for part in parts]
         queries = self.action_queries.to(parts[0].dtype).expand(len(parts[0]), -1, -1)
         return torch.cat([*parts, queries], dim=1)
@@ -256,13 +272,19 @@ class TRMPolicy(nn.Module):
         In training, ``deep_supervision`` grades the answer after every step and takes the mean,
         and ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary
         cross-entropy of the head at every step against whether that answer's mean absolute error
-        is within ``halting_tolerance``.
+        is within ``halting_tolerance``. ACT draws its style from what its encoder makes of the
+        actions, and adds ``kl``, times ``kl_weight``.
         """
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not valid; expected one of {', '.join(LOSSES)}")
-        recursion = self.recurse(self.encode(batch["observations"]))
         target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
         mask = batch["mask"].reshape(-1, self.config.chunk)
+        style = None
+        if self.style is not None and self.training:
+            mean, log_variance = self.style(target, mask)
+            noise = torch.randn(mean.shape).to(mean)  # of the CPU's generator, as all others
+            style = mean + (0.5 * log_variance).exp() * noise
+        recursion = self.recurse(self.encode(batch["observations"], style))
         count = len(recursion.output)
         if len(target) != count or len(mask) != count:
             raise ValueError(
@@ -280,6 +302,10 @@ class TRMPolicy(nn.Module):
         if self.config.halting == "act":
             parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
             total = total + self.config.ponder_cost * parts["ponder"]
+        if style is not None:
+            divergence = self.style.divergence(mean, log_variance)
+            parts["kl"] = _masked_mean(divergence, mask.amax(dim=1))
+            total = total + self.config.kl_weight * parts["kl"]
         if self.config.halting == "learned" and self.training:
             parts["halting"] = self._grade_halting(recursion.states[1:], target, mask)
             total = total + self.config.halting_weight * parts["halting"]
