@@ -114,6 +114,16 @@ def test_a_run_is_evaluated_into_its_folder(run):
     assert len(StraightRoad.made) == 1  # one environment for all episodes of a task
 
 
+@pytest.mark.parametrize("asked", [dict(task_ids=[0, 4]), dict(suite="libero_goal")])
+def test_a_policy_told_its_task_by_number_is_asked_for_those_it_knows(small_run, asked):
+    trainer = small_run(conditioning="task_id", epochs=1)
+    trainer.fit()
+    run = trainer.run
+    with pytest.raises(ValueError, match="by number and knows tasks 0 of libero_object; it cannot"):
+        evaluate_run(run, **asked)
+    assert not (run / "episodes.jsonl").exists()
+
+
 def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     config = EvalConfig(num_episodes=3, horizon=4, num_videos=0)
     play, played = evaluate.run_episode, []

@@ -155,13 +155,15 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
         what ``results.json`` holds: :func:`stats.summarize_episodes`, protocol, versions.
 
     Raises:
-        ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol.
+        ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
+            that is told its task by number was not trained on one of ``task_ids``.
     """
     run = find_run(str(run))
     trained = load_config(run)
     config = config or trained.eval
     suite = suite or trained.data.suite
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    _refuse_unknown_numbers(trained, suite, task_ids)
     identity = {"weights": weights, "sha256": _digest(run / f"{weights}.safetensors"),
                 "horizon": config.horizon or schema.HORIZONS[schema.check_suite(suite)]}
     ledger = run / "episodes.jsonl"
@@ -189,6 +191,17 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     }
     write_json(run / "results.json", results)
     return results
+
+
+def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ...]) -> None:
+    known = trained.data
+    if trained.model.conditioning != "task_id" or (
+            suite == known.suite and set(task_ids) <= set(known.task_ids)):
+        return
+    raise ValueError(f"the policy is told its task by number and knows tasks "
+                     f"{', '.join(map(str, known.task_ids))} of {known.suite}; it cannot be asked "
+                     f"for tasks {', '.join(map(str, task_ids))} of {suite}. "
+                     "Train with conditioning='language' for tasks it has not seen")
 
 
 def selection_success(run: str | Path, config: Config, episodes: int,
