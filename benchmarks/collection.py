@@ -1,0 +1,117 @@
+"""Demonstrations per minute beside LIBERO's way of making them: the table in docs/loading.md.
+
+    python benchmarks/collection.py --task 2 --rounds 5
+
+LIBERO records an episode as states and actions (``scripts/collect_demonstration.py``), then plays
+the actions again in an environment that draws every camera in every step and writes what it sees
+(``scripts/create_dataset.py``: a reset, the episode's own model, its first state, its actions).
+Here the frames are drawn while the expert acts. Both ways make the same episodes, one after the
+other in one process, taking turns; the frames are compared. Then two processes collect episodes.
+Building environments is left out of the first two rows, writing files is not.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from trm_helpers import schema
+from trm_helpers.collect import _write_demo, collect_demonstrations, record_demonstration
+from trm_helpers.experts import Style, make_expert
+from trm_helpers.sim import LiberoEnv
+
+
+def collect(env: LiberoEnv, seed: int, path: Path) -> None:
+    """One episode as ``collect_demonstrations`` makes it, without pushes."""
+    record = record_demonstration(env, np.random.default_rng(seed), disturb=False)
+    with h5py.File(path, "w") as file:
+        _write_demo(file.create_group("demo"), record)
+
+
+def record_states(env: LiberoEnv, seed: int) -> dict:
+    """The same episode as LIBERO records it: nothing is drawn."""
+    generator = np.random.default_rng(seed)
+    env.reset(seed=int(generator.integers(2**31)))
+    expert = make_expert(env, Style.sample(generator))
+    states, actions, success, xml = [], [], False, env.model_xml()
+    while not success and len(actions) < env.horizon:
+        actions.append(expert.act())
+        states.append(env.state())
+        _, success = env.step(actions[-1])
+    return {"states": states, "actions": actions, "model": xml}
+
+
+def play_again(libero, recorded: dict, path: Path) -> None:
+    """LIBERO's second step, on its own environment."""
+    libero.reset()
+    libero.reset_from_xml_string(recorded["model"])
+    libero.sim.reset()
+    libero.sim.set_state_from_flattened(recorded["states"][0])
+    libero.sim.forward()
+    seen = [libero.step(action)[0] for action in recorded["actions"]]
+    with h5py.File(path, "w") as file:
+        for name, key in schema.CAMERAS.items():
+            file[f"demo/obs/{name}"] = np.stack([values[key] for values in seen])
+        file["demo/actions"] = np.stack(recorded["actions"])
+        file["demo/states"] = np.stack(recorded["states"])
+
+
+def frame_difference(ours: Path, theirs: Path) -> tuple[int, float]:
+    """Frames of both cameras in ours; largest mean difference in grey values of a frame.
+
+    LIBERO's frame t is drawn after action t, ours before: they are compared one step apart.
+    """
+    worst, count = 0.0, 0
+    with h5py.File(ours) as a, h5py.File(theirs) as b:
+        for camera in schema.CAMERAS:
+            one, other = a[f"demo/obs/{camera}"][1:], b[f"demo/obs/{camera}"][:-1]
+            count += len(one) + 1
+            difference = np.abs(one.astype(int) - other).mean(axis=(1, 2, 3))
+            worst = max(worst, float(difference.max()))
+    return count, worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="libero_spatial", choices=schema.SUITES)
+    parser.add_argument("--task", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    ours_took, theirs_took, differences, frames = [], [], [], 0
+    with (tempfile.TemporaryDirectory() as folder, LiberoEnv(given.suite, given.task) as env,
+          LiberoEnv(given.suite, given.task, lazy=False) as theirs):
+        ours_file, their_file = Path(folder, "ours.hdf5"), Path(folder, "theirs.hdf5")
+        for seed in range(given.rounds):
+            began = time.perf_counter()
+            collect(env, seed, ours_file)
+            middle = time.perf_counter()
+            play_again(theirs.raw, record_states(env, seed), their_file)
+            ours_took.append(middle - began)
+            theirs_took.append(time.perf_counter() - middle)
+            count, difference = frame_difference(ours_file, their_file)
+            frames += count
+            differences.append(difference)
+        began = time.perf_counter()
+        collect_demonstrations(given.suite, given.task, 2 * given.rounds, folder, disturb=False,
+                               workers=given.workers)
+        together = time.perf_counter() - began
+    ratios = [b / a for a, b in zip(ours_took, theirs_took, strict=True)]
+    print(f"{given.rounds} episodes, {frames} frames; mean difference of a frame between the two "
+          f"at most {max(differences):.2f} of 255")
+    print("| way | processes | demonstrations per minute | ratio to LIBERO's |\n|---|---|---|---|")
+    print(f"| LIBERO's: record, play again | 1 | {60 / statistics.mean(theirs_took):.1f} | "
+          "1 |")
+    print(f"| ours | 1 | {60 / statistics.mean(ours_took):.1f} | "
+          f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+    rate = 2 * given.rounds / together
+    print(f"| ours, environments built | {given.workers} | {60 * rate:.1f} | "
+          f"{rate * statistics.mean(theirs_took):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
