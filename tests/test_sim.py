@@ -46,6 +46,21 @@ def test_frames_drawn_on_demand_equal_frames_drawn_in_every_step_to_the_bit(env)
     assert min(moving) > 0  # the arm was in motion throughout
 
 
+def test_an_episode_in_the_same_model_equals_one_in_a_model_built_anew_to_the_bit(env):
+    env.reset(seed=4)
+    built = played(env, env.reset(init_state=3), MOVES)
+    model, state = env.sim.model, env.state()
+    played(env, env.reset(init_state=7), MOVES[::-1])
+    kept = played(env, env.reset(init_state=3), MOVES)
+    assert env.sim.model is model
+    assert np.array_equal(env.state(), state)
+    for one, other in zip(built, kept, strict=True):
+        for key in one:
+            assert np.array_equal(one[key], other[key]), key
+    env.reset(seed=4)
+    assert env.sim.model is not model
+
+
 def test_collection_sees_what_control_sees_while_the_arm_moves(env, monkeypatch):
     """A placement drawn for collection, and the same one set as an init state: equal to the bit."""
     placements = []
@@ -70,6 +85,7 @@ def test_an_observation_is_not_the_current_state(env):
 
 
 def test_an_episode_begins_in_the_benchmarks_order(env, monkeypatch):
+    env.reset(seed=0)  # after which an init state needs its own fixtures
     calls = []
 
     def spy(owner, name, note):
@@ -102,9 +118,15 @@ def test_reset_is_reproducible_and_leaves_numpys_generator_alone(env):
     assert np.array_equal(env.state(), first)
 
 
-def test_an_unread_frame_is_lost_with_the_episode_and_says_so(env):
-    old = env.reset(init_state=0)
+def test_an_unread_frame_is_lost_with_the_model_and_says_so(env):
     env.reset(init_state=1)
+    seen = env.reset(init_state=0)
+    in_time = seen["agentview_rgb"]
+    old = env.reset(init_state=0)
+    env.reset(init_state=1)  # in the same model
+    assert np.array_equal(old["agentview_rgb"], in_time)
+    old = env.reset(init_state=0)
+    env.reset(seed=0)
     with pytest.raises(RuntimeError, match="frame of agentview was not read before"):
         old["agentview_rgb"]
     assert old["ee_pos"].shape == (3,)
