@@ -24,11 +24,13 @@ run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes
 weights = "best"  # type: str; best (lowest validation loss) or last
 suite = None  # type: str; another suite than the run's; None keeps it
 task_ids = None  # type: list; other tasks than the run's; None keeps them
-num_episodes = None  # type: int; per task; None keeps the run's setting
+protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
+num_episodes = None  # type: int; per task; None keeps the run's setting, 0 is the protocol's
 first_init_state = None  # type: int; the first official init state used; None keeps the run's
-horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the suite's
+horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the protocol's
 num_videos = None  # type: int; episodes filmed per task; None keeps the run's setting
 eval_workers = None  # type: int; simulator processes; None keeps the run's setting
+cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None keeps the run's
 baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
 
 # %%
@@ -46,8 +48,8 @@ from trm_helpers.stats import format_success, minimum_detectable_difference, pai
 
 # %%
 run = find_run(run_name)
-settings = dict(num_episodes=num_episodes, first_init_state=first_init_state, horizon=horizon,
-                num_videos=num_videos, eval_workers=eval_workers)
+settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
+                horizon=horizon, num_videos=num_videos, eval_workers=eval_workers, cluster=cluster)
 config = load_config(run).replace(**{k: v for k, v in settings.items() if v is not None})
 print("evaluating", run)
 
@@ -55,22 +57,30 @@ print("evaluating", run)
 # ## Run the episodes
 #
 # Every episode is written to `episodes.jsonl` the moment it ends: interrupted and started again,
-# only the missing ones are run.
+# only the missing ones are run. What a success rate means depends on the protocol: how many
+# episodes, how many steps, and what happens before the first. Published ones differ, so it is
+# written beside the rate, with its source.
 
 # %%
 results = evaluate_run(run, config.eval, weights, suite or "", task_ids or ())
 print(format_success(results))
+print(f"protocol {results['protocol']['protocol']}: {results['protocol']['source']}")
+for error in results["errors"]:
+    print("could not be run, and counts neither way:", error)
 
 # %% [markdown]
 # Episode by episode (the file may hold others, from evaluations before). `mean_recursions` is how
-# often the block was applied per decision.
+# often the block was applied per decision, `action_ms` and `max_action_ms` what the policy took per
+# executed action and for the slowest one, with the frames that it asked for.
 
 # %%
 asked = results["protocol"]
 inits = range(asked["first_init_state"], asked["first_init_state"] + asked["num_episodes"])
 episodes = [row for row in read_jsonl(run / "episodes.jsonl") if row["suite"] == asked["suite"]
-            and row["task_id"] in asked["task_ids"] and row["init_state"] in inits]
-columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "seconds"]
+            and row["task_id"] in asked["task_ids"] and row["init_state"] in inits
+            and "error" not in row]
+columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "action_ms",
+           "max_action_ms", "seconds"]
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %% [markdown]

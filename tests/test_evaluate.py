@@ -1,7 +1,10 @@
-import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 
 import imageio.v3 as imageio
 import numpy as np
@@ -37,13 +40,14 @@ class StraightRoad:
     horizon = 4
     made = []
 
-    def __init__(self, suite="libero_object", task_id=3):
+    def __init__(self, suite="libero_object", task_id=3, **settle):
+        self.settle = settle
         self.task = types.SimpleNamespace(suite=suite, task_id=task_id, name="walk",
                                           language="walk to the end")
         self.made.append(self)
 
-    def reset(self, init_state):
-        self.left = init_state + 1
+    def reset(self, init_state=None, seed=None):
+        self.left = 1 + (init_state if seed is None else seed - evaluate.SELECTION_SEED)
         return self._look()
 
     def step(self, action):
@@ -59,9 +63,10 @@ class StraightRoad:
 def test_an_episode_ends_with_success_or_at_the_horizon():
     policy = CountingPolicy()
     row = run_episode(policy, StraightRoad(), init_state=2)
-    assert row.pop("seconds") >= 0
-    assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "success": True,
-                   "steps": 3, "horizon": 4, "mean_recursions": 3.0}
+    assert row.pop("seconds") >= 0 and row.pop("max_action_ms") >= row.pop("action_ms") >= 0
+    assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
+                   "success": True, "steps": 3, "return": 1.0, "horizon": 4,
+                   "mean_recursions": 3.0}
     failed = run_episode(policy, StraightRoad(), init_state=9)
     assert (failed["success"], failed["steps"]) == (False, 4)
     assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
@@ -128,7 +133,7 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     config = EvalConfig(num_episodes=3, horizon=4, num_videos=0)
     play, played = evaluate.run_episode, []
 
-    def interrupt(policy, env, init_state, horizon):
+    def interrupt(policy, env, init_state, horizon, seed):
         played.append(init_state)
         if played == [0, 1]:
             raise KeyboardInterrupt
@@ -142,22 +147,66 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     assert played == [0, 1, 1, 2]
 
 
-def test_workers_play_the_same_episodes(run, monkeypatch):
-    config = EvalConfig(num_episodes=3, horizon=2, num_videos=0, eval_workers=2)
-    sizes = []
+def test_the_protocol_decides_and_is_named(run):
+    results = evaluate_run(run, EvalConfig(protocol="libero", num_videos=0))
+    told = results["protocol"]
+    assert (told["protocol"], told["num_episodes"], told["horizon"]) == ("libero", 20, 600)
+    assert "lifelong/metric.py" in told["source"]
+    assert StraightRoad.made[0].settle == dict(settle_steps=5, settle_action=(0.0,) * 7)
+    rows = read_jsonl(run / "episodes.jsonl")
+    assert len(rows) == 20 and {row["protocol"] for row in rows} == {"libero"}
+    with pytest.raises(ValueError, match="protocol: 'libero' there, 'lerobot' now"):
+        evaluate_run(run, EvalConfig(protocol="lerobot"))
 
-    @contextlib.contextmanager
-    def pool(workers):
-        sizes.append(workers)
-        with ThreadPoolExecutor(1) as executor:
-            yield executor
 
-    monkeypatch.setattr(evaluate, "worker_pool", pool)
-    results = evaluate_run(run, config, task_ids=[0, 4, 0])
-    assert sizes == [2]
-    assert [(t["task_id"], t["successes"], t["episodes"]) for t in results["tasks"]] \
-        == [(0, 2, 3), (4, 2, 3)]
-    assert len(read_jsonl(run / "episodes.jsonl")) == 6
+def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch):
+    play, tried = evaluate.run_episode, []
+
+    def fail(policy, env, init_state, horizon, seed):
+        tried.append(init_state)
+        if init_state == 1 or (init_state == 2 and tried.count(2) == 1):
+            raise FloatingPointError("the arm is nowhere")
+        return play(policy, env, init_state, horizon, seed=seed)
+
+    monkeypatch.setattr(evaluate, "run_episode", fail)
+    config = EvalConfig(num_episodes=3, horizon=1, num_videos=0)
+    results = evaluate_run(run, config)
+    assert sorted(tried) == [0, 1, 1, 2, 2]
+    assert (results["successes"], results["episodes"]) == (1, 2)
+    error = {"suite": "libero_object", "task_id": 0, "init_state": 1, "seed": 0,
+             "error": "FloatingPointError: the arm is nowhere"}
+    assert results["errors"] == [error]
+    (line,) = [row for row in read_jsonl(run / "episodes.jsonl") if "error" in row]
+    assert error.items() <= line.items()
+
+    monkeypatch.setattr(evaluate, "run_episode", play)  # whatever it was is repaired
+    results = evaluate_run(run, config)
+    assert (results["episodes"], results["errors"]) == (3, [])
+
+
+def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
+    monkeypatch.setattr(CountingPolicy, "act", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="no episode could be run; .*ZeroDivisionError"):
+        evaluate_run(run, EvalConfig(num_videos=0))
+    assert len(read_jsonl(run / "episodes.jsonl")) == 3
+    assert not (run / "results.json").exists()
+
+
+def test_selection_leaves_the_official_init_states_alone(run):
+    config = evaluate.load_config(run)
+    summary = evaluate.selection_success(run, config.replace(horizon=2), episodes=3)
+    assert (summary["successes"], summary["episodes"]) == (2, 3)
+    assert not (run / "episodes.jsonl").exists()
+
+
+def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr(evaluate, "software_versions", dict)
+    results = evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(num_episodes=2, horizon=3,
+                                         num_videos=0), "libero_object")
+    assert (results["successes"], results["episodes"], len(results["tasks"])) == (0, 20, 10)
+    with pytest.raises(ValueError, match="unknown baseline 'hero'; expected one of expert"):
+        evaluate.evaluate_baseline("hero", tmp_path, EvalConfig(), "libero_object")
 
 
 def test_every_call_loads_the_policy_as_it_is_then(run, monkeypatch):
@@ -255,3 +304,43 @@ def test_doing_nothing_fails_at_the_horizon(env):
     policy.action = np.array(schema.NO_OP)
     row = run_episode(policy, env, init_state=2, horizon=15)
     assert (row["success"], row["steps"], row["horizon"]) == (False, 15, 15)
+
+
+EVALUATION = """
+import sys
+from trm_helpers.config import EvalConfig
+from trm_helpers.evaluate import evaluate_baseline
+
+if __name__ == "__main__":
+    config = EvalConfig(num_episodes=int(sys.argv[2]), horizon=8, num_videos=0, eval_workers=2)
+    results = evaluate_baseline("no-op", sys.argv[1], config, "libero_object", [0])
+    assert results["episodes"] == config.episodes and not results["errors"], results["errors"]
+"""
+
+
+def wait_for_rows(process, ledger, count):
+    deadline = time.monotonic() + 300
+    while len(read_jsonl(ledger)) < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.sim
+def test_a_killed_worker_and_a_killed_parent_lose_no_episode_and_double_none(tmp_path):
+    script, ledger = tmp_path / "evaluation.py", tmp_path / "run" / "episodes.jsonl"
+    script.write_text(EVALUATION)
+    command = [sys.executable, script, tmp_path / "run", "8"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_for_rows(parent, ledger, 1)
+    found = subprocess.run(["pgrep", "--parent", str(parent.pid), "-f", "loky.backend.popen"],
+                           capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    wait_for_rows(parent, ledger, 4)
+    parent.kill()
+    parent.communicate()
+    rows = read_jsonl(ledger)
+    assert 4 <= len(rows) < 8 and not any("error" in row for row in rows)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert read_jsonl(ledger)[:len(rows)] == rows
+    assert sorted(row["init_state"] for row in read_jsonl(ledger)) == list(range(8))

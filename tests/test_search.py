@@ -92,19 +92,18 @@ def test_trials_run_to_their_end(searched, monkeypatch):
         == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
 
-def test_rollouts_rank_first_and_use_the_last_init_states(searched, monkeypatch):
+def test_rollouts_rank_first(searched, monkeypatch):
     config, files, run = searched
     asked = []
 
-    def evaluate_run(folder, settings, weights):
-        asked.append((settings.first_init_state, settings.num_episodes, settings.num_videos,
-                      weights))
+    def selection_success(folder, trial, episodes):
+        asked.append(episodes)
         success = folder.name.endswith("num_recursions2")
         return {"success_rate": success / 3, "successes": int(success), "episodes": 3}
 
-    monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
+    monkeypatch.setattr(evaluate, "selection_success", selection_success)
     trials = run_search(config.replace(search_episodes=3), files, run)
-    assert asked == [(47, 3, 0, "last")] * 2
+    assert asked == [3, 3]
     assert trials[0]["num_recursions"] == 2 and trials[0]["success_rate"] == 1 / 3
 
 

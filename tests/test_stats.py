@@ -72,7 +72,7 @@ def test_a_single_episode_has_a_summary():
     [
         ([], "rows is empty"),
         ([{"suite": "libero_goal", "success": True}], "lacks task_id, init_state, steps"),
-        ([episode(4, True), episode(4, False)], r"\('libero_object', 0, 4\) twice"),
+        ([episode(4, True), episode(4, False)], r"\('libero_object', 0, 4, 0\) twice"),
     ],
 )
 def test_summary_refuses(rows, message):

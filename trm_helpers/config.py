@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import schema
+from .protocols import PROTOCOLS
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -183,7 +184,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
     patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
     rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
-    rollout_episodes: int = 10  # of each task, on the last init states: reports use the first ones
+    rollout_episodes: int = 10  # of each task, from drawn placements: reports use the init states
     max_minutes: float = 0.0  # save and end cleanly after so long; 0 is no limit
     precision: str = "auto"  # auto, fp32, bf16, fp16
     compile: bool = False  # torch.compile; goes on without it where it fails
@@ -204,8 +205,7 @@ class TrainConfig:
                      "num_threads", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(1 <= self.rollout_episodes <= schema.NUM_INIT_STATES, "rollout_episodes",
-                 self.rollout_episodes, f"1 to {schema.NUM_INIT_STATES}, the official init states")
+        _require(self.rollout_episodes >= 1, "rollout_episodes", self.rollout_episodes, ">= 1")
         _one_of("loss", self.loss, ("mse", "l1", "mix"))
         _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
@@ -216,22 +216,37 @@ class TrainConfig:
 class EvalConfig:
     """Rollouts in the simulator on the official init states."""
 
-    num_episodes: int = 10  # per task
+    protocol: str = "quick"  # quick, libero, openvla, lerobot: see protocols.py
+    num_episodes: int = 0  # per task; 0 takes the protocol's
     first_init_state: int = 0  # episodes use init states first, first + 1, ...
-    horizon: int = 0  # steps allowed; 0 takes the suite's (`schema.HORIZONS`)
+    horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
     num_videos: int = 3  # episodes per task filmed
     eval_workers: int = 1  # simulator processes
+    cluster: str = ""  # address of a Dask scheduler or a Ray cluster that plays the episodes
+    episode_limit: float = 900.0  # seconds after which a worker's episode is taken for hung
 
     def __post_init__(self):
         _convert_types(self)
-        _require(1 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
-                 self.num_episodes, f"1 to {schema.NUM_INIT_STATES}, the official init states")
-        last = schema.NUM_INIT_STATES - self.num_episodes
+        _one_of("protocol", self.protocol, tuple(PROTOCOLS))
+        _require(0 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
+                 self.num_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
+        last = schema.NUM_INIT_STATES - self.episodes
         _require(0 <= self.first_init_state <= last, "first_init_state", self.first_init_state,
-                 f"0 to {last} with num_episodes={self.num_episodes}")
+                 f"0 to {last} with {self.episodes} episodes")
+        _require(self.episode_limit > 0, "episode_limit", self.episode_limit, "> 0")
         for name in ("horizon", "num_videos"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(self.eval_workers >= 1, "eval_workers", self.eval_workers, ">= 1")
+
+    @property
+    def episodes(self) -> int:
+        """Of each task: ``num_episodes``, or the protocol's number."""
+        return self.num_episodes or PROTOCOLS[self.protocol].episodes
+
+    @property
+    def init_states(self) -> range:
+        """Of each task: the official init states that episodes begin in."""
+        return range(self.first_init_state, self.first_init_state + self.episodes)
 
 
 @dataclass(frozen=True)
@@ -252,8 +267,7 @@ class SearchConfig:
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
         _require(self.search_epochs >= 1, "search_epochs", self.search_epochs, ">= 1")
         _require(self.max_configs >= 0, "max_configs", self.max_configs, ">= 0")
-        _require(0 <= self.search_episodes <= schema.NUM_INIT_STATES, "search_episodes",
-                 self.search_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
+        _require(self.search_episodes >= 0, "search_episodes", self.search_episodes, ">= 0")
 
 
 @dataclass(frozen=True)

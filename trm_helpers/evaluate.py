@@ -7,22 +7,26 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from . import schema
+from .baselines import BASELINES
 from .checkpoint import find_run, load_config, load_policy
 from .config import Config, EvalConfig
+from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
 from .plots import caption_frame, upright, write_video
 from .preflight import software_versions
-from .sim import LiberoEnv, Observation, worker_pool
+from .protocols import PROTOCOLS, EvalProtocol
+from .sim import LiberoEnv, Observation
 from .stats import summarize_episodes
 
+SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
+_HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
 VIDEO_FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
 
 
@@ -74,25 +78,31 @@ class PolicyEvaluator:
         return {**summarize_episodes(rows), "rows": rows}
 
 
-def run_episode(policy: Policy, env: LiberoEnv, init_state: int, horizon: int = 0,
-                watch: Callable[[Observation, int], None] | None = None) -> dict:
-    """One episode from an official init state; ends with success or at the horizon.
+def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
+                watch: Callable[[Observation, int], None] | None = None, seed: int = 0) -> dict:
+    """One episode; ends with success or at the horizon.
 
     Args:
+        init_state: an official one; ``None`` draws a placement.
         horizon: steps allowed; 0 takes the suite's.
         watch: called with every observation and the number of steps made.
+        seed: of that draw.
 
     Returns:
-        the episode's row: suite, task_id, init_state, success, steps, seconds, and the mean number
-        of recursions per decision where the policy tells it.
+        the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
+        seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, with
+        the frames it asks for), and the mean number of recursions per decision where the policy
+        tells it.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()
     policy.reset()
-    observation = env.reset(init_state=init_state)
-    success, steps, recursions = False, 0, []
+    observation = (env.reset(seed=seed) if init_state is None else env.reset(init_state=init_state))
+    success, steps, recursions, took = False, 0, [], []
     while not success and steps < horizon:
+        asked = time.perf_counter()
         action = policy.act(observation)
+        took.append(1000 * (time.perf_counter() - asked))
         recursions.append(getattr(policy, "last_recursions", None))
         observation, success = env.step(action)
         steps += 1
@@ -100,8 +110,9 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int, horizon: int = 
             watch(observation, steps)
     used = [count for count in recursions if count is not None]
     return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
-            "success": success, "steps": steps, "horizon": horizon,
-            "mean_recursions": float(np.mean(used)) if used else None,
+            "seed": seed, "success": success, "steps": steps, "return": float(success),
+            "horizon": horizon, "mean_recursions": float(np.mean(used)) if used else None,
+            "action_ms": round(float(np.mean(took)), 3), "max_action_ms": round(max(took), 3),
             "seconds": round(time.perf_counter() - began, 3)}
 
 
@@ -142,55 +153,177 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
                  suite: str = "", task_ids: Iterable[int] = ()) -> dict:
     """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
 
-    Every episode's row is written the moment it ends, and a call that was interrupted goes on with
-    those that are missing.
+    Which episodes there will be is settled before the first. Every episode's row is written the
+    moment it ends, and a call that was interrupted goes on with those that are missing. One that
+    raised, hung or lost its process twice is recorded as an error, apart from the failures; the
+    next call tries it again.
 
     Args:
         run: folder, or name of a folder in ``artifacts/``.
-        config: episodes per task, horizon, videos, processes; ``None`` takes the run's own.
+        config: protocol, episodes per task, horizon, videos, processes; ``None`` takes the run's.
         weights: ``best`` or ``last``.
         suite, task_ids: other tasks than those the policy was trained on.
 
     Returns:
-        what ``results.json`` holds: :func:`stats.summarize_episodes`, protocol, versions.
+        what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions.
 
     Raises:
         ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
             that is told its task by number was not trained on one of ``task_ids``.
+        RuntimeError: no episode could be run; with the first error.
     """
     run = find_run(str(run))
     trained = load_config(run)
-    config = config or trained.eval
     suite = suite or trained.data.suite
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
     _refuse_unknown_numbers(trained, suite, task_ids)
-    identity = {"weights": weights, "sha256": _digest(run / f"{weights}.safetensors"),
-                "horizon": config.horizon or schema.HORIZONS[schema.check_suite(suite)]}
-    ledger = run / "episodes.jsonl"
+    source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
+    identity = {"weights": weights, "sha256": source.sha256}
+    return _evaluate(source, identity, run, config or trained.eval, suite, task_ids)
+
+
+def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
+                      task_ids: Iterable[int] = ()) -> dict:
+    """:func:`evaluate_run` of a policy of :data:`baselines.BASELINES`, into any ``folder``.
+
+    Args:
+        task_ids: none takes all tasks of the suite.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
+    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(schema.SUITES[suite]))
+    return _evaluate(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config, suite,
+                     task_ids)
+
+
+def selection_success(run: str | Path, config: Config, episodes: int,
+                      weights: str = "last") -> dict:
+    """Success of ``episodes`` a task from drawn placements, never the official init states.
+
+    For choosing among checkpoints and settings: reports, on the init states, see none of it.
+    Nothing is written.
+
+    Returns:
+        :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
+    """
+    run = Path(run)
+    settings = dataclasses.replace(config.eval, num_videos=0)
+    source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
+    planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
+               for task_id in config.data.task_ids for number in range(episodes)]
+    bar = tqdm(_play_all(source, settings, run, planned), "selection", len(planned),
+               unit="episode", leave=False)
+    rows, errors = [], []
+    for episode, row, error in bar:
+        rows.append(row) if row else errors.append(f"{tuple(episode)}: {error}")
+    if not rows:
+        raise RuntimeError(f"no episode could be run; the first error: {errors[0]}")
+    return summarize_episodes(rows)
+
+
+# --- what is played -----------------------------------------------------------------------------
+
+
+class Episode(NamedTuple):
+    """Where an episode begins: an official init state, or a placement drawn with ``seed``."""
+
+    suite: str
+    task_id: int
+    init_state: int | None
+    seed: int = 0
+
+
+class TrainedPolicy(NamedTuple):
+    """A run's weights; the digest tells whether they are still those that a worker has."""
+
+    run: Path
+    weights: str
+    sha256: str
+
+    def make(self, env: LiberoEnv) -> Policy:
+        return _loaded(self)
+
+
+class Baseline(NamedTuple):
+    name: str
+
+    def make(self, env: LiberoEnv) -> Policy:
+        return BASELINES[self.name](env)
+
+
+def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, config: EvalConfig,
+              suite: str, task_ids: tuple[int, ...]) -> dict:
+    protocol = PROTOCOLS[config.protocol]
+    identity = {**identity, "protocol": protocol.name,
+                "horizon": config.horizon or protocol.horizon(suite)}
+    ledger = folder / "episodes.jsonl"
     rows = _finished(ledger, suite, identity)
-    done = {_episode(row) for row in rows}
-    first = config.first_init_state
-    planned = [(suite, schema.check_task_id(suite, task_id), init_state)
-               for task_id in task_ids for init_state in range(first, first + config.num_episodes)]
-    missing = [episode for episode in planned if episode not in done]
-    job = functools.partial(_run_in_worker, run, weights, config)
+    planned = [Episode(suite, schema.check_task_id(suite, task_id), init_state)
+               for task_id in task_ids for init_state in config.init_states]
+    missing = [episode for episode in planned if episode not in rows]
+    errors: dict[Episode, str] = {}
     with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="episodes",
               unit="episode") as bar:
-        for row in _run_all(job, missing, config.eval_workers):
-            append_jsonl(ledger, {**row, **identity})
-            rows.append(row)
+        for episode, row, error in _play_all(source, config, folder, missing):
+            append_jsonl(ledger, {**(row or {**episode._asdict(), "error": error}), **identity})
+            if error:
+                errors[episode] = error
+                if len(errors) >= _HOPELESS and not rows:
+                    break
+            else:
+                rows[episode] = row
             bar.update()
-            bar.set_postfix(successes=sum(row["success"] for row in rows))
+            bar.set_postfix(successes=sum(row["success"] for row in rows.values()))
+    played = [rows[episode] for episode in planned if episode in rows]
+    if not played:
+        first = next(iter(errors.values()))
+        raise RuntimeError(f"no episode could be run; the first error: {first}")
     results = {
-        **summarize_episodes([row for row in rows if _episode(row) in planned]),
-        "protocol": {"suite": suite, "task_ids": list(task_ids),
-                     **dataclasses.asdict(config), **identity,
-                     "settle_steps": schema.SETTLE_STEPS, "init_states": "official",
+        **summarize_episodes(played),
+        "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
+        "protocol": {"suite": suite, "task_ids": list(task_ids), **dataclasses.asdict(config),
+                     **identity, "num_episodes": config.episodes, "source": protocol.source,
+                     "settle_steps": protocol.settle_steps,
+                     "settle_action": list(protocol.settle_action), "init_states": "official",
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
-    write_json(run / "results.json", results)
+    write_json(folder / "results.json", results)
     return results
+
+
+def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]):
+    """``(episode, row, error)`` of each, as they end."""
+    job = functools.partial(_play, source, config, folder)
+    workers = min(config.eval_workers, max(len(episodes), 1))
+    try:
+        yield from run_jobs(job, episodes, folder / ".attempts", workers=workers,
+                            cluster=config.cluster, limit=config.episode_limit)
+    finally:  # in this process nobody plays on; a worker's simulator ends with it
+        _loaded.cache_clear()
+        _worker_env.cache_clear()
+
+
+def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
+    protocol = PROTOCOLS[config.protocol]
+    env = _worker_env(episode.suite, episode.task_id, protocol)
+    policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
+    if (episode.init_state is not None
+            and episode.init_state - config.first_init_state < config.num_videos):
+        name = f"{episode.suite}-task{episode.task_id}-init{episode.init_state:02d}-{{outcome}}.mp4"
+        return record_episode(policy, env, episode.init_state, folder / "videos" / name, horizon)[0]
+    return run_episode(policy, env, episode.init_state, horizon, seed=episode.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(source: TrainedPolicy) -> Policy:
+    return load_policy(source.run, source.weights)
+
+
+@functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
+def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
+    return LiberoEnv(suite, task_id, settle_steps=protocol.settle_steps,
+                     settle_action=protocol.settle_action)
 
 
 def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ...]) -> None:
@@ -204,79 +337,25 @@ def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ..
                      "Train with conditioning='language' for tasks it has not seen")
 
 
-def selection_success(run: str | Path, config: Config, episodes: int,
-                      weights: str = "last") -> dict:
-    """Success on the last ``episodes`` official init states, which reports leave alone.
-
-    For choosing among checkpoints and settings; nothing is written.
-
-    Returns:
-        :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
-    """
-    settings = dataclasses.replace(config.eval, num_episodes=episodes, num_videos=0,
-                                   first_init_state=schema.NUM_INIT_STATES - episodes)
-    planned = [(config.data.suite, task_id, init_state) for task_id in config.data.task_ids
-               for init_state in range(settings.first_init_state, schema.NUM_INIT_STATES)]
-    job = functools.partial(_run_in_worker, Path(run), weights, settings)
-    bar = tqdm(_run_all(job, planned, settings.eval_workers), "selection", len(planned),
-               unit="episode", leave=False)
-    return summarize_episodes(list(bar))
-
-
-# --- processes ----------------------------------------------------------------------------------
-
-
-def _run_all(job, episodes: list, workers: int):
-    """Rows of the episodes as they end; in this process for one worker."""
-    if workers == 1 or len(episodes) <= 1:
-        try:
-            yield from map(job, episodes)
-        finally:  # weights may be others at the next call
-            _worker_policy.cache_clear()
-            _worker_env.cache_clear()
-        return
-    with worker_pool(min(workers, len(episodes))) as pool:
-        for future in as_completed([pool.submit(job, episode) for episode in episodes]):
-            yield future.result()
-
-
-def _run_in_worker(run: Path, weights: str, config: EvalConfig, episode: tuple) -> dict:
-    suite, task_id, init_state = episode
-    policy, env = _worker_policy(run, weights), _worker_env(suite, task_id)
-    if init_state - config.first_init_state < config.num_videos:
-        name = f"{suite}-task{task_id}-init{init_state:02d}-{{outcome}}.mp4"
-        return record_episode(policy, env, init_state, run / "videos" / name, config.horizon)[0]
-    return run_episode(policy, env, init_state, config.horizon)
-
-
-@functools.lru_cache(maxsize=1)
-def _worker_policy(run: Path, weights: str) -> Policy:
-    return load_policy(run, weights)
-
-
-@functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
-def _worker_env(suite: str, task_id: int) -> LiberoEnv:
-    return LiberoEnv(suite, task_id)
-
-
 # --- ledger -------------------------------------------------------------------------------------
 
 
-def _episode(row: dict) -> tuple[str, int, int]:
-    return row["suite"], row["task_id"], row["init_state"]
+def _finished(ledger: Path, suite: str, identity: dict) -> dict[Episode, dict]:
+    """The episodes that were played; ``ValueError`` for one of other weights or another protocol.
 
-
-def _finished(ledger: Path, suite: str, identity: dict) -> list[dict]:
-    """The ledger's rows; ``ValueError`` for one of other weights or, in ``suite``, horizon."""
-    rows = read_jsonl(ledger)
-    for row in rows:
+    Another suite has another horizon.
+    """
+    played = {}
+    for row in read_jsonl(ledger):
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
                      for key, value in identity.items()
                      if row.get(key) != value and (key != "horizon" or row["suite"] == suite)]
         if different:
             raise ValueError(f"{ledger} holds episodes of another policy or protocol "
                              f"({'; '.join(different)}); move it away to evaluate afresh")
-    return rows
+        if "error" not in row:
+            played[Episode(*(row[key] for key in Episode._fields))] = row
+    return played
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import yaml
 from tqdm.auto import tqdm
 
-from . import schema
 from .checkpoint import refuse_other_settings
 from .config import Config, SearchConfig
 from .data import LIBERODataset
@@ -125,13 +123,8 @@ def _run_trial(config: Config, data: tuple[LIBERODataset, LIBERODataset], folder
 
 
 def _rollouts(config: Config, folder: Path) -> dict:
-    """Rollouts on the last init states, which a report on the first ones leaves alone."""
-    from .evaluate import evaluate_run
+    """From drawn placements, which leaves the official init states to reports."""
+    from .evaluate import selection_success
 
-    episodes = config.search.search_episodes
-    settings = dataclasses.replace(
-        config.eval, num_episodes=episodes, num_videos=0,
-        first_init_state=schema.NUM_INIT_STATES - episodes)
-    results = evaluate_run(folder, settings, weights="last")
+    results = selection_success(folder, config, config.search.search_episodes)
     return {key: results[key] for key in ("success_rate", "successes", "episodes")}
-

@@ -16,7 +16,7 @@ import signal
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -146,6 +146,8 @@ class LiberoEnv:
         image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
         lazy: draw frames only when they are read. ``False`` draws both cameras in every step, as
             LIBERO does; the frames are equal to the bit.
+        settle_steps, settle_action: how often (at least once) and what a reset sends while the
+            objects come to rest.
 
     Raises:
         ValueError: unknown suite or task id.
@@ -154,8 +156,10 @@ class LiberoEnv:
     """
 
     def __init__(self, suite: str, task_id: int, *, image_size: int = schema.IMAGE_SIZE,
-                 lazy: bool = True):
+                 lazy: bool = True, settle_steps: int = schema.SETTLE_STEPS,
+                 settle_action: Sequence[float] = schema.NO_OP):
         self.task = load_task(suite, task_id)
+        self.settle_steps, self.settle_action = settle_steps, np.array(settle_action)
         self.image_size = image_size
         self.lazy = lazy
         self._init_states: np.ndarray | None = None
@@ -223,8 +227,8 @@ class LiberoEnv:
         self._env.set_init_state(
             self.state() if init_state is None else self._init_state(init_state)
         )
-        for _ in range(schema.SETTLE_STEPS):
-            observation, _ = self.step(np.array(schema.NO_OP))
+        for _ in range(self.settle_steps):
+            observation, _ = self.step(self.settle_action)
         return observation
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:

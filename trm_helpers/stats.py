@@ -68,15 +68,16 @@ def _summary(rows: Iterable[Mapping]) -> dict:
 
 
 def _by_episode(rows: Sequence[Mapping], name: str) -> dict[tuple, Mapping]:
-    """Rows by (suite, task_id, init_state)."""
+    """Rows by (suite, task_id, init_state, seed); without a seed it is 0."""
     episodes: dict[tuple, Mapping] = {}
     for row in rows:
         missing = [key for key in EPISODE_KEYS if key not in row]
         if missing:
             raise ValueError(f"a row of {name} lacks {', '.join(missing)}; found {sorted(row)}")
-        key = (row["suite"], row["task_id"], row["init_state"])
+        key = (row["suite"], row["task_id"], row["init_state"], row.get("seed", 0))
         if key in episodes:
-            raise ValueError(f"{name} holds suite, task, init state {key} twice; expected once")
+            raise ValueError(f"{name} holds suite, task, init state and seed {key} twice; "
+                             "expected once")
         episodes[key] = row
     return episodes
 

@@ -1,0 +1,144 @@
+"""Jobs in real processes: raising, hanging, killed; interrupted and killed parents; a cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trm_helpers.fanout import run_jobs
+
+# what a worker does with an item: (name, folder for marks)
+JOBS = """
+import os, signal, sys, time
+from pathlib import Path
+
+def job(item):
+    name, folder = item
+    marks = Path(folder)
+    attempt = len(list(marks.glob(f"{name}.*")))
+    (marks / f"{name}.{attempt}").touch()
+    if name == "dies" or (name == "dies once" and attempt == 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "raises":
+        raise ZeroDivisionError("always")
+    if name == "hangs":
+        time.sleep(60)
+    time.sleep(0.3)
+    return {"name": name, "pid": os.getpid(), "attempt": attempt}
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """The job, importable here and in the workers."""
+    (tmp_path / "fanout_jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    sys.modules.pop("fanout_jobs", None)
+    from fanout_jobs import job
+
+    return job
+
+
+@pytest.fixture
+def marks(tmp_path):
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
+
+
+def run_all(job, names, marks, folder, **settings):
+    return {item[0]: (result, error) for item, result, error
+            in run_jobs(job, [(name, str(marks)) for name in names], folder, **settings)}
+
+
+def attempts(marks, name):
+    return len(list(marks.glob(f"{name}.*")))
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_whatever_becomes_of_a_worker_every_job_is_settled_once(job, marks, tmp_path, turn):
+    good = [f"good{number}" for number in range(6)]
+    names = good[:2] + ["dies", "hangs"] + good[2:4] + ["dies once", "raises"] + good[4:]
+    outcomes = run_all(job, names, marks, tmp_path / "attempts", workers=2, limit=3.0)
+    assert set(outcomes) == set(names) and not (tmp_path / "attempts").exists()
+    for name in [*good, "dies once"]:
+        assert outcomes[name][0]["name"] == name and not outcomes[name][1]
+        assert outcomes[name][0]["pid"] != os.getpid()
+    assert outcomes["raises"] == (None, "ZeroDivisionError: always")
+    for name in ("dies", "hangs"):
+        assert outcomes[name] == (None, "its process died, or took longer than 3 s")
+    # a job that was under way when another one killed its process may not have come to its mark
+    assert all(1 <= attempts(marks, name) <= 2 for name in ("dies", "hangs", "raises"))
+    assert all(attempts(marks, name) <= 2 for name in good)
+
+
+def test_one_worker_is_this_process(job, marks, tmp_path):
+    outcomes = run_all(job, ["good", "raises"], marks, tmp_path / "attempts")
+    assert outcomes["good"][0]["pid"] == os.getpid()
+    assert outcomes["raises"] == (None, "ZeroDivisionError: always")
+    assert attempts(marks, "raises") == 2
+
+
+PARENT = """
+import json, sys
+from pathlib import Path
+from fanout_jobs import job
+from trm_helpers.fanout import run_jobs
+
+if __name__ == "__main__":
+    names = ["first", *["hangs"] * int(sys.argv[2])]
+    items = [(name, sys.argv[1]) for name in names]
+    for item, result, error in run_jobs(job, items, Path(sys.argv[1], "attempts"), workers=2):
+        print(json.dumps([result, error]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent(job, marks, tmp_path, stop):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, script, marks, "2"], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    worker = json.loads(parent.stdout.readline())[0]["pid"]
+    deadline = time.monotonic() + 60
+    while attempts(marks, "hangs") < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if stop == signal.SIGINT:
+        os.killpg(parent.pid, stop)  # as Ctrl-C does
+    else:
+        parent.send_signal(stop)
+    parent.communicate(timeout=30)
+    assert parent.returncode != 0
+    while time.monotonic() < deadline and Path(f"/proc/{worker}").exists():
+        time.sleep(0.1)
+    left = subprocess.run(["pgrep", "--session", str(parent.pid), "-f", "loky.backend.popen"],
+                          capture_output=True, text=True).stdout.split()
+    assert not left
+
+
+def test_no_scheduler_is_told_with_its_address(job, tmp_path, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("trm_helpers.fanout._ANSWER_WITHIN", 1.0)
+    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+        list(run_jobs(job, [1], tmp_path / "attempts", cluster="tcp://127.0.0.1:9"))
+
+
+def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    names = [f"good{number}" for number in range(6)] + ["dies once", "raises", "dies"]
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1,
+                                  dashboard_address=None) as made:
+        outcomes = run_all(job, names, marks, tmp_path / "attempts",
+                           cluster=made.scheduler_address)
+    assert set(outcomes) == set(names)
+    for name in names[:7]:
+        assert outcomes[name][0]["name"] == name and not outcomes[name][1]
+    assert outcomes["raises"] == (None, "ZeroDivisionError: always")
+    assert outcomes["dies"][0] is None and "its process died" in outcomes["dies"][1]
+    assert attempts(marks, "dies") == 2
