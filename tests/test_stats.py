@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from trm_helpers.stats import (
+    cluster_bootstrap,
     format_success,
     minimum_detectable_difference,
     paired_mcnemar,
@@ -60,6 +62,22 @@ def test_summary_of_all_and_per_task():
     assert [task["success_rate"] for task in summary["tasks"]] == [1.0, 0.5]
     assert [task["mean_length"] for task in summary["tasks"]] == [25, 25]
     assert [task["std_length"] for task in summary["tasks"]] == [5, 15]
+    # of two tasks a quarter of the resamples is the one twice, a quarter the other
+    assert (summary["task_mean"], summary["task_low"], summary["task_high"]) == (0.75, 0.5, 1.0)
+    assert format_success(summary).endswith("; mean of 2 tasks 75 % (tasks resampled: 50 to 100 %)")
+    assert "task_mean" not in summarize_episodes(rows[:2])
+
+
+def test_the_bootstrap_over_tasks_is_that_of_the_mean():
+    rates = [0.2, 0.9, 0.5, 0.7, 0.4, 1.0, 0.6, 0.3, 0.8, 0.6]
+    low, high = cluster_bootstrap(rates)
+    generator = np.random.default_rng(7)
+    means = generator.choice(rates, (20_000, 10)).mean(axis=1)
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    assert cluster_bootstrap(rates) == (low, high)
+    assert cluster_bootstrap([1.0, 1.0, 1.0]) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="1 task.*at least 2"):
+        cluster_bootstrap([0.5])
 
 
 def test_a_single_episode_has_a_summary():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 EPISODE_KEYS = ("suite", "task_id", "init_state", "success", "steps")
 
@@ -39,8 +39,10 @@ def summarize_episodes(rows: Sequence[Mapping]) -> dict:
     ``successes``, ``episodes``, ``success_rate`` with its 95 % Wilson interval ``wilson_low`` and
     ``wilson_high``, ``mean_length`` and ``std_length`` in steps (over all episodes, failed ones
     included; population standard deviation, so that one episode has 0), and ``tasks``: a list of
-    the same with ``suite`` and ``task_id``, in that order. Raises ``ValueError`` when there is no
-    row, for one that lacks a key, and for an episode that occurs twice.
+    the same with ``suite`` and ``task_id``, in that order. With several tasks ``task_mean``, the
+    mean of their success rates, and its interval ``task_low`` and ``task_high`` from
+    :func:`cluster_bootstrap`. Raises ``ValueError`` when there is no row, for one that lacks a key,
+    and for an episode that occurs twice.
     """
     episodes = _by_episode(rows, "rows")
     if not episodes:
@@ -50,7 +52,28 @@ def summarize_episodes(rows: Sequence[Mapping]) -> dict:
         | _summary([row for key, row in episodes.items() if key[:2] == (suite, task_id)])
         for suite, task_id in sorted({key[:2] for key in episodes})
     ]
-    return _summary(episodes.values()) | {"tasks": tasks}
+    summary = _summary(episodes.values()) | {"tasks": tasks}
+    if len(tasks) > 1:
+        rates = [task["success_rate"] for task in tasks]
+        low, high = cluster_bootstrap(rates)
+        summary |= {"task_mean": float(np.mean(rates)), "task_low": low, "task_high": high}
+    return summary
+
+
+def cluster_bootstrap(task_rates: Sequence[float], confidence: float = 0.95, seed: int = 0,
+                      resamples: int = 10_000) -> tuple[float, float]:
+    """Percentile interval (low, high) of the mean over tasks, whole tasks being resampled.
+
+    Episodes of one task are alike, so that many of them say little about other tasks: an interval
+    over episodes is too narrow for "tasks like these". With less than ten tasks this one is too
+    narrow as well. Raises ``ValueError`` for less than two.
+    """
+    if len(task_rates) < 2:
+        raise ValueError(f"{len(task_rates)} task(s); expected at least 2 to resample")
+    interval = bootstrap((np.asarray(task_rates),), np.mean, confidence_level=confidence,
+                         n_resamples=resamples, method="percentile",
+                         random_state=np.random.default_rng(seed)).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def _summary(rows: Iterable[Mapping]) -> dict:
@@ -84,11 +107,16 @@ def _by_episode(rows: Sequence[Mapping], name: str) -> dict[tuple, Mapping]:
 
 def format_success(summary: Mapping) -> str:
     """One line on a summary of :func:`summarize_episodes`, or on one of its tasks."""
+    tasks = ""
+    if "task_mean" in summary:
+        tasks = (f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} % "
+                 f"(tasks resampled: {100 * summary['task_low']:.0f} to "
+                 f"{100 * summary['task_high']:.0f} %)")
     return (
         f"{summary['successes']} of {summary['episodes']} episodes, "
         f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
         f"{100 * summary['wilson_low']:.0f} to {100 * summary['wilson_high']:.0f} %), "
-        f"length {summary['mean_length']:.1f} +- {summary['std_length']:.1f} steps"
+        f"length {summary['mean_length']:.1f} +- {summary['std_length']:.1f} steps{tasks}"
     )
 
 
