@@ -22,11 +22,11 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m trm_helpers.preflight --gl
+	$(BIN)/python -m trm_helpers preflight --gl
 	@touch $(STAMP)
 
 demo: setup
-	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers.runs demo
+	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo
 
 # One thread per process: tests start simulators and kernels of their own.
 test: setup lint

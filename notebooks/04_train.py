@@ -21,7 +21,7 @@
 # What `05_search` found best can be used here: `papermill 04_train.ipynb -f .../best.yaml`. A list
 # is given as YAML on the command line: `-y "task_ids: [0, 1]"`. With two GPUs, train outside of the
 # notebook, each process on one of them, and open this one afterwards for the curves:
-# `torchrun --nproc_per_node 2 -m trm_helpers.train demo --run-name my-run`.
+# `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run`.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)

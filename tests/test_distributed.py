@@ -21,7 +21,7 @@ SETTINGS = dict(
 
 @pytest.fixture
 def train(tmp_path):
-    """A function: run ``trm_helpers.train`` in so many processes; its rows and what it printed."""
+    """A function: run ``trm_helpers train`` in so many processes; its rows and what it printed."""
     name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
     write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
     environment = {**os.environ, "TRM_ARTIFACTS_DIR": str(tmp_path / "runs"),
@@ -32,10 +32,10 @@ def train(tmp_path):
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc_per_node",
                         str(processes), "-m"]
-        command += ["trm_helpers.train", "tiny", "--run-name", run_name,
-                    "-p", "demo_dir", str(tmp_path)]
+        command += ["trm_helpers", "train", "tiny", "--run-name", run_name,
+                    "--demo-dir", str(tmp_path)]
         for key, value in {**SETTINGS, **settings}.items():
-            command += ["-p", key, str(value)]
+            command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return read_jsonl(tmp_path / "runs" / run_name / "metrics.jsonl"), done.stdout

@@ -19,9 +19,10 @@ import pytest
 import yaml
 
 from trm_helpers import paths
+from trm_helpers.__main__ import main
 from trm_helpers.config import from_flat
 from trm_helpers.files import read_jsonl
-from trm_helpers.runs import main, notebook_parameters, run_notebook
+from trm_helpers.runs import notebook_parameters, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_search", "06_eval",
@@ -116,7 +117,7 @@ def test_setup_says_what_to_do_where_the_package_is_not(tmp_path):
 
 
 def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):
-    assert main(["04_train", "-p", "learning_rate", "1e-3"]) == 1
+    assert main(["run", "04_train", "-p", "learning_rate", "1e-3"]) == 1
     said = capsys.readouterr().err
     assert "unknown parameter 'learning_rate'" in said
     assert "lr" in said and "hidden_dim" in said and "learning rate at the start" in said
@@ -128,11 +129,11 @@ def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The environment variables and the run folder of ``python -m trm_helpers.runs tiny``."""
+    """The environment variables and the run folder of ``python -m trm_helpers run tiny``."""
     folder = tmp_path_factory.mktemp("tiny")
     environment = {**os.environ, "TRM_DATA_DIR": str(folder / "data"),
                    "TRM_ARTIFACTS_DIR": str(folder / "artifacts")}
-    done = subprocess.run([sys.executable, "-m", "trm_helpers.runs", "tiny"], env=environment,
+    done = subprocess.run([sys.executable, "-m", "trm_helpers", "run", "tiny"], env=environment,
                           capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return environment, folder / "artifacts" / "tiny", done.stdout
@@ -204,7 +205,7 @@ def test_suite_wrote_measurements_that_agree(tiny):
 def test_suite_started_again_does_nothing_again(tiny):
     environment, run, _ = tiny
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    done = subprocess.run([sys.executable, "-m", "trm_helpers.runs", "tiny"], env=environment,
+    done = subprocess.run([sys.executable, "-m", "trm_helpers", "run", "tiny"], env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("kept from before") == 8
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
@@ -232,7 +233,7 @@ def test_readme_has_the_two_commands_and_papermill():
 def test_readme_make_commands_end_in_what_is_tested_here(target):
     make = ["make", "--dry-run", "--no-print-directory", target]  # also where a make runs the tests
     plan = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
-    expected = {"demo": "-m trm_helpers.runs demo", "test": "-m pytest"}[target]
+    expected = {"demo": "-m trm_helpers run demo", "test": "-m pytest"}[target]
     assert plan.returncode == 0 and plan.stdout.splitlines()[-1].endswith(expected)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from trm_helpers import paths, runs
 from trm_helpers.preflight import Check
-from trm_helpers.runs import main, notebook_parameters, run_notebook, run_suite
+from trm_helpers.runs import notebook_parameters, run_notebook, run_suite
 
 PARAMETERS = '''
 preset: str = "reference"  # which settings
@@ -125,7 +125,7 @@ def test_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
         pathlib.Path("started").write_text(str(os.getpid()))
         time.sleep(100)
     """)
-    command = subprocess.Popen([sys.executable, "-m", "trm_helpers.runs", str(notebook)],
+    command = subprocess.Popen([sys.executable, "-m", "trm_helpers", "run", str(notebook)],
                                stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text())
     command.terminate()
@@ -268,18 +268,3 @@ def test_failed_preflight_stops_the_suite(suite, monkeypatch):
     with pytest.raises(RuntimeError, match="preflight failed"):
         run_suite("demo")
     assert ran == []
-
-
-# --- command line --------------------------------------------------------------------------------
-
-def test_command_line_reads_values_as_python(suite, monkeypatch):
-    ran = pretend_runs(monkeypatch)
-    assert main(["demo", "--run-name", "r", "-p", "lr", "1e-3"]) == 0
-    assert ran[0] == ("00_setup", {"lr": 0.001, "preset": "demo", "run_name": "r"})
-
-
-def test_command_line_runs_one_notebook(suite, capsys):
-    assert main(["06_eval", "-p", "lr", "1e-3"]) == 0
-    assert (suite / "order").read_text() == "06 "
-    assert main(["06_eval", "-p", "rate", "1e-3"]) == 1
-    assert "error: unknown parameter 'rate'" in capsys.readouterr().err

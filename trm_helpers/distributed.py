@@ -1,6 +1,6 @@
 """Several processes that train one policy: ``torchrun`` starts them, each takes a share of a batch.
 
-    torchrun --nproc_per_node 2 -m trm_helpers.train trm --run-name two-gpus
+    torchrun --nproc_per_node 2 -m trm_helpers train trm --run-name two-gpus
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Is this machine ready? Versions, OpenGL and a timed frame, settle probe, disk, memory, GPU.
 
-``python -m trm_helpers.preflight`` prints the table and exits with 1 when something fails;
+``python -m trm_helpers preflight`` prints the table and exits with 3 when something fails;
 ``--quick`` leaves out what needs the simulator, ``--gl`` only sees to the OpenGL libraries.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import json
@@ -370,25 +369,3 @@ def _check_machine() -> Iterator[Check]:
                     f"{free:.0f} GB free at {folder}",
                     "" if free > 3 else "the demo wants 3 GB; make room, or set TRM_DATA_DIR and "
                                         "TRM_ARTIFACTS_DIR to folders on another disk")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="without the simulator")
-    parser.add_argument("--gl", action="store_true",
-                        help="only see that OpenGL draws; as root, install what is missing")
-    arguments = parser.parse_args()
-    if arguments.gl:
-        try:
-            print(json.dumps(ensure_gl()))
-        except RuntimeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0
-    checks = preflight(quick=arguments.quick)
-    print(table(checks))
-    return int(any(check.status == "fail" for check in checks))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

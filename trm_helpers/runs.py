@@ -1,11 +1,10 @@
-"""Notebooks through papermill, one or all: ``python -m trm_helpers.runs demo`` or ``04_train``.
+"""Notebooks through papermill, one or all.
 
 papermill only warns about a parameter that the notebook does not have; here it is refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 
 from . import paths
-from .config import PRESETS, from_flat, parse_value, settings_by_part
+from .config import from_flat, settings_by_part
 from .files import replacing, write_json
 
 _TRACEBACK_LINES = 15  # of a failed notebook shown in the error
@@ -263,35 +262,3 @@ def _report(run_dir: Path, minutes: float) -> None:
     if not results.exists():
         raise RuntimeError(f"{results} is missing; 06_eval should have written it")
     print(f"{format_success(json.loads(results.read_text()))}, {minutes:.1f} minutes", flush=True)
-
-
-# --- command line --------------------------------------------------------------------------------
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", help=f"a preset ({', '.join(PRESETS)}) for the whole suite, or a "
-                                     "notebook such as 04_train")
-    parser.add_argument("--run-name", help="folder under artifacts/")
-    parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[],
-                        metavar=("NAME", "VALUE"), help="parameter; may be given more than once")
-    arguments = parser.parse_args(argv)
-    parameters = {name: parse_value(value) for name, value in arguments.parameters}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as with Ctrl-C: kernels too
-    try:
-        if arguments.what in PRESETS:
-            run_suite(arguments.what, arguments.run_name, parameters)
-        else:
-            if arguments.run_name:
-                parameters["run_name"] = arguments.run_name
-            print(run_notebook(arguments.what, parameters))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

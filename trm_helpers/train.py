@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
@@ -19,13 +18,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .checkpoint import (
-    create_run,
     load_training_state,
     save_description,
     save_training_state,
     save_weights,
 )
-from .config import PRESETS, Config, TrainConfig, from_flat, parse_value
+from .config import Config, TrainConfig
 from .data import LIBERODataset
 from .distributed import Team
 from .files import append_jsonl, read_jsonl, replacing
@@ -375,29 +373,3 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return "bf16" if native else "fp16"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bf16" if has_bf16 else "fp32"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train as 04_train does; what ``torchrun`` starts in every process."""
-    from .collect import ensure_demonstrations
-
-    parser = argparse.ArgumentParser(description="Train a policy; with torchrun on several GPUs.")
-    parser.add_argument("preset", choices=PRESETS)
-    parser.add_argument("--run-name", required=True, help="folder under artifacts/")
-    parser.add_argument("-p", dest="settings", nargs=2, action="append", default=[],
-                        metavar=("NAME", "VALUE"), help="setting; may be given more than once")
-    given = parser.parse_args(argv)
-    config = from_flat(given.preset, **{name: parse_value(text) for name, text in given.settings})
-    team = Team(choose_device(config.train.device).type)
-    if not team.leads:
-        team.wait()  # the first one finds or collects the demonstrations and makes the folder
-    files, run = ensure_demonstrations(config), create_run(config, given.run_name, resume=True)
-    if team.leads:
-        team.wait()
-    rows = BehaviorCloningTrainer.from_config(config, files, run).fit()
-    if team.leads:
-        print(f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}")
-
-
-if __name__ == "__main__":
-    main()

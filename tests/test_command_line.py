@@ -1,0 +1,140 @@
+"""``python -m trm_helpers``: what is given reaches the functions; exit codes; JSON."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from demo_files import write_demo_file
+
+from trm_helpers import evaluate, paths, preflight, runs, search
+from trm_helpers.__main__ import COMMANDS, main, parse
+from trm_helpers.config import from_flat
+from trm_helpers.preflight import Check
+
+
+def test_every_command_has_help_with_the_settings_comments(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            parse([name, "--help"])
+        assert ended.value.code == 0
+        assert f"python -m trm_helpers {name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(["train", "trm", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--latent-updates INT of trm: n, updates of z before each of y (default: 2)" in said
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), ([], 2), (["teach"], 2)])
+def test_the_commands_are_listed(argv, code, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(argv)
+    assert ended.value.code == code
+    told = capsys.readouterr()
+    assert all(f"  {name} " in told.out + told.err for name in COMMANDS)
+
+
+def test_a_preset_and_settings_on_top():
+    command = parse(["train", "trm", "--run-name", "r", "--lr", "2e-3", "--task-ids", "0", "2"])
+    assert command.run_name == "r"
+    assert command.config == from_flat("trm", lr=2e-3, task_ids=(0, 2))
+    assert parse(["collect", "--num-demos", "7"]).data == from_flat("demo", num_demos=7).data
+
+
+def test_wrong_usage_and_bad_values_have_their_own_codes(capsys):
+    for wrong, said in ((["--learning-rate", "1"], "--learning-rate"),
+                        (["--lr", "-1"], "lr=-1.0 is not valid")):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "demo", "--run-name", "r", *wrong])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+    assert main(["train", "huge", "--run-name", "r"]) == 1
+    assert "error: unknown preset 'huge'" in capsys.readouterr().err
+    assert main(["evaluate", "nobody"]) == 1
+    assert "no trained run 'nobody'" in capsys.readouterr().err
+    assert main(["evaluate", "expert"]) == 1
+    assert "'expert' needs a suite" in capsys.readouterr().err
+
+
+def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, capsys):
+    name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
+    write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
+    settings = ["--demo-dir", str(tmp_path), "--image-size", "36", "--cameras", "agentview_rgb",
+                "--epochs", "1", "--num-videos", "1"]
+    assert main(["train", "tiny", "--run-name", "mine", *settings, "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["epoch"] == 1 and "training" in told.err
+    run = paths.artifacts_dir() / "mine"
+    assert (run / "best.safetensors").exists()
+
+    asked = []
+
+    def evaluate_run(run, config, weights, suite, task_ids):
+        asked.append((run, config, weights, suite, task_ids))
+        task = {"suite": "libero_object", "task_id": 3, "successes": 1, "episodes": 2,
+                "success_rate": 0.5, "wilson_low": 0.1, "wilson_high": 0.9, "mean_length": 4.0,
+                "std_length": 1.0}
+        return {**task, "tasks": [task], "errors": [{"error": "hung"}] if suite else []}
+
+    monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
+    assert main(["evaluate", "mine", "--task-ids", "3", "--protocol", "libero"]) == 0
+    (given,) = asked
+    assert given[0] == "mine" and given[2:] == ("best", "", (3,))
+    assert given[1].num_videos == 1 and given[1].protocol == "libero"  # the run's own, and on top
+    assert "libero_object 3: 1 of 2 episodes" in capsys.readouterr().out
+    assert main(["evaluate", "mine", "--suite", "libero_goal"]) == 3  # there were errors
+
+
+def test_a_card_with_a_bad_verdict_is_told_by_the_exit_code(tmp_path, capsys):
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=36)
+    assert main(["validate", str(file), "--json"]) == 3  # its frames are not 128 pixels wide
+    card = json.loads(capsys.readouterr().out)
+    assert {row["verdict"] for row in card} >= {"bad"}
+    assert main(["validate", str(tmp_path / "none_demo.hdf5")]) in (1, 3)
+
+
+def test_search_gives_the_trials_in_order(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations", lambda config: {0: "file"})
+    monkeypatch.setattr(search, "run_search", lambda config, files, run: [
+        {"lr": config.search.search_lrs[0], "files": files, "run": run.name}])
+    assert main(["search", "tiny", "--run-name", "s", "--search-lrs", "0.5", "--json"]) == 0
+    (trial,) = json.loads(capsys.readouterr().out)
+    assert (trial["lr"], trial["run"]) == (0.5, "s")
+
+
+def test_run_reads_values_as_python(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(runs, "run_suite", lambda *given: ran.append(given) or tmp_path)
+    monkeypatch.setattr(runs, "run_notebook", lambda *given: ran.append(given) or tmp_path)
+    assert main(["run", "demo", "--run-name", "r", "-p", "lr", "1e-3", "-p", "seed", "4"]) == 0
+    assert main(["run", "06_eval", "-p", "run_name", "r", "-p", "task_ids", "[0, 1]"]) == 0
+    assert ran == [("demo", "r", {"lr": 0.001, "seed": 4}),
+                   ("06_eval", {"run_name": "r", "task_ids": [0, 1]})]
+
+
+def test_an_unknown_notebook_parameter_is_refused(capsys):
+    assert main(["run", "06_eval", "-p", "rate", "1e-3"]) == 1
+    assert "error: unknown parameter 'rate'" in capsys.readouterr().err
+
+
+def test_preflight_tells_by_its_exit_code(monkeypatch, capsys):
+    for status, code in (("ok", 0), ("fail", 3)):
+        monkeypatch.setattr(preflight, "preflight", lambda quick, status=status: [
+            Check("mujoco", status, "3.3.2")])
+        assert main(["preflight", "--quick"]) == code
+        assert f"{status:4}  mujoco" in capsys.readouterr().out
+
+
+def test_interrupted_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run_suite", interrupt)
+    assert main(["run", "demo"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_it_starts_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "trm_helpers", "--help"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "evaluate" in done.stdout

@@ -1,0 +1,237 @@
+"""The command line: ``python -m trm_helpers COMMAND``; what the notebooks do, without them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from . import paths
+from .config import PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_value
+
+DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
+Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
+
+
+@dataclass
+class Collect:
+    """Find or collect the demonstrations of the tasks, as 01_explore and the others do."""
+
+    data: OmitArgPrefixes[DataConfig]
+
+    def __call__(self) -> Result:
+        from .collect import ensure_demonstrations
+
+        files = ensure_demonstrations(dataclasses.replace(Config(), data=self.data))
+        return {task_id: str(path) for task_id, path in files.items()}, [], True
+
+
+@dataclass
+class Validate:
+    """The quality card of a demonstration file: one verdict for each thing that spoils learning."""
+
+    file: Positional[Path]
+    suite: str = ""  # of the file's task: with it pictures and replays are checked in the simulator
+    task_id: int = 0
+    replays: int = 3  # demonstrations to replay
+
+    def __call__(self) -> Result:
+        from .quality import BAD, quality_card
+        from .sim import LiberoEnv
+
+        with contextlib.ExitStack() as stack:
+            env = stack.enter_context(LiberoEnv(self.suite, self.task_id)) if self.suite else None
+            card = quality_card(self.file, env, self.replays, env.horizon if env else 0)
+        lines = [f"{row['verdict']:5} {row['check']}: {row['found']}; expected {row['expected']}"
+                 for row in card]
+        return card, lines, all(row["verdict"] != BAD for row in card)
+
+
+@dataclass
+class Train:
+    """Train a policy into artifacts/RUN_NAME, or go on there, as 04_train does.
+
+    With torchrun in front (`torchrun --nproc_per_node 2 -m trm_helpers train ...`) on several GPUs.
+    """
+
+    run_name: str
+    config: OmitArgPrefixes[Config]
+
+    def __call__(self) -> Result:
+        from .checkpoint import create_run
+        from .collect import ensure_demonstrations
+        from .distributed import Team
+        from .train import BehaviorCloningTrainer, choose_device
+
+        team = Team(choose_device(self.config.train.device).type)
+        if not team.leads:
+            team.wait()  # the first one finds or collects demonstrations and makes the folder
+        files = ensure_demonstrations(self.config)
+        run = create_run(self.config, self.run_name, resume=True)
+        if team.leads:
+            team.wait()
+        rows = BehaviorCloningTrainer.from_config(self.config, files, run).fit()
+        if not team.leads:
+            return None, [], True
+        line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"
+        return {"run": str(run), **rows[-1]}, [line], True
+
+
+@dataclass
+class Search:
+    """Hyper-parameter search into artifacts/RUN_NAME/search, as 05_search does."""
+
+    run_name: str
+    config: OmitArgPrefixes[Config]
+
+    def __call__(self) -> Result:
+        from .collect import ensure_demonstrations
+        from .search import run_search
+
+        folder = paths.artifacts_dir() / self.run_name
+        trials = run_search(self.config, ensure_demonstrations(self.config), folder)
+        lines = [f"{place}. {trial}" for place, trial in enumerate(trials, 1)]
+        return trials, lines, True
+
+
+@dataclass
+class Evaluate:
+    """Success of a run, or of a baseline, on the official init states, as 06_eval does."""
+
+    run: Positional[str]  # a run under artifacts/; or expert, random, no-op, which need --suite
+    eval: OmitArgPrefixes[EvalConfig]
+    weights: str = "best"  # of a run: best or last
+    suite: str = ""  # another one than the run's
+    task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
+
+    def __call__(self) -> Result:
+        from .baselines import BASELINES
+        from .evaluate import evaluate_baseline, evaluate_run
+        from .stats import format_success
+
+        if self.run in BASELINES:
+            if not self.suite:
+                raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
+            folder = paths.artifacts_dir() / f"{self.run}-{self.suite}"
+            results = evaluate_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
+        else:
+            results = evaluate_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
+            folder = Path(self.run)
+        lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
+                 for task in results["tasks"]]
+        lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
+        return results, lines, not results["errors"]
+
+
+@dataclass
+class Run:
+    """All notebooks of the suite with a preset, or one notebook such as 04_train."""
+
+    what: Positional[str]
+    run_name: str = ""  # folder under artifacts/
+    parameter: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction,
+                         tyro.conf.arg(metavar="NAME VALUE", aliases=["-p"])] = ()
+    # ... of the notebooks; may be given more than once
+
+    def __call__(self) -> Result:
+        from .runs import run_notebook, run_suite
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
+        parameters = {name: parse_value(value) for name, value in self.parameter}
+        if self.what in PRESETS:
+            folder = run_suite(self.what, self.run_name or None, parameters)
+            return {"run": str(folder)}, [], True
+        if self.run_name:
+            parameters["run_name"] = self.run_name
+        notebook = run_notebook(self.what, parameters)
+        return {"notebook": str(notebook)}, [str(notebook)], True
+
+
+@dataclass
+class Preflight:
+    """Is everything there? Versions, OpenGL and a timed frame, settling objects, disk, memory."""
+
+    quick: bool = False  # without the simulator
+    gl: bool = False  # only see that OpenGL draws; as root, install what is missing
+
+    def __call__(self) -> Result:
+        from .preflight import ensure_gl, preflight, table
+
+        if self.gl:
+            found = ensure_gl()
+            return found, [json.dumps(found)], True
+        checks = preflight(quick=self.quick)
+        return ([dataclasses.asdict(check) for check in checks], [table(checks)],
+                all(check.status != "fail" for check in checks))
+
+
+COMMANDS = {kind.__name__.lower(): kind
+            for kind in (Collect, Validate, Train, Search, Evaluate, Run, Preflight)}
+
+
+def parse(argv: list[str]) -> Any:
+    """The command with its arguments; ends the program with a message where they are wrong."""
+    if not argv or argv[0] not in COMMANDS:
+        known = "\n".join(f"  {name:10} {kind.__doc__.splitlines()[0]}"
+                          for name, kind in COMMANDS.items())
+        print(f"{__doc__}\n\n{known}\n\n`COMMAND --help` lists its settings; --json prints the "
+              "result as JSON.", file=sys.stdout if argv[:1] in ([], ["--help"]) else sys.stderr)
+        sys.exit(0 if argv[:1] == ["--help"] else 2)
+    kind, rest = COMMANDS[argv[0]], argv[1:]
+    settings: dict[str, Any] = {}
+    if kind in (Collect, Train, Search):
+        preset = "demo"
+        if rest and not rest[0].startswith("-"):
+            preset, rest = rest[0], rest[1:]
+        config = from_flat(preset)
+        settings = {"data": config.data} if kind is Collect else {"config": config}
+    elif kind is Evaluate:
+        settings = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
+    default = None
+    if settings:
+        given = {part.name: tyro.MISSING for part in dataclasses.fields(kind)
+                 if part.default is dataclasses.MISSING}
+        default = kind(**{**given, **settings})
+    return tyro.cli(kind, args=rest, default=default, prog=f"python -m trm_helpers {argv[0]}")
+
+
+def _settings_of(run: str) -> EvalConfig:
+    from .checkpoint import find_run, load_config
+
+    try:
+        return load_config(find_run(run)).eval
+    except FileNotFoundError:  # a baseline, a flag, or said better by the command
+        return EvalConfig()
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv
+    argv = [argument for argument in argv if argument != "--json"]
+    try:
+        command = parse(argv)
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result, lines, well = command()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    if as_json and result is not None:
+        print(json.dumps(result, indent=2), flush=True)
+    elif lines:
+        print("\n".join(lines), flush=True)
+    return DONE if well else BAD_VERDICT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
