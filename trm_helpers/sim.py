@@ -163,7 +163,9 @@ class LiberoEnv:
         self.image_size = image_size
         self.lazy = lazy
         self._init_states: np.ndarray | None = None
-        self._fixtures_official = False  # as a reset with seed 0 places them
+        # while the fixtures are where a reset with seed 0 places them: what the solver, which
+        # begins from its last answer, remembers of that reset
+        self._official_start: np.ndarray | None = None
         self._scenes: dict[str, _Scene] = {}
         with _quiet():
             from libero.libero.envs import OffScreenRenderEnv
@@ -206,22 +208,22 @@ class LiberoEnv:
                              f"{', '.join(schema.PLACEMENTS)}")
         if placement == "wide" and init_state is not None:
             raise ValueError(f"init_state={init_state} with placement='wide'; expected one of them")
-        if init_state is not None and self._fixtures_official:
+        if init_state is not None and self._official_start is not None:
             self._rewind()
         else:
-            self._fixtures_official = False
+            self._official_start = None
             generator_state = np.random.get_state()
             try:
                 self._env.seed(0 if init_state is not None else seed)
                 self._place()
             finally:
                 np.random.set_state(generator_state)
-            self._fixtures_official = init_state is not None
+            if init_state is not None:
+                self._official_start = self.sim.data._data.qacc_warmstart.copy()
         if placement == "wide":
             from .placement import place_widely
 
             place_widely(self, np.random.default_rng(seed))
-        self.sim.data._data.qacc_warmstart[:] = 0  # what the solver remembers is no part of a state
         # also a drawn placement is set as a state: robosuite samples observations at an instant
         # that depends on how often they were forced, and collection is to see what control sees
         self._env.set_init_state(
@@ -259,7 +261,7 @@ class LiberoEnv:
         Fixtures are placed in the model by a reset and are no part of a state. Raises
         ``ValueError`` for a model with other bodies than this task's.
         """
-        self._fixtures_official = False
+        self._official_start = None
         model = self.sim.model
         bodies = ElementTree.fromstring(model_xml).find("worldbody").findall("body")
         unknown = {body.get("name") for body in bodies} - set(model.body_names)
@@ -366,6 +368,7 @@ class LiberoEnv:
             self.raw.deterministic_reset = False
         for robot in self.raw.robots:  # robosuite leaves this one out of a deterministic reset
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        self.sim.data._data.qacc_warmstart[:] = self._official_start
 
     def _observe(self, values: Mapping) -> Observation:
         from robosuite.utils.transform_utils import quat2axisangle

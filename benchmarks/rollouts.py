@@ -1,0 +1,160 @@
+"""Episodes per minute beside LIBERO's own evaluation loop: the table in docs/results.md.
+
+    python benchmarks/rollouts.py RUN --episodes 8 --rounds 3
+
+Both loops play the same policy from the same official init states with the same number of
+processes, taking turns. LIBERO's (``libero/lifelong/metric.py``) steps a ``SubprocVectorEnv``,
+whose environments draw every camera in every step, until the last episode of the batch has ended,
+with the policy in the parent. Here it is given the settle steps and the order of reset of our
+protocol, so that the episodes are the same: their outcomes and lengths are compared, and of one
+episode every observation that reaches the policy, to the bit. Building the environments is timed
+apart.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from trm_helpers import load_policy, schema
+from trm_helpers.checkpoint import find_run, load_config
+from trm_helpers.config import EvalConfig
+from trm_helpers.evaluate import Episode, TrainedPolicy, _play, run_episode
+from trm_helpers.fanout import run_jobs
+from trm_helpers.sim import LiberoEnv, load_init_states, load_task
+
+
+def make_libero_env(suite: str, task_id: int):
+    from libero.libero.envs import OffScreenRenderEnv
+
+    return OffScreenRenderEnv(bddl_file_name=load_task(suite, task_id).bddl_file,
+                              camera_heights=schema.IMAGE_SIZE, camera_widths=schema.IMAGE_SIZE)
+
+
+def observation(values: dict, task_id: int, language: str) -> dict:
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    return {**{key: values[live] for key, live in schema.CAMERAS.items()},
+            "joint_states": values["robot0_joint_pos"],
+            "gripper_states": values["robot0_gripper_qpos"], "ee_pos": values["robot0_eef_pos"],
+            "ee_ori": quat2axisangle(np.array(values["robot0_eef_quat"])),
+            "task_id": task_id, "language": language}
+
+
+def libero_loop(vector, policies: list, suite: str, task_id: int, init_states: list[int],
+                horizon: int) -> list[tuple]:
+    """(init state, success, steps) of episodes played in batches of the vector's size."""
+    states, task = load_init_states(suite, task_id), load_task(suite, task_id)
+    played = []
+    for first in range(0, len(init_states), len(policies)):
+        batch = init_states[first:first + len(policies)]
+        vector.seed(0)
+        vector.reset()
+        vector.set_init_state(states[batch])
+        for _ in range(schema.SETTLE_STEPS):
+            seen = vector.step(np.tile(schema.NO_OP, (len(batch), 1)))[0]
+        for policy in policies:
+            policy.reset()
+        ended = [0] * len(batch)
+        for step in range(1, horizon + 1):
+            actions = [policy.act(observation(values, task_id, task.language))
+                       for policy, values in zip(policies, seen, strict=True)]
+            seen, _, done, _ = vector.step(np.stack(actions))
+            ended = [end or step * bool(now) for end, now in zip(ended, done, strict=True)]
+            if all(ended):
+                break
+        played += [(init_state, bool(end), end or horizon)
+                   for init_state, end in zip(batch, ended, strict=True)]
+    return played
+
+
+def our_loop(run: Path, suite: str, task_id: int, init_states: list[int], workers: int,
+             folder: Path) -> list[tuple]:
+    job = functools.partial(_play, TrainedPolicy(run, "best", ""), EvalConfig(num_videos=0), folder)
+    episodes = [Episode(suite, task_id, init_state) for init_state in init_states]
+    rows = [row for _, row, _ in run_jobs(job, episodes, folder / "attempts", workers=workers)]
+    return sorted((row["init_state"], row["success"], row["steps"]) for row in rows)
+
+
+class Seen:
+    """A policy that keeps what reaches the one inside."""
+
+    def __init__(self, policy):
+        self.policy, self.reset, self.observations = policy, policy.reset, []
+
+    def act(self, values) -> np.ndarray:
+        if not self.policy._planned:
+            keys = (*schema.CAMERAS, *schema.PROPRIO_KEYS)
+            self.observations.append({key: np.array(values[key]) for key in keys})
+        return self.policy.act(values)
+
+
+def unequal_observations(run: Path, suite: str, task_id: int, init_state: int) -> tuple[int, int]:
+    """Observations that reached the policy in one episode; how many of them differ."""
+    from libero.libero.envs import DummyVectorEnv
+
+    ours, theirs = Seen(load_policy(run)), Seen(load_policy(run))
+    with LiberoEnv(suite, task_id) as env:
+        run_episode(ours, env, init_state)
+        horizon = env.horizon
+    vector = DummyVectorEnv([functools.partial(make_libero_env, suite, task_id)])
+    libero_loop(vector, [theirs], suite, task_id, [init_state], horizon)
+    vector.close()
+    pairs = list(zip(ours.observations, theirs.observations, strict=True))
+    return len(pairs), sum(any(not np.array_equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="a trained run")
+    parser.add_argument("--episodes", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    from libero.libero.envs import SubprocVectorEnv
+
+    run = find_run(given.run)
+    data = load_config(run).data
+    suite, task_id = data.suite, data.task_ids[0]
+    init_states = list(range(given.episodes - given.episodes % given.workers))
+    horizon = schema.HORIZONS[suite]
+    looked_at, unequal = unequal_observations(run, suite, task_id, init_states[0])
+    print(f"{looked_at} observations reached the policy in one episode; {unequal} differ",
+          flush=True)
+    began = time.perf_counter()
+    vector = SubprocVectorEnv([functools.partial(make_libero_env, suite, task_id)] * given.workers)
+    policies = [load_policy(run) for _ in range(given.workers)]
+    built = [time.perf_counter() - began]
+    took: dict[str, list[float]] = {"LIBERO's loop": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        our_loop(run, suite, task_id, init_states[:given.workers], given.workers, Path(folder))
+        built.append(time.perf_counter() - began)
+        for turn in range(given.rounds):
+            began = time.perf_counter()
+            theirs = libero_loop(vector, policies, suite, task_id, init_states, horizon)
+            middle = time.perf_counter()
+            ours = our_loop(run, suite, task_id, init_states, given.workers, Path(folder))
+            took["LIBERO's loop"].append(middle - began)
+            took["ours"].append(time.perf_counter() - middle)
+            same = sum(a == b for a, b in zip(theirs, ours, strict=True))
+            print(f"round {turn + 1}: {same} of {len(ours)} episodes have the same outcome and "
+                  f"length; {took}", file=sys.stderr, flush=True)
+    vector.close()
+    ratios = [a / b for a, b in zip(*took.values(), strict=True)]
+    print(f"building: LIBERO's {built[0]:.0f} s, ours with a first episode {built[1]:.0f} s")
+    print("| loop | processes | episodes per minute | ratio |\n|---|---|---|---|")
+    for name, seconds in took.items():
+        rate = 60 * len(init_states) / statistics.median(seconds)
+        ratio = "1" if name != "ours" else (f"{statistics.median(ratios):.1f} ({min(ratios):.1f} "
+                                            f"to {max(ratios):.1f})")
+        print(f"| {name} | {given.workers} | {rate:.1f} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()
