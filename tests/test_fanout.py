@@ -99,15 +99,16 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("busy", [1, 2])  # of the two workers
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_their_parent(job, marks, tmp_path, stop):
+def test_workers_end_with_their_parent(job, marks, tmp_path, stop, busy):
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, script, marks, "2"], stdout=subprocess.PIPE,
+    parent = subprocess.Popen([sys.executable, script, marks, str(busy)], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     worker = json.loads(parent.stdout.readline())[0]["pid"]
     deadline = time.monotonic() + 60
-    while attempts(marks, "hangs") < 2 and time.monotonic() < deadline:
+    while attempts(marks, "hangs") < busy and time.monotonic() < deadline:
         time.sleep(0.1)
     if stop == signal.SIGINT:
         os.killpg(parent.pid, stop)  # as Ctrl-C does

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
@@ -106,7 +108,9 @@ def _attempt(call: tuple) -> tuple[int, dict | None, str]:
     if begun >= _ATTEMPTS:  # a cluster gives what it lost to another worker by itself
         return index, None, _lost(limit)
     (folder / f"{index}.{begun}.begun").touch()
-    with _watched(limit, parent):
+    if parent:
+        _belong_to(parent)
+    with _watched(limit):
         try:
             outcome = (index, job(item), "")
         except Exception as error:  # whatever a policy or the simulator raises
@@ -127,33 +131,38 @@ def _lost(limit: float) -> str:
     return f"its process died, or took longer than {limit:g} s"
 
 
+@functools.cache  # once in a process
+def _belong_to(parent: int) -> None:
+    """End with the process ``parent``, however that ends, also between jobs; leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
-def _watched(limit: float, parent: int):
-    """End this process when the time is over, or with its ``parent`` (process id; 0: no matter)."""
+def _watched(limit: float):
+    """End this process, and show where it is, when ``limit`` seconds are over; 0 is no limit."""
     if not limit:
         yield
         return
-    if parent and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
-    done = threading.Event()
 
-    def watch() -> None:
-        left = limit
-        while left > 0:
-            if done.wait(min(left, 1.0)):
-                return
-            left -= 1.0
-            if parent and os.getppid() != parent:
-                os._exit(1)
+    def end() -> None:
         print(f"a job takes longer than {limit:g} s; its process ends here:", file=sys.stderr)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    timer = threading.Timer(limit, end)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        done.set()
+        timer.cancel()
 
 
 # --- backends ------------------------------------------------------------------------------------
