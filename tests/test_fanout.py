@@ -86,12 +86,13 @@ def test_one_worker_is_this_process(job, marks, tmp_path):
 
 
 PARENT = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from fanout_jobs import job
 from trm_helpers.fanout import run_jobs
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # off where a shell runs it with &
     names = ["first", *["hangs"] * int(sys.argv[2])]
     items = [(name, sys.argv[1]) for name in names]
     for item, result, error in run_jobs(job, items, Path(sys.argv[1], "attempts"), workers=2):
