@@ -216,9 +216,10 @@ def test_an_interrupt_ends_busy_and_idle_workers_and_the_parent(workers):
     The busy one swallows the exception, as code under it does.
     """
     busy = "import time\nwhile True:\n try: time.sleep(60)\n except BaseException: pass"
-    program = ("import time\n"
+    program = ("import signal, time\n"
                "from trm_helpers.sim import worker_pool\n"
-               "if __name__ == '__main__':\n"
+               "if __name__ == '__main__':\n"  # a shell that runs the tests with & ignores SIGINT
+               "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
                f"    with worker_pool({workers}) as pool:\n"
                "        for job in [pool.submit(time.sleep, 0) for _ in range(8)]:\n"
                "            job.result()\n"
