@@ -123,10 +123,7 @@ def main() -> None:
     suite, task_id = data.suite, data.task_ids[0]
     init_states = list(range(given.episodes - given.episodes % given.workers))
     horizon = schema.HORIZONS[suite]
-    looked_at, unequal = unequal_observations(run, suite, task_id, init_states[0])
-    print(f"{looked_at} observations reached the policy in one episode; {unequal} differ",
-          flush=True)
-    began = time.perf_counter()
+    began = time.perf_counter()  # before anything draws here: these processes are forked
     vector = SubprocVectorEnv([functools.partial(make_libero_env, suite, task_id)] * given.workers)
     policies = [load_policy(run) for _ in range(given.workers)]
     built = [time.perf_counter() - began]
@@ -146,6 +143,8 @@ def main() -> None:
             print(f"round {turn + 1}: {same} of {len(ours)} episodes have the same outcome and "
                   f"length; {took}", file=sys.stderr, flush=True)
     vector.close()
+    looked_at, unequal = unequal_observations(run, suite, task_id, init_states[0])
+    print(f"{looked_at} observations reached the policy in one episode; {unequal} differ")
     ratios = [a / b for a, b in zip(*took.values(), strict=True)]
     print(f"building: LIBERO's {built[0]:.0f} s, ours with a first episode {built[1]:.0f} s")
     print("| loop | processes | episodes per minute | ratio |\n|---|---|---|---|")
