@@ -102,8 +102,9 @@ fig
 # %% [markdown]
 # ## Watch it
 #
-# Agent view on the left, wrist camera on the right. Where it fails, ask: did it miss the object,
-# drop it, or miss the target?
+# Agent view on the left, wrist camera on the right. The dots are where the policy means to go: one
+# for each action of its chunk, orange until it looks again, blue after that. Where it fails, ask:
+# did it miss the object, drop it, or miss the target? Successes and failures have a folder each.
 
 # %%
 filmed = [row for row in episodes if "video" in row]
@@ -112,14 +113,23 @@ for row in filmed:
     display(Video(run / "videos" / row["video"], embed=True, width=640))
 
 # %% [markdown]
+# All of a task at once, framed green where it succeeded and red where it failed.
+
+# %%
+for grid in sorted((run / "videos").glob("*.mp4")):
+    if grid.stem.startswith(f"{asked['suite']}-task"):
+        print(grid.name)
+        display(Video(grid, embed=True))
+
+# %% [markdown]
 # The first of them as a strip, from its first step to its last.
 
 # %%
 for row in filmed[:1]:
     film = imageio.imread(run / "videos" / row["video"])
     side = film.shape[2] // 2  # the agent view is the square at the lower left
-    steps = [1 + round(i * (row["steps"] - 1) / 5) for i in range(6)]
-    frames = [film[step - 1, -side:, :side] for step in steps]
+    steps = [round(i * row["steps"] / 5) for i in range(6)]
+    frames = [film[step, -side:, :side] for step in steps]
     fig = plots.plot_rollout_strip(frames, steps, row["video"].removesuffix(".mp4"))
     plots.save_figure(fig, run / "figures" / "06_rollout.png")
     display(fig)

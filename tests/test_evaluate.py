@@ -4,73 +4,18 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate, schema
+from trm_helpers import evaluate
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluate import PolicyEvaluator, evaluate_run, record_episode, run_episode
+from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
 from trm_helpers.files import read_jsonl
 from trm_helpers.sim import LiberoEnv
-
-
-class CountingPolicy:
-    """Always asks for the same full step; counts its episodes."""
-
-    last_recursions = 3
-
-    def __init__(self, axis=0):
-        self.action = np.eye(7)[axis] - np.eye(7)[schema.GRIPPER_INDEX]
-        self.resets = 0
-
-    def reset(self):
-        self.resets += 1
-
-    def act(self, observation):
-        return self.action
-
-
-class StraightRoad:
-    """Solved after ``init_state + 1`` steps forward. Stands in for ``sim.LiberoEnv``."""
-
-    horizon = 4
-    made = []
-
-    def __init__(self, suite="libero_object", task_id=3, **settle):
-        self.settle = settle
-        self.task = types.SimpleNamespace(suite=suite, task_id=task_id, name="walk",
-                                          language="walk to the end")
-        self.made.append(self)
-
-    def reset(self, init_state=None, seed=None):
-        self.left = 1 + (init_state if seed is None else seed - evaluate.SELECTION_SEED)
-        return self._look()
-
-    def step(self, action):
-        self.left -= action[0]
-        return self._look(), bool(self.left <= 0)
-
-    def _look(self):
-        frame = np.zeros((64, 64, 3), np.uint8)
-        frame[0] = 255  # the first row as stored is at the bottom for a person
-        return dict.fromkeys(schema.CAMERAS, frame)
-
-
-def test_an_episode_ends_with_success_or_at_the_horizon():
-    policy = CountingPolicy()
-    row = run_episode(policy, StraightRoad(), init_state=2)
-    assert row.pop("seconds") >= 0 and row.pop("max_action_ms") >= row.pop("action_ms") >= 0
-    assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
-                   "success": True, "steps": 3, "return": 1.0, "horizon": 4,
-                   "mean_recursions": 3.0}
-    failed = run_episode(policy, StraightRoad(), init_state=9)
-    assert (failed["success"], failed["steps"]) == (False, 4)
-    assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
-    assert policy.resets == 3
 
 
 def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
@@ -85,15 +30,6 @@ def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
         evaluator.evaluate_on_task(StraightRoad(), [0, 1], 3)
     with pytest.raises(ValueError, match="horizon=-1"):
         PolicyEvaluator(CountingPolicy(), horizon=-1)
-
-
-def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
-    row, frames = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
-    assert row["video"] == "a-success.mp4" and row["steps"] == 2
-    assert frames.shape == (2, 64, 64, 3) and (frames[:, -1] == 255).all()
-    film = imageio.imread(tmp_path / "a-success.mp4")
-    assert len(film) == 2 + 30  # the last frame stands for a second
-    assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
 
 
 @pytest.fixture
@@ -114,9 +50,21 @@ def test_a_run_is_evaluated_into_its_folder(run):
     assert results["protocol"]["horizon"] == 3 and results["protocol"]["weights"] == "best"
     assert results["software"] == {"mujoco": "3.3.2"}
     assert [row["init_state"] for row in read_jsonl(run / "episodes.jsonl")] == [1, 2, 3]
-    assert [p.name for p in (run / "videos").iterdir()] == \
-        ["libero_object-task0-init01-success.mp4"]
+    films = [str(p.relative_to(run / "videos")) for p in (run / "videos").rglob("*.mp4")]
+    assert films == ["success/libero_object-task0-init01.mp4"]  # one alone makes no grid
+    assert read_jsonl(run / "episodes.jsonl")[0]["video"] == films[0]
     assert len(StraightRoad.made) == 1  # one environment for all episodes of a task
+
+
+def test_films_lie_apart_by_outcome_and_together_in_a_grid(run):
+    evaluate_run(run, EvalConfig(num_episodes=2, first_init_state=2, horizon=3, num_videos=2))
+    films = sorted(str(p.relative_to(run / "videos")) for p in (run / "videos").rglob("*.mp4"))
+    assert films == ["failure/libero_object-task0-init03.mp4", "libero_object-task0.mp4",
+                     "success/libero_object-task0-init02.mp4"]
+    assert imageio.improps(run / "videos" / films[1]).shape[2] == 2 * 192
+    made = (run / "videos" / films[1]).stat().st_mtime_ns
+    evaluate_run(run, EvalConfig(num_episodes=2, first_init_state=2, horizon=3, num_videos=2))
+    assert (run / "videos" / films[1]).stat().st_mtime_ns == made  # nothing new to show
 
 
 @pytest.mark.parametrize("asked", [dict(task_ids=[0, 4]), dict(suite="libero_goal")])
@@ -277,33 +225,6 @@ def test_the_expert_succeeds_from_official_init_states(env):
     result = PolicyEvaluator(ExpertPolicy(env)).evaluate_on_task(env, [0, 1], 2)
     assert (result["successes"], result["episodes"]) == (2, 2)
     assert all(60 < row["steps"] < row["horizon"] == 280 for row in result["rows"])
-
-
-@pytest.mark.sim
-def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path):
-    """The arm rises, so that what changes between frames moves up in the picture."""
-    row, frames = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
-    assert (row["success"], row["steps"], row["video"]) == (False, 12, "failure.mp4")
-    assert frames.shape == (12, 128, 128, 3)
-    film = imageio.imread(tmp_path / "failure.mp4")
-    assert len(film) == 12 + 30 and imageio.immeta(tmp_path / "failure.mp4")["fps"] == 30
-    agent_view = film[:12, -384:, :384][:, 1::3, 1::3].astype(float)
-
-    def mean_row(change):
-        strong = np.where(change > 60, change, 0).sum(axis=1)
-        return strong @ np.arange(128) / strong.sum()
-
-    early, late = (np.abs(agent_view[a] - agent_view[b]).sum(axis=-1) for a, b in ((0, 2), (9, 11)))
-    assert mean_row(late) < mean_row(early) - 2 < 64
-    assert np.abs(agent_view - frames).mean() < 10 < np.abs(agent_view - frames[:, ::-1]).mean()
-
-
-@pytest.mark.sim
-def test_doing_nothing_fails_at_the_horizon(env):
-    policy = CountingPolicy()
-    policy.action = np.array(schema.NO_OP)
-    row = run_episode(policy, env, init_state=2, horizon=15)
-    assert (row["success"], row["steps"], row["horizon"]) == (False, 15, 15)
 
 
 EVALUATION = """

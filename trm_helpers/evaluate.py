@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from . import schema
@@ -19,25 +18,15 @@ from .checkpoint import find_run, load_config, load_policy
 from .config import Config, EvalConfig
 from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
-from .plots import caption_frame, upright, write_video
+from .films import write_grid
 from .preflight import software_versions
 from .protocols import PROTOCOLS, EvalProtocol
-from .sim import LiberoEnv, Observation
+from .rollout import Policy, record_episode, run_episode
+from .sim import LiberoEnv
 from .stats import summarize_episodes
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
-VIDEO_FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
-
-
-class Policy(Protocol):
-    """All that evaluation knows of a policy."""
-
-    def reset(self) -> None:
-        """Start an episode."""
-
-    def act(self, observation: Mapping) -> np.ndarray:
-        """The action (7,) for an observation (see :class:`sim.Observation`)."""
 
 
 class PolicyEvaluator:
@@ -76,77 +65,6 @@ class PolicyEvaluator:
             if self.ledger:
                 append_jsonl(self.ledger, rows[-1])
         return {**summarize_episodes(rows), "rows": rows}
-
-
-def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
-                watch: Callable[[Observation, int], None] | None = None, seed: int = 0) -> dict:
-    """One episode; ends with success or at the horizon.
-
-    Args:
-        init_state: an official one; ``None`` draws a placement.
-        horizon: steps allowed; 0 takes the suite's.
-        watch: called with every observation and the number of steps made.
-        seed: of that draw.
-
-    Returns:
-        the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
-        seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, with
-        the frames it asks for), and the mean number of recursions per decision where the policy
-        tells it.
-    """
-    horizon = horizon or env.horizon
-    began = time.perf_counter()
-    policy.reset()
-    observation = (env.reset(seed=seed) if init_state is None else env.reset(init_state=init_state))
-    success, steps, recursions, took = False, 0, [], []
-    while not success and steps < horizon:
-        asked = time.perf_counter()
-        action = policy.act(observation)
-        took.append(1000 * (time.perf_counter() - asked))
-        recursions.append(getattr(policy, "last_recursions", None))
-        observation, success = env.step(action)
-        steps += 1
-        if watch:
-            watch(observation, steps)
-    used = [count for count in recursions if count is not None]
-    return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
-            "seed": seed, "success": success, "steps": steps, "return": float(success),
-            "horizon": horizon, "mean_recursions": float(np.mean(used)) if used else None,
-            "action_ms": round(float(np.mean(took)), 3), "max_action_ms": round(max(took), 3),
-            "seconds": round(time.perf_counter() - began, 3)}
-
-
-def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | Path,
-                   horizon: int = 0) -> tuple[dict, np.ndarray]:
-    """:func:`run_episode` with a film: both cameras, upright, with task, step and outcome.
-
-    Args:
-        path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
-
-    Returns:
-        the episode's row, with the film's ``video`` path; the agent view (n, H, W, 3), upright.
-    """
-    frames: list[np.ndarray] = []
-
-    def watch(observation: Observation, _: int) -> None:
-        frames.append(np.stack([upright(observation[camera]) for camera in schema.CAMERAS]))
-
-    row = run_episode(policy, env, init_state, horizon, watch)
-    outcome = "success" if row["success"] else "failure"
-    titles = " | ".join(schema.CAMERA_TITLES.values())
-    steps = [*range(row["steps"]), *[row["steps"] - 1] * VIDEO_FPS]  # the end stands for a second
-    captioned = (  # one at a time: enlarged frames of a long episode are half a gigabyte
-        caption_frame(np.concatenate(list(frames[step]), axis=1), [
-            env.task.language,
-            titles,
-            f"step {step + 1:3} of {row['horizon']}  "
-            f"{outcome if step + 1 == row['steps'] else ''}",
-        ])
-        for step in steps
-    )
-    path = Path(str(path).replace("{outcome}", outcome))
-    write_video(path, captioned, fps=VIDEO_FPS)
-    return {**row, "video": path.name}, np.stack([pair[0] for pair in frames])
 
 
 def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
@@ -289,7 +207,21 @@ def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, co
         "software": software_versions(),
     }
     write_json(folder / "results.json", results)
+    _write_grids(folder / "videos", played, bool(missing))
     return results
+
+
+def _write_grids(videos: Path, rows: list[dict], anew: bool) -> None:
+    """``<suite>-task<id>.mp4``: all filmed episodes of a task at once."""
+    filmed = sorted((row for row in rows if "video" in row),
+                    key=lambda row: (row["task_id"], row["init_state"]))
+    for task_id, group in itertools.groupby(filmed, key=lambda row: row["task_id"]):
+        group = list(group)
+        path = videos / f"{group[0]['suite']}-task{task_id}.mp4"
+        if len(group) > 1 and (anew or not path.exists()):
+            write_grid(path, [videos / row["video"] for row in group],
+                       [f"init state {row['init_state']}" for row in group],
+                       [row["success"] for row in group])
 
 
 def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]):
@@ -310,8 +242,11 @@ def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
     if (episode.init_state is not None
             and episode.init_state - config.first_init_state < config.num_videos):
-        name = f"{episode.suite}-task{episode.task_id}-init{episode.init_state:02d}-{{outcome}}.mp4"
-        return record_episode(policy, env, episode.init_state, folder / "videos" / name, horizon)[0]
+        videos = folder / "videos"
+        name = f"{episode.suite}-task{episode.task_id}-init{episode.init_state:02d}.mp4"
+        path = videos / "{outcome}" / name
+        row, _ = record_episode(policy, env, episode.init_state, path, horizon)
+        return {**row, "video": str(Path(row["video"]).relative_to(videos))}
     return run_episode(policy, env, episode.init_state, horizon, seed=episode.seed)
 
 

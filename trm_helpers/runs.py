@@ -23,7 +23,7 @@ _TRACEBACK_LINES = 15  # of a failed notebook shown in the error
 _PRODUCTS = {
     "notebooks": "notebooks/[0-9]*.ipynb",
     "figures": "figures/*",
-    "videos": "videos/*.mp4",
+    "videos": "videos/**/*.mp4",
     "checkpoints": "*.safetensors",
     "results": "results.json",
 }

@@ -313,6 +313,20 @@ class LiberoEnv:
         """Position (3,) in metres now, not when the observation was sampled."""
         return np.array(self.sim.data.site_xpos[self.raw.robots[0].eef_site_id])
 
+    def project(self, points: np.ndarray, camera: str) -> np.ndarray:
+        """Columns and rows (n, 2) of points (n, 3), in metres, in a camera's upright frame now.
+
+        NaN for what is behind the camera; pixels outside of the frame are given as well.
+        """
+        model, data = self.sim.model, self.sim.data
+        index = model.camera_name2id(schema.CAMERAS[camera].removesuffix("_image"))
+        axes = data.cam_xmat[index].reshape(3, 3)  # columns: right, up, backwards
+        right, up, back = ((points - data.cam_xpos[index]) @ axes).T
+        focal = self.image_size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)  # pixels
+        depth = np.where(back < 0, -back, np.nan)
+        centre = (self.image_size - 1) / 2  # rows and columns are counted at pixels' centres
+        return np.stack([centre + focal * right / depth, centre - focal * up / depth], axis=1)
+
     def fingers(self) -> float:
         """Distance between the fingers in metres: 0.08 is open."""
         left, right = self.raw.robots[0]._ref_gripper_joint_pos_indexes
