@@ -67,14 +67,29 @@ def test_films_lie_apart_by_outcome_and_together_in_a_grid(run):
     assert (run / "videos" / films[1]).stat().st_mtime_ns == made  # nothing new to show
 
 
-@pytest.mark.parametrize("asked", [dict(task_ids=[0, 4]), dict(suite="libero_goal")])
-def test_a_policy_told_its_task_by_number_is_asked_for_those_it_knows(small_run, asked):
-    trainer = small_run(conditioning="task_id", epochs=1)
+@pytest.fixture
+def numbered(small_run, run):
+    """A policy that is told its task, 0 of LIBERO-Object, by number."""
+    trainer = small_run("numbered", conditioning="task_id", epochs=1)
     trainer.fit()
-    run = trainer.run
+    return trainer.run
+
+
+@pytest.mark.parametrize("asked", [
+    dict(task_ids=[0, 4]), dict(suite="libero_goal"), dict(suite="libero_goal_swap"),
+    dict(suite="libero_object_swap", task_ids=[1]), dict(suite="libero_object_task"),
+])
+def test_a_policy_told_its_task_by_number_is_asked_for_those_it_knows(numbered, asked):
     with pytest.raises(ValueError, match="by number and knows tasks 0 of libero_object; it cannot"):
-        evaluate_run(run, **asked)
-    assert not (run / "episodes.jsonl").exists()
+        evaluate_run(numbered, **asked)
+    assert not (numbered / "episodes.jsonl").exists()
+
+
+@pytest.mark.parametrize("variation", ["swap", "object", "lan"])
+def test_a_variation_keeps_the_numbers_of_its_suite(numbered, variation):
+    suite = f"libero_object_{variation}"
+    results = evaluate_run(numbered, EvalConfig(num_episodes=1, num_videos=0), suite=suite)
+    assert results["tasks"][0]["suite"] == suite and results["protocol"]["horizon"] == 280
 
 
 def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):

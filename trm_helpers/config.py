@@ -78,7 +78,7 @@ class DataConfig:
 
     def __post_init__(self):
         _convert_types(self)
-        schema.check_suite(self.suite)
+        schema.check_training_suite(self.suite)
         _require(len(self.task_ids) > 0, "task_ids", self.task_ids, "at least one task id")
         for task_id in self.task_ids:
             schema.check_task_id(self.suite, task_id)

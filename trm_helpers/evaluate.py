@@ -262,9 +262,15 @@ def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
 
 
 def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ...]) -> None:
+    """Where a number tells the task it has to be one that the policy was trained on.
+
+    LIBERO-PRO's variations keep the numbers of the suite they vary, but for those with other goals:
+    "task 2" has come to mean the old one.
+    """
     known = trained.data
     if trained.model.conditioning != "task_id" or (
-            suite == known.suite and set(task_ids) <= set(known.task_ids)):
+            schema.base_suite(suite) == known.suite and set(task_ids) <= set(known.task_ids)
+            and not schema.has_other_goals(suite)):
         return
     raise ValueError(f"the policy is told its task by number and knows tasks "
                      f"{', '.join(map(str, known.task_ids))} of {known.suite}; it cannot be asked "
