@@ -157,7 +157,8 @@ def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
 
 def test_selection_leaves_the_official_init_states_alone(run):
     config = evaluate.load_config(run)
-    summary = evaluate.selection_success(run, config.replace(horizon=2), episodes=3)
+    config = config.replace(horizon=2, perturbation="delay_1")  # of reports alone
+    summary = evaluate.selection_success(run, config, episodes=3)
     assert (summary["successes"], summary["episodes"]) == (2, 3)
     assert not (run / "episodes.jsonl").exists()
 
@@ -170,6 +171,35 @@ def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
     assert (results["successes"], results["episodes"], len(results["tasks"])) == (0, 20, 10)
     with pytest.raises(ValueError, match="unknown baseline 'hero'; expected one of expert"):
         evaluate.evaluate_baseline("hero", tmp_path, EvalConfig(), "libero_object")
+    with pytest.raises(ValueError, match="'noise' is for trained policies; the baseline 'no-op'"):
+        evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"), "libero_90")
+    with pytest.raises(ValueError, match="unknown suite 'libero'"):
+        evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(), "libero")
+
+
+def test_perturbed_episodes_have_a_ledger_of_their_own(run):
+    """Each walk is two steps longer than init_state + 1: the arm waits for the first action."""
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=0, perturbation="delay_2")
+    results = evaluate_run(run, config)
+    assert results["mean_length"] == 3.5 and results["protocol"]["perturbation"] == "delay_2"
+    folder = run / "robustness" / "libero_object-delay_2"
+    assert results == json.loads((folder / "results.json").read_text())
+    assert [row["perturbation"] for row in read_jsonl(folder / "episodes.jsonl")] == ["delay_2"] * 2
+    assert not (run / "episodes.jsonl").exists() and not (run / "results.json").exists()
+    with pytest.raises(ValueError, match="'no_instruction' cannot matter .* not told an instruct"):
+        evaluate_run(run, EvalConfig(perturbation="no_instruction"))
+
+
+def test_a_ledger_without_perturbations_goes_on(run):
+    """Those written before there were any."""
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=0)
+    evaluate_run(run, config)
+    ledger = run / "episodes.jsonl"
+    rows = read_jsonl(ledger)
+    assert [row.pop("perturbation") for row in rows] == ["none"] * 2
+    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate_run(run, config)["episodes"] == 2
+    assert read_jsonl(ledger) == rows
 
 
 def test_every_call_loads_the_policy_as_it_is_then(run, monkeypatch):

@@ -132,6 +132,25 @@ class Evaluate:
 
 
 @dataclass
+class Robustness:
+    """What is left of a run's success when something changes: one card, beside its results."""
+
+    run: Positional[str]  # a run under artifacts/
+    eval: OmitArgPrefixes[EvalConfig]
+    weights: str = "best"  # best or last
+    task_ids: tuple[int, ...] = ()  # others than the run's
+    only: tuple[str, ...] = ()  # these changes alone, e.g. swap,brightness
+
+    def __call__(self) -> Result:
+        from .robustness import card_lines, robustness_card
+
+        only = [name for given in self.only for name in given.split(",")]
+        card = robustness_card(self.run, self.eval, self.weights, self.task_ids, only)
+        well = not card["failed"] and not any(row["errors"] for row in card["rows"])
+        return card, card_lines(card), well
+
+
+@dataclass
 class Run:
     """All notebooks of the suite with a preset, or one notebook such as 04_train."""
 
@@ -174,7 +193,7 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Evaluate, Run, Preflight)}
+            for kind in (Collect, Validate, Train, Search, Evaluate, Robustness, Run, Preflight)}
 
 
 def parse(argv: list[str]) -> Any:
@@ -193,8 +212,11 @@ def parse(argv: list[str]) -> Any:
             preset, rest = rest[0], rest[1:]
         config = from_flat(preset)
         settings = {"data": config.data} if kind is Collect else {"config": config}
-    elif kind is Evaluate:
-        settings = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
+    elif kind in (Evaluate, Robustness):
+        config = _settings_of(rest[0]) if rest else EvalConfig()
+        if kind is Robustness:  # films of a dozen evaluations are for those who ask for them
+            config = dataclasses.replace(config, num_videos=0, perturbation="none")
+        settings = {"eval": config}
     default = None
     if settings:
         given = {part.name: tyro.MISSING for part in dataclasses.fields(kind)

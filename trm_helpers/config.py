@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import schema
+from .perturbations import PERTURBATIONS
 from .protocols import PROTOCOLS
 
 
@@ -220,6 +221,7 @@ class EvalConfig:
     num_episodes: int = 0  # per task; 0 takes the protocol's
     first_init_state: int = 0  # episodes use init states first, first + 1, ...
     horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
+    perturbation: str = "none"  # of what the policy sees, is told or sends: see perturbations.py
     num_videos: int = 3  # episodes per task filmed
     eval_workers: int = 1  # simulator processes
     cluster: str = ""  # address of a Dask scheduler or a Ray cluster that plays the episodes
@@ -228,6 +230,7 @@ class EvalConfig:
     def __post_init__(self):
         _convert_types(self)
         _one_of("protocol", self.protocol, tuple(PROTOCOLS))
+        _one_of("perturbation", self.perturbation, ("none", *PERTURBATIONS))
         _require(0 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
                  self.num_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
         last = schema.NUM_INIT_STATES - self.episodes

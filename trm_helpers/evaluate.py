@@ -19,6 +19,7 @@ from .config import Config, EvalConfig
 from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
 from .films import write_grid
+from .perturbations import PerturbedPolicy, why_unused
 from .preflight import software_versions
 from .protocols import PROTOCOLS, EvalProtocol
 from .rollout import Policy, record_episode, run_episode
@@ -68,7 +69,7 @@ class PolicyEvaluator:
 
 
 def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
-                 suite: str = "", task_ids: Iterable[int] = ()) -> dict:
+                 suite: str = "", task_ids: Iterable[int] = (), apart: bool = False) -> dict:
     """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
 
     Which episodes there will be is settled before the first. Every episode's row is written the
@@ -78,16 +79,20 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
 
     Args:
         run: folder, or name of a folder in ``artifacts/``.
-        config: protocol, episodes per task, horizon, videos, processes; ``None`` takes the run's.
+        config: protocol, episodes per task, horizon, perturbation, videos, processes; ``None``
+            takes the run's.
         weights: ``best`` or ``last``.
         suite, task_ids: other tasks than those the policy was trained on.
+        apart: write into :func:`robustness_folder`, as perturbed episodes always are, and leave
+            what the run has alone.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions.
 
     Raises:
         ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
-            that is told its task by number was not trained on one of ``task_ids``.
+            that is told its task by number was not trained on one of ``task_ids``; the perturbation
+            cannot matter for this policy.
         RuntimeError: no episode could be run; with the first error.
     """
     run = find_run(str(run))
@@ -95,9 +100,19 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     suite = suite or trained.data.suite
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
     _refuse_unknown_numbers(trained, suite, task_ids)
+    config = config or trained.eval
+    perturbed = config.perturbation != "none"
+    if perturbed and (reason := why_unused(config.perturbation, trained.model)):
+        raise ValueError(f"perturbation={config.perturbation!r} cannot matter for {run}: {reason}")
     source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
-    return _evaluate(source, identity, run, config or trained.eval, suite, task_ids)
+    folder = robustness_folder(run, suite, config.perturbation) if apart or perturbed else run
+    return _evaluate(source, identity, folder, config, suite, task_ids)
+
+
+def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
+    """Where perturbed episodes, and all those of a robustness card, have a ledger of their own."""
+    return run / "robustness" / f"{suite}-{perturbation}"
 
 
 def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
@@ -106,10 +121,17 @@ def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: 
 
     Args:
         task_ids: none takes all tasks of the suite.
+
+    Raises:
+        ValueError: also for a perturbation: baselines read no observation.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
-    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(schema.SUITES[suite]))
+    if config.perturbation != "none":
+        raise ValueError(f"perturbation={config.perturbation!r} is for trained policies; the "
+                         f"baseline {name!r} reads no observation")
+    count = schema.SUITES[schema.check_suite(suite)]
+    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
     return _evaluate(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config, suite,
                      task_ids)
 
@@ -125,7 +147,7 @@ def selection_success(run: str | Path, config: Config, episodes: int,
         :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
     """
     run = Path(run)
-    settings = dataclasses.replace(config.eval, num_videos=0)
+    settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
     source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
     planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
                for task_id in config.data.task_ids for number in range(episodes)]
@@ -173,7 +195,8 @@ def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, co
               suite: str, task_ids: tuple[int, ...]) -> dict:
     protocol = PROTOCOLS[config.protocol]
     identity = {**identity, "protocol": protocol.name,
-                "horizon": config.horizon or protocol.horizon(suite)}
+                "horizon": config.horizon or protocol.horizon(suite),
+                "perturbation": config.perturbation}
     ledger = folder / "episodes.jsonl"
     rows = _finished(ledger, suite, identity)
     planned = [Episode(suite, schema.check_task_id(suite, task_id), init_state)
@@ -240,6 +263,8 @@ def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     protocol = PROTOCOLS[config.protocol]
     env = _worker_env(episode.suite, episode.task_id, protocol)
     policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
+    if config.perturbation != "none":
+        policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
     if (episode.init_state is not None
             and episode.init_state - config.first_init_state < config.num_videos):
         videos = folder / "videos"
@@ -288,6 +313,7 @@ def _finished(ledger: Path, suite: str, identity: dict) -> dict[Episode, dict]:
     """
     played = {}
     for row in read_jsonl(ledger):
+        row = {"perturbation": "none", **row}  # older rows do not say so
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
                      for key, value in identity.items()
                      if row.get(key) != value and (key != "horizon" or row["suite"] == suite)]
