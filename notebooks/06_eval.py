@@ -32,8 +32,10 @@ num_videos = None  # type: int; episodes filmed per task; None keeps the run's s
 eval_workers = None  # type: int; simulator processes; None keeps the run's setting
 cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None keeps the run's
 baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
+robustness_episodes = 0  # type: int; per task and change of the card; 0 leaves the card out
 
 # %%
+import dataclasses
 import json
 
 import imageio.v3 as imageio
@@ -44,13 +46,15 @@ from trm_helpers import plots
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.evaluate import evaluate_run
 from trm_helpers.files import read_jsonl
+from trm_helpers.robustness import card_lines, plot_card, robustness_card
 from trm_helpers.stats import format_success, minimum_detectable_difference, paired_mcnemar
 
 # %%
 run = find_run(run_name)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
                 horizon=horizon, num_videos=num_videos, eval_workers=eval_workers, cluster=cluster)
-config = load_config(run).replace(**{k: v for k, v in settings.items() if v is not None})
+settings = {name: value for name, value in settings.items() if value is not None}
+config = load_config(run).replace(perturbation="none", **settings)
 print("evaluating", run)
 
 # %% [markdown]
@@ -158,6 +162,20 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
     fig = plots.plot_success({run.name: results, baseline.name: theirs})
     plots.save_figure(fig, run / "figures" / "06_comparison.png")
     display(fig)
+
+# %% [markdown]
+# ## What is left when something changes?
+#
+# The same init states with a moved or darker picture, noise, late actions, a black camera; and the
+# suites of LIBERO-PRO, which vary the scene or the instruction: with as many episodes it takes a
+# dozen times as long as the evaluation above. Changes that cannot matter for this policy are listed.
+
+# %%
+if robustness_episodes:
+    changed = dataclasses.replace(config.eval, num_episodes=robustness_episodes, num_videos=0)
+    card = robustness_card(run, changed, weights)
+    print("\n".join(card_lines(card)))
+    display(plot_card(card))
 
 # %% [markdown]
 # Next: `07_visualize` looks inside.

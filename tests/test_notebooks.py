@@ -251,6 +251,7 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
             "validate": ["validate", str(file), "--suite", "libero_object", "--task-id", "0"],
             "train": ["train", "tiny", *words[5:]],
             "evaluate": [*words[3:], *SMALL_EVALUATION],
+            "robustness": [*words[3:], *SMALL_EVALUATION, "--only", "delay_1"],
         }[words[3]]
         if "libero_spatial" in small:  # the expert, on all ten tasks
             small[small.index("libero_spatial")] = "libero_object"

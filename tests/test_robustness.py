@@ -1,12 +1,14 @@
 """The robustness card: its arithmetic on made-up episodes, and a short one in the simulator."""
 
+import dataclasses
 import json
 
 import imageio.v3 as imageio
+import nbformat
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate, schema
+from trm_helpers import evaluate, paths, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.files import read_jsonl
 from trm_helpers.robustness import card_lines, changes_of, plot_card, robustness_card
@@ -136,6 +138,20 @@ def test_the_figure_has_a_bar_for_each_row_and_the_plain_rate_as_a_line(run):
         == ["nothing changed", "actions 0.1 s late", "objects in exchanged places"]
     assert [text.get_text() for text in axes.texts] == ["4/4", "2/4", "2/4"]
     assert 100 in [line.get_xdata()[0] for line in axes.lines]
+
+
+def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):
+    notebook = nbformat.read(paths.notebooks_dir() / "06_eval.ipynb", as_version=4)
+    (cell,) = [cell.source for cell in notebook.cells if "robustness_card(" in cell.source]
+    shown = []
+    names = {"run": run, "config": evaluate.load_config(run).replace(horizon=4), "weights": "best",
+             "dataclasses": dataclasses, "robustness_card": robustness_card, "plot_card": plot_card,
+             "card_lines": card_lines, "display": shown.append}
+    exec(cell, {**names, "robustness_episodes": 0})
+    assert not shown and not (run / "robustness").exists()
+    exec(cell, {**names, "robustness_episodes": 2})
+    assert "nothing changed" in capsys.readouterr().out and len(shown) == 1
+    assert not (run / "robustness" / "libero_object-none" / "videos").exists()
 
 
 @pytest.mark.sim
