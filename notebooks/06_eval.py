@@ -30,6 +30,7 @@ first_init_state = None  # type: int; the first official init state used; None k
 horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the protocol's
 num_videos = None  # type: int; episodes filmed per task; None keeps the run's setting
 eval_workers = None  # type: int; simulator processes; None keeps the run's setting
+bound_episodes = None  # type: int; per task of replay, expert, random, no-op; None: the run's
 cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None keeps the run's
 baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
 
@@ -42,14 +43,20 @@ from IPython.display import Video, display
 
 from trm_helpers import plots
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import evaluate_run
+from trm_helpers.evaluate import evaluate_bounds, evaluate_run
 from trm_helpers.files import read_jsonl
-from trm_helpers.stats import format_success, minimum_detectable_difference, paired_mcnemar
+from trm_helpers.stats import (
+    comparison_rows,
+    format_success,
+    minimum_detectable_difference,
+    paired_mcnemar,
+)
 
 # %%
 run = find_run(run_name)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
-                horizon=horizon, num_videos=num_videos, eval_workers=eval_workers, cluster=cluster)
+                horizon=horizon, num_videos=num_videos, bound_episodes=bound_episodes,
+                eval_workers=eval_workers, cluster=cluster)
 config = load_config(run).replace(**{k: v for k, v in settings.items() if v is not None})
 print("evaluating", run)
 
@@ -84,13 +91,25 @@ columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursion
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %% [markdown]
+# ## Between which bounds?
+#
+# No clone can be expected to beat the demonstrations it was made from, so they are replayed: if
+# *they* fail, look at the data first. The scripted expert, which sees where everything is, is the
+# other bound from above. From below, random commands, and none at all: what solves itself says
+# nothing about a policy. (`bound_episodes` above 0 runs them.)
+
+# %%
+bounds = evaluate_bounds(run, config.eval, suite or "", task_ids or ())
+pd.DataFrame(comparison_rows({run.name: results, **bounds}))
+
+# %% [markdown]
 # ## Success and length
 #
 # The whisker is the interval. Failures run until the steps are used up, so look at the lengths of
 # successes to see how sure the policy is of itself.
 
 # %%
-fig = plots.plot_success({run.name: results})
+fig = plots.plot_success({run.name: results, **bounds})
 plots.save_figure(fig, run / "figures" / "06_success.png")
 fig
 

@@ -114,9 +114,10 @@ class Evaluate:
 
     def __call__(self) -> Result:
         from .baselines import BASELINES
-        from .evaluate import evaluate_baseline, evaluate_run
+        from .evaluate import evaluate_baseline, evaluate_bounds, evaluate_run
         from .stats import format_success
 
+        bounds = {}
         if self.run in BASELINES:
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
@@ -124,11 +125,12 @@ class Evaluate:
             results = evaluate_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
         else:
             results = evaluate_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
-            folder = Path(self.run)
+            bounds = evaluate_bounds(self.run, self.eval, self.suite, self.task_ids)
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
-        return results, lines, not results["errors"]
+        lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
+        return {**results, "bounds": bounds}, lines, not results["errors"]
 
 
 @dataclass
