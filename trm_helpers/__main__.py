@@ -134,6 +134,19 @@ class Evaluate:
 
 
 @dataclass
+class Report:
+    """One page on a run, report.md in its folder, as 07_visualize writes it."""
+
+    run: Positional[str]  # a run under artifacts/
+
+    def __call__(self) -> Result:
+        from .report import write_report
+
+        path = write_report(self.run)
+        return {"report": str(path)}, [str(path)], True
+
+
+@dataclass
 class Run:
     """All notebooks of the suite with a preset, or one notebook such as 04_train."""
 
@@ -176,7 +189,7 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Evaluate, Run, Preflight)}
+            for kind in (Collect, Validate, Train, Search, Evaluate, Report, Run, Preflight)}
 
 
 def parse(argv: list[str]) -> Any:
