@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate
+from trm_helpers import evaluate, preflight
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
@@ -138,6 +138,14 @@ def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
         evaluate_run(run, EvalConfig(num_videos=0))
     assert len(read_jsonl(run / "episodes.jsonl")) == 3
     assert not (run / "results.json").exists()
+
+
+def test_a_simulator_in_which_objects_slide_is_refused_before_libero_spatial(run, monkeypatch):
+    preflight.check_settling.cache_clear()
+    monkeypatch.setattr(preflight, "_check_settling", lambda: preflight._judge_settling(0.06))
+    evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))  # LIBERO-Object, not asked
+    with pytest.raises(RuntimeError, match="no episode could be run; .*settle probe: bowl 6.0 cm"):
+        evaluate_run(run, EvalConfig(num_videos=0), suite="libero_spatial")
 
 
 def test_selection_leaves_the_official_init_states_alone(run):

@@ -22,7 +22,7 @@ from .config import Config, EvalConfig
 from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
 from .films import write_grid
-from .preflight import software_versions
+from .preflight import check_settling, software_versions
 from .protocols import PROTOCOLS, EvalProtocol
 from .quality import replay_demonstration
 from .rollout import Policy, record_episode, run_episode
@@ -333,6 +333,8 @@ def _loaded(source: TrainedPolicy) -> Policy:
 
 @functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
 def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
+    if suite.startswith("libero_spatial"):
+        check_settling()
     return LiberoEnv(suite, task_id, settle_steps=protocol.settle_steps,
                      settle_action=protocol.settle_action)
 
