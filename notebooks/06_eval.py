@@ -30,6 +30,7 @@ first_init_state = None  # type: int; the first official init state used; None k
 horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the protocol's
 num_videos = None  # type: int; episodes filmed per task; None keeps the run's setting
 eval_workers = None  # type: int; simulator processes; None keeps the run's setting
+bound_episodes = None  # type: int; per task of replay, expert, random, no-op; None: the run's
 cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None keeps the run's
 baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
 robustness_episodes = 0  # type: int; per task and change of the card; 0 leaves the card out
@@ -44,15 +45,21 @@ from IPython.display import Video, display
 
 from trm_helpers import plots
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import evaluate_run
+from trm_helpers.evaluate import evaluate_bounds, evaluate_run
 from trm_helpers.files import read_jsonl
-from trm_helpers.robustness import card_lines, plot_card, robustness_card
-from trm_helpers.stats import format_success, minimum_detectable_difference, paired_mcnemar
+from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
+from trm_helpers.stats import (
+    comparison_rows,
+    format_success,
+    minimum_detectable_difference,
+    paired_mcnemar,
+)
 
 # %%
 run = find_run(run_name)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
-                horizon=horizon, num_videos=num_videos, eval_workers=eval_workers, cluster=cluster)
+                horizon=horizon, num_videos=num_videos, bound_episodes=bound_episodes,
+                eval_workers=eval_workers, cluster=cluster)
 settings = {name: value for name, value in settings.items() if value is not None}
 config = load_config(run).replace(perturbation="none", **settings)
 print("evaluating", run)
@@ -88,13 +95,25 @@ columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursion
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %% [markdown]
+# ## Between which bounds?
+#
+# No clone can be expected to beat the demonstrations it was made from, so they are replayed: if
+# *they* fail, look at the data first. The scripted expert, which sees where everything is, is the
+# other bound from above. From below, random commands, and none at all: what solves itself says
+# nothing about a policy. (`bound_episodes` above 0 runs them.)
+
+# %%
+bounds = evaluate_bounds(run, config.eval, suite or "", task_ids or ())
+pd.DataFrame(comparison_rows({run.name: results, **bounds}))
+
+# %% [markdown]
 # ## Success and length
 #
 # The whisker is the interval. Failures run until the steps are used up, so look at the lengths of
 # successes to see how sure the policy is of itself.
 
 # %%
-fig = plots.plot_success({run.name: results})
+fig = plots.plot_success({run.name: results, **bounds})
 plots.save_figure(fig, run / "figures" / "06_success.png")
 fig
 
@@ -167,15 +186,15 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 # ## What is left when something changes?
 #
 # The same init states with a moved or darker picture, noise, late actions, a black camera; and the
-# suites of LIBERO-PRO, which vary the scene or the instruction: with as many episodes it takes a
-# dozen times as long as the evaluation above. Changes that cannot matter for this policy are listed.
+# suites of LIBERO-PRO, which vary the scene or the instruction. With as many episodes it takes a
+# dozen times as long as the evaluation above. What cannot matter for this policy is only listed.
 
 # %%
 if robustness_episodes:
     changed = dataclasses.replace(config.eval, num_episodes=robustness_episodes, num_videos=0)
     card = robustness_card(run, changed, weights)
-    print("\n".join(card_lines(card)))
-    display(plot_card(card))
+    display(pd.DataFrame(card_rows(card)), plot_card(card))
+    print("\n".join(card_notes(card)))
 
 # %% [markdown]
 # Next: `07_visualize` looks inside.

@@ -98,9 +98,9 @@ def test_a_robustness_card_from_the_command_line(trained, monkeypatch, capsys):
 
     monkeypatch.setattr(robustness, "robustness_card", robustness_card)
     assert main(["robustness", trained.name, "--num-episodes", "7", "--task-ids", "3"]) == 0
-    assert "nothing changed    1 of   2" in capsys.readouterr().out
+    assert "nothing changed    1 of 2              50.0" in capsys.readouterr().out
     assert main(["robustness", trained.name, "--only", "swap,noise", "shift"]) == 3
-    assert "failed: objects: hung" in capsys.readouterr().out
+    assert "could not be played: objects: hung" in capsys.readouterr().out
     (run, config, *given), (*_, only) = asked
     assert run == trained.name and given == ["best", (3,), []]
     assert (config.num_episodes, config.horizon, config.num_videos) == (7, 24, 0)  # the run's own

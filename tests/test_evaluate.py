@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate
+from trm_helpers import evaluate, preflight
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
@@ -153,6 +153,14 @@ def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
         evaluate_run(run, EvalConfig(num_videos=0))
     assert len(read_jsonl(run / "episodes.jsonl")) == 3
     assert not (run / "results.json").exists()
+
+
+def test_a_simulator_in_which_objects_slide_is_refused_before_libero_spatial(run, monkeypatch):
+    preflight.check_settling.cache_clear()
+    monkeypatch.setattr(preflight, "_check_settling", lambda: preflight._judge_settling(0.06))
+    evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))  # LIBERO-Object, not asked
+    with pytest.raises(RuntimeError, match="no episode could be run; .*settle probe: bowl 6.0 cm"):
+        evaluate_run(run, EvalConfig(num_videos=0), suite="libero_spatial")
 
 
 def test_selection_leaves_the_official_init_states_alone(run):
@@ -310,3 +318,23 @@ def test_a_killed_worker_and_a_killed_parent_lose_no_episode_and_double_none(tmp
     assert again.returncode == 0, again.stderr
     assert read_jsonl(ledger)[:len(rows)] == rows
     assert sorted(row["init_state"] for row in read_jsonl(ledger)) == list(range(8))
+
+
+@pytest.mark.sim
+def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monkeypatch, tmp_path):
+    """Two real demonstrations are replayed; the baselines play the same task."""
+    from trm_helpers.collect import collect_demonstrations
+
+    file = collect_demonstrations("libero_object", 0, 2, tmp_path)
+    trainer = small_run(epochs=1)
+    trainer.fit()
+    monkeypatch.setattr(evaluate, "ensure_demonstrations", lambda _: {0: file})
+    config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1)
+    bounds = evaluate.evaluate_bounds(trainer.run, config)
+    assert list(bounds) == ["replay", "expert", "random", "no-op"]
+    assert [bound["episodes"] for bound in bounds.values()] == [2, 2, 2, 2]
+    assert [bound["successes"] for bound in bounds.values()] == [2, 0, 0, 0]  # 5 steps are too few
+    replayed = read_jsonl(trainer.run / "bounds" / "replay" / "episodes.jsonl")
+    assert all(row["steps"] > 50 and row["divergence"] < 0.01 for row in replayed)
+    assert bounds["replay"]["protocol"]["init_states"] == "demonstrations'"
+    assert evaluate.evaluate_bounds(trainer.run, EvalConfig()) == {}

@@ -5,13 +5,20 @@ import json
 
 import imageio.v3 as imageio
 import nbformat
+import pandas as pd
 import pytest
 from walking import CountingPolicy, StraightRoad
 
 from trm_helpers import evaluate, paths, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.files import read_jsonl
-from trm_helpers.robustness import card_lines, changes_of, plot_card, robustness_card
+from trm_helpers.robustness import (
+    card_notes,
+    card_rows,
+    changes_of,
+    plot_card,
+    robustness_card,
+)
 
 CONFIG = EvalConfig(num_episodes=4, horizon=4, num_videos=0)
 UNUSED = {
@@ -119,15 +126,18 @@ def test_what_cannot_be_asked_is_refused(run):
     assert not (run / "robustness").exists()
 
 
-def test_a_card_is_told_in_lines(run):
-    lines = card_lines(robustness_card(run, CONFIG, only=["delay_2", "swap", "no_proprioception"]))
-    assert [" ".join(line.split()) for line in lines[:3]] == [
-        "nothing changed 4 of 4 100 % (51 to 100)",
-        "actions 0.1 s late 2 of 4 50 % (15 to 85) -50 points, paired p = 0.5",
-        "objects in exchanged places 2 of 4 50 % (15 to 85) -50 points",
+def test_a_card_as_a_table_and_notes(run):
+    card = robustness_card(run, CONFIG, only=["delay_2", "swap", "no_proprioception"])
+    assert [list(row.values()) for row in card_rows(card)] == [
+        ["nothing changed", "4 of 4", 100.0, "51 to 100", "", "", 0],
+        ["actions 0.1 s late", "2 of 4", 50.0, "15 to 85", "-50", "0.5", 0],
+        ["objects in exchanged places", "2 of 4", 50.0, "15 to 85", "-50", "", 0],
     ]
-    assert lines[3] == "not used: wrist camera black: it does not see through the wrist camera"
-    assert lines[-1].startswith("failed: arm and gripper readings replaced by their mean: no epis")
+    notes = card_notes(card)
+    assert len(notes) == len(UNUSED) + 1
+    assert notes[0] == ("not used by this policy: wrist camera black: it does not see through the "
+                        "wrist camera")
+    assert notes[-1].startswith("could not be played: arm and gripper readings replaced by their ")
 
 
 def test_the_figure_has_a_bar_for_each_row_and_the_plain_rate_as_a_line(run):
@@ -146,11 +156,13 @@ def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):
     shown = []
     names = {"run": run, "config": evaluate.load_config(run).replace(horizon=4), "weights": "best",
              "dataclasses": dataclasses, "robustness_card": robustness_card, "plot_card": plot_card,
-             "card_lines": card_lines, "display": shown.append}
+             "card_rows": card_rows, "card_notes": card_notes, "pd": pd,
+             "display": lambda *given: shown.extend(given)}
     exec(cell, {**names, "robustness_episodes": 0})
     assert not shown and not (run / "robustness").exists()
     exec(cell, {**names, "robustness_episodes": 2})
-    assert "nothing changed" in capsys.readouterr().out and len(shown) == 1
+    assert "wrist camera black" in capsys.readouterr().out
+    assert shown[0]["change"][0] == "nothing changed" and len(shown) == 2
     assert not (run / "robustness" / "libero_object-none" / "videos").exists()
 
 

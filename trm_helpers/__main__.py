@@ -114,9 +114,10 @@ class Evaluate:
 
     def __call__(self) -> Result:
         from .baselines import BASELINES
-        from .evaluate import evaluate_baseline, evaluate_run
+        from .evaluate import evaluate_baseline, evaluate_bounds, evaluate_run
         from .stats import format_success
 
+        bounds = {}
         if self.run in BASELINES:
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
@@ -124,11 +125,25 @@ class Evaluate:
             results = evaluate_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
         else:
             results = evaluate_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
-            folder = Path(self.run)
+            bounds = evaluate_bounds(self.run, self.eval, self.suite, self.task_ids)
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
-        return results, lines, not results["errors"]
+        lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
+        return {**results, "bounds": bounds}, lines, not results["errors"]
+
+
+@dataclass
+class Report:
+    """One page on a run, report.md in its folder, as 07_visualize writes it."""
+
+    run: Positional[str]  # a run under artifacts/
+
+    def __call__(self) -> Result:
+        from .report import write_report
+
+        path = write_report(self.run)
+        return {"report": str(path)}, [str(path)], True
 
 
 @dataclass
@@ -142,12 +157,15 @@ class Robustness:
     only: tuple[str, ...] = ()  # these changes alone, e.g. swap,brightness
 
     def __call__(self) -> Result:
-        from .robustness import card_lines, robustness_card
+        import pandas as pd
+
+        from .robustness import card_notes, card_rows, robustness_card
 
         only = [name for given in self.only for name in given.split(",")]
         card = robustness_card(self.run, self.eval, self.weights, self.task_ids, only)
         well = not card["failed"] and not any(row["errors"] for row in card["rows"])
-        return card, card_lines(card), well
+        table = pd.DataFrame(card_rows(card)).to_string(index=False)
+        return card, [table, *card_notes(card)], well
 
 
 @dataclass
@@ -193,7 +211,8 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Evaluate, Robustness, Run, Preflight)}
+            for kind in (Collect, Validate, Train, Search, Evaluate, Robustness, Report, Run,
+                         Preflight)}
 
 
 def parse(argv: list[str]) -> Any:

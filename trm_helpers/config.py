@@ -223,6 +223,7 @@ class EvalConfig:
     horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
     perturbation: str = "none"  # of what the policy sees, is told or sends: see perturbations.py
     num_videos: int = 3  # episodes per task filmed
+    bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
     eval_workers: int = 1  # simulator processes
     cluster: str = ""  # address of a Dask scheduler or a Ray cluster that plays the episodes
     episode_limit: float = 900.0  # seconds after which a worker's episode is taken for hung
@@ -239,6 +240,9 @@ class EvalConfig:
         _require(self.episode_limit > 0, "episode_limit", self.episode_limit, "> 0")
         for name in ("horizon", "num_videos"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        most = schema.NUM_INIT_STATES - self.first_init_state
+        _require(0 <= self.bound_episodes <= most, "bound_episodes", self.bound_episodes,
+                 f"0 to {most} with first_init_state={self.first_init_state}")
         _require(self.eval_workers >= 1, "eval_workers", self.eval_workers, ">= 1")
 
     @property

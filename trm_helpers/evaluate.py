@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +17,19 @@ from tqdm.auto import tqdm
 from . import schema
 from .baselines import BASELINES
 from .checkpoint import find_run, load_config, load_policy
+from .collect import ensure_demonstrations
 from .config import Config, EvalConfig
 from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
 from .films import write_grid
 from .perturbations import PerturbedPolicy, why_unused
-from .preflight import software_versions
+from .preflight import check_settling, software_versions
 from .protocols import PROTOCOLS, EvalProtocol
+from .quality import replay_demonstration
 from .rollout import Policy, record_episode, run_episode
 from .sim import LiberoEnv
 from .stats import summarize_episodes
+from .validate import demo_names, open_demo_file
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -107,7 +112,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
     folder = robustness_folder(run, suite, config.perturbation) if apart or perturbed else run
-    return _evaluate(source, identity, folder, config, suite, task_ids)
+    return _evaluate(source, identity, folder, config, suite, _official(suite, task_ids, config))
 
 
 def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
@@ -133,7 +138,56 @@ def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: 
     count = schema.SUITES[schema.check_suite(suite)]
     task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
     return _evaluate(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config, suite,
-                     task_ids)
+                     _official(suite, task_ids, config))
+
+
+def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
+                    suite: str) -> dict:
+    """:func:`evaluate_run` of the demonstrations themselves: what a perfect copy would reach.
+
+    The first ``config.episodes`` of each task's file are replayed from where they began.
+
+    Args:
+        files: of each task id.
+
+    Raises:
+        ValueError: ``folder`` holds replays of other files.
+    """
+    stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
+    numbers = {}
+    for task_id, path in stored.items():
+        with open_demo_file(path) as file:
+            numbers[task_id] = range(min(config.episodes, len(demo_names(file))))
+    digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16]
+    planned = [Episode(suite, task_id, None, number)
+               for task_id in stored for number in numbers[task_id]]
+    return _evaluate(Replay(tuple(stored.items())), {"weights": "replay", "sha256": digest},
+                     Path(folder), config, suite, planned)
+
+
+def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
+                    task_ids: Iterable[int] = ()) -> dict[str, dict]:
+    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
+
+    ``config.bound_episodes`` a task in the run's protocol, into ``<run>/bounds/<name>/``; nothing
+    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on.
+    """
+    if not config.bound_episodes:
+        return {}
+    run = find_run(str(run))
+    trained = load_config(run)
+    suite, folder = suite or trained.data.suite, run / "bounds"
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
+                                 perturbation="none")
+    bounds = {}
+    if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
+        files = ensure_demonstrations(trained)
+        bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
+                                           folder / "replay", config, suite)
+    for name in BASELINES:
+        bounds[name] = evaluate_baseline(name, folder / name, config, suite, task_ids)
+    return bounds
 
 
 def selection_success(run: str | Path, config: Config, episodes: int,
@@ -191,16 +245,34 @@ class Baseline(NamedTuple):
         return BASELINES[self.name](env)
 
 
-def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, config: EvalConfig,
-              suite: str, task_ids: tuple[int, ...]) -> dict:
+class Replay(NamedTuple):
+    """Demonstrations; an episode's seed is the number of one in its task's file."""
+
+    files: tuple[tuple[int, str], ...]
+
+    def play(self, env: LiberoEnv, episode: Episode) -> dict:
+        began = time.perf_counter()
+        with open_demo_file(dict(self.files)[episode.task_id]) as file:
+            demo = file[schema.DATA_GROUP][demo_names(file)[episode.seed]]
+            replayed, length = replay_demonstration(env, demo), len(demo["actions"])
+        return {**episode._asdict(), "success": replayed["success"], "steps": replayed["steps"],
+                "horizon": length, "divergence": round(max(replayed["divergence"]), 5),
+                "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _official(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
+    return [Episode(suite, schema.check_task_id(suite, task_id), init_state)
+            for task_id in task_ids for init_state in config.init_states]
+
+
+def _evaluate(source: TrainedPolicy | Baseline | Replay, identity: dict, folder: Path,
+              config: EvalConfig, suite: str, planned: list[Episode]) -> dict:
     protocol = PROTOCOLS[config.protocol]
     identity = {**identity, "protocol": protocol.name,
                 "horizon": config.horizon or protocol.horizon(suite),
                 "perturbation": config.perturbation}
     ledger = folder / "episodes.jsonl"
     rows = _finished(ledger, suite, identity)
-    planned = [Episode(suite, schema.check_task_id(suite, task_id), init_state)
-               for task_id in task_ids for init_state in config.init_states]
     missing = [episode for episode in planned if episode not in rows]
     errors: dict[Episode, str] = {}
     with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="episodes",
@@ -222,10 +294,12 @@ def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, co
     results = {
         **summarize_episodes(played),
         "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
-        "protocol": {"suite": suite, "task_ids": list(task_ids), **dataclasses.asdict(config),
+        "protocol": {"suite": suite, "task_ids": sorted({episode.task_id for episode in planned}),
+                     **dataclasses.asdict(config),
                      **identity, "num_episodes": config.episodes, "source": protocol.source,
                      "settle_steps": protocol.settle_steps,
-                     "settle_action": list(protocol.settle_action), "init_states": "official",
+                     "settle_action": list(protocol.settle_action),
+                     "init_states": "demonstrations'" if isinstance(source, Replay) else "official",
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
@@ -262,6 +336,8 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
 def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     protocol = PROTOCOLS[config.protocol]
     env = _worker_env(episode.suite, episode.task_id, protocol)
+    if isinstance(source, Replay):
+        return source.play(env, episode)
     policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
     if config.perturbation != "none":
         policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
@@ -282,6 +358,8 @@ def _loaded(source: TrainedPolicy) -> Policy:
 
 @functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
 def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
+    if suite.startswith("libero_spatial"):
+        check_settling()
     return LiberoEnv(suite, task_id, settle_steps=protocol.settle_steps,
                      settle_action=protocol.settle_action)
 

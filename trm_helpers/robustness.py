@@ -156,19 +156,25 @@ def _why_unused(change: Change, model: ModelConfig) -> str:
 
 
 # --- shown ---------------------------------------------------------------------------------------
-def card_lines(card: Mapping) -> list[str]:
-    """The card as a table for a terminal."""
-    width = max(len(row["title"]) for row in card["rows"])
-    lines = []
-    for row in card["rows"]:
-        low, rate, high = (100 * row[key] for key in ("wilson_low", "success_rate", "wilson_high"))
-        gap = "" if row["gap"] is None else f"  {100 * row['gap']:+4.0f} points"
-        test = "" if row["p_value"] is None else f", paired p = {row['p_value']:.2g}"
-        errors = f"  ({row['errors']} could not be played)" if row["errors"] else ""
-        lines.append(f"{row['title']:{width}}  {row['successes']:3} of {row['episodes']:3}  "
-                     f"{rate:3.0f} % ({low:.0f} to {high:.0f}){gap}{test}{errors}")
-    lines += [f"not used: {row['title']}: {row['reason']}" for row in card["not_used"]]
-    return lines + [f"failed: {row['title']}: {row['reason']}" for row in card["failed"]]
+def card_rows(card: Mapping) -> list[dict]:
+    """A table's rows on a card, in percent and points."""
+    return [{
+        "change": row["title"],
+        "successes": f"{row['successes']} of {row['episodes']}",
+        "success rate (%)": round(100 * row["success_rate"], 1),
+        "95 % Wilson interval (%)": f"{100 * row['wilson_low']:.0f} to "
+                                    f"{100 * row['wilson_high']:.0f}",
+        "gap (points)": "" if row["gap"] is None else f"{100 * row['gap']:+.0f}",
+        "paired p": "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+        "errors": row["errors"],
+    } for row in card["rows"]]
+
+
+def card_notes(card: Mapping) -> list[str]:
+    """What was not played and why, a line each."""
+    return [f"{told}: {row['title']}: {row['reason']}"
+            for told, rows in (("not used by this policy", card["not_used"]),
+                               ("could not be played", card["failed"])) for row in rows]
 
 
 @styled
