@@ -5,11 +5,12 @@ import json
 
 import imageio.v3 as imageio
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate, paths, schema
+from trm_helpers import evaluate, language, paths, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.files import read_jsonl
 from trm_helpers.robustness import (
@@ -89,6 +90,18 @@ def test_a_card_leaves_what_was_evaluated_alone(run):
     assert [row["perturbation"] for row in rows] == ["noise"] * 4
 
 
+def test_a_policy_told_in_words_is_asked_for_what_words_change(small_run, run, monkeypatch):
+    monkeypatch.setattr(language, "compute_embeddings",
+                        lambda texts: np.ones((len(texts), schema.LANGUAGE_DIM), np.float32))
+    trainer = small_run("told", conditioning="language", epochs=1)
+    trainer.fit()
+    card = robustness_card(trainer.run, CONFIG, only=["wrong_instruction", "lan", "task"])
+    assert [(row["name"], row["suite"]) for row in card["rows"]] == [
+        ("plain", "libero_object"), ("wrong_instruction", "libero_object"),
+        ("lan", "libero_object_lan"), ("task", "libero_object_task")]
+    assert [change["name"] for change in card["not_used"]] == ["no_eye_in_hand"]
+
+
 def test_an_interrupted_card_goes_on(run, monkeypatch):
     play, played = evaluate.run_episode, []
 
@@ -131,7 +144,7 @@ def test_a_card_as_a_table_and_notes(run):
     assert [list(row.values()) for row in card_rows(card)] == [
         ["nothing changed", "4 of 4", 100.0, "51 to 100", "", "", 0],
         ["actions 0.1 s late", "2 of 4", 50.0, "15 to 85", "-50", "0.5", 0],
-        ["objects in exchanged places", "2 of 4", 50.0, "15 to 85", "-50", "", 0],
+        ["LIBERO-PRO: objects in exchanged places", "2 of 4", 50.0, "15 to 85", "-50", "", 0],
     ]
     notes = card_notes(card)
     assert len(notes) == len(UNUSED) + 1
@@ -145,7 +158,7 @@ def test_the_figure_has_a_bar_for_each_row_and_the_plain_rate_as_a_line(run):
     (axes,) = plot_card(card).axes
     assert [bar.get_width() for bars in axes.containers[:3] for bar in bars] == [100, 50, 50]
     assert [label.get_text() for label in axes.get_yticklabels()] \
-        == ["nothing changed", "actions 0.1 s late", "objects in exchanged places"]
+        == ["nothing changed", "actions 0.1 s late", "LIBERO-PRO: objects in exchanged places"]
     assert [text.get_text() for text in axes.texts] == ["4/4", "2/4", "2/4"]
     assert 100 in [line.get_xdata()[0] for line in axes.lines]
 

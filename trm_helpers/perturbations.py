@@ -221,7 +221,7 @@ PERTURBATIONS = {
     "brightness": Perturbation(
         f"light {100 * BRIGHTNESS:g} % darker or brighter", _lit_otherwise),
     "noise": Perturbation(
-        f"noisy sensors (pixels: {PIXEL_NOISE:g} of 255 grey levels)", _noisy),
+        f"noise in pictures ({PIXEL_NOISE:g} of 255 grey levels) and readings", _noisy),
     **{f"delay_{steps}": Perturbation(f"actions {steps / schema.CONTROL_HZ:g} s late", delay=steps)
        for steps in DELAYS},
     "no_proprioception": Perturbation("arm and gripper readings replaced by their mean",

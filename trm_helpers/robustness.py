@@ -44,7 +44,7 @@ def changes_of(suite: str) -> dict[str, Change]:
     changes = [Change(PLAIN, "nothing changed", suite)]
     changes += [Change(name, perturbation.title, suite, name)
                 for name, perturbation in PERTURBATIONS.items()]
-    changes += [Change(variation, schema.VARIATIONS[variation], varied)
+    changes += [Change(variation, f"LIBERO-PRO: {schema.VARIATIONS[variation]}", varied)
                 for varied, (base, variation) in schema.PRO_SUITES.items() if base == suite]
     return {change.name: change for change in changes}
 
@@ -184,11 +184,9 @@ def plot_card(card: Mapping) -> Figure:
     rate = np.array([row["success_rate"] for row in rows])
     error = [rate - [row["wilson_low"] for row in rows],
              [row["wilson_high"] for row in rows] - rate]
-    kinds = {PLAIN: GREY, "the same episodes, perturbed": BLUE,
-             "LIBERO-PRO's variation of the suite": ORANGE}
-    labels = list(kinds)
-    kind = [PLAIN if row["name"] == PLAIN else labels[1 + (row["suite"] != card["suite"])]
-            for row in rows]
+    kinds = {"nothing changed": GREY, "the same init states, disturbed": BLUE,
+             "another suite, other init states": ORANGE}
+    kind = [list(kinds)[(row["name"] != PLAIN) + (row["suite"] != card["suite"])] for row in rows]
     fig = new_figure(8.5, 0.32 * len(rows) + 1.9)
     axes = fig.subplots()
     for label, colour in kinds.items():
@@ -197,14 +195,16 @@ def plot_card(card: Mapping) -> Figure:
             axes.barh(places, 100 * rate[places], 0.72, color=colour, alpha=0.85, label=label)
     axes.errorbar(100 * rate, range(len(rows)), xerr=100 * np.clip(error, 0, None), fmt="none",
                   ecolor="black", elinewidth=1, capsize=3)
-    axes.axvline(100 * rate[0], color="black", linestyle="--", linewidth=1)
+    axes.axvline(100 * rate[0], color="black", linestyle="--", linewidth=1,
+                 label="rate with nothing changed")
     for place, row in enumerate(rows):
         axes.text(103, place, f"{row['successes']}/{row['episodes']}", va="center", fontsize=8)
     tasks = ", ".join(map(str, card["task_ids"]))
+    each = f"{card['num_episodes']} episodes" + " of each" * (len(card["task_ids"]) > 1)
     axes.set(yticks=range(len(rows)), yticklabels=[row["title"] for row in rows],
              ylim=(len(rows) - 0.4, -0.6), xlim=(0, 112), xticks=range(0, 101, 20),
              xlabel="success rate (%), whiskers: 95 % Wilson interval; right: successes/episodes")
-    fig.suptitle(f"{card['run']} when something changes\n{card['suite']}, tasks {tasks}: "
-                 f"{card['num_episodes']} episodes of each task per bar")
-    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds))
+    fig.suptitle(f"Success of {card['run']} when something changes\n{card['suite']}, task "
+                 f"{tasks}: {each} per bar")
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
