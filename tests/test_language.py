@@ -132,7 +132,8 @@ def test_a_new_instruction_is_computed_once(monkeypatch):
 def test_a_new_instruction_is_embedded_near_its_paraphrase():
     new = embed_instruction("switch the stove on")
     likeness = {text: float(new @ known) for text, known in embedding_table().items()}
-    assert max(likeness, key=likeness.get) == STOVE and likeness[STOVE] > 0.8
+    assert sorted(likeness, key=likeness.get)[-2:] == [STOVE, "switch on the stove"]
+    assert likeness[STOVE] > 0.8
 
 
 def test_a_missing_table_is_named(tmp_path, monkeypatch):
