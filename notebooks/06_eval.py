@@ -22,7 +22,7 @@
 preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
 weights = "best"  # type: str; best (lowest validation loss) or last
-suite = None  # type: str; another suite than the run's; None keeps it
+suite = None  # type: str; another suite than the run's, LIBERO-PRO's too; None keeps it
 task_ids = None  # type: list; other tasks than the run's; None keeps them
 protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
 num_episodes = None  # type: int; per task; None keeps the run's setting, 0 is the protocol's

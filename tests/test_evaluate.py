@@ -329,7 +329,8 @@ def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monk
     trainer = small_run(epochs=1)
     trainer.fit()
     monkeypatch.setattr(evaluate, "ensure_demonstrations", lambda _: {0: file})
-    config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1)
+    config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1,
+                        perturbation="noise")  # of the policy's episodes alone
     bounds = evaluate.evaluate_bounds(trainer.run, config)
     assert list(bounds) == ["replay", "expert", "random", "no-op"]
     assert [bound["episodes"] for bound in bounds.values()] == [2, 2, 2, 2]

@@ -109,7 +109,7 @@ class Evaluate:
     run: Positional[str]  # a run under artifacts/; or expert, random, no-op, which need --suite
     eval: OmitArgPrefixes[EvalConfig]
     weights: str = "best"  # of a run: best or last
-    suite: str = ""  # another one than the run's
+    suite: str = ""  # another one than the run's; those of LIBERO-PRO too
     task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
 
     def __call__(self) -> Result:

@@ -34,7 +34,8 @@ PROPRIO_NOISE = {  # standard deviation: rad of a joint and of a turn, m of a fi
 }
 DELAYS = (1, 2)  # control steps, of 0.05 s each
 
-Change = Callable[[Callable[[], Any], int], Any]  # of an entry: (its reader, the step) -> its value
+# of an observation's entry: (its reader, the step) -> its value
+Replacement = Callable[[Callable[[], Any], int], Any]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Perturbation:
     """
 
     title: str
-    changes: Callable[[Case], dict[str, Change]] = lambda case: {}
+    changes: Callable[[Case], dict[str, Replacement]] = lambda case: {}
     needs: str = ""
     delay: int = 0  # control steps
 
@@ -100,7 +101,7 @@ class PerturbedPolicy:
 class PerturbedObservation(Mapping):
     """An observation of which some entries are replaced, each when it is first read."""
 
-    def __init__(self, original: Mapping, changes: dict[str, Change], step: int):
+    def __init__(self, original: Mapping, changes: dict[str, Replacement], step: int):
         self._original, self._changes, self._step = original, changes, step
         self._values: dict[str, Any] = {}
 
@@ -144,7 +145,7 @@ def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     return np.clip(np.rint(image * factor), 0, 255).astype(np.uint8)
 
 
-def _shifted(case: Case) -> dict[str, Change]:
+def _shifted(case: Case) -> dict[str, Replacement]:
     """Each camera on its own, along a diagonal of the picture that stays for the episode."""
 
     def change(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
@@ -155,14 +156,14 @@ def _shifted(case: Case) -> dict[str, Change]:
             for camera in schema.CAMERAS}
 
 
-def _lit_otherwise(case: Case) -> dict[str, Change]:
+def _lit_otherwise(case: Case) -> dict[str, Replacement]:
     """Darker or brighter, both cameras alike, for the episode."""
     factor = 1 + case.draws("light").choice((-1, 1)) * BRIGHTNESS
     return {camera: lambda read, step: scale_brightness(read(), factor)
             for camera in schema.CAMERAS}
 
 
-def _noisy(case: Case) -> dict[str, Change]:
+def _noisy(case: Case) -> dict[str, Replacement]:
     """Independent Gaussian noise in every entry and step."""
 
     def change(key: str, read: Callable, step: int) -> np.ndarray:
@@ -175,12 +176,12 @@ def _noisy(case: Case) -> dict[str, Change]:
     return {key: functools.partial(change, key) for key in (*schema.CAMERAS, *schema.LOW_DIM)}
 
 
-def _without_camera(camera: str, case: Case) -> dict[str, Change]:
+def _without_camera(camera: str, case: Case) -> dict[str, Replacement]:
     size = case.env.image_size
     return {camera: lambda read, step: np.zeros((size, size, 3), np.uint8)}
 
 
-def _without_proprioception(case: Case) -> dict[str, Change]:
+def _without_proprioception(case: Case) -> dict[str, Replacement]:
     """Every reading is the mean of the policy's training data, 0 once it is normalised.
 
     Readings that it was not trained on have no such mean: they become NaN.
@@ -199,7 +200,7 @@ def _without_proprioception(case: Case) -> dict[str, Change]:
 
 
 # --- what is told --------------------------------------------------------------------------------
-def _told_another(case: Case) -> dict[str, Change]:
+def _told_another(case: Case) -> dict[str, Replacement]:
     """The instruction of another task of the suite, the same for the whole episode."""
     from .sim import load_task
 
@@ -211,7 +212,7 @@ def _told_another(case: Case) -> dict[str, Change]:
     return {"language": lambda read, step: told}
 
 
-def _told_nothing(case: Case) -> dict[str, Change]:
+def _told_nothing(case: Case) -> dict[str, Replacement]:
     return {"language": lambda read, step: ""}
 
 

@@ -59,7 +59,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     Args:
         run: folder, or name of a folder in ``artifacts/``.
         config: episodes per task and all else that :func:`evaluate.evaluate_run` takes, without a
-            perturbation; ``None`` takes the run's.
+            perturbation; ``None`` takes the run's, without films.
         weights: ``best`` or ``last``.
         task_ids: others than those of the run.
         only: names of the changes to be played beside the plain episodes; none takes all. The rows
@@ -78,7 +78,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     """
     run = find_run(str(run))
     trained = load_config(run)
-    config = config or trained.eval
+    config = config or dataclasses.replace(trained.eval, num_videos=0, perturbation="none")
     if config.perturbation != "none":
         raise ValueError(f"perturbation={config.perturbation!r} is not valid; expected 'none': the "
                          "card has its own")
