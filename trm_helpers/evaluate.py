@@ -103,7 +103,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     perturbed = config.perturbation != "none"
     if perturbed and (reason := why_unused(config.perturbation, trained.model)):
         raise ValueError(f"perturbation={config.perturbation!r} cannot matter for {run}: {reason}")
-    source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
+    source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
     folder = robustness_folder(run, suite, config.perturbation) if apart or perturbed else run
     return evaluate_episodes(source, identity, folder, config, suite,
@@ -127,7 +127,7 @@ def selection_success(run: str | Path, config: Config, episodes: int,
     """
     run = Path(run)
     settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
-    source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
+    source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
     planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
                for task_id in config.data.task_ids for number in range(episodes)]
     bar = tqdm(_play_all(source, settings, run, planned), "selection", len(planned),
@@ -314,5 +314,5 @@ def _finished(ledger: Path, suite: str, identity: dict) -> dict[Episode, dict]:
     return played
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""A policy for a whole suite, from nothing to its success rate, a few minutes at a time.
+
+    python benchmarks/suite/stages.py "trm" --suite libero_spatial --minutes 9 --out brought
+
+Checks the renderer, collects demonstrations, trains, evaluates on the official init states, and
+copies what is worth keeping to a folder. Ends with code 3 when the time is up: the same command
+then goes on, and what is complete is not done again. Policies are those of benchmarks/policies.py.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from policies import POLICIES  # noqa: E402
+
+from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
+from trm_helpers.checkpoint import create_run  # noqa: E402
+from trm_helpers.collect import ensure_demonstrations  # noqa: E402
+from trm_helpers.config import Config, EvalConfig, from_flat, parse_value  # noqa: E402
+from trm_helpers.evaluate import evaluate_run  # noqa: E402
+from trm_helpers.preflight import ensure_gl, preflight, table  # noqa: E402
+from trm_helpers.stats import format_success  # noqa: E402
+
+CALL_AGAIN = 3
+KEPT = ("config.json", "policy.json", "best.safetensors", "metrics.jsonl", "episodes.jsonl",
+        "results.json")
+_LEFT_FOR_THE_REST = 0.5  # minutes that training leaves for its last epoch and for the copies
+
+
+class TimeIsUp(KeyboardInterrupt):
+    """Ends collection and evaluation as Ctrl-C does: what is done is kept."""
+
+
+def end(*_) -> None:
+    raise TimeIsUp
+
+
+def settings(given: argparse.Namespace, minutes: float) -> Config:
+    return from_flat(
+        "demo", suite=given.suite, task_ids=given.tasks, num_demos=given.demos,
+        epochs=given.epochs, seed=given.seed, conditioning="task_id", num_threads=given.threads,
+        max_minutes=minutes, **POLICIES[given.policy],
+        **{name: parse_value(value) for name, value in given.set})
+
+
+def run_stages(given: argparse.Namespace, deadline: float) -> bool:
+    """Whether all of them are complete."""
+    if given.check:
+        print(f"OpenGL: {ensure_gl()}", flush=True)
+        checks = preflight()
+        print(table(checks), flush=True)
+        if any(check.status == "fail" for check in checks):
+            return False
+    files = ensure_demonstrations(settings(given, 0))
+    print(f"{len(files)} tasks demonstrated, {(deadline - time.monotonic()) / 60:.1f} minutes left",
+          flush=True)
+    config = settings(given, max((deadline - time.monotonic()) / 60 - _LEFT_FOR_THE_REST, 0.01))
+    words = "-".join(given.policy.replace(",", "").split())
+    run = create_run(config, given.run_name or f"{given.suite}-{words}-s{given.seed}", resume=True)
+    given.run = run
+    trainer = BehaviorCloningTrainer.from_config(config, files, run)
+    rows = trainer.fit()
+    print(f"{run}: {len(rows)} of {given.epochs} epochs, validation loss "
+          f"{rows[-1]['val_loss']:.4f}", flush=True)
+    if not trainer.finished:
+        return False
+    results = evaluate_run(run, EvalConfig(num_episodes=given.episodes, num_videos=1,
+                                           eval_workers=given.workers))
+    print(format_success(results), flush=True)
+    return not results["errors"]
+
+
+def bring(run: Path, out: Path) -> None:
+    """The files of a run that are worth keeping, and a film of each task."""
+    kept = [run / name for name in KEPT] + sorted(run.glob("videos/*/*.mp4"))
+    for path in kept:
+        if path.exists():
+            target = out / run.name / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("policy", choices=POLICIES)
+    parser.add_argument("--suite", default="libero_spatial", choices=schema.SUITES)
+    parser.add_argument("--tasks", type=int, nargs="*", help="task ids; all of the suite")
+    parser.add_argument("--demos", type=int, default=50, help="demonstrations of each task")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--episodes", type=int, default=50, help="of each task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, in training")
+    parser.add_argument("--workers", type=int, default=2, help="processes that evaluate")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call")
+    parser.add_argument("--check", action="store_true", help="renderer and versions first")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="any other setting")
+    parser.add_argument("--run-name", default="")
+    parser.add_argument("--out", type=Path, help="folder that gets what is worth keeping")
+    given = parser.parse_args()
+    given.tasks = given.tasks or list(range(schema.SUITES[given.suite]))
+    given.run = None
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 60 * given.minutes)
+    try:
+        complete = run_stages(given, time.monotonic() + 60 * given.minutes)
+    except TimeIsUp:
+        complete = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if given.out and given.run:
+        bring(given.run, given.out)
+    print("complete" if complete else "call again", flush=True)
+    return 0 if complete else CALL_AGAIN
+
+
+if __name__ == "__main__":
+    sys.exit(main())
