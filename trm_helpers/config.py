@@ -186,6 +186,7 @@ class TrainConfig:
     rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
     rollout_episodes: int = 10  # of each task, from drawn placements: reports use the init states
     max_minutes: float = 0.0  # save and end cleanly after so long; 0 is no limit
+    stop_epoch: int = 0  # end cleanly after so many of the epochs, to go on later; 0 trains all
     precision: str = "auto"  # auto, fp32, bf16, fp16
     compile: bool = False  # torch.compile; goes on without it where it fails
     device: str = "auto"  # auto, cpu, cuda
@@ -204,6 +205,8 @@ class TrainConfig:
         for name in ("weight_decay", "gripper_weight", "patience", "rollout_every", "max_minutes",
                      "num_threads", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(0 <= self.stop_epoch <= self.epochs, "stop_epoch", self.stop_epoch,
+                 f"0 to epochs={self.epochs}")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.rollout_episodes >= 1, "rollout_episodes", self.rollout_episodes, ">= 1")
         _one_of("loss", self.loss, ("mse", "l1", "mix"))
@@ -292,6 +295,15 @@ class Config:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, without the part it belongs to; not the preset."""
+        return {name: value for part in PARTS for name, value in vars(getattr(self, part)).items()}
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that are not the preset's: ``from_flat(preset, **changes)`` is this one."""
+        usual = from_flat(self.preset).flat()
+        return {name: value for name, value in self.flat().items() if value != usual[name]}
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
