@@ -24,8 +24,9 @@ import numpy as np
 from trm_helpers import load_policy, schema
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluate import Episode, TrainedPolicy, _play, run_episode
+from trm_helpers.evaluate import Episode, TrainedPolicy, _play
 from trm_helpers.fanout import run_jobs
+from trm_helpers.rollout import run_episode
 from trm_helpers.sim import LiberoEnv, load_init_states, load_task
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Video
 
-from trm_helpers import explore_libero_dataset, paths, plots, schema
+from trm_helpers import explore_libero_dataset, films, paths, plots, schema
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import from_flat
 from trm_helpers.files import write_json
@@ -159,7 +159,7 @@ pd.DataFrame(card)
 
 # %%
 film = plots.upright(np.concatenate(cameras, axis=2))
-video = plots.write_video(folder / "videos" / "01_demonstration.mp4", film, schema.CONTROL_HZ)
+video = films.write_video(folder / "videos" / "01_demonstration.mp4", film, schema.CONTROL_HZ)
 Video(video, embed=True, width=640)
 
 # %% [markdown]

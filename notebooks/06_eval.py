@@ -22,7 +22,7 @@
 preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
 weights = "best"  # type: str; best (lowest validation loss) or last
-suite = None  # type: str; another suite than the run's; None keeps it
+suite = None  # type: str; another suite than the run's, LIBERO-PRO's too; None keeps it
 task_ids = None  # type: list; other tasks than the run's; None keeps them
 protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
 num_episodes = None  # type: int; per task; None keeps the run's setting, 0 is the protocol's
@@ -30,10 +30,13 @@ first_init_state = None  # type: int; the first official init state used; None k
 horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the protocol's
 num_videos = None  # type: int; episodes filmed per task; None keeps the run's setting
 eval_workers = None  # type: int; simulator processes; None keeps the run's setting
+bound_episodes = None  # type: int; per task of replay, expert, random, no-op; None: the run's
 cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None keeps the run's
 baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
+robustness_episodes = 0  # type: int; per task and change of the card; 0 leaves the card out
 
 # %%
+import dataclasses
 import json
 
 import imageio.v3 as imageio
@@ -42,15 +45,23 @@ from IPython.display import Video, display
 
 from trm_helpers import plots
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import evaluate_run
+from trm_helpers.evaluate import evaluate_bounds, evaluate_run
 from trm_helpers.files import read_jsonl
-from trm_helpers.stats import format_success, minimum_detectable_difference, paired_mcnemar
+from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
+from trm_helpers.stats import (
+    comparison_rows,
+    format_success,
+    minimum_detectable_difference,
+    paired_mcnemar,
+)
 
 # %%
 run = find_run(run_name)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
-                horizon=horizon, num_videos=num_videos, eval_workers=eval_workers, cluster=cluster)
-config = load_config(run).replace(**{k: v for k, v in settings.items() if v is not None})
+                horizon=horizon, num_videos=num_videos, bound_episodes=bound_episodes,
+                eval_workers=eval_workers, cluster=cluster)
+settings = {name: value for name, value in settings.items() if value is not None}
+config = load_config(run).replace(perturbation="none", **settings)
 print("evaluating", run)
 
 # %% [markdown]
@@ -84,13 +95,25 @@ columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursion
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %% [markdown]
+# ## Between which bounds?
+#
+# No clone can be expected to beat the demonstrations it was made from, so they are replayed: if
+# *they* fail, look at the data first. The scripted expert, which sees where everything is, is the
+# other bound from above. From below, random commands, and none at all: what solves itself says
+# nothing about a policy. (`bound_episodes` above 0 runs them.)
+
+# %%
+bounds = evaluate_bounds(run, config.eval, suite or "", task_ids or ())
+pd.DataFrame(comparison_rows({run.name: results, **bounds}))
+
+# %% [markdown]
 # ## Success and length
 #
 # The whisker is the interval. Failures run until the steps are used up, so look at the lengths of
 # successes to see how sure the policy is of itself.
 
 # %%
-fig = plots.plot_success({run.name: results})
+fig = plots.plot_success({run.name: results, **bounds})
 plots.save_figure(fig, run / "figures" / "06_success.png")
 fig
 
@@ -102,8 +125,9 @@ fig
 # %% [markdown]
 # ## Watch it
 #
-# Agent view on the left, wrist camera on the right. Where it fails, ask: did it miss the object,
-# drop it, or miss the target?
+# Agent view on the left, wrist camera on the right. The dots are where the policy means to go: one
+# for each action of its chunk, orange until it looks again, blue after that. Where it fails, ask:
+# did it miss the object, drop it, or miss the target? Successes and failures have a folder each.
 
 # %%
 filmed = [row for row in episodes if "video" in row]
@@ -112,14 +136,23 @@ for row in filmed:
     display(Video(run / "videos" / row["video"], embed=True, width=640))
 
 # %% [markdown]
+# All of a task at once, framed green where it succeeded and red where it failed.
+
+# %%
+for grid in sorted((run / "videos").glob("*.mp4")):
+    if grid.stem.startswith(f"{asked['suite']}-task"):
+        print(grid.name)
+        display(Video(grid, embed=True))
+
+# %% [markdown]
 # The first of them as a strip, from its first step to its last.
 
 # %%
 for row in filmed[:1]:
     film = imageio.imread(run / "videos" / row["video"])
     side = film.shape[2] // 2  # the agent view is the square at the lower left
-    steps = [1 + round(i * (row["steps"] - 1) / 5) for i in range(6)]
-    frames = [film[step - 1, -side:, :side] for step in steps]
+    steps = [round(i * row["steps"] / 5) for i in range(6)]
+    frames = [film[step, -side:, :side] for step in steps]
     fig = plots.plot_rollout_strip(frames, steps, row["video"].removesuffix(".mp4"))
     plots.save_figure(fig, run / "figures" / "06_rollout.png")
     display(fig)
@@ -148,6 +181,20 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
     fig = plots.plot_success({run.name: results, baseline.name: theirs})
     plots.save_figure(fig, run / "figures" / "06_comparison.png")
     display(fig)
+
+# %% [markdown]
+# ## What is left when something changes?
+#
+# The same init states with a moved or darker picture, noise, late actions, a black camera; and the
+# suites of LIBERO-PRO, which vary the scene or the instruction. With as many episodes it takes a
+# dozen times as long as the evaluation above. What cannot matter for this policy is only listed.
+
+# %%
+if robustness_episodes:
+    changed = dataclasses.replace(config.eval, num_episodes=robustness_episodes, num_videos=0)
+    card = robustness_card(run, changed, weights)
+    display(pd.DataFrame(card_rows(card)), plot_card(card))
+    print("\n".join(card_notes(card)))
 
 # %% [markdown]
 # Next: `07_visualize` looks inside.

@@ -21,8 +21,6 @@ weights = "best"  # type: str; best (lowest validation loss) or last
 num_samples = 256  # type: int; validation samples behind the averages
 
 # %%
-import json
-
 from IPython.display import Markdown
 
 from trm_helpers import (
@@ -35,7 +33,8 @@ from trm_helpers import (
 )
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.collect import ensure_demonstrations
-from trm_helpers.stats import format_success
+from trm_helpers.files import write_json
+from trm_helpers.report import write_report
 
 # %%
 run = find_run(run_name)
@@ -125,23 +124,19 @@ fig
 # %% [markdown]
 # ## Report
 #
-# One page with the run's numbers and figures: `report.md` in the run folder.
+# One page with the run's settings, numbers, figures and films: `report.md` in the run folder. Also
+# `python -m trm_helpers report RUN`.
 
 # %%
-results = run / "results.json"
-success = format_success(json.loads(results.read_text())) if results.exists() else "not evaluated"
-numbers = [
-    success, recursion["sentence"],
-    f"Mean squared error of the first action over {report['count']} samples: {report['mse']:.4f}",
-    f"Gripper right in {100 * report['gripper_accuracy']:.1f} % of them",
+sentences = [
+    recursion["sentence"],
+    f"Mean squared error of the first action over {report['count']} samples: {report['mse']:.4f}.",
+    f"Gripper right in {100 * report['gripper_accuracy']:.1f} % of them.",
 ]
-text = f"# {run.name}\n\n" + "".join(f"- {line}\n" for line in numbers)
-
-# %%
-figures = sorted(path.name for path in (run / "figures").glob("*.png"))
-pictures = "".join(f"\n![{name}](figures/{name})\n" for name in figures)
-(run / "report.md").write_text(text + pictures)
-Markdown(text)
+write_json(run / "explain.json", {"sentences": sentences, "predictions": report,
+                                  "recursion": recursion})
+page = write_report(run)
+Markdown(page.read_text().split("## Films")[0].split("## Figures")[0])
 
 # %% [markdown]
 # That is the whole way, from a file of demonstrations to a policy and its explanation. From here:

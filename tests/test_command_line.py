@@ -7,7 +7,7 @@ import sys
 import pytest
 from demo_files import write_demo_file
 
-from trm_helpers import evaluate, paths, preflight, runs, search
+from trm_helpers import evaluate, paths, preflight, robustness, runs, search
 from trm_helpers.__main__ import COMMANDS, main, parse
 from trm_helpers.config import from_flat
 from trm_helpers.preflight import Check
@@ -83,6 +83,28 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     assert given[1].num_videos == 1 and given[1].protocol == "libero"  # the run's own, and on top
     assert "libero_object 3: 1 of 2 episodes" in capsys.readouterr().out
     assert main(["evaluate", "mine", "--suite", "libero_goal"]) == 3  # there were errors
+
+
+def test_a_robustness_card_from_the_command_line(trained, monkeypatch, capsys):
+    asked = []
+
+    def robustness_card(run, config, weights, task_ids, only):
+        asked.append((run, config, weights, task_ids, only))
+        row = {"name": "plain", "title": "nothing changed", "successes": 1, "episodes": 2,
+               "success_rate": 0.5, "wilson_low": 0.1, "wilson_high": 0.9, "errors": 0,
+               "gap": None, "p_value": None}
+        failed = [{"name": "swap", "title": "objects", "reason": "hung"}] if "swap" in only else []
+        return {"rows": [row], "not_used": [], "failed": failed}
+
+    monkeypatch.setattr(robustness, "robustness_card", robustness_card)
+    assert main(["robustness", trained.name, "--num-episodes", "7", "--task-ids", "3"]) == 0
+    assert "nothing changed    1 of 2              50.0" in capsys.readouterr().out
+    assert main(["robustness", trained.name, "--only", "swap,noise", "shift"]) == 3
+    assert "could not be played: objects: hung" in capsys.readouterr().out
+    (run, config, *given), (*_, only) = asked
+    assert run == trained.name and given == ["best", (3,), []]
+    assert (config.num_episodes, config.horizon, config.num_videos) == (7, 24, 0)  # the run's own
+    assert only == ["swap", "noise", "shift"]
 
 
 def test_a_card_with_a_bad_verdict_is_told_by_the_exit_code(tmp_path, capsys):

@@ -4,73 +4,18 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate, schema
+from trm_helpers import evaluate, preflight
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluate import PolicyEvaluator, evaluate_run, record_episode, run_episode
+from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
 from trm_helpers.files import read_jsonl
 from trm_helpers.sim import LiberoEnv
-
-
-class CountingPolicy:
-    """Always asks for the same full step; counts its episodes."""
-
-    last_recursions = 3
-
-    def __init__(self, axis=0):
-        self.action = np.eye(7)[axis] - np.eye(7)[schema.GRIPPER_INDEX]
-        self.resets = 0
-
-    def reset(self):
-        self.resets += 1
-
-    def act(self, observation):
-        return self.action
-
-
-class StraightRoad:
-    """Solved after ``init_state + 1`` steps forward. Stands in for ``sim.LiberoEnv``."""
-
-    horizon = 4
-    made = []
-
-    def __init__(self, suite="libero_object", task_id=3, **settle):
-        self.settle = settle
-        self.task = types.SimpleNamespace(suite=suite, task_id=task_id, name="walk",
-                                          language="walk to the end")
-        self.made.append(self)
-
-    def reset(self, init_state=None, seed=None):
-        self.left = 1 + (init_state if seed is None else seed - evaluate.SELECTION_SEED)
-        return self._look()
-
-    def step(self, action):
-        self.left -= action[0]
-        return self._look(), bool(self.left <= 0)
-
-    def _look(self):
-        frame = np.zeros((64, 64, 3), np.uint8)
-        frame[0] = 255  # the first row as stored is at the bottom for a person
-        return dict.fromkeys(schema.CAMERAS, frame)
-
-
-def test_an_episode_ends_with_success_or_at_the_horizon():
-    policy = CountingPolicy()
-    row = run_episode(policy, StraightRoad(), init_state=2)
-    assert row.pop("seconds") >= 0 and row.pop("max_action_ms") >= row.pop("action_ms") >= 0
-    assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
-                   "success": True, "steps": 3, "return": 1.0, "horizon": 4,
-                   "mean_recursions": 3.0}
-    failed = run_episode(policy, StraightRoad(), init_state=9)
-    assert (failed["success"], failed["steps"]) == (False, 4)
-    assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
-    assert policy.resets == 3
 
 
 def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
@@ -85,15 +30,6 @@ def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
         evaluator.evaluate_on_task(StraightRoad(), [0, 1], 3)
     with pytest.raises(ValueError, match="horizon=-1"):
         PolicyEvaluator(CountingPolicy(), horizon=-1)
-
-
-def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
-    row, frames = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
-    assert row["video"] == "a-success.mp4" and row["steps"] == 2
-    assert frames.shape == (2, 64, 64, 3) and (frames[:, -1] == 255).all()
-    film = imageio.imread(tmp_path / "a-success.mp4")
-    assert len(film) == 2 + 30  # the last frame stands for a second
-    assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
 
 
 @pytest.fixture
@@ -114,19 +50,46 @@ def test_a_run_is_evaluated_into_its_folder(run):
     assert results["protocol"]["horizon"] == 3 and results["protocol"]["weights"] == "best"
     assert results["software"] == {"mujoco": "3.3.2"}
     assert [row["init_state"] for row in read_jsonl(run / "episodes.jsonl")] == [1, 2, 3]
-    assert [p.name for p in (run / "videos").iterdir()] == \
-        ["libero_object-task0-init01-success.mp4"]
+    films = [str(p.relative_to(run / "videos")) for p in (run / "videos").rglob("*.mp4")]
+    assert films == ["success/libero_object-task0-init01.mp4"]  # one alone makes no grid
+    assert read_jsonl(run / "episodes.jsonl")[0]["video"] == films[0]
     assert len(StraightRoad.made) == 1  # one environment for all episodes of a task
 
 
-@pytest.mark.parametrize("asked", [dict(task_ids=[0, 4]), dict(suite="libero_goal")])
-def test_a_policy_told_its_task_by_number_is_asked_for_those_it_knows(small_run, asked):
-    trainer = small_run(conditioning="task_id", epochs=1)
+def test_films_lie_apart_by_outcome_and_together_in_a_grid(run):
+    evaluate_run(run, EvalConfig(num_episodes=2, first_init_state=2, horizon=3, num_videos=2))
+    films = sorted(str(p.relative_to(run / "videos")) for p in (run / "videos").rglob("*.mp4"))
+    assert films == ["failure/libero_object-task0-init03.mp4", "libero_object-task0.mp4",
+                     "success/libero_object-task0-init02.mp4"]
+    assert imageio.improps(run / "videos" / films[1]).shape[2] == 2 * 192
+    made = (run / "videos" / films[1]).stat().st_mtime_ns
+    evaluate_run(run, EvalConfig(num_episodes=2, first_init_state=2, horizon=3, num_videos=2))
+    assert (run / "videos" / films[1]).stat().st_mtime_ns == made  # nothing new to show
+
+
+@pytest.fixture
+def numbered(small_run, run):
+    """A policy that is told its task, 0 of LIBERO-Object, by number."""
+    trainer = small_run("numbered", conditioning="task_id", epochs=1)
     trainer.fit()
-    run = trainer.run
+    return trainer.run
+
+
+@pytest.mark.parametrize("asked", [
+    dict(task_ids=[0, 4]), dict(suite="libero_goal"), dict(suite="libero_goal_swap"),
+    dict(suite="libero_object_swap", task_ids=[1]), dict(suite="libero_object_task"),
+])
+def test_a_policy_told_its_task_by_number_is_asked_for_those_it_knows(numbered, asked):
     with pytest.raises(ValueError, match="by number and knows tasks 0 of libero_object; it cannot"):
-        evaluate_run(run, **asked)
-    assert not (run / "episodes.jsonl").exists()
+        evaluate_run(numbered, **asked)
+    assert not (numbered / "episodes.jsonl").exists()
+
+
+@pytest.mark.parametrize("variation", ["swap", "object", "lan"])
+def test_a_variation_keeps_the_numbers_of_its_suite(numbered, variation):
+    suite = f"libero_object_{variation}"
+    results = evaluate_run(numbered, EvalConfig(num_episodes=1, num_videos=0), suite=suite)
+    assert results["tasks"][0]["suite"] == suite and results["protocol"]["horizon"] == 280
 
 
 def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
@@ -192,9 +155,18 @@ def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
     assert not (run / "results.json").exists()
 
 
+def test_a_simulator_in_which_objects_slide_is_refused_before_libero_spatial(run, monkeypatch):
+    preflight.check_settling.cache_clear()
+    monkeypatch.setattr(preflight, "_check_settling", lambda: preflight._judge_settling(0.06))
+    evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))  # LIBERO-Object, not asked
+    with pytest.raises(RuntimeError, match="no episode could be run; .*settle probe: bowl 6.0 cm"):
+        evaluate_run(run, EvalConfig(num_videos=0), suite="libero_spatial")
+
+
 def test_selection_leaves_the_official_init_states_alone(run):
     config = evaluate.load_config(run)
-    summary = evaluate.selection_success(run, config.replace(horizon=2), episodes=3)
+    config = config.replace(horizon=2, perturbation="delay_1")  # of reports alone
+    summary = evaluate.selection_success(run, config, episodes=3)
     assert (summary["successes"], summary["episodes"]) == (2, 3)
     assert not (run / "episodes.jsonl").exists()
 
@@ -207,6 +179,35 @@ def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
     assert (results["successes"], results["episodes"], len(results["tasks"])) == (0, 20, 10)
     with pytest.raises(ValueError, match="unknown baseline 'hero'; expected one of expert"):
         evaluate.evaluate_baseline("hero", tmp_path, EvalConfig(), "libero_object")
+    with pytest.raises(ValueError, match="'noise' is for trained policies; the baseline 'no-op'"):
+        evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"), "libero_90")
+    with pytest.raises(ValueError, match="unknown suite 'libero'"):
+        evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(), "libero")
+
+
+def test_perturbed_episodes_have_a_ledger_of_their_own(run):
+    """Each walk is two steps longer than init_state + 1: the arm waits for the first action."""
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=0, perturbation="delay_2")
+    results = evaluate_run(run, config)
+    assert results["mean_length"] == 3.5 and results["protocol"]["perturbation"] == "delay_2"
+    folder = run / "robustness" / "libero_object-delay_2"
+    assert results == json.loads((folder / "results.json").read_text())
+    assert [row["perturbation"] for row in read_jsonl(folder / "episodes.jsonl")] == ["delay_2"] * 2
+    assert not (run / "episodes.jsonl").exists() and not (run / "results.json").exists()
+    with pytest.raises(ValueError, match="'no_instruction' cannot matter .* not told an instruct"):
+        evaluate_run(run, EvalConfig(perturbation="no_instruction"))
+
+
+def test_a_ledger_without_perturbations_goes_on(run):
+    """Those written before there were any."""
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=0)
+    evaluate_run(run, config)
+    ledger = run / "episodes.jsonl"
+    rows = read_jsonl(ledger)
+    assert [row.pop("perturbation") for row in rows] == ["none"] * 2
+    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate_run(run, config)["episodes"] == 2
+    assert read_jsonl(ledger) == rows
 
 
 def test_every_call_loads_the_policy_as_it_is_then(run, monkeypatch):
@@ -279,33 +280,6 @@ def test_the_expert_succeeds_from_official_init_states(env):
     assert all(60 < row["steps"] < row["horizon"] == 280 for row in result["rows"])
 
 
-@pytest.mark.sim
-def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path):
-    """The arm rises, so that what changes between frames moves up in the picture."""
-    row, frames = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
-    assert (row["success"], row["steps"], row["video"]) == (False, 12, "failure.mp4")
-    assert frames.shape == (12, 128, 128, 3)
-    film = imageio.imread(tmp_path / "failure.mp4")
-    assert len(film) == 12 + 30 and imageio.immeta(tmp_path / "failure.mp4")["fps"] == 30
-    agent_view = film[:12, -384:, :384][:, 1::3, 1::3].astype(float)
-
-    def mean_row(change):
-        strong = np.where(change > 60, change, 0).sum(axis=1)
-        return strong @ np.arange(128) / strong.sum()
-
-    early, late = (np.abs(agent_view[a] - agent_view[b]).sum(axis=-1) for a, b in ((0, 2), (9, 11)))
-    assert mean_row(late) < mean_row(early) - 2 < 64
-    assert np.abs(agent_view - frames).mean() < 10 < np.abs(agent_view - frames[:, ::-1]).mean()
-
-
-@pytest.mark.sim
-def test_doing_nothing_fails_at_the_horizon(env):
-    policy = CountingPolicy()
-    policy.action = np.array(schema.NO_OP)
-    row = run_episode(policy, env, init_state=2, horizon=15)
-    assert (row["success"], row["steps"], row["horizon"]) == (False, 15, 15)
-
-
 EVALUATION = """
 import sys
 from trm_helpers.config import EvalConfig
@@ -344,3 +318,24 @@ def test_a_killed_worker_and_a_killed_parent_lose_no_episode_and_double_none(tmp
     assert again.returncode == 0, again.stderr
     assert read_jsonl(ledger)[:len(rows)] == rows
     assert sorted(row["init_state"] for row in read_jsonl(ledger)) == list(range(8))
+
+
+@pytest.mark.sim
+def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monkeypatch, tmp_path):
+    """Two real demonstrations are replayed; the baselines play the same task."""
+    from trm_helpers.collect import collect_demonstrations
+
+    file = collect_demonstrations("libero_object", 0, 2, tmp_path)
+    trainer = small_run(epochs=1)
+    trainer.fit()
+    monkeypatch.setattr(evaluate, "ensure_demonstrations", lambda _: {0: file})
+    config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1,
+                        perturbation="noise")  # of the policy's episodes alone
+    bounds = evaluate.evaluate_bounds(trainer.run, config)
+    assert list(bounds) == ["replay", "expert", "random", "no-op"]
+    assert [bound["episodes"] for bound in bounds.values()] == [2, 2, 2, 2]
+    assert [bound["successes"] for bound in bounds.values()] == [2, 0, 0, 0]  # 5 steps are too few
+    replayed = read_jsonl(trainer.run / "bounds" / "replay" / "episodes.jsonl")
+    assert all(row["steps"] > 50 and row["divergence"] < 0.01 for row in replayed)
+    assert bounds["replay"]["protocol"]["init_states"] == "demonstrations'"
+    assert evaluate.evaluate_bounds(trainer.run, EvalConfig()) == {}

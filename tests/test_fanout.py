@@ -124,20 +124,38 @@ def test_workers_end_with_their_parent(job, marks, tmp_path, stop, busy):
     assert not left
 
 
-def test_no_scheduler_is_told_with_its_address(job, tmp_path, monkeypatch):
-    pytest.importorskip("distributed")
+@pytest.mark.parametrize(("package", "cluster", "said"), [
+    ("distributed", "tcp://127.0.0.1:9", "no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
+    ("ray", "ray", "no Ray cluster answers at 'ray'"),
+])
+def test_no_cluster_is_told_with_its_address(job, tmp_path, monkeypatch, package, cluster, said):
+    pytest.importorskip(package)
     monkeypatch.setattr("trm_helpers.fanout._ANSWER_WITHIN", 1.0)
-    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
-        list(run_jobs(job, [1], tmp_path / "attempts", cluster="tcp://127.0.0.1:9"))
+    with pytest.raises(ConnectionError, match=said):
+        list(run_jobs(job, [1], tmp_path / "attempts", cluster=cluster))
 
 
-def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, tmp_path):
+@pytest.fixture
+def dask_cluster(job):
     distributed = pytest.importorskip("distributed")
-    names = [f"good{number}" for number in range(6)] + ["dies once", "raises", "dies"]
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1,
                                   dashboard_address=None) as made:
-        outcomes = run_all(job, names, marks, tmp_path / "attempts",
-                           cluster=made.scheduler_address)
+        yield made.scheduler_address
+
+
+@pytest.fixture
+def ray_cluster(job):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield "ray"
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["dask", "ray"])
+def test_a_cluster_that_loses_a_worker_settles_every_job(kind, job, marks, tmp_path, request):
+    cluster = request.getfixturevalue(f"{kind}_cluster")
+    names = [f"good{number}" for number in range(6)] + ["dies once", "raises", "dies"]
+    outcomes = run_all(job, names, marks, tmp_path / "attempts", cluster=cluster)
     assert set(outcomes) == set(names)
     for name in names[:7]:
         assert outcomes[name][0]["name"] == name and not outcomes[name][1]

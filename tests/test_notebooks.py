@@ -168,10 +168,10 @@ def test_suite_drew_figures_and_filmed(tiny):
     assert set(figures) == FIGURES
     for name, pixels in figures.items():
         assert min(pixels.shape[:2]) > 200 and np.asarray(pixels).std() > 5, f"{name} is blank"
-    films = sorted((tiny[1] / "videos").glob("*.mp4"))
-    assert [film.name for film in films] == \
-        ["01_demonstration.mp4", "libero_object-task0-init00-failure.mp4"]
-    steps = 24 + 30  # the horizon of the preset, and the last frame held for a second
+    films = sorted((tiny[1] / "videos").rglob("*.mp4"))
+    assert [str(film.relative_to(tiny[1] / "videos")) for film in films] == \
+        ["01_demonstration.mp4", "failure/libero_object-task0-init00.mp4"]
+    steps = 24 + 1 + 30  # the horizon of the preset, the end, and it held for a second
     assert len(imageio.imread(films[1])) == steps
     assert imageio.immeta(films[1])["fps"] == 30
 
@@ -250,7 +250,9 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
             "collect": ["collect", "tiny", "--task-ids", "0"],
             "validate": ["validate", str(file), "--suite", "libero_object", "--task-id", "0"],
             "train": ["train", "tiny", *words[5:]],
-            "evaluate": [*words[3:], *SMALL_EVALUATION],
+            "evaluate": [{"10": "1"}.get(word, word) for word in words[3:]] + SMALL_EVALUATION,
+            "report": words[3:],
+            "robustness": [*words[3:], *SMALL_EVALUATION, "--only", "swap"],
         }[words[3]]
         if "libero_spatial" in small:  # the expert, on all ten tasks
             small[small.index("libero_spatial")] = "libero_object"

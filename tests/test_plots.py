@@ -1,6 +1,5 @@
-"""Figures show the numbers they are given; pictures are the right way up; videos play."""
+"""Figures show the numbers they are given; pictures are the right way up."""
 
-import imageio.v2 as imageio
 import matplotlib
 import numpy as np
 import pytest
@@ -195,47 +194,3 @@ def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
     path = plots.save_figure(figure, tmp_path / "figures" / "lengths.png")
     assert imread(path).shape[:2] == (3.2 * 150, 6 * 150)
     assert [file.name for file in path.parent.iterdir()] == ["lengths.png"]
-
-
-def test_caption_stands_above_the_picture():
-    frame = np.full((128, 128, 3), 200, np.uint8)
-    short = plots.caption_frame(frame, ["step 12 of 280"])
-    assert short.shape == (384 + 27, 384, 3) and short.dtype == np.uint8
-    assert (short[-384:] == 200).all()
-    assert short[:-384].max() > 200  # white letters on the band
-    long = plots.caption_frame(frame, ["pick up the black bowl " * 4, "step 12 of 280"])
-    assert (len(long) - len(short)) % 19 == 0 and len(long) > len(short) + 19
-    assert plots.caption_frame(frame, [], scale=2).shape == (256, 256, 3)
-
-
-def test_caption_refuses_other_frames():
-    with pytest.raises(ValueError, match="expected \\(H, W, 3\\) and uint8"):
-        plots.caption_frame(np.zeros((8, 8, 3)), ["x"])
-
-
-def test_video_plays_with_even_sides(tmp_path):
-    frames = [np.full((33, 47, 3), 20 * i, np.uint8) for i in range(10)]
-    path = plots.write_video(tmp_path / "videos" / "episode.mp4", iter(frames), fps=20)
-    with imageio.get_reader(path) as reader:
-        meta, read = reader.get_meta_data(), list(reader.iter_data())
-    assert (meta["codec"], meta["pix_fmt"].split("(")[0], meta["fps"]) == ("h264", "yuv420p", 20)
-    assert meta["size"] == (48, 34)
-    assert len(read) == 10
-    for i, frame in enumerate(read):
-        assert abs(frame.astype(float) - 20 * i).max() < 6  # lossy
-    assert [file.name for file in path.parent.iterdir()] == ["episode.mp4"]
-
-
-@pytest.mark.parametrize(
-    ("name", "frames", "message"),
-    [
-        ("a.mp4", [], "frames is empty"),
-        ("a.mp4", [np.zeros((8, 8, 3), np.uint8), np.zeros((8, 6, 3), np.uint8)], "frame 1 has"),
-        ("a.mp4", [np.zeros((8, 8, 3))], "frame 0 has shape .* float64"),
-        ("a.gif", [np.zeros((8, 8, 3), np.uint8)], "ends in .mp4"),
-    ],
-)
-def test_video_refuses_and_leaves_nothing(tmp_path, name, frames, message):
-    with pytest.raises(ValueError, match=message):
-        plots.write_video(tmp_path / name, frames)
-    assert list(tmp_path.iterdir()) == []

@@ -236,3 +236,20 @@ def test_an_interrupt_ends_busy_and_idle_workers_and_the_parent(workers):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(parent.pid, signal.SIGKILL)
     assert parent.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_points_are_projected_to_where_they_are_seen(env):
+    """Against robosuite's projection, for the cameras as they stand."""
+    from robosuite.utils.camera_utils import (
+        get_camera_transform_matrix,
+        project_points_from_world_to_camera,
+    )
+
+    env.reset(init_state=0)
+    points = np.array([env.end_effector(), env.end_effector() + [0.05, -0.03, -0.1]])
+    for camera, live in schema.CAMERAS.items():
+        matrix = get_camera_transform_matrix(env.sim, live.removesuffix("_image"), 128, 128)
+        rows_columns = project_points_from_world_to_camera(points, matrix, 128, 128)
+        assert np.abs(env.project(points, camera) - rows_columns[:, ::-1]).max() <= 1
+    behind = env.sim.data.cam_xpos[env.sim.model.camera_name2id("agentview")] + [1, 0, 0]
+    assert np.isnan(env.project(behind[None], "agentview_rgb")).all()

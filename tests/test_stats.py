@@ -7,6 +7,7 @@ import pytest
 
 from trm_helpers.stats import (
     cluster_bootstrap,
+    comparison_rows,
     format_success,
     minimum_detectable_difference,
     paired_mcnemar,
@@ -148,3 +149,11 @@ def test_minimum_detectable_difference():
 def test_minimum_detectable_difference_refuses(settings, name):
     with pytest.raises(ValueError, match=f"{name}="):
         minimum_detectable_difference(**{"episodes": 50, "success_rate": 0.8, **settings})
+
+
+def test_a_comparison_has_a_row_for_each_policy():
+    rows = [dict(suite="libero_goal", task_id=0, init_state=i, success=i < 9, steps=100 + i)
+            for i in range(10)]
+    assert comparison_rows({"mine": summarize_episodes(rows)}) == [{
+        "policy": "mine", "successes": "9 of 10", "success rate (%)": 90.0,
+        "95 % Wilson interval (%)": "60 to 98", "mean length (steps)": 104.5}]

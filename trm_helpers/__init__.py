@@ -19,7 +19,7 @@ _MODULE_OF = {
     "TRMPolicy": "model",
     "BehaviorCloningTrainer": "train",
     "PolicyEvaluator": "evaluate",
-    "record_episode": "evaluate",
+    "record_episode": "rollout",
     "analyze_model_predictions": "explain",
     "visualize_recursive_states": "explain",
     "collect_demonstrations": "collect",

@@ -109,14 +109,15 @@ class Evaluate:
     run: Positional[str]  # a run under artifacts/; or expert, random, no-op, which need --suite
     eval: OmitArgPrefixes[EvalConfig]
     weights: str = "best"  # of a run: best or last
-    suite: str = ""  # another one than the run's
+    suite: str = ""  # another one than the run's; those of LIBERO-PRO too
     task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
 
     def __call__(self) -> Result:
         from .baselines import BASELINES
-        from .evaluate import evaluate_baseline, evaluate_run
+        from .evaluate import evaluate_baseline, evaluate_bounds, evaluate_run
         from .stats import format_success
 
+        bounds = {}
         if self.run in BASELINES:
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
@@ -124,11 +125,47 @@ class Evaluate:
             results = evaluate_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
         else:
             results = evaluate_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
-            folder = Path(self.run)
+            bounds = evaluate_bounds(self.run, self.eval, self.suite, self.task_ids)
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
-        return results, lines, not results["errors"]
+        lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
+        return {**results, "bounds": bounds}, lines, not results["errors"]
+
+
+@dataclass
+class Report:
+    """One page on a run, report.md in its folder, as 07_visualize writes it."""
+
+    run: Positional[str]  # a run under artifacts/
+
+    def __call__(self) -> Result:
+        from .report import write_report
+
+        path = write_report(self.run)
+        return {"report": str(path)}, [str(path)], True
+
+
+@dataclass
+class Robustness:
+    """What is left of a run's success when something changes: one card, beside its results."""
+
+    run: Positional[str]  # a run under artifacts/
+    eval: OmitArgPrefixes[EvalConfig]
+    weights: str = "best"  # best or last
+    task_ids: tuple[int, ...] = ()  # others than the run's
+    only: tuple[str, ...] = ()  # these changes alone, e.g. swap,brightness
+
+    def __call__(self) -> Result:
+        import pandas as pd
+
+        from .robustness import card_notes, card_rows, robustness_card
+
+        only = [name for given in self.only for name in given.split(",")]
+        card = robustness_card(self.run, self.eval, self.weights, self.task_ids, only)
+        well = not card["failed"] and not any(row["errors"] for row in card["rows"])
+        table = pd.DataFrame(card_rows(card)).to_string(index=False)
+        return card, [table, *card_notes(card)], well
 
 
 @dataclass
@@ -174,7 +211,8 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Evaluate, Run, Preflight)}
+            for kind in (Collect, Validate, Train, Search, Evaluate, Robustness, Report, Run,
+                         Preflight)}
 
 
 def parse(argv: list[str]) -> Any:
@@ -193,8 +231,11 @@ def parse(argv: list[str]) -> Any:
             preset, rest = rest[0], rest[1:]
         config = from_flat(preset)
         settings = {"data": config.data} if kind is Collect else {"config": config}
-    elif kind is Evaluate:
-        settings = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
+    elif kind in (Evaluate, Robustness):
+        config = _settings_of(rest[0]) if rest else EvalConfig()
+        if kind is Robustness:  # films of a dozen evaluations are for those who ask for them
+            config = dataclasses.replace(config, num_videos=0, perturbation="none")
+        settings = {"eval": config}
     default = None
     if settings:
         given = {part.name: tyro.MISSING for part in dataclasses.fields(kind)

@@ -83,8 +83,8 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
         placement: of the objects: ``benchmark`` or ``wide``, see :meth:`sim.LiberoEnv.reset`.
 
     Raises:
-        ValueError: unknown suite, task or placement; a file made with other settings stands in the
-            way.
+        ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a file made with other
+            settings stands in the way.
         RuntimeError: the expert fails too often on this task.
         OSError: the disk is full; what is complete stays.
     """
@@ -93,7 +93,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     if placement not in schema.PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not valid; expected one of "
                          f"{', '.join(schema.PLACEMENTS)}")
-    task = load_task(suite, task_id)
+    task = load_task(schema.check_training_suite(suite), task_id)
     path = Path(folder) / f"{task.name}{schema.DEMO_FILE_SUFFIX}"
     settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
                 "disturb": disturb, "placement": placement,

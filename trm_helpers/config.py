@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import schema
+from .perturbations import PERTURBATIONS
 from .protocols import PROTOCOLS
 
 
@@ -79,7 +80,7 @@ class DataConfig:
 
     def __post_init__(self):
         _convert_types(self)
-        schema.check_suite(self.suite)
+        schema.check_training_suite(self.suite)
         _require(len(self.task_ids) > 0, "task_ids", self.task_ids, "at least one task id")
         for task_id in self.task_ids:
             schema.check_task_id(self.suite, task_id)
@@ -224,7 +225,9 @@ class EvalConfig:
     num_episodes: int = 0  # per task; 0 takes the protocol's
     first_init_state: int = 0  # episodes use init states first, first + 1, ...
     horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
+    perturbation: str = "none"  # of what the policy sees, is told or sends: see perturbations.py
     num_videos: int = 3  # episodes per task filmed
+    bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
     eval_workers: int = 1  # simulator processes
     cluster: str = ""  # address of a Dask scheduler or a Ray cluster that plays the episodes
     episode_limit: float = 900.0  # seconds after which a worker's episode is taken for hung
@@ -232,6 +235,7 @@ class EvalConfig:
     def __post_init__(self):
         _convert_types(self)
         _one_of("protocol", self.protocol, tuple(PROTOCOLS))
+        _one_of("perturbation", self.perturbation, ("none", *PERTURBATIONS))
         _require(0 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
                  self.num_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
         last = schema.NUM_INIT_STATES - self.episodes
@@ -240,6 +244,9 @@ class EvalConfig:
         _require(self.episode_limit > 0, "episode_limit", self.episode_limit, "> 0")
         for name in ("horizon", "num_videos"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        most = schema.NUM_INIT_STATES - self.first_init_state
+        _require(0 <= self.bound_episodes <= most, "bound_episodes", self.bound_episodes,
+                 f"0 to {most} with first_init_state={self.first_init_state}")
         _require(self.eval_workers >= 1, "eval_workers", self.eval_workers, ">= 1")
 
     @property

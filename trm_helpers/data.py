@@ -14,7 +14,7 @@ import torch
 from . import schema
 from .augment import AUGMENTATIONS, augment_images
 from .config import Config
-from .language import embed_instruction
+from .language import embed_instruction, normalize_instruction
 from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
 from .storage import STORAGES, BatchMemory, Demo, DemoFile, load_steps, open_files
 from .validate import demo_names, open_demo_file
@@ -358,6 +358,9 @@ class LIBERODataset(torch.utils.data.Dataset):
 
 
 def _embedded(file: DemoFile) -> np.ndarray:
+    if not normalize_instruction(file.language):
+        raise ValueError(f"{file.path}: instruction {file.language!r} is empty; expected what the "
+                         "task asks for")
     try:
         return embed_instruction(file.language)
     except ValueError as error:

@@ -5,39 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
+import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from . import schema
 from .baselines import BASELINES
 from .checkpoint import find_run, load_config, load_policy
+from .collect import ensure_demonstrations
 from .config import Config, EvalConfig
 from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
-from .plots import caption_frame, upright, write_video
-from .preflight import software_versions
+from .films import write_grid
+from .perturbations import PerturbedPolicy, why_unused
+from .preflight import check_settling, software_versions
 from .protocols import PROTOCOLS, EvalProtocol
-from .sim import LiberoEnv, Observation
+from .quality import replay_demonstration
+from .rollout import Policy, record_episode, run_episode
+from .sim import LiberoEnv
 from .stats import summarize_episodes
+from .validate import demo_names, open_demo_file
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
-VIDEO_FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
-
-
-class Policy(Protocol):
-    """All that evaluation knows of a policy."""
-
-    def reset(self) -> None:
-        """Start an episode."""
-
-    def act(self, observation: Mapping) -> np.ndarray:
-        """The action (7,) for an observation (see :class:`sim.Observation`)."""
 
 
 class PolicyEvaluator:
@@ -78,79 +73,8 @@ class PolicyEvaluator:
         return {**summarize_episodes(rows), "rows": rows}
 
 
-def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
-                watch: Callable[[Observation, int], None] | None = None, seed: int = 0) -> dict:
-    """One episode; ends with success or at the horizon.
-
-    Args:
-        init_state: an official one; ``None`` draws a placement.
-        horizon: steps allowed; 0 takes the suite's.
-        watch: called with every observation and the number of steps made.
-        seed: of that draw.
-
-    Returns:
-        the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
-        seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, with
-        the frames it asks for), and the mean number of recursions per decision where the policy
-        tells it.
-    """
-    horizon = horizon or env.horizon
-    began = time.perf_counter()
-    policy.reset()
-    observation = (env.reset(seed=seed) if init_state is None else env.reset(init_state=init_state))
-    success, steps, recursions, took = False, 0, [], []
-    while not success and steps < horizon:
-        asked = time.perf_counter()
-        action = policy.act(observation)
-        took.append(1000 * (time.perf_counter() - asked))
-        recursions.append(getattr(policy, "last_recursions", None))
-        observation, success = env.step(action)
-        steps += 1
-        if watch:
-            watch(observation, steps)
-    used = [count for count in recursions if count is not None]
-    return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
-            "seed": seed, "success": success, "steps": steps, "return": float(success),
-            "horizon": horizon, "mean_recursions": float(np.mean(used)) if used else None,
-            "action_ms": round(float(np.mean(took)), 3), "max_action_ms": round(max(took), 3),
-            "seconds": round(time.perf_counter() - began, 3)}
-
-
-def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | Path,
-                   horizon: int = 0) -> tuple[dict, np.ndarray]:
-    """:func:`run_episode` with a film: both cameras, upright, with task, step and outcome.
-
-    Args:
-        path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
-
-    Returns:
-        the episode's row, with the film's ``video`` path; the agent view (n, H, W, 3), upright.
-    """
-    frames: list[np.ndarray] = []
-
-    def watch(observation: Observation, _: int) -> None:
-        frames.append(np.stack([upright(observation[camera]) for camera in schema.CAMERAS]))
-
-    row = run_episode(policy, env, init_state, horizon, watch)
-    outcome = "success" if row["success"] else "failure"
-    titles = " | ".join(schema.CAMERA_TITLES.values())
-    steps = [*range(row["steps"]), *[row["steps"] - 1] * VIDEO_FPS]  # the end stands for a second
-    captioned = (  # one at a time: enlarged frames of a long episode are half a gigabyte
-        caption_frame(np.concatenate(list(frames[step]), axis=1), [
-            env.task.language,
-            titles,
-            f"step {step + 1:3} of {row['horizon']}  "
-            f"{outcome if step + 1 == row['steps'] else ''}",
-        ])
-        for step in steps
-    )
-    path = Path(str(path).replace("{outcome}", outcome))
-    write_video(path, captioned, fps=VIDEO_FPS)
-    return {**row, "video": path.name}, np.stack([pair[0] for pair in frames])
-
-
 def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
-                 suite: str = "", task_ids: Iterable[int] = ()) -> dict:
+                 suite: str = "", task_ids: Iterable[int] = (), apart: bool = False) -> dict:
     """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
 
     Which episodes there will be is settled before the first. Every episode's row is written the
@@ -160,16 +84,20 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
 
     Args:
         run: folder, or name of a folder in ``artifacts/``.
-        config: protocol, episodes per task, horizon, videos, processes; ``None`` takes the run's.
+        config: protocol, episodes per task, horizon, perturbation, videos, processes; ``None``
+            takes the run's.
         weights: ``best`` or ``last``.
         suite, task_ids: other tasks than those the policy was trained on.
+        apart: write into :func:`robustness_folder`, as perturbed episodes always are, and leave
+            what the run has alone.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions.
 
     Raises:
         ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
-            that is told its task by number was not trained on one of ``task_ids``.
+            that is told its task by number was not trained on one of ``task_ids``; the perturbation
+            cannot matter for this policy.
         RuntimeError: no episode could be run; with the first error.
     """
     run = find_run(str(run))
@@ -177,9 +105,19 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     suite = suite or trained.data.suite
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
     _refuse_unknown_numbers(trained, suite, task_ids)
+    config = config or trained.eval
+    perturbed = config.perturbation != "none"
+    if perturbed and (reason := why_unused(config.perturbation, trained.model)):
+        raise ValueError(f"perturbation={config.perturbation!r} cannot matter for {run}: {reason}")
     source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
-    return _evaluate(source, identity, run, config or trained.eval, suite, task_ids)
+    folder = robustness_folder(run, suite, config.perturbation) if apart or perturbed else run
+    return _evaluate(source, identity, folder, config, suite, _official(suite, task_ids, config))
+
+
+def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
+    """Where perturbed episodes, and all those of a robustness card, have a ledger of their own."""
+    return run / "robustness" / f"{suite}-{perturbation}"
 
 
 def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
@@ -188,12 +126,68 @@ def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: 
 
     Args:
         task_ids: none takes all tasks of the suite.
+
+    Raises:
+        ValueError: also for a perturbation: baselines read no observation.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
-    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(schema.SUITES[suite]))
+    if config.perturbation != "none":
+        raise ValueError(f"perturbation={config.perturbation!r} is for trained policies; the "
+                         f"baseline {name!r} reads no observation")
+    count = schema.SUITES[schema.check_suite(suite)]
+    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
     return _evaluate(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config, suite,
-                     task_ids)
+                     _official(suite, task_ids, config))
+
+
+def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
+                    suite: str) -> dict:
+    """:func:`evaluate_run` of the demonstrations themselves: what a perfect copy would reach.
+
+    The first ``config.episodes`` of each task's file are replayed from where they began.
+
+    Args:
+        files: of each task id.
+
+    Raises:
+        ValueError: ``folder`` holds replays of other files.
+    """
+    stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
+    numbers = {}
+    for task_id, path in stored.items():
+        with open_demo_file(path) as file:
+            numbers[task_id] = range(min(config.episodes, len(demo_names(file))))
+    digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16]
+    planned = [Episode(suite, task_id, None, number)
+               for task_id in stored for number in numbers[task_id]]
+    return _evaluate(Replay(tuple(stored.items())), {"weights": "replay", "sha256": digest},
+                     Path(folder), config, suite, planned)
+
+
+def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
+                    task_ids: Iterable[int] = ()) -> dict[str, dict]:
+    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
+
+    ``config.bound_episodes`` a task in the run's protocol, into ``<run>/bounds/<name>/``; nothing
+    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on.
+    """
+    if not config.bound_episodes:
+        return {}
+    run = find_run(str(run))
+    trained = load_config(run)
+    suite, folder = suite or trained.data.suite, run / "bounds"
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
+                                 perturbation="none")
+    bounds = {}
+    if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
+        files = ensure_demonstrations(trained)
+        bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
+                                           folder / "replay", config, suite)
+    for name in BASELINES:
+        bounds[name] = evaluate_baseline(name, folder / name, config, suite, task_ids)
+    return bounds
 
 
 def selection_success(run: str | Path, config: Config, episodes: int, weights: str = "last",
@@ -211,7 +205,7 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
         :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
     """
     run = Path(run)
-    settings = dataclasses.replace(config.eval, num_videos=0)
+    settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
     source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
     planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
                for task_id in config.data.task_ids for number in range(episodes)]
@@ -271,15 +265,34 @@ class Baseline(NamedTuple):
         return BASELINES[self.name](env)
 
 
-def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, config: EvalConfig,
-              suite: str, task_ids: tuple[int, ...]) -> dict:
+class Replay(NamedTuple):
+    """Demonstrations; an episode's seed is the number of one in its task's file."""
+
+    files: tuple[tuple[int, str], ...]
+
+    def play(self, env: LiberoEnv, episode: Episode) -> dict:
+        began = time.perf_counter()
+        with open_demo_file(dict(self.files)[episode.task_id]) as file:
+            demo = file[schema.DATA_GROUP][demo_names(file)[episode.seed]]
+            replayed, length = replay_demonstration(env, demo), len(demo["actions"])
+        return {**episode._asdict(), "success": replayed["success"], "steps": replayed["steps"],
+                "horizon": length, "divergence": round(max(replayed["divergence"]), 5),
+                "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _official(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
+    return [Episode(suite, schema.check_task_id(suite, task_id), init_state)
+            for task_id in task_ids for init_state in config.init_states]
+
+
+def _evaluate(source: TrainedPolicy | Baseline | Replay, identity: dict, folder: Path,
+              config: EvalConfig, suite: str, planned: list[Episode]) -> dict:
     protocol = PROTOCOLS[config.protocol]
     identity = {**identity, "protocol": protocol.name,
-                "horizon": config.horizon or protocol.horizon(suite)}
+                "horizon": config.horizon or protocol.horizon(suite),
+                "perturbation": config.perturbation}
     ledger = folder / "episodes.jsonl"
     rows = _finished(ledger, suite, identity)
-    planned = [Episode(suite, schema.check_task_id(suite, task_id), init_state)
-               for task_id in task_ids for init_state in config.init_states]
     missing = [episode for episode in planned if episode not in rows]
     errors: dict[Episode, str] = {}
     with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="episodes",
@@ -301,15 +314,31 @@ def _evaluate(source: TrainedPolicy | Baseline, identity: dict, folder: Path, co
     results = {
         **summarize_episodes(played),
         "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
-        "protocol": {"suite": suite, "task_ids": list(task_ids), **dataclasses.asdict(config),
+        "protocol": {"suite": suite, "task_ids": sorted({episode.task_id for episode in planned}),
+                     **dataclasses.asdict(config),
                      **identity, "num_episodes": config.episodes, "source": protocol.source,
                      "settle_steps": protocol.settle_steps,
-                     "settle_action": list(protocol.settle_action), "init_states": "official",
+                     "settle_action": list(protocol.settle_action),
+                     "init_states": "demonstrations'" if isinstance(source, Replay) else "official",
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
     write_json(folder / "results.json", results)
+    _write_grids(folder / "videos", played, bool(missing))
     return results
+
+
+def _write_grids(videos: Path, rows: list[dict], anew: bool) -> None:
+    """``<suite>-task<id>.mp4``: all filmed episodes of a task at once."""
+    filmed = sorted((row for row in rows if "video" in row),
+                    key=lambda row: (row["task_id"], row["init_state"]))
+    for task_id, group in itertools.groupby(filmed, key=lambda row: row["task_id"]):
+        group = list(group)
+        path = videos / f"{group[0]['suite']}-task{task_id}.mp4"
+        if len(group) > 1 and (anew or not path.exists()):
+            write_grid(path, [videos / row["video"] for row in group],
+                       [f"init state {row['init_state']}" for row in group],
+                       [row["success"] for row in group])
 
 
 def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]):
@@ -327,11 +356,18 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
 def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     protocol = PROTOCOLS[config.protocol]
     env = _worker_env(episode.suite, episode.task_id, protocol)
+    if isinstance(source, Replay):
+        return source.play(env, episode)
     policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
+    if config.perturbation != "none":
+        policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
     if (episode.init_state is not None
             and episode.init_state - config.first_init_state < config.num_videos):
-        name = f"{episode.suite}-task{episode.task_id}-init{episode.init_state:02d}-{{outcome}}.mp4"
-        return record_episode(policy, env, episode.init_state, folder / "videos" / name, horizon)[0]
+        videos = folder / "videos"
+        name = f"{episode.suite}-task{episode.task_id}-init{episode.init_state:02d}.mp4"
+        path = videos / "{outcome}" / name
+        row, _ = record_episode(policy, env, episode.init_state, path, horizon)
+        return {**row, "video": str(Path(row["video"]).relative_to(videos))}
     return run_episode(policy, env, episode.init_state, horizon, seed=episode.seed)
 
 
@@ -342,14 +378,22 @@ def _loaded(source: TrainedPolicy) -> Policy:
 
 @functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
 def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
+    if suite.startswith("libero_spatial"):
+        check_settling()
     return LiberoEnv(suite, task_id, settle_steps=protocol.settle_steps,
                      settle_action=protocol.settle_action)
 
 
 def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ...]) -> None:
+    """Where a number tells the task it has to be one that the policy was trained on.
+
+    LIBERO-PRO's variations keep the numbers of the suite they vary, but for those with other goals:
+    "task 2" has come to mean the old one.
+    """
     known = trained.data
     if trained.model.conditioning != "task_id" or (
-            suite == known.suite and set(task_ids) <= set(known.task_ids)):
+            schema.base_suite(suite) == known.suite and set(task_ids) <= set(known.task_ids)
+            and not schema.has_other_goals(suite)):
         return
     raise ValueError(f"the policy is told its task by number and knows tasks "
                      f"{', '.join(map(str, known.task_ids))} of {known.suite}; it cannot be asked "
@@ -367,6 +411,7 @@ def _finished(ledger: Path, suite: str, identity: dict) -> dict[Episode, dict]:
     """
     played = {}
     for row in read_jsonl(ledger):
+        row = {"perturbation": "none", **row}  # older rows do not say so
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
                      for key, value in identity.items()
                      if row.get(key) != value and (key != "horizon" or row["suite"] == suite)]

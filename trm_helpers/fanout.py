@@ -180,16 +180,21 @@ def _backend(cluster: str, workers: int) -> Iterator[Callable]:
             yield parallel
     elif cluster.startswith("ray"):
         import ray
-        from ray.util.joblib import register_ray
+        from ray.util.multiprocessing import Pool  # joblib's backend, but results as they come
 
-        register_ray()
+        def pool(function: Callable, calls: list) -> Iterator:
+            with Pool() as made:
+                for outcome in made.imap_unordered(function, calls, chunksize=1):
+                    if isinstance(outcome, Exception):  # Ray hands out what a lost worker means
+                        raise outcome
+                    yield outcome
+
         try:
             ray.init(address="auto" if cluster == "ray" else cluster, ignore_reinit_error=True)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             raise ConnectionError(f"no Ray cluster answers at {cluster!r} ({error}); "
                                   "start one with `ray start --head`") from error
-        with parallel_config(backend="ray"):
-            yield parallel
+        yield pool
     else:
         from distributed import Client
 
@@ -209,4 +214,7 @@ def _broken_pool() -> tuple[type[BaseException], ...]:
     distributed = sys.modules.get("distributed")
     if distributed is not None:
         kinds.append(distributed.scheduler.KilledWorker)
+    ray = sys.modules.get("ray")
+    if ray is not None:
+        kinds.append(ray.exceptions.RayActorError)
     return tuple(kinds)

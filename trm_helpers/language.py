@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,34 +30,31 @@ def normalize_instruction(text: str) -> str:
 
 
 def libero_instructions() -> tuple[list[str], dict[str, str]]:
-    """The instructions of the 130 tasks, each once, sorted; and other wordings of them.
+    """The instructions of all tasks, LIBERO-PRO's too, each once, sorted; and other wordings.
 
-    An instruction is what the benchmark gives as the task's language (that is, what evaluation
-    tells the policy). Upstream's demonstration files hold what the task's BDDL source says, which
-    differs for some tasks ("pick the akita black bowl ..."): the second value maps those wordings
-    to the instruction. Raises ``RuntimeError`` if a wording would mean two instructions.
+    An instruction is what evaluation tells the policy (:func:`sim.load_task`). Upstream's
+    demonstration files hold what the task's BDDL source says, which differs for some tasks ("pick
+    the akita black bowl ..."): the second value maps those wordings to the instruction, and
+    LIBERO-PRO's tasks use some of them. Raises ``RuntimeError`` if a wording would mean two
+    instructions.
     """
-    from .sim import load_task
+    from .sim import load_task, written_instruction
 
     tasks = [load_task(suite, task_id)
              for suite, count in schema.SUITES.items() for task_id in range(count)]
-    instructions = sorted({normalize_instruction(task.language) for task in tasks})
+    standard = {normalize_instruction(task.language) for task in tasks
+                if task.suite not in schema.PRO_SUITES}
     aliases: dict[str, str] = {}
     for task in tasks:
-        told, written = normalize_instruction(task.language), _written_in_bddl(task.bddl_file)
-        if written == told:
+        language = normalize_instruction(task.language)
+        written = normalize_instruction(written_instruction(task.bddl_file))
+        if written == language:
             continue
-        if written in instructions or aliases.setdefault(written, told) != told:
-            raise RuntimeError(f"{written!r} in {task.bddl_file} stands for {told!r} and for "
+        if written in standard or aliases.setdefault(written, language) != language:
+            raise RuntimeError(f"{written!r} in {task.bddl_file} stands for {language!r} and for "
                                "another instruction; expected one meaning")
-    return instructions, dict(sorted(aliases.items()))
-
-
-def _written_in_bddl(path: str) -> str:
-    found = re.search(r"\(:language\s+([^)]*)\)", Path(path).read_text())
-    if not found:
-        raise RuntimeError(f"{path} holds no (:language ...); expected a LIBERO task")
-    return normalize_instruction(found[1])
+    told = {normalize_instruction(task.language) for task in tasks}
+    return sorted(told - aliases.keys()), dict(sorted(aliases.items()))
 
 
 @functools.cache
@@ -85,15 +81,14 @@ def embed_instruction(text: str) -> np.ndarray:
     """The embedding (384,) float32 of an instruction, of unit length.
 
     From the table, whichever way the instruction is written, else computed where the model is
-    installed. Raises ``ValueError`` where it is not, and for an empty instruction.
+    installed; ``""`` has the embedding that the model gives to no words. Raises ``ValueError`` for
+    an instruction that is not in the table where the model is not installed.
     """
     embeddings, aliases = _table()
     key = normalize_instruction(text)
     key = aliases.get(key, key)
     if key in embeddings:
         return embeddings[key].copy()  # the caller's to change
-    if not key:
-        raise ValueError(f"instruction {text!r} is empty; expected what the task asks for")
     try:
         return _computed(key).copy()
     except ModuleNotFoundError as error:
@@ -125,6 +120,7 @@ def compute_embeddings(texts: Sequence[str]) -> np.ndarray:
 
 def main() -> None:
     texts, aliases = libero_instructions()
+    texts = ["", *texts]  # no instruction at all
     path = paths.repo_root() / "data" / TABLE
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(

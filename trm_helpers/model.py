@@ -100,6 +100,7 @@ class TRMPolicy(nn.Module):
             nn.init.constant_(self.halt.bias, -5.0)
         self.head = ActionHead(config)
         self.last_depth: torch.Tensor | None = None  # (B,) of the last forward pass
+        self.execution_horizon = config.execution_horizon
         self.last_recursions = 0  # of the last decision in act
         self.reset()
 
@@ -347,6 +348,7 @@ class TRMPolicy(nn.Module):
         self._planned: deque[np.ndarray] = deque()
         self._chunks: deque[np.ndarray] = deque()  # (K, 7) each, the oldest first, for ensembling
         self._carry: torch.Tensor | None = None
+        self.last_chunk: np.ndarray | None = None  # (K, 7) of the last decision, before rounding
 
     def act(self, observation: Mapping) -> np.ndarray:
         """The next action (7,) float32 in [-1, 1], in the environment's units.
@@ -382,10 +384,10 @@ class TRMPolicy(nn.Module):
         self.last_recursions = int(recursion.depth.max())
         if self.normalizer is not None:
             actions = self.normalizer.denormalize(actions)
-        planned = actions.cpu().numpy()
+        planned = self.last_chunk = actions.cpu().numpy()
         if self.config.temporal_ensembling:
             planned = self._ensemble(planned)
-        planned = planned[: self.config.execution_horizon]
+        planned = planned[: self.execution_horizon].copy()
         if self.config.gripper in ("threshold", "classifier", "binary"):
             closed = planned[:, schema.GRIPPER_INDEX] > 0
             planned[:, schema.GRIPPER_INDEX] = np.where(

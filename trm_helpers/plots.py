@@ -1,28 +1,23 @@
-"""Figures and videos of data, training and evaluation; those of `explain.py` use the same style.
+"""Figures of data, training and evaluation; those of `explain.py` use the same style.
 
-Figures take images as they are stored, upside down, and show them with :func:`upright`. What is
-made from a film (:func:`plot_rollout_strip`, :func:`caption_frame`, :func:`write_video`) takes
-frames that are upright already. Every figure comes back as a matplotlib ``Figure``, which a
-notebook shows and :func:`save_figure` writes.
+Figures take images as they are stored, upside down, and show them with :func:`upright`;
+:func:`plot_rollout_strip` takes frames of a film, which are upright already. Every figure comes
+back as a matplotlib ``Figure``, which a notebook shows and :func:`save_figure` writes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import imageio.v2 as imageio
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
 
 from . import schema
 from .files import replacing
@@ -409,59 +404,3 @@ def plot_rollout_strip(frames, steps: Sequence[int], outcome: str) -> Figure:
     """Upright frames (n, H, W, 3) of an episode at its ``steps``; ``outcome`` is the title."""
     columns = [f"step {step} ({step / schema.CONTROL_HZ:.1f} s)" for step in steps]
     return _image_grid({"": np.asarray(frames)}, columns, outcome)
-
-
-# --- videos --------------------------------------------------------------------------------------
-def caption_frame(frame: np.ndarray, lines: Sequence[str], scale: int = 3) -> np.ndarray:
-    """An upright uint8 frame (H, W, 3), enlarged, under a band that holds ``lines``.
-
-    Returns uint8 ``(scale * H + band, scale * W, 3)``. Lines too long for the width are wrapped;
-    the band's height follows from their number, so that frames of one video need lines of about
-    the same length.
-    """
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-        raise ValueError(
-            f"frame has shape {frame.shape} and type {frame.dtype}; expected (H, W, 3) and uint8"
-        )
-    height, width = scale * frame.shape[0], scale * frame.shape[1]
-    font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 14)  # comes with matplotlib
-    margin, line_height = 8, 19
-    columns = int((width - 2 * margin) / font.getlength("m"))
-    text = [part for line in lines for part in textwrap.wrap(line, max(columns, 1)) or [""]]
-    band = line_height * len(text) + margin if text else 0
-    canvas = Image.new("RGB", (width, height + band), "black")
-    draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(text):
-        draw.text((margin, margin // 2 + i * line_height), line, font=font, fill="white")
-    picture = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-    canvas.paste(picture, (0, band))
-    return np.asarray(canvas)
-
-
-def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int = 30) -> Path:
-    """Write upright uint8 frames (H, W, 3) of one size as an MP4 that browsers play.
-
-    H.264 with 4:2:0 colours, whose sides are even: an odd one gets its last row or column twice.
-    The environment runs at 20 Hz, so that 30 frames a second play 1.5 times as fast as life.
-    Raises ``ValueError`` for no frame, another shape or type, and a path that is not ``.mp4``.
-    """
-    path, shape = Path(path), None
-    if path.suffix != ".mp4":
-        raise ValueError(f"path={str(path)!r} is not valid; expected a name that ends in .mp4")
-    settings = dict(codec="libx264", pixelformat="yuv420p", quality=8, macro_block_size=2,
-                    ffmpeg_params=["-movflags", "+faststart"])
-    with replacing(path) as temporary:
-        # closing: the writer's own context leaves ffmpeg running, and its file, after an error
-        with contextlib.closing(imageio.get_writer(temporary, fps=fps, **settings)) as writer:
-            for number, frame in enumerate(frames):
-                shape = shape or frame.shape
-                if frame.shape != shape or frame.ndim != 3 or frame.dtype != np.uint8:
-                    raise ValueError(
-                        f"frame {number} has shape {frame.shape} and type {frame.dtype}; expected "
-                        f"uint8 (H, W, 3), all of one size (the first is {shape})"
-                    )
-                padding = ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0))
-                writer.append_data(np.pad(frame, padding, mode="edge"))
-        if shape is None:
-            raise ValueError("frames is empty; expected at least one")
-    return path

@@ -325,6 +325,14 @@ def _check_settling() -> Check:
     return _judge_settling(math.dist(bowl[:2], ramekin[:2]))
 
 
+@functools.cache  # once in a process
+def check_settling() -> None:
+    """Raise ``RuntimeError`` where objects of LIBERO-Spatial do not come to rest as they should."""
+    check = _check_settling()
+    if check.status != "ok":
+        raise RuntimeError(f"{check.name}: {check.found}; {check.hint}")
+
+
 def _judge_settling(distance: float) -> Check:
     """Does the bowl rest on the ramekin (LIBERO-Spatial task 5) once the objects have settled?
 

@@ -21,14 +21,15 @@ class EvalProtocol:
     settle_action: tuple[float, ...] = schema.NO_OP
 
     def horizon(self, suite: str) -> int:
-        return dict(self.horizons)[schema.check_suite(suite)]
+        """Steps allowed; a LIBERO-PRO suite has those of the suite it varies."""
+        return dict(self.horizons)[schema.base_suite(suite)]
 
 
 _OPENVLA = tuple(schema.HORIZONS.items())
 PROTOCOLS = {protocol.name: protocol for protocol in (
     EvalProtocol("quick", "openvla with ten episodes", 10, _OPENVLA, schema.SETTLE_STEPS),
     EvalProtocol("libero", "LIBERO, libero/lifelong/metric.py and configs/eval/default.yaml", 20,
-                 tuple((suite, 600) for suite in schema.SUITES), 5, _STILL),
+                 tuple((suite, 600) for suite in schema.HORIZONS), 5, _STILL),
     EvalProtocol("openvla", "OpenVLA, experiments/robot/libero/run_libero_eval.py", 50, _OPENVLA,
                  schema.SETTLE_STEPS),
     EvalProtocol("lerobot", "LeRobot, lerobot/envs/libero.py and EvalConfig", 10,

@@ -27,7 +27,7 @@ _LOOK_EVERY = 0.5  # seconds between looks at whether a notebook is to be ended
 _PRODUCTS = {
     "notebooks": "notebooks/[0-9]*.ipynb",
     "figures": "figures/*",
-    "videos": "videos/*.mp4",
+    "videos": "videos/**/*.mp4",
     "checkpoints": "*.safetensors",
     "results": "results.json",
 }

@@ -69,6 +69,19 @@ HORIZONS = {
     "libero_10": 520,
     "libero_90": 400,
 }
+# LIBERO-PRO (arXiv 2510.03827) varies four of them in four ways, task by task; for evaluation alone
+VARIATIONS = {
+    "swap": "objects in exchanged places",
+    "object": "objects that look different",
+    "lan": "the instruction in other words",
+    "task": "another goal in the same scene",
+}
+PRO_SUITES = {  # name: the suite it varies, and how
+    f"{base}_{variation}": (base, variation)
+    for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    for variation in VARIATIONS
+}
+SUITES |= dict.fromkeys(PRO_SUITES, 10)
 NUM_INIT_STATES = 50  # official init states of each task, kept for evaluation
 SETTLE_STEPS = 10  # objects start a few centimetres above their support
 
@@ -83,6 +96,25 @@ def check_suite(suite: str) -> str:
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SUITES)}")
     return suite
+
+
+def check_training_suite(suite: str) -> str:
+    """Return ``suite``, or raise ``ValueError`` where it is one that only measures robustness."""
+    if check_suite(suite) in PRO_SUITES:
+        trained = ", ".join(name for name in SUITES if name not in PRO_SUITES)
+        raise ValueError(f"suite {suite!r} measures robustness: nothing is demonstrated in it or "
+                         f"trained on it; expected one of {trained}")
+    return suite
+
+
+def base_suite(suite: str) -> str:
+    """The suite that a LIBERO-PRO suite varies; any other is its own."""
+    return PRO_SUITES[suite][0] if check_suite(suite) in PRO_SUITES else suite
+
+
+def has_other_goals(suite: str) -> bool:
+    """Whether a suite asks for something else in the scenes of the suite it varies."""
+    return suite in PRO_SUITES and PRO_SUITES[suite][1] == "task"
 
 
 def check_task_id(suite: str, task_id: int) -> int:

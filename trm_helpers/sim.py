@@ -12,6 +12,7 @@ import io
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import warnings
@@ -19,6 +20,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -41,7 +43,7 @@ class Task:
     suite: str
     task_id: int
     name: str
-    language: str
+    language: str  # the instruction
     bddl_file: str
 
 
@@ -61,8 +63,21 @@ def load_task(suite: str, task_id: int) -> Task:
     task_id = schema.check_task_id(suite, task_id)
     benchmark = _benchmark(suite)
     task = benchmark.get_task(task_id)
-    return Task(suite, task_id, task.name, task.language,
-                str(benchmark.get_task_bddl_file_path(task_id)))
+    path = str(benchmark.get_task_bddl_file_path(task_id))
+    language = task.language  # the benchmark reads it off the file's name
+    if suite in schema.PRO_SUITES:  # whose files have the names of the tasks that they vary
+        base = load_task(schema.base_suite(suite), task_id)
+        written = written_instruction(path)
+        language = base.language if written == written_instruction(base.bddl_file) else written
+    return Task(suite, task_id, task.name, language, path)
+
+
+def written_instruction(bddl_file: str) -> str:
+    """The instruction in a BDDL file, which words some tasks otherwise than their names do."""
+    found = re.search(r"\(:language\s+([^)]*)\)", Path(bddl_file).read_text(encoding="utf-8"))
+    if not found:
+        raise RuntimeError(f"{bddl_file} holds no (:language ...); expected a LIBERO task")
+    return " ".join(found[1].split())
 
 
 def load_init_states(suite: str, task_id: int) -> np.ndarray:
@@ -300,7 +315,7 @@ class LiberoEnv:
     @property
     def horizon(self) -> int:
         """Steps that the suite's protocol allows."""
-        return schema.HORIZONS[self.task.suite]
+        return schema.HORIZONS[schema.base_suite(self.task.suite)]
 
     def state(self) -> np.ndarray:
         """The flattened MuJoCo state (S,): time, positions, velocities."""
@@ -312,6 +327,20 @@ class LiberoEnv:
     def end_effector(self) -> np.ndarray:
         """Position (3,) in metres now, not when the observation was sampled."""
         return np.array(self.sim.data.site_xpos[self.raw.robots[0].eef_site_id])
+
+    def project(self, points: np.ndarray, camera: str) -> np.ndarray:
+        """Columns and rows (n, 2) of points (n, 3), in metres, in a camera's upright frame now.
+
+        NaN for what is behind the camera; pixels outside of the frame are given as well.
+        """
+        model, data = self.sim.model, self.sim.data
+        index = model.camera_name2id(schema.CAMERAS[camera].removesuffix("_image"))
+        axes = data.cam_xmat[index].reshape(3, 3)  # columns: right, up, backwards
+        right, up, back = ((points - data.cam_xpos[index]) @ axes).T
+        focal = self.image_size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)  # pixels
+        depth = np.where(back < 0, -back, np.nan)
+        centre = (self.image_size - 1) / 2  # rows and columns are counted at pixels' centres
+        return np.stack([centre + focal * right / depth, centre - focal * up / depth], axis=1)
 
     def fingers(self) -> float:
         """Distance between the fingers in metres: 0.08 is open."""

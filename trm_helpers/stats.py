@@ -120,6 +120,18 @@ def format_success(summary: Mapping) -> str:
     )
 
 
+def comparison_rows(summaries: Mapping[str, Mapping]) -> list[dict]:
+    """A table's rows on summaries of :func:`summarize_episodes` by name."""
+    return [{
+        "policy": name,
+        "successes": f"{summary['successes']} of {summary['episodes']}",
+        "success rate (%)": round(100 * summary["success_rate"], 1),
+        "95 % Wilson interval (%)": (f"{100 * summary['wilson_low']:.0f} to "
+                                     f"{100 * summary['wilson_high']:.0f}"),
+        "mean length (steps)": round(summary["mean_length"], 1),
+    } for name, summary in summaries.items()]
+
+
 def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     """Exact McNemar test of two policies on the same episodes.
 

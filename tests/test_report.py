@@ -1,0 +1,67 @@
+"""The page on a run says what its folder holds, and no more."""
+
+import pytest
+
+from trm_helpers.__main__ import main
+from trm_helpers.files import write_json
+from trm_helpers.report import write_report
+from trm_helpers.stats import summarize_episodes
+
+PROTOCOL = dict(protocol="quick", source="openvla with ten episodes", num_episodes=10,
+                first_init_state=0, horizon=280, weights="best")
+
+
+def results(successes: int, tasks: int = 1) -> dict:
+    rows = [dict(suite="libero_object", task_id=task, init_state=i, success=i < successes, steps=90)
+            for task in range(tasks) for i in range(10)]
+    return {**summarize_episodes(rows), "protocol": PROTOCOL, "errors": [],
+            "software": {"mujoco": "3.3.2", "gl_renderer": "llvmpipe", "torch": None}}
+
+
+def test_a_run_that_was_only_trained_says_so(trained):
+    text = write_report(trained).read_text()
+    assert text.startswith(f"# {trained.name}\n")
+    assert "Not evaluated yet" in text and "2 epochs in" in text and "| lr | " in text
+    assert not any(heading in text for heading in ("## Search", "## Inside", "## Films", "## When"))
+
+
+def test_what_the_folder_holds_is_on_the_page(trained, capsys):
+    write_json(trained / "results.json", results(9, tasks=2))
+    write_json(trained / "bounds" / "no-op" / "results.json", results(0))
+    row = {"title": "actions 0.1 s late", "successes": 6, "episodes": 10, "success_rate": 0.6,
+           "wilson_low": 0.31, "wilson_high": 0.83, "gap": -0.3, "p_value": 0.25, "errors": 0}
+    black = {"title": "wrist camera black", "reason": "it has none"}
+    write_json(trained / "robustness.json",
+               {"num_episodes": 10, "rows": [row], "not_used": [black], "failed": []})
+    write_json(trained / "explain.json", {"sentences": ["The recursion has converged."]})
+    write_json(trained / "search" / "trials.json", [{"lr": 1e-3}, {"lr": 1e-4}])
+    (trained / "search" / "best.yaml").write_text("lr: 0.001\n")
+    for name in ("figures/06_success.png", "videos/success/a.mp4", "videos/all.mp4"):
+        (trained / name).parent.mkdir(parents=True, exist_ok=True)
+        (trained / name).touch()
+    assert main(["report", trained.name]) == 0
+    assert capsys.readouterr().out.strip() == str(trained / "report.md")
+    text = (trained / "report.md").read_text()
+    for expected in (
+        "18 of 20 episodes", "Protocol quick (openvla with ten episodes): 10 episodes a task",
+        "| libero_object 1 | 9 of 10 | 90.0 | 60 to 98 | 90.0 |",
+        "| all | 18 of 20 | 90.0 | 70 to 97 | 90.0 |", "| no-op | 0 of 10 | 0.0 | 0 to 28 | 90.0 |",
+        "| actions 0.1 s late | 6 of 10 | 60.0 | 31 to 83 | -30 | 0.25 | 0 |",
+        "- not used by this policy: wrist camera black: it has none",
+        "mujoco 3.3.2; gl_renderer llvmpipe", "- The recursion has converged.",
+        "Best of 2 configurations:\n\n```yaml\nlr: 0.001\n```",
+        "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
+        "![06_success.png](figures/06_success.png)",
+    ):
+        assert expected in text
+
+
+def test_errors_are_told_apart(trained):
+    write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
+    assert "1 episode(s) could not be run and count neither way; the first: it hung" \
+        in write_report(trained).read_text()
+
+
+def test_a_folder_without_a_run_is_refused():
+    with pytest.raises(FileNotFoundError, match="no trained run 'nobody'"):
+        write_report("nobody")

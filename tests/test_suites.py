@@ -1,0 +1,87 @@
+"""The suites by name: LIBERO's own, and LIBERO-PRO's variations of four of them."""
+
+import numpy as np
+import pytest
+
+from trm_helpers import schema
+from trm_helpers.collect import collect_demonstrations
+from trm_helpers.language import normalize_instruction
+from trm_helpers.protocols import PROTOCOLS
+from trm_helpers.sim import LiberoEnv, load_init_states, load_task, written_instruction
+
+STANDARD = [suite for suite in schema.SUITES if suite not in schema.PRO_SUITES]
+
+
+def test_there_are_sixteen_variations():
+    assert sum(schema.SUITES[suite] for suite in STANDARD) == 130
+    assert len(schema.PRO_SUITES) == 16
+    assert schema.PRO_SUITES["libero_object_object"] == ("libero_object", "object")
+    assert schema.base_suite("libero_10_lan") == "libero_10"
+    assert schema.base_suite("libero_90") == "libero_90"
+    with pytest.raises(ValueError, match="unknown suite 'libero_90_swap'"):
+        schema.base_suite("libero_90_swap")
+
+
+def test_a_variation_has_the_horizon_of_what_it_varies():
+    found = {name: [protocol.horizon(f"libero_{suite}_swap")
+                    for suite in ("spatial", "object", "goal", "10")]
+             for name, protocol in PROTOCOLS.items()}
+    assert found == {"quick": [220, 280, 300, 520], "libero": [600] * 4,
+                     "openvla": [220, 280, 300, 520], "lerobot": [280, 280, 300, 520]}
+
+
+@pytest.mark.parametrize("suite", schema.PRO_SUITES)
+def test_a_variation_goes_task_by_task(suite):
+    base, variation = schema.PRO_SUITES[suite]
+    for task_id in range(schema.SUITES[suite]):
+        task, plain = load_task(suite, task_id), load_task(base, task_id)
+        assert task.name == plain.name and task.bddl_file != plain.bddl_file
+        states = load_init_states(suite, task_id)
+        assert states.shape == load_init_states(base, task_id).shape
+        assert len(states) == schema.NUM_INIT_STATES
+        assert not np.array_equal(states, load_init_states(base, task_id))
+        if variation in ("swap", "object"):
+            assert task.language == plain.language
+        else:
+            assert task.language == written_instruction(task.bddl_file)
+            assert normalize_instruction(task.language) != normalize_instruction(plain.language)
+    with pytest.raises(ValueError, match=f"task_id 10 is not in {suite}; expected 0 to 9"):
+        load_task(suite, 10)
+
+
+BOWL = "pick up the black bowl from table center and place it on the plate"
+
+
+@pytest.mark.parametrize(("suite", "task_id", "told"), [
+    ("libero_spatial", 2, BOWL), ("libero_spatial_swap", 2, BOWL),
+    ("libero_spatial_lan", 2, "lift the black bowl from the table center and put it on the plate"),
+    ("libero_goal_task", 7, "Turn off the stove"),
+])
+def test_the_policy_is_told_what_the_task_asks_for(suite, task_id, told):
+    assert load_task(suite, task_id).language == told
+
+
+def test_a_file_without_an_instruction_is_named(tmp_path):
+    (tmp_path / "a.bddl").write_text("(define (problem nothing))")
+    with pytest.raises(RuntimeError, match=r"a.bddl holds no \(:language"):
+        written_instruction(tmp_path / "a.bddl")
+
+
+def test_nothing_is_demonstrated_in_a_variation(tmp_path):
+    message = "'libero_object_lan' measures robustness.*expected one of libero_spatial, .*libero_90"
+    with pytest.raises(ValueError, match=message):
+        collect_demonstrations("libero_object_lan", 0, 2, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.sim
+def test_an_episode_of_a_variation_begins_as_in_any_suite():
+    with LiberoEnv("libero_object_object", 0) as env:  # the soup in a larger tin
+        observation = env.reset(init_state=3)
+        assert env.horizon == 280 and env.object_position("bigger_alphabet_soup_1").shape == (3,)
+        assert observation["language"] == "pick up the alphabet soup and place it in the basket"
+        first = [np.array(observation[key]) for key in (*schema.CAMERAS, "joint_states")]
+        env.step(np.array(schema.NO_OP))
+        again = env.reset(init_state=3)
+        for key, value in zip((*schema.CAMERAS, "joint_states"), first, strict=True):
+            assert np.array_equal(again[key], value), key

