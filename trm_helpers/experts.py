@@ -40,6 +40,7 @@ _YAWS = np.radians([0, 30, -30, 60, -60, 90])
 _ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
 _COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
 _ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
+_HANGS = 0.02  # metres: what is still this near after the retreat hangs on a finger, as a gable can
 _PATIENCE = 60  # steps in a phase that mean that something is in the way
 
 
@@ -124,6 +125,7 @@ class PickPlaceExpert(Skill):
             env, *(name for name in env.raw.obj_body_id if name != self.object))
         self._target_geoms = geoms_of(env, self.target) if self.target else []
         self._misses: Counter = Counter()
+        self._deeper = 0.0  # metres that the object is lowered further than it need be
         self._plan()
 
     # --- planning ---------------------------------------------------------------------------------
@@ -267,6 +269,9 @@ class PickPlaceExpert(Skill):
                     return "retreat"
             case "retreat":
                 if self._steps_in_phase >= 8:
+                    if np.linalg.norm(ee - grasp) < _HANGS:
+                        self._deeper += 0.1
+                        return "close"
                     self._plan()
                     return "approach"
         return self.phase
@@ -293,7 +298,7 @@ class PickPlaceExpert(Skill):
             hang = self.env.end_effector() - self.env.object_position(self.object)
             bottom = self.grasp.bottom
         centre, support = self._support()
-        return np.array([*(centre + hang[:2]), support + bottom + 0.005])
+        return np.array([*(centre + hang[:2]), support + bottom + 0.005 - self._deeper])
 
     # --- motion -----------------------------------------------------------------------------------
 
