@@ -294,7 +294,7 @@ class SearchConfig:
                  self.search_shard, "none but with search_method='grid', whose points are fixed")
         _require(not self.search_shard or self.search_replicates == 1, "search_replicates",
                  self.search_replicates, "1 in a shard: finalists are known when all have ended")
-        self.shard  # noqa: B018: refuses a bad one
+        _ = self.shard  # refuses a bad one
 
     @property
     def shard(self) -> tuple[int, int]:

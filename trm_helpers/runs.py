@@ -78,7 +78,8 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     with replacing(output) as temporary:
         if _in_own_process(stop, source, temporary, parameters, environment, log) != 0:
             if not temporary.exists():
-                raise RuntimeError(f"{source.name} did not start; see {log or 'the messages above'}")
+                raise RuntimeError(f"{source.name} did not start; see "
+                                   f"{log or 'the messages above'}")
             os.replace(temporary, failed)
             raise RuntimeError(f"{source.name} failed: {_failure(failed)}\n"
                                f"The copy up to there is {failed}")

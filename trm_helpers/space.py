@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -25,14 +27,14 @@ _LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
 _CHANGE_THE_LOSS = {"loss", "gripper", "gripper_weight", "normalize_actions", "chunk", "halting",
                     "halting_weight", "ponder_cost", "kl_weight", "deep_supervision"}
 # no axes: what the search decides by itself, and which task is learned
-_FIXED = {*_LISTS, *FREE_SETTINGS, "epochs", "patience", "rollout_every", "rollout_episodes", "seed",
-          "suite", "task_ids", "demos", "demo_dir", "num_demos", "placement", "train_fraction",
-          "data_seed"}
+_FIXED = {*_LISTS, *FREE_SETTINGS, "epochs", "patience", "rollout_every", "rollout_episodes",
+          "seed", "suite", "task_ids", "demos", "demo_dir", "num_demos", "placement",
+          "train_fraction", "data_seed"}
 # of the evaluation's, those that selection rollouts go by
 _ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster", "episode_limit"}
 # differ between machines that share a search
 _OF_A_MACHINE = FREE_SETTINGS | {"demo_dir", "eval_workers", "cluster", "episode_limit"}
-_REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
+REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
 _RUNGS = 3
 
 
@@ -74,15 +76,18 @@ def _further_axes(search: SearchConfig) -> dict[str, tuple]:
     return {name: tuple(values) for name, values in further.items()}
 
 
-def grid(search: SearchConfig) -> list[dict]:
-    """The points of the grid: learning rate x width x recursions (x further axes).
-
-    ``max_configs`` of them are spread evenly over it, first and last point included; of these a
-    shard has every n-th.
-    """
+def all_points(search: SearchConfig) -> list[dict]:
+    """Learning rate x width x recursions (x further axes)."""
     values = axes(search)
-    points = [dict(zip(values, point, strict=True))
-              for point in itertools.product(*values.values())]
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def grid(search: SearchConfig) -> list[dict]:
+    """The points of the grid, or ``max_configs`` of them; in a shard, every n-th of these.
+
+    A part of the grid is spread evenly over it, first and last point included.
+    """
+    points = all_points(search)
     count = search.max_configs
     if count == 1:
         points = points[:1]
@@ -102,7 +107,7 @@ def rungs(search: SearchConfig) -> list[tuple[int, int]]:
         return [(search.search_epochs, search.search_episodes)]
     steps = {}
     for number in range(_RUNGS):
-        part = _REDUCTION ** (_RUNGS - 1 - number)
+        part = REDUCTION ** (_RUNGS - 1 - number)
         episodes = -(-search.search_episodes // part) if number else 0
         steps[max(1, search.search_epochs // part)] = episodes
     return list(steps.items())  # fewer where there are few epochs
@@ -125,23 +130,67 @@ def trial_settings(config: Config, point: dict, seed: int) -> Config:
                           patience=0, max_minutes=0.0, wandb_mode="disabled")
 
 
-def notebook_values(config: Config) -> dict[str, Any]:
-    """The settings that make a trial, as flat parameters: its preset and what is not the preset's.
+def check_points(config: Config) -> None:
+    """Refuse (``ValueError``) points whose values do not go together, before any is trained."""
+    search = config.search
+    for point in grid(search) if search.search_method == "grid" else all_points(search):
+        trial_settings(config, point, config.train.seed)
+
+
+def parameters(config: Config, point: dict, known: Iterable[str]) -> dict[str, Any]:
+    """The settings that make a training, as the parameters of a notebook.
+
+    They are its preset, what is not the preset's, the seed and the point. Settings that the
+    notebook has no parameter for, as ``known``, go into its ``more``.
     """
     part = settings_by_part()
-    return {"preset": config.preset, **{
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in config.changes().items()
-        if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS}}
-
-
-def same_everywhere(parameters: dict) -> dict:
-    """Parameters without those that may differ between machines that share a search."""
-    return {name: value for name, value in parameters.items() if name not in _OF_A_MACHINE}
-
-
-def as_parameters(values: dict, known) -> dict:
-    """Settings as a notebook takes them: those it has no parameter for go into its ``more``."""
+    changes = {name: value for name, value in config.changes().items()
+               if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS}
+    values = {"preset": config.preset, **changes, "seed": config.train.seed, **point}
+    values = {name: list(value) if isinstance(value, tuple) else value
+              for name, value in values.items()}
     more = {name: value for name, value in values.items() if name not in known}
     return {**{name: value for name, value in values.items() if name in known},
             **({"more": more} if more else {})}
+
+
+def point_of(given: dict, search: SearchConfig) -> tuple[dict, int] | None:
+    """The point and the seed in what :func:`parameters` gave; ``None`` for one without the axes."""
+    values = {**given, **given.get("more", {})}
+    names = axes(search)
+    if not values.keys() >= {*names, "seed"}:
+        return None
+    return {name: values[name] for name in names}, values["seed"]
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    """What all trials of a search share, on every machine: only such trials can be compared."""
+    part = settings_by_part()
+    settings = trial_settings(config, {}, config.train.seed).flat()
+    names = [name for name in settings
+             if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS]
+    shared = {name: list(settings[name]) if isinstance(settings[name], tuple) else settings[name]
+              for name in names
+              if name not in _OF_A_MACHINE and name not in axes(config.search)}
+    return {**shared, "search_episodes": config.search.search_episodes}
+
+
+def refuse_others(where: object, before: dict, now: dict) -> None:
+    """Raise ``ValueError`` where the :func:`common_settings` of a search are others than before."""
+    different = [f"{name}: {before.get(name, 'searched over')!r} there, "
+                 f"{now.get(name, 'searched over')!r} now"
+                 for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if different:
+        raise ValueError(f"{where} belongs to a search with other settings "
+                         f"({'; '.join(different)}); choose another run_name or the same settings")
+
+
+def value_of(found: dict) -> float:
+    """What a guided search lowers: the validation loss or, where there were rollouts, the failures.
+
+    Of trials with equally many failures the loss decides, as a number below 1.
+    """
+    loss = found["final_val_loss"]
+    if "episodes" not in found:
+        return loss
+    return found["episodes"] - found["successes"] + (1 + math.tanh(loss / 2)) / 2

@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from .evaluate import selection_rows
 from .files import read_jsonl, write_json
 from .runs import run_notebook
 from .stats import EPISODE_KEYS, wilson_interval
@@ -16,56 +18,58 @@ from .stats import EPISODE_KEYS, wilson_interval
 RECORD = "trial.json"
 _SPIKE = 1.2  # a validation loss this many times the lowest before it
 _CONVERGED = 0.9  # of the way from the first validation loss to the lowest
+_ASK_EVERY = 0.5  # seconds between looks at whether a folder is free
 
 
 def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
-              gpu: str | None = None, stop: threading.Event | None = None) -> dict:
+              environment: Mapping[str, str] | None = None,
+              stop: threading.Event | None = None) -> dict:
     """Train in a notebook as far as its parameters say, and read from the files how it went.
 
     The notebook runs in a process of its own, trains into ``run_dir`` by the ``run_name`` that it
     is given, and goes on where it was. What it prints is in ``<run_dir>/notebooks/``. What was
-    measured before at the same epoch is not run again.
+    measured before at the same epoch is not run again. ``trial.json`` holds the ``parameters``,
+    the measures at each epoch that was asked for (``rungs``), and the ``error`` of one that failed.
 
     Args:
         notebook: with the parameters ``run_name``, ``epochs``, ``stop_epoch`` and
             ``selection_episodes``, such as ``04_train``.
         parameters: of the notebook. Training ends after ``stop_epoch`` epochs, or all ``epochs``.
-        gpu: the one that the process sees.
+        environment: variables for its process, such as the GPU that it sees.
         stop: ends the notebook, see :func:`runs.run_notebook`.
 
     Returns:
-        the trial as in its ``trial.json``: ``trial`` (its name), ``parameters``, ``state``
-        (``complete``; ``interrupted``, for lack of time; ``failed``, with its ``error``) and
-        ``rungs``: for each epoch that it was measured at the criteria of :func:`measure`.
+        :func:`measure` of the folder.
 
     Raises:
+        KeyboardInterrupt: ``stop`` was set.
         ValueError: a parameter that the notebook does not have; nothing was run.
+        RuntimeError: the notebook failed, or did not train as far as it was asked.
     """
     run_dir = Path(run_dir).resolve()
     wanted = parameters.get("stop_epoch") or parameters["epochs"]
-    before = read_trial(run_dir) or {"rungs": []}
-    record = {"trial": run_dir.name, "parameters": parameters, "state": "begun",
-              "rungs": [rung for rung in before["rungs"] if rung["epochs"] <= wanted]}
-    if record["rungs"] and record["rungs"][-1]["epochs"] == wanted:
-        return {**before, "rungs": record["rungs"], "state": "complete"}
-    environment = {"TRM_ARTIFACTS_DIR": str(run_dir.parent)}
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    log = run_dir / "notebooks" / "output.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        run_notebook(notebook, {**parameters, "run_name": run_dir.name}, run_dir=run_dir,
-                     environment=environment, log=log, stop=stop)
-        found = measure(run_dir)
-        if found["epochs"] < wanted:
-            record["state"] = "interrupted"
-        else:
-            record["state"] = "complete"
-            record["rungs"].append(found)
-    except (RuntimeError, FileNotFoundError) as error:
-        record |= {"state": "failed", "error": str(error)}
-    write_json(run_dir / RECORD, record)
-    return record
+    with only_one(run_dir, stop):
+        before = read_trial(run_dir) or {"rungs": []}
+        for found in before["rungs"]:
+            if found["epochs"] == wanted:
+                return found
+        record = {"trial": run_dir.name, "parameters": parameters, "rungs": before["rungs"]}
+        log = run_dir / "notebooks" / "output.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            run_notebook(notebook, {**parameters, "run_name": run_dir.name}, run_dir=run_dir,
+                         environment={**(environment or {}),
+                                      "TRM_ARTIFACTS_DIR": str(run_dir.parent)},
+                         log=log, stop=stop)
+            found = measure(run_dir)
+            if found["epochs"] != wanted:
+                raise RuntimeError(f"{run_dir} has {found['epochs']} epochs; expected {wanted}")
+        except RuntimeError as error:
+            write_json(run_dir / RECORD, {**record, "error": str(error)})
+            raise
+        record["rungs"].append(found)
+        write_json(run_dir / RECORD, record)
+        return found
 
 
 def read_trial(run_dir: str | Path) -> dict | None:
@@ -83,15 +87,12 @@ def measure(run_dir: str | Path) -> dict:
         :func:`success_of` them.
 
     Raises:
-        FileNotFoundError: there is no ``metrics.jsonl``.
+        RuntimeError: no epoch is in ``metrics.jsonl``.
     """
-    from .evaluate import selection_rows
-
     run_dir = Path(run_dir)
     rows = read_jsonl(run_dir / "metrics.jsonl")
     if not rows:
-        raise FileNotFoundError(f"{run_dir / 'metrics.jsonl'} holds no epoch; expected the "
-                                "notebook to train at least one")
+        raise RuntimeError(f"{run_dir / 'metrics.jsonl'} holds no epoch; expected at least one")
     losses = [row["val_loss"] for row in rows]
     found = {"epochs": len(rows), **measure_curve(losses), "val_losses": losses,
              "minutes": round(sum(row["seconds"] for row in rows) / 60, 3)}
@@ -126,13 +127,23 @@ def success_of(rows: list[dict]) -> dict:
 
 
 @contextlib.contextmanager
-def only_one(folder: str | Path, wait: bool = True) -> Iterator[None]:
-    """Work on a trial's folder alone; another one waits, or gets a ``BlockingIOError``.
+def only_one(folder: str | Path, stop: threading.Event | None = None,
+             wait: bool = True) -> Iterator[None]:
+    """Work in a folder alone: others wait, until ``stop`` is set, or get a ``RuntimeError``.
 
     The system lets go when the process ends, however it does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise RuntimeError(f"another process works in {folder}; expected one") from None
+                if stop and stop.is_set():
+                    raise KeyboardInterrupt from None
+                time.sleep(_ASK_EVERY)
         yield
