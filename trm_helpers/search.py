@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import json
 import math
 import os
 import statistics
@@ -121,7 +122,7 @@ def searched(folder: Path) -> Config:
     path = folder / "search.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a search that was begun there")
-    return Config.from_dict(yaml.safe_load(path.read_text()))
+    return Config.from_dict(json.loads(path.read_text()))
 
 
 def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = None,

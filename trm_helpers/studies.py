@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,9 @@ class Study:
         with contextlib.ExitStack() as stack:
             if not url:
                 stack.enter_context(only_one(folder, wait=False))
-            with _named(url):
+            with _named(url), warnings.catch_warnings():
+                # heartbeats: their interface may change, so its release is pinned
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study = optuna.create_study(
                     storage=_storage(url, folder), study_name=folder.parent.name,
                     load_if_exists=True, pruner=optuna.pruners.SuccessiveHalvingPruner(
