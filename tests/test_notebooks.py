@@ -251,6 +251,7 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
             "collect": ["collect", "tiny", "--task-ids", "0"],
             "validate": ["validate", str(file), "--suite", "libero_object", "--task-id", "0"],
             "train": ["train", "tiny", *words[5:]],
+            "search": ["search", "tiny", *words[5:]],
             "evaluate": [{"10": "1"}.get(word, word) for word in words[3:]] + SMALL_EVALUATION,
             "report": words[3:],
             "robustness": [*words[3:], *SMALL_EVALUATION, "--only", "swap"],
