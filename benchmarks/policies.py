@@ -34,8 +34,9 @@ POLICIES = {
     "trm, one step, one cycle, one update": dict(_TRM, latent_updates=1, cycles=1,
                                                  num_recursions=1),
     "transformer, equal parameters": dict(_TOKENS, variant="transformer", num_recursions=1),
+    # at the learning rate of the others, 1e-3, so deep a network stays at the mean action
     "transformer, equal depth, untied": dict(_TOKENS, variant="transformer", num_recursions=1,
-                                             num_layers=_LAYERS),
+                                             num_layers=_LAYERS, lr=1e-4),
     "ACT-style": dict(_TOKENS, variant="act", num_recursions=1),
 }
 

@@ -44,8 +44,9 @@ import pandas as pd
 from IPython.display import Video, display
 
 from trm_helpers import plots
+from trm_helpers.baselines import evaluate_bounds
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import evaluate_bounds, evaluate_run
+from trm_helpers.evaluate import evaluate_run
 from trm_helpers.files import read_jsonl
 from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.stats import (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate, preflight
+from trm_helpers import baselines, evaluate, preflight
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
@@ -174,15 +174,16 @@ def test_selection_leaves_the_official_init_states_alone(run):
 def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
     monkeypatch.setattr(evaluate, "software_versions", dict)
-    results = evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(num_episodes=2, horizon=3,
-                                         num_videos=0), "libero_object")
+    config = EvalConfig(num_episodes=2, horizon=3, num_videos=0)
+    results = baselines.evaluate_baseline("no-op", tmp_path, config, "libero_object")
     assert (results["successes"], results["episodes"], len(results["tasks"])) == (0, 20, 10)
     with pytest.raises(ValueError, match="unknown baseline 'hero'; expected one of expert"):
-        evaluate.evaluate_baseline("hero", tmp_path, EvalConfig(), "libero_object")
+        baselines.evaluate_baseline("hero", tmp_path, EvalConfig(), "libero_object")
     with pytest.raises(ValueError, match="'noise' is for trained policies; the baseline 'no-op'"):
-        evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"), "libero_90")
+        baselines.evaluate_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"),
+                                    "libero_90")
     with pytest.raises(ValueError, match="unknown suite 'libero'"):
-        evaluate.evaluate_baseline("no-op", tmp_path, EvalConfig(), "libero")
+        baselines.evaluate_baseline("no-op", tmp_path, EvalConfig(), "libero")
 
 
 def test_perturbed_episodes_have_a_ledger_of_their_own(run):
@@ -283,7 +284,7 @@ def test_the_expert_succeeds_from_official_init_states(env):
 EVALUATION = """
 import sys
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluate import evaluate_baseline
+from trm_helpers.baselines import evaluate_baseline
 
 if __name__ == "__main__":
     config = EvalConfig(num_episodes=int(sys.argv[2]), horizon=8, num_videos=0, eval_workers=2)
@@ -328,14 +329,14 @@ def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monk
     file = collect_demonstrations("libero_object", 0, 2, tmp_path)
     trainer = small_run(epochs=1)
     trainer.fit()
-    monkeypatch.setattr(evaluate, "ensure_demonstrations", lambda _: {0: file})
+    monkeypatch.setattr(baselines, "ensure_demonstrations", lambda _: {0: file})
     config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1,
                         perturbation="noise")  # of the policy's episodes alone
-    bounds = evaluate.evaluate_bounds(trainer.run, config)
+    bounds = baselines.evaluate_bounds(trainer.run, config)
     assert list(bounds) == ["replay", "expert", "random", "no-op"]
     assert [bound["episodes"] for bound in bounds.values()] == [2, 2, 2, 2]
     assert [bound["successes"] for bound in bounds.values()] == [2, 0, 0, 0]  # 5 steps are too few
     replayed = read_jsonl(trainer.run / "bounds" / "replay" / "episodes.jsonl")
     assert all(row["steps"] > 50 and row["divergence"] < 0.01 for row in replayed)
     assert bounds["replay"]["protocol"]["init_states"] == "demonstrations'"
-    assert evaluate.evaluate_bounds(trainer.run, EvalConfig()) == {}
+    assert baselines.evaluate_bounds(trainer.run, EvalConfig()) == {}

@@ -137,8 +137,8 @@ class Evaluate:
     task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
 
     def __call__(self) -> Result:
-        from .baselines import BASELINES
-        from .evaluate import evaluate_baseline, evaluate_bounds, evaluate_run
+        from .baselines import BASELINES, evaluate_baseline, evaluate_bounds
+        from .evaluate import evaluate_run
         from .stats import format_success
 
         bounds = {}

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import time
 import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from . import schema
+from .checkpoint import find_run, load_config
+from .collect import ensure_demonstrations
+from .config import EvalConfig
+from .evaluate import Episode, evaluate_episodes, official_episodes
 from .experts import make_expert
+from .quality import replay_demonstration
+from .rollout import Policy
 from .sim import LiberoEnv
+from .validate import demo_names, open_demo_file
 
 
 class ExpertPolicy:
@@ -56,3 +70,95 @@ class NoOpPolicy:
 
 
 BASELINES = {"expert": ExpertPolicy, "random": RandomPolicy, "no-op": NoOpPolicy}
+
+
+class Baseline(NamedTuple):
+    name: str
+
+    def make(self, env: LiberoEnv) -> Policy:
+        return BASELINES[self.name](env)
+
+
+class Replay(NamedTuple):
+    """Demonstrations; an episode's seed is the number of one in its task's file."""
+
+    files: tuple[tuple[int, str], ...]
+
+    def play(self, env: LiberoEnv, episode: Episode) -> dict:
+        began = time.perf_counter()
+        with open_demo_file(dict(self.files)[episode.task_id]) as file:
+            demo = file[schema.DATA_GROUP][demo_names(file)[episode.seed]]
+            replayed, length = replay_demonstration(env, demo), len(demo["actions"])
+        return {**episode._asdict(), "success": replayed["success"], "steps": replayed["steps"],
+                "horizon": length, "divergence": round(max(replayed["divergence"]), 5),
+                "seconds": round(time.perf_counter() - began, 3)}
+
+
+def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
+                      task_ids: Iterable[int] = ()) -> dict:
+    """:func:`evaluate.evaluate_run` of a policy of :data:`BASELINES`, into any ``folder``.
+
+    Args:
+        task_ids: none takes all tasks of the suite.
+
+    Raises:
+        ValueError: also for a perturbation: baselines read no observation.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
+    if config.perturbation != "none":
+        raise ValueError(f"perturbation={config.perturbation!r} is for trained policies; the "
+                         f"baseline {name!r} reads no observation")
+    count = schema.SUITES[schema.check_suite(suite)]
+    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
+    return evaluate_episodes(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config,
+                             suite, official_episodes(suite, task_ids, config))
+
+
+def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
+                    suite: str) -> dict:
+    """:func:`evaluate.evaluate_run` of the demonstrations: what a perfect copy would reach.
+
+    The first ``config.episodes`` of each task's file are replayed from where they began.
+
+    Args:
+        files: of each task id.
+
+    Raises:
+        ValueError: ``folder`` holds replays of other files.
+    """
+    stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
+    numbers = {}
+    for task_id, path in stored.items():
+        with open_demo_file(path) as file:
+            numbers[task_id] = range(min(config.episodes, len(demo_names(file))))
+    digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16]
+    planned = [Episode(suite, task_id, None, number)
+               for task_id in stored for number in numbers[task_id]]
+    return evaluate_episodes(Replay(tuple(stored.items())), {"weights": "replay", "sha256": digest},
+                             Path(folder), config, suite, planned)
+
+
+def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
+                    task_ids: Iterable[int] = ()) -> dict[str, dict]:
+    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
+
+    ``config.bound_episodes`` a task in the run's protocol, into ``<run>/bounds/<name>/``; nothing
+    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on.
+    """
+    if not config.bound_episodes:
+        return {}
+    run = find_run(str(run))
+    trained = load_config(run)
+    suite, folder = suite or trained.data.suite, run / "bounds"
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
+                                 perturbation="none")
+    bounds = {}
+    if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
+        files = ensure_demonstrations(trained)
+        bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
+                                           folder / "replay", config, suite)
+    for name in BASELINES:
+        bounds[name] = evaluate_baseline(name, folder / name, config, suite, task_ids)
+    return bounds

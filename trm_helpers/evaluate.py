@@ -6,18 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
 from . import schema
-from .baselines import BASELINES
 from .checkpoint import find_run, load_config, load_policy
-from .collect import ensure_demonstrations
 from .config import Config, EvalConfig
 from .fanout import run_jobs
 from .files import append_jsonl, read_jsonl, write_json
@@ -25,11 +21,9 @@ from .films import write_grid
 from .perturbations import PerturbedPolicy, why_unused
 from .preflight import check_settling, software_versions
 from .protocols import PROTOCOLS, EvalProtocol
-from .quality import replay_demonstration
 from .rollout import Policy, record_episode, run_episode
 from .sim import LiberoEnv
 from .stats import summarize_episodes
-from .validate import demo_names, open_demo_file
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -112,82 +106,13 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     source = TrainedPolicy(run, weights, _digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
     folder = robustness_folder(run, suite, config.perturbation) if apart or perturbed else run
-    return _evaluate(source, identity, folder, config, suite, _official(suite, task_ids, config))
+    return evaluate_episodes(source, identity, folder, config, suite,
+                             official_episodes(suite, task_ids, config))
 
 
 def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
     """Where perturbed episodes, and all those of a robustness card, have a ledger of their own."""
     return run / "robustness" / f"{suite}-{perturbation}"
-
-
-def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
-                      task_ids: Iterable[int] = ()) -> dict:
-    """:func:`evaluate_run` of a policy of :data:`baselines.BASELINES`, into any ``folder``.
-
-    Args:
-        task_ids: none takes all tasks of the suite.
-
-    Raises:
-        ValueError: also for a perturbation: baselines read no observation.
-    """
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
-    if config.perturbation != "none":
-        raise ValueError(f"perturbation={config.perturbation!r} is for trained policies; the "
-                         f"baseline {name!r} reads no observation")
-    count = schema.SUITES[schema.check_suite(suite)]
-    task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
-    return _evaluate(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config, suite,
-                     _official(suite, task_ids, config))
-
-
-def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
-                    suite: str) -> dict:
-    """:func:`evaluate_run` of the demonstrations themselves: what a perfect copy would reach.
-
-    The first ``config.episodes`` of each task's file are replayed from where they began.
-
-    Args:
-        files: of each task id.
-
-    Raises:
-        ValueError: ``folder`` holds replays of other files.
-    """
-    stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
-    numbers = {}
-    for task_id, path in stored.items():
-        with open_demo_file(path) as file:
-            numbers[task_id] = range(min(config.episodes, len(demo_names(file))))
-    digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16]
-    planned = [Episode(suite, task_id, None, number)
-               for task_id in stored for number in numbers[task_id]]
-    return _evaluate(Replay(tuple(stored.items())), {"weights": "replay", "sha256": digest},
-                     Path(folder), config, suite, planned)
-
-
-def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
-                    task_ids: Iterable[int] = ()) -> dict[str, dict]:
-    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
-
-    ``config.bound_episodes`` a task in the run's protocol, into ``<run>/bounds/<name>/``; nothing
-    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on.
-    """
-    if not config.bound_episodes:
-        return {}
-    run = find_run(str(run))
-    trained = load_config(run)
-    suite, folder = suite or trained.data.suite, run / "bounds"
-    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
-    config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
-                                 perturbation="none")
-    bounds = {}
-    if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
-        files = ensure_demonstrations(trained)
-        bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
-                                           folder / "replay", config, suite)
-    for name in BASELINES:
-        bounds[name] = evaluate_baseline(name, folder / name, config, suite, task_ids)
-    return bounds
 
 
 def selection_success(run: str | Path, config: Config, episodes: int, weights: str = "last",
@@ -258,35 +183,20 @@ class TrainedPolicy(NamedTuple):
         return _loaded(self)
 
 
-class Baseline(NamedTuple):
-    name: str
-
-    def make(self, env: LiberoEnv) -> Policy:
-        return BASELINES[self.name](env)
-
-
-class Replay(NamedTuple):
-    """Demonstrations; an episode's seed is the number of one in its task's file."""
-
-    files: tuple[tuple[int, str], ...]
-
-    def play(self, env: LiberoEnv, episode: Episode) -> dict:
-        began = time.perf_counter()
-        with open_demo_file(dict(self.files)[episode.task_id]) as file:
-            demo = file[schema.DATA_GROUP][demo_names(file)[episode.seed]]
-            replayed, length = replay_demonstration(env, demo), len(demo["actions"])
-        return {**episode._asdict(), "success": replayed["success"], "steps": replayed["steps"],
-                "horizon": length, "divergence": round(max(replayed["divergence"]), 5),
-                "seconds": round(time.perf_counter() - began, 3)}
-
-
-def _official(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
+def official_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
+    """Of each task those that the protocol asks for, from the official init states."""
     return [Episode(suite, schema.check_task_id(suite, task_id), init_state)
             for task_id in task_ids for init_state in config.init_states]
 
 
-def _evaluate(source: TrainedPolicy | Baseline | Replay, identity: dict, folder: Path,
-              config: EvalConfig, suite: str, planned: list[Episode]) -> dict:
+def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
+                      planned: list[Episode]) -> dict:
+    """Play what ``folder`` has no row of, and write the files of :func:`evaluate_run`.
+
+    Args:
+        source: what workers get: ``make(env)`` gives its policy, or ``play(env, episode)`` the row.
+        identity: what an episode's row has to agree with: ``weights`` and their ``sha256``.
+    """
     protocol = PROTOCOLS[config.protocol]
     identity = {**identity, "protocol": protocol.name,
                 "horizon": config.horizon or protocol.horizon(suite),
@@ -319,7 +229,8 @@ def _evaluate(source: TrainedPolicy | Baseline | Replay, identity: dict, folder:
                      **identity, "num_episodes": config.episodes, "source": protocol.source,
                      "settle_steps": protocol.settle_steps,
                      "settle_action": list(protocol.settle_action),
-                     "init_states": "demonstrations'" if isinstance(source, Replay) else "official",
+                     "init_states": ("official" if planned[0].init_state is not None
+                                     else "demonstrations'"),
                      "observations": "what env.step returned"},
         "software": software_versions(),
     }
@@ -356,7 +267,7 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
 def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     protocol = PROTOCOLS[config.protocol]
     env = _worker_env(episode.suite, episode.task_id, protocol)
-    if isinstance(source, Replay):
+    if hasattr(source, "play"):
         return source.play(env, episode)
     policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
     if config.perturbation != "none":
