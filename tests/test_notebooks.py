@@ -86,7 +86,7 @@ def test_parameters_are_literals_with_a_comment_each(name):
     for line in cells[0].source.splitlines():
         assignment, comment = line.split("#", 1)
         ast.literal_eval(assignment.split("=", 1)[1].strip())
-        assert re.match(r" type: (str|int|float|bool|list); \S", comment), line
+        assert re.match(r" type: (str|int|float|bool|list|dict); \S", comment), line
     known = notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
     assert {"preset", "run_name"} <= set(known)
 

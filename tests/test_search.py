@@ -258,6 +258,14 @@ def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend):
     assert len(pretend) == 8
 
 
+def test_a_better_trial_found_later_becomes_a_finalist(tmp_path, pretend):
+    settings = dict(search_replicates=2, search_finalists=1)
+    assert search(tmp_path, **settings, search_lrs=(0.2,))[0]["seeds"] == [0, 1]
+    rows = search(tmp_path, **settings)
+    assert [(row["lr"], row["seeds"]) for row in rows] == [
+        (0.1, [0, 1]), (0.1, [0]), (0.2, [0]), (0.2, [0])]
+
+
 # --- Optuna --------------------------------------------------------------------------------------
 
 def test_a_guided_search_is_gone_on_with(tmp_path, pretend):

@@ -86,7 +86,7 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
             timer.start()
             stack.callback(timer.cancel)
         if study:
-            in_parallel(functools.partial(study.work, train), environments, stop)
+            in_parallel(functools.partial(study.work, train, stop), environments, stop)
             records, idle = study.records(), study.idle()
         else:
             _run_points([(point, config.train.seed) for point in grid(search)], train,
@@ -199,34 +199,36 @@ def worker_environments(config: Config) -> list[dict[str, str]]:
 def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict]:
     """The trials in a search's folder, and of ``records`` those of other machines, best first.
 
-    Those with most seeds come first (they were best of all with one), then the others that are
-    complete, those that halving stopped, and those that failed.
+    The finalists come first, ranked by all their seeds, then the others that are complete, those
+    that halving stopped, and those that failed.
     """
     found = dict(records)
     for path in sorted(folder.glob("*/trial.json")):
         found[path.parent.name] = read_trial(path.parent)
-    points: dict[str, dict] = {}  # by name: the point, and the record of each seed
+    points: dict[str, dict[int, dict]] = {}  # by name: the record of each seed
     for record in found.values():
         point, seed = point_of(record["parameters"], config.search) or ({}, 0)
         if point:
-            row = points.setdefault(trial_name(point), {"point": point, "records": {}})
-            row["records"][seed] = record
-    rows = [_row(name, entry["point"], entry["records"], config)
-            for name, entry in points.items() if config.train.seed in entry["records"]]
-    by_state = {state: [row for row in rows if row["state"] == state]
-                for state in ("complete", "stopped", "failed")}
-    complete = rank_trials(by_state["complete"])
-    complete.sort(key=lambda row: -len(row["seeds"]))
-    stopped = sorted(by_state["stopped"], key=lambda row: (-row["epochs"], value_of(row)))
-    return complete + stopped + by_state["failed"]
+            points.setdefault(trial_name(point), {})[seed] = record
+    base = config.train.seed
+    rows = [_row(name, {base: by_seed[base]}, config)
+            for name, by_seed in points.items() if base in by_seed]
+    complete, stopped, failed = ([row for row in rows if row["state"] == state]
+                                 for state in ("complete", "stopped", "failed"))
+    complete = rank_trials(complete)
+    count = config.search.search_finalists if config.search.search_replicates > 1 else 0
+    finalists = [_row(row["trial"], points[row["trial"]], config) for row in complete[:count]]
+    stopped.sort(key=lambda row: (-row["epochs"], value_of(row)))
+    return rank_trials(finalists) + complete[count:] + stopped + failed
 
 
-def _row(name: str, point: dict, records: dict[int, dict], config: Config) -> dict:
-    """One row of the ranking: the measures of a point, over its seeds where all are complete."""
+def _row(name: str, records: dict[int, dict], config: Config) -> dict:
+    """One row of the ranking: the measures of a point, over the seeds that are complete."""
     base = records[config.train.seed]
+    point, _ = point_of(base["parameters"], config.search)
     row = {"trial": name, **point}
-    if not base["rungs"] or "error" in base:
-        return {**row, "state": "failed", "error": base.get("error", "")}
+    if "error" in base:
+        return {**row, "state": "failed", "error": base["error"]}
     last = config.search.search_epochs
     if base["rungs"][-1]["epochs"] < last:
         return {**row, "state": "stopped", **base["rungs"][-1]}

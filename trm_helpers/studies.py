@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from .trials import only_one, read_trial
 _HEARTBEAT = 30  # seconds between a trial's signs of life in a database
 _GRACE = 120  # seconds without one after which its machine is taken for dead
 _RETRIES = 2  # of a trial whose process died
+_COUNTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 _RANDOM_TRIALS = 8  # before the sampler begins to guess
 
 
@@ -81,9 +83,9 @@ class Study:
                 _enqueue_folder(study, config.search, folder)
                 yield cls(config, folder, study)
 
-    def work(self, train: Callable[..., dict], environment: dict) -> None:
+    def work(self, train: Callable[..., dict], stop: threading.Event, environment: dict) -> None:
         """Run trials until there are enough; several threads and machines do so at once."""
-        while self._counted() < self.total:
+        while not stop.is_set() and self._counted() < self.total:
             try:
                 self._tickets.popleft()
             except IndexError:
@@ -93,18 +95,16 @@ class Study:
 
     def records(self) -> dict[str, dict]:
         """The ``trial.json`` of every trial, those of other machines included."""
-        return {record["trial"]: record for trial in self.study.get_trials(deepcopy=False)
-                if (record := trial.user_attrs.get("record"))}
+        return _records(self.study)
 
     def idle(self) -> bool:
         """Whether all trials have ended, here and on other machines."""
-        return self._counted(TrialState.RUNNING) == 0 and self._counted() >= self.total
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return not running and self._counted() >= self.total
 
-    def _counted(self, *states: TrialState) -> int:
-        """Trials that ended or run; one that was interrupted is in line again."""
-        return sum(trial.state in (states or (TrialState.RUNNING, TrialState.COMPLETE,
-                                              TrialState.PRUNED))
-                   or (not states and "record" in trial.user_attrs)
+    def _counted(self) -> int:
+        """Trials that ended or run. One that was interrupted is in line again and not counted."""
+        return sum(trial.state in _COUNTED or "record" in trial.user_attrs  # failed by itself
                    for trial in self.study.get_trials(deepcopy=False))
 
     def _objective(self, trial: optuna.Trial, train: Callable[..., dict],
@@ -142,6 +142,11 @@ def _suggest(trial: optuna.Trial, search: SearchConfig) -> dict:
     return point
 
 
+def _records(study: optuna.Study) -> dict[str, dict]:
+    return {trial.user_attrs["record"]["trial"]: trial.user_attrs["record"]
+            for trial in study.get_trials(deepcopy=False) if "record" in trial.user_attrs}
+
+
 def _requeue(study: optuna.Study) -> None:
     """Put in line again what was under way when the process that used the file died."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -151,8 +156,7 @@ def _requeue(study: optuna.Study) -> None:
 
 def _enqueue_folder(study: optuna.Study, search: SearchConfig, folder: Path) -> None:
     """Let the study begin with the complete trials in the folder that it does not know."""
-    known = {trial.user_attrs["record"]["trial"] for trial in study.get_trials(deepcopy=False)
-             if "record" in trial.user_attrs}
+    known = _records(study)
     for path in sorted(folder.glob("*/trial.json")):
         record = read_trial(path.parent)
         point, _ = point_of(record["parameters"], search) or ({}, 0)
