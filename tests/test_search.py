@@ -3,6 +3,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import optuna
@@ -13,7 +14,7 @@ import yaml
 from demo_files import write_demo_file
 from pretend_training import train_into, write_pretending_notebook
 
-from trm_helpers import paths, trials
+from trm_helpers import paths, studies, trials
 from trm_helpers.config import from_flat
 from trm_helpers.files import append_jsonl, read_jsonl
 from trm_helpers.search import rank_trials, run_search, verdict, worker_environments
@@ -324,14 +325,17 @@ def test_halving_ranks_the_stopped_after_the_complete(tmp_path, pretend, monkeyp
     assert all(row["state"] == "complete" for row in rows[:len(rows) - len(stopped)])
 
 
-def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend):
+@pytest.mark.parametrize("database", [False, True])
+def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend, monkeypatch, database):
+    url = f"sqlite:///{tmp_path}/study.db" if database else ""
     code = f"""
         import os, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from test_search import search
-        from trm_helpers import trials
+        from trm_helpers import studies, trials
         from pretend_training import train_into
+        studies._HEARTBEAT = studies._GRACE = 1
         ran = []
         def run_notebook(notebook, given, *, run_dir, **_):
             ran.append(run_dir.name)
@@ -340,14 +344,25 @@ def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend):
                 os._exit(9)
             train_into(run_dir, given)
         trials.run_notebook = run_notebook
-        search(Path({str(tmp_path)!r}), search_method="tpe", max_configs=3, search_lrs=(.1, 9.))
+        search(Path({str(tmp_path)!r}), search_method="tpe", max_configs=3, search_lrs=(.1, 9.),
+               search_storage={url!r})
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True,
                             text=True)
     assert killed.returncode == 9, killed.stderr
-    rows = search(tmp_path, search_method="tpe", max_configs=3, search_lrs=(0.1, 9.0))
+    for seconds in ("_HEARTBEAT", "_GRACE"):
+        monkeypatch.setattr(studies, seconds, 1)
+    time.sleep(2.5 if database else 0)  # no sign of life for so long
+    rows = search(tmp_path, search_method="tpe", max_configs=3, search_lrs=(0.1, 9.0),
+                  search_storage=url)
     assert len(rows) == 3 and len(pretend) == 2
     assert pretend[0][0] == killed.stdout.strip()
+
+
+def test_no_more_trials_are_begun_than_asked_for(tmp_path, pretend):
+    rows = search(tmp_path, search_method="tpe", search_lrs=(0.1, 9.0), max_configs=3,
+                  search_workers=4)
+    assert len(rows) == len(pretend) == 3
 
 
 def test_one_process_has_the_study_file(tmp_path, pretend):

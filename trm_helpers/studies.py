@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import threading
 import warnings
@@ -43,7 +42,7 @@ class Study:
         self.config, self.folder, self.study = config, folder, study
         search = config.search
         self.total = search.max_configs or len(all_points(search))
-        self._tickets = collections.deque(range(self.total - self._counted()))
+        self._lock, self._beginning = threading.Lock(), 0
 
     @classmethod
     @contextlib.contextmanager
@@ -85,11 +84,11 @@ class Study:
 
     def work(self, train: Callable[..., dict], stop: threading.Event, environment: dict) -> None:
         """Run trials until there are enough; several threads and machines do so at once."""
-        while not stop.is_set() and self._counted() < self.total:
-            try:
-                self._tickets.popleft()
-            except IndexError:
-                return
+        while not stop.is_set():
+            with self._lock:
+                if self._counted() + self._beginning >= self.total:
+                    return
+                self._beginning += 1
             self.study.optimize(lambda trial: self._objective(trial, train, environment),
                                 n_trials=1, catch=(RuntimeError,))
 
@@ -109,6 +108,8 @@ class Study:
 
     def _objective(self, trial: optuna.Trial, train: Callable[..., dict],
                    environment: dict) -> float:
+        with self._lock:
+            self._beginning -= 1  # it runs, and counts as such
         point = _suggest(trial, self.config.search)
         steps = rungs(self.config.search)
         try:
