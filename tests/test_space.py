@@ -59,6 +59,8 @@ def test_further_axes():
     ("{epochs: [1, 2]}", "unknown setting in search_space 'epochs'"),
     ("{lr: [0.1]}", "no lr, whose values are in search_lrs"),
     ("{chunk: [4, 8]}", "changes with chunk what the validation loss means"),
+    ("{variant: [block, act]}", "changes with variant what the validation loss means"),
+    ("{max_demos_per_task: [5, 9]}", "changes with max_demos_per_task what the validation"),
     ("{weight_decay: 0.1}", "different values for each setting"),
     ("{weight_decay: [0.1, 0.1]}", "different values for each setting"),
     ("{weight_decay: [0.1", "different values for each setting"),

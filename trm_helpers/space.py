@@ -23,9 +23,10 @@ from .config import (
 
 _LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
           "num_recursions": "search_num_recursions"}
-# change what the validation loss means, so that only rollouts compare
+# change what the validation loss means or is taken on, so that only rollouts compare
 _CHANGE_THE_LOSS = {"loss", "gripper", "gripper_weight", "normalize_actions", "chunk", "halting",
-                    "halting_weight", "ponder_cost", "kl_weight", "deep_supervision"}
+                    "halting_weight", "ponder_cost", "kl_weight", "deep_supervision", "alignment",
+                    "sequence_length", "max_demos_per_task"}
 # no axes: what the search decides by itself, and which task is learned
 _FIXED = {*_LISTS, *FREE_SETTINGS, "epochs", "patience", "rollout_every", "rollout_episodes",
           "seed", "suite", "task_ids", "demos", "demo_dir", "num_demos", "placement",
@@ -53,8 +54,8 @@ def axes(search: SearchConfig) -> dict[str, tuple]:
             raise ValueError(f"search_space={search.search_space!r} is not valid; expected no "
                              f"{name}, whose values are in {_LISTS[name]}")
         check_names([name], known, "setting in search_space")
-        if name in _CHANGE_THE_LOSS and (
-                search.search_episodes == 0 or search.search_method == "halving"):
+        other_loss = name in _CHANGE_THE_LOSS or "act" in further[name]  # a variant with a KL term
+        if other_loss and (search.search_episodes == 0 or search.search_method == "halving"):
             raise ValueError(
                 f"search_space={search.search_space!r} changes with {name} what the validation "
                 "loss means, so that only rollouts compare; expected search_episodes above 0 "
