@@ -169,12 +169,14 @@ def _run_points(points: list[tuple[dict, int]], train: Callable[..., dict],
     with tqdm(total=len(points), desc=title, unit="trial") as bar:
 
         def work(environment: dict) -> None:
-            while waiting and not stop.is_set():
-                with contextlib.suppress(IndexError):  # another thread took the last one
+            while not stop.is_set():
+                try:
                     point, seed = waiting.popleft()
-                    with contextlib.suppress(RuntimeError):  # recorded in its folder
-                        train(point, seed=seed, environment=environment)
-                    bar.update()
+                except IndexError:  # another thread took the last one
+                    return
+                with contextlib.suppress(RuntimeError):  # recorded in its folder
+                    train(point, seed=seed, environment=environment)
+                bar.update()
 
         in_parallel(work, environments, stop)
 

@@ -13,6 +13,7 @@ import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from tqdm.auto import tqdm
 
 from .config import Config, SearchConfig
 from .space import (
@@ -43,6 +44,7 @@ class Study:
         search = config.search
         self.total = search.max_configs or len(all_points(search))
         self._lock, self._beginning = threading.Lock(), 0
+        self._bar = tqdm(desc="search", unit="trial", total=self.total, initial=self._counted())
 
     @classmethod
     @contextlib.contextmanager
@@ -80,7 +82,9 @@ class Study:
                 else:
                     _requeue(study)
                 _enqueue_folder(study, config.search, folder)
-                yield cls(config, folder, study)
+                opened = cls(config, folder, study)
+                with opened._bar:
+                    yield opened
 
     def work(self, train: Callable[..., dict], stop: threading.Event, environment: dict) -> None:
         """Run trials until there are enough; several threads and machines do so at once."""
@@ -91,6 +95,7 @@ class Study:
                 self._beginning += 1
             self.study.optimize(lambda trial: self._objective(trial, train, environment),
                                 n_trials=1, catch=(RuntimeError,))
+            self._bar.update()
 
     def records(self) -> dict[str, dict]:
         """The ``trial.json`` of every trial, those of other machines included."""
