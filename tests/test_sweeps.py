@@ -5,6 +5,7 @@ import types
 import pytest
 import yaml
 from pretend_training import train_into
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from trm_helpers import paths, trials
 from trm_helpers.__main__ import main
@@ -32,13 +33,15 @@ def test_a_sweep_runs_the_trials_of_the_search(tmp_path, pretend, capsys, monkey
     assert sweep["metric"] == {"name": "final_val_loss", "goal": "minimize"}
     assert sweep["parameters"] == {"lr": {"values": [0.1]}, "hidden_dim": {"values": [16]},
                                    "num_recursions": {"values": [1, 2]}}
-    command = sweep["command"]
-    assert command[:5] == ["${env}", "python", "-m", "trm_helpers", "trial"]
+    assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "trm_helpers"]
 
     for recursions in (1, 2):  # what an agent makes of the command
-        point = json.dumps({"lr": 0.1, "hidden_dim": 16, "num_recursions": recursions})
-        argv = [part.replace("${args_json}", point) for part in command[4:]]
-        assert main(argv) == 0
+        drawn = {"lr": 0.1, "hidden_dim": 16, "num_recursions": recursions}
+        macros = create_sweep_command_args(
+            {"args": {name: {"value": value} for name, value in drawn.items()}})
+        (point,) = macros["args_json"]
+        argv = [point if part == "${args_json}" else part for part in sweep["command"][4:]]
+        assert argv[0] == "trial" and main(argv) == 0
     assert "validation loss 3.2" in capsys.readouterr().out
     monkeypatch.setattr(trials, "run_notebook", None)  # the search itself finds them complete
     assert main(["search", "tiny", "--run-name", "s", *SPACE, "--json"]) == 0

@@ -26,13 +26,14 @@ def export_sweep(config, run: str | Path, file: str | Path) -> Path:
     metric = ({"name": "success_rate", "goal": "maximize"} if config.search.search_episodes
               else {"name": "final_val_loss", "goal": "minimize"})
     sweep = {
+        "program": "trm_helpers",  # W&B wants one; what runs is the command
         "method": "bayes" if guided else "grid",
         "metric": metric,
         "parameters": {
             name: {"distribution": "log_uniform_values", "min": min(values), "max": max(values)}
             if guided and name == "lr" and len(values) > 1 else {"values": list(values)}
             for name, values in axes(config.search).items()},
-        "command": ["${env}", "python", "-m", "trm_helpers", "trial", folder.parent.name,
+        "command": ["${env}", "${interpreter}", "-m", "trm_helpers", "trial", folder.parent.name,
                     "${args_json}"],
     }
     with replacing(file) as temporary:
