@@ -53,8 +53,11 @@ seed = None  # type: int; initial weights and order of the samples; None keeps t
 patience = None  # type: int; epochs without progress to stop after, 0 never; None keeps the preset's
 rollout_every = None  # type: int; epochs between rollouts that choose best; None: the preset's
 max_minutes = None  # type: float; save and stop after so long; None keeps the preset's
+stop_epoch = None  # type: int; end after so many of the epochs, 0 all; None keeps the preset's
 num_threads = None  # type: int; CPU threads; None keeps the preset's
 wandb_mode = None  # type: str; disabled, offline or online; None keeps the preset's
+selection_episodes = 0  # type: int; rollouts per task at the end, from drawn placements
+more = {}  # type: dict; any other settings by name, such as {"ema_decay": 0.999}
 resume = True  # type: bool; go on with a run folder that exists; False refuses it
 
 # %%
@@ -64,6 +67,8 @@ from trm_helpers import BehaviorCloningTrainer, plots
 from trm_helpers.checkpoint import create_run
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import from_flat
+from trm_helpers.evaluate import selection_success
+from trm_helpers.stats import format_success
 
 # %%
 config = from_flat(
@@ -74,8 +79,8 @@ config = from_flat(
     num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,
     gripper=gripper, image_size=image_size,
     chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
-    rollout_every=rollout_every, max_minutes=max_minutes, num_threads=num_threads,
-    wandb_mode=wandb_mode)
+    rollout_every=rollout_every, max_minutes=max_minutes, stop_epoch=stop_epoch,
+    num_threads=num_threads, wandb_mode=wandb_mode, **more)
 files = ensure_demonstrations(config)
 run = create_run(config, run_name, resume)
 
@@ -111,6 +116,17 @@ fig
 
 # %%
 pd.DataFrame(metrics).tail().round(6)
+
+# %% [markdown]
+# ## Does it succeed?
+#
+# With `selection_episodes` the last weights act in the simulator, from placements that are drawn:
+# the official init states are left to `06_eval`, which reports. A search ranks by this.
+
+# %%
+if selection_episodes and trainer.finished:
+    print(format_success(selection_success(run, config, selection_episodes,
+                                           ledger=run / "selection.jsonl")))
 
 # %% [markdown]
 # ## What there is now

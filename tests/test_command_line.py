@@ -115,13 +115,30 @@ def test_a_card_with_a_bad_verdict_is_told_by_the_exit_code(tmp_path, capsys):
     assert main(["validate", str(tmp_path / "none_demo.hdf5")]) in (1, 3)
 
 
-def test_search_gives_the_trials_in_order(monkeypatch, capsys, tmp_path):
+def test_search_gives_the_trials_in_order(monkeypatch, capsys):
+    def run_search(config, run):
+        found = {"state": "complete", "final_val_loss": 0.25, "seeds": [0]}
+        rows = [{"trial": "a", "lr": config.search.search_lrs[0], "run": run.name, **found,
+                 "successes": 1, "episodes": 2},
+                {"trial": "b", **found},
+                {"trial": "c", **found, "state": "stopped", "epochs": 3},
+                {"trial": "d", "state": "failed", "error": "no GPU\nat line 3"}]
+        return rows[:config.search.max_configs]
+
     monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations", lambda config: {0: "file"})
-    monkeypatch.setattr(search, "run_search", lambda config, files, run: [
-        {"lr": config.search.search_lrs[0], "files": files, "run": run.name}])
-    assert main(["search", "tiny", "--run-name", "s", "--search-lrs", "0.5", "--json"]) == 0
+    monkeypatch.setattr(search, "run_search", run_search)
+    usual = ["search", "tiny", "--run-name", "s", "--search-lrs", "0.5", "--max-configs"]
+    assert main([*usual, "1", "--json"]) == 0
     (trial,) = json.loads(capsys.readouterr().out)
     assert (trial["lr"], trial["run"]) == (0.5, "s")
+    assert main([*usual, "4"]) == 3  # one failed
+    assert capsys.readouterr().out.splitlines() == [
+        "1. a: 1 of 2 episodes, validation loss 0.25", "2. b: validation loss 0.25",
+        "3. c: validation loss 0.25, stopped after 3 epochs", "4. d: failed: no GPU",
+        "a has a validation loss of 0.25, b has a validation loss of 0.25, from one training each: "
+        "the best is not distinguishable from the next, since another seed moves a loss too."]
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", "tiny", "--run-name", "s", "--search-shard", "5/4"])
 
 
 def test_run_reads_values_as_python(monkeypatch, tmp_path):

@@ -118,7 +118,24 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(search_episodes=-1), "search_episodes=-1"),
     (dict(search_epochs=0), "search_epochs"),
     (dict(max_configs=-1), "max_configs"),
+    (dict(search_method="random"), "search_method='random'.*'grid', 'tpe', 'halving'"),
+    (dict(search_lrs=[1e-3, 1e-3]), "search_lrs=.*no value twice"),
+    (dict(search_workers=-1), "search_workers=-1"),
+    (dict(search_minutes=-1), "search_minutes"),
+    (dict(search_replicates=0), "search_replicates=0"),
+    (dict(search_finalists=0), "search_finalists=0"),
+    (dict(search_shard="1/2", search_method="tpe"), "search_shard='1/2'.*'grid', whose points"),
+    (dict(search_shard="1/2", search_replicates=2), "search_replicates=2.*1 in a shard"),
+    (dict(epochs=3, stop_epoch=4), "stop_epoch=4.*0 to epochs=3"),
 ])
 def test_a_bad_value_is_refused_and_printed(setting, message):
     with pytest.raises(ValueError, match=message):
         from_flat("reference", **setting)
+
+
+def test_what_is_not_the_presets_makes_a_configuration_again():
+    assert from_flat("demo").changes() == {}
+    config = from_flat("demo", lr=0.5, task_ids=(1,), epochs=70)  # as the preset has it
+    assert config.changes() == {"lr": 0.5, "task_ids": (1,)}
+    assert from_flat("demo", **config.changes()) == config
+    assert config.flat()["lr"] == 0.5 and "preset" not in config.flat()

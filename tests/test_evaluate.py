@@ -171,6 +171,20 @@ def test_selection_leaves_the_official_init_states_alone(run):
     assert not (run / "episodes.jsonl").exists()
 
 
+def test_selection_goes_on_with_its_ledger(run):
+    config, ledger = evaluate.load_config(run).replace(horizon=2), run / "selection.jsonl"
+    evaluate.selection_success(run, config, 2, ledger=ledger)
+    rows = read_jsonl(ledger)
+    assert [row["init_state"] for row in rows] == [None, None]
+    summary = evaluate.selection_success(run, config, 3, ledger=ledger)
+    assert summary == evaluate.selection_success(run, config, 3)
+    assert read_jsonl(ledger)[:2] == rows and len(read_jsonl(ledger)) == 3
+    assert evaluate.selection_rows(run, ledger) == read_jsonl(ledger)
+
+    (run / "last.safetensors").write_bytes((run / "last.safetensors").read_bytes() + b" ")
+    assert evaluate.selection_rows(run, ledger) == []  # of other weights
+
+
 def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
     monkeypatch.setattr(evaluate, "software_versions", dict)

@@ -29,9 +29,9 @@ NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_sea
          "07_visualize"]
 FIGURES = {
     "01_frames", "01_action_statistics", "01_action_trace", "01_lengths", "01_alignment",
-    "02_augmentation", "02_batch", "03_latency", "04_training", "05_search", "06_success",
-    "06_lengths", "06_rollout", "07_predictions", "07_recursion", "07_depth",
-    "07_prediction_by_depth", "07_halting", "07_saliency",
+    "02_augmentation", "02_batch", "03_latency", "04_training", "05_search",
+    "05_coordinates", "06_success", "06_lengths", "06_rollout", "07_predictions", "07_recursion",
+    "07_depth", "07_prediction_by_depth", "07_halting", "07_saliency",
 }
 
 
@@ -86,7 +86,7 @@ def test_parameters_are_literals_with_a_comment_each(name):
     for line in cells[0].source.splitlines():
         assignment, comment = line.split("#", 1)
         ast.literal_eval(assignment.split("=", 1)[1].strip())
-        assert re.match(r" type: (str|int|float|bool|list); \S", comment), line
+        assert re.match(r" type: (str|int|float|bool|list|dict); \S", comment), line
     known = notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
     assert {"preset", "run_name"} <= set(known)
 
@@ -194,8 +194,9 @@ def test_suite_wrote_measurements_that_agree(tiny):
     assert results["protocol"]["horizon"] == 24
     trials = json.loads((run / "search" / "trials.json").read_text())
     best = yaml.safe_load((run / "search" / "best.yaml").read_text())
-    assert len(trials) == 2 and best == {key: trials[0][key] for key in best}
-    assert from_flat("tiny", **best).model.num_recursions == best["num_recursions"]
+    assert len(trials) == 2 and best["preset"] == "tiny" and "epochs" not in best
+    assert all(trials[0][key] == best[key] for key in ("lr", "hidden_dim", "num_recursions"))
+    assert from_flat(**best).model.num_recursions == best["num_recursions"]
     report = (run / "report.md").read_text()
     assert "success rate" in report and report.count("](figures/") == len(FIGURES)
 
@@ -250,6 +251,7 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
             "collect": ["collect", "tiny", "--task-ids", "0"],
             "validate": ["validate", str(file), "--suite", "libero_object", "--task-id", "0"],
             "train": ["train", "tiny", *words[5:]],
+            "search": ["search", "tiny", *words[5:]],
             "evaluate": [{"10": "1"}.get(word, word) for word in words[3:]] + SMALL_EVALUATION,
             "report": words[3:],
             "robustness": [*words[3:], *SMALL_EVALUATION, "--only", "swap"],
@@ -300,7 +302,7 @@ def test_best_of_the_search_is_trained_and_compared(tiny, tmp_path):
     environment, first, _ = tiny
     best = first / "search" / "best.yaml"
     settings = yaml.safe_load(best.read_text())
-    for name, options in (("04_train", ["-f", str(best), "-p", "preset", "tiny"]),
+    for name, options in (("04_train", ["-f", str(best)]),
                           ("06_eval", ["-p", "baseline_run", "tiny", "-p", "num_videos", "0"])):
         done = subprocess.run(
             [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb",
@@ -309,7 +311,8 @@ def test_best_of_the_search_is_trained_and_compared(tiny, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     run = first.parent / "searched"
     config = json.loads((run / "config.json").read_text())
-    assert settings == {"lr": config["train"]["lr"], "hidden_dim": config["model"]["hidden_dim"],
+    assert settings == {"preset": "tiny", "lr": config["train"]["lr"], "seed": 0,
+                        "hidden_dim": config["model"]["hidden_dim"],
                         "num_recursions": config["model"]["num_recursions"]}
     assert not (run / "videos").exists() and (run / "figures" / "06_comparison.png").exists()
     (table,) = [output.data["text/plain"] for cell in nbformat.read(

@@ -132,28 +132,6 @@ def test_training_curves_need_an_epoch():
         plots.plot_training_curves([])
 
 
-def test_search_keeps_the_ranking_and_highlights_its_first():
-    trials = [dict(lr=lr, hidden_dim=128, num_recursions=4, final_val_loss=losses[-1],
-                   val_losses=losses, success_rate=rate)
-              for lr, losses, rate in ((5e-4, [0.8, 0.2], 0.9), (1e-4, [0.7, 0.1], 0.5))]
-    ranking, curves = plots.plot_search_ranking(trials).axes
-    assert [bar.get_width() for bar in ranking.patches] == [0.2, 0.1]
-    assert [label.get_text() for label in ranking.get_yticklabels()] == [
-        "lr 0.0005, D 128, N 4", "lr 0.0001, D 128, N 4"
-    ]
-    assert [text.get_text() for text in ranking.texts] == [
-        "0.2000 (90 % success)", "0.1000 (50 % success)"
-    ]
-    red = matplotlib.colors.to_rgba(plots.RED)
-    assert [bar.get_facecolor() == red for bar in ranking.patches] == [True, False]
-    highlighted = [line for line in curves.lines if matplotlib.colors.to_rgba(line.get_color())
-                   == red]
-    assert [list(line.get_ydata()) for line in highlighted] == [[0.8, 0.2]]
-    del trials[1]["success_rate"]
-    ranking = plots.plot_search_ranking(trials).axes[0]
-    assert [text.get_text() for text in ranking.texts] == ["0.2000", "0.1000"]
-
-
 def test_success_bars_have_wilson_intervals_and_counts():
     summary = summarize_episodes(episodes(8, 10) + episodes(0, 10, task_id=3))
     axes = plots.plot_success({"policy": summary}).axes[0]

@@ -34,7 +34,9 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
     write_json(trained / "robustness.json",
                {"num_episodes": 10, "rows": [row], "not_used": [black], "failed": []})
     write_json(trained / "explain.json", {"sentences": ["The recursion has converged."]})
-    write_json(trained / "search" / "trials.json", [{"lr": 1e-3}, {"lr": 1e-4}])
+    write_json(trained / "search" / "trials.json", [
+        {"trial": f"lr{lr:g}", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
+        for lr in (1e-3, 1e-4)])
     (trained / "search" / "best.yaml").write_text("lr: 0.001\n")
     for name in ("figures/06_success.png", "videos/success/a.mp4", "videos/all.mp4"):
         (trained / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,7 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
         "| actions 0.1 s late | 6 of 10 | 60.0 | 31 to 83 | -30 | 0.25 | 0 |",
         "- not used by this policy: wrist camera black: it has none",
         "mujoco 3.3.2; gl_renderer llvmpipe", "- The recursion has converged.",
+        "best is not distinguishable from the next, since another seed moves a loss too. "
         "Best of 2 configurations:\n\n```yaml\nlr: 0.001\n```",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
         "![06_success.png](figures/06_success.png)",

@@ -137,6 +137,15 @@ def test_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
     assert not [p for p in paths.artifacts_dir().rglob("*") if p.is_file()]
 
 
+def test_a_notebook_has_its_own_environment_and_log(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb", "import os; print(os.environ['GPU'])")
+    log = tmp_path / "output.log"
+    copy = run_notebook(notebook, output=tmp_path / "out.ipynb", environment={"GPU": "third"},
+                        log=log)
+    assert nbformat.read(copy, as_version=4).cells[1].outputs[0].text == "third\n"
+    assert "2/2" in log.read_text()  # the bar of the cells
+
+
 def test_missing_notebook_lists_those_there_are(notebooks):
     with pytest.raises(FileNotFoundError, match="make notebooks"):
         run_notebook("04_train")

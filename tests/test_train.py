@@ -114,6 +114,17 @@ def test_the_first_epoch_is_completed_however_short_the_time(small_run):
     assert (trainer.run / "best.safetensors").exists()
 
 
+def test_ended_early_it_goes_on_as_if_it_had_not(small_run):
+    """The learning rate follows the schedule of all epochs, also while only some are trained."""
+    straight = small_run("straight", epochs=4).fit()
+    first = small_run("parts", epochs=4, stop_epoch=1)
+    assert losses(first.fit()) == losses(straight[:1]) and first.finished
+    assert first.fit() == small_run("parts", resume=True, epochs=4, stop_epoch=1).fit()
+    rest = small_run("parts", resume=True, epochs=4)
+    assert not rest.finished
+    assert losses(rest.fit()) == losses(straight) and rest.finished
+
+
 def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
     trainer = small_run(epochs=4, lr=1e-3, min_lr=1e-6)
     rates = [row["lr"] for row in trainer.fit()]

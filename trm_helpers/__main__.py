@@ -91,15 +91,39 @@ class Search:
 
     run_name: str
     config: OmitArgPrefixes[Config]
+    export_sweep: str = ""  # only write a W&B sweep of the same trials, into this YAML file
 
     def __call__(self) -> Result:
         from .collect import ensure_demonstrations
-        from .search import run_search
+        from .search import run_search, verdict
+        from .sweeps import export_sweep
 
         folder = paths.artifacts_dir() / self.run_name
-        trials = run_search(self.config, ensure_demonstrations(self.config), folder)
-        lines = [f"{place}. {trial}" for place, trial in enumerate(trials, 1)]
-        return trials, lines, True
+        if self.export_sweep:
+            file = export_sweep(self.config, folder, self.export_sweep)
+            return {"sweep": str(file)}, [f"wandb sweep {file}"], True
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
+        ensure_demonstrations(self.config)
+        trials = run_search(self.config, folder)
+        lines = [f"{place}. {trial['trial']}: {_told(trial)}"
+                 for place, trial in enumerate(trials, 1)]
+        well = all(trial["state"] != "failed" for trial in trials)
+        return trials, [*lines, verdict(trials)], well
+
+
+@dataclass
+class Trial:
+    """One trial of a search that was begun, as an agent of a W&B sweep runs it."""
+
+    run_name: Positional[str]
+    point: Positional[str]  # the settings searched over, as JSON: {"lr": 1e-3, ...}
+
+    def __call__(self) -> Result:
+        from .sweeps import run_sweep_trial
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        found = run_sweep_trial(paths.artifacts_dir() / self.run_name, self.point)
+        return found, [_told({"state": "complete", **found})], True
 
 
 @dataclass
@@ -211,7 +235,7 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Evaluate, Robustness, Report, Run,
+            for kind in (Collect, Validate, Train, Search, Trial, Evaluate, Robustness, Report, Run,
                          Preflight)}
 
 
@@ -242,6 +266,16 @@ def parse(argv: list[str]) -> Any:
                  if part.default is dataclasses.MISSING}
         default = kind(**{**given, **settings})
     return tyro.cli(kind, args=rest, default=default, prog=f"python -m trm_helpers {argv[0]}")
+
+
+def _told(trial: dict) -> str:
+    """A trial of a search in a line."""
+    if trial["state"] == "failed":
+        return "failed: " + trial["error"].splitlines()[0]
+    success = (f"{trial['successes']} of {trial['episodes']} episodes, "
+               if "episodes" in trial else "")
+    stopped = "" if trial["state"] == "complete" else f", stopped after {trial['epochs']} epochs"
+    return f"{success}validation loss {trial['final_val_loss']:.4g}{stopped}"
 
 
 def _settings_of(run: str) -> EvalConfig:

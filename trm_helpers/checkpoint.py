@@ -27,7 +27,8 @@ from .preflight import software_versions
 
 WEIGHTS = ("best", "last")
 # what may change between a training and its continuation
-_FREE_SETTINGS = {"max_minutes", "storage", "device", "num_threads", "wandb_mode", "wandb_project"}
+FREE_SETTINGS = {"max_minutes", "stop_epoch", "storage", "device", "num_threads", "wandb_mode",
+                 "wandb_project"}
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
@@ -64,7 +65,7 @@ def refuse_other_settings(run: Path, config: Config) -> None:
     different = [
         f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
         for part in ("data", "model", "train") for name in now[part]
-        if before[part][name] != now[part][name] and name not in _FREE_SETTINGS
+        if before[part][name] != now[part][name] and name not in FREE_SETTINGS
     ]
     if different:
         raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import numbers
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +188,7 @@ class TrainConfig:
     rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
     rollout_episodes: int = 10  # of each task, from drawn placements: reports use the init states
     max_minutes: float = 0.0  # save and end cleanly after so long; 0 is no limit
+    stop_epoch: int = 0  # end cleanly after so many of the epochs, to go on later; 0 trains all
     precision: str = "auto"  # auto, fp32, bf16, fp16
     compile: bool = False  # torch.compile; goes on without it where it fails
     device: str = "auto"  # auto, cpu, cuda
@@ -205,6 +207,8 @@ class TrainConfig:
         for name in ("weight_decay", "gripper_weight", "patience", "rollout_every", "max_minutes",
                      "num_threads", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(0 <= self.stop_epoch <= self.epochs, "stop_epoch", self.stop_epoch,
+                 f"0 to epochs={self.epochs}")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.rollout_episodes >= 1, "rollout_episodes", self.rollout_episodes, ">= 1")
         _one_of("loss", self.loss, ("mse", "l1", "mix"))
@@ -258,23 +262,48 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The sixteen-point grid of the reference, or part of it."""
+    """The sixteen-point grid of the reference, part of it, or a guided search between its ends."""
 
-    search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)
+    search_method: str = "grid"  # grid; through Optuna: tpe, or halving (drop the worse early)
+    search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: anywhere between
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)
+    search_space: str = ""  # further axes, as YAML: "{chunk: [4, 8], loss: [l1, mse]}"
     search_epochs: int = 10
-    max_configs: int = 0  # 0 runs the whole grid; otherwise that many, spread over it
-    search_episodes: int = 0  # rollouts per configuration; 0 ranks by validation loss alone
+    max_configs: int = 0  # 0 is as many as the grid has points; of it, so many are spread over it
+    search_episodes: int = 0  # rollouts per task and trial; 0 ranks by validation loss alone
+    search_replicates: int = 1  # seeds for each of the finalists
+    search_finalists: int = 3
+    search_shard: str = ""  # "2/4": every fourth point of the grid from the second on
+    search_workers: int = 0  # trials at once; 0 is one for each GPU, or one
+    search_minutes: float = 0.0  # begin no trial after so long and end those that run; 0: no limit
+    search_storage: str = ""  # URL of a database for several machines; "" is a file
 
     def __post_init__(self):
         _convert_types(self)
+        _one_of("search_method", self.search_method, ("grid", "tpe", "halving"))
         for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
-        _require(self.search_epochs >= 1, "search_epochs", self.search_epochs, ">= 1")
-        _require(self.max_configs >= 0, "max_configs", self.max_configs, ">= 0")
-        _require(self.search_episodes >= 0, "search_episodes", self.search_episodes, ">= 0")
+            _different(name, values)
+        for name in ("search_epochs", "search_replicates", "search_finalists"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        for name in ("max_configs", "search_episodes", "search_workers", "search_minutes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _require(not self.search_shard or self.search_method == "grid", "search_shard",
+                 self.search_shard, "none but with search_method='grid', whose points are fixed")
+        _require(not self.search_shard or self.search_replicates == 1, "search_replicates",
+                 self.search_replicates, "1 in a shard: finalists are known when all have ended")
+        _ = self.shard  # refuses a bad one
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which of how many, from 0: (1, 4) for ``search_shard="2/4"``; (0, 1) for all."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.search_shard or "1/1")
+        which, count = map(int, found.groups()) if found else (0, 0)
+        _require(1 <= which <= count, "search_shard", self.search_shard,
+                 "which of how many, from '1/4' to '4/4'")
+        return which - 1, count
 
 
 @dataclass(frozen=True)
@@ -300,21 +329,30 @@ class Config:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, without the part it belongs to; not the preset."""
+        return {name: value for part in PARTS for name, value in vars(getattr(self, part)).items()}
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that are not the preset's: ``from_flat(preset, **changes)`` is this one."""
+        usual = from_flat(self.preset).flat()
+        return {name: value for name, value in self.flat().items() if value != usual[name]}
+
     @classmethod
     def from_dict(cls, values: dict) -> Config:
         """Inverse of :meth:`to_dict`; raises ``ValueError`` for a key that is not a setting."""
         parts = {}
         for name, kind in PARTS.items():
             part = dict(values.get(name, {}))
-            _check_names(part, [f.name for f in dataclasses.fields(kind)], f"{name} setting")
+            check_names(part, [f.name for f in dataclasses.fields(kind)], f"{name} setting")
             parts[name] = kind(**part)
-        _check_names(values, ["preset", *PARTS], "part of a configuration")
+        check_names(values, ["preset", *PARTS], "part of a configuration")
         return cls(preset=values.get("preset", "reference"), **parts)
 
     def replace(self, **settings) -> Config:
         """A copy with the named settings changed, whichever part they belong to."""
         owners = settings_by_part()
-        _check_names(settings, list(owners), "setting")
+        check_names(settings, list(owners), "setting")
         parts = {}
         for name in PARTS:
             mine = {key: value for key, value in settings.items() if owners[key] == name}
@@ -336,7 +374,7 @@ def settings_by_part() -> dict[str, str]:
     return {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
 
 
-def _check_names(given, known: list[str], what: str) -> None:
+def check_names(given, known: list[str], what: str) -> None:
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

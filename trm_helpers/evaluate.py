@@ -115,12 +115,16 @@ def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
     return run / "robustness" / f"{suite}-{perturbation}"
 
 
-def selection_success(run: str | Path, config: Config, episodes: int,
-                      weights: str = "last") -> dict:
+def selection_success(run: str | Path, config: Config, episodes: int, weights: str = "last",
+                      ledger: str | Path | None = None) -> dict:
     """Success of ``episodes`` a task from drawn placements, never the official init states.
 
     For choosing among checkpoints and settings: reports, on the init states, see none of it.
-    Nothing is written.
+
+    Args:
+        ledger: a JSON-lines file that gets each episode's row, with the digest of the weights, the
+            moment it ends. What is in it of these weights is not played again; other weights' rows
+            stay. Without one nothing is written.
 
     Returns:
         :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
@@ -130,14 +134,30 @@ def selection_success(run: str | Path, config: Config, episodes: int,
     source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
     planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
                for task_id in config.data.task_ids for number in range(episodes)]
-    bar = tqdm(_play_all(source, settings, run, planned), "selection", len(planned),
-               unit="episode", leave=False)
-    rows, errors = [], []
+    before = {} if ledger is None else {
+        Episode(*(row[key] for key in Episode._fields)): row
+        for row in selection_rows(run, ledger, weights)}
+    rows = [before[episode] for episode in planned if episode in before]
+    missing = [episode for episode in planned if episode not in before]
+    errors = []
+    bar = tqdm(_play_all(source, settings, run, missing), "selection", len(planned),
+               initial=len(rows), unit="episode", leave=False)
     for episode, row, error in bar:
-        rows.append(row) if row else errors.append(f"{tuple(episode)}: {error}")
+        if error:
+            errors.append(f"{tuple(episode)}: {error}")
+            continue
+        rows.append(row)
+        if ledger is not None:
+            append_jsonl(ledger, {**row, "sha256": source.sha256})
     if not rows:
         raise RuntimeError(f"no episode could be run; the first error: {errors[0]}")
     return summarize_episodes(rows)
+
+
+def selection_rows(run: str | Path, ledger: str | Path, weights: str = "last") -> list[dict]:
+    """What a ledger of :func:`selection_success` holds of a run's present weights."""
+    present = _digest(Path(run) / f"{weights}.safetensors")
+    return [row for row in read_jsonl(ledger) if row["sha256"] == present]
 
 
 # --- what is played -----------------------------------------------------------------------------

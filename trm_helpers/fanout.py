@@ -109,7 +109,7 @@ def _attempt(call: tuple) -> tuple[int, dict | None, str]:
         return index, None, _lost(limit)
     (folder / f"{index}.{begun}.begun").touch()
     if parent:
-        _belong_to(parent)
+        belong_to(parent)
     with _watched(limit):
         try:
             outcome = (index, job(item), "")
@@ -132,7 +132,7 @@ def _lost(limit: float) -> str:
 
 
 @functools.cache  # once in a process
-def _belong_to(parent: int) -> None:
+def belong_to(parent: int) -> None:
     """End with the process ``parent``, however that ends, also between jobs; leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Figures of data, training and evaluation; those of `explain.py` use the same style.
+"""Figures of data, training and evaluation; other modules' figures use the same style.
 
 Figures take images as they are stored, upside down, and show them with :func:`upright`;
 :func:`plot_rollout_strip` takes frames of a film, which are upright already. Every figure comes
@@ -303,42 +303,6 @@ def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure
     axes.set(xlabel="recursions", ylabel="milliseconds per decision", ylim=(0, None),
              title="What a decision costs (one observation, median)")
     count_axis(axes.xaxis)
-    return fig
-
-
-@styled
-def plot_search_ranking(trials: Sequence[Mapping]) -> Figure:
-    """Trials of `search.run_search`, best first: final validation loss, and curves in its colour.
-
-    Each has ``lr``, ``hidden_dim``, ``num_recursions``, ``final_val_loss``, ``val_losses`` (one per
-    epoch) and, where rollouts were made, ``success_rate``, which is written on the bar.
-    """
-    names = [f"lr {trial['lr']:g}, D {trial['hidden_dim']}, N {trial['num_recursions']}"
-             for trial in trials]
-    labels = [f"{trial['final_val_loss']:.4f}" for trial in trials]
-    if all("success_rate" in trial for trial in trials):
-        labels = [f"{label} ({100 * trial['success_rate']:.0f} % success)"
-                  for label, trial in zip(labels, trials, strict=True)]
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(trials)))
-    colours = [RED, *shades[1:]]
-    fig = new_figure(11, max(3.2, 0.28 * len(trials) + 1.4))
-    ranking, curves = fig.subplots(1, 2)
-    bars = ranking.barh(names, [trial["final_val_loss"] for trial in trials], color=colours)
-    ranking.bar_label(bars, labels, padding=3, fontsize=8)
-    ranking.invert_yaxis()
-    ranking.set_xlim(right=1.5 * max(trial["final_val_loss"] for trial in trials))
-    ranking.get_yticklabels()[0].set_fontweight("bold")
-    ranking.set(xlabel="final validation loss", title="Ranking (best in red)")
-    for trial, colour in reversed(list(zip(trials, colours, strict=True))):
-        losses = trial["val_losses"]
-        curves.plot(range(1, len(losses) + 1), losses, color=colour, marker=".",
-                    linewidth=2.5 if trial is trials[0] else 1.2)
-    curves.set(xlabel="epoch", ylabel="validation loss (log scale)",
-               title="Validation loss during training")
-    log_axis(curves.yaxis)
-    count_axis(curves.xaxis)
-    fig.suptitle(f"Search over {len(trials)} configurations: learning rate lr, hidden dimension D, "
-                 "recursions N")
     return fig
 
 

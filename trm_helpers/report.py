@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoint import find_run, load_config
 from .files import read_jsonl, replacing
 from .robustness import card_notes, card_rows
+from .search import verdict
 from .stats import comparison_rows, format_success
 
 # what a reader asks of a run; the rest is in config.json
@@ -93,7 +94,8 @@ def _search(run: Path) -> Iterable[str]:
     best = run / "search" / "best.yaml"
     if best.exists():
         yield "## Search"
-        yield f"Best of {len(_read(run / 'search' / 'trials.json'))} configurations:"
+        trials = _read(run / "search" / "trials.json")
+        yield f"{verdict(trials)} Best of {len(trials)} configurations:"
         yield f"```yaml\n{best.read_text().strip()}\n```"
 
 

@@ -12,14 +12,18 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import paths
 from .config import from_flat, settings_by_part
+from .fanout import belong_to
 from .files import replacing, write_json
 
 _TRACEBACK_LINES = 15  # of a failed notebook shown in the error
+_LOOK_EVERY = 0.5  # seconds between looks at whether a notebook is to be ended
 _PRODUCTS = {
     "notebooks": "notebooks/[0-9]*.ipynb",
     "figures": "figures/*",
@@ -34,7 +38,10 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None, *,
                  output: str | os.PathLike | None = None,
-                 run_dir: str | os.PathLike | None = None) -> Path:
+                 run_dir: str | os.PathLike | None = None,
+                 environment: Mapping[str, str] | None = None,
+                 log: str | os.PathLike | None = None,
+                 stop: threading.Event | None = None) -> Path:
     """Execute a notebook with papermill in a process of its own, wherever it is called from.
 
     The kernel is the Python that calls, its working folder the notebook's. Nothing stands under
@@ -47,11 +54,15 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
         output: the executed copy; by default ``<run_dir>/notebooks/<name>.ipynb``.
         run_dir: by default ``artifacts/<run_name>`` with the parameter of that name, else
             ``artifacts``.
+        environment: variables for its process alone.
+        log: a file for what it prints while it runs, instead of the terminal.
+        stop: when set, the notebook is ended; for calls from threads, which no Ctrl-C reaches.
 
     Returns:
         the path of the executed copy.
 
     Raises:
+        KeyboardInterrupt: ``stop`` was set.
         FileNotFoundError: no such notebook, with those there are.
         ValueError: a parameter that it does not have, with those it has; nothing was run.
         RuntimeError: a cell failed, with the end of its traceback.
@@ -65,9 +76,10 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     output = Path(output).resolve()
     failed = output.with_suffix(".failed.ipynb")
     with replacing(output) as temporary:
-        if _in_own_process(source, temporary, parameters) != 0:
+        if _in_own_process(stop, source, temporary, parameters, environment, log) != 0:
             if not temporary.exists():
-                raise RuntimeError(f"{source.name} did not start; see the messages above")
+                raise RuntimeError(f"{source.name} did not start; see "
+                                   f"{log or 'the messages above'}")
             os.replace(temporary, failed)
             raise RuntimeError(f"{source.name} failed: {_failure(failed)}\n"
                                f"The copy up to there is {failed}")
@@ -116,12 +128,15 @@ def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:
                          f"valid:\n{lines or '  none'}")
 
 
-def _in_own_process(source: Path, output: Path, parameters: dict) -> int:
+def _in_own_process(stop: threading.Event | None, *args) -> int:
     process = multiprocessing.get_context("spawn").Process(
-        target=_execute, args=(source, output, parameters), name=source.stem)
+        target=_execute, args=(os.getpid(), *args))
     process.start()
     try:
-        process.join()
+        while process.exitcode is None:  # with threads, another one may have asked the system first
+            process.join(_LOOK_EVERY if stop else None)
+            if stop and stop.is_set():
+                raise KeyboardInterrupt
     finally:
         if process.is_alive():  # interrupted: let the kernel end with it
             process.terminate()
@@ -129,9 +144,16 @@ def _in_own_process(source: Path, output: Path, parameters: dict) -> int:
     return process.exitcode
 
 
-def _execute(source: Path, output: Path, parameters: dict) -> None:
+def _execute(parent: int, source: Path, output: Path, parameters: dict,
+             environment: Mapping[str, str] | None, log: str | os.PathLike | None) -> None:
     """The child process: exit code 1 for a failed cell, whose traceback is in ``output``."""
+    belong_to(parent)  # and the kernel belongs to this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if log:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    os.environ.update(environment or {})
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # before a python3 kernel in the user's home
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # each refresh is stored in the executed copy
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm: text is wanted

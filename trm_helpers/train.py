@@ -127,7 +127,7 @@ class BehaviorCloningTrainer:
         if self.team.leads:
             save_description(self.run, self.policy, self.train_data)
         with self._tracker() as track, self._progress() as bar:
-            while self.epoch < self.config.epochs and not self._patience_is_over():
+            while not self.finished:
                 if self._time_is_up() or not self._run_steps(bar):
                     break
                 row = self._end_epoch(bar)
@@ -138,6 +138,15 @@ class BehaviorCloningTrainer:
                 track(row)
         self.team.wait()
         return read_jsonl(self.run / "metrics.jsonl")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epochs (of them ``stop_epoch``, where set) or the patience are used up."""
+        return self.epoch >= self._last_epoch or self._patience_is_over()
+
+    @property
+    def _last_epoch(self) -> int:
+        return self.config.stop_epoch or self.config.epochs
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -296,7 +305,7 @@ class BehaviorCloningTrainer:
         torch.set_rng_state(state["generator"])
 
     def _progress(self) -> tqdm:
-        return tqdm(total=self.config.epochs * self.steps_per_epoch, desc="training", unit="step",
+        return tqdm(total=self._last_epoch * self.steps_per_epoch, desc="training", unit="step",
                     initial=self.epoch * self.steps_per_epoch + len(self._measured),
                     disable=not self.team.leads)
 
