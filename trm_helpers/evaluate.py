@@ -156,7 +156,7 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
 
 def selection_rows(run: str | Path, ledger: str | Path, weights: str = "last") -> list[dict]:
     """What a ledger of :func:`selection_success` holds of a run's present weights."""
-    present = _digest(Path(run) / f"{weights}.safetensors")
+    present = digest(Path(run) / f"{weights}.safetensors")
     return [row for row in read_jsonl(ledger) if row["sha256"] == present]
 
 
