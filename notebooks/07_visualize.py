@@ -19,6 +19,8 @@ preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
 weights = "best"  # type: str; best (lowest validation loss) or last
 num_samples = 256  # type: int; validation samples behind the averages
+task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
+num_demos = None  # type: int; of each, where they are yet to be collected; None: as many as there
 
 # %%
 from IPython.display import Markdown
@@ -40,7 +42,10 @@ from trm_helpers.report import write_report
 run = find_run(run_name)
 config = load_config(run)
 policy = load_policy(run, weights)
-_, data = LIBERODataset.from_config(ensure_demonstrations(config), config)
+looked_at = {name: value for name, value in dict(task_ids=task_ids, num_demos=num_demos).items()
+             if value is not None}
+seen = config.replace(**looked_at)
+_, data = LIBERODataset.from_config(ensure_demonstrations(seen), seen)
 observations = data.batch([len(data) // 3])["observations"]
 
 # %% [markdown]

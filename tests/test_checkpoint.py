@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from trm_helpers.checkpoint import (
     load_training_state,
     save_training_state,
     save_weights,
+    shipped_policies,
 )
 from trm_helpers.config import from_flat
 
@@ -69,6 +71,36 @@ def test_a_missing_run_lists_those_there_are(trained):
         load_policy("other")
     with pytest.raises(FileNotFoundError, match="expected a run folder"):
         load_config(trained / "figures")
+
+
+def test_a_shipped_policy_is_copied_before_anything_is_written_beside_it(
+        trained, tmp_path, monkeypatch):
+    shipped = tmp_path / "repo" / "pretrained" / "bowl"
+    shutil.copytree(trained, shipped)
+    monkeypatch.setattr(paths, "repo_root", lambda: tmp_path / "repo")
+    assert find_run() == trained  # the newest is one's own
+    run = find_run("pretrained/bowl")
+    assert run == paths.artifacts_dir() / "pretrained" / "bowl"
+    (run / "policy.json").touch()
+    (run / "episodes.jsonl").write_text("")
+    assert find_run("pretrained/bowl") == run and (run / "episodes.jsonl").exists()
+    assert not (shipped / "episodes.jsonl").exists()
+    with pytest.raises(FileNotFoundError, match="there are: small, pretrained/bowl"):
+        load_policy("pretrained/cup")
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_the_policies_that_come_with_the_repository_load_and_act(name):
+    folder = paths.repo_root() / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+    assert (folder / "README.md").exists()
+    assert "/" not in json.loads((folder / "policy.json").read_text())[
+        "trained_on"]["files"][0]["file"]
+    policy = load_policy(name)
+    policy.reset()
+    action = policy.act({**observation(), "eye_in_hand_rgb": observation(1)["agentview_rgb"],
+                         "ee_ori": np.zeros(3), "task_id": 0})
+    assert action.shape == (7,) and np.isfinite(action).all() and np.abs(action).max() <= 1
 
 
 def test_no_name_means_the_newest_trained_run(small_run):

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -75,11 +76,17 @@ def refuse_other_settings(run: Path, config: Config) -> None:
 def find_run(run_name: str = "") -> Path:
     """The folder of a trained run by name or path; the newest one for an empty name.
 
+    ``pretrained/<name>``, a policy that comes with the repository, is first copied to the folder of
+    that name in ``artifacts/``, so that what is made with it is kept there.
+
     Raises ``FileNotFoundError`` that lists the runs there are.
     """
     root = paths.artifacts_dir()
+    if run_name in shipped_policies() and not (root / run_name).exists():
+        with replacing(root / run_name) as temporary:
+            shutil.copytree(paths.repo_root() / run_name, temporary)
     trained = sorted(root.glob("*/policy.json"), key=lambda path: path.stat().st_mtime)
-    names = [path.parent.name for path in trained]
+    names = [path.parent.name for path in trained] + shipped_policies()
     if not run_name and trained:
         return trained[-1].parent
     for run in (root / run_name, Path(run_name)):
@@ -87,6 +94,13 @@ def find_run(run_name: str = "") -> Path:
             return run
     raise FileNotFoundError(f"no trained run {run_name!r} in {root}; "
                             f"there are: {', '.join(names) or 'none'}. 04_train makes one")
+
+
+def shipped_policies() -> list[str]:
+    """``pretrained/<name>`` of each policy that comes with the repository."""
+    root = paths.repo_root()
+    described = root.glob("pretrained/*/policy.json")
+    return sorted(str(path.parent.relative_to(root)) for path in described)
 
 
 def load_config(run: str | Path) -> Config:
@@ -120,7 +134,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     """Rebuild a policy, its normalisers and its observation mapping from a run folder alone.
 
     Args:
-        run: folder, or name of a folder in ``artifacts/``.
+        run: folder, or name of a folder in ``artifacts/``, or ``pretrained/<name>``.
         weights: ``best`` (lowest validation loss) or ``last``.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it becomes ``path``, else it is removed.
 
-    What stood at ``path`` stays untouched until the new file is complete.
+    For a file or a whole folder. What stood at ``path`` stays untouched until the new one is
+    complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,6 +25,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 

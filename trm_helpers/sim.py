@@ -27,12 +27,8 @@ import numpy as np
 
 from . import schema
 from .preflight import check_pinned_versions, configure_gl
+from .scene import Scene
 
-# What mjv_updateScene reads of the moving scene. A copy of these is enough to draw it later.
-_SCENE_FIELDS = (
-    "geom_xpos", "geom_xmat", "site_xpos", "site_xmat",
-    "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
-)
 _MAX_PLACEMENT_TRIES = 20  # LIBERO's own reset retries for ever
 
 
@@ -111,45 +107,6 @@ class Observation(Mapping):
         return len(set(self._values) | set(self._renderers))
 
 
-class _Scene:
-    """The scene as it was when robosuite sampled a camera: draws the frame later, to the bit."""
-
-    def __init__(self, raw):
-        self.raw = raw
-        self.sim = raw.sim
-        data = self.sim.data._data
-        self.fields = {name: getattr(data, name).copy() for name in _SCENE_FIELDS}
-        self.site_rgba = self.sim.model._model.site_rgba.copy()  # a stove's flame is a site
-
-    def render(self, camera: str, size: int) -> np.ndarray:
-        """uint8 (size, size, 3) of a camera, upside down as in the files."""
-        if self.raw.sim is not self.sim:
-            raise RuntimeError(
-                f"the frame of {camera} was not read before the environment was reset or closed"
-            )
-        with self._restored():
-            self.sim._render_context_offscreen.gl_ctx.make_current()
-            return np.asarray(self.sim.render(camera_name=camera, width=size, height=size))
-
-    @contextlib.contextmanager
-    def _restored(self):
-        data, model = self.sim.data._data, self.sim.model._model
-        now = {name: getattr(data, name).copy() for name in _SCENE_FIELDS}
-        rgba_now = model.site_rgba.copy()
-        self._assign(data, self.fields)
-        model.site_rgba[:] = self.site_rgba
-        try:
-            yield
-        finally:
-            self._assign(data, now)
-            model.site_rgba[:] = rgba_now
-
-    @staticmethod
-    def _assign(data, fields: dict) -> None:
-        for name, value in fields.items():
-            getattr(data, name)[:] = value
-
-
 class LiberoEnv:
     """One task of a suite in the simulator, reused over episodes.
 
@@ -181,7 +138,7 @@ class LiberoEnv:
         # while the fixtures are where a reset with seed 0 places them: what the solver, which
         # begins from its last answer, remembers of that reset
         self._official_start: np.ndarray | None = None
-        self._scenes: dict[str, _Scene] = {}
+        self._scenes: dict[str, Scene] = {}
         with _quiet():
             from libero.libero.envs import OffScreenRenderEnv
 
@@ -428,7 +385,7 @@ class LiberoEnv:
         raw, scenes = self.raw, self._scenes
 
         def keep_scene(live_name: str, _cache: dict) -> np.ndarray:
-            scenes[live_name] = _Scene(raw)
+            scenes[live_name] = Scene(raw)
             return np.zeros(2)  # stands in for the frame inside robosuite
 
         def make_lazy(observables: dict) -> dict:

@@ -1,0 +1,146 @@
+"""What a linear probe reads from a policy's state at each depth: the table in docs/recursion.md.
+
+    python benchmarks/probes.py RUN --demos 10
+
+Takes the run's demonstrations of every task, computes the policy's state after each recursion on
+their observations, and fits ridge regressions from it (averaged over the tokens; the answer y, and
+of a TRM the latent z) to where the object and the target are, to their distances from the hand and
+from each other, and to whether the gripper is closed 8 steps later. Fitted on half of the
+demonstrations and scored on the other half: the share of variance explained, for the median of
+draws with replacement from the demonstrations scored, with its 95 % interval. ``input`` is the same
+for what the recursion is given, ``proprioception`` for the joints and the hand alone. Positions are
+taken within a task: knowing which task it is explains nothing.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import h5py
+import numpy as np
+import torch
+
+from trm_helpers import load_policy, schema
+from trm_helpers.checkpoint import find_run, load_config
+from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.experts import pick_place_goal
+from trm_helpers.sim import LiberoEnv
+
+_AHEAD = 8  # steps, when the gripper is asked for
+_PENALTIES = 10.0 ** np.arange(-2, 5)  # of the ridge, chosen on the last fifth of what is fitted
+
+
+def positions(env: LiberoEnv, demo: h5py.Group) -> dict[str, np.ndarray]:
+    """By name, (T, n): where object and target are, as the demonstration's states say."""
+    name, target = pick_place_goal(env)
+    env.set_fixtures(demo.attrs["model_file"])
+    found = {"object": [], "target": [], "hand": []}
+    for state in demo["states"]:
+        env.sim.set_state_from_flattened(state)
+        env.sim.forward()
+        found["object"].append(env.object_position(name))
+        found["target"].append(env.object_position(target))
+        found["hand"].append(env.end_effector())
+    where = {key: np.array(value) for key, value in found.items()}
+    return {"object": where["object"], "target": where["target"],
+            "hand to object": np.linalg.norm(where["object"] - where["hand"], axis=1,
+                                             keepdims=True),
+            "object to target": np.linalg.norm(where["object"] - where["target"], axis=1,
+                                               keepdims=True)}
+
+
+@torch.inference_mode()
+def states_of(policy, demo: h5py.Group, task_id: int, deepest: int) -> dict[str, np.ndarray]:
+    """By name, (T, D): inputs and the states after each recursion."""
+    found: dict[str, list[np.ndarray]] = {}
+
+    def keep(name: str, value: torch.Tensor) -> None:
+        value = value.float().reshape(1, -1, value.shape[-1]).mean(1)  # over tokens, if there are
+        found.setdefault(name, []).append(value[0].numpy())
+
+    for step in range(len(demo["actions"])):
+        observation = {key: values[step] for key, values in demo["obs"].items()}
+        observation["task_id"] = task_id
+        given = policy.prepare(observation)
+        x = policy.encode(given)
+        keep("proprioception", given["proprio"])
+        keep("input", x)
+        state = policy.block.start(x)
+        for depth in range(1, deepest + 1):
+            state = policy.block(state, x)
+            keep(f"answer, depth {depth}", policy.block.answer(state))
+            if policy.config.variant == "trm":
+                keep(f"latent, depth {depth}", state[:, 1])
+    return {name: np.stack(values) for name, values in found.items()}
+
+
+def samples(run, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]]:
+    """(states, what they may know) of each demonstration, centred within its task."""
+    config = load_config(run)
+    for task_id, path in ensure_demonstrations(config).items():
+        gathered = []
+        with LiberoEnv(config.data.suite, task_id) as env, h5py.File(path) as file:
+            env.reset()
+            for number in range(demos):
+                demo = file[f"{schema.DATA_GROUP}/demo_{number}"]
+                known = positions(env, demo)
+                closed = demo["actions"][:, schema.GRIPPER_INDEX]
+                known["gripper"] = np.append(closed[_AHEAD:], [closed[-1]] * _AHEAD)[:, None]
+                gathered.append((states_of(policy, demo, task_id, deepest), known))
+        means = {name: np.concatenate([known[name] for _, known in gathered]).mean(0)
+                 for name in gathered[0][1]}
+        for states, known in gathered:
+            yield states, {name: value - means[name] for name, value in known.items()}
+
+
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
+    return np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+
+
+def fit(x: np.ndarray, y: np.ndarray):
+    """Predictor of y (N, m) from x (N, D): standardised, with the best of the penalties."""
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+
+    def features(values: np.ndarray) -> np.ndarray:
+        return np.column_stack([(values - mean) / spread, np.ones(len(values))])
+
+    kept = 4 * len(x) // 5  # in the order of demonstrations: the last ones are unseen
+    errors = [np.square(features(x[kept:]) @ ridge(features(x[:kept]), y[:kept], penalty)
+                        - y[kept:]).mean() for penalty in _PENALTIES]
+    weights = ridge(features(x), y, _PENALTIES[int(np.argmin(errors))])
+    return lambda values: features(values) @ weights
+
+
+def explained(predict, scored: list[tuple[np.ndarray, np.ndarray]],
+              draws: int = 500) -> list[float]:
+    """Share of variance explained: median, 2.5 and 97.5 % over draws of demonstrations."""
+    left = np.array([np.square(predict(x) - y).sum() for x, y in scored])
+    there = np.array([np.square(y).sum() for _, y in scored])
+    drawn = np.random.default_rng(0).integers(len(scored), size=(draws, len(scored)))
+    return np.percentile(1 - left[drawn].sum(1) / there[drawn].sum(1), [50, 2.5, 97.5]).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="a trained run that is told its task by number")
+    parser.add_argument("--demos", type=int, default=10, help="of each task")
+    given = parser.parse_args()
+    run = find_run(given.run)
+    policy = load_policy(run)
+    gathered = list(samples(run, policy, given.demos, 2 * policy.config.num_recursions))
+    fitted, scored = gathered[::2], gathered[1::2]
+    known = list(gathered[0][1])
+    print(f"{len(fitted)} demonstrations fitted, {len(scored)} scored; share of variance explained")
+    print("| state | " + " | ".join(known) + " |\n|" + "---|" * (len(known) + 1))
+    for name in gathered[0][0]:
+        cells = []
+        for what in known:
+            predict = fit(np.concatenate([states[name] for states, _ in fitted]),
+                          np.concatenate([values[what] for _, values in fitted]))
+            middle, low, high = explained(predict, [(states[name], values[what])
+                                                    for states, values in scored])
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
