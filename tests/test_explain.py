@@ -204,7 +204,11 @@ def test_depth_curve_by_hand():
     curve = explain.depth_curve(FakePolicy(), FakeDataset(4), depths=(1, 2, 4))
     # |i / 10 / d - i / 20| averaged over i = 0 ... 3 (mean 1.5)
     assert curve["arm_error"] == pytest.approx([1.5 / 20, 0, 1.5 / 40], abs=1e-6)
+    spread = 1.96 * np.std([0, 1, 2, 3]) / 20 / np.sqrt(4)  # at depth 1
+    np.testing.assert_allclose(curve["arm_interval"][:2],
+                               [[1.5 / 20 - spread, 1.5 / 20 + spread], [0, 0]], atol=1e-6)
     assert curve["gripper_accuracy"] == [0.5, 0.5, 0.5]
+    assert curve["gripper_interval"][0] == pytest.approx((0.15, 0.85), abs=0.01)  # 2 of 4
     gripper = 2 * 4 / (4 * 7)
     arm = 6 / 7 * 14 / 4  # mean of i^2 = 14 / 4
     assert curve["mse"] == pytest.approx([gripper + arm / 400, gripper, gripper + arm / 1600])

@@ -26,6 +26,7 @@ from .plots import (
     styled,
     upright,
 )
+from .stats import wilson_interval
 
 BATCH = 64
 CONVERGED = 0.05  # last change, as a share of the state's norm
@@ -250,8 +251,10 @@ def depth_curve(
     """Error of the first action when the policy recurses ``depths`` times at inference.
 
     Returns lists by depth, in the environment's units: ``depths``, ``mse`` over the seven
-    numbers, ``arm_error`` (mean absolute error of the six of the arm) and ``gripper_accuracy``;
-    and ``trained_depth``. A policy that halts by itself may stop before the depth it is given.
+    numbers, ``arm_error`` (mean absolute error of the six of the arm) and ``gripper_accuracy``,
+    the last two with ``arm_interval`` and ``gripper_interval``, 95 % intervals [low, high] over the
+    samples; and ``trained_depth``. A policy that halts by itself may stop before the depth it is
+    given.
     """
     targets, predictions = [], {depth: [] for depth in depths}
     with _evaluating(policy):
@@ -261,33 +264,39 @@ def depth_curve(
                 actions = policy(batch["observations"], num_recursions=depth)
                 predictions[depth].append(_first_actions(policy, actions))
     target = np.concatenate(targets)
-    reports = [prediction_report(target, np.concatenate(predictions[depth]), 0) for depth in depths]
-    return {
-        "depths": list(depths),
-        "mse": [report["mse"] for report in reports],
-        "arm_error": [
-            float(np.mean([report["mean_absolute_error"][name]
-                           for name in schema.ACTION_NAMES[: schema.ARM_DIM]]))
-            for report in reports
-        ],
-        "gripper_accuracy": [report["gripper_accuracy"] for report in reports],
-        "trained_depth": policy.config.num_recursions,
-    }
+    curve = {"depths": list(depths), "mse": [], "arm_error": [], "arm_interval": [],
+             "gripper_accuracy": [], "gripper_interval": [],
+             "trained_depth": policy.config.num_recursions}
+    for depth in depths:
+        predicted = np.concatenate(predictions[depth])
+        report = prediction_report(target, predicted, 0)
+        each = np.abs(predicted - target)[:, : schema.ARM_DIM].mean(axis=1)  # (N,)
+        mean, half = float(each.mean()), 1.96 * float(each.std()) / np.sqrt(len(each))
+        right = report["gripper_accuracy"]
+        curve["mse"].append(report["mse"])
+        curve["arm_error"].append(mean)
+        curve["arm_interval"].append([mean - half, mean + half])
+        curve["gripper_accuracy"].append(right)
+        curve["gripper_interval"].append(
+            list(wilson_interval(round(right * len(target)), len(target))))
+    return curve
 
 
 @styled
 def plot_depth_curve(curve: Mapping) -> Figure:
     """What :func:`depth_curve` returned."""
     fig = new_figure(9, 3.4)
-    panels = (("arm_error", "mean absolute error (environment units)", "Arm"),
-              ("gripper_accuracy", "share with the right sign", "Gripper"))
-    for axes, (key, label, title) in zip(fig.subplots(1, 2), panels, strict=True):
+    panels = (("arm_error", "arm_interval", "mean absolute error (environment units)", "Arm"),
+              ("gripper_accuracy", "gripper_interval", "share with the right sign", "Gripper"))
+    for axes, (key, interval, label, title) in zip(fig.subplots(1, 2), panels, strict=True):
         axes.plot(curve["depths"], curve[key], marker="o")
+        axes.fill_between(curve["depths"], *zip(*curve[interval], strict=True), alpha=0.2,
+                          label="95 % interval over the samples")
         axes.axvline(curve["trained_depth"], color=GREY, linestyle=":",
                      label=f"trained with {curve['trained_depth']}")
         axes.set(xlabel="recursions at inference", ylabel=label, title=title)
         count_axis(axes.xaxis)
-        axes.legend()
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle("What recursion depth does to the first action")
     return fig
 

@@ -23,6 +23,7 @@ from trm_helpers.collect import ensure_demonstrations  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value  # noqa: E402
 from trm_helpers.evaluate import evaluate_run  # noqa: E402
 from trm_helpers.preflight import ensure_gl, preflight, table  # noqa: E402
+from trm_helpers.protocols import PROTOCOLS  # noqa: E402
 from trm_helpers.stats import format_success  # noqa: E402
 
 CALL_AGAIN = 3
@@ -68,8 +69,8 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
           f"{rows[-1]['val_loss']:.4f}", flush=True)
     if not trainer.finished:
         return False
-    results = evaluate_run(run, EvalConfig(num_episodes=given.episodes, num_videos=1,
-                                           eval_workers=given.workers))
+    results = evaluate_run(run, EvalConfig(protocol=given.protocol, num_episodes=given.episodes,
+                                           num_videos=1, eval_workers=given.workers))
     print(format_success(results), flush=True)
     return not results["errors"]
 
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, nargs="*", help="task ids; all of the suite")
     parser.add_argument("--demos", type=int, default=50, help="demonstrations of each task")
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--protocol", default="quick", choices=PROTOCOLS)
     parser.add_argument("--episodes", type=int, default=50, help="of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, in training")
