@@ -20,10 +20,15 @@ run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes
 weights = "best"  # type: str; best (lowest validation loss) or last
 num_samples = 256  # type: int; validation samples behind the averages
 task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
+depth_episodes = 0  # type: int; per task and depth in the simulator; 0 shows what is there
 num_demos = None  # type: int; of each, where they are yet to be collected; None: as many as there
 
 # %%
-from IPython.display import Markdown
+import dataclasses
+import json
+
+import pandas as pd
+from IPython.display import Markdown, display
 
 from trm_helpers import (
     LIBERODataset,
@@ -35,8 +40,10 @@ from trm_helpers import (
 )
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.depth import depth_card, depth_rows, plot_depth_card
 from trm_helpers.files import write_json
 from trm_helpers.report import write_report
+from trm_helpers.robustness import plot_card
 
 # %%
 run = find_run(run_name)
@@ -99,6 +106,31 @@ fig = explain.plot_prediction_by_depth(
     depths, explain.prediction_by_depth(policy, observations, depths))
 plots.save_figure(fig, run / "figures" / "07_prediction_by_depth.png")
 fig
+
+# %% [markdown]
+# A smaller error on demonstrated states need not mean more success. So the same weights act in the
+# simulator: as trained, with fewer and more steps, with a rule that stops when the answer no longer
+# changes, and with the state carried over from one decision to the next, all from the same init
+# states. `depth_episodes` runs that (as many evaluations as there are lines), as does
+# `python -m trm_helpers depth RUN`.
+
+# %%
+if depth_episodes:
+    depth_card(run, config=dataclasses.replace(config.eval, num_episodes=depth_episodes),
+               weights=weights)
+for path in run.glob("depth.json"):
+    card = json.loads(path.read_text())
+    display(pd.DataFrame(depth_rows(card)), plot_depth_card(card))
+
+# %% [markdown]
+# ## What is left when something changes?
+#
+# The card that 06_eval makes with `robustness_episodes`, if it was made: does the policy look, or
+# does it remember where things usually are?
+
+# %%
+for path in run.glob("robustness.json"):
+    display(plot_card(json.loads(path.read_text())))
 
 # %% [markdown]
 # ## Where does it stop?

@@ -16,7 +16,7 @@ def test_an_episode_ends_with_success_or_at_the_horizon():
     assert row.pop("seconds") >= 0 and row.pop("max_action_ms") >= row.pop("action_ms") >= 0
     assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
                    "success": True, "steps": 3, "return": 1.0, "horizon": 4,
-                   "mean_recursions": 3.0}
+                   "mean_recursions": 3.0, "recursions_by_phase": {"reach": 3.0}}
     failed = run_episode(policy, StraightRoad(), init_state=9)
     assert (failed["success"], failed["steps"]) == (False, 4)
     assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7

@@ -193,6 +193,28 @@ class Robustness:
 
 
 @dataclass
+class Depth:
+    """Does thinking longer help? A run's success by the recursions used, in the simulator."""
+
+    run: Positional[str]  # a run under artifacts/
+    eval: OmitArgPrefixes[EvalConfig]
+    weights: str = "best"  # best or last
+    task_ids: tuple[int, ...] = ()  # others than the run's
+    depths: tuple[int, ...] = ()  # none: 1, half, once and twice the trained one
+    thresholds: tuple[float, ...] = (1e-4, 1e-3)  # of the convergence rule
+
+    def __call__(self) -> Result:
+        import pandas as pd
+
+        from .depth import depth_card, depth_rows
+
+        card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
+                          self.task_ids)
+        table = pd.DataFrame(depth_rows(card)).to_string(index=False)
+        return card, [table], not any(row["errors"] for row in card["rows"])
+
+
+@dataclass
 class Run:
     """All notebooks of the suite with a preset, or one notebook such as 04_train."""
 
@@ -235,8 +257,8 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Trial, Evaluate, Robustness, Report, Run,
-                         Preflight)}
+            for kind in (Collect, Validate, Train, Search, Trial, Evaluate, Robustness, Depth,
+                         Report, Run, Preflight)}
 
 
 def parse(argv: list[str]) -> Any:
@@ -255,9 +277,9 @@ def parse(argv: list[str]) -> Any:
             preset, rest = rest[0], rest[1:]
         config = from_flat(preset)
         settings = {"data": config.data} if kind is Collect else {"config": config}
-    elif kind in (Evaluate, Robustness):
+    elif kind in (Evaluate, Robustness, Depth):
         config = _settings_of(rest[0]) if rest else EvalConfig()
-        if kind is Robustness:  # films of a dozen evaluations are for those who ask for them
+        if kind is not Evaluate:  # films of a dozen evaluations are for those who ask for them
             config = dataclasses.replace(config, num_videos=0, perturbation="none")
         settings = {"eval": config}
     default = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .checkpoint import find_run, load_config
+from .depth import depth_rows
 from .files import read_jsonl, replacing
 from .robustness import card_notes, card_rows
 from .search import verdict
@@ -23,14 +24,14 @@ _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-b
 def write_report(run: str | Path) -> Path:
     """Write ``report.md`` from what is in the folder so far, and return its path.
 
-    Settings, training, success with its protocol and bounds, the robustness card, what 07_visualize
-    found, the search, and every figure and film. What was not done is left out, but for the
-    evaluation, which is said to be missing. Raises ``FileNotFoundError`` for a folder that holds no
-    trained run.
+    Settings, training, success with its protocol and bounds, the cards of robustness and depth,
+    what 07_visualize found, the search, and every figure and film. What was not done is left out,
+    but for the evaluation, which is said to be missing. Raises ``FileNotFoundError`` for a folder
+    that holds no trained run.
     """
     run = find_run(str(run))
-    sections = [f"# {run.name}", *_success(run), *_robustness(run), *_training(run), *_inside(run),
-                *_search(run), *_settings(run), *_media(run)]
+    sections = [f"# {run.name}", *_success(run), *_robustness(run), *_depth(run), *_training(run),
+                *_inside(run), *_search(run), *_settings(run), *_media(run)]
     path = run / "report.md"
     with replacing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
@@ -69,6 +70,14 @@ def _robustness(run: Path) -> Iterable[str]:
                "the init states of the plain ones, those of LIBERO-PRO's suites in others.")
         yield _table(card_rows(card))
         yield "\n".join(f"- {note}" for note in card_notes(card))
+
+
+def _depth(run: Path) -> Iterable[str]:
+    card = _read(run / "depth.json")
+    if card:
+        yield "## When it thinks longer or shorter"
+        yield f"{card['num_episodes']} episodes of each task per row, from the same init states."
+        yield _table(depth_rows(card))
 
 
 def _training(run: Path) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from .films import FPS, caption_frame, draw_path, enlarge, intended_path, write_
 from .plots import upright
 from .sim import LiberoEnv, Observation
 
+PHASES = ("reach", "grasp", "carry", "place")
+_GRASPING = 8  # steps, from the command to close the gripper on
 _SCALE = 3  # of frames in films
 
 
@@ -46,31 +48,51 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     Returns:
         the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
         seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, with
-        the frames it asks for), and the mean number of recursions per decision where the policy
-        tells it.
+        the frames it asks for), and where the policy tells its recursions their mean over the
+        steps, of the whole episode and of each of its :func:`phases`.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()
     policy.reset()
     observation = (env.reset(seed=seed) if init_state is None else env.reset(init_state=init_state))
-    success, steps, recursions, took = False, 0, [], []
+    success, steps, recursions, took, closed = False, 0, [], [], []
     while not success and steps < horizon:
         asked = time.perf_counter()
         action = policy.act(observation)
         took.append(1000 * (time.perf_counter() - asked))
         recursions.append(getattr(policy, "last_recursions", None))
+        closed.append(action[schema.GRIPPER_INDEX] > 0)
         if watch:
             watch(observation, steps)
         observation, success = env.step(action)
         steps += 1
     if watch:
         watch(observation, steps)
-    used = [count for count in recursions if count is not None]
+    used = np.array([count for count in recursions if count is not None])
+    phase = np.array(phases(closed))[:len(used)]
     return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
             "seed": seed, "success": success, "steps": steps, "return": float(success),
-            "horizon": horizon, "mean_recursions": float(np.mean(used)) if used else None,
+            "horizon": horizon, "mean_recursions": float(used.mean()) if len(used) else None,
+            "recursions_by_phase": {name: float(used[phase == name].mean()) for name in PHASES
+                                    if (phase == name).any()},
             "action_ms": round(float(np.mean(took)), 3), "max_action_ms": round(max(took), 3),
             "seconds": round(time.perf_counter() - began, 3)}
+
+
+def phases(closed: Sequence[bool]) -> list[str]:
+    """One of :data:`PHASES` for each step, from whether the gripper was told to be closed.
+
+    ``reach`` until it closes first, ``grasp`` for 8 steps from each closing on, ``carry`` while it
+    then stays closed, ``place`` from when it has opened again.
+    """
+    named, steps, ever = [], 0, False  # steps for which it has been closed
+    for now in closed:
+        steps, ever = (steps + 1 if now else 0), ever or now
+        if steps:
+            named.append("grasp" if steps <= _GRASPING else "carry")
+        else:
+            named.append("place" if ever else "reach")
+    return named
 
 
 def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | Path,

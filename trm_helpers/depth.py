@@ -1,0 +1,188 @@
+"""Does thinking longer help in control? Success by the number of recursions: one card per run.
+
+The same weights play the same episodes as trained, at other depths, with each rule that may end the
+recursion early, and with the state carried over from one decision to the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .checkpoint import find_run, load_config, load_policy
+from .config import EvalConfig, ModelConfig
+from .evaluate import digest, evaluate_episodes, official_episodes
+from .files import read_jsonl, write_json
+from .plots import GREY, PALETTE, count_axis, new_figure, save_figure, styled
+from .rollout import PHASES, Policy
+from .sim import LiberoEnv
+from .stats import paired_mcnemar
+
+THRESHOLDS = (1e-4, 1e-3)  # of the convergence rule: 1e-3 is the published one
+_NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
+_RECURSIVE = ("block", "trm")
+
+
+class ChangedPolicy(NamedTuple):
+    """A run's policy with other settings of its recursion."""
+
+    run: Path
+    weights: str
+    changes: tuple[tuple[str, float | str], ...]
+
+    def make(self, env: LiberoEnv) -> Policy:
+        policy = load_policy(self.run, self.weights)
+        policy.config = dataclasses.replace(policy.config, **dict(self.changes))
+        policy.reset()
+        return policy
+
+
+def ways_to_think(trained: ModelConfig, depths: Sequence[int],
+                  thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict]:
+    """Settings that are changed, by name; the first is the policy as it was trained."""
+    deepest = max([*depths, trained.num_recursions])
+    ways: dict[str, dict] = {"as trained": {}}
+    rule = {} if trained.halting in ("remainder", "act") else {"halting": "fixed"}
+    name = rule.get("halting", trained.halting)  # those two sum over the steps: kept
+    for depth in sorted({*depths, trained.num_recursions}):
+        if depth != trained.num_recursions or trained.halting != name:
+            ways[f"{name} {depth}"] = {**rule, "num_recursions": depth}
+    if rule:
+        for threshold in thresholds:
+            ways[f"convergence below {threshold:g}, at most {deepest}"] = {
+                "halting": "convergence", "num_recursions": deepest,
+                "convergence_threshold": threshold}
+    return ways | {"as trained, state carried over": {"carry_over": not trained.carry_over}}
+
+
+def depth_card(run: str | Path, depths: Iterable[int] = (),
+               thresholds: Iterable[float] = THRESHOLDS, config: EvalConfig | None = None,
+               weights: str = "best", task_ids: Iterable[int] = ()) -> dict:
+    """Play a run's policy in all :func:`ways_to_think`, and write ``depth.json`` and its figure.
+
+    Each way has a ledger of its own below ``depth/``, so that a call that was interrupted goes on
+    where it was.
+
+    Args:
+        run: folder, or name of a folder in ``artifacts/``.
+        depths: none takes 1, half, once and twice the trained one.
+        thresholds: squared changes of the actions below which the convergence rule stops.
+        config: episodes per task and all else that :func:`evaluate.evaluate_run` takes; ``None``
+            takes the run's, without films.
+
+    Returns:
+        what ``depth.json`` holds: ``rows``, one for each way, with its successes, episodes, rate,
+        Wilson interval, mean length, mean recursions, of the whole episode and ``by_phase``, and
+        milliseconds per executed action, and against the policy as trained the ``gap`` and
+        ``p_value`` of :func:`stats.paired_mcnemar`; and the conditions.
+
+    Raises:
+        ValueError: the policy does not recurse, or a depth below 1.
+    """
+    run = find_run(str(run))
+    trained = load_config(run)
+    if trained.model.variant not in _RECURSIVE:
+        raise ValueError(f"{run} has variant={trained.model.variant!r}, which is applied once; "
+                         f"expected one of {', '.join(_RECURSIVE)}")
+    once = trained.model.num_recursions
+    depths = tuple(depths) or (1, max(once // 2, 1), once, 2 * once)
+    if min(depths) < 1:
+        raise ValueError(f"depths={depths} is not valid; expected each >= 1")
+    config = dataclasses.replace(config or trained.eval, num_videos=0, perturbation="none")
+    task_ids = tuple(task_ids) or trained.data.task_ids
+    identity = {"weights": weights, "sha256": digest(run / f"{weights}.safetensors")}
+    planned = official_episodes(trained.data.suite, task_ids, config)
+    rows: list[dict] = []
+    as_trained: list[dict] = []
+    for name, changes in ways_to_think(trained.model, depths, tuple(thresholds)).items():
+        folder = run / "depth" / name.replace(",", "").replace(" ", "-")
+        results = evaluate_episodes(ChangedPolicy(run, weights, tuple(changes.items())), identity,
+                                    folder, config, trained.data.suite, planned)
+        episodes = [row for row in read_jsonl(folder / "episodes.jsonl")
+                    if row["task_id"] in task_ids and row["init_state"] in config.init_states
+                    and "error" not in row]
+        as_trained = as_trained or episodes
+        test = paired_mcnemar(as_trained, episodes)
+        rows.append({
+            "name": name, **changes, **{key: results[key] for key in _NUMBERS},
+            "errors": len(results["errors"]),
+            "mean_recursions": _mean(row["mean_recursions"] for row in episodes),
+            "by_phase": {phase: _mean(row["recursions_by_phase"][phase] for row in episodes
+                                      if phase in row["recursions_by_phase"])
+                         for phase in PHASES
+                         if any(phase in row["recursions_by_phase"] for row in episodes)},
+            "action_ms": _mean(row["action_ms"] for row in episodes),
+            "gap": test["difference"] if rows else None,
+            "p_value": test["p_value"] if rows else None})
+    card = {"run": run.name, "suite": trained.data.suite, "task_ids": list(task_ids), **identity,
+            "trained_depth": once, "num_episodes": config.episodes,
+            "first_init_state": config.first_init_state, "protocol": config.protocol,
+            "rows": rows, "software": results["software"]}
+    write_json(run / "depth.json", card)
+    save_figure(plot_depth_card(card), run / "figures" / "depth_in_control.png")
+    return card
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+# --- shown ---------------------------------------------------------------------------------------
+def depth_rows(card: Mapping) -> list[dict]:
+    """A table's rows on a card, in percent, points and milliseconds."""
+    return [{
+        "recursion": row["name"],
+        "successes": f"{row['successes']} of {row['episodes']}",
+        "95 % Wilson interval (%)": f"{100 * row['wilson_low']:.0f} to "
+                                    f"{100 * row['wilson_high']:.0f}",
+        "gap (points)": "" if row["gap"] is None else f"{100 * row['gap']:+.0f}",
+        "paired p": "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+        "mean recursions": f"{row['mean_recursions']:.1f}",
+        **{f"in {phase}": f"{row['by_phase'][phase]:.1f}" if phase in row["by_phase"] else ""
+           for phase in PHASES},
+        "ms per action": f"{row['action_ms']:.1f}",
+        "length": f"{row['mean_length']:.0f}",
+    } for row in card["rows"]]
+
+
+@styled
+def plot_depth_card(card: Mapping) -> Figure:
+    """Success and time by the recursions used; where in an episode the rules think longer."""
+    rows = card["rows"]
+    adaptive = [row for row in rows
+                if max(row["by_phase"].values()) - min(row["by_phase"].values()) > 1e-9]
+    fig = new_figure(9.5 if not adaptive else 13, 4.2)
+    panels = fig.subplots(1, 3 if adaptive else 2)
+    used = [row["mean_recursions"] for row in rows]
+    for number, row in enumerate(rows):
+        colour, marker = PALETTE[number % len(PALETTE)], "osD^vPX*"[number % 8]
+        rate = 100 * row["success_rate"]
+        panels[0].errorbar(
+            used[number], rate, color=colour, marker=marker, capsize=3,
+            yerr=[[max(rate - 100 * row["wilson_low"], 0)],
+                  [max(100 * row["wilson_high"] - rate, 0)]], label=row["name"])
+        panels[1].plot(row["action_ms"], rate, color=colour, marker=marker, linestyle="")
+    panels[0].axvline(card["trained_depth"], color=GREY, linestyle=":")
+    panels[0].set(xlabel="recursions used, mean over the steps (dotted: trained)",
+                  title="Does thinking longer help?")
+    panels[1].set(xlabel="milliseconds per executed action", title="What does it cost?")
+    for axes in panels[:2]:
+        axes.set(ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104))
+    for row in adaptive:
+        number = rows.index(row)
+        panels[2].plot(list(row["by_phase"]), list(row["by_phase"].values()),
+                       color=PALETTE[number % len(PALETTE)], marker="osD^vPX*"[number % 8])
+    if adaptive:
+        panels[2].set(xlabel="phase of the episode", ylabel="recursions used, mean",
+                      title="Where does it think longer?")
+    count_axis(panels[0].xaxis)
+    tasks = ", ".join(map(str, card["task_ids"]))
+    fig.suptitle(f"{card['run']} in control: {card['suite']}, task {tasks}, "
+                 f"{rows[0]['episodes']} episodes each")
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
