@@ -255,6 +255,7 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
             "evaluate": [{"10": "1"}.get(word, word) for word in words[3:]] + SMALL_EVALUATION,
             "report": words[3:],
             "robustness": [*words[3:], *SMALL_EVALUATION, "--only", "swap"],
+            "depth": [*words[3:], *SMALL_EVALUATION, "--depths", "2", "--thresholds"],
         }[words[3]]
         if "libero_spatial" in small:  # the expert, on all ten tasks
             small[small.index("libero_spatial")] = "libero_object"
