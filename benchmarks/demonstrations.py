@@ -1,0 +1,84 @@
+"""What the demonstrations are worth: their number, how objects are placed, and recoveries.
+
+    python benchmarks/demonstrations.py --tasks 0 2 5 --kinds benchmark wide --demos 30 --epochs 40
+    python benchmarks/demonstrations.py --tasks 0 2 5 --kinds benchmark calm --demos 10 25 50
+
+Trains one policy for each kind and number of demonstrations, all on as many samples, and plays it
+on the official init states and in LIBERO-PRO's suites that change places (``swap``) or looks
+(``object``) of objects: the tables in docs/recursion.md. Kinds: ``benchmark`` draws placements as
+LIBERO does, ``wide`` over the whole table, ``calm`` as ``benchmark`` but without the pushes that the
+expert recovers from. Each run, in ``artifacts/demonstrations-...``, gets its robustness card; a
+call that was interrupted goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+from policies import POLICIES
+
+from trm_helpers import BehaviorCloningTrainer, paths, schema
+from trm_helpers.checkpoint import create_run
+from trm_helpers.collect import collect_demonstrations
+from trm_helpers.config import Config, EvalConfig, from_flat
+from trm_helpers.robustness import robustness_card
+
+KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
+
+
+def collected(kind: str, given: argparse.Namespace) -> dict[int, Path]:
+    """The file of each task, with as many demonstrations as any policy needs."""
+    folder = paths.data_dir() / f"scripted-{kind}" / given.suite
+    if kind == "benchmark":
+        folder = paths.data_dir() / "scripted" / given.suite
+    return {task_id: collect_demonstrations(given.suite, task_id, max(given.demos), folder,
+                                            **KINDS[kind]) for task_id in given.tasks}
+
+
+def settings(kind: str, demos: int, given: argparse.Namespace) -> Config:
+    return from_flat(
+        "demo", suite=given.suite, task_ids=given.tasks, num_demos=max(given.demos),
+        max_demos_per_task=demos, placement=KINDS[kind].get("placement", "benchmark"),
+        epochs=max(round(given.epochs * 30 / demos), 1), num_threads=given.threads,
+        seed=given.seed, conditioning="task_id", **POLICIES[given.policy])
+
+
+def told(row: dict | None) -> str:
+    return "" if row is None else (f"{row['successes']} of {row['episodes']} "
+                                   f"({100 * row['wilson_low']:.0f} to "
+                                   f"{100 * row['wilson_high']:.0f} %)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default="trm", choices=POLICIES)
+    parser.add_argument("--suite", default="libero_spatial", choices=schema.SUITES)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[0, 2, 5])
+    parser.add_argument("--kinds", nargs="+", default=["benchmark", "wide"], choices=KINDS)
+    parser.add_argument("--demos", type=int, nargs="+", default=[30], help="of each task")
+    parser.add_argument("--epochs", type=int, default=40, help="over 30 demonstrations a task")
+    parser.add_argument("--episodes", type=int, default=20, help="of each task")
+    parser.add_argument("--changes", nargs="+", default=["swap", "object"],
+                        help="rows of the robustness card")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    evaluation = EvalConfig(num_episodes=given.episodes, num_videos=0, eval_workers=given.workers)
+    print("| demonstrations | of each task | " + " | ".join(["plain", *given.changes]) + " |")
+    print("|" + "---|" * (3 + len(given.changes)))
+    for kind in given.kinds:
+        files = collected(kind, given)
+        for demos in given.demos:
+            config = settings(kind, demos, given)
+            words = "-".join(given.policy.replace(",", "").split())
+            run = create_run(config, f"demonstrations-{given.suite}-{words}-{kind}-{demos}"
+                                     f"-s{given.seed}", resume=True)
+            BehaviorCloningTrainer.from_config(config, files, run).fit()
+            card = robustness_card(run, evaluation, only=given.changes)
+            rows = {row["name"]: row for row in card["rows"]}
+            cells = [told(rows.get(name)) for name in ["plain", *given.changes]]
+            print(f"| {kind} | {demos} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
