@@ -6,8 +6,8 @@
 Trains one policy for each kind and number of demonstrations, all on as many samples, and plays it
 on the official init states and in LIBERO-PRO's suites that change places (``swap``) or looks
 (``object``) of objects: the tables in docs/recursion.md. Kinds: ``benchmark`` draws placements as
-LIBERO does, ``wide`` over the whole table, ``calm`` as ``benchmark`` but without the pushes that the
-expert recovers from. Each run, in ``artifacts/demonstrations-...``, gets its robustness card; a
+LIBERO does, ``wide`` over the whole table, ``calm`` as ``benchmark`` but without the pushes that
+the expert recovers from. Each run, in ``artifacts/demonstrations-...``, gets its robustness card; a
 call that was interrupted goes on.
 """
 
