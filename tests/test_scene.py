@@ -34,14 +34,25 @@ def looking(env, generator) -> Scene:
     return scene
 
 
+def draw_everything(monkeypatch) -> None:
+    monkeypatch.setattr(Scene, "_in_view", lambda self, camera, shown: (shown, shown, None))
+
+
 def test_frames_are_equal_to_those_with_all_geoms_wherever_the_camera_is(env, monkeypatch):
     generator = np.random.default_rng(0)
-    scenes = [looking(env, generator) for _ in range(25)]
+    scenes = [looking(env, generator) for _ in range(40)]
     shown = np.isin(env.sim.model._model.geom_group, (1, 2))
-    some = np.array([scene._in_view(CAMERA, shown)[shown].mean() for scene in scenes])
+    views = [scene._in_view(CAMERA, shown) for scene in scenes]
+    some = np.array([(direct | mirrored)[shown].mean() for direct, mirrored, _ in views])
     assert some.min() < 0.5 and (some < 1).mean() > 0.8
+    assert 0.2 < np.mean([window is not None for *_, window in views]) < 0.9
+    drawn = []
+    real = Scene._draw
+    monkeypatch.setattr(Scene, "_draw", lambda scene, *given, **more: (
+        drawn.append(more), real(scene, *given, **more))[1])
     few = [scene.render(CAMERA, 128) for scene in scenes]
-    monkeypatch.setattr(Scene, "_in_view", lambda self, camera, shown: np.ones_like(shown))
+    assert drawn.count({"reflections": False}) > 3  # with the mirror's pixels on their own
+    draw_everything(monkeypatch)
     for scene, frame in zip(scenes, few, strict=True):
         assert np.array_equal(scene.render(CAMERA, 128), frame)
     assert len({frame.tobytes() for frame in few}) == len(few)
@@ -58,9 +69,10 @@ def test_what_a_mirror_shows_is_not_left_out(env, monkeypatch):
     bowl = env.sim.model.geom_name2id("akita_black_bowl_1_g0")
     scene.fields["geom_xpos"][bowl] = stove + (0.17, 0.17, 0.4)  # behind the camera
     shown = np.isin(model.geom_group, (1, 2))
-    assert scene._in_view(CAMERA, shown)[bowl]
+    direct, mirrored, _ = scene._in_view(CAMERA, shown)
+    assert mirrored[bowl] and not direct[bowl]
     with_bowl = scene.render(CAMERA, 128)
-    monkeypatch.setattr(Scene, "_in_view", lambda self, camera, shown: np.ones_like(shown))
+    draw_everything(monkeypatch)
     assert np.array_equal(scene.render(CAMERA, 128), with_bowl)
     scene.fields["geom_xpos"][bowl] = stove + (5, 0, 0.4)
     assert not np.array_equal(scene.render(CAMERA, 128), with_bowl)
