@@ -2,6 +2,8 @@
 
     python benchmarks/probes.py RUN --demos 10
 
+Writes probes.json into the run's folder and prints it as a table.
+
 Takes the run's demonstrations of every task, computes the policy's state after each recursion on
 their observations, and fits ridge regressions from it (averaged over the tokens; the answer y, and
 of a TRM the latent z) to where the object and the target are, to their distances from the hand and
@@ -23,7 +25,8 @@ from trm_helpers import load_policy, schema
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.experts import pick_place_goal
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.files import write_json
+from trm_helpers.sim import LiberoEnv, Task
 
 _AHEAD = 8  # steps, when the gripper is asked for
 _PENALTIES = 10.0 ** np.arange(-2, 5)  # of the ridge, chosen on the last fifth of what is fitted
@@ -49,7 +52,7 @@ def positions(env: LiberoEnv, demo: h5py.Group) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def states_of(policy, demo: h5py.Group, task_id: int, deepest: int) -> dict[str, np.ndarray]:
+def states_of(policy, demo: h5py.Group, task: Task, deepest: int) -> dict[str, np.ndarray]:
     """By name, (T, D): inputs and the states after each recursion."""
     found: dict[str, list[np.ndarray]] = {}
 
@@ -59,7 +62,7 @@ def states_of(policy, demo: h5py.Group, task_id: int, deepest: int) -> dict[str,
 
     for step in range(len(demo["actions"])):
         observation = {key: values[step] for key, values in demo["obs"].items()}
-        observation["task_id"] = task_id
+        observation |= {"task_id": task.task_id, "language": task.language}
         given = policy.prepare(observation)
         x = policy.encode(given)
         keep("proprioception", given["proprio"])
@@ -85,7 +88,7 @@ def samples(run, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]
                 known = positions(env, demo)
                 closed = demo["actions"][:, schema.GRIPPER_INDEX]
                 known["gripper"] = np.append(closed[_AHEAD:], [closed[-1]] * _AHEAD)[:, None]
-                gathered.append((states_of(policy, demo, task_id, deepest), known))
+                gathered.append((states_of(policy, demo, env.task, deepest), known))
         means = {name: np.concatenate([known[name] for _, known in gathered]).mean(0)
                  for name in gathered[0][1]}
         for states, known in gathered:
@@ -121,7 +124,7 @@ def explained(predict, scored: list[tuple[np.ndarray, np.ndarray]],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="a trained run that is told its task by number")
+    parser.add_argument("run", help="a trained run")
     parser.add_argument("--demos", type=int, default=10, help="of each task")
     given = parser.parse_args()
     run = find_run(given.run)
@@ -131,15 +134,21 @@ def main() -> None:
     known = list(gathered[0][1])
     print(f"{len(fitted)} demonstrations fitted, {len(scored)} scored; share of variance explained")
     print("| state | " + " | ".join(known) + " |\n|" + "---|" * (len(known) + 1))
+    rows = []
     for name in gathered[0][0]:
-        cells = []
+        found = []
         for what in known:
             predict = fit(np.concatenate([states[name] for states, _ in fitted]),
                           np.concatenate([values[what] for _, values in fitted]))
-            middle, low, high = explained(predict, [(states[name], values[what])
-                                                    for states, values in scored])
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+            found.append(explained(predict, [(states[name], values[what])
+                                             for states, values in scored]))
+        rows.append({"state": name, "explained": found})
+        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in found]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    config = load_config(run)
+    write_json(run / "probes.json", {
+        "run": run.name, "suite": config.data.suite, "task_ids": list(config.data.task_ids),
+        "fitted": len(fitted), "scored": len(scored), "quantities": known, "rows": rows})
 
 
 if __name__ == "__main__":

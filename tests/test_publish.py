@@ -16,9 +16,7 @@ def publish(tmp_path):
     """The script's names, with a copy of the page and of the results."""
     names = runpy.run_path(str(SCRIPT))
     shutil.copytree(repo_root() / "docs", tmp_path / "docs")
-    names["write"].__globals__.update(PAGE=tmp_path / "docs" / "results.md",
-                                      RESULTS=tmp_path / "docs" / "results",
-                                      repo_root=lambda: tmp_path)
+    names["write"].__globals__.update(DOCS=tmp_path / "docs")
     return names
 
 

@@ -18,6 +18,7 @@ from trm_helpers.robustness import (
     card_rows,
     changes_of,
     plot_card,
+    plot_cards,
     robustness_card,
 )
 
@@ -161,6 +162,18 @@ def test_the_figure_has_a_bar_for_each_row_and_the_plain_rate_as_a_line(run):
         == ["nothing changed", "actions 0.1 s late", "LIBERO-PRO: objects in exchanged places"]
     assert [text.get_text() for text in axes.texts] == ["4/4", "2/4", "2/4"]
     assert 100 in [line.get_xdata()[0] for line in axes.lines]
+
+
+def test_cards_of_several_policies_side_by_side(run):
+    first = robustness_card(run, CONFIG, only=["delay_2"])
+    both = robustness_card(run, CONFIG, only=["delay_2", "swap"])
+    (axes,) = plot_cards({"one": first, "the other": both}).axes
+    bars = axes.containers[1::2]
+    assert [[bar.get_width() for bar in row] for row in bars] == [[100, 50], [100, 50, 50]]
+    places = [[bar.get_y() + bar.get_height() / 2 for bar in row] for row in bars]
+    np.testing.assert_allclose(places[0], [-0.2, 0.8])
+    np.testing.assert_allclose(places[1], [0.2, 1.2, 2.2])
+    assert axes.get_legend_handles_labels()[1] == ["one", "the other"]
 
 
 def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):

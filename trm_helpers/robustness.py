@@ -21,7 +21,7 @@ from .config import EvalConfig, ModelConfig
 from .evaluate import evaluate_run, robustness_folder
 from .files import read_jsonl, write_json
 from .perturbations import PERTURBATIONS, why_unused
-from .plots import BLUE, GREY, ORANGE, new_figure, save_figure, styled
+from .plots import BLUE, GREY, ORANGE, PALETTE, new_figure, save_figure, styled
 from .stats import paired_mcnemar
 
 PLAIN = "plain"
@@ -206,5 +206,32 @@ def plot_card(card: Mapping) -> Figure:
              xlabel="success rate (%), whiskers: 95 % Wilson interval; right: successes/episodes")
     fig.suptitle(f"Success of {card['run']} when something changes\n{card['suite']}, task "
                  f"{tasks}: {each} per bar")
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+@styled
+def plot_cards(cards: Mapping[str, Mapping]) -> Figure:
+    """Success rate under each change of several policies by name, beside one another."""
+    titles = {row["name"]: row["title"] for card in cards.values() for row in card["rows"]}
+    width = 0.8 / len(cards)
+    fig = new_figure(8.5, (0.18 * len(cards) + 0.14) * len(titles) + 1.9)
+    axes = fig.subplots()
+    for number, (label, card) in enumerate(cards.items()):
+        rows = [row for row in card["rows"] if row["episodes"]]
+        place = np.array([list(titles).index(row["name"]) for row in rows])
+        place = place + (number - (len(cards) - 1) / 2) * width
+        rate = np.array([row["success_rate"] for row in rows])
+        error = [rate - [row["wilson_low"] for row in rows],
+                 [row["wilson_high"] for row in rows] - rate]
+        axes.barh(place, 100 * rate, 0.9 * width, color=PALETTE[number % len(PALETTE)], alpha=0.85,
+                  xerr=100 * np.clip(error, 0, None), capsize=2, error_kw={"linewidth": 1},
+                  label=label)
+        for row, at in zip(rows, place, strict=True):
+            axes.text(103, at, f"{row['successes']}/{row['episodes']}", va="center", fontsize=7)
+    axes.set(yticks=range(len(titles)), yticklabels=titles.values(),
+             ylim=(len(titles) - 0.4, -0.6), xlim=(0, 112), xticks=range(0, 101, 20),
+             xlabel="success rate (%), whiskers: 95 % Wilson interval; right: successes/episodes")
+    fig.suptitle("Success when something changes")
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig

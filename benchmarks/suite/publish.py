@@ -1,12 +1,14 @@
-"""Results of runs as committed files, and docs/results.md's tables and figures from those.
+"""Results of runs as committed files, and the tables and figures of docs/ made from those.
 
     python benchmarks/suite/publish.py add spatial-all RUN RUN ...
+    python benchmarks/suite/publish.py card look-or-remember "wide placements" RUN/robustness.json
     python benchmarks/suite/publish.py ship spatial-trm RUN
     python benchmarks/suite/publish.py write
 
-``add`` writes ``docs/results/<group>/<run>.json``, ``ship`` a policy for ``load_policy`` to
-``pretrained/<name>``, and ``write`` whatever stands between the marks ``<!-- <group> -->`` and
-``<!-- end -->`` of docs/results.md, with ``docs/images/<group>.png``.
+``add`` writes ``docs/results/<group>/<run>.json``, ``card`` a run's depth.json, robustness.json or
+probes.json to ``docs/recursion/<group>/<label>.json``, ``ship`` a policy for ``load_policy`` to
+``pretrained/<name>``. ``write`` makes what stands between the marks ``<!-- <group> -->`` and
+``<!-- end -->`` of docs/results.md and docs/recursion.md, and ``docs/images/<group>.png``.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,12 +26,13 @@ from policies import POLICIES  # noqa: E402
 
 from trm_helpers import plots  # noqa: E402
 from trm_helpers.checkpoint import find_run  # noqa: E402
+from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
+from trm_helpers.robustness import plot_cards  # noqa: E402
 from trm_helpers.stats import paired_mcnemar  # noqa: E402
 
-RESULTS = repo_root() / "docs" / "results"
-PAGE = repo_root() / "docs" / "results.md"
+DOCS = repo_root() / "docs"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
 _MOST_TASKS = 3  # that get a column each
 
@@ -39,7 +43,7 @@ def add(group: str, runs: list[str]) -> None:
         epochs = read_jsonl(run / "metrics.jsonl")
         results = json.loads((run / "results.json").read_text())
         weights = load_file(run / f"{results['protocol']['weights']}.safetensors")
-        write_json(RESULTS / group / f"{run.name}.json", {
+        write_json(DOCS / "results" / group / f"{run.name}.json", {
             "policy": policy_name(config), "parameters": sum(w.numel() for w in weights.values()),
             "seed": config["train"]["seed"], "epochs": len(epochs),
             "best_epoch": min(epochs, key=lambda row: row["val_loss"])["epoch"],
@@ -72,21 +76,94 @@ def ship(name: str, run_name: str) -> None:
         write_json(folder / "policy.json", described)
 
 
+def card(group: str, name: str, path: Path) -> None:
+    write_json(DOCS / "recursion" / group / f"{name.replace(' ', '-')}.json",
+               {"label": name, "kind": path.stem, "card": json.loads(path.read_text())})
+
+
 def write() -> None:
-    text = PAGE.read_text()
-    for group in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-        rows = [json.loads(path.read_text()) for path in group.glob("*.json")]
-        rows.sort(key=lambda row: (list(POLICIES).index(row["policy"]), row["seed"]))
-        pattern = rf"(<!-- {re.escape(group.name)} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda match, rows=rows: match[1] + table(rows) + match[2],
-                              text, flags=re.DOTALL)
-        if not found:
-            sys.exit(f"{PAGE} has no mark <!-- {group.name} --> for {group}")
-        if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
-            fig = plots.plot_success({label(row, rows): row["results"] for row in rows})
-            plots.save_figure(fig, repo_root() / "docs" / "images" / f"{group.name}.png")
-    with replacing(PAGE) as temporary:
-        temporary.write_text(text)
+    for kind, show in (("results", show_results), ("recursion", show_cards)):
+        page = DOCS / f"{kind}.md"
+        text = page.read_text()
+        for group in sorted(path for path in (DOCS / kind).iterdir() if path.is_dir()):
+            shown, fig = show([json.loads(path.read_text()) for path in sorted(group.glob("*"))])
+            pattern = rf"(<!-- {re.escape(group.name)} -->\n).*?(<!-- end -->)"
+            text, found = re.subn(pattern, lambda match, shown=shown: match[1] + shown + match[2],
+                                  text, flags=re.DOTALL)
+            if not found:
+                sys.exit(f"{page} has no mark <!-- {group.name} --> for {group}")
+            if fig is not None:
+                plots.save_figure(fig, DOCS / "images" / f"{group.name}.png")
+        with replacing(page) as temporary:
+            temporary.write_text(text)
+
+
+def markdown(lines: list[list]) -> str:
+    """A table, its head first."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+# --- docs/recursion.md ---------------------------------------------------------------------------
+def show_cards(stored: list[dict]):
+    """Table and figure of a group's cards, which are of one kind."""
+    kind = stored[0]["kind"]
+    cards = {each["label"]: each["card"] for each in stored}
+    if kind == "robustness":
+        return markdown(robustness_lines(cards)), plot_cards(cards)
+    (only,) = cards.values()  # of the others one to a group
+    if kind == "depth":
+        rows = depth_rows(only)
+        return markdown([list(rows[0]), *(list(row.values()) for row in rows)]), \
+            plot_depth_card(only)
+    lines = [["state", *only["quantities"]]]
+    lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                               for middle, low, high in row["explained"])] for row in only["rows"]]
+    return markdown(lines), plot_probes(only)
+
+
+def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
+    rows = {label: {row["name"]: row for row in card["rows"]} for label, card in cards.items()}
+    titles = {row["name"]: row["title"] for card in cards.values() for row in card["rows"]}
+    return [["what is changed", *rows]] + [[title, *(
+        "" if name not in of else f"{of[name]['successes']} of {of[name]['episodes']} "
+        f"({100 * of[name]['wilson_low']:.0f} to {100 * of[name]['wilson_high']:.0f} %)"
+        for of in rows.values())] for name, title in titles.items()]
+
+
+@plots.styled
+def plot_probes(probes: dict):
+    """What is known of each quantity by depth; dotted, what the recursion is given knows."""
+    rows = {row["state"]: np.array(row["explained"]) for row in probes["rows"]}
+    fig = plots.new_figure(9.5, 4)
+    axes = fig.subplots()
+    for number, quantity in enumerate(probes["quantities"]):
+        colour = plots.PALETTE[number % len(plots.PALETTE)]
+        axes.axhline(rows["input"][number, 0], color=colour, linestyle=":", linewidth=1)
+        for word, style in (("answer", "-"), ("latent", "--")):
+            depths = [int(name.split()[-1]) for name in rows if name.startswith(word)]
+            if not depths:
+                continue
+            middle, low, high = np.array([rows[f"{word}, depth {depth}"][number]
+                                          for depth in depths]).T
+            axes.errorbar(np.array(depths) + 0.03 * number, middle, [middle - low, high - middle],
+                          color=colour, linestyle=style, marker="o", markersize=3, capsize=2,
+                          label=f"{quantity}, {word}")
+    plots.count_axis(axes.xaxis)
+    axes.set(xlabel="recursions", ylabel="share of variance explained", ylim=(None, 1.02),
+             title="What a linear probe reads from the state (dotted: from the recursion's input)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return fig
+
+
+# --- docs/results.md -----------------------------------------------------------------------------
+def show_results(rows: list[dict]):
+    """Table of a group's runs, and where tasks are many a figure."""
+    rows.sort(key=lambda row: (list(POLICIES).index(row["policy"]), row["seed"]))
+    fig = None
+    if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
+        fig = plots.plot_success({label(row, rows): row["results"] for row in rows})
+    return markdown(table(rows)), fig
 
 
 def label(row: dict, rows: list[dict]) -> str:
@@ -94,15 +171,14 @@ def label(row: dict, rows: list[dict]) -> str:
     return f"{row['policy']}, seed {row['seed']}" if several else row["policy"]
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: a line per policy, the first of its seed being what it is compared with."""
+def table(rows: list[dict]) -> list[list[str]]:
+    """A line per policy, the first of its seed being what it is compared with."""
     first = {row["seed"]: row for row in reversed(rows)}
     tasks = [task["task_id"] for task in rows[0]["results"]["tasks"]]
     columns = ([f"task {task}" for task in tasks] if len(tasks) <= _MOST_TASKS
                else ["worst task", "95 %, tasks resampled"])
     lines = [["policy", "parameters", *columns, "together", "95 % interval",
               "against the first: gap, p", "length", "best epoch", "minutes of training"]]
-    lines.append(["---"] * len(lines[0]))
     for row in rows:
         results = row["results"]
         if len(tasks) <= _MOST_TASKS:
@@ -120,7 +196,7 @@ def table(rows: list[dict]) -> str:
                       f"{100 * results['wilson_low']:.0f} to {100 * results['wilson_high']:.0f} %",
                       against, f"{results['mean_length']:.0f}",
                       f"{row['best_epoch']} of {row['epochs']}", f"{row['minutes']:.0f}"])
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -129,6 +205,10 @@ def main() -> None:
     adding = commands.add_parser("add")
     adding.add_argument("group")
     adding.add_argument("runs", nargs="+")
+    showing = commands.add_parser("card")
+    showing.add_argument("group")
+    showing.add_argument("label")
+    showing.add_argument("path", type=Path)
     shipping = commands.add_parser("ship")
     shipping.add_argument("name")
     shipping.add_argument("run")
@@ -136,6 +216,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "add":
         add(given.group, given.runs)
+    elif given.command == "card":
+        card(given.group, given.label, given.path)
     elif given.command == "ship":
         ship(given.name, given.run)
     else:
