@@ -85,7 +85,7 @@ def write() -> None:
     for kind, show in (("results", show_results), ("recursion", show_cards)):
         page = DOCS / f"{kind}.md"
         text = page.read_text()
-        for group in sorted(path for path in (DOCS / kind).iterdir() if path.is_dir()):
+        for group in sorted(path for path in (DOCS / kind).glob("*") if path.is_dir()):
             shown, fig = show([json.loads(path.read_text()) for path in sorted(group.glob("*"))])
             pattern = rf"(<!-- {re.escape(group.name)} -->\n).*?(<!-- end -->)"
             text, found = re.subn(pattern, lambda match, shown=shown: match[1] + shown + match[2],
