@@ -51,8 +51,8 @@ from trm_helpers.files import read_jsonl
 from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.stats import (
     comparison_rows,
+    detectable,
     format_success,
-    minimum_detectable_difference,
     paired_mcnemar,
 )
 
@@ -164,9 +164,7 @@ for row in filmed[:1]:
 # How large must a difference be before it means anything? With few episodes, very large.
 
 # %%
-rate = min(max(results["success_rate"], 0.1), 0.9)
-gap = minimum_detectable_difference(results["episodes"], rate)
-print(f"{results['episodes']} episodes can tell rates apart that differ by {100 * gap:.0f} points")
+print(detectable(results))
 
 # %% [markdown]
 # On the same init states two policies can be compared pair by pair, which sees more: only the

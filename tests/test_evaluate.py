@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import imageio.v3 as imageio
@@ -14,7 +15,7 @@ from trm_helpers import baselines, evaluate, preflight
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
-from trm_helpers.files import read_jsonl
+from trm_helpers.files import only_one, read_jsonl
 from trm_helpers.sim import LiberoEnv
 
 
@@ -333,6 +334,45 @@ def test_a_killed_worker_and_a_killed_parent_lose_no_episode_and_double_none(tmp
     assert again.returncode == 0, again.stderr
     assert read_jsonl(ledger)[:len(rows)] == rows
     assert sorted(row["init_state"] for row in read_jsonl(ledger)) == list(range(8))
+
+
+@pytest.mark.sim
+def test_a_cluster_that_loses_a_worker_loses_no_episode(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    ledger = tmp_path / "run" / "episodes.jsonl"
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1,
+                                  dashboard_address=None) as cluster:
+        worker = next(iter(cluster.workers.values())).pid
+
+        def kill() -> None:
+            while not read_jsonl(ledger):
+                time.sleep(0.05)
+            os.kill(worker, signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        config = EvalConfig(num_episodes=8, horizon=8, num_videos=0,
+                            cluster=cluster.scheduler_address)
+        results = baselines.evaluate_baseline("no-op", tmp_path / "run", config, "libero_object",
+                                              [0])
+    assert results["episodes"] == 8 and not results["errors"]
+    assert sorted(row["init_state"] for row in read_jsonl(ledger)) == list(range(8))
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("action", [np.zeros(6), np.zeros((1, 7)), np.full(7, np.nan), None])
+def test_a_malformed_action_is_named(env, action):
+    policy = CountingPolicy()
+    policy.action = action
+    with pytest.raises(ValueError, match="expected 7 finite numbers"):
+        PolicyEvaluator(policy).evaluate_on_task(env, [0], 1)
+
+
+def test_one_process_at_a_time_evaluates_into_a_folder(run):
+    with only_one(run, lock=".evaluation.lock"), \
+            pytest.raises(RuntimeError, match="another process works in"):
+        evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))
+    assert not (run / "episodes.jsonl").exists()
+    assert evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))["episodes"] == 1
 
 
 @pytest.mark.sim

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from trm_helpers import fanout
 from trm_helpers.fanout import run_jobs
+from trm_helpers.files import write_json
 
 # what a worker does with an item: (name, folder for marks)
 JOBS = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, time
 from pathlib import Path
 
 def job(item):
@@ -26,8 +28,10 @@ def job(item):
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "raises":
         raise ZeroDivisionError("always")
-    if name == "hangs":
+    if name == "hangs" or (name == "hangs once" and attempt == 0):
         time.sleep(60)
+    if name == "holds the lock":
+        ctypes.PyDLL(None).sleep(60)
     time.sleep(0.3)
     return {"name": name, "pid": os.getpid(), "attempt": attempt}
 """
@@ -76,6 +80,31 @@ def test_whatever_becomes_of_a_worker_every_job_is_settled_once(job, marks, tmp_
     # a job that was under way when another one killed its process may not have come to its mark
     assert all(1 <= attempts(marks, name) <= 2 for name in ("dies", "hangs", "raises"))
     assert all(attempts(marks, name) <= 2 for name in good)
+
+
+@pytest.mark.parametrize("name", ["hangs", "holds the lock"])
+def test_what_hangs_is_ended_and_tried_once_more(job, marks, tmp_path, name):
+    outcomes = run_all(job, [name, "hangs once"], marks, tmp_path / "attempts", workers=2,
+                       limit=3.0)
+    assert outcomes[name] == (None, "its process died, or took longer than 3 s")
+    assert attempts(marks, name) == 2
+    assert outcomes["hangs once"][0]["attempt"] == 1
+
+
+def test_answers_to_a_call_that_was_killed_are_not_taken(job, marks, tmp_path, monkeypatch):
+    """A worker of a cluster may end a job for a call that is no more."""
+    folder = tmp_path / "attempts"
+    real = fanout._one_round
+
+    def late(run, job, waiting, attempts, *settings):
+        for number in (0, 1):
+            for place in (folder, folder / "call"):
+                write_json(place / f"0.{number}.json", [0, {"name": "of another"}, ""])
+        return real(run, job, waiting, attempts, *settings)
+
+    monkeypatch.setattr(fanout, "_one_round", late)
+    assert run_all(job, ["good"], marks, folder)["good"][0]["name"] == "good"
+    assert not folder.exists()
 
 
 def test_one_worker_is_this_process(job, marks, tmp_path):
@@ -132,6 +161,14 @@ def test_no_cluster_is_told_with_its_address(job, tmp_path, monkeypatch, package
     pytest.importorskip(package)
     monkeypatch.setattr("trm_helpers.fanout._ANSWER_WITHIN", 1.0)
     with pytest.raises(ConnectionError, match=said):
+        list(run_jobs(job, [1], tmp_path / "attempts", cluster=cluster))
+
+
+@pytest.mark.parametrize(("module", "cluster", "extra"),
+                         [("ray", "ray", "ray"), ("distributed", "tcp://127.0.0.1:9", "dask")])
+def test_a_package_that_is_not_there_is_named(job, tmp_path, monkeypatch, module, cluster, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RuntimeError, match=rf"pip install 'trm-helpers\[{extra}\]'"):
         list(run_jobs(job, [1], tmp_path / "attempts", cluster=cluster))
 
 

@@ -16,9 +16,9 @@ from pretend_training import train_into, write_pretending_notebook
 
 from trm_helpers import paths, studies, trials
 from trm_helpers.config import from_flat
-from trm_helpers.files import append_jsonl, read_jsonl
+from trm_helpers.files import append_jsonl, only_one, read_jsonl
 from trm_helpers.search import rank_trials, run_search, verdict, worker_environments
-from trm_helpers.trials import only_one, read_trial, success_of
+from trm_helpers.trials import read_trial, success_of
 
 SETTINGS = dict(search_lrs=(0.1, 0.2), search_hidden_dims=(16,), search_num_recursions=(1, 2))
 
@@ -389,6 +389,26 @@ def test_a_dead_database_is_told_before_anything_is_trained(tmp_path, pretend, u
     with pytest.raises(ConnectionError, match="search_storage='.*' does not answer") as error:
         search(tmp_path, search_method="tpe", search_storage=url)
     assert "secret" not in str(error.value) and not pretend
+
+
+def test_a_database_that_goes_away_is_told_and_what_is_complete_is_kept(tmp_path, pretend):
+    file = tmp_path / "study.db"
+    shared = dict(search_method="tpe", search_storage=f"sqlite:///{file}", max_configs=3,
+                  search_workers=1)
+    kept = []
+
+    def act(name, stop):
+        if len(pretend) == 2:
+            kept.append(file.read_bytes())
+            file.write_bytes(b"no database any more" * 1000)
+
+    pretend.act = act
+    with pytest.raises(ConnectionError, match="study.db' does not answer .*the same call goes on"):
+        search(tmp_path, **shared)
+    assert len(pretend) == 2
+    file.write_bytes(kept[0])
+    rows = search(tmp_path, **shared)
+    assert [row["state"] for row in rows] == ["complete"] * 3
 
 
 # --- the real notebook ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from trm_helpers.stats import (
     cluster_bootstrap,
     comparison_rows,
+    detectable,
     format_success,
     minimum_detectable_difference,
     paired_mcnemar,
@@ -129,6 +130,31 @@ def test_mcnemar_pairs_within_task_and_suite():
 def test_mcnemar_refuses_episodes_that_do_not_match():
     with pytest.raises(ValueError, match="share no suite"):
         paired_mcnemar(episodes("11"), episodes("11", task_id=2))
+
+
+def test_mcnemar_leaves_out_errors():
+    rows = [{"suite": "s", "task_id": 0, "init_state": i, "success": i < 2, "steps": 5}
+            for i in range(4)]
+    broken = [{"suite": "s", "task_id": 0, "init_state": 3, "error": "died"}]
+    test = paired_mcnemar(rows, rows[:3] + broken)
+    assert (test["pairs"], test["both"], test["unpaired"]) == (3, 2, 1)
+    assert paired_mcnemar(rows, rows[:3] + broken + rows[3:])["pairs"] == 4  # tried again
+
+
+@pytest.mark.parametrize(("condition", "other"), [("protocol", "libero"), ("horizon", 600)])
+def test_mcnemar_refuses_pairs_of_different_protocols(condition, other):
+    row = {"suite": "s", "task_id": 0, "init_state": 1, "success": True, "steps": 5,
+           "protocol": "quick", "horizon": 220}
+    assert paired_mcnemar([row], [{**row, "perturbation": "noise"}])["both"] == 1
+    with pytest.raises(ValueError, match=f"{condition} is .* for a and {other!r} for b"):
+        paired_mcnemar([row], [{**row, condition: other}])
+
+
+def test_what_can_be_told_apart_in_a_line():
+    # 2.80 sqrt(2 * 0.8 * 0.2 / 50) = 0.224
+    assert detectable({"episodes": 50, "success_rate": 0.8}).startswith(
+        "50 episodes each are likely to tell rates apart that differ by 22 points")
+    assert "17 points" in detectable({"episodes": 50, "success_rate": 1.0})  # as of 90 %
 
 
 def test_minimum_detectable_difference():

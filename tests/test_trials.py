@@ -7,9 +7,9 @@ import time
 import pytest
 from pretend_training import train_into, write_pretending_notebook
 
-from trm_helpers.files import append_jsonl
+from trm_helpers.files import append_jsonl, only_one
 from trm_helpers.stats import wilson_interval
-from trm_helpers.trials import measure, measure_curve, only_one, read_trial, run_trial
+from trm_helpers.trials import measure, measure_curve, read_trial, run_trial
 
 VALUES = dict(lr=2.0, hidden_dim=3, num_recursions=1, epochs=3, stop_epoch=0, selection_episodes=0)
 
@@ -84,7 +84,7 @@ def test_a_trial_can_be_stopped(tmp_path):
 
 
 def test_one_at_a_time_until_the_process_is_dead(tmp_path):
-    code = ("import sys, time; from trm_helpers.trials import only_one\n"
+    code = ("import sys, time; from trm_helpers.files import only_one\n"
             f"with only_one({str(tmp_path)!r}): print('mine', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

@@ -207,11 +207,13 @@ class Depth:
         import pandas as pd
 
         from .depth import depth_card, depth_rows
+        from .stats import detectable
 
         card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
                           self.task_ids)
         table = pd.DataFrame(depth_rows(card)).to_string(index=False)
-        return card, [table], not any(row["errors"] for row in card["rows"])
+        well = not any(row["errors"] for row in card["rows"])
+        return card, [table, detectable(card["rows"][0])], well
 
 
 @dataclass

@@ -16,7 +16,7 @@ from . import schema
 from .checkpoint import find_run, load_config, load_policy
 from .config import Config, EvalConfig
 from .fanout import run_jobs
-from .files import append_jsonl, read_jsonl, write_json
+from .files import append_jsonl, only_one, read_jsonl, write_json
 from .films import write_grid
 from .perturbations import PerturbedPolicy, why_unused
 from .preflight import check_settling, software_versions
@@ -196,11 +196,20 @@ def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, 
     Args:
         source: what workers get: ``make(env)`` gives its policy, or ``play(env, episode)`` the row.
         identity: what an episode's row has to agree with: ``weights`` and their ``sha256``.
+
+    Raises ``RuntimeError`` while another process evaluates in ``folder``.
     """
     protocol = PROTOCOLS[config.protocol]
     identity = {**identity, "protocol": protocol.name,
                 "horizon": config.horizon or protocol.horizon(suite),
                 "perturbation": config.perturbation}
+    with only_one(folder, wait=False, lock=".evaluation.lock"):
+        return _evaluate(source, identity, folder, config, suite, planned)
+
+
+def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
+              planned: list[Episode]) -> dict:
+    protocol = PROTOCOLS[config.protocol]
     ledger = folder / "episodes.jsonl"
     rows = _finished(ledger, suite, identity)
     missing = [episode for episode in planned if episode not in rows]

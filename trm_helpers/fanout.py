@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
@@ -44,20 +45,21 @@ def run_jobs(job: Callable[[Any], dict], items: Sequence, folder: Path, *, worke
 
     Raises:
         ConnectionError: no cluster answers at its address.
-        ImportError: the package of the cluster is not installed.
+        RuntimeError: the package of the cluster is not installed.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
-    folder.mkdir(parents=True)
+    attempts = folder / uuid.uuid4().hex  # a cluster may still be writing for that one
+    attempts.mkdir(parents=True)
     waiting = dict(enumerate(items))
     try:
         if not cluster and workers == 1:
             while waiting:
-                yield from _one_round(map, job, waiting, folder, 0.0, 0)
+                yield from _one_round(map, job, waiting, attempts, 0.0, 0)
             return
         parent = 0 if cluster else os.getpid()
         with _backend(cluster, workers) as parallel:
             while waiting:
-                yield from _one_round(parallel, job, waiting, folder, limit, parent)
+                yield from _one_round(parallel, job, waiting, attempts, limit, parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -146,23 +148,18 @@ def belong_to(parent: int) -> None:
 
 @contextlib.contextmanager
 def _watched(limit: float):
-    """End this process, and show where it is, when ``limit`` seconds are over; 0 is no limit."""
+    """End this process, and show where it is, when ``limit`` seconds are over; 0 is no limit.
+
+    From a thread that Python's lock does not hold up, as the simulator may.
+    """
     if not limit:
         yield
         return
-
-    def end() -> None:
-        print(f"a job takes longer than {limit:g} s; its process ends here:", file=sys.stderr)
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(1)
-
-    timer = threading.Timer(limit, end)
-    timer.daemon = True
-    timer.start()
+    faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
-        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 # --- backends ------------------------------------------------------------------------------------
@@ -179,8 +176,9 @@ def _backend(cluster: str, workers: int) -> Iterator[Callable]:
         with parallel_config(backend="loky", inner_max_num_threads=1):
             yield parallel
     elif cluster.startswith("ray"):
-        import ray
-        from ray.util.multiprocessing import Pool  # joblib's backend, but results as they come
+        with _installed("ray"):
+            import ray
+            from ray.util.multiprocessing import Pool  # joblib's backend, but results as they come
 
         def pool(function: Callable, calls: list) -> Iterator:
             with Pool() as made:
@@ -196,7 +194,8 @@ def _backend(cluster: str, workers: int) -> Iterator[Callable]:
                                   "start one with `ray start --head`") from error
         yield pool
     else:
-        from distributed import Client
+        with _installed("dask"):
+            from distributed import Client
 
         try:
             client = Client(cluster, timeout=_ANSWER_WITHIN)
@@ -206,6 +205,15 @@ def _backend(cluster: str, workers: int) -> Iterator[Callable]:
                                   "`dask worker ADDRESS --nthreads 1`") from error
         with client, parallel_config(backend="dask"):
             yield parallel
+
+
+@contextlib.contextmanager
+def _installed(extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise RuntimeError(f"this cluster needs a package that is not installed ({error}); "
+                           f"expected it from pip install 'trm-helpers[{extra}]'") from error
 
 
 def _broken_pool() -> tuple[type[BaseException], ...]:

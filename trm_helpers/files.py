@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_ASK_EVERY = 0.5  # seconds between looks at whether a folder is free
 
 
 @contextlib.contextmanager
@@ -68,3 +73,27 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     return rows
+
+
+@contextlib.contextmanager
+def only_one(folder: str | Path, stop: threading.Event | None = None,
+             wait: bool = True, lock: str = ".lock") -> Iterator[None]:
+    """Work in a folder alone: others wait, until ``stop`` is set, or get a ``RuntimeError``.
+
+    ``lock`` is the file in it that stands for the work: other work may go on beside it. The system
+    lets go when the process ends, however it does.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / lock, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    raise RuntimeError(f"another process works in {folder}; expected one") from None
+                if stop and stop.is_set():
+                    raise KeyboardInterrupt from None
+                time.sleep(_ASK_EVERY)
+        yield

@@ -22,7 +22,7 @@ from .evaluate import evaluate_run, robustness_folder
 from .files import read_jsonl, write_json
 from .perturbations import PERTURBATIONS, why_unused
 from .plots import BLUE, GREY, ORANGE, PALETTE, new_figure, save_figure, styled
-from .stats import paired_mcnemar
+from .stats import detectable, paired_mcnemar
 
 PLAIN = "plain"
 _CONDITIONS = ("suite", "task_ids", "weights", "sha256", "protocol", "horizon", "num_episodes",
@@ -171,8 +171,8 @@ def card_rows(card: Mapping) -> list[dict]:
 
 
 def card_notes(card: Mapping) -> list[str]:
-    """What was not played and why, a line each."""
-    return [f"{told}: {row['title']}: {row['reason']}"
+    """What the episodes can tell apart; what was not played and why, a line each."""
+    return [detectable(card["rows"][0])] + [f"{told}: {row['title']}: {row['reason']}"
             for told, rows in (("not used by this policy", card["not_used"]),
                                ("could not be played", card["failed"])) for row in rows]
 

@@ -61,10 +61,10 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
         action = policy.act(observation)
         took.append(1000 * (time.perf_counter() - asked))
         recursions.append(getattr(policy, "last_recursions", None))
-        closed.append(action[schema.GRIPPER_INDEX] > 0)
         if watch:
             watch(observation, steps)
         observation, success = env.step(action)
+        closed.append(action[schema.GRIPPER_INDEX] > 0)  # the environment has checked it
         steps += 1
     if watch:
         watch(observation, steps)

@@ -136,19 +136,27 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     """Exact McNemar test of two policies on the same episodes.
 
     Rows as in :func:`summarize_episodes`, paired by suite, task and init state; those without a
-    partner are counted in ``unpaired`` and left out. Returns ``pairs``, ``both``, ``only_a``,
-    ``only_b`` and ``neither`` (how many succeeded so), ``difference`` (success rate of b minus that
-    of a, over the pairs) and the two-sided ``p_value``: under equal success rates ``only_a`` is
-    binomial with probability 1/2 among the pairs that differ (McNemar 1947). Raises ``ValueError``
-    when nothing can be paired.
+    partner are counted in ``unpaired`` and left out, as are errors, uncounted. Returns ``pairs``,
+    ``both``, ``only_a``, ``only_b`` and ``neither`` (how many succeeded so), ``difference``
+    (success rate of b minus that of a, over the pairs) and the two-sided ``p_value``: under equal
+    success rates ``only_a`` is binomial with probability 1/2 among the pairs that differ (McNemar
+    1947). Raises ``ValueError``
+    when nothing can be paired, or a pair was played by different protocols.
     """
-    first, second = _by_episode(a, "a"), _by_episode(b, "b")
+    first, second = (_by_episode([row for row in rows if "error" not in row], name)
+                     for rows, name in ((a, "a"), (b, "b")))
     shared = first.keys() & second.keys()
     if not shared:
         raise ValueError(
             f"a ({len(first)} episodes) and b ({len(second)}) share no suite, task and init state; "
             "expected policies evaluated on the same episodes"
         )
+    for key in shared:
+        for condition in ("protocol", "horizon"):
+            of_a, of_b = first[key].get(condition), second[key].get(condition)
+            if None not in (of_a, of_b) and of_a != of_b:
+                raise ValueError(f"{condition} is {of_a!r} for a and {of_b!r} for b in episode "
+                                 f"{key}; expected the same")
     outcomes = [(bool(first[key]["success"]), bool(second[key]["success"])) for key in shared]
     only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
     differing = only_a + only_b
@@ -162,6 +170,14 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
         "difference": (only_b - only_a) / len(shared),
         "p_value": float(binomtest(only_a, differing, 0.5).pvalue) if differing else 1.0,
     }
+
+
+def detectable(summary: Mapping) -> str:
+    """One line on what as many episodes as in a summary can tell apart."""
+    rate = min(max(summary["success_rate"], 0.1), 0.9)
+    gap = minimum_detectable_difference(summary["episodes"], rate)
+    return (f"{summary['episodes']} episodes each are likely to tell rates apart that differ by "
+            f"{100 * gap:.0f} points (80 % power; pairs of the same episodes see smaller gaps)")
 
 
 def minimum_detectable_difference(

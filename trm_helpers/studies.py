@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from .config import Config, SearchConfig
+from .files import only_one
 from .space import (
     REDUCTION,
     all_points,
@@ -27,7 +28,7 @@ from .space import (
     trial_name,
     value_of,
 )
-from .trials import only_one, read_trial
+from .trials import read_trial
 
 _HEARTBEAT = 30  # seconds between a trial's signs of life in a database
 _GRACE = 120  # seconds without one after which its machine is taken for dead
@@ -185,13 +186,27 @@ def _storage(url: str, folder: Path) -> BaseStorage:
         heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(_RETRIES))
 
 
+_DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError,
+                    ImportError)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, what that came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 @contextlib.contextmanager
 def _named(url: str) -> Iterator[None]:
     """Say of a database that fails which one it is, without the password in its URL."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError,
-            ImportError) as error:
+    except Exception as raised:
+        # Optuna's own clean-up can raise over what went wrong
+        error = next((each for each in _causes(raised) if isinstance(each, _DATABASE_ERRORS)), None)
+        if error is None:
+            raise
         with contextlib.suppress(sqlalchemy.exc.ArgumentError):
             url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
         raise ConnectionError(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from .evaluate import selection_rows
-from .files import read_jsonl, write_json
+from .files import only_one, read_jsonl, write_json
 from .runs import run_notebook
 from .stats import EPISODE_KEYS, wilson_interval
 
 RECORD = "trial.json"
 _SPIKE = 1.2  # a validation loss this many times the lowest before it
 _CONVERGED = 0.9  # of the way from the first validation loss to the lowest
-_ASK_EVERY = 0.5  # seconds between looks at whether a folder is free
 
 
 def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
@@ -124,26 +120,3 @@ def success_of(rows: list[dict]) -> dict:
     return {"success_rate": successes / len(rows), "successes": successes, "episodes": len(rows),
             "wilson_low": low, "wilson_high": high,
             "rollouts": [{key: row[key] for key in (*EPISODE_KEYS, "seed")} for row in rows]}
-
-
-@contextlib.contextmanager
-def only_one(folder: str | Path, stop: threading.Event | None = None,
-             wait: bool = True) -> Iterator[None]:
-    """Work in a folder alone: others wait, until ``stop`` is set, or get a ``RuntimeError``.
-
-    The system lets go when the process ends, however it does.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not wait:
-                    raise RuntimeError(f"another process works in {folder}; expected one") from None
-                if stop and stop.is_set():
-                    raise KeyboardInterrupt from None
-                time.sleep(_ASK_EVERY)
-        yield
