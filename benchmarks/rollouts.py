@@ -144,8 +144,11 @@ def main() -> None:
             print(f"round {turn + 1}: {same} of {len(ours)} episodes have the same outcome and "
                   f"length; {took}", file=sys.stderr, flush=True)
     vector.close()
-    looked_at, unequal = unequal_observations(run, suite, task_id, init_states[0])
-    print(f"{looked_at} observations reached the policy in one episode; {unequal} differ")
+    compared = [unequal_observations(run, suite, task_id, init_state)
+                for init_state in init_states]
+    looked_at, unequal = map(sum, zip(*compared, strict=True))
+    print(f"{looked_at} observations reached the policy in {len(compared)} episodes; {unequal} "
+          "differ")
     ratios = [a / b for a, b in zip(*took.values(), strict=True)]
     print(f"building: LIBERO's {built[0]:.0f} s, ours with a first episode {built[1]:.0f} s")
     print("| loop | processes | episodes per minute | ratio |\n|---|---|---|---|")

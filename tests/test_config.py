@@ -2,7 +2,24 @@ import json
 
 import pytest
 
-from trm_helpers.config import PRESETS, Config, from_flat, settings_by_part
+from trm_helpers.config import PRESETS, Config, EvalConfig, from_flat, settings_by_part
+from trm_helpers.protocols import PROTOCOLS
+
+
+@pytest.mark.parametrize(("protocol", "episodes", "horizons", "settle"), [
+    # Spatial, Object, Goal, Long, LIBERO-90, as published
+    ("openvla", 50, (220, 280, 300, 520, 400), (10, -1.0)),
+    ("lerobot", 10, (280, 280, 300, 520, 400), (10, -1.0)),
+    ("libero", 20, (600,) * 5, (5, 0.0)),
+    ("quick", 10, (220, 280, 300, 520, 400), (10, -1.0)),
+])
+def test_protocols_are_the_published_ones(protocol, episodes, horizons, settle):
+    made = PROTOCOLS[protocol]
+    suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+    assert EvalConfig(protocol=protocol).episodes == episodes
+    assert tuple(map(made.horizon, suites)) == horizons
+    assert (made.settle_steps, made.settle_action[-1]) == settle
+    assert made.settle_action[:6] == (0.0,) * 6 and made.source
 
 
 @pytest.mark.parametrize("preset", PRESETS)
