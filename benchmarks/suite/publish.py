@@ -133,7 +133,7 @@ def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
 
 @plots.styled
 def plot_probes(probes: dict):
-    """What is known of each quantity by depth; dotted, what the recursion is given knows."""
+    """What is known of each quantity by depth."""
     rows = {row["state"]: np.array(row["explained"]) for row in probes["rows"]}
     fig = plots.new_figure(9.5, 4)
     axes = fig.subplots()
@@ -147,12 +147,14 @@ def plot_probes(probes: dict):
             middle, low, high = np.array([rows[f"{word}, depth {depth}"][number]
                                           for depth in depths]).T
             axes.errorbar(np.array(depths) + 0.03 * number, middle, [middle - low, high - middle],
-                          color=colour, linestyle=style, marker="o", markersize=3, capsize=2,
-                          label=f"{quantity}, {word}")
+                          color=colour, linestyle=style, marker="o", markersize=3, capsize=2)
+        axes.plot([], [], color=colour, linewidth=4, label=quantity)
+    for word, style in (("answer y", "-"), ("latent z", "--"), ("input x", ":")):
+        axes.plot([], [], color="black", linestyle=style, label=word)
     plots.count_axis(axes.xaxis)
     axes.set(xlabel="recursions", ylabel="share of variance explained", ylim=(None, 1.02),
-             title="What a linear probe reads from the state (dotted: from the recursion's input)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+             title="What a linear probe reads from the state after each recursion")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
 
