@@ -257,12 +257,49 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epo
         return step(batch)
 
     trainer._step = explode
-    with pytest.raises(RuntimeError, match="not finite in epoch 2 .*train loss nan.*"
-                                           r"weights with NaN: encoders.*lr=0\.001"):
+    with pytest.raises(RuntimeError, match=r"epoch 2: the training loss went from 0\.\d+ in the "
+                                           r"first step to nan.*not finite: encoders.*lr=0\.001"):
         trainer.fit()
     assert (trainer.run / "last.safetensors").read_bytes() == good
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 1
     assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
+@pytest.mark.parametrize(("after", "message"), [
+    (lambda weight: weight.fill_(float("nan")), "not finite: head.output.weight"),
+    (lambda weight: weight.mul_(1e12), r"from 0\.\d+ in the first step to \d\.\d+e\+1\d"),
+])
+def test_a_breakdown_within_an_epoch_is_not_saved(small_run, monkeypatch, after, message):
+    """The weights break after the second step of epoch 2; a state is saved after every step."""
+    trainer, steps = small_run("run", epochs=3), itertools.count(1)
+    step = trainer._step
+
+    def break_down(batch):
+        done = step(batch)
+        if next(steps) == trainer.steps_per_epoch + 2:
+            with torch.no_grad():
+                after(trainer.policy.head.output.weight)
+        return done
+
+    trainer._step = break_down
+    monkeypatch.setattr(train, "_CHECK_EVERY", 1)
+    monkeypatch.setattr(train, "_SAVE_EVERY", 0.0)
+    with pytest.raises(RuntimeError, match=f"epoch 2: .*{message}"):
+        trainer.fit()
+    state = train.load_training_state(trainer.run)
+    assert state["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in state["policy"].values())
+    if "not finite" in message:  # what exploded but is finite may look sound until the next loss
+        assert len(state["measured"]) == 1
+        assert losses(small_run("run", resume=True, epochs=3).fit()) == losses(
+            small_run("straight", epochs=3).fit())
+
+
+def test_an_explosion_within_the_first_epoch_stops_it(small_run):
+    """Every loss is finite, so that nothing else would."""
+    with pytest.raises(RuntimeError, match="epoch 1: the training loss went from"):
+        small_run("run", epochs=2, lr=1e6, normalize_actions="zscore", grad_clip=1e6,
+                  loss="mse").fit()
 
 
 def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_run):
@@ -271,7 +308,7 @@ def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_r
     trainer = small_run(epochs=2, batch_size=11)
     assert trainer.steps_per_epoch == 3
     trainer._step = lambda batch: (torch.tensor(0.5), torch.tensor(next(norms)))
-    with pytest.raises(RuntimeError, match="gradient is not finite in epoch 2"):
+    with pytest.raises(RuntimeError, match="epoch 2: the gradient is nan"):
         trainer.fit()
     (row,) = read_jsonl(trainer.run / "metrics.jsonl")
     assert row["grad_norm"] == 3.0

@@ -50,6 +50,14 @@ class Team:
         dist.broadcast(said, src=0)
         return said.item()
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so for at least one."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
     def share_of(self, weight: torch.Tensor) -> torch.Tensor | float:
         """What this process's mean counts in the mean over all, times their number."""
         if self.size == 1:

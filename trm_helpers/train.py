@@ -30,8 +30,9 @@ from .files import append_jsonl, read_jsonl, replacing
 from .model import TRMPolicy
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_CHECK_EVERY = 16  # steps between looks at the clock
+_CHECK_EVERY = 16  # steps between looks at the clock and at the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
+_DIVERGED = 100.0  # times the loss of the first step: no update leads back from there
 
 
 class BehaviorCloningTrainer:
@@ -88,6 +89,7 @@ class BehaviorCloningTrainer:
         self.epoch = 0  # epochs done
         self._measured: list[tuple[torch.Tensor, torch.Tensor]] = []  # steps of the epoch begun
         self._seconds = 0.0  # spent on them
+        self._first_loss: float | None = None  # before the first update
         self.best_score, self.best_epoch = (-1.0, -math.inf), 0  # success rate, -validation loss
 
     @classmethod
@@ -119,8 +121,9 @@ class BehaviorCloningTrainer:
             grad_norm (mean, before clipping), seconds, samples_per_second.
 
         Raises:
-            RuntimeError: the loss is not finite, or no gradient of an epoch was; the last complete
-                epoch stays in the run folder.
+            RuntimeError: the loss or a weight is not finite, the loss is a hundred times that of
+                the first step, or no gradient of an epoch was finite. The run folder keeps the last
+                complete epoch, and a training state from before the breakdown.
         """
         self._began = self._saved = time.perf_counter()
         self._resume()
@@ -180,8 +183,11 @@ class BehaviorCloningTrainer:
         started = time.perf_counter() - self._seconds
         for batch in batches:
             self._measured.append(self._step(batch))
+            if self._first_loss is None:
+                self._first_loss = self._measured[0][0].item()
             bar.update()
             if len(self._measured) % _CHECK_EVERY == 0:
+                self._stop_if_broken()
                 self._seconds = time.perf_counter() - started
                 if self._time_is_up():
                     self._save_state()
@@ -193,13 +199,15 @@ class BehaviorCloningTrainer:
 
     def _end_epoch(self, bar: tqdm) -> dict:
         """Validate; the row for ``metrics.jsonl``."""
+        self._stop_if_broken()
         losses, norms = map(torch.stack, zip(*self._measured, strict=True))
-        seconds, self._measured, self._seconds = self._seconds, [], 0.0
         train_loss = losses.mean().item()
         grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
         validation = self.validate()
-        if not all(map(math.isfinite, (train_loss, validation["loss"], grad_norm))):
-            raise RuntimeError(self._diagnosis(train_loss, validation["loss"], norms))
+        for name, value in (("validation loss", validation["loss"]), ("gradient", grad_norm)):
+            if not math.isfinite(value):
+                raise RuntimeError(self._diagnosis(f"the {name} is {value}"))
+        seconds, self._measured, self._seconds = self._seconds, [], 0.0
         self.epoch += 1
         bar.set_postfix(epoch=self.epoch, train=f"{train_loss:.4f}",
                         val=f"{validation['loss']:.4f}")
@@ -235,12 +243,24 @@ class BehaviorCloningTrainer:
         with autocast:
             return compute(batch, self.config.loss, self.config.gripper_weight)
 
-    def _diagnosis(self, train_loss: float, val_loss: float, norms: torch.Tensor) -> str:
-        broken = [name for name, value in self.policy.named_parameters()
-                  if not value.isfinite().all()]
-        return (f"loss or gradient is not finite in epoch {self.epoch + 1} (train loss "
-                f"{train_loss}, validation loss {val_loss}; largest gradient norm "
-                f"{norms.max():.3g}; weights with NaN: {', '.join(broken[:3]) or 'none'}). Lower "
+    def _stop_if_broken(self) -> None:
+        """Raise, in every process, before a state is saved that training cannot come back from."""
+        recent = torch.stack([loss for loss, _ in self._measured[-_CHECK_EVERY:]]).mean().item()
+        finite = math.isfinite(recent) and not self._broken_weights()
+        if self.team.any(not finite or recent > _DIVERGED * self._first_loss):
+            raise RuntimeError(self._diagnosis(
+                f"the training loss went from {self._first_loss:.3g} in the first step to "
+                f"{recent:.3g}"))
+
+    def _broken_weights(self) -> list[str]:
+        return [name for name, value in self.policy.named_parameters()
+                if not value.isfinite().all()]
+
+    def _diagnosis(self, problem: str) -> str:
+        norms = torch.stack([norm for _, norm in self._measured])
+        return (f"training broke down in epoch {self.epoch + 1}: {problem} (largest gradient norm "
+                f"{norms.max():.3g}; weights that are not finite: "
+                f"{', '.join(self._broken_weights()[:3]) or 'none'}). Lower "
                 f"lr={self.config.lr:g} or use precision='fp32'; {self.run} keeps the last "
                 "complete epoch")
 
@@ -274,11 +294,12 @@ class BehaviorCloningTrainer:
         save_training_state(self.run, {
             "epoch": self.epoch, "best_score": self.best_score, "best_epoch": self.best_epoch,
             "measured": [(loss.item(), norm.item()) for loss, norm in self._measured],
-            "seconds": self._seconds,
+            "seconds": self._seconds, "first_loss": self._first_loss,
             "policy": self.policy.state_dict(),
             "ema": self.ema.state_dict() if self.ema else {},
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(), "generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all(),
         })
 
     def _resume(self) -> None:
@@ -296,13 +317,16 @@ class BehaviorCloningTrainer:
         self.best_score = tuple(state["best_score"])
         self._measured = [tuple(torch.tensor(value, device=self.device) for value in pair)
                           for pair in state["measured"]]
-        self._seconds = state["seconds"]
+        self._seconds, self._first_loss = state["seconds"], state["first_loss"]
         self.policy.load_state_dict(state["policy"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         for name in ("optimizer", "scheduler", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["generator"])
+        for device, generator in zip(range(torch.cuda.device_count()), state["cuda_generators"],
+                                     strict=False):  # there may be fewer GPUs than before, or more
+            torch.cuda.set_rng_state(generator, device)
 
     def _progress(self) -> tqdm:
         return tqdm(total=self._last_epoch * self.steps_per_epoch, desc="training", unit="step",
