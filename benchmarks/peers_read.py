@@ -1,13 +1,14 @@
-"""Other projects' loaders on our demonstration files: what they read, for comparison with h5py.
+"""Other projects' loaders on our demonstration files: do they read what is in them?
 
     python -m venv build/peers && python benchmarks/peers_read.py --install build/peers
-    build/peers/bin/python benchmarks/peers_read.py FILE_demo.hdf5 --out read.npz
+    build/peers/bin/python benchmarks/peers_read.py FILE_demo.hdf5
 
 The first line puts robomimic, LIBERO's training code and LeRobot into an environment of their own,
 beside the PyTorch that runs the script. The second reads a file there with robomimic's
-``SequenceDataset`` and LIBERO's ``get_dataset`` and writes what they return, which
-``tests/test_data.py`` compares; LeRobot reads only its own format. ``benchmarks/loading.py`` times
-all of them.
+``SequenceDataset`` and LIBERO's ``get_dataset``, compares every sample with the file as h5py gives
+it and ends with code 1 where one differs; with ``--out read.npz`` it writes what they return, which
+``tests/test_data.py`` compares with ours. LeRobot reads only its own format.
+``benchmarks/loading.py`` times all of them.
 """
 
 import argparse
@@ -124,7 +125,31 @@ def everything(dataset) -> dict[str, np.ndarray]:
     return {**arrays, "actions": np.stack([sample["actions"] for sample in samples])}
 
 
-def main() -> None:
+def in_the_file(path: str, length: int) -> dict[str, np.ndarray]:
+    """The same from the file itself: ``length`` steps from each on, the last one repeated."""
+    import h5py
+
+    arrays: dict[str, list[np.ndarray]] = {}
+    with h5py.File(path) as file:
+        for name in sorted(file["data"], key=lambda name: int(name.removeprefix("demo_"))):
+            demo = file["data"][name]
+            steps = np.arange(len(demo["actions"]))
+            steps = np.minimum(steps[:, None] + np.arange(length), steps[-1])
+            arrays.setdefault("actions", []).append(demo["actions"][()][steps])
+            for key in (*RGB, *LOW_DIM):
+                arrays.setdefault(key, []).append(demo["obs"][key][()][steps])
+    return {name: np.concatenate(parts) for name, parts in arrays.items()}
+
+
+def differences(read: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
+    """In the precision that was read: robomimic makes its copy of the actions float32."""
+    return [f"{name}: {read[name].shape} read, {array.shape} in the file"
+            if read[name].shape != array.shape else f"{name} differs"
+            for name, array in expected.items()
+            if not np.array_equal(read[name], array.astype(read[name].dtype))]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", help="a demonstration file")
     parser.add_argument("--out", help="where to write what was read, an .npz file")
@@ -133,13 +158,22 @@ def main() -> None:
     given = parser.parse_args()
     if given.install:
         print(install(given.install))
-        return
+        return 0
     read = {f"robomimic_{cache}": everything(robomimic_dataset(given.file, cache, chunk=3))
             for cache in ("low_dim", "all")}
     read["libero"] = everything(libero_dataset(given.file, frames=4))
-    np.savez(given.out, **{f"{peer}/{name}": array for peer, arrays in read.items()
-                           for name, array in arrays.items()})
+    if given.out:
+        np.savez(given.out, **{f"{peer}/{name}": array for peer, arrays in read.items()
+                               for name, array in arrays.items()})
+    wrong = 0
+    for peer, arrays in read.items():
+        samples, length = arrays["actions"].shape[:2]
+        found = differences(arrays, in_the_file(given.file, length))
+        wrong += bool(found)
+        print(f"{peer}: {samples} samples of {length} steps, "
+              f"{'; '.join(found) or 'all arrays equal to the file'}")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -147,6 +147,24 @@ def test_damaged_and_foreign_weights_are_refused(trained):
         load_policy(trained, "best")
 
 
+@pytest.mark.parametrize(("foreign", "message"), [
+    (dict(cameras=["agentview_rgb", "eye_in_hand_rgb"]),
+     r"encoders.eye_in_hand_rgb.\S+: none there"),
+    (dict(chunk=4), r"head.output.weight: \(\d+, 16\) there, \(\d+, 16\) expected"),
+    (dict(conditioning="task_id", num_tasks=3), r"task\S+: none there"),
+    (dict(conditioning="language"), r"none there"),
+    (dict(proprioception=False), r"proprio_mlp.0.weight: \(16, 12\) there, none expected"),
+    (dict(gripper="binary"), r"head.gripper.weight: \(4, 16\) there, \(2, 16\) expected"),
+    (dict(variant="trm", image_size=64), "differ"),
+])
+def test_weights_of_another_configuration_are_refused(trained, foreign, message):
+    described = json.loads((trained / "policy.json").read_text())
+    described["model"] |= foreign
+    (trained / "policy.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"does not fit .*in policy.json.*{message}"):
+        load_policy(trained)
+
+
 @pytest.mark.parametrize("save", ["save_file", "torch.save"])
 def test_a_full_disk_keeps_what_was_saved_before(trained, monkeypatch, save):
     before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}

@@ -133,7 +133,9 @@ def test_demonstrations_are_as_a_person_gives_them_and_show_how_to_recover():
     with LiberoEnv("libero_object", 5) as env:
         env.reset(seed=1)
         actions, _, success = run(env, make_expert(env), 160)
-        assert success and len(actions) > 50  # as long as the human demonstrations, about 100
+        assert success and 50 < len(actions) < 160  # what a person's are too
+        change = np.abs(np.diff(actions[:, :6], axis=0)).mean()  # of a command, in a step
+        assert change < 0.05
         assert np.abs(actions).max() <= 1
         assert set(actions[:, 6]) == {-1.0, 1.0}
 
@@ -159,6 +161,31 @@ def test_what_is_dropped_is_grasped_again():
         _, phases, success = run(env, make_expert(env), env.horizon, drop_once)
         first = phases.index("carry")
         assert success and "approach" in phases[first:] and "close" in phases[first:]
+
+
+@pytest.mark.sim
+def test_a_grasp_that_closes_on_nothing_is_tried_again():
+    """The object slips 6 cm away when the fingers begin to close for the first time."""
+    with LiberoEnv("libero_object", 5) as env:
+        env.reset(seed=1)
+        expert, slipped = make_expert(env), []
+
+        def slip_away_once(expert, action):
+            if expert.phase == "close" and not slipped:
+                slipped.append(expert.grasp.key)
+                joint = env.raw.objects_dict[expert.object].joints[0]
+                pose = env.sim.data.get_joint_qpos(joint)
+                pose[0] += 0.06
+                env.sim.data.set_joint_qpos(joint, pose)
+                env.sim.forward()
+            return action
+
+        _, phases, success = run(env, expert, env.horizon, slip_away_once)
+        order = [phase for phase, before in zip(phases, [None, *phases], strict=False)
+                 if phase != before]
+        assert success and slipped and expert._misses[slipped[0]] == 1
+        assert order[:6] == ["approach", "descend", "close", "release", "retreat", "approach"]
+        assert order.count("close") == 2 and "carry" in order[6:]
 
 
 @pytest.mark.sim

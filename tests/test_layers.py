@@ -1,5 +1,6 @@
 """Token encoder, the paper's recursion against its pseudocode, early exit, deep supervision."""
 
+import dataclasses
 import math
 
 import pytest
@@ -253,6 +254,25 @@ def test_samples_that_have_ended_are_not_computed():
     depth = policy.recurse(x).depth
     assert sizes == [int((depth >= step).sum()) for step in range(1, len(sizes) + 1)]
     assert sum(sizes) == depth.sum() < 6 * 16
+
+
+def test_samples_that_have_converged_are_not_computed():
+    policy = trm(halting="convergence", num_recursions=12)
+    x = policy.encode(seen(16))
+    policy.config = dataclasses.replace(policy.config, convergence_threshold=between_changes(
+        policy, x))
+    sizes = []
+    policy.block.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    depth = policy.recurse(x).depth
+    assert sizes == [int((depth >= step).sum()) for step in range(1, len(sizes) + 1)]
+    assert sum(sizes) == depth.sum() < 12 * 16 and len(set(depth.tolist())) > 1
+
+
+def between_changes(policy, x) -> float:
+    """A threshold that some of the samples are below after the second step, and others not."""
+    policy.config = dataclasses.replace(policy.config, convergence_threshold=1e-12)
+    first, second = (policy.head(state)[0] for state in policy.recurse(x).states[1:3])
+    return (second - first).square().sum(-1).amax(-1).median().item()
 
 
 def test_learned_halting_is_trained_on_the_tolerance():

@@ -373,6 +373,24 @@ def test_classifier_loss_worked_out_by_hand():
     assert total.item() == pytest.approx(1.0 + 0.5 * cross_entropy)
 
 
+def test_binary_gripper_worked_out_by_hand():
+    config = small(gripper="binary", chunk=2)
+    policy = TRMPolicy(config)
+    set_output(policy, [1.0] * 12)
+    with torch.no_grad():
+        policy.head.gripper.weight.zero_()
+        policy.head.gripper.bias.copy_(torch.tensor([math.log(3), 0.0]))  # p(closed) = 3/4, 1/2
+    batch = make_batch(config, 2)
+    batch["actions"] = torch.zeros(2, 1, 2, 7)
+    batch["actions"][..., 6] = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+    batch["mask"] = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]]])
+    entropy = -(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 4)) / 3
+    total, parts = policy.loss(batch, "l1", gripper_weight=0.5)
+    assert parts["action"].item() == pytest.approx(1.0)  # the arm alone
+    assert parts["gripper"].item() == pytest.approx(entropy)
+    assert total.item() == pytest.approx(1.0 + 0.5 * entropy)
+
+
 def test_loss_refuses_what_it_cannot_use():
     config = small()
     policy = TRMPolicy(config)

@@ -7,6 +7,7 @@ from demo_files import write_demo_file
 
 from trm_helpers import collect, schema
 from trm_helpers.quality import (
+    ORIENTATIONS,
     frame_orientation,
     quality_card,
     replay_demonstration,
@@ -129,17 +130,44 @@ def test_a_real_demonstration_is_good_in_everything(real):
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("name, turn", [
-    ("flipped upside down", lambda images: images[:, ::-1]),
-    ("turned by 90 degrees", lambda images: np.rot90(images, -1, axes=(1, 2))),
-])
+@pytest.mark.parametrize("name, turn", {
+    "flipped upside down": lambda images: images[:, ::-1],
+    "mirrored left to right": lambda images: images[:, :, ::-1],
+    "turned by 180 degrees": lambda images: images[:, ::-1, ::-1],
+    "transposed": lambda images: images.transpose(0, 2, 1, 3),
+    "turned by 90 degrees": lambda images: np.rot90(images, -1, axes=(1, 2)),
+    "turned by 270 degrees": lambda images: np.rot90(images, 1, axes=(1, 2)),
+    "transposed along the other diagonal": lambda images: np.rot90(
+        images, 2, axes=(1, 2)).transpose(0, 2, 1, 3),
+}.items())
 def test_turned_frames_are_found(real, tmp_path, name, turn):
     path, env = real
+    assert len(ORIENTATIONS) == 8
     with h5py.File(path) as source, h5py.File(tmp_path / "turned.hdf5", "w") as file:
         source.copy(source["data/demo_0"], file, "demo")
         for camera in schema.CAMERAS:
             file["demo/obs"][camera][...] = turn(source["data/demo_0/obs"][camera][()])
             assert frame_orientation(env, file["demo"], camera)[0] == name
+
+
+@pytest.mark.sim
+def test_the_files_of_the_authors_are_good_too(real, tmp_path):
+    """Their frames are those after the action (``shift``), and they have neither our attribute nor
+    the actions as executed."""
+    path, env = real
+    with h5py.File(path) as source, h5py.File(tmp_path / "theirs.hdf5", "w") as file:
+        demo = source["data/demo_0"]
+        theirs = file.create_group("data/demo_0")
+        for name, values in [*demo.items(), *((f"obs/{key}", v) for key, v in demo["obs"].items())]:
+            if isinstance(values, h5py.Dataset) and name != "executed_actions":
+                later = name.startswith("obs/") or name == "robot_states"
+                theirs[name] = np.concatenate([values[1:], values[-1:]]) if later else values[()]
+        theirs["actions"][...] = demo["executed_actions"][()]
+        theirs.attrs.update(demo.attrs)
+    card = verdicts(tmp_path / "theirs.hdf5", env=env, horizon=env.horizon)
+    assert card["alignment"]["found"].startswith("shift")
+    assert [(name, row) for name, row in card.items() if row["verdict"] != "good"] == []
+    assert {"orientation, agent view", "orientation, wrist camera", "replay"} <= set(card)
 
 
 @pytest.mark.sim

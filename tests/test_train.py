@@ -91,10 +91,21 @@ def out_of_time_after_an_epoch(trainer, monkeypatch):
     assert len(trainer.fit()) == 1
 
 
-@pytest.mark.parametrize("interrupt", [killed_between_row_and_state, killed_in_an_epoch,
-                                       out_of_time_in_an_epoch, out_of_time_after_an_epoch])
-def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, interrupt):
-    settings = dict(ema_decay=0.9, epochs=4, augmentation="shift")
+RESUMED = dict(ema_decay=0.9, epochs=4, augmentation="shift")
+
+
+@pytest.mark.parametrize(("interrupt", "settings"), [
+    (killed_between_row_and_state, RESUMED), (killed_in_an_epoch, RESUMED),
+    (out_of_time_in_an_epoch, RESUMED), (out_of_time_after_an_epoch, RESUMED),
+    # what has a state of its own: the scaler, the halting heads, the carry, the gripper's head
+    (killed_in_an_epoch, RESUMED | dict(precision="fp16")),
+    (killed_in_an_epoch, RESUMED | dict(halting="act", gripper="binary")),
+    (killed_in_an_epoch, RESUMED | dict(variant="trm", image_size=64, deep_supervision=True,
+                                        halting="learned")),
+    (killed_in_an_epoch, RESUMED | dict(normalize_actions="zscore", loss="mix",
+                                        conditioning="task_id", augmentation="reference")),
+])
+def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, interrupt, settings):
     straight = small_run("straight", **settings)
     expected = straight.fit()
     assert len({row["val_loss"] for row in expected}) == 4

@@ -140,11 +140,13 @@ def _gripper_sign(demos: list[h5py.Group]) -> dict:
     against = moving = 0
     for demo in demos:
         width = np.abs(demo["obs/gripper_states"][()]).sum(axis=1)
-        change = np.diff(width)[1:]  # a step late: the fingers follow the command
-        command = demo["actions"][:-2, schema.GRIPPER_INDEX]
-        fast = np.abs(change) > 1e-3  # m in a step
+        change = np.diff(width)[1:]
+        command = np.sign(demo["actions"][:, schema.GRIPPER_INDEX])
+        # how late the fingers follow depends on the alignment: a switch's own steps do not count
+        steady = (command[:-2] == command[1:-1]) & (command[1:-1] == command[2:])
+        fast = (np.abs(change) > 1e-3) & steady  # m in a step
         moving += int(fast.sum())
-        against += int((np.sign(change[fast]) == np.sign(command[fast])).sum())
+        against += int((np.sign(change[fast]) == command[1:-1][fast]).sum())
     if not moving:
         return _row("gripper sign", "the fingers never move", "closing at +1", BAD)
     return _row("gripper sign", f"fingers move against the command in {against} of {moving} steps",
