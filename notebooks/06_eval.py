@@ -46,14 +46,14 @@ from IPython.display import Video, display
 from trm_helpers import plots
 from trm_helpers.baselines import evaluate_bounds
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import evaluate_run
+from trm_helpers.evaluate import compare_runs, evaluate_run
 from trm_helpers.files import read_jsonl
 from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.stats import (
     comparison_rows,
     detectable,
+    format_comparison,
     format_success,
-    paired_mcnemar,
 )
 
 # %%
@@ -168,14 +168,13 @@ print(detectable(results))
 
 # %% [markdown]
 # On the same init states two policies can be compared pair by pair, which sees more: only the
-# episodes on which they disagree count (McNemar's test). Give an evaluated run as `baseline_run`;
-# `a` is this run and `b` the baseline, and a `p_value` above 0.05 says that luck explains the
-# difference well enough.
+# episodes on which they disagree count (McNemar's test). Give an evaluated run as `baseline_run`; a
+# p-value above 0.05 says that luck explains the difference well enough.
 
 # %%
 for baseline in [find_run(baseline_run)] if baseline_run else []:
-    test = paired_mcnemar(episodes, read_jsonl(baseline / "episodes.jsonl"))
-    display(pd.Series(test, name=f"{run.name} (a) and {baseline.name} (b)").to_frame())
+    test = compare_runs(run, baseline)
+    print(format_comparison(test, run.name, baseline.name))
     theirs = json.loads((baseline / "results.json").read_text())
     fig = plots.plot_success({run.name: results, baseline.name: theirs})
     plots.save_figure(fig, run / "figures" / "06_comparison.png")

@@ -84,6 +84,14 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     assert "libero_object 3: 1 of 2 episodes" in capsys.readouterr().out
     assert main(["evaluate", "mine", "--suite", "libero_goal"]) == 3  # there were errors
 
+    (run / "episodes.jsonl").write_text("".join(json.dumps({
+        "suite": "libero_object", "task_id": 3, "init_state": state, "success": state < 1,
+        "steps": 4}) + "\n" for state in range(2)))
+    assert main(["evaluate", "mine", "--against", "mine"]) == 0
+    assert "mine against mine on 2 shared episodes: +0.0 points" in capsys.readouterr().out
+    assert main(["evaluate", "mine", "--against", "other"]) == 1 and len(asked) == 3
+    assert main(["evaluate", "expert", "--suite", "libero_goal", "--against", "mine"]) == 1
+
 
 def test_a_robustness_card_from_the_command_line(trained, monkeypatch, capsys):
     asked = []

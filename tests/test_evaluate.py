@@ -172,6 +172,38 @@ def test_selection_leaves_the_official_init_states_alone(run):
     assert not (run / "episodes.jsonl").exists()
 
 
+def test_errors_in_a_selection_do_not_count_and_are_told(run, monkeypatch, capsys):
+    play = evaluate.run_episode
+
+    def fail(policy, env, init_state, horizon, seed):
+        if seed == evaluate.SELECTION_SEED + 1:
+            raise FloatingPointError("the arm is nowhere")
+        return play(policy, env, init_state, horizon, seed=seed)
+
+    monkeypatch.setattr(evaluate, "run_episode", fail)
+    summary = evaluate.selection_success(run, evaluate.load_config(run), episodes=3)
+    assert summary["episodes"] == 2 and "the arm is nowhere" in summary["errors"][0]
+    assert "selection: 1 of 3 episodes ended in an error" in capsys.readouterr().out
+
+
+def test_two_runs_are_compared_episode_by_episode(run, small_run):
+    other = small_run("other", epochs=1)
+    other.fit()
+    with pytest.raises(FileNotFoundError, match="episodes.jsonl does not exist; .*evaluate small"):
+        evaluate.compare_runs("other", run)
+    evaluate_run(run, EvalConfig(num_episodes=3, horizon=2, num_videos=0))  # solves 0 and 1
+    evaluate_run(other.run, EvalConfig(num_episodes=2, first_init_state=1, horizon=2, num_videos=0))
+    test = evaluate.compare_runs("other", run)
+    assert (test["pairs"], test["both"], test["neither"], test["unpaired"]) == (2, 1, 1, 1)
+
+
+def test_which_renderers_drew_the_episodes_is_told(run, monkeypatch):
+    for episodes, name in ((1, "llvmpipe"), (2, "a GPU"), (2, "another")):
+        monkeypatch.setattr(evaluate, "renderer", lambda name=name: name)
+        results = evaluate_run(run, EvalConfig(num_episodes=episodes, horizon=2, num_videos=0))
+    assert results["renderers"] == ["a GPU", "llvmpipe"]  # those that drew something
+
+
 def test_selection_goes_on_with_its_ledger(run):
     config, ledger = evaluate.load_config(run).replace(horizon=2), run / "selection.jsonl"
     evaluate.selection_success(run, config, 2, ledger=ledger)

@@ -9,6 +9,7 @@ from trm_helpers.stats import (
     cluster_bootstrap,
     comparison_rows,
     detectable,
+    format_comparison,
     format_success,
     minimum_detectable_difference,
     paired_mcnemar,
@@ -155,6 +156,14 @@ def test_what_can_be_told_apart_in_a_line():
     assert detectable({"episodes": 50, "success_rate": 0.8}).startswith(
         "50 episodes each are likely to tell rates apart that differ by 22 points")
     assert "17 points" in detectable({"episodes": 50, "success_rate": 1.0})  # as of 90 %
+
+
+def test_a_comparison_in_a_line():
+    test = {"pairs": 75, "only_a": 5, "only_b": 2, "difference": -0.04, "p_value": 0.453125}
+    assert format_comparison(test, "trm", "block") == (
+        "trm against block on 75 shared episodes: -4.0 points (2 that only trm solved, 5 only "
+        "block; exact McNemar p = 0.45, which luck explains well enough)")
+    assert "luck does not explain" in format_comparison({**test, "p_value": 0.01}, "a", "b")
 
 
 def test_minimum_detectable_difference():

@@ -135,13 +135,20 @@ class Evaluate:
     weights: str = "best"  # of a run: best or last
     suite: str = ""  # another one than the run's; those of LIBERO-PRO too
     task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
+    against: str = ""  # another run, evaluated before: the two are compared episode by episode
 
     def __call__(self) -> Result:
         from .baselines import BASELINES, evaluate_baseline, evaluate_bounds
-        from .evaluate import evaluate_run
-        from .stats import format_success
+        from .checkpoint import find_run
+        from .evaluate import compare_runs, evaluate_run
+        from .stats import detectable, format_comparison, format_success
 
-        bounds = {}
+        bounds, test = {}, None
+        if self.against:
+            if self.run in BASELINES:
+                raise ValueError(f"against={self.against!r} compares trained runs; "
+                                 f"{self.run!r} is a baseline")
+            find_run(self.against)  # not after hours of episodes
         if self.run in BASELINES:
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
@@ -154,7 +161,10 @@ class Evaluate:
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
-        return {**results, "bounds": bounds}, lines, not results["errors"]
+        if self.against:
+            test = compare_runs(self.run, self.against)
+            lines += [format_comparison(test, self.run, self.against), detectable(results)]
+        return ({**results, "bounds": bounds, "comparison": test}, lines, not results["errors"])
 
 
 @dataclass

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import schema
+from . import experts, geometry, schema, skills
 from .checkpoint import find_run, load_config
 from .collect import ensure_demonstrations
 from .config import EvalConfig
 from .evaluate import Episode, evaluate_episodes, official_episodes
-from .experts import make_expert
 from .quality import replay_demonstration
 from .rollout import Policy
 from .sim import LiberoEnv
@@ -35,7 +34,8 @@ class ExpertPolicy:
         self.expert = None
 
     def act(self, observation) -> np.ndarray:
-        self.expert = self.expert or make_expert(self.env)  # it looks at the scene as it was reset
+        # made here, not in reset(): it looks at the scene as that was reset
+        self.expert = self.expert or experts.make_expert(self.env)
         return self.expert.act()
 
 
@@ -111,8 +111,16 @@ def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: 
                          f"baseline {name!r} reads no observation")
     count = schema.SUITES[schema.check_suite(suite)]
     task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
-    return evaluate_episodes(Baseline(name), {"weights": name, "sha256": ""}, Path(folder), config,
-                             suite, official_episodes(suite, task_ids, config))
+    return evaluate_episodes(Baseline(name), {"weights": name, "sha256": _source_digest(name)},
+                             Path(folder), config, suite,
+                             official_episodes(suite, task_ids, config))
+
+
+def _source_digest(name: str) -> str:
+    """Of the code that decides: the expert's changes, and its old episodes are another policy's."""
+    modules = (experts, skills, geometry) if name == "expert" else ()
+    source = b"".join(Path(module.__file__).read_bytes() for module in modules)
+    return hashlib.sha256(source).hexdigest()[:16] if source else ""
 
 
 def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,

@@ -19,11 +19,11 @@ from .fanout import run_jobs
 from .files import append_jsonl, only_one, read_jsonl, write_json
 from .films import write_grid
 from .perturbations import PerturbedPolicy, why_unused
-from .preflight import check_settling, software_versions
+from .preflight import check_settling, renderer, software_versions
 from .protocols import PROTOCOLS, EvalProtocol
 from .rollout import Policy, record_episode, run_episode
 from .sim import LiberoEnv
-from .stats import summarize_episodes
+from .stats import paired_mcnemar, summarize_episodes
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -86,7 +86,8 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
             what the run has alone.
 
     Returns:
-        what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions.
+        what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions
+        of this call's software, and every renderer that drew a part of the episodes.
 
     Raises:
         ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
@@ -127,7 +128,9 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
             stay. Without one nothing is written.
 
     Returns:
-        :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks.
+        :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks, and ``errors``: of
+        those that raised, hung or lost their process twice. They count neither way; a line is
+        printed about them, and with a ledger the next call tries them again.
     """
     run = Path(run)
     settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
@@ -151,7 +154,10 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
             append_jsonl(ledger, {**row, "sha256": source.sha256})
     if not rows:
         raise RuntimeError(f"no episode could be run; the first error: {errors[0]}")
-    return summarize_episodes(rows)
+    if errors:
+        print(f"selection: {len(errors)} of {len(planned)} episodes ended in an error and do not "
+              f"count; the first: {errors[0]}")
+    return {**summarize_episodes(rows), "errors": errors}
 
 
 def selection_rows(run: str | Path, ledger: str | Path, weights: str = "last") -> list[dict]:
@@ -207,6 +213,21 @@ def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, 
         return _evaluate(source, identity, folder, config, suite, planned)
 
 
+def compare_runs(run: str | Path, other: str | Path) -> dict:
+    """:func:`stats.paired_mcnemar` of ``other`` (a) and ``run`` (b), both evaluated before.
+
+    Raises:
+        FileNotFoundError: one of them has no episodes yet.
+        ValueError: they share none, or have played them by different protocols.
+    """
+    ledgers = [find_run(str(folder)) / "episodes.jsonl" for folder in (other, run)]
+    for ledger in ledgers:
+        if not ledger.exists():
+            raise FileNotFoundError(f"{ledger} does not exist; expected a run that was evaluated "
+                                    f"(python -m trm_helpers evaluate {ledger.parent.name})")
+    return paired_mcnemar(*map(read_jsonl, ledgers))
+
+
 def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
               planned: list[Episode]) -> dict:
     protocol = PROTOCOLS[config.protocol]
@@ -242,6 +263,7 @@ def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: s
                                      else "demonstrations'"),
                      "observations": "what env.step returned"},
         "software": software_versions(),
+        "renderers": sorted({row["renderer"] for row in played if row.get("renderer")}),
     }
     write_json(folder / "results.json", results)
     _write_grids(folder / "videos", played, bool(missing))
@@ -274,6 +296,10 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
 
 
 def _play(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
+    return {**_played(source, config, folder, episode), "renderer": renderer()}
+
+
+def _played(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     protocol = PROTOCOLS[config.protocol]
     env = _worker_env(episode.suite, episode.task_id, protocol)
     if hasattr(source, "play"):

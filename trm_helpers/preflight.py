@@ -134,12 +134,8 @@ def software_versions() -> dict:
     ``trm_helpers``, ``revision`` and ``dirty`` (of the git checkout), ``gl_renderer``.
     """
     packages = ("torch", "numpy", *schema.PINNED)
-    try:
-        renderer = probe_gl()["renderer"]
-    except RuntimeError:
-        renderer = None
     return {"python": platform.python_version(), **{name: _version(name) for name in packages},
-            "trm_helpers": __version__, **_git_state(), "gl_renderer": renderer}
+            "trm_helpers": __version__, **_git_state(), "gl_renderer": renderer()}
 
 
 def _git_state() -> dict:
@@ -231,6 +227,14 @@ def probe_gl() -> dict:
         raise RuntimeError(f"OpenGL does not draw with MUJOCO_GL={backend} ({said}); "
                            f"if libraries are missing, {GL_HINT}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def renderer() -> str | None:
+    """``GL_RENDERER`` of this process's machine; ``None`` where nothing draws."""
+    try:
+        return probe_gl()["renderer"]
+    except RuntimeError:
+        return None
 
 
 def ensure_gl() -> dict:

@@ -172,6 +172,15 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     }
 
 
+def format_comparison(test: Mapping, name: str, other: str) -> str:
+    """One line on a :func:`paired_mcnemar` of ``other`` (a) and ``name`` (b)."""
+    told = ("which luck explains well enough" if test["p_value"] >= 0.05
+            else "which luck does not explain well")
+    return (f"{name} against {other} on {test['pairs']} shared episodes: "
+            f"{100 * test['difference']:+.1f} points ({test['only_b']} that only {name} solved, "
+            f"{test['only_a']} only {other}; exact McNemar p = {test['p_value']:.2g}, {told})")
+
+
 def detectable(summary: Mapping) -> str:
     """One line on what as many episodes as in a summary can tell apart."""
     rate = min(max(summary["success_rate"], 0.1), 0.9)
