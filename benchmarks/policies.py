@@ -21,7 +21,7 @@ from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import Config, EvalConfig, from_flat
 from trm_helpers.evaluate import evaluate_run
 from trm_helpers.files import read_jsonl
-from trm_helpers.stats import paired_mcnemar
+from trm_helpers.stats import detectable, paired_mcnemar
 
 _TOKENS = dict(hidden_dim=128, image_grid=2)
 _TRM = dict(_TOKENS, variant="trm", latent_updates=2, cycles=2, num_recursions=2,
@@ -109,6 +109,7 @@ def print_table(rows: list[dict]) -> None:
               f"{row['successes']} of {row['episodes']} | {100 * row['wilson_low']:.0f} to "
               f"{100 * row['wilson_high']:.0f} % | {against} | {row['mean_length']:.0f} | "
               f"{speed:.0f} | {row['milliseconds']:.2f} |", flush=True)
+    print(detectable(rows[0]))
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def test_the_verdict_claims_no_more_than_the_episodes_say():
     assert "not distinguishable from the next (McNemar over 10 pairs: p = 0.062)" in said
     said = verdict([rolled("a", 10), rolled("b", 4)])  # six pairs: 2 / 2^6
     assert "the best differs from the next (McNemar over 10 pairs: p = 0.031)" in said
-    assert said.endswith("from one training each, which another seed may turn round.")
+    assert "from one training each, which another seed may turn round. 10 episodes each" in said
 
 
 def test_with_several_seeds_the_trainings_have_to_agree():

@@ -40,7 +40,7 @@ from .space import (
     trial_settings,
     value_of,
 )
-from .stats import paired_mcnemar
+from .stats import detectable, paired_mcnemar
 from .studies import Study
 from .trials import read_trial, run_trial, success_of
 
@@ -293,13 +293,14 @@ def verdict(ranked: Sequence[dict]) -> str:
         p_values["Welch over seeds"] = _welch(best[measured], second[measured])
     tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in p_values.items())
     told = f"{told[0]}, {told[1]}"
+    able = f" {detectable(best)}." if rollouts else ""
     if not p_values:
         return (f"{told}, from one training each: the best is not distinguishable from the next, "
                 "since another seed moves a loss too.")
     if max(p_values.values()) >= _SIGNIFICANT:
-        return f"{told}: the best is not distinguishable from the next ({tests})."
+        return f"{told}: the best is not distinguishable from the next ({tests}).{able}"
     caution = "" if several else ", from one training each, which another seed may turn round"
-    return f"{told}: the best differs from the next ({tests}){caution}."
+    return f"{told}: the best differs from the next ({tests}){caution}.{able}"
 
 
 def _welch(a: Sequence[float], b: Sequence[float]) -> float:

@@ -30,7 +30,7 @@ from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.robustness import plot_cards  # noqa: E402
-from trm_helpers.stats import paired_mcnemar  # noqa: E402
+from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 
 DOCS = repo_root() / "docs"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
@@ -165,7 +165,7 @@ def show_results(rows: list[dict]):
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
         fig = plots.plot_success({label(row, rows): row["results"] for row in rows})
-    return markdown(table(rows)), fig
+    return f"{markdown(table(rows))}\n{detectable(rows[0]['results'])}.\n", fig
 
 
 def label(row: dict, rows: list[dict]) -> str:
