@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import schema
+from trm_helpers import rollout, schema
 from trm_helpers.rollout import record_episode, run_episode
 from trm_helpers.sim import LiberoEnv
 
@@ -30,6 +30,16 @@ def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
     film = imageio.imread(tmp_path / "a-success.mp4")
     assert len(film) == 3 + 30  # the last frame stands for a second
     assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
+
+
+def test_a_film_says_the_task_the_step_the_recursions_and_the_outcome(tmp_path, monkeypatch):
+    written, draw = [], rollout.caption_frame
+    monkeypatch.setattr(rollout, "caption_frame",
+                        lambda frame, lines: written.append(lines) or draw(frame, lines))
+    record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    cameras = "agent view | wrist camera"
+    assert written[0] == ["walk to the end", cameras, "step   0 of 4  recursions  3"]
+    assert written[2] == ["walk to the end", cameras, "step   2 of 4  recursions  3  success"]
 
 
 class PlanningRoad(StraightRoad):
