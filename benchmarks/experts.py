@@ -2,6 +2,7 @@
 
     python benchmarks/experts.py --suite libero_spatial --episodes 10
     python benchmarks/experts.py --suite libero_object --episodes 10 --init-states
+    python benchmarks/experts.py --suite libero_object --episodes 10 --placement wide
 
 Without ``--init-states`` the placements are drawn by resets with seeds 1000, 1001, ...; with it
 they are the official init states 0, 1, ..., used to test the expert and never to collect.
@@ -21,7 +22,8 @@ from trm_helpers.sim import LiberoEnv, load_task, worker_pool
 from trm_helpers.stats import wilson_interval
 
 
-def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_id: int) -> dict:
+def run_task(suite: str, episodes: int, init_states: bool, placement: str, disturb: bool,
+             task_id: int) -> dict:
     """Successes and mean length of successful episodes of one task."""
     lengths, failed = [], []
     with LiberoEnv(suite, task_id) as env:
@@ -29,7 +31,7 @@ def run_task(suite: str, episodes: int, init_states: bool, disturb: bool, task_i
             if init_states:
                 env.reset(init_state=episode)
             else:
-                env.reset(seed=1000 + episode)
+                env.reset(seed=1000 + episode, placement=placement)
             generator = np.random.default_rng([task_id, episode])
             expert = make_expert(env, Style.sample(generator))
             disturbance = Disturbance(generator) if disturb else None
@@ -51,12 +53,14 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="*", help="task ids; all of the suite")
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--init-states", action="store_true")
+    parser.add_argument("--placement", default="benchmark", choices=schema.PLACEMENTS,
+                        help="of the draws; wide is for LIBERO-Object and LIBERO-Goal")
     parser.add_argument("--disturb", action="store_true", help="push the arm as in collection")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     tasks = given.tasks or range(schema.SUITES[given.suite])
     job = functools.partial(run_task, given.suite, given.episodes, given.init_states,
-                            given.disturb)
+                            given.placement, given.disturb)
     rows = []
     with worker_pool(given.workers) as pool:
         for done in as_completed([pool.submit(job, task_id) for task_id in tasks]):
