@@ -1,6 +1,6 @@
 """Samples per second and memory of the loaders: the tables in docs/loading.md.
 
-    python benchmarks/loading.py data/scripted/libero_spatial/*_demo.hdf5
+    python benchmarks/loading.py data/scripted/libero_spatial/NAME_demo.hdf5
     python benchmarks/loading.py FILE_demo.hdf5 --peer-python build/peers/bin/python --repeats 7
 
 Ours and others' (robomimic, LIBERO, LeRobot), batches of 64, shuffled, two cameras and

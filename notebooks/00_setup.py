@@ -34,12 +34,11 @@ placement = None  # type: str; of objects: benchmark or wide (anywhere); None ke
 #
 # In a checkout that was set up with `make setup` there is nothing to do here. Elsewhere, on
 # Kaggle say, this cell looks for the repository in the folders above and in the working folder,
-# then for a copy or a wheel of it in an attached data set. Attached folders are read-only, so the
-# copy is copied once more.
+# then for a copy of it in an attached data set. Attached folders are read-only, so the copy is
+# copied once more.
 
 # %%
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -47,8 +46,7 @@ attached, working = Path("/kaggle/input"), Path("/kaggle/working")
 places = [Path.cwd(), *Path.cwd().parents, *working.glob("*")]
 roots = [place for place in places if (place / "trm_helpers" / "schema.py").exists()]
 sources = [found.parent.parent for found in attached.rglob("trm_helpers/schema.py")]
-wheels = sorted(attached.rglob("trm_helpers-*.whl"))
-assert roots or sources or wheels, "trm_helpers not found: clone the repository or attach it"
+assert roots or sources, "trm_helpers not found: clone the repository or attach it"
 
 # %% [markdown]
 # ## Install only what is missing
@@ -57,14 +55,12 @@ assert roots or sources or wheels, "trm_helpers not found: clone the repository 
 # silently. What is there in a version that fits stays as it is.
 
 # %%
-if not roots and sources:
+if not roots:
     roots = [shutil.copytree(sources[0], working / "trm", dirs_exist_ok=True)]
-if roots:
-    sys.path.insert(0, str(roots[0]))
-    from trm_helpers.preflight import install_missing
-    install_missing(roots[0])
-else:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", wheels[-1]], check=True)
+sys.path.insert(0, str(roots[0]))
+from trm_helpers.preflight import install_missing
+
+install_missing(roots[0])
 
 # %%
 from trm_helpers import paths, preflight
@@ -107,10 +103,10 @@ print("runs:           ", paths.artifacts_dir() / (run_name or preset))
 # %% [markdown]
 # ## Demonstrations
 #
-# Behaviour cloning needs somebody to imitate. LIBERO's human demonstrations are used where they
-# are attached or can be downloaded; otherwise a scripted expert shows the task in the simulator.
-# It is pushed about while it does so, because a policy that has only seen perfect motion does not
-# know what to do after its first small mistake.
+# Behaviour cloning needs somebody to imitate: by default a scripted expert, which shows the task in
+# the simulator. It is pushed about while it does so, because a policy that has only seen perfect
+# motion does not know what to do after its first small mistake. `demos="auto"` takes LIBERO's human
+# demonstrations where they are attached, `demos="human"` downloads them where they are not.
 
 # %%
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,

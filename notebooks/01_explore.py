@@ -76,9 +76,10 @@ fig
 # %% [markdown]
 # ## The seven numbers of an action
 #
-# An action does not say where the hand shall be but how far it shall move within the next
-# twentieth of a second. The first three numbers move it, the next three turn it, the last opens
-# (-1) or closes (+1) the gripper.
+# An action does not say where the hand shall be but how far from here it shall go; twenty times a
+# second there is a new one. The first three numbers move the hand, the next three turn it, the last
+# opens (-1) or closes (+1) the gripper. The arm is slower than its commands: of the 5 cm that a 1
+# asks for it makes a quarter before the next command comes.
 
 # %%
 pd.set_option("display.max_colwidth", None)
@@ -91,8 +92,9 @@ with h5py.File(file) as data:
 
 # %% [markdown]
 # Look at the ranges: positions use all of theirs, rotations hardly any, and the gripper is never
-# in between. That is why the gripper is not normalised with the rest: a policy that is drawn
-# towards its mean would leave the gripper half open.
+# in between. Only the sign of its command counts: +0.1 closes it as +1 does. That is why it is not
+# normalised with the rest: shifted and scaled, its zero would no longer lie between open and
+# closed.
 
 # %%
 fig = plots.plot_action_statistics(np.concatenate(list(actions.values())))

@@ -37,6 +37,7 @@ from trm_helpers import ActionNormalizer, LIBERODataset, paths, plots, schema
 from trm_helpers.augment import augment_images
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import from_flat
+from trm_helpers.train import choose_device
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
@@ -136,12 +137,13 @@ fig
 # error at once instead of a crash on the way. `docs/loading.md` has the comparison with others.
 
 # %%
-rows = []
-for name in ("ram", "mmap", "gpu")[:3 if torch.cuda.is_available() else 2]:
+rows, device = [], choose_device(config.train.device)
+for name in ("ram", "mmap", "gpu")[:3 if device.type == "cuda" else 2]:
     data, _ = LIBERODataset.from_config(files, config.replace(storage=name))
     began = time.perf_counter()
     count = sum(len(batch["actions"]) for batch in
-                data.batches(config.train.batch_size, seed=0, epoch=1))
+                data.batches(config.train.batch_size, seed=0, epoch=1, device=device))
+    torch.cuda.synchronize() if device.type == "cuda" else None  # a GPU answers before it is done
     rows.append({"storage": name, "samples per second, augmentation included":
                  count / (time.perf_counter() - began)})
 pd.DataFrame(rows).round()

@@ -21,7 +21,7 @@ preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 variant = None  # type: str; block or trm; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
-num_recursions = None  # type: int; applications of the block; None keeps the preset's
+num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
 halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
 
 # %%
@@ -45,8 +45,9 @@ config.model
 # %% [markdown]
 # ## Where the parameters are
 #
-# Most sit in the encoders, where pictures become vectors. The block is small, and used
-# `num_recursions` times.
+# Most sit in the encoders, where pictures become vectors. The block is small, and used again in
+# each of the `num_recursions` recursions: once by the `block`, `cycles * (latent_updates + 1)`
+# times by the `trm`, whose recursions are the paper's supervision steps.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")

@@ -13,7 +13,9 @@
 #
 # The policy is shown what the demonstrator saw and corrected towards what the demonstrator did.
 # After every epoch the run folder is complete: weights, settings, one line of measurements. Start
-# the notebook again with the same `run_name` and it goes on where it was.
+# the notebook again with the same `run_name` and it goes on where it was. Without a name the preset
+# as it is goes to the folder of its name, and one with other settings to a new folder, named after
+# suite, network, seed and time.
 #
 # A low loss is not the goal. It says that the policy agrees with the demonstrator on the
 # demonstrator's own path; whether it can *do* the task only the simulator tells (`06_eval`).
@@ -25,7 +27,7 @@
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
-run_name = ""  # type: str; folder under artifacts/; empty makes a new one from suite, seed and time
+run_name = ""  # type: str; folder under artifacts/; empty: the preset's, or a new one (see below)
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
@@ -42,7 +44,7 @@ loss = None  # type: str; mse, l1 or mix; None keeps the preset's
 variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
 conditioning = None  # type: str; none, task_id or language; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
-num_recursions = None  # type: int; applications of the block; None keeps the preset's
+num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
 deep_supervision = None  # type: bool; grade the answer of every recursion; None: the preset's
 halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
 gripper = None  # type: str; continuous, threshold, classifier, binary, mixture; None: the preset's
@@ -82,7 +84,8 @@ config = from_flat(
     rollout_every=rollout_every, max_minutes=max_minutes, stop_epoch=stop_epoch,
     num_threads=num_threads, wandb_mode=wandb_mode, **more)
 files = ensure_demonstrations(config)
-run = create_run(config, run_name, resume)
+usual = preset if config == from_flat(preset) else ""
+run = create_run(config, run_name or usual, resume)
 
 # %% [markdown]
 # ## Train
@@ -103,7 +106,8 @@ metrics = trainer.fit()
 # Both losses should fall and the validation loss should level out rather than rise. A training
 # loss that falls far below it says that the demonstrations are being learned by heart: more
 # demonstrations or more augmentation help, more epochs do not. The star is the epoch whose weights
-# are kept as `best`.
+# are kept as `best`: that of the lowest validation loss or, with `rollout_every`, of the most
+# successes.
 
 # %%
 fig = plots.plot_training_curves(metrics)

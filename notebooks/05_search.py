@@ -11,12 +11,13 @@
 # %% [markdown]
 # # 05 Hyper-parameter search
 #
-# Would other settings have done better? The grid has sixteen points: four learning rates, two
-# widths, two numbers of recursions. Each, or as many as `max_configs` says, is trained for a few
-# epochs: by `04_train`, in a process of its own, on a GPU of its own where there are several. Short
-# trainings only rank roughly, so the ranking looks at three things in this order: the final
-# validation loss, how soon it got there, and whether it got there without spikes. With
-# `search_episodes` above 0 the success rate in the simulator comes first.
+# Would other settings have done better? The grid is made of learning rates, widths and numbers of
+# recursions: sixteen points for the `demo` preset, of which it tries four for three epochs, to
+# show how it goes; `max_configs=0` tries them all. Each is trained by `04_train`, in a process of
+# its own, on a GPU of its own where there are several. Short trainings only rank roughly, so the
+# ranking looks at three things in this order: the final validation loss, how soon it got there,
+# and whether it got there without spikes. With `search_episodes` above 0 the success rate in the
+# simulator comes first.
 #
 # `search_method` `tpe` lets Optuna choose the points, from what it has seen so far; `halving` also
 # trains most of them for a ninth or a third of the epochs only. `search_space` adds settings:
@@ -53,7 +54,7 @@ from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import from_flat
 from trm_helpers.plots import save_figure
 from trm_helpers.search import run_search, verdict
-from trm_helpers.space import axes
+from trm_helpers.space import all_points, axes
 
 # %%
 folder = paths.artifacts_dir() / (run_name or preset)
@@ -65,6 +66,8 @@ config = from_flat(
     search_shard=search_shard, search_workers=search_workers, search_minutes=search_minutes,
     search_storage=search_storage)
 names = list(axes(config.search))
+print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.search))} points, "
+      f"{config.search.search_epochs} epochs each")
 files = ensure_demonstrations(config)
 
 # %% [markdown]
@@ -110,7 +113,7 @@ if complete:
 
 # %% [markdown]
 # Which setting decides about being among the best? A share near nothing says that you may set it as
-# you like, between the values that were tried.
+# you like, between the values that were tried. (It takes fifteen trials to say anything.)
 
 # %%
 shares = search_plots.importance(trials, names) if complete else "No trial is complete."

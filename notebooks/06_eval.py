@@ -21,7 +21,7 @@
 # %% tags=["parameters"]
 preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
-weights = "best"  # type: str; best (lowest validation loss) or last
+weights = "best"  # type: str; best (see 04_train) or last
 suite = None  # type: str; another suite than the run's, LIBERO-PRO's too; None keeps it
 task_ids = None  # type: list; other tasks than the run's; None keeps them
 protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
@@ -37,7 +37,6 @@ robustness_episodes = 0  # type: int; per task and change of the card; 0 leaves 
 
 # %%
 import dataclasses
-import json
 
 import imageio.v3 as imageio
 import pandas as pd
@@ -46,14 +45,19 @@ from IPython.display import Video, display
 from trm_helpers import plots
 from trm_helpers.baselines import evaluate_bounds
 from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.evaluate import compare_runs, evaluate_run
-from trm_helpers.files import read_jsonl
+from trm_helpers.evaluate import (
+    compare_runs,
+    evaluate_run,
+    evaluated_episodes,
+    evaluation_folder,
+)
 from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.stats import (
     comparison_rows,
     detectable,
     format_comparison,
     format_success,
+    summarize_episodes,
 )
 
 # %%
@@ -63,6 +67,7 @@ settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=f
                 eval_workers=eval_workers, cluster=cluster)
 settings = {name: value for name, value in settings.items() if value is not None}
 config = load_config(run).replace(perturbation="none", **settings)
+folder = evaluation_folder(run, suite or "")
 print("evaluating", run)
 
 # %% [markdown]
@@ -82,14 +87,14 @@ for error in results["errors"]:
 
 # %% [markdown]
 # Episode by episode (the file may hold others, from evaluations before). `mean_recursions` is how
-# often the block was applied per decision, `action_ms` and `max_action_ms` what the policy took per
-# executed action and for the slowest one, with the frames that it asked for.
+# many recursions a decision took on average, `action_ms` and `max_action_ms` what the policy took
+# per executed action and for the slowest one, with the frames that it asked for.
 
 # %%
 asked = results["protocol"]
 inits = range(asked["first_init_state"], asked["first_init_state"] + asked["num_episodes"])
-episodes = [row for row in read_jsonl(run / "episodes.jsonl") if row["suite"] == asked["suite"]
-            and row["task_id"] in asked["task_ids"] and row["init_state"] in inits
+episodes = [row for row in evaluated_episodes(run, asked["suite"])
+            if row["task_id"] in asked["task_ids"] and row["init_state"] in inits
             and "error" not in row]
 columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "action_ms",
            "max_action_ms", "seconds"]
@@ -126,21 +131,22 @@ fig
 # %% [markdown]
 # ## Watch it
 #
-# Agent view on the left, wrist camera on the right. The dots are where the policy means to go: one
-# for each action of its chunk, orange until it looks again, blue after that. Where it fails, ask:
-# did it miss the object, drop it, or miss the target? Successes and failures have a folder each.
+# Agent view on the left, wrist camera on the right, half as fast again as it was. The dots are
+# where the policy means to go: one for each action of its chunk, orange until it looks again, blue
+# after that. Where it fails, ask: did it miss the object, drop it, or miss the target? Successes
+# and failures have a folder each.
 
 # %%
 filmed = [row for row in episodes if "video" in row]
 for row in filmed:
     print(row["video"])
-    display(Video(run / "videos" / row["video"], embed=True, width=640))
+    display(Video(folder / "videos" / row["video"], embed=True, width=640))
 
 # %% [markdown]
 # All of a task at once, framed green where it succeeded and red where it failed.
 
 # %%
-for grid in sorted((run / "videos").glob("*.mp4")):
+for grid in sorted((folder / "videos").glob("*.mp4")):
     if grid.stem.startswith(f"{asked['suite']}-task"):
         print(grid.name)
         display(Video(grid, embed=True))
@@ -150,7 +156,7 @@ for grid in sorted((run / "videos").glob("*.mp4")):
 
 # %%
 for row in filmed[:1]:
-    film = imageio.imread(run / "videos" / row["video"])
+    film = imageio.imread(folder / "videos" / row["video"])
     side = film.shape[2] // 2  # the agent view is the square at the lower left
     steps = [round(i * row["steps"] / 5) for i in range(6)]
     frames = [film[step, -side:, :side] for step in steps]
@@ -173,9 +179,10 @@ print(detectable(results))
 
 # %%
 for baseline in [find_run(baseline_run)] if baseline_run else []:
-    test = compare_runs(run, baseline)
+    test = compare_runs(run, baseline, asked["suite"], asked["task_ids"])
     print(format_comparison(test, run.name, baseline.name))
-    theirs = json.loads((baseline / "results.json").read_text())
+    theirs = summarize_episodes([row for row in evaluated_episodes(baseline, asked["suite"])
+                                 if row["task_id"] in asked["task_ids"] and "error" not in row])
     fig = plots.plot_success({run.name: results, baseline.name: theirs})
     plots.save_figure(fig, run / "figures" / "06_comparison.png")
     display(fig)
@@ -190,7 +197,7 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 # %%
 if robustness_episodes:
     changed = dataclasses.replace(config.eval, num_episodes=robustness_episodes, num_videos=0)
-    card = robustness_card(run, changed, weights)
+    card = robustness_card(run, changed, weights, task_ids or ())
     display(pd.DataFrame(card_rows(card)), plot_card(card))
     print("\n".join(card_notes(card)))
 

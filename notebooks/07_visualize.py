@@ -17,11 +17,11 @@
 # %% tags=["parameters"]
 preset = "demo"  # type: str; not used here: the run knows its settings
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
-weights = "best"  # type: str; best (lowest validation loss) or last
-num_samples = 256  # type: int; validation samples behind the averages
+weights = "best"  # type: str; best (see 04_train) or last
+num_samples = 256  # type: int; samples behind the averages
 task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
 depth_episodes = 0  # type: int; per task and depth in the simulator; 0 shows what is there
-num_demos = None  # type: int; of each, where they are yet to be collected; None: as many as there
+num_demos = None  # type: int; of each task, to look at; None: as many as it was trained with
 
 # %%
 import dataclasses
@@ -31,14 +31,13 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from trm_helpers import (
-    LIBERODataset,
     analyze_model_predictions,
     explain,
     load_policy,
     plots,
     visualize_recursive_states,
 )
-from trm_helpers.checkpoint import find_run, load_config
+from trm_helpers.checkpoint import find_run, held_out, load_config
 from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.depth import depth_card, depth_rows, plot_depth_card
 from trm_helpers.files import write_json
@@ -52,17 +51,17 @@ policy = load_policy(run, weights)
 looked_at = {name: value for name, value in dict(task_ids=task_ids, num_demos=num_demos).items()
              if value is not None}
 seen = config.replace(**looked_at)
-_, data = LIBERODataset.from_config(ensure_demonstrations(seen), seen)
+data = held_out(run, ensure_demonstrations(seen), seen, policy)
 observations = data.batch([len(data) // 3])["observations"]
 
 # %% [markdown]
 # ## Prediction against target
 #
-# Four validation samples: what the policy saw, what the demonstrator did (blue) and what the policy
-# would do (orange), in the environment's units. A large error on one sample need not be a
-# mistake: where the demonstrator goes on to the next phase at once, the policy may be a step late.
-# Below, over many samples: is one dimension worse than the others, and are predictions shrunk
-# towards the mean (ratio well below 1)?
+# Four samples of demonstrations that it was not trained on: what the policy saw, what the
+# demonstrator did (blue) and what the policy would do (orange), in the environment's units. A
+# large error on one sample need not be a mistake: where the demonstrator goes on to the next phase
+# at once, the policy may be a step late. Below, over many samples: is one dimension worse than the
+# others, and are predictions shrunk towards the mean (ratio well below 1)?
 
 # %%
 report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
@@ -72,10 +71,10 @@ fig
 # %% [markdown]
 # ## The state during recursion
 #
-# Left: each row is one number of the hidden state, from the encoded picture (step 0) to the last
-# step. Middle: how large the state is. Right: how much it still moves. A loop that has found its
-# answer stops moving: the red curve falls below the dotted line, and the columns on the left look
-# alike.
+# Left: each row is one number of the hidden state, from where it starts (of the `block` the
+# encoded picture, of the `trm` the same numbers whatever it sees) to the last step. Middle: how
+# large the state is. Right: how much it still moves. A loop that has found its answer stops
+# moving: the red curve falls below the dotted line, and the columns on the left look alike.
 
 # %%
 recursion, fig = visualize_recursive_states(policy, observations)
@@ -117,7 +116,7 @@ fig
 # %%
 if depth_episodes:
     depth_card(run, config=dataclasses.replace(config.eval, num_episodes=depth_episodes),
-               weights=weights)
+               weights=weights, task_ids=task_ids or ())
 for path in run.glob("depth.json"):
     card = json.loads(path.read_text())
     display(pd.DataFrame(depth_rows(card)), plot_depth_card(card))
@@ -135,8 +134,9 @@ for path in run.glob("robustness.json"):
 # %% [markdown]
 # ## Where does it stop?
 #
-# With `halting="fixed"` every sample uses all steps; with `remainder` or `act` easy ones may stop
-# early.
+# With `halting="fixed"` every sample uses all steps. With `learned` and `convergence` each stops
+# for itself, and is computed no further. `remainder` and `act` weigh the answers of all steps:
+# what is shown is when a sample has spent its weight, and a batch goes on until the last one has.
 
 # %%
 fig = explain.plot_halting(explain.halting_profile(policy, data, num_samples))

@@ -1,6 +1,6 @@
 import errno
 import json
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -10,6 +10,7 @@ import pytest
 from trm_helpers import collect, schema
 from trm_helpers.collect import _run_attempts, _successes, collect_demonstrations
 from trm_helpers.config import from_flat
+from trm_helpers.files import only_one
 from trm_helpers.sim import LiberoEnv
 from trm_helpers.validate import check_demo_file, measure_alignment
 
@@ -171,7 +172,19 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
         assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2"]
         assert [demo.attrs["attempt"] for demo in file["data"].values()] == sorted(
             demo.attrs["attempt"] for demo in file["data"].values())
-    assert len(list(collected.parent.iterdir())) == 1
+    visible = [path for path in collected.parent.iterdir() if not path.name.startswith(".")]
+    assert visible == [collected] and not list(collected.parent.glob("*.parts"))
+
+
+def test_a_second_call_waits_until_the_first_has_collected(collected):
+    """What is there is given back at once, but not while somebody works on it."""
+    task = collected.name.removesuffix("_demo.hdf5")
+    with ThreadPoolExecutor(1) as pool:
+        with only_one(collected.parent, lock=f".{task}.lock"):
+            call = pool.submit(collect_demonstrations, "libero_object", 5, 2, collected.parent)
+            with pytest.raises(TimeoutError):
+                call.result(timeout=2)
+        assert call.result(timeout=30) == collected
 
 
 class InThisProcess:

@@ -87,6 +87,9 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     (run / "episodes.jsonl").write_text("".join(json.dumps({
         "suite": "libero_object", "task_id": 3, "init_state": state, "success": state < 1,
         "steps": 4}) + "\n" for state in range(2)))
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "--against", "mine", "mine"])
+    assert "give the run before its settings" in capsys.readouterr().err
     assert main(["evaluate", "mine", "--against", "mine"]) == 0
     assert "mine against mine on 2 shared episodes: +0.0 points" in capsys.readouterr().out
     assert main(["evaluate", "mine", "--against", "other"]) == 1 and len(asked) == 3

@@ -107,6 +107,40 @@ def test_proprio_statistics_by_hand():
     assert normalize_proprio(proprio, stats).tolist() == [[-1, 0], [1, 0]]
 
 
+# --- what a run reads ----------------------------------------------------------------------------
+def names_of(*datasets):
+    return sorted(demo.name for data in datasets for demo in data.demos)
+
+
+def test_of_a_collected_file_no_more_is_read_than_was_asked_for(tmp_path):
+    lengths = (6, 7, 8, 9, 10)
+    ours = write_demo_file(tmp_path / "ours_demo.hdf5", lengths, image_size=36,
+                           collection={"by": "scripted expert"})
+    human = write_demo_file(tmp_path / "theirs_demo.hdf5", lengths, image_size=36)
+    config = from_flat("tiny", num_demos=3, image_size=36)
+    assert names_of(*LIBERODataset.from_config({0: ours}, config)) == ["demo_0", "demo_1", "demo_2"]
+    assert len(names_of(*LIBERODataset.from_config({0: human}, config))) == 5
+    config = config.replace(demo_dir=str(tmp_path))  # that folder was asked for
+    assert len(names_of(*LIBERODataset.from_config({0: ours}, config))) == 5
+    config = config.replace(max_demos_per_task=4)
+    assert len(names_of(*LIBERODataset.from_config({0: ours}, config))) == 4
+
+
+def test_held_out_is_what_a_policy_was_not_trained_on_in_its_own_normalisation(tmp_path):
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
+    config = from_flat("tiny", image_size=36)
+    train, val = LIBERODataset.from_config({0: path}, config)
+    held = LIBERODataset.held_out({0: path}, config, train, train.describe())
+    assert names_of(held) == names_of(val) and held.split == "val"
+    assert held.normalizer is train.normalizer and held.proprio_stats == train.proprio_stats
+    assert same(held.batch([0, 3]), val.batch([0, 3]))
+    known = {"files": [{"file": "elsewhere/soup_demo.hdf5", "demos": ["demo_0", "demo_3"]}]}
+    held = LIBERODataset.held_out({0: path}, config.replace(max_demos_per_task=3), train, known)
+    assert names_of(held) == ["demo_1", "demo_2"]
+    with pytest.raises(ValueError, match="trained on all 1 demonstrations read"):
+        LIBERODataset.held_out({0: path}, config.replace(max_demos_per_task=1), train, known)
+
+
 # --- split ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("count", "train"), [(50, 40), (10, 8), (5, 4), (3, 2), (2, 1)])
 def test_split_is_80_to_20_and_disjoint(count, train):

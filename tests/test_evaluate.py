@@ -195,6 +195,11 @@ def test_two_runs_are_compared_episode_by_episode(run, small_run):
     evaluate_run(other.run, EvalConfig(num_episodes=2, first_init_state=1, horizon=2, num_videos=0))
     test = evaluate.compare_runs("other", run)
     assert (test["pairs"], test["both"], test["neither"], test["unpaired"]) == (2, 1, 1, 1)
+    evaluate_run(run, EvalConfig(num_episodes=1, horizon=2, num_videos=0), suite="libero_goal")
+    with pytest.raises(FileNotFoundError, match="evaluate other --suite libero_goal"):
+        evaluate.compare_runs("other", run, "libero_goal")
+    with pytest.raises(ValueError, match="share no suite, task and init state"):
+        evaluate.compare_runs("other", run, task_ids=[3])
 
 
 def test_which_renderers_drew_the_episodes_is_told(run, monkeypatch):
@@ -269,15 +274,22 @@ def test_every_call_loads_the_policy_as_it_is_then(run, monkeypatch):
     assert len(loaded) == 2
 
 
-def test_one_ledger_holds_several_suites_each_with_its_horizon(run):
+def test_other_suites_and_tasks_leave_the_results_of_the_run_alone(run):
     config = EvalConfig(num_episodes=2, num_videos=0)
-    for suite, horizon in (("libero_object", 280), ("libero_goal", 300), ("libero_object", 280)):
-        results = evaluate_run(run, config, suite=suite)
-        assert results["episodes"] == 2 and results["tasks"][0]["suite"] == suite
-        assert results["protocol"]["horizon"] == horizon
-    rows = read_jsonl(run / "episodes.jsonl")
-    assert [(row["suite"], row["horizon"]) for row in rows] \
-        == [("libero_object", 280)] * 2 + [("libero_goal", 300)] * 2
+    evaluate_run(run, config)
+    kept = (run / "results.json").read_bytes()
+    results = evaluate_run(run, config, suite="libero_goal")
+    assert results["protocol"]["horizon"] == 300
+    folder = evaluate.evaluation_folder(run, "libero_goal")
+    assert folder == run / "robustness" / "libero_goal-none"
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert len(evaluate.evaluated_episodes(run, "libero_goal")) == 2
+    results = evaluate_run(run, config, task_ids=[0, 4])
+    assert json.loads((run / "results-tasks-0-4.json").read_text()) == results
+    assert (run / "results.json").read_bytes() == kept
+    rows = evaluate.evaluated_episodes(run)  # one ledger: nothing is played twice
+    assert [(row["suite"], row["task_id"]) for row in rows] == [("libero_object", 0)] * 2 + [
+        ("libero_object", 4)] * 2
 
 
 def test_episodes_of_other_weights_or_horizon_are_not_mixed_in(run):

@@ -124,6 +124,8 @@ def test_training_curves_mark_the_best_epoch():
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [0.2])
     np.testing.assert_allclose(rates.lines[0].get_ydata(), (1e-3, 5e-4, 1e-3 / 3))
     assert losses.get_yscale() == "log"
+    rows[2]["success_rate"] = 0.5  # rollouts chose the last one
+    assert list(plots.plot_training_curves(rows).axes[0].lines[2].get_xdata()) == [3]
     assert figure.get_suptitle() == "Training: 3 epochs in 1.5 minutes"
 
 

@@ -9,6 +9,7 @@ from trm_helpers import collect, schema
 from trm_helpers.quality import (
     ORIENTATIONS,
     frame_orientation,
+    frame_size,
     quality_card,
     replay_demonstration,
 )
@@ -47,6 +48,11 @@ def test_a_sound_file_is_good_in_everything(write, alignment):
     assert [name for name, row in card.items() if row["verdict"] != "good"] == []
     assert {"layout", "frames, agent view", "gripper sign", "no-ops", "length",
             "alignment"} <= set(card)
+
+
+def test_the_size_of_the_frames_is_read_from_the_file(write):
+    assert frame_size(write()) == 16
+    assert frame_size(write(agentview_rgb=None, eye_in_hand_rgb=None)) == schema.IMAGE_SIZE
 
 
 def test_a_broken_layout_is_the_only_row(write):

@@ -199,6 +199,26 @@ def test_rollouts_choose_the_best_weights(small_run, monkeypatch):
     assert not torch.equal(best["head.output.weight"], asked[1]["head.output.weight"])
 
 
+def test_patience_looks_at_the_validation_loss_also_where_rollouts_choose(small_run, monkeypatch):
+    losses = iter([0.9, 0.8, 0.7, 0.6, 0.65, 0.66, 0.67])
+    monkeypatch.setattr(train, "_success_rate", lambda run, config: 0.5)
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
+                        lambda _: {"loss": next(losses), "action": 0.0})
+    rows = small_run(epochs=7, patience=2, rollout_every=7).fit()
+    assert len(rows) == 6  # two epochs after the fourth
+
+
+def test_a_run_is_not_gone_on_with_on_other_demonstrations(small_run):
+    small_run("run", epochs=3, max_minutes=1e-9).fit()
+    before = read_jsonl(small_run("run", resume=True, epochs=3).run / "metrics.jsonl")
+    other = small_run("run", resume=True, epochs=3)
+    other.train_data.demos = other.train_data.demos[:-1]  # as of a file with other demonstrations
+    with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: 4 .*, 3 now"):
+        other.fit()
+    assert read_jsonl(other.run / "metrics.jsonl") == before
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
 def test_rollouts_are_refused_where_there_is_no_simulator_to_ask(trainer, small_run):
     config = trainer.config
     with pytest.raises(ValueError, match="rollout_every=3"):

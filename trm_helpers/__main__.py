@@ -44,11 +44,14 @@ class Validate:
     replays: int = 3  # demonstrations to replay
 
     def __call__(self) -> Result:
-        from .quality import BAD, quality_card
+        from .quality import BAD, frame_size, quality_card
         from .sim import LiberoEnv
 
         with contextlib.ExitStack() as stack:
-            env = stack.enter_context(LiberoEnv(self.suite, self.task_id)) if self.suite else None
+            env = None
+            if self.suite:
+                env = stack.enter_context(LiberoEnv(self.suite, self.task_id,
+                                                    image_size=frame_size(self.file)))
             card = quality_card(self.file, env, self.replays, env.horizon if env else 0)
         lines = [f"{row['verdict']:5} {row['check']}: {row['found']}; expected {row['expected']}"
                  for row in card]
@@ -139,8 +142,7 @@ class Evaluate:
 
     def __call__(self) -> Result:
         from .baselines import BASELINES, evaluate_baseline, evaluate_bounds
-        from .checkpoint import find_run
-        from .evaluate import compare_runs, evaluate_run
+        from .evaluate import compare_runs, evaluate_run, evaluated_episodes
         from .stats import detectable, format_comparison, format_success
 
         bounds, test = {}, None
@@ -148,7 +150,7 @@ class Evaluate:
             if self.run in BASELINES:
                 raise ValueError(f"against={self.against!r} compares trained runs; "
                                  f"{self.run!r} is a baseline")
-            find_run(self.against)  # not after hours of episodes
+            evaluated_episodes(self.against, self.suite)  # an error now, not after hours
         if self.run in BASELINES:
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
@@ -162,7 +164,7 @@ class Evaluate:
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
         if self.against:
-            test = compare_runs(self.run, self.against)
+            test = compare_runs(self.run, self.against, self.suite, self.task_ids)
             lines += [format_comparison(test, self.run, self.against), detectable(results)]
         return ({**results, "bounds": bounds, "comparison": test}, lines, not results["errors"])
 
@@ -290,6 +292,10 @@ def parse(argv: list[str]) -> Any:
         config = from_flat(preset)
         settings = {"data": config.data} if kind is Collect else {"config": config}
     elif kind in (Evaluate, Robustness, Depth):
+        if rest and rest[0].startswith("-") and not {"-h", "--help"} & set(rest):
+            print(f"give the run before its settings, which are those it was made with: python -m "
+                  f"trm_helpers {argv[0]} RUN {rest[0]} ...", file=sys.stderr)
+            sys.exit(2)
         config = _settings_of(rest[0]) if rest else EvalConfig()
         if kind is not Evaluate:  # films of a dozen evaluations are for those who ask for them
             config = dataclasses.replace(config, num_videos=0, perturbation="none")

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -71,6 +72,28 @@ def refuse_other_settings(run: Path, config: Config) -> None:
     if different:
         raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
                          "choose another name or the same settings")
+
+
+def refuse_other_data(run: Path, data: LIBERODataset) -> None:
+    """Raise ``ValueError`` where a run was trained on other demonstrations than ``data``."""
+    before, now = ({Path(file["file"]).name: file["demos"] for file in described["files"]}
+                   for described in (_described(run)["trained_on"], data.describe()))
+    different = [f"{name}: {len(before.get(name, ()))} demonstrations there, "
+                 f"{len(now.get(name, ()))} now" for name in sorted({*before, *now})
+                 if before.get(name) != now.get(name)]
+    if different:
+        raise ValueError(f"{run} was trained on other demonstrations ({'; '.join(different)}); "
+                         "choose another name or give it the same files")
+
+
+def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
+             policy: TRMPolicy) -> LIBERODataset:
+    """:meth:`LIBERODataset.held_out` of a run's policy: demonstrations that it has not seen."""
+    return LIBERODataset.held_out(files, config, policy, _described(Path(run))["trained_on"])
+
+
+def _described(run: Path) -> dict:
+    return json.loads((run / "policy.json").read_text())
 
 
 def find_run(run_name: str = "") -> Path:
@@ -135,7 +158,8 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
 
     Args:
         run: folder, or name of a folder in ``artifacts/``, or ``pretrained/<name>``.
-        weights: ``best`` (lowest validation loss) or ``last``.
+        weights: ``best`` (lowest validation loss or, where rollouts chose, most successes) or
+            ``last``.
 
     Raises:
         FileNotFoundError: no such run or weights.
@@ -145,7 +169,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r} is not valid; expected one of {', '.join(WEIGHTS)}")
     run = find_run(str(run))
-    described = json.loads((run / "policy.json").read_text())
+    described = _described(run)
     policy = TRMPolicy(
         ModelConfig(**described["model"]),
         ActionNormalizer.from_dict(described["normalizer"]),

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from . import paths, schema
 from .config import Config
 from .experts import Style, make_expert
-from .files import replacing
+from .files import only_one, replacing
 from .sim import LiberoEnv, load_task, worker_pool
 from .validate import check_demo_file, find_demonstrations, human_demonstrations
 
@@ -98,9 +98,16 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
                 "disturb": disturb, "placement": placement,
                 "observations": "what env.step returned", **schema.PINNED}
-    _refuse_other_settings(path, settings)
+    with only_one(path.parent, lock=f".{task.name}.lock"):  # a second call waits, and finds it done
+        return _collect(path, task, settings, num_demos, workers)
+
+
+def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | None) -> Path:
+    suite, task_id, seed, disturb, placement = (
+        settings[key] for key in ("suite", "task_id", "seed", "disturb", "placement"))
     variety = f"{placement}{'' if disturb else '.calm'}"
     parts = path.with_name(f".{task.name}.{variety}.seed{seed}.parts")
+    _refuse_other_settings(path, settings)
     attempts = _known_attempts(path, parts)
     if sum(part == path for part in attempts.values()) >= num_demos:
         return path

@@ -17,7 +17,7 @@ from .config import Config
 from .language import embed_instruction, normalize_instruction
 from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
 from .storage import STORAGES, BatchMemory, Demo, DemoFile, load_steps, open_files
-from .validate import demo_names, open_demo_file
+from .validate import demo_names, open_demo_file, source_of
 
 SPLITS = ("train", "val", "all")
 _BYTES_AT_ONCE = 2**19  # of frames turned into floats; a share of the second-level cache
@@ -136,17 +136,38 @@ class LIBERODataset(torch.utils.data.Dataset):
     @classmethod
     def from_config(cls, files: Mapping[int, Path],
                     config: Config) -> tuple[LIBERODataset, LIBERODataset]:
-        """Both splits as a :class:`Config` describes them; ``files`` is one file per task id."""
-        data, model = config.data, config.model
-        return cls.train_val(
-            list(files.values()), train_fraction=data.train_fraction, seed=data.data_seed,
-            sequence_length=data.sequence_length, image_size=model.image_size,
-            normalize_actions=data.normalize_actions, augmentation=data.augmentation,
-            max_demos_per_task=data.max_demos_per_task, cameras=model.cameras,
-            proprioception=model.proprioception, alignment=data.alignment, chunk=model.chunk,
-            task_ids=list(files) if model.conditioning == "task_id" else None,
-            language=model.conditioning == "language", storage=data.storage,
-        )
+        """Both splits as a :class:`Config` describes them; ``files`` is one file per task id.
+
+        Of files that were collected by ``num_demos`` no more than so many demonstrations are read,
+        also where another run has asked for more since.
+        """
+        return cls.train_val(list(files.values()), train_fraction=config.data.train_fraction,
+                             seed=config.data.data_seed, **_settings(files, config))
+
+    @classmethod
+    def held_out(cls, files: Mapping[int, Path], config: Config, policy,
+                 trained_on: Mapping) -> LIBERODataset:
+        """The demonstrations that a policy was not trained on, in its own normalisation.
+
+        Args:
+            files: of each task id; those that it was trained on, or others under the same names.
+            policy: has ``normalizer`` and ``proprio_stats``.
+            trained_on: the training split's :meth:`describe`.
+
+        Raises ``ValueError`` when there is no such demonstration.
+        """
+        whole = cls(list(files.values()), split="all", normalizer=policy.normalizer,
+                    proprio_stats=policy.proprio_stats, **_settings(files, config))
+        known = {(Path(file["file"]).name, name)
+                 for file in trained_on["files"] for name in file["demos"]}
+        demos = [demo for demo in whole.demos
+                 if (whole._steps.files[demo.file].path.name, demo.name) not in known]
+        if not demos:
+            raise ValueError(f"the policy was trained on all {len(whole.demos)} demonstrations "
+                             "read; expected one that it was not: ask for more (num_demos)")
+        whole._use(demos, "val", policy.normalizer, policy.proprio_stats)
+        whole.augmentation = "none"
+        return whole
 
     @classmethod
     def train_val(
@@ -355,6 +376,21 @@ class LIBERODataset(torch.utils.data.Dataset):
                 "source": file.source,
             })
         return {"split": self.split, "samples": len(self), "files": files}
+
+
+def _settings(files: Mapping[int, Path], config: Config) -> dict:
+    """What :class:`LIBERODataset` is given besides the files and the split."""
+    data, model = config.data, config.model
+    limit = data.max_demos_per_task
+    if not limit and not data.demo_dir and {*map(source_of, files.values())} == {"scripted"}:
+        limit = data.num_demos
+    return dict(
+        sequence_length=data.sequence_length, image_size=model.image_size,
+        normalize_actions=data.normalize_actions, augmentation=data.augmentation,
+        max_demos_per_task=limit, cameras=model.cameras, proprioception=model.proprioception,
+        alignment=data.alignment, chunk=model.chunk, storage=data.storage,
+        task_ids=list(files) if model.conditioning == "task_id" else None,
+        language=model.conditioning == "language")
 
 
 def _embedded(file: DemoFile) -> np.ndarray:

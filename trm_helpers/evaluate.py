@@ -71,6 +71,8 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
                  suite: str = "", task_ids: Iterable[int] = (), apart: bool = False) -> dict:
     """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
 
+    Other tasks than the run's have their results in ``results-tasks-....json`` beside it.
+
     Which episodes there will be is settled before the first. Every episode's row is written the
     moment it ends, and a call that was interrupted goes on with those that are missing. One that
     raised, hung or lost its process twice is recorded as an error, apart from the failures; the
@@ -82,8 +84,8 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
             takes the run's.
         weights: ``best`` or ``last``.
         suite, task_ids: other tasks than those the policy was trained on.
-        apart: write into :func:`robustness_folder`, as perturbed episodes always are, and leave
-            what the run has alone.
+        apart: write into :func:`robustness_folder`, as perturbed episodes and those of another
+            suite always are, and leave what the run has alone.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions
@@ -106,13 +108,25 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
         raise ValueError(f"perturbation={config.perturbation!r} cannot matter for {run}: {reason}")
     source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
-    folder = robustness_folder(run, suite, config.perturbation) if apart or perturbed else run
+    folder = evaluation_folder(run, suite)
+    if apart or perturbed:
+        folder = robustness_folder(run, suite, config.perturbation)
+    results = "results.json"
+    if set(task_ids) != set(trained.data.task_ids):
+        results = f"results-tasks-{'-'.join(map(str, sorted(task_ids)))}.json"
     return evaluate_episodes(source, identity, folder, config, suite,
-                             official_episodes(suite, task_ids, config))
+                             official_episodes(suite, task_ids, config), results)
+
+
+def evaluation_folder(run: Path, suite: str = "") -> Path:
+    """Where an evaluation's ledger and results are: the run's, but for another suite than its own.
+    """
+    own = suite in ("", load_config(run).data.suite)
+    return run if own else robustness_folder(run, suite, "none")
 
 
 def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
-    """Where perturbed episodes, and all those of a robustness card, have a ledger of their own."""
+    """Where other suites, perturbed episodes and all those of a robustness card have a ledger."""
     return run / "robustness" / f"{suite}-{perturbation}"
 
 
@@ -196,7 +210,7 @@ def official_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -
 
 
 def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
-                      planned: list[Episode]) -> dict:
+                      planned: list[Episode], results_name: str = "results.json") -> dict:
     """Play what ``folder`` has no row of, and write the files of :func:`evaluate_run`.
 
     Args:
@@ -210,29 +224,43 @@ def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, 
                 "horizon": config.horizon or protocol.horizon(suite),
                 "perturbation": config.perturbation}
     with only_one(folder, wait=False, lock=".evaluation.lock"):
-        return _evaluate(source, identity, folder, config, suite, planned)
+        results = _evaluate(source, identity, folder, config, suite, planned)
+        write_json(folder / results_name, results)
+    return results
 
 
-def compare_runs(run: str | Path, other: str | Path) -> dict:
+def compare_runs(run: str | Path, other: str | Path, suite: str = "",
+                 task_ids: Iterable[int] = ()) -> dict:
     """:func:`stats.paired_mcnemar` of ``other`` (a) and ``run`` (b), both evaluated before.
+
+    Args:
+        suite, task_ids: of the episodes compared; none takes the suite of each, and all tasks.
 
     Raises:
         FileNotFoundError: one of them has no episodes yet.
         ValueError: they share none, or have played them by different protocols.
     """
-    ledgers = [find_run(str(folder)) / "episodes.jsonl" for folder in (other, run)]
-    for ledger in ledgers:
-        if not ledger.exists():
-            raise FileNotFoundError(f"{ledger} does not exist; expected a run that was evaluated "
-                                    f"(python -m trm_helpers evaluate {ledger.parent.name})")
-    return paired_mcnemar(*map(read_jsonl, ledgers))
+    tasks = set(task_ids)
+    return paired_mcnemar(*([row for row in evaluated_episodes(folder, suite)
+                             if not tasks or row["task_id"] in tasks] for folder in (other, run)))
+
+
+def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
+    """Rows of a run's ledger; ``FileNotFoundError`` where it was not evaluated (on that suite)."""
+    run = find_run(str(run))
+    suite = suite or load_config(run).data.suite
+    ledger = evaluation_folder(run, suite) / "episodes.jsonl"
+    if not ledger.exists():
+        raise FileNotFoundError(f"{ledger} does not exist; expected a run that was evaluated "
+                                f"(python -m trm_helpers evaluate {run.name} --suite {suite})")
+    return [row for row in read_jsonl(ledger) if row["suite"] == suite]
 
 
 def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
               planned: list[Episode]) -> dict:
     protocol = PROTOCOLS[config.protocol]
     ledger = folder / "episodes.jsonl"
-    rows = _finished(ledger, suite, identity)
+    rows = _finished(ledger, identity)
     missing = [episode for episode in planned if episode not in rows]
     errors: dict[Episode, str] = {}
     with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="episodes",
@@ -265,7 +293,6 @@ def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: s
         "software": software_versions(),
         "renderers": sorted({row["renderer"] for row in played if row.get("renderer")}),
     }
-    write_json(folder / "results.json", results)
     _write_grids(folder / "videos", played, bool(missing))
     return results
 
@@ -350,17 +377,14 @@ def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ..
 # --- ledger -------------------------------------------------------------------------------------
 
 
-def _finished(ledger: Path, suite: str, identity: dict) -> dict[Episode, dict]:
+def _finished(ledger: Path, identity: dict) -> dict[Episode, dict]:
     """The episodes that were played; ``ValueError`` for one of other weights or another protocol.
-
-    Another suite has another horizon.
     """
     played = {}
     for row in read_jsonl(ledger):
         row = {"perturbation": "none", **row}  # older rows do not say so
         different = [f"{key}: {row.get(key)!r} there, {value!r} now"
-                     for key, value in identity.items()
-                     if row.get(key) != value and (key != "horizon" or row["suite"] == suite)]
+                     for key, value in identity.items() if row.get(key) != value]
         if different:
             raise ValueError(f"{ledger} holds episodes of another policy or protocol "
                              f"({'; '.join(different)}); move it away to evaluate afresh")

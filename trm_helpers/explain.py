@@ -225,7 +225,7 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     limit = np.abs(states).max()
     image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
                         vmin=-limit, vmax=limit, origin="lower")
-    heat.set(xlabel="recursion step (0: encoded observation)", xlim=(-0.5, len(states) - 0.5),
+    heat.set(xlabel="recursion step (0: before the first)", xlim=(-0.5, len(states) - 0.5),
              ylabel="hidden feature, sorted by last value", title="Hidden state of one sample")
     fig.colorbar(image, ax=heat, label="activation")
     norm.plot(steps, report["norms"], marker="o")

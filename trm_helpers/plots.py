@@ -184,8 +184,8 @@ def plot_action_trace(actions, title: str = "Actions of one demonstration") -> F
         axes = move if dim < 3 else turn
         axes.stairs(actions[:, dim], edges, baseline=None, color=PALETTE[dim % 3], linewidth=1.5,
                     label=schema.ACTION_NAMES[dim])
-    for axes, label in ((move, "translation\n(1 is 0.05 m a step)"),
-                        (turn, "rotation\n(1 is 0.5 rad a step)")):
+    for axes, label in ((move, "translation\n(1 asks for 0.05 m)"),
+                        (turn, "rotation\n(1 asks for 0.5 rad)")):
         axes.set(ylabel=label, ylim=(-1.1, 1.1))
         axes.axhline(0, color=GREY, linewidth=0.6)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -274,7 +274,8 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
     epoch, train, val, lr = (
         [row[key] for row in metrics] for key in ("epoch", "train_loss", "val_loss", "lr")
     )
-    best = int(np.nanargmin(val))
+    # the rule of the trainer: successes in rollouts first, where there were some
+    best = max(range(len(metrics)), key=lambda i: (metrics[i].get("success_rate", -1.0), -val[i]))
     fig = new_figure(10, 3.6)
     losses, rates = fig.subplots(1, 2, width_ratios=(3, 2))
     marker = "o" if len(metrics) == 1 else None

@@ -70,6 +70,16 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
     return rows
 
 
+def frame_size(path: str | Path) -> int:
+    """Height of a file's first frame; ``schema.IMAGE_SIZE`` where there is none to measure."""
+    with open_demo_file(path) as file:
+        for frames in (file.get(f"{schema.DATA_GROUP}/{name}/obs/{camera}")
+                       for name in demo_names(file) for camera in schema.CAMERAS):
+            if frames is not None and frames.ndim == 4:
+                return int(frames.shape[1])
+    return schema.IMAGE_SIZE
+
+
 def replay_demonstration(env: LiberoEnv, demo: h5py.Group) -> dict:
     """Execute a demonstration's actions from its first state: the upper bound of any clone.
 

@@ -13,14 +13,15 @@ GRIPPER_INDEX = 6
 GRIPPER_OPEN = -1.0
 GRIPPER_CLOSED = 1.0
 ACTION_NAMES = ("dx", "dy", "dz", "d_roll", "d_pitch", "d_yaw", "gripper")
-# What +1 commands in one control step (robosuite's OSC_POSE output_max).
+# What +1 asks for (robosuite's OSC_POSE output_max). It is a target from where the hand is: within
+# one control step the arm makes about a quarter of the way (12.5 mm, measured).
 ACTION_MEANING = (
-    "end effector forward (away from the base), 0.05 m at +1",
-    "end effector to the robot's left, 0.05 m at +1",
-    "end effector up, 0.05 m at +1",
-    "rotation about x (axis-angle), 0.5 rad at +1",
-    "rotation about y (axis-angle), 0.5 rad at +1",
-    "rotation about z (axis-angle), 0.5 rad at +1",
+    "end effector forward (away from the base), +1 asks for 0.05 m",
+    "end effector to the robot's left, +1 asks for 0.05 m",
+    "end effector up, +1 asks for 0.05 m",
+    "rotation about x (axis-angle), +1 asks for 0.5 rad",
+    "rotation about y (axis-angle), +1 asks for 0.5 rad",
+    "rotation about z (axis-angle), +1 asks for 0.5 rad",
     "gripper: -1 opens, +1 closes",
 )
 CONTROL_HZ = 20

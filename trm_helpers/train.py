@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import (
     load_training_state,
+    refuse_other_data,
     save_description,
     save_training_state,
     save_weights,
@@ -90,7 +91,8 @@ class BehaviorCloningTrainer:
         self._measured: list[tuple[torch.Tensor, torch.Tensor]] = []  # steps of the epoch begun
         self._seconds = 0.0  # spent on them
         self._first_loss: float | None = None  # before the first update
-        self.best_score, self.best_epoch = (-1.0, -math.inf), 0  # success rate, -validation loss
+        self.best_score = (-1.0, -math.inf)  # success rate, -validation loss
+        self.lowest_loss, self.lowest_epoch = math.inf, 0  # of validation: what patience looks at
 
     @classmethod
     def from_config(cls, config: Config, files: dict[int, Path],
@@ -271,7 +273,7 @@ class BehaviorCloningTrainer:
         return self.epoch > 0 and 0 < self.config.max_minutes <= minutes
 
     def _patience_is_over(self) -> bool:
-        return bool(self.config.patience) and self.epoch - self.best_epoch >= self.config.patience
+        return bool(self.config.patience) and self.epoch - self.lowest_epoch >= self.config.patience
 
     def _save_weights(self, row: dict) -> None:
         """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
@@ -281,9 +283,11 @@ class BehaviorCloningTrainer:
         every = self.config.rollout_every
         if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
             row["success_rate"] = self.team.agree(self.roll_out() if self.team.leads else 0.0)
+        if row["val_loss"] < self.lowest_loss:
+            self.lowest_loss, self.lowest_epoch = row["val_loss"], self.epoch
         score = (row.get("success_rate", -1.0), -row["val_loss"])
         if score > self.best_score:
-            self.best_score, self.best_epoch = score, self.epoch
+            self.best_score = score
             if self.team.leads:
                 save_weights(self.run, weights, "best")
 
@@ -292,7 +296,8 @@ class BehaviorCloningTrainer:
         if not self.team.leads:
             return
         save_training_state(self.run, {
-            "epoch": self.epoch, "best_score": self.best_score, "best_epoch": self.best_epoch,
+            "epoch": self.epoch, "best_score": self.best_score,
+            "lowest_loss": self.lowest_loss, "lowest_epoch": self.lowest_epoch,
             "measured": [(loss.item(), norm.item()) for loss, norm in self._measured],
             "seconds": self._seconds, "first_loss": self._first_loss,
             "policy": self.policy.state_dict(),
@@ -305,6 +310,8 @@ class BehaviorCloningTrainer:
     def _resume(self) -> None:
         self.team.wait()
         state = load_training_state(self.run)
+        if state:
+            refuse_other_data(self.run, self.train_data)
         rows = read_jsonl(self.run / "metrics.jsonl")
         done = state["epoch"] if state else 0
         # cut off between a row and its checkpoint: that epoch runs again
@@ -313,7 +320,8 @@ class BehaviorCloningTrainer:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:done]))
         if not state:
             return
-        self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
+        self.epoch = state["epoch"]
+        self.lowest_loss, self.lowest_epoch = state["lowest_loss"], state["lowest_epoch"]
         self.best_score = tuple(state["best_score"])
         self._measured = [tuple(torch.tensor(value, device=self.device) for value in pair)
                           for pair in state["measured"]]
