@@ -182,8 +182,8 @@ def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):
     (cell,) = [cell.source for cell in notebook.cells if "robustness_card(" in cell.source]
     shown = []
     names = {"run": run, "config": evaluate.load_config(run).replace(horizon=4), "weights": "best",
-             "task_ids": None, "dataclasses": dataclasses, "robustness_card": robustness_card, "plot_card": plot_card,
-             "card_rows": card_rows, "card_notes": card_notes, "pd": pd,
+             "task_ids": None, "dataclasses": dataclasses, "robustness_card": robustness_card,
+             "plot_card": plot_card, "card_rows": card_rows, "card_notes": card_notes, "pd": pd,
              "display": lambda *given: shown.extend(given)}
     exec(cell, {**names, "robustness_episodes": 0})
     assert not shown and not (run / "robustness").exists()
