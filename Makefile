@@ -28,9 +28,9 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 demo: setup
 	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo
 
-# One thread per process: tests start simulators and kernels of their own.
+# A process per core, up to 4, each with one thread and whole files of tests, whose fixtures are dear.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check
