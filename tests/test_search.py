@@ -1,9 +1,12 @@
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -357,6 +360,20 @@ def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend, monke
                   search_storage=url)
     assert len(rows) == 3 and len(pretend) == 2
     assert pretend[0][0] == killed.stdout.strip()
+
+
+def test_a_database_file_that_is_busy_is_waited_for(tmp_path, pretend):
+    """SQLite itself gives up after five seconds."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    search(tmp_path, search_method="tpe", max_configs=1, search_storage=url)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as other, \
+            ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN EXCLUSIVE")
+        call = pool.submit(search, tmp_path, search_method="tpe", max_configs=2, search_storage=url)
+        with pytest.raises(TimeoutError):
+            call.result(timeout=8)
+        other.rollback()
+        assert len(call.result(timeout=120)) == 2
 
 
 def test_no_more_trials_are_begun_than_asked_for(tmp_path, pretend):

@@ -33,6 +33,7 @@ from .trials import read_trial
 _HEARTBEAT = 30  # seconds between a trial's signs of life in a database
 _GRACE = 120  # seconds without one after which its machine is taken for dead
 _RETRIES = 2  # of a trial whose process died
+_SQLITE_WAITS = 60.0  # seconds for a file that another process writes; on a busy disk 5 are too few
 _COUNTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 _RANDOM_TRIALS = 8  # before the sampler begins to guess
 
@@ -181,8 +182,9 @@ def _within(point: dict, search: SearchConfig) -> bool:
 def _storage(url: str, folder: Path) -> BaseStorage:
     if not url:
         return JournalStorage(JournalFileBackend(str(folder / "study.jsonl")))
+    waits = {"connect_args": {"timeout": _SQLITE_WAITS}} if url.startswith("sqlite") else None
     return RDBStorage(
-        url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE,
+        url, engine_kwargs=waits, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE,
         heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(_RETRIES))
 
 
