@@ -354,41 +354,28 @@ def test_masked_loss_worked_out_by_hand(loss, expected):
     )
 
 
-def test_classifier_loss_worked_out_by_hand():
-    config = small(gripper="classifier", chunk=2)
+@pytest.mark.parametrize(("gripper", "bias"), [
+    ("classifier", [0.0, math.log(3), 0.0, 0.0]),  # (open, closed) of step 1, of step 2
+    ("binary", [math.log(3), 0.0]),
+])
+def test_gripper_entropy_worked_out_by_hand(gripper, bias):
+    """p(closed) is 3/4 in step 1 and 1/2 in step 2."""
+    config = small(gripper=gripper, chunk=2)
     policy = TRMPolicy(config)
     set_output(policy, [1.0] * 12)
     with torch.no_grad():
         policy.head.gripper.weight.zero_()
-        # (open, closed) in step 1: p(closed) = 3/4; in step 2: 1/2
-        policy.head.gripper.bias.copy_(torch.tensor([0.0, math.log(3), 0.0, 0.0]))
-    batch = make_batch(config, 2)
-    batch["actions"] = torch.zeros(2, 1, 2, 7)
-    batch["actions"][..., 6] = torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]])
-    batch["mask"] = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]]])
-    cross_entropy = -(math.log(3 / 4) + math.log(1 / 2) + math.log(3 / 4)) / 3
-    total, parts = policy.loss(batch, "mse", gripper_weight=0.5)
-    assert parts["action"].item() == pytest.approx(1.0)  # the arm alone
-    assert parts["gripper"].item() == pytest.approx(cross_entropy)
-    assert total.item() == pytest.approx(1.0 + 0.5 * cross_entropy)
-
-
-def test_binary_gripper_worked_out_by_hand():
-    config = small(gripper="binary", chunk=2)
-    policy = TRMPolicy(config)
-    set_output(policy, [1.0] * 12)
-    with torch.no_grad():
-        policy.head.gripper.weight.zero_()
-        policy.head.gripper.bias.copy_(torch.tensor([math.log(3), 0.0]))  # p(closed) = 3/4, 1/2
+        policy.head.gripper.bias.copy_(torch.tensor(bias))
     batch = make_batch(config, 2)
     batch["actions"] = torch.zeros(2, 1, 2, 7)
     batch["actions"][..., 6] = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
     batch["mask"] = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]]])
     entropy = -(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 4)) / 3
-    total, parts = policy.loss(batch, "l1", gripper_weight=0.5)
-    assert parts["action"].item() == pytest.approx(1.0)  # the arm alone
-    assert parts["gripper"].item() == pytest.approx(entropy)
-    assert total.item() == pytest.approx(1.0 + 0.5 * entropy)
+    for loss in ("mse", "l1"):
+        total, parts = policy.loss(batch, loss, gripper_weight=0.5)
+        assert parts["action"].item() == pytest.approx(1.0)  # the arm alone
+        assert parts["gripper"].item() == pytest.approx(entropy)
+        assert total.item() == pytest.approx(1.0 + 0.5 * entropy)
 
 
 def test_loss_refuses_what_it_cannot_use():
