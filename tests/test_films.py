@@ -46,6 +46,10 @@ def test_a_grid_frames_each_film_by_its_outcome_once_it_has_ended(tmp_path):
         assert abs(edge(frame, 1, 0) - green).max() < 60
     assert abs(edge(read[4], 0, 1) - red).max() < 60
     assert read[4][-40:, -40:].max() < 20  # no film
+    path = films.write_grid(tmp_path / "row.mp4", [tmp_path / f"{n}.mp4" for n in "abc"],
+                            ["a", "b", "c"], [True] * 3, columns=3)
+    with imageio.get_reader(path) as reader:
+        assert reader.get_next_data().shape == (192 + band, 3 * 192, 3)
 
 
 def test_caption_stands_above_the_picture():

@@ -113,12 +113,13 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int 
 
 
 def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
-               labels: Sequence[str], successes: Sequence[bool]) -> Path:
+               labels: Sequence[str], successes: Sequence[bool], columns: int = 0) -> Path:
     """Films of `rollout.record_episode` side by side, agent view only, each under its label.
 
     When one has ended its last frame stays, framed green for a success and red for a failure.
+    ``columns`` 0 makes about as many rows as columns.
     """
-    columns = math.ceil(math.sqrt(len(films)))
+    columns = columns or math.ceil(math.sqrt(len(films)))
     rows = math.ceil(len(films) / columns)
     with contextlib.ExitStack() as stack:
         tiles = [_tiles(stack.enter_context(imageio.get_reader(film)), label, success)

@@ -3,12 +3,15 @@
     python benchmarks/suite/publish.py add spatial-all RUN RUN ...
     python benchmarks/suite/publish.py card look-or-remember "wide placements" RUN/robustness.json
     python benchmarks/suite/publish.py ship spatial-trm RUN
+    python benchmarks/suite/publish.py strip spatial RUN
     python benchmarks/suite/publish.py write
 
 ``add`` writes ``docs/results/<group>/<run>.json``, ``card`` a run's depth.json, robustness.json or
 probes.json to ``docs/recursion/<group>/<label>.json``, ``ship`` a policy for ``load_policy`` to
-``pretrained/<name>``. ``write`` makes what stands between the marks ``<!-- <group> -->`` and
-``<!-- end -->`` of docs/results.md and docs/recursion.md, and ``docs/images/<group>.png``.
+``pretrained/<name>``, ``strip`` a success of each task side by side, as a GIF that plays within a
+page, to ``docs/images/<name>.gif``. ``write`` makes what stands between the marks
+``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and
+``docs/images/<group>.png``.
 """
 
 import argparse
@@ -16,9 +19,12 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
+from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +34,7 @@ from trm_helpers import plots  # noqa: E402
 from trm_helpers.checkpoint import find_run  # noqa: E402
 from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
+from trm_helpers.films import FPS, write_grid
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.robustness import plot_cards  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
@@ -35,6 +42,7 @@ from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 DOCS = repo_root() / "docs"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
 _MOST_TASKS = 3  # that get a column each
+_STRIP_COLUMNS, _STRIP_EVERY, _STRIP_SCALE = 5, 3, 0.75
 
 
 def add(group: str, runs: list[str]) -> None:
@@ -74,6 +82,31 @@ def ship(name: str, run_name: str) -> None:
         for file in described["trained_on"]["files"]:
             file["file"] = Path(file["file"]).name
         write_json(folder / "policy.json", described)
+
+
+def strip(name: str, run_name: str) -> None:
+    run = find_run(run_name)
+    results = json.loads((run / "results.json").read_text())
+    films, labels = [], []
+    for task in results["tasks"]:
+        names = f"{task['suite']}-task{task['task_id']}-init*.mp4"
+        films += sorted((run / "videos" / "success").glob(names))[:1]
+        labels.append(f"task {task['task_id']}: {task['successes']} of {task['episodes']}")
+    if len(films) < len(labels):
+        sys.exit(f"{run / 'videos'} has successes of {len(films)} tasks; "
+                 f"expected all {len(labels)}")
+    with tempfile.TemporaryDirectory() as folder:
+        film = write_grid(Path(folder) / "strip.mp4", films, labels, [True] * len(films),
+                          _STRIP_COLUMNS)
+        frames = [Image.fromarray(frame) for frame in imageio.mimread(film, memtest=False)]
+    frames = [*frames[:-1:_STRIP_EVERY], frames[-1]]
+    size = [round(_STRIP_SCALE * side) for side in frames[0].size]
+    first, *rest = [frame.resize(size, Image.Resampling.LANCZOS).quantize(64)
+                    for frame in frames]
+    milliseconds = 1000 * _STRIP_EVERY // FPS
+    with replacing(DOCS / "images" / f"{name}.gif") as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=rest, loop=0,
+                   duration=[milliseconds] * len(rest) + [2500])
 
 
 def card(group: str, name: str, path: Path) -> None:
@@ -214,6 +247,9 @@ def main() -> None:
     shipping = commands.add_parser("ship")
     shipping.add_argument("name")
     shipping.add_argument("run")
+    stripping = commands.add_parser("strip")
+    stripping.add_argument("name")
+    stripping.add_argument("run")
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "add":
@@ -222,6 +258,8 @@ def main() -> None:
         card(given.group, given.label, given.path)
     elif given.command == "ship":
         ship(given.name, given.run)
+    elif given.command == "strip":
+        strip(given.name, given.run)
     else:
         write()
 
