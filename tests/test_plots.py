@@ -154,7 +154,7 @@ def test_success_of_two_policies_side_by_side_on_the_tasks_each_has():
     assert bar_heights(axes) == [50, 50, 100, 0, 50]
     centres = [patch.get_x() + patch.get_width() / 2 for patch in axes.patches]
     np.testing.assert_allclose(centres, [-0.2, 1.8, 0.2, 1.2, 2.2])
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["a", "b"]
 
 
 def test_episode_lengths_by_outcome():

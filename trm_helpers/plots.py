@@ -323,7 +323,9 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
         for name, summary in summaries.items():
             groups[name]["all"] = summary
     width = 0.8 / len(groups)
-    fig = new_figure(max(4.8, 0.65 * len(labels) * len(groups) + 1.6), 3.8)
+    bars = len(labels) * len(groups)
+    crowded = bars > 16  # then the counts stand upright
+    fig = new_figure(np.clip(0.65 * bars + 1.6, 4.8, 12), 4.2 if crowded else 3.8)
     axes = fig.subplots()
     for number, (name, tasks) in enumerate(groups.items()):
         places = [i for i, label in enumerate(labels) if label in tasks]
@@ -336,13 +338,13 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
                  yerr=100 * np.clip(error, 0, None), capsize=3, error_kw={"linewidth": 1})
         for place, result in zip(x, results, strict=True):
             axes.text(place, 103, f"{result['successes']}/{result['episodes']}", ha="center",
-                      fontsize=8)
+                      fontsize=8, rotation=90 if crowded else 0)
     axes.set(xticks=range(len(labels)), xticklabels=labels, xlim=(-0.8, len(labels) - 0.2),
-             xlabel="suite and task", ylim=(0, 112), yticks=range(0, 101, 20),
+             xlabel="suite and task", ylim=(0, 126 if crowded else 112), yticks=range(0, 101, 20),
              ylabel="success rate (%)",
              title="Success rate with 95 % Wilson interval\n(above: successes/episodes)")
     if len(groups) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        fig.legend(loc="outside lower center", ncols=3)
     return fig
 
 

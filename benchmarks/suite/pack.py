@@ -9,7 +9,7 @@ the files that were opened or that a model names. Writes archives ``part-00.tar.
 over 60 MB. There:
 
     for part in pack/part-*.tar.xz; do tar -xf $part -C /opt/suite; done
-    PYTHONPATH=/opt/suite python benchmarks/suite/stages.py --suite libero_spatial
+    PYTHONPATH=/opt/suite python benchmarks/suite/stages.py trm --suite libero_spatial --check
 """
 
 import argparse

@@ -73,15 +73,14 @@ def policy_name(config: dict) -> str:
 
 def ship(name: str, run_name: str) -> None:
     """The best weights and what ``load_policy`` needs, without this machine's paths."""
-    run = find_run(run_name)
-    with replacing(repo_root() / "pretrained" / name) as folder:
-        folder.mkdir()
-        for file in ("config.json", "best.safetensors", "metrics.jsonl"):
-            shutil.copyfile(run / file, folder / file)
-        described = json.loads((run / "policy.json").read_text())
-        for file in described["trained_on"]["files"]:
-            file["file"] = Path(file["file"]).name
-        write_json(folder / "policy.json", described)
+    run, folder = find_run(run_name), repo_root() / "pretrained" / name
+    folder.mkdir(parents=True, exist_ok=True)  # its card may be there already
+    for file in ("config.json", "best.safetensors", "metrics.jsonl"):
+        shutil.copyfile(run / file, folder / file)
+    described = json.loads((run / "policy.json").read_text())
+    for file in described["trained_on"]["files"]:
+        file["file"] = Path(file["file"]).name
+    write_json(folder / "policy.json", described)
 
 
 def strip(name: str, run_name: str) -> None:
