@@ -88,7 +88,7 @@ for error in results["errors"]:
 # %% [markdown]
 # Episode by episode (the file may hold others, from evaluations before). `mean_recursions` is how
 # many recursions a decision took on average, `action_ms` and `max_action_ms` what the policy took
-# per executed action and for the slowest one, with the frames that it asked for.
+# per executed action and for the slowest one, without the drawing of the frames it asked for.
 
 # %%
 asked = results["protocol"]

@@ -14,6 +14,7 @@ from trm_helpers.layers import (
     TokenEncoder,
     TransformerLayer,
     TRMBlock,
+    VisualEncoder,
     make_block,
 )
 from trm_helpers.model import TRMPolicy
@@ -57,6 +58,26 @@ def test_tokens_are_spatial_in_reading_order():
         image[:, 32 * row + 8:32 * row + 20, 32 * column + 8:32 * column + 20] = 1
         change = (encoder(image) - before).norm(dim=-1)[0]
         assert change.argmax() == token
+
+
+@pytest.mark.parametrize("encoder", [
+    lambda: TokenEncoder(16, 64, 2, "silu"), lambda: VisualEncoder(16, 64, "silu")])
+def test_with_silu_a_grey_picture_is_zero_and_no_unit_is_off_for_all_pictures(encoder):
+    """After a step so large that the units of the reference are off, and stay so."""
+    silu = encoder().convolutions
+    reached = []
+    silu[1].register_forward_hook(lambda _, given, __: reached.append(given[0]))
+    silu(torch.full((1, 3, 64, 64), 0.5))
+    assert (reached[0] == 0).all()
+    relu = torch.nn.Sequential(*[torch.nn.ReLU() if isinstance(layer, torch.nn.SiLU) else layer
+                                 for layer in silu])
+    with torch.no_grad():
+        silu[-2].bias.fill_(-20.0)
+    pictures = torch.rand(4, 3, 64, 64)
+    for layers, dead in ((relu, True), (silu, False)):
+        silu[-2].zero_grad()
+        layers(pictures).sum().backward()
+        assert (silu[-2].weight.grad == 0).all() == dead
 
 
 def test_a_token_knows_where_in_its_patch_a_thing_is():

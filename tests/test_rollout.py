@@ -1,5 +1,7 @@
 """One episode: its row, its film."""
 
+import time
+
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from walking import CountingPolicy, StraightRoad
 
 from trm_helpers import rollout, schema
 from trm_helpers.rollout import record_episode, run_episode
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.sim import LiberoEnv, Observation
 
 
 def test_an_episode_ends_with_success_or_at_the_horizon():
@@ -21,6 +23,34 @@ def test_an_episode_ends_with_success_or_at_the_horizon():
     assert (failed["success"], failed["steps"]) == (False, 4)
     assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
     assert policy.resets == 3
+
+
+CAMERA = next(iter(schema.CAMERAS))
+
+
+class SlowlyDrawnRoad(StraightRoad):
+    """Its agent view takes 50 milliseconds to draw."""
+
+    def _look(self):
+        values = super()._look()
+        frame = values.pop(CAMERA)
+
+        def draw():
+            time.sleep(0.05)
+            return frame
+
+        return Observation(values, {CAMERA: draw})
+
+
+class LookingPolicy(CountingPolicy):
+    def act(self, observation):
+        observation[CAMERA]
+        return super().act(observation)
+
+
+def test_the_time_of_a_decision_is_without_the_drawing():
+    row = run_episode(LookingPolicy(), SlowlyDrawnRoad(), init_state=2)
+    assert row["seconds"] > 3 * 0.05 and row["max_action_ms"] < 25
 
 
 def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):

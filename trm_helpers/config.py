@@ -126,6 +126,7 @@ class ModelConfig:
     num_experts: int = 4  # of the mixture head
     cameras: tuple[str, ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE
+    image_activation: str = "relu"  # relu, as documented; silu, of images centred on 0
     proprioception: bool = False  # joint angles, finger positions, end-effector position
     conditioning: str = "none"  # none, task_id, language: how the policy is told its task
     num_tasks: int = 10  # size of the task embedding
@@ -159,6 +160,7 @@ class ModelConfig:
         for camera in self.cameras:
             _one_of("cameras", camera, tuple(schema.CAMERAS))
         _different("cameras", self.cameras)
+        _one_of("image_activation", self.image_activation, ("relu", "silu"))
         if self.variant == "block":
             _require(self.image_size >= 36, "image_size", self.image_size,
                      ">= 36, what the three convolutions need")
@@ -384,8 +386,8 @@ def check_names(given, known: list[str], what: str) -> None:
 
 # What the demo needs to succeed in the simulator: both cameras, proprioception, action chunks.
 _CONTROL = dict(
-    cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64, proprioception=True,
-    chunk=8, execution_horizon=4, gripper="classifier",
+    cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64, image_activation="silu",
+    proprioception=True, chunk=8, execution_horizon=4, gripper="classifier",
 )
 # One task learned and evaluated on two CPU cores in minutes.
 _DEMO = dict(

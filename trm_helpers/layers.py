@@ -25,20 +25,43 @@ TOKEN_STRIDE = 8  # pixels per cell of the map that image tokens are cut from
 
 
 # --- images --------------------------------------------------------------------------------------
+class Centre(nn.Module):
+    """[0, 1] to [-1, 1]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 2 * images - 1
+
+
+def convolutional(sizes, activation: str) -> nn.Sequential:
+    """Convolutions of (channels, kernel, stride, padding), each followed by the activation.
+
+    ``"relu"`` of images in [0, 1] is what the reference documents. A camera that does not move
+    shows nearly the same picture always, so that one step too large switches a unit off for all of
+    them, and for good. ``"silu"`` of images centred on 0 has no such units.
+    """
+    layers, channels = ([Centre()] if activation == "silu" else []), 3
+    for out_channels, kernel, stride, padding in sizes:
+        layers += [nn.Conv2d(channels, out_channels, kernel, stride, padding),
+                   nn.SiLU() if activation == "silu" else nn.ReLU()]
+        channels = out_channels
+    return nn.Sequential(*layers)
+
+
 class VisualEncoder(nn.Module):
     """Images (B, H, W, 3) in [0, 1] to features (B, D).
 
-    At H = W = 128: (B, 32, 31, 31), (B, 64, 14, 14), (B, 128, 12, 12), each followed by ReLU;
-    flattened to 18432, a linear layer to D, LayerNorm.
+    At H = W = 128: (B, 32, 31, 31), (B, 64, 14, 14), (B, 128, 12, 12), each followed by the
+    activation (see :func:`convolutional`); flattened to 18432, a linear layer to D, LayerNorm.
     """
 
-    def __init__(self, hidden_dim: int = 256, image_size: int = schema.IMAGE_SIZE):
+    def __init__(self, hidden_dim: int = 256, image_size: int = schema.IMAGE_SIZE,
+                 activation: str = "relu"):
         super().__init__()
-        layers, channels, side = [], 3, image_size
-        for out_channels, kernel, stride in CONVOLUTIONS:
-            layers += [nn.Conv2d(channels, out_channels, kernel, stride), nn.ReLU()]
-            channels, side = out_channels, (side - kernel) // stride + 1
-        self.convolutions = nn.Sequential(*layers)
+        self.convolutions = convolutional([(*sizes, 0) for sizes in CONVOLUTIONS], activation)
+        side = image_size
+        for _, kernel, stride in CONVOLUTIONS:
+            side = (side - kernel) // stride + 1
+        channels = CONVOLUTIONS[-1][0]
         self.project = nn.Linear(channels * side * side, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
 
@@ -56,16 +79,12 @@ class TokenEncoder(nn.Module):
     patch a thing is.
     """
 
-    def __init__(self, hidden_dim: int, image_size: int, grid: int):
+    def __init__(self, hidden_dim: int, image_size: int, grid: int, activation: str = "relu"):
         super().__init__()
         self.grid = grid
-        layers, channels = [], 3
-        for out_channels, kernel, stride, padding in TOKEN_CONVOLUTIONS:
-            layers += [nn.Conv2d(channels, out_channels, kernel, stride, padding), nn.ReLU()]
-            channels = out_channels
-        self.convolutions = nn.Sequential(*layers)
+        self.convolutions = convolutional(TOKEN_CONVOLUTIONS, activation)
         cells = image_size // TOKEN_STRIDE // grid
-        self.project = nn.Linear(channels * cells * cells, hidden_dim)
+        self.project = nn.Linear(TOKEN_CONVOLUTIONS[-1][0] * cells * cells, hidden_dim)
         self.norm = RMSNorm(hidden_dim)
         self.position = nn.Parameter(0.02 * torch.randn(grid * grid, hidden_dim))
 

@@ -71,8 +71,9 @@ class TRMPolicy(nn.Module):
         dim, size = config.hidden_dim, config.image_size
         self.tokens = config.variant != "block"
         self.encoders = nn.ModuleDict({
-            camera: TokenEncoder(dim, size, config.image_grid) if self.tokens
-            else VisualEncoder(dim, size) for camera in config.cameras
+            camera: TokenEncoder(dim, size, config.image_grid, config.image_activation)
+            if self.tokens else VisualEncoder(dim, size, config.image_activation)
+            for camera in config.cameras
         })
         parts = len(config.cameras)
         if config.proprioception:

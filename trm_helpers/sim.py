@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,16 +89,19 @@ class Observation(Mapping):
     Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3),
     upside down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
     ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, ``task_id``, and the
-    instruction as ``language``.
+    instruction as ``language``. ``drawing_seconds`` is what drawing has taken so far.
     """
 
     def __init__(self, values: dict, renderers: dict):
         self._values = values
         self._renderers = renderers
+        self.drawing_seconds = 0.0
 
     def __getitem__(self, key: str):
         if key not in self._values and key in self._renderers:
+            began = time.perf_counter()
             self._values[key] = self._renderers[key]()
+            self.drawing_seconds += time.perf_counter() - began
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -32,6 +32,7 @@ from policies import POLICIES  # noqa: E402
 
 from trm_helpers import plots  # noqa: E402
 from trm_helpers.checkpoint import find_run  # noqa: E402
+from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.films import FPS, write_grid
@@ -65,7 +66,7 @@ def add(group: str, runs: list[str]) -> None:
 
 def policy_name(config: dict) -> str:
     """Which of the policies of benchmarks/policies.py a configuration is."""
-    flat = {**config["data"], **config["model"], **config["train"]}
+    flat = {**vars(ModelConfig()), **config["data"], **config["model"], **config["train"]}
     # the last that fits: later ones say more
     return [name for name, settings in POLICIES.items()
             if all(flat[key] == value for key, value in settings.items())][-1]
