@@ -225,7 +225,9 @@ def table(rows: list[dict]) -> list[list[str]]:
         against = ""
         if row is not first[row["seed"]]:
             test = paired_mcnemar(first[row["seed"]]["episodes"], row["episodes"])
-            against = f"{100 * test['difference']:+.0f} points, p = {test['p_value']:.2f}"
+            p_value = test["p_value"]
+            against = (f"{100 * test['difference']:+.0f} points, "
+                       f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.2g}'}")
         lines.append([label(row, rows), f"{row['parameters'] / 1e6:.1f} M", *values,
                       f"{results['successes']} of {results['episodes']}",
                       f"{100 * results['wilson_low']:.0f} to {100 * results['wilson_high']:.0f} %",
