@@ -2,9 +2,11 @@
 
     python benchmarks/dead_units.py RUN RUN ...
 
-For each camera of each run, over 512 observations it was trained on: how many channels of the last
-convolution are off (within 0.001 of zero) everywhere in every picture, and how much the encoder's
-answer differs between pictures: its standard deviation, relative to its root mean square.
+For each camera of each run, over 512 observations it was trained on: how many channels of the
+last convolution are off (within 0.001 of zero) everywhere in every picture; how much the encoder's
+answer differs between pictures (its standard deviation, relative to its root mean square); and how
+much the action changes when the observations exchange the pictures of this camera (mean absolute
+change of the arm's commands, which lie in -1 to 1).
 """
 
 import argparse
@@ -12,7 +14,7 @@ import dataclasses
 
 import torch
 
-from trm_helpers import LIBERODataset, load_policy
+from trm_helpers import LIBERODataset, load_policy, schema
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.collect import ensure_demonstrations
 
@@ -27,8 +29,9 @@ def lines(run: str) -> list[str]:
     train, _ = LIBERODataset.from_config(ensure_demonstrations(config),
                                          dataclasses.replace(config, data=data))
     observations = next(iter(train.batches(_PICTURES, 0, 0)))["observations"]
-    rows = []
-    for camera, encoder in load_policy(run).encoders.items():
+    policy, rows = load_policy(run), []
+    before = policy(observations)[..., :schema.ARM_DIM]
+    for camera, encoder in policy.encoders.items():
         maps = []
         hook = encoder.convolutions.register_forward_hook(
             lambda _, __, out, kept=maps: kept.append(out))
@@ -36,7 +39,10 @@ def lines(run: str) -> list[str]:
         hook.remove()
         off = (maps[0].abs() < _OFF).all(dim=3).all(dim=2).all(dim=0)
         spread = answer.std(0).mean() / answer.square().mean().sqrt()
-        rows.append(f"| {run} | {camera} | {int(off.sum())} of {len(off)} | {spread:.3f} |")
+        exchanged = {**observations, camera: observations[camera].flip(0)}
+        change = (policy(exchanged)[..., :schema.ARM_DIM] - before).abs().mean()
+        rows.append(f"| {run} | {camera} | {int(off.sum())} of {len(off)} | {spread:.3f} "
+                    f"| {change:.4f} |")
     return rows
 
 
@@ -46,8 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print("| run | camera | channels that are always off | spread of the answer |\n"
-          "|---|---|---|---|")
+    print("| run | camera | channels that are always off | spread of the answer "
+          "| change of the action |\n|---|---|---|---|---|")
     for run in given.runs:
         print(*lines(run), sep="\n", flush=True)
 
