@@ -37,7 +37,7 @@ POLICIES = {
     # at the learning rate of the others, 1e-3, so deep a network stays at the mean action
     "transformer, equal depth, untied": dict(_TOKENS, variant="transformer", num_recursions=1,
                                              num_layers=_LAYERS, lr=1e-4),
-    # the reference's image encoders: most of their units die
+    # the reference's image encoders: many of their units die
     "block, depth 4, relu": dict(variant="block", num_recursions=4, image_activation="relu"),
     "trm, relu": dict(_TRM, image_activation="relu"),
     "trm, one step, one cycle, one update, relu": dict(

@@ -36,8 +36,8 @@ def convolutional(sizes, activation: str) -> nn.Sequential:
     """Convolutions of (channels, kernel, stride, padding), each followed by the activation.
 
     ``"relu"`` of images in [0, 1] is what the reference documents. A camera that does not move
-    shows nearly the same picture always, so that one step too large switches a unit off for all of
-    them, and for good. ``"silu"`` of images centred on 0 has no such units.
+    shows nearly the same picture always, so that one step too large can switch a unit off for all
+    of them, and for good. ``"silu"`` of images centred on 0 has no such units.
     """
     layers, channels = ([Centre()] if activation == "silu" else []), 3
     for out_channels, kernel, stride, padding in sizes:
