@@ -19,7 +19,7 @@ from policies import POLICIES
 from trm_helpers import BehaviorCloningTrainer, paths, schema
 from trm_helpers.checkpoint import create_run
 from trm_helpers.collect import collect_demonstrations
-from trm_helpers.config import Config, EvalConfig, from_flat
+from trm_helpers.config import Config, EvalConfig, from_flat, parse_value
 from trm_helpers.robustness import robustness_card
 
 KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
@@ -39,7 +39,8 @@ def settings(kind: str, demos: int, given: argparse.Namespace) -> Config:
         "demo", suite=given.suite, task_ids=given.tasks, num_demos=max(given.demos),
         max_demos_per_task=demos, placement=KINDS[kind].get("placement", "benchmark"),
         epochs=max(round(given.epochs * 30 / demos), 1), num_threads=given.threads,
-        seed=given.seed, conditioning="language", **POLICIES[given.policy])
+        seed=given.seed, **{"conditioning": "language", **POLICIES[given.policy],
+                            **{name: parse_value(value) for name, value in given.set}})
 
 
 def told(row: dict | None) -> str:
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                        help="any other setting of the policy or its training")
     given = parser.parse_args()
     evaluation = EvalConfig(num_episodes=given.episodes, num_videos=0, eval_workers=given.workers)
     print("| demonstrations | of each task | " + " | ".join(["plain", *given.changes]) + " |")
@@ -70,9 +73,10 @@ def main() -> None:
         files = collected(kind, given)
         for demos in given.demos:
             config = settings(kind, demos, given)
-            words = "-".join(given.policy.replace(",", "").split())
-            run = create_run(config, f"demonstrations-{given.suite}-{words}-{kind}-{demos}"
-                                     f"-s{given.seed}", resume=True)
+            words = [*given.policy.replace(",", "").split(), *(word for pair in given.set
+                                                               for word in pair)]
+            run = create_run(config, f"demonstrations-{given.suite}-{'-'.join(words)}-{kind}-"
+                                     f"{demos}-s{given.seed}", resume=True)
             BehaviorCloningTrainer.from_config(config, files, run).fit()
             card = robustness_card(run, evaluation, only=given.changes)
             rows = {row["name"]: row for row in card["rows"]}

@@ -42,6 +42,7 @@ from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 
 DOCS = repo_root() / "docs"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
+_NUMBERED = re.compile(r"(\d+) (.+)")  # a label that begins with a number of demonstrations
 _MOST_TASKS = 3  # that get a column each
 _STRIP_COLUMNS, _STRIP_EVERY, _STRIP_SCALE = 5, 3, 0.75
 
@@ -142,13 +143,16 @@ def show_cards(stored: list[dict]):
     """Table and figure of a group's cards, which are of one kind."""
     kind = stored[0]["kind"]
     cards = {each["label"]: each["card"] for each in stored}
+    if kind == "robustness" and all(_NUMBERED.fullmatch(label) for label in cards):
+        return markdown(efficiency_lines(cards)), plot_efficiency(cards)
     if kind == "robustness":
         return markdown(robustness_lines(cards)), plot_cards(cards)
-    (only,) = cards.values()  # of the others one to a group
     if kind == "depth":
-        rows = depth_rows(only)
+        merged = together(cards)
+        rows = depth_rows(merged)
         return markdown([list(rows[0]), *(list(row.values()) for row in rows)]), \
-            plot_depth_card(only)
+            plot_depth_card(merged)
+    (only,) = cards.values()  # of probes one to a group
     lines = [["state", *only["quantities"]]]
     lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
                                for middle, low, high in row["explained"])] for row in only["rows"]]
@@ -158,10 +162,59 @@ def show_cards(stored: list[dict]):
 def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
     rows = {label: {row["name"]: row for row in card["rows"]} for label, card in cards.items()}
     titles = {row["name"]: row["title"] for card in cards.values() for row in card["rows"]}
-    return [["what is changed", *rows]] + [[title, *(
-        "" if name not in of else f"{of[name]['successes']} of {of[name]['episodes']} "
-        f"({100 * of[name]['wilson_low']:.0f} to {100 * of[name]['wilson_high']:.0f} %)"
-        for of in rows.values())] for name, title in titles.items()]
+    return [["what is changed", *rows]] + [[title, *(success(of.get(name)) for of in rows.values())]
+                                           for name, title in titles.items()]
+
+
+def success(row: dict | None) -> str:
+    return "" if row is None else (f"{row['successes']} of {row['episodes']} "
+                                   f"({100 * row['wilson_low']:.0f} to "
+                                   f"{100 * row['wilson_high']:.0f} %)")
+
+
+def together(cards: dict[str, dict]) -> dict:
+    """One depth card of several policies, whose labels stand before the names of the rows."""
+    first = next(iter(cards.values()))
+    if len(cards) == 1:
+        return first
+    rows = [{**row, "name": f"{label}, {row['name']}"}
+            for label, card in cards.items() for row in card["rows"]]
+    return {**first, "run": f"{len(cards)} policies", "rows": rows}
+
+
+def by_kind(cards: dict[str, dict]) -> dict[str, dict[int, dict]]:
+    """The plain row of each kind and number of demonstrations, the numbers ascending."""
+    kinds: dict[str, dict[int, dict]] = {}
+    for label, card in cards.items():
+        number, kind = _NUMBERED.fullmatch(label).groups()
+        kinds.setdefault(kind, {})[int(number)] = card["rows"][0]
+    return {kind: dict(sorted(rows.items())) for kind, rows in sorted(kinds.items(), reverse=True)}
+
+
+def efficiency_lines(cards: dict[str, dict]) -> list[list]:
+    kinds = by_kind(cards)
+    numbers = sorted({number for rows in kinds.values() for number in rows})
+    return [["demonstrations of each task", *numbers]] + [
+        [kind, *(success(rows.get(number)) for number in numbers)] for kind, rows in kinds.items()]
+
+
+@plots.styled
+def plot_efficiency(cards: dict[str, dict]):
+    """Success by the number of demonstrations, a line for each kind of them."""
+    fig = plots.new_figure(7, 4)
+    axes = fig.subplots()
+    for number, (kind, rows) in enumerate(by_kind(cards).items()):
+        rate, low, high = 100 * np.array([[row["success_rate"], row["wilson_low"],
+                                           row["wilson_high"]] for row in rows.values()]).T
+        axes.errorbar(list(rows), rate, np.clip([rate - low, high - rate], 0, None), capsize=3,
+                      color=plots.PALETTE[number], marker="os^D"[number % 4], label=kind)
+    plots.count_axis(axes.xaxis)
+    axes.set(xlabel="demonstrations of each task, of which a fifth chooses the epoch",
+             ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104),
+             title="Success by the number of demonstrations")
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right")
+    return fig
 
 
 @plots.styled
