@@ -101,9 +101,17 @@ def test_what_was_played_is_not_played_again(run, monkeypatch):
     assert "| fixed 1 | 2 of 4 | 15 to 85 | -50 | 0.5 | 1.0 |" in (run / "report.md").read_text()
 
 
+def test_some_ways_alone(run):
+    card = depth_card(run, [1, 4], [1e-3], CONFIG, only=["fixed 4"])
+    assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 4"]
+    assert card["rows"][1]["gap"] == 0
+
+
 def test_bad_input(run, monkeypatch):
     with pytest.raises(ValueError, match=r"depths=\(0,\) is not valid"):
         depth_card(run, [0])
+    with pytest.raises(ValueError, match="only='fixed 7' is not valid; expected one of as"):
+        depth_card(run, [1], [], CONFIG, only=["fixed 7"])
     config = depth.load_config(run)
     flat = dataclasses.replace(config, model=ModelConfig(variant="transformer", num_recursions=1))
     monkeypatch.setattr(depth, "load_config", lambda _: flat)

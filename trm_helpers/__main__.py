@@ -214,6 +214,7 @@ class Depth:
     task_ids: tuple[int, ...] = ()  # others than the run's
     depths: tuple[int, ...] = ()  # none: 1, half, once and twice the trained one
     thresholds: tuple[float, ...] = (1e-4, 1e-3)  # of the convergence rule
+    only: tuple[str, ...] = ()  # these rows alone beside the policy as trained, e.g. "fixed 1"
 
     def __call__(self) -> Result:
         import pandas as pd
@@ -222,7 +223,7 @@ class Depth:
         from .stats import detectable
 
         card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
-                          self.task_ids)
+                          self.task_ids, self.only)
         table = pd.DataFrame(depth_rows(card)).to_string(index=False)
         well = not any(row["errors"] for row in card["rows"])
         return card, [table, detectable(card["rows"][0])], well

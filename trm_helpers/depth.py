@@ -62,7 +62,8 @@ def ways_to_think(trained: ModelConfig, depths: Sequence[int],
 
 def depth_card(run: str | Path, depths: Iterable[int] = (),
                thresholds: Iterable[float] = THRESHOLDS, config: EvalConfig | None = None,
-               weights: str = "best", task_ids: Iterable[int] = ()) -> dict:
+               weights: str = "best", task_ids: Iterable[int] = (),
+               only: Iterable[str] = ()) -> dict:
     """Play a run's policy in all :func:`ways_to_think`, and write ``depth.json`` and its figure.
 
     Each way has a ledger of its own below ``depth/``, so that a call that was interrupted goes on
@@ -74,6 +75,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         thresholds: squared changes of the actions below which the convergence rule stops.
         config: episodes per task and all else that :func:`evaluate.evaluate_run` takes; ``None``
             takes the run's, without films.
+        only: names of the ways to be played beside the policy as trained; none takes all.
 
     Returns:
         what ``depth.json`` holds: ``rows``, one for each way, with its successes, episodes, rate,
@@ -82,7 +84,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         ``p_value`` of :func:`stats.paired_mcnemar`; and the conditions.
 
     Raises:
-        ValueError: the policy does not recurse, or a depth below 1.
+        ValueError: the policy does not recurse, a depth below 1, or a name in ``only`` that is
+            none.
     """
     run = find_run(str(run))
     trained = load_config(run)
@@ -93,13 +96,21 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     depths = tuple(depths) or (1, max(once // 2, 1), once, 2 * once)
     if min(depths) < 1:
         raise ValueError(f"depths={depths} is not valid; expected each >= 1")
+    ways = ways_to_think(trained.model, depths, tuple(thresholds))
+    only = tuple(only) or tuple(ways)
+    for name in only:
+        if name not in ways:
+            raise ValueError(f"only={name!r} is not valid; expected one of "
+                             f"{'; '.join(ways)}")
     config = dataclasses.replace(config or trained.eval, num_videos=0, perturbation="none")
     task_ids = tuple(task_ids) or trained.data.task_ids
     identity = {"weights": weights, "sha256": digest(run / f"{weights}.safetensors")}
     planned = official_episodes(trained.data.suite, task_ids, config)
     rows: list[dict] = []
     as_trained: list[dict] = []
-    for name, changes in ways_to_think(trained.model, depths, tuple(thresholds)).items():
+    for name, changes in ways.items():
+        if rows and name not in only:  # the first is what the others are compared with
+            continue
         folder = run / "depth" / name.replace(",", "").replace(" ", "-")
         results = evaluate_episodes(ChangedPolicy(run, weights, tuple(changes.items())), identity,
                                     folder, config, trained.data.suite, planned)
