@@ -338,6 +338,8 @@ def test_the_expert_succeeds_from_official_init_states(env):
     result = PolicyEvaluator(ExpertPolicy(env)).evaluate_on_task(env, [0, 1], 2)
     assert (result["successes"], result["episodes"]) == (2, 2)
     assert all(60 < row["steps"] < row["horizon"] == 280 for row in result["rows"])
+    assert all(row["lifted"] == row["goal_objects"][:1] == ["alphabet_soup_1"]
+               for row in result["rows"])
 
 
 EVALUATION = """

@@ -82,6 +82,17 @@ def test_a_card_counts_and_compares(run):
     assert imageio.imread(run / "figures" / "robustness.png").std() > 5
 
 
+def test_a_card_says_what_failures_lifted(run, monkeypatch):
+    monkeypatch.setattr(LongerRoad, "heights", lambda road: {
+        "stone": 0.1 * (road.picked and road.left > 2), "stick": 0.1 * (road.left < 2)})
+    card = robustness_card(run, CONFIG, only=["swap"])
+    # init states 2 and 3 fail there, with 5 and 6 steps to go: neither got to the stick first
+    assert [row["failures"] for row in card["rows"]] == [
+        {"nothing lifted": 0, "another object lifted": 0, "the right one lifted": 0},
+        {"nothing lifted": 0, "another object lifted": 2, "the right one lifted": 0}]
+    assert card_rows(card)[1]["failed, another object lifted"] == 2
+
+
 def test_a_card_leaves_what_was_evaluated_alone(run):
     robustness_card(run, CONFIG, only=["noise"])
     assert not (run / "results.json").exists() and not (run / "episodes.jsonl").exists()
@@ -143,9 +154,10 @@ def test_what_cannot_be_asked_is_refused(run):
 def test_a_card_as_a_table_and_notes(run):
     card = robustness_card(run, CONFIG, only=["delay_2", "swap", "no_proprioception"])
     assert [list(row.values()) for row in card_rows(card)] == [
-        ["nothing changed", "4 of 4", 100.0, "51 to 100", "", "", 0],
-        ["actions 0.1 s late", "2 of 4", 50.0, "15 to 85", "-50", "0.5", 0],
-        ["LIBERO-PRO: objects in exchanged places", "2 of 4", 50.0, "15 to 85", "-50", "", 0],
+        ["nothing changed", "4 of 4", 100.0, "51 to 100", "", "", 0, 0, 0, 0],
+        ["actions 0.1 s late", "2 of 4", 50.0, "15 to 85", "-50", "0.5", 0, 0, 2, 0],
+        ["LIBERO-PRO: objects in exchanged places", "2 of 4", 50.0, "15 to 85", "-50", "", 0, 0, 2,
+         0],
     ]
     notes = card_notes(card)
     assert notes[0].startswith("4 episodes each are likely to tell rates apart that differ by 59")

@@ -24,7 +24,10 @@ class CountingPolicy:
 
 
 class StraightRoad:
-    """Solved after ``init_state + 1`` steps forward. Stands in for ``sim.LiberoEnv``."""
+    """Solved after ``init_state + 1`` steps forward; the first picks up a stick.
+
+    Stands in for ``sim.LiberoEnv``.
+    """
 
     horizon = 4
     made = []
@@ -36,12 +39,20 @@ class StraightRoad:
         self.made.append(self)
 
     def reset(self, init_state=None, seed=None):
+        self.picked = False
         self.left = 1 + (init_state if seed is None else seed - evaluate.SELECTION_SEED)
         return self._look()
 
     def step(self, action):
         self.left -= action[0]
+        self.picked = True
         return self._look(), bool(self.left <= 0)
+
+    def heights(self):
+        return {"stone": 0.02, "stick": 0.1 * self.picked}
+
+    def goal_objects(self):
+        return ["stick"]
 
     def _look(self):
         frame = np.zeros((64, 64, 3), np.uint8)

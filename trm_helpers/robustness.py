@@ -27,6 +27,7 @@ from .stats import detectable, paired_mcnemar
 PLAIN = "plain"
 _CONDITIONS = ("suite", "task_ids", "weights", "sha256", "protocol", "horizon", "num_episodes",
                "first_init_state")  # cards that differ in one of them are not of the same episodes
+FATES = ("nothing lifted", "another object lifted", "the right one lifted")  # of failed episodes
 _NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high")
 
 
@@ -68,7 +69,8 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     Returns:
         what ``robustness.json`` holds: ``rows``, one for each change, with its successes,
         episodes, rate, Wilson interval and number of ``errors``, the ``gap`` to the plain rate and,
-        where the init states are the same, the ``p_value`` of :func:`stats.paired_mcnemar`;
+        where the init states are the same, the ``p_value`` of :func:`stats.paired_mcnemar`, and
+        ``failures``, how many there are of each of :data:`FATES`;
         ``not_used`` and ``failed``, changes that cannot matter for this policy, or could not be
         played, each with its ``reason``; and the conditions.
 
@@ -94,7 +96,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     card = {"run": run.name, **{key: results["protocol"][key] for key in _CONDITIONS},
             "rows": [], "not_used": [], "failed": [], "software": results["software"]}
     rows = _rows_before(run / "robustness.json", card)
-    rows[PLAIN] = _row(nothing, results)
+    rows[PLAIN] = _row(nothing, results, plain)
     for change in changes.values():
         told = {"name": change.name, "title": change.title}
         if reason := _why_unused(change, trained.model):
@@ -122,15 +124,23 @@ def _play(run: Path, config: EvalConfig, weights: str, task_ids: tuple[int, ...]
                      and row["init_state"] in config.init_states and "error" not in row]
 
 
-def _row(change: Change, results: Mapping) -> dict:
+def _row(change: Change, results: Mapping, episodes: list[dict]) -> dict:
+    fates = [_fate(row) for row in episodes if not row["success"] and "lifted" in row]
     return {"name": change.name, "title": change.title, "suite": change.suite,
             **{key: results[key] for key in _NUMBERS}, "errors": len(results["errors"]),
-            "gap": None, "p_value": None}
+            "gap": None, "p_value": None, "failures": {fate: fates.count(fate) for fate in FATES}}
+
+
+def _fate(row: Mapping) -> str:
+    """Which of :data:`FATES` a failed episode met. Its first object is the one to be moved."""
+    if not row["lifted"]:
+        return FATES[0]
+    return FATES[2] if row["goal_objects"][:1] == row["lifted"][:1] else FATES[1]
 
 
 def _compared(change: Change, plain: list[dict], plain_row: Mapping, results: Mapping,
               episodes: list[dict]) -> dict:
-    row = _row(change, results)
+    row = _row(change, results, episodes)
     if change.suite != plain_row["suite"]:  # other init states
         return {**row, "gap": row["success_rate"] - plain_row["success_rate"]}
     test = paired_mcnemar(plain, episodes)
@@ -166,6 +176,7 @@ def card_rows(card: Mapping) -> list[dict]:
                                     f"{100 * row['wilson_high']:.0f}",
         "gap (points)": "" if row["gap"] is None else f"{100 * row['gap']:+.0f}",
         "paired p": "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+        **{f"failed, {fate}": count for fate, count in row.get("failures", {}).items()},
         "errors": row["errors"],
     } for row in card["rows"]]
 

@@ -312,6 +312,16 @@ class LiberoEnv:
         """Position (3,) in metres now of an object or fixture named in the BDDL file."""
         return np.array(self.sim.data.body_xpos[self._body(name)])
 
+    def heights(self) -> dict[str, float]:
+        """Height in metres now of every movable object by its name in the BDDL file."""
+        return {name: float(self.object_position(name)[2]) for name in self.raw.objects_dict}
+
+    def goal_objects(self) -> list[str]:
+        """The movable objects that the goal is about, what is to be moved before its target."""
+        named = (name for predicate in self.raw.parsed_problem["goal_state"]
+                 for name in predicate[1:])
+        return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
+
     def object_rotation(self, name: str) -> np.ndarray:
         """Rotation matrix (3, 3) now of an object or fixture named in the BDDL file."""
         return np.array(self.sim.data.body_xmat[self._body(name)]).reshape(3, 3)
