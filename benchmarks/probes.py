@@ -65,7 +65,8 @@ def states_of(policy, demo: h5py.Group, task: Task, deepest: int) -> dict[str, n
         observation |= {"task_id": task.task_id, "language": task.language}
         given = policy.prepare(observation)
         x = policy.encode(given)
-        keep("proprioception", given["proprio"])
+        if "proprio" in given:
+            keep("proprioception", given["proprio"])
         keep("input", x)
         state = policy.block.start(x)
         for depth in range(1, deepest + 1):
