@@ -167,9 +167,12 @@ def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
 
 
 def success(row: dict | None) -> str:
-    return "" if row is None else (f"{row['successes']} of {row['episodes']} "
-                                   f"({100 * row['wilson_low']:.0f} to "
-                                   f"{100 * row['wilson_high']:.0f} %)")
+    """Rate with its interval, and how the failures failed where that is known."""
+    if row is None:
+        return ""
+    fates = ", ".join(f"{count} {fate}" for fate, count in row.get("failures", {}).items() if count)
+    return (f"{row['successes']} of {row['episodes']} ({100 * row['wilson_low']:.0f} to "
+            f"{100 * row['wilson_high']:.0f} %)" + (f"; {fates}" if fates else ""))
 
 
 def together(cards: dict[str, dict]) -> dict:
