@@ -4,14 +4,15 @@
 
 Writes probes.json into the run's folder and prints it as a table.
 
-Takes the run's demonstrations of every task, computes the policy's state after each recursion on
-their observations, and fits ridge regressions from it (averaged over the tokens; the answer y, and
-of a TRM the latent z) to where the object and the target are, to their distances from the hand and
-from each other, and to whether the gripper is closed 8 steps later. Fitted on half of the
-demonstrations and scored on the other half: the share of variance explained, for the median of
-draws with replacement from the demonstrations scored, with its 95 % interval. ``input`` is the same
-for what the recursion is given, ``proprioception`` for the joints and the hand alone. Positions are
-taken within a task: knowing which task it is explains nothing.
+Takes demonstrations that the run was not trained on, up to the step in which the object begins to
+move (after it, where the object is says the hand), computes the policy's state after each recursion
+on their observations, and fits ridge regressions from it (averaged over the tokens; the answer y,
+and of a TRM the latent z) to where the object and the target are, to their distances from the hand
+and from each other, and to whether the gripper is closed 8 steps later. Fitted on every other
+demonstration and scored on the rest: the share of variance explained, for the median of draws with
+replacement from the demonstrations scored, with its 95 % interval. ``input`` is the same for what
+the recursion is given, ``proprioception`` for the joints and the hand alone. Positions are taken
+within a task: knowing which task it is explains nothing.
 """
 
 import argparse
@@ -24,11 +25,14 @@ import torch
 from trm_helpers import load_policy, schema
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.data import split_demonstrations
 from trm_helpers.experts import pick_place_goal
 from trm_helpers.files import write_json
 from trm_helpers.sim import LiberoEnv, Task
+from trm_helpers.validate import demo_names
 
 _AHEAD = 8  # steps, when the gripper is asked for
+_MOVED = 0.01  # metres from where the object began
 _PENALTIES = 10.0 ** np.arange(-2, 5)  # of the ridge, chosen on the last fifth of what is fitted
 
 
@@ -52,15 +56,16 @@ def positions(env: LiberoEnv, demo: h5py.Group) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def states_of(policy, demo: h5py.Group, task: Task, deepest: int) -> dict[str, np.ndarray]:
-    """By name, (T, D): inputs and the states after each recursion."""
+def states_of(policy, demo: h5py.Group, task: Task, deepest: int,
+              steps: int) -> dict[str, np.ndarray]:
+    """By name, (steps, D): inputs and the states after each recursion."""
     found: dict[str, list[np.ndarray]] = {}
 
     def keep(name: str, value: torch.Tensor) -> None:
         value = value.float().reshape(1, -1, value.shape[-1]).mean(1)  # over tokens, if there are
         found.setdefault(name, []).append(value[0].numpy())
 
-    for step in range(len(demo["actions"])):
+    for step in range(steps):
         observation = {key: values[step] for key, values in demo["obs"].items()}
         observation |= {"task_id": task.task_id, "language": task.language}
         given = policy.prepare(observation)
@@ -84,12 +89,18 @@ def samples(run, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]
         gathered = []
         with LiberoEnv(config.data.suite, task_id) as env, h5py.File(path) as file:
             env.reset()
-            for number in range(demos):
-                demo = file[f"{schema.DATA_GROUP}/demo_{number}"]
+            names = demo_names(file)[:config.data.max_demos_per_task or None]
+            _, unseen = split_demonstrations(names, path, config.data.train_fraction,
+                                             config.data.data_seed)
+            for name in unseen[:demos]:
+                demo = file[schema.DATA_GROUP][name]
                 known = positions(env, demo)
                 closed = demo["actions"][:, schema.GRIPPER_INDEX]
                 known["gripper"] = np.append(closed[_AHEAD:], [closed[-1]] * _AHEAD)[:, None]
-                gathered.append((states_of(policy, demo, env.task, deepest), known))
+                moved = np.linalg.norm(known["object"] - known["object"][0], axis=1) > _MOVED
+                steps = int(np.argmax(moved))  # it is placed in the end: it moved
+                known = {key: value[:steps] for key, value in known.items()}
+                gathered.append((states_of(policy, demo, env.task, deepest, steps), known))
         means = {name: np.concatenate([known[name] for _, known in gathered]).mean(0)
                  for name in gathered[0][1]}
         for states, known in gathered:
@@ -126,7 +137,8 @@ def explained(predict, scored: list[tuple[np.ndarray, np.ndarray]],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a trained run")
-    parser.add_argument("--demos", type=int, default=10, help="of each task")
+    parser.add_argument("--demos", type=int, default=40,
+                        help="of each task, or as many as there are that it was not trained on")
     given = parser.parse_args()
     run = find_run(given.run)
     policy = load_policy(run)

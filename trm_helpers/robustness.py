@@ -125,10 +125,15 @@ def _play(run: Path, config: EvalConfig, weights: str, task_ids: tuple[int, ...]
 
 
 def _row(change: Change, results: Mapping, episodes: list[dict]) -> dict:
-    fates = [_fate(row) for row in episodes if not row["success"] and "lifted" in row]
     return {"name": change.name, "title": change.title, "suite": change.suite,
             **{key: results[key] for key in _NUMBERS}, "errors": len(results["errors"]),
-            "gap": None, "p_value": None, "failures": {fate: fates.count(fate) for fate in FATES}}
+            "gap": None, "p_value": None, "failures": failures(episodes)}
+
+
+def failures(episodes: Iterable[Mapping]) -> dict[str, int]:
+    """How many failed episodes (rows of :func:`rollout.run_episode`) met each of :data:`FATES`."""
+    fates = [_fate(row) for row in episodes if not row["success"] and "lifted" in row]
+    return {fate: fates.count(fate) for fate in FATES}
 
 
 def _fate(row: Mapping) -> str:

@@ -1,0 +1,56 @@
+"""Success where objects stand anywhere within reach: each episode another scene.
+
+    python benchmarks/wide_placements.py RUN RUN ... --episodes 20
+
+Plays policies of one task of LIBERO-Object from placements drawn as for wide demonstrations (with
+seeds that no demonstration has), each policy from the same ones, and prints a table. Official init
+states, LIBERO-PRO's too, are 50 draws from within a few centimetres: one scene. These are many.
+"""
+
+import argparse
+
+import torch
+
+from trm_helpers import load_policy
+from trm_helpers.checkpoint import find_run, load_config
+from trm_helpers.files import write_json
+from trm_helpers.robustness import failures
+from trm_helpers.rollout import run_episode
+from trm_helpers.sim import LiberoEnv
+from trm_helpers.stats import summarize_episodes
+
+_SEED = 2**31  # the first; demonstrations draw theirs below it
+
+
+class WidelyPlaced(LiberoEnv):
+    def reset(self, seed=None, init_state=None):
+        return super().reset(seed=seed, placement="wide")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--episodes", type=int, default=20)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| run | successes | 95 % Wilson interval (%) | failures |\n|---|---|---|---|")
+    envs: dict[tuple, WidelyPlaced] = {}
+    for run in map(find_run, given.runs):
+        data = load_config(run).data
+        (task_id,) = data.task_ids
+        if (data.suite, task_id) not in envs:
+            envs[data.suite, task_id] = WidelyPlaced(data.suite, task_id)
+        env = envs[data.suite, task_id]
+        policy = load_policy(run)
+        rows = [run_episode(policy, env, None, seed=_SEED + number)
+                for number in range(given.episodes)]
+        results = {**summarize_episodes(rows), "failures": failures(rows), "episodes_played": rows}
+        write_json(run / "wide.json", results)
+        fates = [f"{count} {fate}" for fate, count in results["failures"].items() if count]
+        print(f"| {run.name} | {results['successes']} of {results['episodes']} | "
+              f"{100 * results['wilson_low']:.0f} to {100 * results['wilson_high']:.0f} | "
+              f"{', '.join(fates)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
