@@ -33,7 +33,7 @@ from trm_helpers.validate import demo_names
 
 _AHEAD = 8  # steps, when the gripper is asked for
 _MOVED = 0.01  # metres from where the object began
-_PENALTIES = 10.0 ** np.arange(-2, 5)  # of the ridge, chosen on the last fifth of what is fitted
+_PENALTIES = 10.0 ** np.arange(-2, 8)  # of the ridge, chosen on the last fifth of what is fitted
 
 
 def positions(env: LiberoEnv, demo: h5py.Group) -> dict[str, np.ndarray]:
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--demos", type=int, default=40,
                         help="of each task, or as many as there are that it was not trained on")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # one observation at a time: more would wait for each other
     run = find_run(given.run)
     policy = load_policy(run)
     gathered = list(samples(run, policy, given.demos, 2 * policy.config.num_recursions))

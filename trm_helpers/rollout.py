@@ -16,7 +16,7 @@ from .sim import LiberoEnv, Observation
 
 PHASES = ("reach", "grasp", "carry", "place")
 _GRASPING = 8  # steps, from the command to close the gripper on
-_LIFTED = 0.04  # metres above where it rested at the start
+_LIFTED = 0.02  # metres above where it rested at the start
 _SCALE = 3  # of frames in films
 
 
@@ -49,7 +49,7 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     Returns:
         the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
         seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, without
-        drawing the frames it asks for), ``lifted`` (the objects that rose by 4 cm, in that order),
+        drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm, in that order),
         ``goal_objects``, and where the policy tells its recursions their mean over the steps, of
         the whole episode and of each of its :func:`phases`.
     """

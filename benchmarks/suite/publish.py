@@ -11,7 +11,8 @@ probes.json to ``docs/recursion/<group>/<label>.json``, ``ship`` a policy for ``
 ``pretrained/<name>``, ``strip`` a success of each task side by side, as a GIF that plays within a
 page, to ``docs/images/<name>.gif``. ``write`` makes what stands between the marks
 ``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and
-``docs/images/<group>.png``.
+``docs/images/<group>.png``. Cards whose labels begin with a number, "10 with recoveries", are of as
+many demonstrations and drawn against that number.
 """
 
 import argparse
@@ -111,8 +112,13 @@ def strip(name: str, run_name: str) -> None:
 
 
 def card(group: str, name: str, path: Path) -> None:
+    content = json.loads(path.read_text())
+    widely = path.parent / "wide.json"  # of benchmarks/wide_placements.py
+    if path.stem == "robustness" and widely.exists():
+        content["rows"].append({"name": "wide", "title": "objects anywhere within reach",
+                                **json.loads(widely.read_text())})
     write_json(DOCS / "recursion" / group / f"{name.replace(' ', '-')}.json",
-               {"label": name, "kind": path.stem, "card": json.loads(path.read_text())})
+               {"label": name, "kind": path.stem, "card": content})
 
 
 def write() -> None:
@@ -120,7 +126,8 @@ def write() -> None:
         page = DOCS / f"{kind}.md"
         text = page.read_text()
         for group in sorted(path for path in (DOCS / kind).glob("*") if path.is_dir()):
-            shown, fig = show([json.loads(path.read_text()) for path in sorted(group.glob("*"))])
+            files = sorted(group.glob("*"), key=lambda path: path.stem)
+            shown, fig = show([json.loads(path.read_text()) for path in files])
             pattern = rf"(<!-- {re.escape(group.name)} -->\n).*?(<!-- end -->)"
             text, found = re.subn(pattern, lambda match, shown=shown: match[1] + shown + match[2],
                                   text, flags=re.DOTALL)
@@ -198,7 +205,8 @@ def efficiency_lines(cards: dict[str, dict]) -> list[list]:
     kinds = by_kind(cards)
     numbers = sorted({number for rows in kinds.values() for number in rows})
     return [["demonstrations of each task", *numbers]] + [
-        [kind, *(success(rows.get(number)) for number in numbers)] for kind, rows in kinds.items()]
+        [kind, *(success(rows.get(number)).split(";")[0] for number in numbers)]
+        for kind, rows in kinds.items()]
 
 
 @plots.styled
@@ -239,9 +247,11 @@ def plot_probes(probes: dict):
                           color=colour, linestyle=style, marker="o", markersize=3, capsize=2)
         axes.plot([], [], color=colour, linewidth=4, label=quantity)
     for word, style in (("answer y", "-"), ("latent z", "--"), ("input x", ":")):
-        axes.plot([], [], color="black", linestyle=style, label=word)
+        if any(name.startswith(word.split()[0]) for name in rows):
+            axes.plot([], [], color="black", linestyle=style, label=word)
     plots.count_axis(axes.xaxis)
-    axes.set(xlabel="recursions", ylabel="share of variance explained", ylim=(None, 1.02),
+    axes.set(xlabel="recursions (below the axis: worse than the mean)",
+             ylabel="share of variance explained", ylim=(-0.1, 1.02),
              title="What a linear probe reads from the state after each recursion")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
