@@ -51,3 +51,27 @@ def test_committed_results_agree_with_their_episodes():
         assert len({(row["task_id"], row["init_state"]) for row in played}) == len(played)
         assert len(played) == content["results"]["episodes"]
         assert sum(row["success"] for row in played) == content["results"]["successes"]
+
+
+def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
+    def stored(label, successes):
+        row = {"name": "plain", "title": "nothing changed", "successes": successes, "episodes": 20,
+               "success_rate": successes / 20, "wilson_low": 0.3, "wilson_high": 0.8,
+               "failures": {"nothing lifted": 20 - successes}}
+        return {"label": label, "kind": "robustness", "card": {"rows": [row]}}
+
+    text, fig = publish["show_cards"]([stored("10 with", 12), stored("5 with", 9),
+                                       stored("5 without", 7)])
+    assert text.splitlines()[2:] == ["| without | 7 of 20 (30 to 80 %) |  |",
+                                     "| with | 9 of 20 (30 to 80 %) | 12 of 20 (30 to 80 %) |"]
+    (axes,) = fig.axes
+    assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
+
+
+def test_depth_cards_of_several_policies_make_one_table(publish):
+    path = next((repo_root() / "docs" / "recursion" / "depth-spatial").glob("*.json"))
+    one = json.loads(path.read_text())
+    text, fig = publish["show_cards"]([one, {**one, "label": "other"}])
+    names = [line.split(" | ")[0] for line in text.splitlines()[2:]]
+    assert names[0] == "| trm, as trained" and "| other, fixed 1" in names
+    assert len(names) == 2 * len(one["card"]["rows"])
