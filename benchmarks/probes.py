@@ -1,6 +1,6 @@
 """What a linear probe reads from a policy's state at each depth: the table in docs/recursion.md.
 
-    python benchmarks/probes.py RUN --demos 10
+    python benchmarks/probes.py RUN
 
 Writes probes.json into the run's folder and prints it as a table.
 
