@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 
 import imageio.v3 as imageio
 import nbformat
@@ -216,3 +217,25 @@ def test_a_card_of_a_trained_policy(trained):
         ("no_proprioception", "libero_object", 0, 1, 0),
     ]
     assert not card["failed"] and card["software"]["gl_renderer"]
+
+
+@pytest.mark.sim
+def test_wide_placements_are_other_scenes_each(trained, monkeypatch, capsys):
+    names = runpy.run_path(str(paths.repo_root() / "benchmarks" / "wide_placements.py"))
+    env_class, places = names["WidelyPlaced"], []
+
+    class Watched(env_class):
+        horizon = 2
+
+        def reset(self, **asked):
+            observation = super().reset(**asked)
+            places.append(self.object_position("alphabet_soup_1"))
+            return observation
+
+    names["main"].__globals__["WidelyPlaced"] = Watched
+    monkeypatch.setattr("sys.argv", ["wide_placements.py", trained.name, "--episodes", "2"])
+    names["main"]()
+    assert f"| {trained.name} | 0 of 2 | 0 to 66 | 2 nothing lifted |" in capsys.readouterr().out
+    played = json.loads((trained / "wide.json").read_text())["episodes_played"]
+    assert [row["seed"] for row in played] == [2**31, 2**31 + 1]
+    assert np.linalg.norm(places[0] - places[1]) > 0.03
