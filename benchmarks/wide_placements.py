@@ -37,7 +37,9 @@ def main() -> None:
     envs: dict[tuple, WidelyPlaced] = {}
     for run in map(find_run, given.runs):
         data = load_config(run).data
-        (task_id,) = data.task_ids
+        if len(data.task_ids) > 1:
+            parser.error(f"{run.name} was trained on tasks {data.task_ids}; expected one task")
+        task_id = data.task_ids[0]
         if (data.suite, task_id) not in envs:
             envs[data.suite, task_id] = WidelyPlaced(data.suite, task_id)
         env = envs[data.suite, task_id]
