@@ -20,7 +20,7 @@ from trm_helpers import BehaviorCloningTrainer, paths, schema
 from trm_helpers.checkpoint import create_run
 from trm_helpers.collect import collect_demonstrations
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value
-from trm_helpers.robustness import robustness_card
+from trm_helpers.robustness import rate_in_short, robustness_card
 
 KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
 
@@ -41,12 +41,6 @@ def settings(kind: str, demos: int, given: argparse.Namespace) -> Config:
         epochs=max(round(given.epochs * 30 / demos), 1), num_threads=given.threads,
         seed=given.seed, **{"conditioning": "language", **POLICIES[given.policy],
                             **{name: parse_value(value) for name, value in given.set}})
-
-
-def told(row: dict | None) -> str:
-    return "" if row is None else (f"{row['successes']} of {row['episodes']} "
-                                   f"({100 * row['wilson_low']:.0f} to "
-                                   f"{100 * row['wilson_high']:.0f} %)")
 
 
 def main() -> None:
@@ -80,7 +74,8 @@ def main() -> None:
             BehaviorCloningTrainer.from_config(config, files, run).fit()
             card = robustness_card(run, evaluation, only=given.changes)
             rows = {row["name"]: row for row in card["rows"]}
-            cells = [told(rows.get(name)) for name in ["plain", *given.changes]]
+            cells = [rate_in_short(rows[name]) if name in rows else ""
+                     for name in ["plain", *given.changes]]
             print(f"| {kind} | {demos} | {' | '.join(cells)} |", flush=True)
 
 

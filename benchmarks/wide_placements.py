@@ -14,7 +14,7 @@ import torch
 from trm_helpers import load_policy
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.files import write_json
-from trm_helpers.robustness import failures
+from trm_helpers.robustness import failures, failures_in_short, rate_in_short
 from trm_helpers.rollout import run_episode
 from trm_helpers.sim import LiberoEnv
 from trm_helpers.stats import summarize_episodes
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print("| run | successes | 95 % Wilson interval (%) | failures |\n|---|---|---|---|")
+    print("| run | successes (95 % Wilson) | failures |\n|---|---|---|")
     envs: dict[tuple, WidelyPlaced] = {}
     for run in map(find_run, given.runs):
         data = load_config(run).data
@@ -48,10 +48,8 @@ def main() -> None:
                 for number in range(given.episodes)]
         results = {**summarize_episodes(rows), "failures": failures(rows), "episodes_played": rows}
         write_json(run / "wide.json", results)
-        fates = [f"{count} {fate}" for fate, count in results["failures"].items() if count]
-        print(f"| {run.name} | {results['successes']} of {results['episodes']} | "
-              f"{100 * results['wilson_low']:.0f} to {100 * results['wilson_high']:.0f} | "
-              f"{', '.join(fates)} |", flush=True)
+        print(f"| {run.name} | {rate_in_short(results)} | {failures_in_short(results)} |",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def test_wide_placements_are_other_scenes_each(trained, monkeypatch, capsys):
     names["main"].__globals__["WidelyPlaced"] = Watched
     monkeypatch.setattr("sys.argv", ["wide_placements.py", trained.name, "--episodes", "2"])
     names["main"]()
-    assert f"| {trained.name} | 0 of 2 | 0 to 66 | 2 nothing lifted |" in capsys.readouterr().out
+    assert f"| {trained.name} | 0 of 2 (0 to 66 %) | 2 nothing lifted |" in capsys.readouterr().out
     played = json.loads((trained / "wide.json").read_text())["episodes_played"]
     assert [row["seed"] for row in played] == [2**31, 2**31 + 1]
     assert np.linalg.norm(places[0] - places[1]) > 0.03

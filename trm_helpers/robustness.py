@@ -186,6 +186,17 @@ def card_rows(card: Mapping) -> list[dict]:
     } for row in card["rows"]]
 
 
+def rate_in_short(row: Mapping) -> str:
+    """A row's success for a cell of a table: ``6 of 20 (15 to 52 %)``."""
+    return (f"{row['successes']} of {row['episodes']} ({100 * row['wilson_low']:.0f} to "
+            f"{100 * row['wilson_high']:.0f} %)")
+
+
+def failures_in_short(row: Mapping) -> str:
+    """How a row's failures failed: ``8 nothing lifted, 8 another object lifted``."""
+    return ", ".join(f"{count} {fate}" for fate, count in row.get("failures", {}).items() if count)
+
+
 def card_notes(card: Mapping) -> list[str]:
     """What the episodes can tell apart; what was not played and why, a line each."""
     return [detectable(card["rows"][0])] + [f"{told}: {row['title']}: {row['reason']}"

@@ -38,7 +38,7 @@ from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.films import FPS, write_grid
 from trm_helpers.paths import repo_root  # noqa: E402
-from trm_helpers.robustness import plot_cards  # noqa: E402
+from trm_helpers.robustness import failures_in_short, plot_cards, rate_in_short  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 
 DOCS = repo_root() / "docs"
@@ -169,17 +169,14 @@ def show_cards(stored: list[dict]):
 def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
     rows = {label: {row["name"]: row for row in card["rows"]} for label, card in cards.items()}
     titles = {row["name"]: row["title"] for card in cards.values() for row in card["rows"]}
-    return [["what is changed", *rows]] + [[title, *(success(of.get(name)) for of in rows.values())]
+    return [["what is changed", *rows]] + [[title, *(cell(of.get(name)) for of in rows.values())]
                                            for name, title in titles.items()]
 
 
-def success(row: dict | None) -> str:
+def cell(row: dict | None) -> str:
     """Rate with its interval, and how the failures failed where that is known."""
-    if row is None:
-        return ""
-    fates = ", ".join(f"{count} {fate}" for fate, count in row.get("failures", {}).items() if count)
-    return (f"{row['successes']} of {row['episodes']} ({100 * row['wilson_low']:.0f} to "
-            f"{100 * row['wilson_high']:.0f} %)" + (f"; {fates}" if fates else ""))
+    told = [rate_in_short(row), failures_in_short(row)] if row else []
+    return "; ".join(filter(None, told))
 
 
 def together(cards: dict[str, dict]) -> dict:
@@ -205,7 +202,7 @@ def efficiency_lines(cards: dict[str, dict]) -> list[list]:
     kinds = by_kind(cards)
     numbers = sorted({number for rows in kinds.values() for number in rows})
     return [["demonstrations of each task", *numbers]] + [
-        [kind, *(success(rows.get(number)).split(";")[0] for number in numbers)]
+        [kind, *(rate_in_short(rows[number]) if number in rows else "" for number in numbers)]
         for kind, rows in kinds.items()]
 
 
