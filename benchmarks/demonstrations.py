@@ -20,7 +20,7 @@ from trm_helpers import BehaviorCloningTrainer, paths, schema
 from trm_helpers.checkpoint import create_run
 from trm_helpers.collect import collect_demonstrations
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value
-from trm_helpers.robustness import rate_in_short, robustness_card
+from trm_helpers.robustness import PLAIN, rate_in_short, robustness_card
 
 KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
 
@@ -61,8 +61,9 @@ def main() -> None:
                         help="any other setting of the policy or its training")
     given = parser.parse_args()
     evaluation = EvalConfig(num_episodes=given.episodes, num_videos=0, eval_workers=given.workers)
-    print("| demonstrations | of each task | " + " | ".join(["plain", *given.changes]) + " |")
-    print("|" + "---|" * (3 + len(given.changes)))
+    columns = list(dict.fromkeys([PLAIN, *given.changes]))
+    print("| demonstrations | of each task | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (2 + len(columns)))
     for kind in given.kinds:
         files = collected(kind, given)
         for demos in given.demos:
@@ -74,8 +75,7 @@ def main() -> None:
             BehaviorCloningTrainer.from_config(config, files, run).fit()
             card = robustness_card(run, evaluation, only=given.changes)
             rows = {row["name"]: row for row in card["rows"]}
-            cells = [rate_in_short(rows[name]) if name in rows else ""
-                     for name in ["plain", *given.changes]]
+            cells = [rate_in_short(rows[name]) if name in rows else "" for name in columns]
             print(f"| {kind} | {demos} | {' | '.join(cells)} |", flush=True)
 
 
