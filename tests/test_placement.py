@@ -79,11 +79,19 @@ def test_on_a_table_with_furniture_too():
         assert solved(env, (100, 101)) >= 1
 
 
+def test_the_bowl_that_is_told_by_its_place_keeps_it():
+    """LIBERO-Spatial: all else moves, the other bowl and the plate too."""
+    with LiberoEnv("libero_spatial", 2) as env:
+        bowls = np.array([[env.object_position(f"akita_black_bowl_{number}")[:2] for number in (1, 2)]
+                          for seed in range(4) if env.reset(seed=seed, placement="wide")])
+        assert set(_free_to_move(env)) == {"akita_black_bowl_2", "plate_1", "cookies_1",
+                                           "glazed_rim_porcelain_ramekin_1"}
+        assert np.ptp(bowls[:, 0], axis=0).max() < 0.05 < np.ptp(bowls[:, 1], axis=0).max()
+        assert solved(env, (100, 101)) >= 1
+
+
 def test_what_cannot_be_is_refused(env):
     with pytest.raises(ValueError, match="placement='far'.*benchmark, wide"):
         env.reset(placement="far")
     with pytest.raises(ValueError, match="init_state=3 with placement='wide'"):
         env.reset(init_state=3, placement="wide")
-    with LiberoEnv("libero_spatial", 2) as spatial, \
-            pytest.raises(ValueError, match="2 of akita_black_bowl, told apart by where"):
-        spatial.reset(placement="wide")

@@ -22,18 +22,17 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator) -> None:
     """Move what stands on the task's table or floor to free places that the arm can reach.
 
     The places are drawn uniformly over the rectangle around all of the task's regions. Fixtures
-    stay, and so does what lies on or in another thing, with the thing. Orientations stay too.
+    stay, and so does what lies on or in another thing, with the thing; and an object of the goal
+    that is told from others of its kind by where it is, as the bowl of LIBERO-Spatial, for the
+    others stand elsewhere. Orientations stay too.
 
     Args:
         env: the environment, just reset, before the objects settle.
         generator: of the places.
 
     Raises:
-        ValueError: the instruction tells the object from others of its kind by where it is, which
-            would no longer be true.
         RuntimeError: no free places found.
     """
-    _refuse_told_by_place(env)
     low, high = _area(env)
     names = _free_to_move(env)
     obstacles = [_footprint(env, name) for name in env.raw.obj_body_id if name not in names]
@@ -72,15 +71,11 @@ def _draw(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] 
     return moves
 
 
-def _refuse_told_by_place(env: LiberoEnv) -> None:
+def _told_by_place(env: LiberoEnv) -> set[str]:
+    """Objects of the goal of which there are others of the same kind."""
     kinds = Counter(_kind(name) for name in env.raw.objects_dict)
-    for predicate in env.raw.parsed_problem["goal_state"]:
-        for name in predicate[1:]:
-            if name in env.raw.objects_dict and kinds[_kind(name)] > 1:
-                raise ValueError(
-                    f"placement='wide' is not possible for {env.task.name!r}: there are "
-                    f"{kinds[_kind(name)]} of {_kind(name)}, told apart by where they are; "
-                    "expected placement='benchmark'")
+    return {name for predicate in env.raw.parsed_problem["goal_state"] for name in predicate[1:]
+            if name in env.raw.objects_dict and kinds[_kind(name)] > 1}
 
 
 def _kind(name: str) -> str:
@@ -104,13 +99,13 @@ def _area(env: LiberoEnv) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _free_to_move(env: LiberoEnv) -> list[str]:
-    """Objects that begin on the table or the floor with nothing on them."""
+    """Objects that begin on the table or the floor with nothing on them, and may be moved."""
     placed = {predicate[1]: predicate[2] for predicate in
               env.raw.parsed_problem["initial_state"] if len(predicate) == 3}
     regions = _surface_regions(env)
-    carriers = set(placed.values())
+    staying = set(placed.values()) | _told_by_place(env)  # what carries another thing, first
     return [name for name, place in placed.items()
-            if place in regions and name in env.raw.objects_dict and name not in carriers]
+            if place in regions and name in env.raw.objects_dict and name not in staying]
 
 
 def _footprint(env: LiberoEnv, name: str) -> np.ndarray:
