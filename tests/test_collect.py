@@ -181,12 +181,14 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
     assert not list(collected.parent.glob(".*.parts"))
 
 
-def test_a_second_call_waits_until_the_first_has_collected(collected):
-    """What is there is given back at once, but not while somebody works on it."""
+def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch):
+    """What is there already is given back at once: somebody may be extending the file for long."""
     task = collected.name.removesuffix("_demo.hdf5")
+    monkeypatch.setattr(collect, "_collect", lambda path, *_: path)
     with ThreadPoolExecutor(1) as pool:
         with only_one(collected.parent, lock=f".{task}.lock"):
-            call = pool.submit(collect_demonstrations, "libero_object", 5, 2, collected.parent)
+            assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
+            call = pool.submit(collect_demonstrations, "libero_object", 5, 99, collected.parent)
             with pytest.raises(TimeoutError):
                 call.result(timeout=2)
         assert call.result(timeout=30) == collected

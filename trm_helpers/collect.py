@@ -98,8 +98,18 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
                 "disturb": disturb, "placement": placement,
                 "observations": "what env.step returned", **schema.PINNED}
+    if _complete(path, settings, num_demos):  # no waiting for who extends it
+        return path
     with only_one(path.parent, lock=f".{task.name}.lock"):  # a second call waits, and finds it done
         return _collect(path, task, settings, num_demos, workers)
+
+
+def _complete(path: Path, settings: dict, num_demos: int) -> bool:
+    if not path.exists():
+        return False
+    _refuse_other_settings(path, settings)
+    with h5py.File(path) as file:
+        return len(file[schema.DATA_GROUP]) >= num_demos
 
 
 def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | None) -> Path:
@@ -107,10 +117,9 @@ def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | No
         settings[key] for key in ("suite", "task_id", "seed", "disturb", "placement"))
     variety = f"{placement}{'' if disturb else '.calm'}"
     parts = path.with_name(f".{task.name}.{variety}.seed{seed}.parts")
-    _refuse_other_settings(path, settings)
-    attempts = _known_attempts(path, parts)
-    if sum(part == path for part in attempts.values()) >= num_demos:
+    if _complete(path, settings, num_demos):
         return path
+    attempts = _known_attempts(path, parts)
     parts.mkdir(parents=True, exist_ok=True)
     workers = min(workers or min(os.cpu_count() or 1, 8), num_demos)
     attempt = functools.partial(_attempt, suite, task_id, seed, disturb, placement, parts)
@@ -333,8 +342,6 @@ def _problem_name(bddl_file: str) -> str:
 
 
 def _refuse_other_settings(path: Path, settings: dict) -> None:
-    if not path.exists():
-        return
     check_demo_file(path)
     with h5py.File(path) as file:
         found = json.loads(file[schema.DATA_GROUP].attrs.get("collection", "{}"))
