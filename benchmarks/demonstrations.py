@@ -5,8 +5,8 @@
 
 Trains one policy for each kind and number of demonstrations, all on as many samples and told their
 task in words, and plays it on the official init states and in LIBERO-PRO's suites: the tables in
-docs/recursion.md. Kinds: ``benchmark`` draws placements as LIBERO does, ``wide`` over all of the
-floor (in LIBERO-Object; the bowls of LIBERO-Spatial are told apart by where they are), ``calm`` as
+docs/recursion.md. Kinds: ``benchmark`` draws placements as LIBERO does, ``wide`` anywhere within
+reach (but for the bowl of LIBERO-Spatial, which is told by where it is), ``calm`` as
 ``benchmark`` but without the pushes that the expert recovers from. Each run, in
 ``artifacts/demonstrations-...``, gets its robustness card; a call that was interrupted goes on.
 """

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--init-states", action="store_true")
     parser.add_argument("--placement", default="benchmark", choices=schema.PLACEMENTS,
-                        help="of the draws; wide is for LIBERO-Object and LIBERO-Goal")
+                        help="of the draws")
     parser.add_argument("--disturb", action="store_true", help="push the arm as in collection")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()

@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     config = EvalConfig(num_episodes=3, horizon=4, num_videos=0)
     play, played = evaluate.run_episode, []
 
-    def interrupt(policy, env, init_state, horizon, seed):
+    def interrupt(policy, env, init_state, horizon, **drawn):
         played.append(init_state)
         if played == [0, 1]:
             raise KeyboardInterrupt
@@ -126,11 +126,11 @@ def test_the_protocol_decides_and_is_named(run):
 def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch):
     play, tried = evaluate.run_episode, []
 
-    def fail(policy, env, init_state, horizon, seed):
+    def fail(policy, env, init_state, horizon, **drawn):
         tried.append(init_state)
         if init_state == 1 or (init_state == 2 and tried.count(2) == 1):
             raise FloatingPointError("the arm is nowhere")
-        return play(policy, env, init_state, horizon, seed=seed)
+        return play(policy, env, init_state, horizon, **drawn)
 
     monkeypatch.setattr(evaluate, "run_episode", fail)
     config = EvalConfig(num_episodes=3, horizon=1, num_videos=0)
@@ -138,7 +138,7 @@ def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch)
     assert sorted(tried) == [0, 1, 1, 2, 2]
     assert (results["successes"], results["episodes"]) == (1, 2)
     error = {"suite": "libero_object", "task_id": 0, "init_state": 1, "seed": 0,
-             "error": "FloatingPointError: the arm is nowhere"}
+             "placement": "benchmark", "error": "FloatingPointError: the arm is nowhere"}
     assert results["errors"] == [error]
     (line,) = [row for row in read_jsonl(run / "episodes.jsonl") if "error" in row]
     assert error.items() <= line.items()
@@ -175,10 +175,10 @@ def test_selection_leaves_the_official_init_states_alone(run):
 def test_errors_in_a_selection_do_not_count_and_are_told(run, monkeypatch, capsys):
     play = evaluate.run_episode
 
-    def fail(policy, env, init_state, horizon, seed):
-        if seed == evaluate.SELECTION_SEED + 1:
+    def fail(policy, env, init_state, horizon, **drawn):
+        if drawn["seed"] == evaluate.SELECTION_SEED + 1:
             raise FloatingPointError("the arm is nowhere")
-        return play(policy, env, init_state, horizon, seed=seed)
+        return play(policy, env, init_state, horizon, **drawn)
 
     monkeypatch.setattr(evaluate, "run_episode", fail)
     summary = evaluate.selection_success(run, evaluate.load_config(run), episodes=3)

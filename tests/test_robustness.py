@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import runpy
 
 import imageio.v3 as imageio
 import nbformat
@@ -22,6 +21,7 @@ from trm_helpers.robustness import (
     plot_cards,
     robustness_card,
 )
+from trm_helpers.sim import LiberoEnv
 
 CONFIG = EvalConfig(num_episodes=4, horizon=4, num_videos=0)
 UNUSED = {
@@ -38,8 +38,8 @@ class LongerRoad(StraightRoad):
 
     image_size = 64
 
-    def reset(self, init_state=None, seed=None):
-        observation = super().reset(init_state, seed)
+    def reset(self, **where):
+        observation = super().reset(**where)
         self.left += 2 * (self.task.suite in schema.PRO_SUITES)
         return observation
 
@@ -55,7 +55,7 @@ def run(trained, monkeypatch):
 
 def test_every_suite_has_its_changes():
     names = list(changes_of("libero_goal"))
-    assert names[0] == "plain" and names[-4:] == ["swap", "object", "lan", "task"]
+    assert names[0] == "plain" and names[-5:] == ["wide", "swap", "object", "lan", "task"]
     assert changes_of("libero_goal")["object"].suite == "libero_goal_object"
     assert not {"swap", "object", "lan", "task"} & set(changes_of("libero_90"))
 
@@ -65,7 +65,7 @@ def test_a_card_counts_and_compares(run):
     assert card == json.loads((run / "robustness.json").read_text())
     rows = {row["name"]: row for row in card["rows"]}
     assert list(rows) == ["plain", "shift", "brightness", "noise", "delay_1", "delay_2",
-                          "no_agentview", "swap", "object"]
+                          "no_agentview", "wide", "swap", "object"]
     assert {name: row["successes"] for name, row in rows.items()} \
         == {**dict.fromkeys(rows, 4), "delay_1": 3, "delay_2": 2, "swap": 2, "object": 2}
     assert (rows["plain"]["gap"], rows["plain"]["p_value"]) == (None, None)
@@ -73,6 +73,7 @@ def test_a_card_counts_and_compares(run):
     assert (rows["delay_2"]["gap"], rows["delay_2"]["p_value"]) == (-0.5, 0.5)
     assert (rows["delay_1"]["gap"], rows["delay_1"]["p_value"]) == (-0.25, 1.0)
     assert (rows["swap"]["gap"], rows["swap"]["p_value"]) == (-0.5, None)  # other init states
+    assert (rows["wide"]["gap"], rows["wide"]["p_value"]) == (0, None)
     assert [rows["delay_2"][key] for key in ("wilson_low", "wilson_high")] \
         == pytest.approx([0.1500, 0.8500], abs=1e-4)
     assert {change["name"]: change["reason"] for change in card["not_used"]} == UNUSED
@@ -118,11 +119,11 @@ def test_a_policy_told_in_words_is_asked_for_what_words_change(small_run, run, m
 def test_an_interrupted_card_goes_on(run, monkeypatch):
     play, played = evaluate.run_episode, []
 
-    def interrupt(policy, env, init_state, horizon, seed):
+    def interrupt(policy, env, init_state, horizon, **drawn):
         played.append(init_state)
         if len(played) == 7:
             raise KeyboardInterrupt
-        return play(policy, env, init_state, horizon, seed=seed)
+        return play(policy, env, init_state, horizon, **drawn)
 
     monkeypatch.setattr(evaluate, "run_episode", interrupt)
     chosen = ("delay_1", "swap")
@@ -220,22 +221,22 @@ def test_a_card_of_a_trained_policy(trained):
 
 
 @pytest.mark.sim
-def test_wide_placements_are_other_scenes_each(trained, monkeypatch, capsys):
-    names = runpy.run_path(str(paths.repo_root() / "benchmarks" / "wide_placements.py"))
-    env_class, places = names["WidelyPlaced"], []
+def test_wide_placements_are_other_scenes_each(trained, monkeypatch):
+    places = []
 
-    class Watched(env_class):
-        horizon = 2
-
+    class Watched(LiberoEnv):
         def reset(self, **asked):
             observation = super().reset(**asked)
             places.append(self.object_position("alphabet_soup_1"))
             return observation
 
-    names["main"].__globals__["WidelyPlaced"] = Watched
-    monkeypatch.setattr("sys.argv", ["wide_placements.py", trained.name, "--episodes", "2"])
-    names["main"]()
-    assert f"| {trained.name} | 0 of 2 (0 to 66 %) | 2 nothing lifted |" in capsys.readouterr().out
-    played = json.loads((trained / "wide.json").read_text())["episodes_played"]
-    assert [row["seed"] for row in played] == [2**31, 2**31 + 1]
-    assert np.linalg.norm(places[0] - places[1]) > 0.03
+    monkeypatch.setattr(evaluate, "LiberoEnv", Watched)
+    card = robustness_card(trained, EvalConfig(num_episodes=2, horizon=2, num_videos=0),
+                           only=["wide"])
+    plain, wide = card["rows"]
+    assert (wide["name"], wide["episodes"], wide["p_value"]) == ("wide", 2, None)
+    assert wide["failures"]["nothing lifted"] == 2
+    assert np.linalg.norm(places[0] - places[1]) < 0.03 < np.linalg.norm(places[2] - places[3])
+    (ledger,) = trained.glob("robustness/libero_object-wide-none/episodes.jsonl")
+    assert [(row["init_state"], row["seed"], row["placement"]) for row in read_jsonl(ledger)] \
+        == [(None, 2**31, "wide"), (None, 2**31 + 1, "wide")]

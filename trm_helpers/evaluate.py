@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from .sim import LiberoEnv
 from .stats import paired_mcnemar, summarize_episodes
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
+WIDE_SEED = 2**31  # of the first wide placement; demonstrations draw theirs below it
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
 
 
@@ -68,7 +69,8 @@ class PolicyEvaluator:
 
 
 def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
-                 suite: str = "", task_ids: Iterable[int] = (), apart: bool = False) -> dict:
+                 suite: str = "", task_ids: Iterable[int] = (), apart: bool = False,
+                 wide: bool = False) -> dict:
     """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
 
     Other tasks than the run's have their results in ``results-tasks-....json`` beside it.
@@ -86,6 +88,8 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
         suite, task_ids: other tasks than those the policy was trained on.
         apart: write into :func:`robustness_folder`, as perturbed episodes and those of another
             suite always are, and leave what the run has alone.
+        wide: in place of the official init states, which are one scene a task, as many placements
+            with the objects anywhere within reach (:func:`placement.place_widely`); also apart.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions
@@ -109,13 +113,13 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
     identity = {"weights": weights, "sha256": source.sha256}
     folder = evaluation_folder(run, suite)
-    if apart or perturbed:
-        folder = robustness_folder(run, suite, config.perturbation)
+    if apart or perturbed or wide:
+        folder = robustness_folder(run, suite, config.perturbation, wide)
     results = "results.json"
     if set(task_ids) != set(trained.data.task_ids):
         results = f"results-tasks-{'-'.join(map(str, sorted(task_ids)))}.json"
     return evaluate_episodes(source, identity, folder, config, suite,
-                             official_episodes(suite, task_ids, config), results)
+                             planned_episodes(suite, task_ids, config, wide), results)
 
 
 def evaluation_folder(run: Path, suite: str = "") -> Path:
@@ -125,9 +129,9 @@ def evaluation_folder(run: Path, suite: str = "") -> Path:
     return run if own else robustness_folder(run, suite, "none")
 
 
-def robustness_folder(run: Path, suite: str, perturbation: str) -> Path:
+def robustness_folder(run: Path, suite: str, perturbation: str, wide: bool = False) -> Path:
     """Where other suites, perturbed episodes and all those of a robustness card have a ledger."""
-    return run / "robustness" / f"{suite}-{perturbation}"
+    return run / "robustness" / f"{suite}-{'wide-' * wide}{perturbation}"
 
 
 def selection_success(run: str | Path, config: Config, episodes: int, weights: str = "last",
@@ -152,8 +156,7 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
     planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
                for task_id in config.data.task_ids for number in range(episodes)]
     before = {} if ledger is None else {
-        Episode(*(row[key] for key in Episode._fields)): row
-        for row in selection_rows(run, ledger, weights)}
+        Episode.of(row): row for row in selection_rows(run, ledger, weights)}
     rows = [before[episode] for episode in planned if episode in before]
     missing = [episode for episode in planned if episode not in before]
     errors = []
@@ -190,6 +193,11 @@ class Episode(NamedTuple):
     task_id: int
     init_state: int | None
     seed: int = 0
+    placement: str = "benchmark"
+
+    @classmethod
+    def of(cls, row: Mapping) -> Episode:
+        return cls(*(row[key] for key in cls._fields[:4]), row.get("placement", "benchmark"))
 
 
 class TrainedPolicy(NamedTuple):
@@ -207,6 +215,14 @@ def official_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -
     """Of each task those that the protocol asks for, from the official init states."""
     return [Episode(suite, schema.check_task_id(suite, task_id), init_state)
             for task_id in task_ids for init_state in config.init_states]
+
+
+def planned_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig,
+                     wide: bool = False) -> list[Episode]:
+    """:func:`official_episodes`, or as many from wide placements, each another scene."""
+    official = official_episodes(suite, task_ids, config)
+    return [Episode(suite, task_id, None, WIDE_SEED + number, "wide")
+            for _, task_id, number, *_ in official] if wide else official
 
 
 def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
@@ -288,6 +304,7 @@ def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: s
                      "settle_steps": protocol.settle_steps,
                      "settle_action": list(protocol.settle_action),
                      "init_states": ("official" if planned[0].init_state is not None
+                                     else "drawn, wide" if planned[0].placement == "wide"
                                      else "demonstrations'"),
                      "observations": "what env.step returned"},
         "software": software_versions(),
@@ -341,7 +358,8 @@ def _played(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
         path = videos / "{outcome}" / name
         row, _ = record_episode(policy, env, episode.init_state, path, horizon)
         return {**row, "video": str(Path(row["video"]).relative_to(videos))}
-    return run_episode(policy, env, episode.init_state, horizon, seed=episode.seed)
+    return run_episode(policy, env, episode.init_state, horizon, seed=episode.seed,
+                       placement=episode.placement)
 
 
 @functools.lru_cache(maxsize=1)
@@ -389,7 +407,7 @@ def _finished(ledger: Path, identity: dict) -> dict[Episode, dict]:
             raise ValueError(f"{ledger} holds episodes of another policy or protocol "
                              f"({'; '.join(different)}); move it away to evaluate afresh")
         if "error" not in row:
-            played[Episode(*(row[key] for key in Episode._fields))] = row
+            played[Episode.of(row)] = row
     return played
 
 

@@ -1,7 +1,7 @@
 """What is left of a policy's success when something changes: one card per run.
 
-The plain episodes, each of :data:`perturbations.PERTURBATIONS` on the same init states, and the
-four LIBERO-PRO suites that vary the policy's own.
+The plain episodes, each of :data:`perturbations.PERTURBATIONS` on the same init states, scenes with
+the objects anywhere within reach, and the four LIBERO-PRO suites that vary the policy's own.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from matplotlib.figure import Figure
 from . import schema
 from .checkpoint import find_run, load_config
 from .config import EvalConfig, ModelConfig
-from .evaluate import evaluate_run, robustness_folder
+from .evaluate import Episode, evaluate_run, planned_episodes, robustness_folder
 from .files import read_jsonl, write_json
 from .perturbations import PERTURBATIONS, why_unused
 from .plots import BLUE, GREY, ORANGE, PALETTE, new_figure, save_figure, styled
 from .stats import detectable, paired_mcnemar
 
 PLAIN = "plain"
+WIDE = "wide"
 _CONDITIONS = ("suite", "task_ids", "weights", "sha256", "protocol", "horizon", "num_episodes",
                "first_init_state")  # cards that differ in one of them are not of the same episodes
 FATES = ("nothing lifted", "another object lifted", "the right one lifted")  # of failed episodes
@@ -45,6 +46,7 @@ def changes_of(suite: str) -> dict[str, Change]:
     changes = [Change(PLAIN, "nothing changed", suite)]
     changes += [Change(name, perturbation.title, suite, name)
                 for name, perturbation in PERTURBATIONS.items()]
+    changes.append(Change(WIDE, "objects anywhere within reach", suite))
     changes += [Change(variation, f"LIBERO-PRO: {schema.VARIATIONS[variation]}", varied)
                 for varied, (base, variation) in schema.PRO_SUITES.items() if base == suite]
     return {change.name: change for change in changes}
@@ -118,10 +120,12 @@ def _play(run: Path, config: EvalConfig, weights: str, task_ids: tuple[int, ...]
           change: Change) -> tuple[dict, list[dict]]:
     """Results and rows of a change's episodes."""
     config = dataclasses.replace(config, perturbation=change.perturbation)
-    results = evaluate_run(run, config, weights, change.suite, task_ids, apart=True)
-    ledger = robustness_folder(run, change.suite, change.perturbation) / "episodes.jsonl"
-    return results, [row for row in read_jsonl(ledger) if row["task_id"] in task_ids
-                     and row["init_state"] in config.init_states and "error" not in row]
+    wide = change.name == WIDE
+    results = evaluate_run(run, config, weights, change.suite, task_ids, apart=True, wide=wide)
+    ledger = robustness_folder(run, change.suite, change.perturbation, wide) / "episodes.jsonl"
+    planned = set(planned_episodes(change.suite, task_ids, config, wide))
+    return results, [row for row in read_jsonl(ledger)
+                     if "error" not in row and Episode.of(row) in planned]
 
 
 def _row(change: Change, results: Mapping, episodes: list[dict]) -> dict:
@@ -146,7 +150,7 @@ def _fate(row: Mapping) -> str:
 def _compared(change: Change, plain: list[dict], plain_row: Mapping, results: Mapping,
               episodes: list[dict]) -> dict:
     row = _row(change, results, episodes)
-    if change.suite != plain_row["suite"]:  # other init states
+    if change.suite != plain_row["suite"] or change.name == WIDE:  # other init states
         return {**row, "gap": row["success_rate"] - plain_row["success_rate"]}
     test = paired_mcnemar(plain, episodes)
     return {**row, "gap": test["difference"], "p_value": test["p_value"]}
@@ -212,8 +216,9 @@ def plot_card(card: Mapping) -> Figure:
     error = [rate - [row["wilson_low"] for row in rows],
              [row["wilson_high"] for row in rows] - rate]
     kinds = {"nothing changed": GREY, "the same init states, disturbed": BLUE,
-             "another suite, other init states": ORANGE}
-    kind = [list(kinds)[(row["name"] != PLAIN) + (row["suite"] != card["suite"])] for row in rows]
+             "other init states": ORANGE}
+    kind = [list(kinds)[(row["name"] != PLAIN) + (row["suite"] != card["suite"]
+                                                  or row["name"] == WIDE)] for row in rows]
     fig = new_figure(8.5, 0.32 * len(rows) + 1.9)
     axes = fig.subplots()
     for label, colour in kinds.items():

@@ -36,7 +36,8 @@ class Policy(Protocol):
 
 
 def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
-                watch: Callable[[Observation, int], None] | None = None, seed: int = 0) -> dict:
+                watch: Callable[[Observation, int], None] | None = None, seed: int = 0,
+                placement: str = "benchmark") -> dict:
     """One episode; ends with success or at the horizon.
 
     Args:
@@ -44,19 +45,20 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
         horizon: steps allowed; 0 takes the suite's.
         watch: called with every observation and the number of steps made: when the policy has
             decided and before the arm moves, and once more at the end.
-        seed: of that draw.
+        seed, placement: of that draw, see :meth:`sim.LiberoEnv.reset`.
 
     Returns:
-        the episode's row: suite, task_id, init_state, seed, success, steps, return, horizon,
-        seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, without
-        drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm, in that order),
+        the episode's row: suite, task_id, init_state, seed, placement, success, steps, return,
+        horizon, seconds, action_ms and max_action_ms (time per call of the policy, mean and
+        largest, without drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm, in that order),
         ``goal_objects``, and where the policy tells its recursions their mean over the steps, of
         the whole episode and of each of its :func:`phases`.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()
     policy.reset()
-    observation = (env.reset(seed=seed) if init_state is None else env.reset(init_state=init_state))
+    observation = (env.reset(seed=seed, placement=placement) if init_state is None
+                   else env.reset(init_state=init_state))
     success, steps, recursions, took, closed = False, 0, [], [], []
     resting, lifted = env.heights(), []
     while not success and steps < horizon:
@@ -77,8 +79,9 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     used = np.array([count for count in recursions if count is not None])
     phase = np.array(phases(closed))[:len(used)]
     return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
-            "seed": seed, "success": success, "steps": steps, "return": float(success),
-            "horizon": horizon, "lifted": lifted, "goal_objects": env.goal_objects(),
+            "seed": seed, "placement": placement, "success": success, "steps": steps,
+            "return": float(success), "horizon": horizon,
+            "lifted": lifted, "goal_objects": env.goal_objects(),
             "mean_recursions": float(used.mean()) if len(used) else None,
             "recursions_by_phase": {name: float(used[phase == name].mean()) for name in PHASES
                                     if (phase == name).any()},

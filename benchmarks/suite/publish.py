@@ -112,13 +112,8 @@ def strip(name: str, run_name: str) -> None:
 
 
 def card(group: str, name: str, path: Path) -> None:
-    content = json.loads(path.read_text())
-    widely = path.parent / "wide.json"  # of benchmarks/wide_placements.py
-    if path.stem == "robustness" and widely.exists():
-        content["rows"].append({"name": "wide", "title": "objects anywhere within reach",
-                                **json.loads(widely.read_text())})
     write_json(DOCS / "recursion" / group / f"{name.replace(' ', '-')}.json",
-               {"label": name, "kind": path.stem, "card": content})
+               {"label": name, "kind": path.stem, "card": json.loads(path.read_text())})
 
 
 def write() -> None:
