@@ -58,7 +58,8 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
         row = {"name": "plain", "title": "nothing changed", "successes": successes, "episodes": 20,
                "success_rate": successes / 20, "wilson_low": 0.3, "wilson_high": 0.8,
                "failures": {"nothing lifted": 20 - successes}}
-        return {"label": label, "kind": "robustness", "card": {"rows": [row]}}
+        return {"label": label, "kind": "robustness", "card": {
+            "suite": "libero_goal", "task_ids": [1, 3], "num_episodes": 10, "rows": [row]}}
 
     text, fig = publish["show_cards"]([stored("10 with", 12), stored("5 with", 9),
                                        stored("5 without", 7)])
@@ -66,6 +67,7 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
                                      "| with | 9 of 20 (30 to 80 %) | 12 of 20 (30 to 80 %) |"]
     (axes,) = fig.axes
     assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
+    assert axes.get_title().endswith("libero_goal, task 1, 3: 10 episodes of each")
 
 
 def test_depth_cards_of_several_policies_make_one_table(publish):

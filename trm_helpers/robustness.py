@@ -201,6 +201,12 @@ def failures_in_short(row: Mapping) -> str:
     return ", ".join(f"{count} {fate}" for fate, count in row.get("failures", {}).items() if count)
 
 
+def tasks_in_short(card: Mapping) -> str:
+    """What a card's rows were played on: ``libero_object, task 0, 1: 20 episodes of each``."""
+    return (f"{card['suite']}, task {', '.join(map(str, card['task_ids']))}: "
+            f"{card['num_episodes']} episodes{' of each' * (len(card['task_ids']) > 1)}")
+
+
 def card_notes(card: Mapping) -> list[str]:
     """What the episodes can tell apart; what was not played and why, a line each."""
     return [detectable(card["rows"][0])] + [f"{told}: {row['title']}: {row['reason']}"
@@ -231,13 +237,10 @@ def plot_card(card: Mapping) -> Figure:
                  label="rate with nothing changed")
     for place, row in enumerate(rows):
         axes.text(103, place, f"{row['successes']}/{row['episodes']}", va="center", fontsize=8)
-    tasks = ", ".join(map(str, card["task_ids"]))
-    each = f"{card['num_episodes']} episodes" + " of each" * (len(card["task_ids"]) > 1)
     axes.set(yticks=range(len(rows)), yticklabels=[row["title"] for row in rows],
              ylim=(len(rows) - 0.4, -0.6), xlim=(0, 112), xticks=range(0, 101, 20),
              xlabel="success rate (%), whiskers: 95 % Wilson interval; right: successes/episodes")
-    fig.suptitle(f"Success of {card['run']} when something changes\n{card['suite']}, task "
-                 f"{tasks}: {each} per bar")
+    fig.suptitle(f"Success of {card['run']} when something changes\n{tasks_in_short(card)}")
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
@@ -264,6 +267,7 @@ def plot_cards(cards: Mapping[str, Mapping]) -> Figure:
     axes.set(yticks=range(len(titles)), yticklabels=titles.values(),
              ylim=(len(titles) - 0.4, -0.6), xlim=(0, 112), xticks=range(0, 101, 20),
              xlabel="success rate (%), whiskers: 95 % Wilson interval; right: successes/episodes")
-    fig.suptitle("Success when something changes")
+    about = {tasks_in_short(card) for card in cards.values()}
+    fig.suptitle("\n".join(["Success when something changes", *about][:1 + (len(about) == 1)]))
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig

@@ -50,9 +50,9 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     Returns:
         the episode's row: suite, task_id, init_state, seed, placement, success, steps, return,
         horizon, seconds, action_ms and max_action_ms (time per call of the policy, mean and
-        largest, without drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm, in that order),
-        ``goal_objects``, and where the policy tells its recursions their mean over the steps, of
-        the whole episode and of each of its :func:`phases`.
+        largest, without drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm,
+        in that order), ``goal_objects``, and where the policy tells its recursions their mean over
+        the steps, of the whole episode and of each of its :func:`phases`.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()

@@ -38,7 +38,12 @@ from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.films import FPS, write_grid
 from trm_helpers.paths import repo_root  # noqa: E402
-from trm_helpers.robustness import failures_in_short, plot_cards, rate_in_short  # noqa: E402
+from trm_helpers.robustness import (  # noqa: E402
+    failures_in_short,
+    plot_cards,
+    rate_in_short,
+    tasks_in_short,
+)
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 
 DOCS = repo_root() / "docs"
@@ -214,7 +219,8 @@ def plot_efficiency(cards: dict[str, dict]):
     plots.count_axis(axes.xaxis)
     axes.set(xlabel="demonstrations of each task, of which a fifth chooses the epoch",
              ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104),
-             title="Success by the number of demonstrations")
+             title="Success by the number of demonstrations\n"
+                   + tasks_in_short(next(iter(cards.values()))))
     axes.set_xlim(left=0)
     axes.legend(loc="lower right")
     return fig
