@@ -1,5 +1,7 @@
 import errno
 import json
+import subprocess
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +124,15 @@ def test_a_file_has_liberos_layout(collected):
             assert np.array_equal(demo.attrs["init_state"], demo["states"][0])
             assert demo.attrs["model_file"].startswith("<mujoco")
     assert measure_alignment(collected)[0] == "raw"
+
+
+def test_a_script_that_collects_at_its_top_ends_with_the_reason(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from trm_helpers import collect_demonstrations\n"
+                      f"collect_demonstrations('libero_object', 0, 1, {str(tmp_path)!r})\n")
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0
+    assert "expected the call below `if __name__ == '__main__':`" in ended.stderr
 
 
 @pytest.mark.sim

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -85,7 +86,8 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     Raises:
         ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a file made with other
             settings stands in the way.
-        RuntimeError: the expert fails too often on this task.
+        RuntimeError: the expert fails too often on this task; a script calls this at its top, which
+            the processes it starts would do again.
         OSError: the disk is full; what is complete stays.
     """
     if num_demos < 1:
@@ -100,6 +102,10 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
                 "observations": "what env.step returned", **schema.PINNED}
     if _complete(path, settings, num_demos):  # no waiting for who extends it
         return path
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for ever
+        raise RuntimeError("collect_demonstrations was called while a process that it had started "
+                           "imported the script; expected the call below "
+                           "`if __name__ == '__main__':`")
     with only_one(path.parent, lock=f".{task.name}.lock"):  # a second call waits, and finds it done
         return _collect(path, task, settings, num_demos, workers)
 
