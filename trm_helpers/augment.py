@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-AUGMENTATIONS = ("none", "reference", "shift")
+AUGMENTATIONS = ("none", "brightness", "reference", "shift")
 BRIGHTNESS = (0.8, 1.2)
 BRIGHTNESS_PROBABILITY = 0.5
 CROP_FRACTION = 0.9  # of the side
@@ -43,11 +43,11 @@ def augment_images(
     as T). Call once per camera for draws that are independent between cameras. The draws are made
     on the generator's device, so that a CPU generator gives the same ones whatever the images'.
 
-    ``none`` returns the images. ``reference`` multiplies by a brightness in [0.8, 1.2] with
-    probability 0.5 and, with probability 0.3, enlarges a random crop of 90 % of each side to the
-    full size. ``shift`` has the same brightness and, in place of the crop, a random shift by whole
-    pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv 2004.13649). Raises
-    ``ValueError`` for another mode, shape or type.
+    ``none`` returns the images. ``brightness`` multiplies by a number in [0.8, 1.2] with
+    probability 0.5; ``reference`` does and, with probability 0.3, enlarges a random crop of 90 % of
+    each side to the full size. ``shift`` has the same brightness and, in place of the crop, a
+    random shift by whole pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv
+    2004.13649). Raises ``ValueError`` for another mode, shape or type.
     """
     if mode not in AUGMENTATIONS:
         raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(AUGMENTATIONS)}")
@@ -60,6 +60,8 @@ def augment_images(
         return images
     frames = images.reshape(len(images), -1, *images.shape[-3:])  # (B, T, H, W, 3)
     frames = _change_brightness(frames, generator)
+    if mode == "brightness":
+        return frames.reshape(images.shape)
     frames = _crop(frames, generator) if mode == "reference" else _shift(frames, generator)
     return frames.reshape(images.shape)
 

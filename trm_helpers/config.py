@@ -74,7 +74,8 @@ class DataConfig:
     sequence_length: int = 1  # T: consecutive steps in one sample
     alignment: str = "auto"  # auto: the file's own attribute, else measured; raw; shift
     normalize_actions: str = "zscore"  # zscore, minmax, none; never applied to the gripper
-    augmentation: str = "reference"  # none; reference: brightness and crop; shift: + random shift
+    augmentation: str = "reference"  # none; brightness; reference: + crop; shift: + random shift
+    scenes: int = 0  # drawn around each demonstration, to learn first where things are; 0: none
     storage: str = "ram"  # of the frames: ram, mmap (read when needed), gpu
     data_seed: int = 0  # split and collection
 
@@ -88,14 +89,14 @@ class DataConfig:
         _one_of("demos", self.demos, ("auto", "human", "scripted"))
         _one_of("placement", self.placement, schema.PLACEMENTS)
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
-        for name in ("max_demos_per_task", "data_seed"):
+        for name in ("max_demos_per_task", "scenes", "data_seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "in (0, 1)")
         _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
         _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))
         _one_of("normalize_actions", self.normalize_actions, ("zscore", "minmax", "none"))
         _one_of("storage", self.storage, ("ram", "mmap", "gpu"))
-        _one_of("augmentation", self.augmentation, ("none", "reference", "shift"))
+        _one_of("augmentation", self.augmentation, ("none", "brightness", "reference", "shift"))
 
 
 HALTING = ("fixed", "remainder", "act", "learned", "convergence")
@@ -127,6 +128,7 @@ class ModelConfig:
     cameras: tuple[str, ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE
     image_activation: str = "relu"  # relu, as documented; silu, of images centred on 0
+    keypoints: tuple[str, ...] = ()  # all the agent view says: where these things are; see `scenes`
     proprioception: bool = False  # joint angles, finger positions, end-effector position
     conditioning: str = "none"  # none, task_id, language: how the policy is told its task
     num_tasks: int = 10  # size of the task embedding
@@ -160,6 +162,12 @@ class ModelConfig:
         for camera in self.cameras:
             _one_of("cameras", camera, tuple(schema.CAMERAS))
         _different("cameras", self.cameras)
+        _different("keypoints", self.keypoints)
+        if self.keypoints:
+            _require(schema.STILL_CAMERA in self.cameras, "cameras", self.cameras,
+                     f"{schema.STILL_CAMERA} among them with keypoints, which are seen there")
+            _require(self.image_size % 4 == 0, "image_size", self.image_size,
+                     "a multiple of 4 with keypoints")
         _one_of("image_activation", self.image_activation, ("relu", "silu"))
         if self.variant == "block":
             _require(self.image_size >= 36, "image_size", self.image_size,
@@ -324,6 +332,10 @@ class Config:
             highest = max(self.data.task_ids)
             _require(highest < self.model.num_tasks, "num_tasks", self.model.num_tasks,
                      f"more than the highest task id, {highest}")
+        _require(not self.data.scenes or schema.STILL_CAMERA in self.model.cameras, "cameras",
+                 self.model.cameras, f"{schema.STILL_CAMERA} among them with scenes, for it")
+        _require(not self.data.scenes or not self.model.keypoints, "keypoints",
+                 self.model.keypoints, "none with scenes, which say what there is")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -63,7 +63,9 @@ class LIBERODataset(torch.utils.data.Dataset):
         image_size: H = W in pixels; stored images are resized once, by area.
         normalize_actions: ``zscore``, ``minmax`` or ``none``; True and False mean the first and
             the last.
-        augmentation: ``none``, ``reference`` or ``shift``: see :func:`augment_images`.
+        augmentation: ``none``, ``brightness``, ``reference`` or ``shift``: see
+            :func:`augment_images`.
+        still: cameras whose pictures are not moved: they get ``brightness`` at most.
         max_demos_per_task: the first so many demonstrations of each file; 0 takes all.
         cameras: names of `schema.CAMERAS`.
         proprioception: add ``proprio``: P = 12, the values of `schema.PROPRIO_KEYS`.
@@ -97,6 +99,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         task_ids: Sequence[int] | None = None,
         language: bool = False,
         alignment: str = "auto",
+        still: Sequence[str] = (),
         chunk: int = 1,
         storage: str = "ram",
         split: str = "train",
@@ -110,7 +113,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         if isinstance(normalize_actions, bool):
             normalize_actions = "zscore" if normalize_actions else "none"
         self.normalize_actions = normalize_actions
-        self.augmentation = augmentation
+        self.augmentation, self.still = augmentation, tuple(still)
         self.sequence_length = sequence_length
         self.chunk = chunk
         self.cameras = tuple(cameras)
@@ -299,7 +302,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         }
         if not as_bytes:
             for camera, frames in observations.items():
-                observations[camera] = augment_images(frames, self.augmentation,
+                mode = self.augmentation
+                if camera in self.still and mode != "none":
+                    mode = "brightness"
+                observations[camera] = augment_images(frames, mode,
                                                       generator or torch.default_generator)
         if self.proprioception:
             observations["proprio"] = self._proprio[steps].to(device)
@@ -388,6 +394,7 @@ def _settings(files: Mapping[int, Path], config: Config) -> dict:
         sequence_length=data.sequence_length, image_size=model.image_size,
         normalize_actions=data.normalize_actions, augmentation=data.augmentation,
         max_demos_per_task=limit, cameras=model.cameras, proprioception=model.proprioception,
+        still=(schema.STILL_CAMERA,) if data.scenes else (),
         alignment=data.alignment, chunk=model.chunk, storage=data.storage,
         task_ids=list(files) if model.conditioning == "task_id" else None,
         language=model.conditioning == "language")

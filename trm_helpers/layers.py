@@ -94,6 +94,53 @@ class TokenEncoder(nn.Module):
         return self.norm(self.project(patches)) + self.position
 
 
+class Locator(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to where in them each of K things is.
+
+    Convolutions to maps (B, K, H / 2, W / 2): fine ones of half the picture's size, for the place,
+    beside coarse ones of a quarter of it, for what is there. H and W are multiples of 4.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+
+        def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.SiLU()]
+
+        self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
+        self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
+                                    *convolution(64, 64, 3, 1), nn.Upsample(scale_factor=2))
+        self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K, H / 2, W / 2): a softmax over the last two says where a thing is."""
+        fine = self.fine(rearrange(images, "b h w c -> b c h w"))
+        return self.maps(torch.cat([fine, self.coarse(fine)], dim=1)).float()
+
+    @staticmethod
+    def points(maps: torch.Tensor) -> torch.Tensor:
+        """(B, K, 2): column and row of each thing, from 0 to 1 across the picture."""
+        height, width = maps.shape[-2:]
+        shares = maps.flatten(2).softmax(-1).unflatten(2, (height, width))
+        columns = (torch.arange(width, device=maps.device) + 0.5) / width
+        rows = (torch.arange(height, device=maps.device) + 0.5) / height
+        return torch.stack([shares.sum(2) @ columns, shares.sum(3) @ rows], dim=-1)
+
+
+class KeypointEncoder(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to features (B, D), of nothing but where K things are."""
+
+    def __init__(self, hidden_dim: int, count: int):
+        super().__init__()
+        self.locator = Locator(count)
+        self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
+                                     nn.Linear(hidden_dim, hidden_dim))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        points = self.locator.points(self.locator(images))
+        return self.project(4 * (2 * points - 1).flatten(1))
+
+
 # --- blocks --------------------------------------------------------------------------------------
 class RecursiveBlock(nn.Module):
     """One step ``h = block(h, x_cond)``; its weights are shared by all steps.

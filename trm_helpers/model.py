@@ -19,6 +19,7 @@ from .config import ModelConfig
 from .layers import (
     STYLE_DIM,
     ActionHead,
+    KeypointEncoder,
     StyleEncoder,
     TokenEncoder,
     VisualEncoder,
@@ -75,6 +76,8 @@ class TRMPolicy(nn.Module):
             if self.tokens else VisualEncoder(dim, size, config.image_activation)
             for camera in config.cameras
         })
+        if config.keypoints:
+            self.encoders[schema.STILL_CAMERA] = KeypointEncoder(dim, len(config.keypoints))
         parts = len(config.cameras)
         if config.proprioception:
             parts += 1

@@ -6,6 +6,7 @@ A policy that always saw an object in the same five centimetres can succeed with
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 
@@ -18,7 +19,8 @@ _TRIES = 200  # positions for one object before all begin anew
 _ROUNDS = 50
 
 
-def place_widely(env: LiberoEnv, generator: np.random.Generator) -> None:
+def place_widely(env: LiberoEnv, generator: np.random.Generator,
+                 staying: Collection[str] = ()) -> None:
     """Move what stands on the task's table or floor to free places that the arm can reach.
 
     The places are drawn uniformly over the rectangle around all of the task's regions. Fixtures
@@ -29,12 +31,13 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator) -> None:
     Args:
         env: the environment, just reset, before the objects settle.
         generator: of the places.
+        staying: names of objects that are not moved.
 
     Raises:
         RuntimeError: no free places found.
     """
     low, high = _area(env)
-    names = _free_to_move(env)
+    names = [name for name in _free_to_move(env) if name not in staying]
     obstacles = [_footprint(env, name) for name in env.raw.obj_body_id if name not in names]
     largest_first = sorted(names, key=lambda name: -np.prod(np.diff(_footprint(env, name), axis=0)))
     for _ in range(_ROUNDS):

@@ -29,6 +29,7 @@ NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)  # what the benchmark's set
 
 # --- observations: HDF5 name -> name in the live environment ------------------------------------
 IMAGE_SIZE = 128
+STILL_CAMERA = "agentview_rgb"  # does not move: a place in its picture is a place
 CAMERAS = {
     "agentview_rgb": "agentview_image",
     "eye_in_hand_rgb": "robot0_eye_in_hand_image",

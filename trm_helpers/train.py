@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from . import schema
 from .checkpoint import (
     load_training_state,
     refuse_other_data,
@@ -108,7 +110,19 @@ class BehaviorCloningTrainer:
                   run: str | Path) -> BehaviorCloningTrainer:
         """A seeded policy and the trainer of a :class:`Config` for data read before."""
         torch.manual_seed(config.train.seed)
-        policy = TRMPolicy(config.model, train_data.normalizer, train_data.proprio_stats)
+        model = config.model
+        if config.data.scenes:
+            from .locate import taught_locator
+
+            torch.set_num_threads(config.train.num_threads or torch.get_num_threads())
+            device = choose_device(config.train.device)
+            things, locator = taught_locator(
+                run, config, train_data.describe(), val_data.describe(), device=device,
+                precision=choose_precision(config.train.precision, device))
+            model = dataclasses.replace(model, keypoints=things)
+        policy = TRMPolicy(model, train_data.normalizer, train_data.proprio_stats)
+        if config.data.scenes:
+            policy.encoders[schema.STILL_CAMERA].locator = locator.requires_grad_(False)
         return cls(policy, train_data, val_data, config.train, run,
                    functools.partial(_success_rate, run, config))
 

@@ -1,0 +1,251 @@
+"""Where things are in the agent view, learned from scenes drawn around demonstrations.
+
+A demonstration shows one placement of its objects in a hundred pictures; to find them in a picture
+takes thousands of placements. One more costs no physics: the robot as in some step of a
+demonstration, the objects anywhere within reach, one picture, and where in it they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from . import paths, schema
+from .augment import augment_images, resize_images
+from .config import Config
+from .files import only_one, replacing, write_json
+from .layers import Locator
+from .sim import LiberoEnv, load_task, worker_pool
+from .validate import open_demo_file
+
+_MOVED = 0.01  # metres from where it began: what the robot has moved stays where it is
+STEPS = 1500  # of teaching
+_BATCH, _LR = 64, 3e-3
+
+
+# --- scenes --------------------------------------------------------------------------------------
+def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], per_demo: int, *,
+                workers: int | None = None) -> list[Path]:
+    """Pictures of a task's objects anywhere within reach, around each demonstration.
+
+    Each file, ``data/scenes/<suite>/<task>/<checksum of the demonstration>-<per_demo>.npz``, holds
+    ``frames`` (n, H, W, 3) uint8, upside down as in demonstrations, ``places`` (n, things, 2),
+    column and row of each thing from 0 to 1 across the frame, also where something hides it and
+    NaN outside of it, and the ``things``, objects and fixtures by name. What is there is not drawn
+    again.
+
+    Args:
+        demos: names of demonstrations in each file.
+        per_demo: n, scenes around each of them.
+        workers: simulator processes; ``None`` takes one per CPU core, at most 8.
+    """
+    folder = paths.data_dir() / "scenes" / suite / load_task(suite, task_id).name
+    jobs = {}
+    for file, names in demos.items():
+        with open_demo_file(Path(file)) as content:
+            for name in names:
+                seed = zlib.crc32(content[schema.DATA_GROUP][name]["states"][()].tobytes())
+                jobs[folder / f"{seed:08x}-{per_demo}.npz"] = (file, name, seed)
+    with only_one(folder):  # a second call waits, and finds them drawn
+        missing = {path: job for path, job in jobs.items() if not path.exists()}
+        if missing:
+            bar = tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
+                       unit="scene")
+            draw = functools.partial(_draw, suite, task_id, per_demo)
+            workers = min(workers or min(os.cpu_count() or 1, 8), len(missing))
+            with bar, worker_pool(workers) as pool:
+                for future in as_completed([pool.submit(draw, path, *job)
+                                            for path, job in missing.items()]):
+                    future.result()
+                    bar.update(per_demo)
+    return list(jobs)
+
+
+@functools.cache
+def _worker_env(suite: str, task_id: int) -> LiberoEnv:
+    env = LiberoEnv(suite, task_id)
+    env.reset()
+    return env
+
+
+def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str,
+          seed: int) -> None:
+    from .placement import place_widely
+
+    env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
+    things = sorted(env.raw.obj_body_id)
+
+    def positions() -> np.ndarray:
+        return np.array([env.object_position(thing) for thing in things])
+
+    frames, places = [], []
+    with h5py.File(file) as content:
+        demo = content[schema.DATA_GROUP][name]
+        env.set_fixtures(demo.attrs["model_file"])
+        states = demo["states"][()]
+        env.set_state(states[0])
+        first = positions()
+        for step in generator.integers(len(states), size=count):
+            env.set_state(states[step])
+            moved = np.linalg.norm(positions() - first, axis=1) > _MOVED
+            place_widely(env, generator, {thing for thing, has in zip(things, moved, strict=True)
+                                          if has})
+            frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
+            places.append(_places(env, positions()))
+    with replacing(path) as temporary, open(temporary, "wb") as out:
+        np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
+                            things=np.array(things))
+
+
+def _places(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
+    """(n, 2) in the stored frame, from 0 to 1, of positions (n, 3) in metres."""
+    place = (env.project(positions, schema.STILL_CAMERA) + 0.5) / env.image_size
+    place[:, 1] = 1 - place[:, 1]  # frames are stored upside down
+    place[((place < 0) | (place > 1)).any(axis=1)] = np.nan
+    return place
+
+
+def read_scenes(files: Sequence[Path], things: Sequence[str],
+                image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (N, S, S, 3) uint8 and places (N, things, 2) float32, NaN for what is not there."""
+    frames, places = [], []
+    for path in files:
+        with np.load(path) as scenes:
+            frames.append(resize_images(torch.from_numpy(scenes["frames"]), image_size))
+            there, where = list(scenes["things"]), scenes["places"].astype(np.float32)
+            nowhere = np.full_like(where[:, 0], np.nan)
+            places.append(torch.from_numpy(np.stack(
+                [where[:, there.index(thing)] if thing in there else nowhere for thing in things],
+                axis=1)))
+    return torch.cat(frames), torch.cat(places)
+
+
+def things_in(files: Sequence[Path]) -> list[str]:
+    """Names of all that is in the picture of some of the scenes."""
+    found = set()
+    for path in files:
+        with np.load(path) as scenes:
+            seen = ~np.isnan(scenes["places"]).all(axis=(0, 2))
+            found.update(map(str, scenes["things"][seen]))
+    return sorted(found)
+
+
+# --- teaching ------------------------------------------------------------------------------------
+def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor, *, seed: int = 0,
+          steps: int = STEPS, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+    """Train a locator in place: cross-entropy of its maps against where things are.
+
+    A place between the centres of four cells counts for all four, so that the mean of the softmax
+    is right to a fraction of a cell. AdamW, one cycle of the learning rate, brightness changed at
+    random.
+
+    Args:
+        frames: (N, S, S, 3) uint8.
+        places: (N, K, 2) from 0 to 1, NaN where a thing is not in the picture.
+        precision: ``bf16`` or another, which means fp32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(locator.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, steps)
+    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
+                              enabled=precision == "bf16")
+    for _ in tqdm(range(steps), desc="learning where things are", unit="step"):
+        chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
+        images = augment_images(_floats(frames[chosen], device), "brightness", generator)
+        with autocast:
+            maps = locator(images)
+        optimizer.zero_grad()
+        cross_entropy(maps, places[chosen].to(device)).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def cross_entropy(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Of maps (B, K, h, w) against places (B, K, 2), each shared by the four cells around it."""
+    height, width = maps.shape[-2:]
+    known = ~places.isnan().any(-1)
+    size = places.new_tensor([width, height])
+    cell = (places.nan_to_num(0.5) * size - 0.5).clamp(torch.zeros_like(size), size - 1)
+    first = torch.minimum(cell.floor(), size - 2)
+    share = cell - first
+    logs, total = maps.flatten(2).log_softmax(-1), 0.0
+    for right in (0, 1):
+        for below in (0, 1):
+            weight = ((share[..., 0] if right else 1 - share[..., 0])
+                      * (share[..., 1] if below else 1 - share[..., 1]))
+            index = ((first[..., 1] + below) * width + first[..., 0] + right).long()
+            total = total - weight * logs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    return (total * known).sum() / known.sum().clamp(min=1)
+
+
+@torch.inference_mode()
+def errors(locator: Locator, frames: torch.Tensor, places: torch.Tensor,
+           device: torch.device | str = "cpu") -> torch.Tensor:
+    """Distances (N, K) from where things are, as a share of the picture's side; NaN: not there."""
+    said = torch.cat([locator.points(locator(_floats(some, device))).cpu()
+                      for some in frames.split(256)])
+    return (said - places).norm(dim=-1)
+
+
+def _floats(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return frames.to(device).float() / 255
+
+
+def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measured_on: Mapping, *,
+                   device: torch.device | str = "cpu",
+                   precision: str = "fp32") -> tuple[tuple[str, ...], Locator]:
+    """The things that a run's policy is to find, and a locator of them.
+
+    It is taught once for a run and kept in ``locator.safetensors``; ``scenes.json`` says how well
+    it finds each thing in scenes around the demonstrations of the other split.
+
+    Args:
+        config: of the run; ``config.data.scenes`` are drawn around each demonstration.
+        trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
+    """
+    path, known = Path(run) / "locator.safetensors", Path(run) / "scenes.json"
+    with only_one(run, lock=".locator.lock"):  # of several processes one teaches
+        if not path.exists():
+            files, new = (_scenes_of(split, config) for split in (trained_on, measured_on))
+            things = things_in(files)
+            seed, size = config.train.seed, config.model.image_size
+            with torch.random.fork_rng():  # what follows is the same, taught now or before
+                torch.manual_seed(seed)
+                locator = Locator(len(things)).to(device)
+            frames, places = read_scenes(files, things, size)
+            teach(locator, frames, places, seed=seed, device=device, precision=precision)
+            frames, places = read_scenes(new, things, size)
+            distance = errors(locator, frames, places, device).nanquantile(
+                torch.tensor([0.5, 0.9]), dim=0).T
+            write_json(known, {
+                "scenes": config.data.scenes * len(files), "measured_on": len(frames),
+                "things": things, "median and 90 % error, share of the picture's side": {
+                    thing: [None if math.isnan(value) else round(value, 4) for value in row]
+                    for thing, row in zip(things, distance.tolist(), strict=True)}})
+            with replacing(path) as temporary:
+                save_file({name: weight.cpu().contiguous()
+                           for name, weight in locator.state_dict().items()}, temporary)
+    things = tuple(json.loads(known.read_text())["things"])
+    locator = Locator(len(things))
+    locator.load_state_dict(load_file(path))
+    return things, locator
+
+
+def _scenes_of(split: Mapping, config: Config) -> list[Path]:
+    found = []
+    for task_id, file in zip(config.data.task_ids, split["files"], strict=True):
+        found += draw_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
+                             config.data.scenes)
+    return found
