@@ -1,0 +1,226 @@
+"""Scenes drawn around demonstrations, and a locator that learns from them where things are."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from trm_helpers import load_policy, locate, schema
+from trm_helpers.collect import collect_demonstrations
+from trm_helpers.layers import KeypointEncoder, Locator
+from trm_helpers.locate import cross_entropy, draw_scenes, errors, read_scenes, teach, things_in
+from trm_helpers.sim import LiberoEnv
+from trm_helpers.validate import demo_names, open_demo_file
+
+NAN = float("nan")
+
+
+# --- the locator -----------------------------------------------------------------------------
+def test_a_place_is_the_mean_of_the_softmax():
+    maps = torch.full((1, 2, 4, 8), -100.0)
+    maps[0, 0, 1, 6] = 0.0  # one cell: its centre
+    maps[0, 1, 3, 0] = maps[0, 1, 3, 1] = 5.0  # two: between them
+    torch.testing.assert_close(Locator.points(maps)[0],
+                               torch.tensor([[6.5 / 8, 1.5 / 4], [1 / 8, 3.5 / 4]]))
+
+
+@pytest.mark.parametrize("size", [36, 64])
+def test_maps_have_half_the_pictures_size(size):
+    assert Locator(3)(torch.rand(2, size, size, 3)).shape == (2, 3, size // 2, size // 2)
+    assert KeypointEncoder(16, 3)(torch.rand(2, size, size, 3)).shape == (2, 16)
+
+
+def test_cross_entropy_is_shared_by_the_cells_around_a_place():
+    maps = torch.zeros(1, 1, 2, 4)
+    maps[0, 0, 0, 1] = np.log(3.0)  # shares: 0.3 there, 0.1 in the seven others
+    at = {"its centre": ([1.5 / 4, 0.25], -np.log(0.3)),
+          "a quarter of the way to the next": ([1.75 / 4, 0.25],
+                                               -0.75 * np.log(0.3) - 0.25 * np.log(0.1)),
+          "the middle of four": ([2 / 4, 0.5], -0.25 * np.log(0.3) - 0.75 * np.log(0.1)),
+          "beyond the last centre": ([1.0, 1.0], -np.log(0.1))}
+    for name, (place, expected) in at.items():
+        found = cross_entropy(maps, torch.tensor([[place]], dtype=torch.float32))
+        assert found.item() == pytest.approx(expected, abs=1e-5), name
+
+
+def test_what_is_not_in_the_picture_teaches_nothing():
+    maps = torch.randn(1, 2, 2, 4, requires_grad=True)
+    cross_entropy(maps, torch.tensor([[[0.4, 0.4], [NAN, NAN]]])).backward()
+    assert maps.grad[0, 0].abs().sum() > 0 and (maps.grad[0, 1] == 0).all()
+    assert cross_entropy(maps, torch.full((1, 2, 2), NAN)).item() == 0
+
+
+def squares(count, seed=0, size=36):
+    """Grey pictures with a red and a green square, and their centres; of every fifth, no green."""
+    generator = np.random.default_rng(seed)
+    frames = np.full((count, size, size, 3), 90, dtype=np.uint8)
+    corners = generator.integers(0, size - 5, (count, 2, 2))
+    for frame, ((x, y), (u, v)), number in zip(frames, corners, range(count), strict=True):
+        frame[y:y + 6, x:x + 6] = (200, 30, 30)
+        if number % 5:
+            frame[v:v + 6, u:u + 6] = (30, 200, 30)
+    places = (corners + 3.0) / size
+    places[::5, 1] = NAN
+    return torch.from_numpy(frames), torch.from_numpy(places).float()
+
+
+@pytest.fixture(scope="module")
+def taught():
+    torch.manual_seed(0)
+    locator = Locator(2)
+    teach(locator, *squares(300), steps=120)
+    return locator
+
+
+def test_what_it_has_learned_it_finds_in_new_pictures(taught):
+    distance = errors(taught, *squares(100, seed=1))
+    assert distance[:, 0].median() < 0.03  # a pixel of 36; by chance it would be 0.3
+    assert distance[:, 1].nanmedian() < 0.03 and distance[::5, 1].isnan().all()
+
+
+def test_teaching_again_gives_the_same_weights(taught):
+    torch.manual_seed(0)
+    again = Locator(2)
+    teach(again, *squares(300), steps=120)
+    for name, weight in taught.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+# --- scenes as files, and a run --------------------------------------------------------------
+def write_scenes(path, frames, places, things=("red", "green")):
+    np.savez(path, frames=frames, places=places, things=np.array(things))
+    return path
+
+
+def test_scenes_of_several_tasks_are_read_together(tmp_path):
+    frames, places = squares(3)
+    first = write_scenes(tmp_path / "a.npz", frames, places)
+    second = write_scenes(tmp_path / "b.npz", frames, places.flip(1), ("blue", "red"))
+    never = np.full((3, 1, 2), NAN)
+    third = write_scenes(tmp_path / "c.npz", frames, never, ("behind",))
+    assert things_in([first, second, third]) == ["blue", "green", "red"]
+    together, where = read_scenes([first, second], ["blue", "green", "red"], 18)
+    assert together.shape == (6, 18, 18, 3) and together.dtype == torch.uint8
+    torch.testing.assert_close(where[:3, 1:], places.flip(1), equal_nan=True)
+    assert where[:3, 0].isnan().all() and where[3:, 1].isnan().all()
+    torch.testing.assert_close(where[3:, 0], places[:, 1], equal_nan=True)
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """In place of the simulator: squares, and a short teaching; the demonstrations asked for."""
+    asked = []
+
+    def draw(suite, task_id, demos, per_demo):
+        asked.append((suite, task_id, per_demo, sum(demos.values(), [])))
+        path = tmp_path / f"{len(asked)}.npz"
+        return [write_scenes(path, *squares(60, seed=len(asked[-1][3])))]
+
+    monkeypatch.setattr(locate, "draw_scenes", draw)
+    monkeypatch.setattr(teach, "__kwdefaults__", {**teach.__kwdefaults__, "steps": 30})
+    return asked
+
+
+def test_a_run_learns_first_where_things_are(small_run, drawn):
+    trainer = small_run(scenes=20)
+    encoder = trainer.policy.encoders[schema.STILL_CAMERA]
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    trainer.fit()
+    assert [ask[:3] for ask in drawn] == [("libero_object", 0, 20)] * 2
+    train, val = ({name for name in ask[3]} for ask in drawn)
+    assert len(train) == 4 and len(val) == 1 and not train & val
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(weight, before[name]) == name.startswith("locator"), name
+    policy = load_policy(trainer.run)
+    assert policy.config.keypoints == ("green", "red")
+    known = json.loads((trainer.run / "scenes.json").read_text())
+    assert known["things"] == ["green", "red"] and known["measured_on"] == 60
+    seen = {schema.STILL_CAMERA: torch.rand(2, 36, 36, 3), "proprio": torch.zeros(2, 12)}
+    torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
+
+
+def test_a_run_that_goes_on_is_not_taught_again(small_run, drawn, monkeypatch):
+    whole = small_run("whole", scenes=20).fit()
+    small_run("parts", scenes=20, max_minutes=1e-9).fit()
+
+    def again(*_, **__):
+        raise AssertionError("taught twice")
+
+    monkeypatch.setattr(locate, "teach", again)
+    rows = small_run("parts", resume=True, scenes=20).fit()
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in whole]
+
+
+# --- the simulator ---------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    return collect_demonstrations("libero_object", 0, 1, tmp_path_factory.mktemp("scripted"),
+                                  workers=1)
+
+
+@pytest.mark.sim
+def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration):
+    with open_demo_file(demonstration) as file:
+        names = demo_names(file)
+    [path] = draw_scenes("libero_object", 0, {str(demonstration): names}, 8, workers=1)
+    written = path.stat().st_mtime_ns
+    with np.load(path) as scenes:
+        frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
+    assert frames.shape == (8, 128, 128, 3) and frames.dtype == np.uint8
+    assert {"alphabet_soup_1", "basket_1", "tomato_sauce_1"} <= set(things)
+    spread = np.nanstd(places, axis=0).mean(axis=1)[things.index("basket_1")]
+    assert spread > 0.05  # of the picture's side
+    assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
+    assert path.stat().st_mtime_ns == written
+    other = draw_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
+    assert other != [path] and path.stat().st_mtime_ns == written
+
+
+@pytest.mark.sim
+def test_a_place_is_where_the_picture_changes_without_the_object():
+    with LiberoEnv("libero_object", 0) as env:
+        there = env.reset(init_state=0)[schema.STILL_CAMERA].astype(int)
+        [place] = locate._places(env, env.object_position("basket_1")[None])
+        joint = env.raw.get_object("basket_1").joints[-1]
+        position = env.sim.data.get_joint_qpos(joint).copy()
+        position[2] -= 5
+        env.sim.data.set_joint_qpos(joint, position)
+        gone = env.set_state(env.state())[schema.STILL_CAMERA].astype(int)
+        [below] = locate._places(env, env.object_position("basket_1")[None])
+    rows, columns = np.nonzero(np.abs(there - gone).sum(-1) > 30)
+    assert len(rows) > 100
+    centre = np.array([np.median(columns) + 0.5, np.median(rows) + 0.5]) / 128
+    np.testing.assert_allclose(place, centre, atol=0.06)
+    assert np.isnan(below).all()
+
+
+@pytest.mark.sim
+def test_what_the_robot_has_moved_stays_in_its_hand(demonstration):
+    """In scenes around the last steps, the soup is where the basket was: it is not drawn again."""
+    with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
+        env.reset()
+        demo = file[schema.DATA_GROUP][demo_names(file)[0]]
+        env.set_fixtures(demo.attrs["model_file"])
+        env.set_state(demo["states"][-1])
+        soup, basket = (env.object_position(name).copy() for name in ("alphabet_soup_1",
+                                                                      "basket_1"))
+        from trm_helpers.placement import place_widely
+
+        place_widely(env, np.random.default_rng(0), {"alphabet_soup_1"})
+        np.testing.assert_allclose(env.object_position("alphabet_soup_1"), soup)
+        assert np.linalg.norm(env.object_position("basket_1") - basket) > 0.01
+
+
+def test_keypoints_need_the_camera_that_sees_them():
+    from trm_helpers.config import from_flat
+
+    with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them with scenes"):
+        from_flat("tiny", scenes=2, cameras=["eye_in_hand_rgb"])
+    with pytest.raises(ValueError, match="image_size=66.*multiple of 4 with keypoints"):
+        from_flat("tiny", keypoints=["plate_1"], image_size=66)
+    with pytest.raises(ValueError, match="keypoints=.*none with scenes"):
+        from_flat("tiny", keypoints=["plate_1"], scenes=2)
+    model = from_flat("tiny", keypoints=["plate_1"]).model
+    assert dataclasses.replace(model, keypoints=()).keypoints == ()
