@@ -34,9 +34,10 @@ demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
+scenes = None  # type: int; drawn around each demonstration, to learn first where things are
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
-augmentation = None  # type: str; none, reference or shift; None keeps the preset's
+augmentation = None  # type: str; none, brightness, reference, shift; None keeps the preset's
 epochs = None  # type: int; passes over the training samples; None keeps the preset's
 batch_size = None  # type: int; samples per update; None keeps the preset's
 lr = None  # type: float; learning rate at the start; None keeps the preset's
@@ -75,7 +76,7 @@ from trm_helpers.stats import format_success
 # %%
 config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
-    placement=placement, max_demos_per_task=max_demos_per_task, storage=storage,
+    placement=placement, scenes=scenes, max_demos_per_task=max_demos_per_task, storage=storage,
     augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr, loss=loss,
     variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
     num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,

@@ -34,6 +34,7 @@ from trm_helpers import (
     analyze_model_predictions,
     explain,
     load_policy,
+    locate,
     plots,
     visualize_recursive_states,
 )
@@ -67,6 +68,21 @@ observations = data.batch([len(data) // 3])["observations"]
 report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
 plots.save_figure(fig, run / "figures" / "07_predictions.png")
 fig
+
+# %% [markdown]
+# ## Where it sees things
+#
+# Of a policy that first learned where things are (`scenes`): all that it gets from the agent view
+# is where these marks are. One far from its thing is a thing that it does not see, often because
+# the arm hides it.
+
+# %%
+if policy.config.keypoints:
+    looked = data.batch([len(data) * share // 8 for share in (1, 3, 5, 7)])["observations"]
+    fig = plots.plot_places(looked["agentview_rgb"][:, 0], locate.found_places(policy, looked),
+                            policy.config.keypoints)
+    plots.save_figure(fig, run / "figures" / "07_places.png")
+    display(fig)
 
 # %% [markdown]
 # ## The state during recursion

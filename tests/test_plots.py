@@ -69,6 +69,18 @@ def test_frames_are_upright_in_every_figure_of_images():
     np.testing.assert_allclose(widths, batch["actions"][:, 0, 0])  # first step, first of the chunk
 
 
+def test_places_are_marked_where_the_upright_picture_shows_them():
+    places = np.array([[[0.25, 0.0], [1.0, 0.5]], [[0.5, 1.0], [0.0, 0.0]]])
+    figure = plots.plot_places(stored(), places, ["plate_1", "basket_1"])
+    height, width = stored().shape[1:3]
+    for axes, expected in zip(figure.axes, places, strict=True):
+        assert_upright(axes)
+        marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+        np.testing.assert_allclose(marks, [(u * width - 0.5, (1 - v) * height - 0.5)
+                                           for u, v in expected])
+    assert [text.get_text() for text in figure.legends[0].texts] == ["plate 1", "basket 1"]
+
+
 # --- curves and bars -----------------------------------------------------------------------------
 def test_action_statistics_are_shares_of_the_steps():
     actions = np.zeros((4, 7))

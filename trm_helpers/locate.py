@@ -199,6 +199,15 @@ def errors(locator: Locator, frames: torch.Tensor, places: torch.Tensor,
     return (said - places).norm(dim=-1)
 
 
+@torch.inference_mode()
+def found_places(policy, observations: Mapping) -> np.ndarray:
+    """(B, K, 2): where a policy with keypoints takes each to be, from 0 to 1 across the frame."""
+    locator = policy.encoders[schema.STILL_CAMERA].locator
+    images = observations[schema.STILL_CAMERA]
+    images = images.reshape(-1, *images.shape[-3:]).to(next(locator.parameters()))
+    return locator.points(locator(images)).cpu().numpy()
+
+
 def _floats(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return frames.to(device).float() / 255
 

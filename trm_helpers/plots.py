@@ -241,6 +241,25 @@ def plot_augmentation(original, augmented) -> Figure:
 
 
 @styled
+def plot_places(images, places, things: Sequence[str]) -> Figure:
+    """Images (n, H, W, 3) and where each thing is taken to be in them, (n, K, 2) from 0 to 1."""
+    fig = new_figure(2.4 * len(images) + 0.4, 3.4)
+    for axes, image, found in zip(fig.subplots(1, len(images), squeeze=False)[0], upright(images),
+                                  np.asarray(places), strict=True):
+        show_image(axes, image)
+        height, width = image.shape[:2]
+        for index, ((column, row), thing) in enumerate(zip(found, things, strict=True)):
+            axes.plot(column * width - 0.5, (1 - row) * height - 0.5, linestyle="",
+                      marker="o^s"[index // len(PALETTE) % 3], markersize=7,
+                      markerfacecolor="none", markeredgewidth=1.6,
+                      color=PALETTE[index % len(PALETTE)], label=thing.replace("_", " "))
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
+               ncols=min(len(things), 4))
+    fig.suptitle("Where the policy takes things to be in the agent view")
+    return fig
+
+
+@styled
 def plot_batch(batch: Mapping, count: int = 6) -> Figure:
     """First samples of a batch: what each camera sees and the first action to learn, normalised."""
     cameras = [key for key in batch["observations"] if key in schema.CAMERAS]
