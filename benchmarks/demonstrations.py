@@ -12,6 +12,7 @@ reach (but for the bowl of LIBERO-Spatial, which is told by where it is), ``calm
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from policies import POLICIES
@@ -68,8 +69,7 @@ def main() -> None:
         files = collected(kind, given)
         for demos in given.demos:
             config = settings(kind, demos, given)
-            words = [*given.policy.replace(",", "").split(), *(word for pair in given.set
-                                                               for word in pair)]
+            words = re.findall(r"[\w.]+", " ".join([given.policy, *sum(given.set, [])]))
             run = create_run(config, f"demonstrations-{given.suite}-{'-'.join(words)}-{kind}-"
                                      f"{demos}-s{given.seed}", resume=True)
             BehaviorCloningTrainer.from_config(config, files, run).fit()
