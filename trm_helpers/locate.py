@@ -30,6 +30,7 @@ from .layers import Locator
 from .sim import LiberoEnv, load_task, worker_pool
 from .validate import open_demo_file
 
+HAND = "hand"  # the point between the fingers, a thing like the others
 _MOVED = 0.01  # metres from where it began: what the robot has moved stays where it is
 STEPS = 1500  # of teaching
 _BATCH, _LR = 64, 3e-3
@@ -43,8 +44,8 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
     Each file, ``data/scenes/<suite>/<task>/<checksum of the demonstration>-<per_demo>.npz``, holds
     ``frames`` (n, H, W, 3) uint8, upside down as in demonstrations, ``places`` (n, things, 2),
     column and row of each thing from 0 to 1 across the frame, also where something hides it and
-    NaN outside of it, and the ``things``, objects and fixtures by name. What is there is not drawn
-    again.
+    NaN outside of it, and the ``things``: those that the goal is about by name, and the hand. What
+    is there is not drawn again.
 
     Args:
         demos: names of demonstrations in each file.
@@ -85,9 +86,9 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
     from .placement import place_widely
 
     env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
-    things = sorted(env.raw.obj_body_id)
+    objects, goal = sorted(env.raw.obj_body_id), _goal_things(env)
 
-    def positions() -> np.ndarray:
+    def positions(things: Sequence[str]) -> np.ndarray:
         return np.array([env.object_position(thing) for thing in things])
 
     frames, places = [], []
@@ -96,17 +97,24 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
         env.set_fixtures(demo.attrs["model_file"])
         states = demo["states"][()]
         env.set_state(states[0])
-        first = positions()
+        first = positions(objects)
         for step in generator.integers(len(states), size=count):
             env.set_state(states[step])
-            moved = np.linalg.norm(positions() - first, axis=1) > _MOVED
-            place_widely(env, generator, {thing for thing, has in zip(things, moved, strict=True)
-                                          if has})
+            moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
+            place_widely(env, generator, set(np.array(objects)[moved]))
             frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
-            places.append(_places(env, positions()))
+            places.append(_places(env, np.array([*positions(goal), env.end_effector()])))
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
-                            things=np.array(things))
+                            things=np.array([*goal, HAND]))
+
+
+def _goal_things(env: LiberoEnv) -> list[str]:
+    """Objects and fixtures that the goal is about, itself or a region of theirs."""
+    named = (name for predicate in env.raw.parsed_problem["goal_state"] for name in predicate[1:])
+    sites = env.raw.object_sites_dict
+    return sorted({name if name in env.raw.obj_body_id else sites[name].parent_name
+                   for name in named})
 
 
 def _places(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
