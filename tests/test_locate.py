@@ -26,6 +26,13 @@ def test_a_place_is_the_mean_of_the_softmax():
                                torch.tensor([[6.5 / 8, 1.5 / 4], [1 / 8, 3.5 / 4]]))
 
 
+def test_places_are_as_exact_in_training_as_in_control():
+    maps = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = Locator.points(maps)
+    torch.testing.assert_close(mixed, Locator.points(maps), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("size", [36, 64])
 def test_maps_have_half_the_pictures_size(size):
     assert Locator(3)(torch.rand(2, size, size, 3)).shape == (2, 3, size // 2, size // 2)

@@ -124,7 +124,8 @@ class Locator(nn.Module):
         shares = maps.flatten(2).softmax(-1).unflatten(2, (height, width))
         columns = (torch.arange(width, device=maps.device) + 0.5) / width
         rows = (torch.arange(height, device=maps.device) + 0.5) / height
-        return torch.stack([shares.sum(2) @ columns, shares.sum(3) @ rows], dim=-1)
+        # sums, not products of matrices, which autocast would round to half a pixel of 128
+        return torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], -1)
 
 
 class KeypointEncoder(nn.Module):
