@@ -120,7 +120,26 @@ def test_shift_moves_whole_pixels_and_repeats_the_edge():
     assert torch.allclose(out[..., 1], columns[:, None, :].expand(-1, size, -1), atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["reference", "shift"])
+def test_cutout_covers_a_rectangle_of_half_of_the_samples_with_one_colour():
+    size, count = 32, 2000
+    images = 0.5 * gradient(count, size)
+    plain = augment_images(images, "shift", seeded())
+    out = augment_images(images, "cutout", seeded())
+    covered = (out != plain).all(-1)  # (B, H, W)
+    some = covered.any(dim=(1, 2))
+    assert abs(some.float().mean() - 0.5) < 0.05
+    rows, columns = covered.any(2), covered.any(1)
+    assert torch.equal(covered, rows.unsqueeze(2) & columns.unsqueeze(1))
+    for lines in (rows, columns):  # one stretch of at most 0.6 of the side; at the edge it is cut
+        assert (lines.diff(dim=1).sum(1) <= 2).all() and lines.sum(1).max() <= 0.6 * size + 1
+        inner = some & ~lines[:, 0] & ~lines[:, -1]
+        assert lines[inner].sum(1).min() >= 0.2 * size - 1 and inner.sum() > 100
+    colours = torch.stack([image[mask].unique(dim=0) for image, mask in
+                           zip(out[some], covered[some], strict=True)])
+    assert colours.shape[1:] == (1, 3) and colours.std(0).min() > 0.2
+
+
+@pytest.mark.parametrize("mode", ["reference", "shift", "cutout"])
 def test_frames_of_a_sequence_share_their_draw_and_equal_single_frames(mode):
     images = torch.rand(16, 16, 16, 3, generator=seeded())
     sequence = torch.stack([images, images.flip(0), images], dim=1)  # (B, T, H, W, 3)

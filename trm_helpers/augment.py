@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-AUGMENTATIONS = ("none", "brightness", "reference", "shift")
+AUGMENTATIONS = ("none", "brightness", "reference", "shift", "cutout")
 BRIGHTNESS = (0.8, 1.2)
 BRIGHTNESS_PROBABILITY = 0.5
 CROP_FRACTION = 0.9  # of the side
 CROP_PROBABILITY = 0.3
 SHIFT_FRACTION = 4 / 64  # of the side: DrQ's 4 pixels (arXiv 2004.13649), there of 84
+CUTOUT_PROBABILITY = 0.5
+CUTOUT_FRACTION = (0.2, 0.6)  # of the side
 
 
 def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -47,7 +49,9 @@ def augment_images(
     probability 0.5; ``reference`` does and, with probability 0.3, enlarges a random crop of 90 % of
     each side to the full size. ``shift`` has the same brightness and, in place of the crop, a
     random shift by whole pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv
-    2004.13649). Raises ``ValueError`` for another mode, shape or type.
+    2004.13649). ``cutout`` is ``shift``, and with probability 0.5 a rectangle of one colour, all
+    at random, covers part of it (RAD, arXiv 2004.14990): something else may stand there. Raises
+    ``ValueError`` for another mode, shape or type.
     """
     if mode not in AUGMENTATIONS:
         raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(AUGMENTATIONS)}")
@@ -63,6 +67,8 @@ def augment_images(
     if mode == "brightness":
         return frames.reshape(images.shape)
     frames = _crop(frames, generator) if mode == "reference" else _shift(frames, generator)
+    if mode == "cutout":
+        frames = _cut_out(frames, generator)
     return frames.reshape(images.shape)
 
 
@@ -117,3 +123,20 @@ def _shifted_positions(batch: int, size: int, generator: torch.Generator) -> tor
         -furthest, furthest + 1, (batch, 1), generator=generator, device=generator.device
     )
     return (torch.arange(size, device=generator.device) + offset).clamp(0, size - 1)
+
+
+def _cut_out(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Cover a rectangle of some samples with a colour; ``frames`` is (B, T, H, W, 3)."""
+    chosen = _uniform(len(frames), 0, 1, generator) < CUTOUT_PROBABILITY
+    rows, columns = (_around_a_place(len(frames), size, generator) for size in frames.shape[2:4])
+    covered = chosen.view(-1, 1, 1) & rows.unsqueeze(2) & columns.unsqueeze(1)  # (B, H, W)
+    colour = torch.rand(len(frames), 1, 1, 1, 3, generator=generator, device=generator.device)
+    return torch.where(covered[:, None, ..., None].to(frames.device), colour.to(frames), frames)
+
+
+def _around_a_place(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """(batch, size), bool: what a stretch at a random place covers of a side."""
+    middle = _uniform(batch, 0, size, generator)
+    reach = _uniform(batch, *CUTOUT_FRACTION, generator) * size / 2
+    pixel = torch.arange(size, device=generator.device) + 0.5
+    return (pixel - middle.unsqueeze(1)).abs() < reach.unsqueeze(1)

@@ -74,7 +74,7 @@ class DataConfig:
     sequence_length: int = 1  # T: consecutive steps in one sample
     alignment: str = "auto"  # auto: the file's own attribute, else measured; raw; shift
     normalize_actions: str = "zscore"  # zscore, minmax, none; never applied to the gripper
-    augmentation: str = "reference"  # none; brightness; reference: + crop; shift: + random shift
+    augmentation: str = "reference"  # none, brightness, reference (+ crop), shift, cutout
     scenes: int = 0  # drawn around each demonstration, to learn first where things are; 0: none
     storage: str = "ram"  # of the frames: ram, mmap (read when needed), gpu
     data_seed: int = 0  # split and collection
@@ -96,7 +96,8 @@ class DataConfig:
         _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))
         _one_of("normalize_actions", self.normalize_actions, ("zscore", "minmax", "none"))
         _one_of("storage", self.storage, ("ram", "mmap", "gpu"))
-        _one_of("augmentation", self.augmentation, ("none", "brightness", "reference", "shift"))
+        _one_of("augmentation", self.augmentation,
+                ("none", "brightness", "reference", "shift", "cutout"))
 
 
 HALTING = ("fixed", "remainder", "act", "learned", "convergence")

@@ -63,7 +63,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         image_size: H = W in pixels; stored images are resized once, by area.
         normalize_actions: ``zscore``, ``minmax`` or ``none``; True and False mean the first and
             the last.
-        augmentation: ``none``, ``brightness``, ``reference`` or ``shift``: see
+        augmentation: ``none``, ``brightness``, ``reference``, ``shift`` or ``cutout``: see
             :func:`augment_images`.
         still: cameras whose pictures are not moved: they get ``brightness`` at most.
         max_demos_per_task: the first so many demonstrations of each file; 0 takes all.
