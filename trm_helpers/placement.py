@@ -14,7 +14,7 @@ from .geometry import Boxes, geoms_of, overreach
 from .sim import LiberoEnv
 
 _MARGIN = 0.05  # metres beyond the regions that the task itself uses
-_GAP = 0.03  # metres between things, for the fingers
+_STRETCH = 0.05  # metres beyond the comfortable reach, as far as LIBERO goes
 _TRIES = 200  # positions for one object before all begin anew
 _ROUNDS = 50
 
@@ -23,10 +23,11 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
                  staying: Collection[str] = ()) -> None:
     """Move what stands on the task's table or floor to free places that the arm can reach.
 
-    The places are drawn uniformly over the rectangle around all of the task's regions. Fixtures
-    stay, and so does what lies on or in another thing, with the thing; and an object of the goal
-    that is told from others of its kind by where it is, as the bowl of LIBERO-Spatial, for the
-    others stand elsewhere. Orientations stay too.
+    The places are drawn uniformly over the rectangle around all of the task's regions. Things may
+    stand side by side, and as far out as in LIBERO's own scenes. Fixtures stay, and so does what
+    lies on or in another thing, with the thing; and an object of the goal that is told from others
+    of its kind by where it is, as the bowl of LIBERO-Spatial, for the others stand elsewhere.
+    Orientations stay too.
 
     Args:
         env: the environment, just reset, before the objects settle.
@@ -64,7 +65,7 @@ def _draw(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] 
             place = generator.uniform(low, high)
             move = place - footprint.mean(axis=0)
             there = footprint + move
-            reachable = overreach(env, np.array([*place, height])) == 0
+            reachable = overreach(env, np.array([*place, height])) <= _STRETCH
             if reachable and not any(_overlap(there, other) for other in taken):
                 break
         else:
@@ -117,4 +118,4 @@ def _footprint(env: LiberoEnv, name: str) -> np.ndarray:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool((a[0] < b[1] + _GAP).all() and (b[0] < a[1] + _GAP).all())
+    return bool((a[0] < b[1]).all() and (b[0] < a[1]).all())
