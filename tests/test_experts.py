@@ -164,6 +164,19 @@ def test_what_is_dropped_is_grasped_again():
 
 
 @pytest.mark.sim
+def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
+    with LiberoEnv("libero_spatial", 2) as env:
+        env.reset(seed=1)
+        usual, joint = make_expert(env).grasp, env.raw.objects_dict["plate_1"].joints[0]
+        for place in ([0.07, 0.2], [-0.2, -0.17]):
+            pose = env.sim.data.get_joint_qpos(joint)
+            pose[:2] = place
+            env.sim.data.set_joint_qpos(joint, pose)
+            env.sim.forward()
+            np.testing.assert_allclose(make_expert(env).grasp.offset, usual.offset, atol=1e-6)
+
+
+@pytest.mark.sim
 def test_a_grasp_that_closes_on_nothing_is_tried_again():
     """The object slips 6 cm away when the fingers begin to close for the first time."""
     with LiberoEnv("libero_object", 5) as env:
