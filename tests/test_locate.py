@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from trm_helpers import load_policy, locate, schema
+from trm_helpers import TRMPolicy, load_policy, locate, schema
 from trm_helpers.collect import collect_demonstrations
+from trm_helpers.config import from_flat
 from trm_helpers.layers import KeypointEncoder, Locator
 from trm_helpers.locate import cross_entropy, draw_scenes, errors, read_scenes, teach, things_in
 from trm_helpers.sim import LiberoEnv
@@ -37,6 +39,41 @@ def test_places_are_as_exact_in_training_as_in_control():
 def test_maps_have_half_the_pictures_size(size):
     assert Locator(3)(torch.rand(2, size, size, 3)).shape == (2, 3, size // 2, size // 2)
     assert KeypointEncoder(16, 3)(torch.rand(2, size, size, 3)).shape == (2, 16)
+
+
+def test_what_is_looked_for_depends_on_the_task():
+    """Two squares alike: the first task is about the one on the left, the second the other's."""
+    frames, places = squares(200)
+    frames[frames[..., 1] == 200] = torch.tensor([200, 30, 30], dtype=torch.uint8)  # green to red
+    both = ~places.isnan().any(-1).any(-1)
+    frames, places = frames[both], places[both]
+    frames, places = torch.cat([frames] * 2), torch.cat([places] * 2)
+    tasks = F.one_hot(torch.arange(2).repeat_interleave(len(frames) // 2), 2).float()
+    left = places[..., 0].argmin(1)
+    chosen = torch.where(tasks[:, 0] == 1, left, 1 - left)
+    places = places[torch.arange(len(places)), chosen].unsqueeze(1)
+    torch.manual_seed(0)
+    told, untold = Locator(1, 2), Locator(1)
+    new = torch.arange(len(frames)) % 10 == 0
+    teach(told, frames[~new], places[~new], tasks[~new], steps=120)
+    teach(untold, frames[~new], places[~new], steps=60)
+    assert errors(told, frames[new], places[new], tasks[new]).median() < 0.05
+    assert errors(untold, frames[new], places[new]).median() > 0.1
+
+
+def test_a_policy_asks_its_locator_with_what_it_is_told():
+    policy = TRMPolicy(from_flat(
+        "tiny", cameras=[schema.STILL_CAMERA], keypoints=["object"], image_size=36,
+        conditioning="task_id", num_tasks=3, proprioception=False).model)
+    locator = policy.encoders[schema.STILL_CAMERA].locator
+    torch.nn.init.normal_(locator.task.weight)
+    seen = {schema.STILL_CAMERA: torch.rand(1, 36, 36, 3).expand(2, -1, -1, -1),
+            "task_id": torch.tensor([0, 1])}
+    first, second = locate.found_places(policy, seen)
+    assert not np.allclose(first, second, atol=1e-5)
+    maps = locator(seen[schema.STILL_CAMERA], F.one_hot(torch.tensor([0, 1]), 3).float())
+    torch.testing.assert_close(torch.from_numpy(np.stack([first, second])),
+                               locator.points(maps).detach())
 
 
 def test_cross_entropy_is_shared_by_the_cells_around_a_place():
@@ -107,7 +144,7 @@ def test_scenes_of_several_tasks_are_read_together(tmp_path):
     second = write_scenes(tmp_path / "b.npz", frames, places.flip(1), ("blue", "red"))
     never = np.full((3, 1, 2), NAN)
     third = write_scenes(tmp_path / "c.npz", frames, never, ("behind",))
-    assert things_in([first, second, third]) == ["blue", "green", "red"]
+    assert things_in({0: [first], 1: [second, third]}) == ["blue", "green", "red"]
     together, where = read_scenes([first, second], ["blue", "green", "red"], 18)
     assert together.shape == (6, 18, 18, 3) and together.dtype == torch.uint8
     torch.testing.assert_close(where[:3, 1:], places.flip(1), equal_nan=True)
@@ -176,8 +213,8 @@ def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration):
     with np.load(path) as scenes:
         frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
     assert frames.shape == (8, 128, 128, 3) and frames.dtype == np.uint8
-    assert things == ["alphabet_soup_1", "basket_1", "hand"]  # the goal's, not what else is there
-    spread = np.nanstd(places, axis=0).mean(axis=1)[things.index("basket_1")]
+    assert things == ["object", "target", "hand"]  # the goal's, not what else is there
+    spread = np.nanstd(places, axis=0).mean(axis=1)[things.index("target")]
     assert spread > 0.05  # of the picture's side
     assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
     assert path.stat().st_mtime_ns == written
@@ -221,8 +258,6 @@ def test_what_the_robot_has_moved_stays_in_its_hand(demonstration):
 
 
 def test_keypoints_need_the_camera_that_sees_them():
-    from trm_helpers.config import from_flat
-
     with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them with scenes"):
         from_flat("tiny", scenes=2, cameras=["eye_in_hand_rgb"])
     with pytest.raises(ValueError, match="image_size=66.*multiple of 4 with keypoints"):

@@ -98,10 +98,12 @@ class Locator(nn.Module):
     """Images (B, H, W, 3) in [0, 1] to where in them each of K things is.
 
     Convolutions to maps (B, K, H / 2, W / 2): fine ones of half the picture's size, for the place,
-    beside coarse ones of a quarter of it, for what is there. H and W are multiples of 4.
+    beside coarse ones of a quarter of it, for what is there. H and W are multiples of 4. What is
+    looked for is a part in the task, as the object of the goal: the task (B, ``task_dim``), where
+    there is one, scales and shifts the coarse maps (FiLM, arXiv 1709.07871).
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, task_dim: int = 0):
         super().__init__()
 
         def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -109,13 +111,19 @@ class Locator(nn.Module):
 
         self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
         self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
-                                    *convolution(64, 64, 3, 1), nn.Upsample(scale_factor=2))
+                                    *convolution(64, 64, 3, 1))
+        self.task = nn.Linear(task_dim, 2 * 64) if task_dim else None
         self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, K, H / 2, W / 2): a softmax over the last two says where a thing is."""
         fine = self.fine(rearrange(images, "b h w c -> b c h w"))
-        return self.maps(torch.cat([fine, self.coarse(fine)], dim=1)).float()
+        coarse = self.coarse(fine)
+        if self.task is not None:
+            scale, shift = self.task(task)[..., None, None].chunk(2, dim=1)
+            coarse = coarse * (1 + scale) + shift
+        coarse = F.interpolate(coarse, scale_factor=2)
+        return self.maps(torch.cat([fine, coarse], dim=1)).float()
 
     @staticmethod
     def points(maps: torch.Tensor) -> torch.Tensor:
@@ -131,14 +139,14 @@ class Locator(nn.Module):
 class KeypointEncoder(nn.Module):
     """Images (B, H, W, 3) in [0, 1] to features (B, D), of nothing but where K things are."""
 
-    def __init__(self, hidden_dim: int, count: int):
+    def __init__(self, hidden_dim: int, count: int, task_dim: int = 0):
         super().__init__()
-        self.locator = Locator(count)
+        self.locator = Locator(count, task_dim)
         self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
                                      nn.Linear(hidden_dim, hidden_dim))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        points = self.locator.points(self.locator(images))
+    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
+        points = self.locator.points(self.locator(images, task))
         return self.project(4 * (2 * points - 1).flatten(1))
 
 

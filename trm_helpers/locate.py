@@ -8,6 +8,7 @@ demonstration, the objects anywhere within reach, one picture, and where in it t
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -26,7 +28,9 @@ from . import paths, schema
 from .augment import augment_images, resize_images
 from .config import Config
 from .files import only_one, replacing, write_json
+from .language import embed_instruction
 from .layers import Locator
+from .model import task_dim
 from .sim import LiberoEnv, load_task, worker_pool
 from .validate import open_demo_file
 
@@ -44,8 +48,8 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
     Each file, ``data/scenes/<suite>/<task>/<checksum of the demonstration>-<per_demo>.npz``, holds
     ``frames`` (n, H, W, 3) uint8, upside down as in demonstrations, ``places`` (n, things, 2),
     column and row of each thing from 0 to 1 across the frame, also where something hides it and
-    NaN outside of it, and the ``things``: those that the goal is about by name, and the hand. What
-    is there is not drawn again.
+    NaN outside of it, and the ``things`` by the part that they have in the goal (``object``,
+    ``target``, of a second one ``object 2`` ...), and the hand. What is there is not drawn again.
 
     Args:
         demos: names of demonstrations in each file.
@@ -86,7 +90,7 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
     from .placement import place_widely
 
     env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
-    objects, goal = sorted(env.raw.obj_body_id), _goal_things(env)
+    objects, goal = sorted(env.raw.obj_body_id), goal_things(env)
 
     def positions(things: Sequence[str]) -> np.ndarray:
         return np.array([env.object_position(thing) for thing in things])
@@ -103,18 +107,21 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
             moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
             place_widely(env, generator, set(np.array(objects)[moved]))
             frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
-            places.append(_places(env, np.array([*positions(goal), env.end_effector()])))
+            places.append(_places(env, np.array([*positions(goal.values()),
+                                                 env.end_effector()])))
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
                             things=np.array([*goal, HAND]))
 
 
-def _goal_things(env: LiberoEnv) -> list[str]:
-    """Objects and fixtures that the goal is about, itself or a region of theirs."""
-    named = (name for predicate in env.raw.parsed_problem["goal_state"] for name in predicate[1:])
-    sites = env.raw.object_sites_dict
-    return sorted({name if name in env.raw.obj_body_id else sites[name].parent_name
-                   for name in named})
+def goal_things(env: LiberoEnv) -> dict[str, str]:
+    """Objects and fixtures that the goal is about, itself or a region of theirs, by their part."""
+    things, sites = {}, env.raw.object_sites_dict
+    for number, predicate in enumerate(env.raw.parsed_problem["goal_state"], start=1):
+        for part, name in zip(("object", "target"), predicate[1:], strict=False):
+            things[part if number == 1 else f"{part} {number}"] = (
+                name if name in env.raw.obj_body_id else sites[name].parent_name)
+    return things
 
 
 def _places(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
@@ -140,10 +147,10 @@ def read_scenes(files: Sequence[Path], things: Sequence[str],
     return torch.cat(frames), torch.cat(places)
 
 
-def things_in(files: Sequence[Path]) -> list[str]:
-    """Names of all that is in the picture of some of the scenes."""
+def things_in(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
+    """All that is in the picture of some of the scenes, of each task so many files."""
     found = set()
-    for path in files:
+    for path in itertools.chain(*scenes.values()):
         with np.load(path) as scenes:
             seen = ~np.isnan(scenes["places"]).all(axis=(0, 2))
             found.update(map(str, scenes["things"][seen]))
@@ -151,8 +158,9 @@ def things_in(files: Sequence[Path]) -> list[str]:
 
 
 # --- teaching ------------------------------------------------------------------------------------
-def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor, *, seed: int = 0,
-          steps: int = STEPS, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor,
+          tasks: torch.Tensor | None = None, *, seed: int = 0, steps: int = STEPS,
+          device: torch.device | str = "cpu", precision: str = "fp32") -> None:
     """Train a locator in place: cross-entropy of its maps against where things are.
 
     A place between the centres of four cells counts for all four, so that the mean of the softmax
@@ -162,6 +170,7 @@ def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor, *, seed:
     Args:
         frames: (N, S, S, 3) uint8.
         places: (N, K, 2) from 0 to 1, NaN where a thing is not in the picture.
+        tasks: (N, ``task_dim``), what a locator that is told the task is told of each.
         precision: ``bf16`` or another, which means fp32.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -173,7 +182,7 @@ def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor, *, seed:
         chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
         images = augment_images(_floats(frames[chosen], device), "brightness", generator)
         with autocast:
-            maps = locator(images)
+            maps = locator(images, None if tasks is None else tasks[chosen].to(device))
         optimizer.zero_grad()
         cross_entropy(maps, places[chosen].to(device)).backward()
         optimizer.step()
@@ -200,11 +209,14 @@ def cross_entropy(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def errors(locator: Locator, frames: torch.Tensor, places: torch.Tensor,
+           tasks: torch.Tensor | None = None,
            device: torch.device | str = "cpu") -> torch.Tensor:
     """Distances (N, K) from where things are, as a share of the picture's side; NaN: not there."""
-    said = torch.cat([locator.points(locator(_floats(some, device))).cpu()
-                      for some in frames.split(256)])
-    return (said - places).norm(dim=-1)
+    said = []
+    for some in torch.arange(len(frames)).split(256):
+        told = None if tasks is None else tasks[some].to(device)
+        said.append(locator.points(locator(_floats(frames[some], device), told)).cpu())
+    return (torch.cat(said) - places).norm(dim=-1)
 
 
 @torch.inference_mode()
@@ -213,7 +225,7 @@ def found_places(policy, observations: Mapping) -> np.ndarray:
     locator = policy.encoders[schema.STILL_CAMERA].locator
     images = observations[schema.STILL_CAMERA]
     images = images.reshape(-1, *images.shape[-3:]).to(next(locator.parameters()))
-    return locator.points(locator(images)).cpu().numpy()
+    return locator.points(locator(images, policy.task(observations))).cpu().numpy()
 
 
 def _floats(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -235,19 +247,19 @@ def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measure
     path, known = Path(run) / "locator.safetensors", Path(run) / "scenes.json"
     with only_one(run, lock=".locator.lock"):  # of several processes one teaches
         if not path.exists():
-            files, new = (_scenes_of(split, config) for split in (trained_on, measured_on))
-            things = things_in(files)
-            seed, size = config.train.seed, config.model.image_size
+            known_scenes, new = (_scenes_of(split, config) for split in (trained_on, measured_on))
+            things = things_in(known_scenes)
+            seed = config.train.seed
             with torch.random.fork_rng():  # what follows is the same, taught now or before
                 torch.manual_seed(seed)
-                locator = Locator(len(things)).to(device)
-            frames, places = read_scenes(files, things, size)
-            teach(locator, frames, places, seed=seed, device=device, precision=precision)
-            frames, places = read_scenes(new, things, size)
-            distance = errors(locator, frames, places, device).nanquantile(
+                locator = Locator(len(things), task_dim(config.model)).to(device)
+            scenes = _with_tasks(known_scenes, things, config)
+            teach(locator, *scenes, seed=seed, device=device, precision=precision)
+            measured = _with_tasks(new, things, config)
+            distance = errors(locator, *measured, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
             write_json(known, {
-                "scenes": config.data.scenes * len(files), "measured_on": len(frames),
+                "scenes": len(scenes[0]), "measured_on": len(measured[0]),
                 "things": things, "median and 90 % error, share of the picture's side": {
                     thing: [None if math.isnan(value) else round(value, 4) for value in row]
                     for thing, row in zip(things, distance.tolist(), strict=True)}})
@@ -255,14 +267,28 @@ def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measure
                 save_file({name: weight.cpu().contiguous()
                            for name, weight in locator.state_dict().items()}, temporary)
     things = tuple(json.loads(known.read_text())["things"])
-    locator = Locator(len(things))
+    locator = Locator(len(things), task_dim(config.model))
     locator.load_state_dict(load_file(path))
     return things, locator
 
 
-def _scenes_of(split: Mapping, config: Config) -> list[Path]:
-    found = []
-    for task_id, file in zip(config.data.task_ids, split["files"], strict=True):
-        found += draw_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
-                             config.data.scenes)
-    return found
+def _scenes_of(split: Mapping, config: Config) -> dict[int, list[Path]]:
+    """The files of each task."""
+    return {task_id: draw_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
+                                 config.data.scenes)
+            for task_id, file in zip(config.data.task_ids, split["files"], strict=True)}
+
+
+def _with_tasks(scenes: Mapping[int, Sequence[Path]], things: Sequence[str], config: Config):
+    """Frames, places, and of each what a policy is told of its task (None: nothing)."""
+    read, tasks = [], []
+    for task_id, files in scenes.items():
+        read.append(read_scenes(files, things, config.model.image_size))
+        if config.model.conditioning == "language":
+            instruction = load_task(config.data.suite, task_id).language
+            told = torch.from_numpy(embed_instruction(instruction)).float()
+        else:
+            told = F.one_hot(torch.tensor(task_id), config.model.num_tasks).float()
+        tasks.append(told.expand(len(read[-1][0]), -1))
+    frames, places = map(torch.cat, zip(*read, strict=True))
+    return frames, places, torch.cat(tasks) if config.model.conditioning != "none" else None

@@ -43,6 +43,12 @@ class Recursion(NamedTuple):
     carry: torch.Tensor  # (B, ...) the block's own state, where another recursion can begin
 
 
+def task_dim(config: ModelConfig) -> int:
+    """How many numbers tell the task; 0: it is not told."""
+    return {"language": schema.LANGUAGE_DIM, "task_id": config.num_tasks, "none": 0}[
+        config.conditioning]
+
+
 class TRMPolicy(nn.Module):
     """Observations to actions: encoders, the shared block ``num_recursions`` times, action head.
 
@@ -77,7 +83,8 @@ class TRMPolicy(nn.Module):
             for camera in config.cameras
         })
         if config.keypoints:
-            self.encoders[schema.STILL_CAMERA] = KeypointEncoder(dim, len(config.keypoints))
+            self.encoders[schema.STILL_CAMERA] = KeypointEncoder(dim, len(config.keypoints),
+                                                                 task_dim(config))
         parts = len(config.cameras)
         if config.proprioception:
             parts += 1
@@ -116,10 +123,11 @@ class TRMPolicy(nn.Module):
         ``style`` (B, STYLE_DIM) is ACT's latent; None is zero.
         """
         size = self.config.image_size
-        parts = [
-            encoder(read_batch(observations, camera, (size, size, 3)))
-            for camera, encoder in self.encoders.items()
-        ]
+        parts = []
+        for camera, encoder in self.encoders.items():
+            images = read_batch(observations, camera, (size, size, 3))
+            parts.append(encoder(images, self.task(observations))
+                         if isinstance(encoder, KeypointEncoder) else encoder(images))
         if self.config.proprioception:
             proprio = read_batch(observations, "proprio", (schema.PROPRIO_DIM,))
             parts.append(self.proprio_mlp(proprio))
@@ -136,6 +144,14 @@ class TRMPolicy(nn.Module):
         parts = [part if part.ndim == 3 else part.unsqueeze(1) for part in parts]
         queries = self.action_queries.to(parts[0].dtype).expand(len(parts[0]), -1, -1)
         return torch.cat([*parts, queries], dim=1)
+
+    def task(self, observations: Mapping) -> torch.Tensor | None:
+        """What the policy is told of the task, (B, :func:`task_dim`): language, or one of many."""
+        if self.config.conditioning == "language":
+            return read_batch(observations, "language", (schema.LANGUAGE_DIM,))
+        if self.config.conditioning == "task_id":
+            return F.one_hot(read_batch(observations, "task_id", ()), self.config.num_tasks).float()
+        return None
 
     def recurse(self, x_cond: torch.Tensor, num_recursions: int | None = None,
                 carry: torch.Tensor | None = None) -> Recursion:
