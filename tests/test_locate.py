@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from trm_helpers import TRMPolicy, load_policy, locate, schema
 from trm_helpers.collect import collect_demonstrations
 from trm_helpers.config import from_flat
+from trm_helpers.language import embed_instruction
 from trm_helpers.layers import KeypointEncoder, Locator
 from trm_helpers.locate import cross_entropy, draw_scenes, errors, read_scenes, teach, things_in
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.sim import LiberoEnv, load_task
 from trm_helpers.validate import demo_names, open_demo_file
 
 NAN = float("nan")
@@ -53,7 +54,8 @@ def test_what_is_looked_for_depends_on_the_task():
     chosen = torch.where(tasks[:, 0] == 1, left, 1 - left)
     places = places[torch.arange(len(places)), chosen].unsqueeze(1)
     torch.manual_seed(0)
-    told, untold = Locator(1, 2), Locator(1)
+    told, untold = Locator(1, 2, 2), Locator(1)
+    told.known.copy_(torch.eye(2))
     new = torch.arange(len(frames)) % 10 == 0
     teach(told, frames[~new], places[~new], tasks[~new], steps=120)
     teach(untold, frames[~new], places[~new], steps=60)
@@ -61,12 +63,25 @@ def test_what_is_looked_for_depends_on_the_task():
     assert errors(untold, frames[new], places[new]).median() > 0.1
 
 
+def test_instructions_are_told_apart_also_in_other_words():
+    def told(suite):
+        return torch.stack([torch.from_numpy(embed_instruction(load_task(suite, task).language))
+                            for task in range(10)])
+
+    locator = Locator(1, 10, schema.LANGUAGE_DIM)
+    locator.known.copy_(told("libero_spatial"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert locator.which(locator.known).diagonal().min() > 0.95
+    same = locator.which(told("libero_spatial_lan")).argmax(1) == torch.arange(10)
+    assert same.sum() >= 8
+
+
 def test_a_policy_asks_its_locator_with_what_it_is_told():
     policy = TRMPolicy(from_flat(
         "tiny", cameras=[schema.STILL_CAMERA], keypoints=["object"], image_size=36,
-        conditioning="task_id", num_tasks=3, proprioception=False).model)
+        keypoint_tasks=3, conditioning="task_id", num_tasks=3, proprioception=False).model)
     locator = policy.encoders[schema.STILL_CAMERA].locator
-    torch.nn.init.normal_(locator.task.weight)
+    locator.known.copy_(torch.eye(3))
     seen = {schema.STILL_CAMERA: torch.rand(1, 36, 36, 3).expand(2, -1, -1, -1),
             "task_id": torch.tensor([0, 1])}
     first, second = locate.found_places(policy, seen)

@@ -130,6 +130,7 @@ class ModelConfig:
     image_size: int = schema.IMAGE_SIZE
     image_activation: str = "relu"  # relu, as documented; silu, of images centred on 0
     keypoints: tuple[str, ...] = ()  # all the agent view says: where these things are; see `scenes`
+    keypoint_tasks: int = 0  # that are known to what finds them
     proprioception: bool = False  # joint angles, finger positions, end-effector position
     conditioning: str = "none"  # none, task_id, language: how the policy is told its task
     num_tasks: int = 10  # size of the task embedding

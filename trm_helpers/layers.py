@@ -21,6 +21,7 @@ from .config import ModelConfig
 CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
 TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))  # ..., stride, padding
 STYLE_DIM = 32  # of ACT's latent
+TASK_TEMPERATURE = 0.001  # of the locator: instructions of a suite are alike to 0.995
 TOKEN_STRIDE = 8  # pixels per cell of the map that image tokens are cut from
 
 
@@ -99,11 +100,12 @@ class Locator(nn.Module):
 
     Convolutions to maps (B, K, H / 2, W / 2): fine ones of half the picture's size, for the place,
     beside coarse ones of a quarter of it, for what is there. H and W are multiples of 4. What is
-    looked for is a part in the task, as the object of the goal: the task (B, ``task_dim``), where
-    there is one, scales and shifts the coarse maps (FiLM, arXiv 1709.07871).
+    looked for is a part in the task, as the object of the goal: which of the ``known`` tasks
+    (T, ``task_dim``) it is told scales and shifts the coarse maps (FiLM, arXiv 1709.07871). It is
+    the one most alike, for instructions differ by little and come in other words.
     """
 
-    def __init__(self, count: int, task_dim: int = 0):
+    def __init__(self, count: int, num_tasks: int = 0, task_dim: int = 0):
         super().__init__()
 
         def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
@@ -112,7 +114,8 @@ class Locator(nn.Module):
         self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
         self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
                                     *convolution(64, 64, 3, 1))
-        self.task = nn.Linear(task_dim, 2 * 64) if task_dim else None
+        self.task = nn.Linear(num_tasks, 2 * 64) if num_tasks else None
+        self.register_buffer("known", torch.zeros(num_tasks, task_dim))
         self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
 
     def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,10 +123,16 @@ class Locator(nn.Module):
         fine = self.fine(rearrange(images, "b h w c -> b c h w"))
         coarse = self.coarse(fine)
         if self.task is not None:
-            scale, shift = self.task(task)[..., None, None].chunk(2, dim=1)
+            scale, shift = self.task(self.which(task))[..., None, None].chunk(2, dim=1)
             coarse = coarse * (1 + scale) + shift
         coarse = F.interpolate(coarse, scale_factor=2)
         return self.maps(torch.cat([fine, coarse], dim=1)).float()
+
+    def which(self, task: torch.Tensor) -> torch.Tensor:
+        """(B, T): how much it takes a task to be each of those that it knows."""
+        # no product of matrices, which autocast would round
+        alike = F.cosine_similarity(task.unsqueeze(1), self.known, dim=-1)
+        return (alike / TASK_TEMPERATURE).softmax(-1)
 
     @staticmethod
     def points(maps: torch.Tensor) -> torch.Tensor:
@@ -139,9 +148,9 @@ class Locator(nn.Module):
 class KeypointEncoder(nn.Module):
     """Images (B, H, W, 3) in [0, 1] to features (B, D), of nothing but where K things are."""
 
-    def __init__(self, hidden_dim: int, count: int, task_dim: int = 0):
+    def __init__(self, hidden_dim: int, count: int, num_tasks: int = 0, task_dim: int = 0):
         super().__init__()
-        self.locator = Locator(count, task_dim)
+        self.locator = Locator(count, num_tasks, task_dim)
         self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
                                      nn.Linear(hidden_dim, hidden_dim))
 

@@ -252,7 +252,7 @@ def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measure
             seed = config.train.seed
             with torch.random.fork_rng():  # what follows is the same, taught now or before
                 torch.manual_seed(seed)
-                locator = Locator(len(things), task_dim(config.model)).to(device)
+                locator = _locator(things, config).to(device)
             scenes = _with_tasks(known_scenes, things, config)
             teach(locator, *scenes, seed=seed, device=device, precision=precision)
             measured = _with_tasks(new, things, config)
@@ -267,9 +267,28 @@ def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measure
                 save_file({name: weight.cpu().contiguous()
                            for name, weight in locator.state_dict().items()}, temporary)
     things = tuple(json.loads(known.read_text())["things"])
-    locator = Locator(len(things), task_dim(config.model))
+    locator = _locator(things, config)
     locator.load_state_dict(load_file(path))
     return things, locator
+
+
+def _locator(things: Sequence[str], config: Config) -> Locator:
+    """One that knows the run's tasks, if the policy is told its task."""
+    told = [_told(task_id, config) for task_id in config.data.task_ids]
+    if config.model.conditioning == "none":
+        return Locator(len(things))
+    locator = Locator(len(things), len(told), task_dim(config.model))
+    locator.known.copy_(torch.stack(told))
+    return locator
+
+
+def _told(task_id: int, config: Config) -> torch.Tensor | None:
+    """What a policy is told of a task, (task_dim,)."""
+    if config.model.conditioning == "language":
+        return torch.from_numpy(embed_instruction(load_task(config.data.suite, task_id).language))
+    if config.model.conditioning == "task_id":
+        return F.one_hot(torch.tensor(task_id), config.model.num_tasks).float()
+    return None
 
 
 def _scenes_of(split: Mapping, config: Config) -> dict[int, list[Path]]:
@@ -284,11 +303,8 @@ def _with_tasks(scenes: Mapping[int, Sequence[Path]], things: Sequence[str], con
     read, tasks = [], []
     for task_id, files in scenes.items():
         read.append(read_scenes(files, things, config.model.image_size))
-        if config.model.conditioning == "language":
-            instruction = load_task(config.data.suite, task_id).language
-            told = torch.from_numpy(embed_instruction(instruction)).float()
-        else:
-            told = F.one_hot(torch.tensor(task_id), config.model.num_tasks).float()
-        tasks.append(told.expand(len(read[-1][0]), -1))
+        told = _told(task_id, config)
+        if told is not None:
+            tasks.append(told.expand(len(read[-1][0]), -1))
     frames, places = map(torch.cat, zip(*read, strict=True))
-    return frames, places, torch.cat(tasks) if config.model.conditioning != "none" else None
+    return frames, places, torch.cat(tasks) if tasks else None

@@ -83,8 +83,8 @@ class TRMPolicy(nn.Module):
             for camera in config.cameras
         })
         if config.keypoints:
-            self.encoders[schema.STILL_CAMERA] = KeypointEncoder(dim, len(config.keypoints),
-                                                                 task_dim(config))
+            self.encoders[schema.STILL_CAMERA] = KeypointEncoder(
+                dim, len(config.keypoints), config.keypoint_tasks, task_dim(config))
         parts = len(config.cameras)
         if config.proprioception:
             parts += 1

@@ -119,7 +119,8 @@ class BehaviorCloningTrainer:
             things, locator = taught_locator(
                 run, config, train_data.describe(), val_data.describe(), device=device,
                 precision=choose_precision(config.train.precision, device))
-            model = dataclasses.replace(model, keypoints=things)
+            model = dataclasses.replace(model, keypoints=things,
+                                        keypoint_tasks=len(locator.known))
         policy = TRMPolicy(model, train_data.normalizer, train_data.proprio_stats)
         if config.data.scenes:
             policy.encoders[schema.STILL_CAMERA].locator = locator.requires_grad_(False)
