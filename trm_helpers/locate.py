@@ -151,9 +151,9 @@ def things_in(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
     """All that is in the picture of some of the scenes, of each task so many files."""
     found = set()
     for path in itertools.chain(*scenes.values()):
-        with np.load(path) as scenes:
-            seen = ~np.isnan(scenes["places"]).all(axis=(0, 2))
-            found.update(map(str, scenes["things"][seen]))
+        with np.load(path) as file:
+            seen = ~np.isnan(file["places"]).all(axis=(0, 2))
+            found.update(map(str, file["things"][seen]))
     return sorted(found)
 
 
@@ -274,9 +274,9 @@ def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measure
 
 def _locator(things: Sequence[str], config: Config) -> Locator:
     """One that knows the run's tasks, if the policy is told its task."""
-    told = [_told(task_id, config) for task_id in config.data.task_ids]
     if config.model.conditioning == "none":
         return Locator(len(things))
+    told = [_told(task_id, config) for task_id in config.data.task_ids]
     locator = Locator(len(things), len(told), task_dim(config.model))
     locator.known.copy_(torch.stack(told))
     return locator
