@@ -38,9 +38,9 @@ _CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its ri
 # brings joint 7 near the middle of its range, minus 90 near its end.
 _YAWS = np.radians([0, 30, -30, 60, -60, 90])
 _ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
-# A rim is grasped at the same side where both will do. Decided by where the target is, to either
-# side of some line, a policy that has seen few scenes closes between the two, on nothing.
-_SAME_SIDE = 0.3
+# A rim is grasped at its left, seen from the arm, unless that is closed. Decided by what stands
+# where, a policy that has seen few scenes closes between the two sides, on nothing.
+_SAME_SIDE = 3.0
 _COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
 _ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
 _HANGS = 0.02  # metres: what is still this near after the retreat hangs on a finger, as a gable can
@@ -204,7 +204,7 @@ class PickPlaceExpert(Skill):
                 + 50.0 * sum(overreach(self.env, reached) for reached in (
                     position + offset, position + offset + self.style.hover * UP, place))
                 + abs(place[1]) + 0.1 * (1.0 + place[0])  # rather near the arm's own plane
-                + _SAME_SIDE * (side > 0)
+                + _SAME_SIDE * (side < 0)
             )
             grasps.append(Grasp(offset, float(yaw), bottom, key, cost))
         return grasps

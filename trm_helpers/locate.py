@@ -90,7 +90,7 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
     from .placement import place_widely
 
     env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
-    objects, goal = sorted(env.raw.obj_body_id), goal_things(env)
+    objects, goal = sorted(env.raw.obj_body_id), env.goal_things()
 
     def positions(things: Sequence[str]) -> np.ndarray:
         return np.array([env.object_position(thing) for thing in things])
@@ -112,16 +112,6 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
                             things=np.array([*goal, HAND]))
-
-
-def goal_things(env: LiberoEnv) -> dict[str, str]:
-    """Objects and fixtures that the goal is about, itself or a region of theirs, by their part."""
-    things, sites = {}, env.raw.object_sites_dict
-    for number, predicate in enumerate(env.raw.parsed_problem["goal_state"], start=1):
-        for part, name in zip(("object", "target"), predicate[1:], strict=False):
-            things[part if number == 1 else f"{part} {number}"] = (
-                name if name in env.raw.obj_body_id else sites[name].parent_name)
-    return things
 
 
 def _places(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from .sim import LiberoEnv
 
 _MARGIN = 0.05  # metres beyond the regions that the task itself uses
 _STRETCH = 0.05  # metres beyond the comfortable reach, as far as LIBERO goes
+_AT_HOME = 0.5  # of what the goal is not about: what stands beside its object stands there often
 _TRIES = 200  # positions for one object before all begin anew
 _ROUNDS = 50
 
@@ -23,7 +24,8 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
                  staying: Collection[str] = ()) -> None:
     """Move what stands on the task's table or floor to free places that the arm can reach.
 
-    The places are drawn uniformly over the rectangle around all of the task's regions. Things may
+    What the goal is about always moves, each other thing in half of the scenes. The places are
+    drawn uniformly over the rectangle around all of the task's regions. Things may
     stand side by side, and as far out as in LIBERO's own scenes. Fixtures stay, and so does what
     lies on or in another thing, with the thing; and an object of the goal that is told from others
     of its kind by where it is, as the bowl of LIBERO-Spatial, for the others stand elsewhere.
@@ -38,7 +40,9 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
         RuntimeError: no free places found.
     """
     low, high = _area(env)
-    names = [name for name in _free_to_move(env) if name not in staying]
+    goal = env.goal_things().values()
+    names = [name for name in _free_to_move(env) if name not in staying
+             and (name in goal or generator.random() >= _AT_HOME)]
     obstacles = [_footprint(env, name) for name in env.raw.obj_body_id if name not in names]
     largest_first = sorted(names, key=lambda name: -np.prod(np.diff(_footprint(env, name), axis=0)))
     for _ in range(_ROUNDS):

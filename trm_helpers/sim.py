@@ -322,6 +322,18 @@ class LiberoEnv:
                  for name in predicate[1:])
         return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
 
+    def goal_things(self) -> dict[str, str]:
+        """Objects and fixtures that the goal is about, itself or a region of theirs, by their part.
+
+        The parts are ``object`` and ``target``, of a second predicate ``object 2`` and so on.
+        """
+        things, sites = {}, self.raw.object_sites_dict
+        for number, predicate in enumerate(self.raw.parsed_problem["goal_state"], start=1):
+            for part, name in zip(("object", "target"), predicate[1:], strict=False):
+                things[part if number == 1 else f"{part} {number}"] = (
+                    name if name in self.raw.obj_body_id else sites[name].parent_name)
+        return things
+
     def object_rotation(self, name: str) -> np.ndarray:
         """Rotation matrix (3, 3) now of an object or fixture named in the BDDL file."""
         return np.array(self.sim.data.body_xmat[self._body(name)]).reshape(3, 3)
