@@ -177,6 +177,17 @@ def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
 
 
 @pytest.mark.sim
+@pytest.mark.parametrize("task_id", [0, 1, 2])
+def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(task_id):
+    with LiberoEnv("libero_spatial", task_id) as env:
+        sides = []
+        for seed in range(6):
+            env.reset(seed=seed, placement="wide")
+            sides.append(make_expert(env).grasp.key[1])
+        assert sides == [1.0] * 6
+
+
+@pytest.mark.sim
 def test_a_grasp_that_closes_on_nothing_is_tried_again():
     """The object slips 6 cm away when the fingers begin to close for the first time."""
     with LiberoEnv("libero_object", 5) as env:

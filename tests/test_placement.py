@@ -60,6 +60,20 @@ def test_objects_are_spread_and_stand_free_within_reach(env):
     np.testing.assert_allclose(again, places[5], atol=1e-9)
 
 
+def test_what_the_goal_is_about_always_moves_and_all_else_in_half_of_the_scenes(env):
+    moved = []
+    for seed in range(8):
+        places = []
+        for placement in ("benchmark", "wide"):
+            env.reset(seed=seed, placement=placement)
+            places.append([env.object_position(name)[:2] for name in _free_to_move(env)])
+        moved.append(np.linalg.norm(np.diff(places, axis=0)[0], axis=1) > 0.01)
+    goal = np.isin(_free_to_move(env), ["alphabet_soup_1", "basket_1"])
+    moved = np.array(moved)
+    assert goal.sum() == 2 and moved[:, goal].all()
+    assert 0.3 < moved[:, ~goal].mean() < 0.7
+
+
 def solved(env, seeds):
     """How many of the wide placements the expert solves."""
     count = 0

@@ -89,7 +89,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
         apart: write into :func:`robustness_folder`, as perturbed episodes and those of another
             suite always are, and leave what the run has alone.
         wide: in place of the official init states, which are one scene a task, as many placements
-            with the objects anywhere within reach (:func:`placement.place_widely`); also apart.
+            as :func:`placement.place_widely` draws; also apart.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions

@@ -2,7 +2,7 @@
 
 A demonstration shows one placement of its objects in a hundred pictures; to find them in a picture
 takes thousands of placements. One more costs no physics: the robot as in some step of a
-demonstration, the objects anywhere within reach, one picture, and where in it they are.
+demonstration, the objects elsewhere, one picture, and where in it they are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BATCH, _LR = 64, 3e-3
 # --- scenes --------------------------------------------------------------------------------------
 def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], per_demo: int, *,
                 workers: int | None = None) -> list[Path]:
-    """Pictures of a task's objects anywhere within reach, around each demonstration.
+    """Pictures of a task's objects in wide placements, around each demonstration.
 
     Each file, ``data/scenes/<suite>/<task>/<checksum of the demonstration>-<per_demo>.npz``, holds
     ``frames`` (n, H, W, 3) uint8, upside down as in demonstrations, ``places`` (n, things, 2),

@@ -1,4 +1,4 @@
-"""Wide placements: the objects of a task anywhere within reach, not where the benchmark has them.
+"""Wide placements: the goal's objects anywhere within reach, not where the benchmark has them.
 
 A policy that always saw an object in the same five centimetres can succeed without looking at it.
 """
@@ -25,11 +25,11 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
     """Move what stands on the task's table or floor to free places that the arm can reach.
 
     What the goal is about always moves, each other thing in half of the scenes. The places are
-    drawn uniformly over the rectangle around all of the task's regions. Things may
-    stand side by side, and as far out as in LIBERO's own scenes. Fixtures stay, and so does what
-    lies on or in another thing, with the thing; and an object of the goal that is told from others
-    of its kind by where it is, as the bowl of LIBERO-Spatial, for the others stand elsewhere.
-    Orientations stay too.
+    drawn uniformly over the rectangle around all of the task's regions. Things may stand side by
+    side, and as far out as in LIBERO's own scenes. Fixtures stay, and so does what lies on or in
+    another thing, with the thing; and an object of the goal that is told from others of its kind by
+    where it is, as the bowl of LIBERO-Spatial, for the others stand elsewhere. Orientations stay
+    too.
 
     Args:
         env: the environment, just reset, before the objects settle.

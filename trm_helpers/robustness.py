@@ -1,7 +1,7 @@
 """What is left of a policy's success when something changes: one card per run.
 
 The plain episodes, each of :data:`perturbations.PERTURBATIONS` on the same init states, scenes with
-the objects anywhere within reach, and the four LIBERO-PRO suites that vary the policy's own.
+the goal's objects anywhere within reach, and the four LIBERO-PRO suites that vary the policy's own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def changes_of(suite: str) -> dict[str, Change]:
     changes = [Change(PLAIN, "nothing changed", suite)]
     changes += [Change(name, perturbation.title, suite, name)
                 for name, perturbation in PERTURBATIONS.items()]
-    changes.append(Change(WIDE, "objects anywhere within reach", suite))
+    changes.append(Change(WIDE, "the goal's objects anywhere within reach", suite))
     changes += [Change(variation, f"LIBERO-PRO: {schema.VARIATIONS[variation]}", varied)
                 for varied, (base, variation) in schema.PRO_SUITES.items() if base == suite]
     return {change.name: change for change in changes}

