@@ -5,7 +5,16 @@ import pytest
 
 from trm_helpers.experts import make_expert
 from trm_helpers.geometry import overreach
-from trm_helpers.placement import _STRETCH, _area, _footprint, _free_to_move, _overlap
+from trm_helpers.placement import (
+    _STRETCH,
+    _area,
+    _footprint,
+    _free_to_move,
+    _in_sight,
+    _move,
+    _overlap,
+)
+from trm_helpers.schema import STILL_CAMERA
 from trm_helpers.sim import LiberoEnv
 
 pytestmark = pytest.mark.sim
@@ -72,6 +81,23 @@ def test_what_the_goal_is_about_always_moves_and_all_else_in_half_of_the_scenes(
     moved = np.array(moved)
     assert goal.sum() == 2 and moved[:, goal].all()
     assert 0.3 < moved[:, ~goal].mean() < 0.7
+
+
+def test_what_the_goal_is_about_is_in_sight():
+    """A plate behind the cabinet would not be in any picture."""
+    with LiberoEnv("libero_spatial", 0) as env:
+        env.reset(seed=0)
+        assert _in_sight(env, "plate_1", ())
+        cabinet, eye = env.object_position("wooden_cabinet_1"), env.camera_position(STILL_CAMERA)
+        plate = env.object_position("plate_1")
+        way = cabinet[:2] - eye[:2]
+        behind = cabinet[:2] + 0.25 * way / np.linalg.norm(way)
+        _move(env, {"plate_1": behind - plate[:2]})
+        assert not _in_sight(env, "plate_1", ())
+        assert _in_sight(env, "plate_1", {"wooden_cabinet_1"})
+        for seed in range(8):
+            env.reset(seed=seed, placement="wide")
+            assert _in_sight(env, "plate_1", ())
 
 
 def solved(env, seeds):

@@ -36,6 +36,7 @@ from .validate import open_demo_file
 
 HAND = "hand"  # the point between the fingers, a thing like the others
 _MOVED = 0.01  # metres from where it began: what the robot has moved stays where it is
+_AS_SHOWN = 0.5  # of the scenes have the target where the demonstration has it, under its object
 STEPS = 1500  # of teaching
 _BATCH, _LR = 64, 3e-3
 
@@ -105,7 +106,10 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
         for step in generator.integers(len(states), size=count):
             env.set_state(states[step])
             moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
-            place_widely(env, generator, set(np.array(objects)[moved]))
+            staying = set(np.array(objects)[moved])
+            if generator.random() < _AS_SHOWN:
+                staying.add(goal.get("target"))
+            place_widely(env, generator, staying)
             frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
             places.append(_places(env, np.array([*positions(goal.values()),
                                                  env.end_effector()])))

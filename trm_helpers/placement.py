@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from . import schema
 from .geometry import Boxes, geoms_of, overreach
 from .sim import LiberoEnv
 
@@ -29,12 +30,12 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
     side, and as far out as in LIBERO's own scenes. Fixtures stay, and so does what lies on or in
     another thing, with the thing; and an object of the goal that is told from others of its kind by
     where it is, as the bowl of LIBERO-Spatial, for the others stand elsewhere. Orientations stay
-    too.
+    too. No thing hides what has been moved of the goal's from the agent view.
 
     Args:
         env: the environment, just reset, before the objects settle.
         generator: of the places.
-        staying: names of objects that are not moved.
+        staying: names of objects that are not moved, and may hide others.
 
     Raises:
         RuntimeError: no free places found.
@@ -47,17 +48,33 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
     largest_first = sorted(names, key=lambda name: -np.prod(np.diff(_footprint(env, name), axis=0)))
     for _ in range(_ROUNDS):
         moves = _draw(env, largest_first, obstacles, low, high, generator)
-        if moves is not None:
-            break
-    else:
-        raise RuntimeError(f"{env.task.name}: no free places for {', '.join(names)} in {_ROUNDS} "
-                           "rounds; expected room for all within the arm's reach")
+        if moves is None:
+            continue
+        _move(env, moves)
+        if all(_in_sight(env, name, staying) for name in names if name in goal):
+            return
+        _move(env, {name: -move for name, move in moves.items()})
+    raise RuntimeError(f"{env.task.name}: no free places for {', '.join(names)} in {_ROUNDS} "
+                       "rounds; expected room for all within the arm's reach, the goal's in sight")
+
+
+def _move(env: LiberoEnv, moves: dict[str, np.ndarray]) -> None:
+    """Move objects by so much (2,) in metres."""
     for name, move in moves.items():
         joint = env.raw.get_object(name).joints[-1]
         position = env.sim.data.get_joint_qpos(joint).copy()
         position[:2] += move
         env.sim.data.set_joint_qpos(joint, position)
     env.sim.forward()
+
+
+def _in_sight(env: LiberoEnv, name: str, ignored: Collection[str]) -> bool:
+    """Whether nothing stands between a thing's middle and the still camera; the robot may."""
+    others = [other for other in env.raw.obj_body_id if other != name and other not in ignored]
+    boxes = Boxes.of_geoms(env, geoms_of(env, *others))
+    low, high = Boxes.of_geoms(env, geoms_of(env, name)).bounds()
+    way = np.linspace((low + high) / 2, env.camera_position(schema.STILL_CAMERA), 200)
+    return boxes.share_inside(way) == 0
 
 
 def _draw(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] | None:

@@ -295,13 +295,17 @@ class LiberoEnv:
         NaN for what is behind the camera; pixels outside of the frame are given as well.
         """
         model, data = self.sim.model, self.sim.data
-        index = model.camera_name2id(schema.CAMERAS[camera].removesuffix("_image"))
+        index = self._camera(camera)
         axes = data.cam_xmat[index].reshape(3, 3)  # columns: right, up, backwards
         right, up, back = ((points - data.cam_xpos[index]) @ axes).T
         focal = self.image_size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)  # pixels
         depth = np.where(back < 0, -back, np.nan)
         centre = (self.image_size - 1) / 2  # rows and columns are counted at pixels' centres
         return np.stack([centre + focal * right / depth, centre - focal * up / depth], axis=1)
+
+    def camera_position(self, camera: str) -> np.ndarray:
+        """Position (3,) in metres now of a camera."""
+        return np.array(self.sim.data.cam_xpos[self._camera(camera)])
 
     def fingers(self) -> float:
         """Distance between the fingers in metres: 0.08 is open."""
@@ -339,6 +343,9 @@ class LiberoEnv:
         return np.array(self.sim.data.body_xmat[self._body(name)]).reshape(3, 3)
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _camera(self, name: str) -> int:
+        return self.sim.model.camera_name2id(schema.CAMERAS[name].removesuffix("_image"))
 
     def _body(self, name: str) -> int:
         try:
