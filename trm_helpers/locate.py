@@ -36,7 +36,7 @@ from .validate import open_demo_file
 
 HAND = "hand"  # the point between the fingers, a thing like the others
 _MOVED = 0.01  # metres from where it began: what the robot has moved stays where it is
-_AS_SHOWN = 0.5  # of the scenes have the target where the demonstration has it, under its object
+_AS_SHOWN = 0.5  # of the scenes have the goal's things as in the demonstration: under the hand
 STEPS = 1500  # of teaching
 _BATCH, _LR = 64, 3e-3
 
@@ -108,7 +108,7 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
             moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
             staying = set(np.array(objects)[moved])
             if generator.random() < _AS_SHOWN:
-                staying.add(goal.get("target"))
+                staying.update(goal.values())
             place_widely(env, generator, staying)
             frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
             places.append(_places(env, np.array([*positions(goal.values()),
