@@ -229,8 +229,6 @@ def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration):
         frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
     assert frames.shape == (8, 128, 128, 3) and frames.dtype == np.uint8
     assert things == ["object", "target", "hand"]  # the goal's, not what else is there
-    spread = np.nanstd(places, axis=0).mean(axis=1)[things.index("target")]
-    assert spread > 0.05  # of the picture's side
     with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
         env.reset()
         demo = file[schema.DATA_GROUP][names[0]]
@@ -238,7 +236,9 @@ def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration):
         env.set_state(demo["states"][0])
         [basket] = locate._places(env, env.object_position("basket_1")[None])
     shift = np.linalg.norm(places[:, things.index("target")] - basket, axis=1)
-    assert 0 < (shift < 0.005).sum() < len(shift)  # in half of them as the demonstration has it
+    as_shown = shift < 0.005  # of the picture's side
+    assert 0 < as_shown.sum() < len(shift)  # in half of them it is where the demonstration has it
+    assert shift[~as_shown].max() > 0.05
     assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
     assert path.stat().st_mtime_ns == written
     other = draw_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
