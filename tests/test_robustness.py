@@ -227,7 +227,8 @@ def test_wide_placements_are_other_scenes_each(trained, monkeypatch):
     class Watched(LiberoEnv):
         def reset(self, **asked):
             observation = super().reset(**asked)
-            places.append(self.object_position("alphabet_soup_1"))
+            places.append(np.concatenate([self.object_position(name)
+                                          for name in ("alphabet_soup_1", "basket_1")]))
             return observation
 
     monkeypatch.setattr(evaluate, "LiberoEnv", Watched)
