@@ -38,7 +38,7 @@ _CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its ri
 # brings joint 7 near the middle of its range, minus 90 near its end.
 _YAWS = np.radians([0, 30, -30, 60, -60, 90])
 _ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
-# A rim is grasped at its left, seen from the arm, unless that is closed. Decided by what stands
+# A rim is lifted at its left, seen from the arm, unless that is closed. Decided by what stands
 # where, a policy that has seen few scenes closes between the two sides, on nothing.
 _SAME_SIDE = 3.0
 _COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
@@ -204,7 +204,7 @@ class PickPlaceExpert(Skill):
                 + 50.0 * sum(overreach(self.env, reached) for reached in (
                     position + offset, position + offset + self.style.hover * UP, place))
                 + abs(place[1]) + 0.1 * (1.0 + place[0])  # rather near the arm's own plane
-                + _SAME_SIDE * (side < 0)
+                + _SAME_SIDE * (side < 0 and not self._slides)
             )
             grasps.append(Grasp(offset, float(yaw), bottom, key, cost))
         return grasps
