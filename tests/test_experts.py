@@ -167,6 +167,7 @@ def test_what_is_dropped_is_grasped_again():
 def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
     with LiberoEnv("libero_spatial", 2) as env:
         env.reset(seed=1)
+        assert make_expert(env).grasp.key[1] == 1.0  # turned, for a plate that is far out
         grasps, joint = [], env.raw.objects_dict["plate_1"].joints[0]
         for place in ([0.07, 0.2], [0.06, 0.04], [-0.2, -0.17]):
             pose = env.sim.data.get_joint_qpos(joint)
