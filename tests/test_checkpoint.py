@@ -99,7 +99,9 @@ def test_the_policies_that_come_with_the_repository_load_and_act(name):
     policy = load_policy(name)
     policy.reset()
     action = policy.act({**observation(), "eye_in_hand_rgb": observation(1)["agentview_rgb"],
-                         "ee_ori": np.zeros(3), "task_id": 0})
+                         "ee_ori": np.zeros(3), "task_id": 0,
+                         "language": "pick up the black bowl from table center and place it on "
+                                     "the plate"})
     assert action.shape == (7,) and np.isfinite(action).all() and np.abs(action).max() <= 1
 
 
