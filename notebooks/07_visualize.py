@@ -40,7 +40,7 @@ from trm_helpers import (
 )
 from trm_helpers.checkpoint import find_run, held_out, load_config
 from trm_helpers.collect import ensure_demonstrations
-from trm_helpers.depth import depth_card, depth_rows, plot_depth_card
+from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards
 from trm_helpers.files import write_json
 from trm_helpers.report import write_report
 from trm_helpers.robustness import plot_card
@@ -135,7 +135,7 @@ if depth_episodes:
                weights=weights, task_ids=task_ids or ())
 for path in run.glob("depth.json"):
     card = json.loads(path.read_text())
-    display(pd.DataFrame(depth_rows(card)), plot_depth_card(card))
+    display(pd.DataFrame(depth_rows(card)), plot_depth_cards({card["run"]: card}))
 
 # %% [markdown]
 # ## What is left when something changes?

@@ -11,7 +11,7 @@ from walking import CountingPolicy, StraightRoad
 from trm_helpers import depth, evaluate
 from trm_helpers.__main__ import main
 from trm_helpers.config import EvalConfig, ModelConfig
-from trm_helpers.depth import depth_card, depth_rows, plot_depth_card, ways_to_think
+from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards, ways_to_think
 from trm_helpers.rollout import phases
 
 CONFIG = EvalConfig(num_episodes=4, horizon=4, num_videos=0)
@@ -85,7 +85,7 @@ def test_a_card_counts_and_compares(run):
     assert stops["by_phase"] == pytest.approx({"reach": (2 + 3 * 1.5) / 4, "grasp": (2 + 1.5) / 2})
     assert depth_rows(card)[1]["successes"] == "2 of 4"
     assert depth_rows(card)[3]["in carry"] == ""
-    left, middle, right = plot_depth_card(card).axes
+    left, middle, right = plot_depth_cards({"one": card}).axes
     assert right.get_title() == "Where does it think longer?"
     assert len(left.containers) == 5
     assert imageio.imread(run / "figures" / "depth_in_control.png").std() > 5

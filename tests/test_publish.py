@@ -77,3 +77,6 @@ def test_depth_cards_of_several_policies_make_one_table(publish):
     names = [line.split(" | ")[0] for line in text.splitlines()[2:]]
     assert names[0] == "| trm, as trained" and "| other, fixed 1" in names
     assert len(names) == 2 * len(one["card"]["rows"])
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert labels[:4] == ["trm", "other", "as trained", "another depth"]
+    assert labels.count("another depth") == 1 and "fixed 1" not in labels

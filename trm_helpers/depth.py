@@ -7,6 +7,7 @@ recursion early, and with the state carried over from one decision to the next.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from .stats import paired_mcnemar
 THRESHOLDS = (1e-4, 1e-3)  # of the convergence rule: 1e-3 is the published one
 _NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
 _RECURSIVE = ("block", "trm")
+_OTHER_DEPTH = "another depth"
+_MARKERS = "osD^vPX*"
 
 
 class ChangedPolicy(NamedTuple):
@@ -135,7 +138,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
             "first_init_state": config.first_init_state, "protocol": config.protocol,
             "rows": rows, "software": results["software"]}
     write_json(run / "depth.json", card)
-    save_figure(plot_depth_card(card), run / "figures" / "depth_in_control.png")
+    save_figure(plot_depth_cards({run.name: card}), run / "figures" / "depth_in_control.png")
     return card
 
 
@@ -162,38 +165,65 @@ def depth_rows(card: Mapping) -> list[dict]:
 
 
 @styled
-def plot_depth_card(card: Mapping) -> Figure:
-    """Success and time by the recursions used; where in an episode the rules think longer."""
-    rows = card["rows"]
-    adaptive = [row for row in rows
-                if max(row["by_phase"].values()) - min(row["by_phase"].values()) > 1e-9]
+def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
+    """Success and time by the recursions used; where in an episode the rules think longer.
+
+    Args:
+        cards: by name. Of one policy each way to think has a colour; of several each policy has
+            one, each kind of way a marker, and a line joins what it does at fixed depths.
+    """
+    several = len(cards) > 1
+    first = next(iter(cards.values()))
+    kinds = list(dict.fromkeys(_kind(row["name"], several)
+                               for card in cards.values() for row in card["rows"]))
+    adaptive = [row for card in cards.values() for row in card["rows"] if _adaptive(row)]
     fig = new_figure(9.5 if not adaptive else 13, 4.2)
     panels = fig.subplots(1, 3 if adaptive else 2)
-    used = [row["mean_recursions"] for row in rows]
-    for number, row in enumerate(rows):
-        colour, marker = PALETTE[number % len(PALETTE)], "osD^vPX*"[number % 8]
-        rate = 100 * row["success_rate"]
-        panels[0].errorbar(
-            used[number], rate, color=colour, marker=marker, capsize=3,
-            yerr=[[max(rate - 100 * row["wilson_low"], 0)],
-                  [max(100 * row["wilson_high"] - rate, 0)]], label=row["name"])
-        panels[1].plot(row["action_ms"], rate, color=colour, marker=marker, linestyle="")
-    panels[0].axvline(card["trained_depth"], color=GREY, linestyle=":")
+    for policy, (name, card) in enumerate(cards.items()):
+        aside = 0.08 * (policy - (len(cards) - 1) / 2)
+        for row in card["rows"]:
+            kind = kinds.index(_kind(row["name"], several))
+            look = {"color": PALETTE[(policy if several else kind) % len(PALETTE)],
+                    "marker": _MARKERS[kind % len(_MARKERS)]}
+            rate = 100 * row["success_rate"]
+            panels[0].errorbar(
+                row["mean_recursions"] + aside, rate, capsize=3,
+                yerr=[[max(rate - 100 * row["wilson_low"], 0)],
+                      [max(100 * row["wilson_high"] - rate, 0)]], **look)
+            panels[1].plot(row["action_ms"], rate, linestyle="", **look)
+            if _adaptive(row):
+                panels[2].plot(list(row["by_phase"]), list(row["by_phase"].values()), **look)
+        if several:
+            at_depth = sorted((row["mean_recursions"] + aside, 100 * row["success_rate"])
+                              for row in card["rows"] if not _adaptive(row)
+                              and _kind(row["name"], several) in ("as trained", _OTHER_DEPTH))
+            panels[0].plot(*zip(*at_depth, strict=True), color=PALETTE[policy % len(PALETTE)],
+                           linewidth=1, alpha=0.6)
+            panels[0].plot([], [], color=PALETTE[policy % len(PALETTE)], linewidth=5, label=name)
+    for number, kind in enumerate(kinds):
+        panels[0].plot([], [], linestyle="", label=kind, marker=_MARKERS[number % len(_MARKERS)],
+                       color=GREY if several else PALETTE[number % len(PALETTE)])
+    panels[0].axvline(first["trained_depth"], color=GREY, linestyle=":")
     panels[0].set(xlabel="recursions used, mean over the steps (dotted: trained)",
                   title="Does thinking longer help?")
     panels[1].set(xlabel="milliseconds per executed action", title="What does it cost?")
     for axes in panels[:2]:
         axes.set(ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104))
-    for row in adaptive:
-        number = rows.index(row)
-        panels[2].plot(list(row["by_phase"]), list(row["by_phase"].values()),
-                       color=PALETTE[number % len(PALETTE)], marker="osD^vPX*"[number % 8])
     if adaptive:
         panels[2].set(xlabel="phase of the episode", ylabel="recursions used, mean",
                       title="Where does it think longer?")
     count_axis(panels[0].xaxis)
-    tasks = ", ".join(map(str, card["task_ids"]))
-    fig.suptitle(f"{card['run']} in control: {card['suite']}, task {tasks}, "
-                 f"{rows[0]['episodes']} episodes each")
+    fig.suptitle(f"{f'{len(cards)} policies' if several else first['run']} in control: "
+                 f"{first['suite']}, task {', '.join(map(str, first['task_ids']))}, "
+                 f"{first['rows'][0]['episodes']} episodes each")
     fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
+
+
+def _kind(name: str, several: bool) -> str:
+    return re.sub(r"^\w+ \d+$", _OTHER_DEPTH, name) if several else name
+
+
+def _adaptive(row: Mapping) -> bool:
+    """Does it take more recursions in one phase of the episode than in another?"""
+    return max(row["by_phase"].values()) - min(row["by_phase"].values()) > 1e-9

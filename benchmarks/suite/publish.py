@@ -34,7 +34,7 @@ from policies import POLICIES  # noqa: E402
 from trm_helpers import plots  # noqa: E402
 from trm_helpers.checkpoint import find_run  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
-from trm_helpers.depth import depth_rows, plot_depth_card  # noqa: E402
+from trm_helpers.depth import depth_rows, plot_depth_cards  # noqa: E402
 from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.films import FPS, write_grid
 from trm_helpers.paths import repo_root  # noqa: E402
@@ -155,10 +155,11 @@ def show_cards(stored: list[dict]):
     if kind == "robustness":
         return markdown(robustness_lines(cards)), plot_cards(cards)
     if kind == "depth":
-        merged = together(cards)
-        rows = depth_rows(merged)
+        before = {label: f"{label}, " if len(cards) > 1 else "" for label in cards}
+        rows = [{**row, "recursion": before[label] + row["recursion"]}
+                for label, card in cards.items() for row in depth_rows(card)]
         return markdown([list(rows[0]), *(list(row.values()) for row in rows)]), \
-            plot_depth_card(merged)
+            plot_depth_cards(cards)
     (only,) = cards.values()  # of probes one to a group
     lines = [["state", *only["quantities"]]]
     lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
@@ -177,16 +178,6 @@ def cell(row: dict | None) -> str:
     """Rate with its interval, and how the failures failed where that is known."""
     told = [rate_in_short(row), failures_in_short(row)] if row else []
     return "; ".join(filter(None, told))
-
-
-def together(cards: dict[str, dict]) -> dict:
-    """One depth card of several policies, whose labels stand before the names of the rows."""
-    first = next(iter(cards.values()))
-    if len(cards) == 1:
-        return first
-    rows = [{**row, "name": f"{label}, {row['name']}"}
-            for label, card in cards.items() for row in card["rows"]]
-    return {**first, "run": f"{len(cards)} policies", "rows": rows}
 
 
 def by_kind(cards: dict[str, dict]) -> dict[str, dict[int, dict]]:
