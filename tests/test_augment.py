@@ -80,6 +80,25 @@ def test_brightness_is_clamped():
     assert out.max() == 1.0 and (out == 1.0).any() and out.min() >= 0.95 * 0.8 - 1e-6
 
 
+def test_colours_are_turned_about_grey_in_half_of_the_samples():
+    colour = torch.tensor([0.6, 0.5, 0.4])
+    images = colour.expand(4000, 2, 2, 3).clone()
+    out = augment_images(images, "colour", seeded())
+    assert torch.allclose(out, out[:, :1, :1].expand_as(out), atol=1e-6)
+    pixel = out[:, 0, 0]
+    grey = pixel.mean(1, keepdim=True)
+    chroma = (pixel - grey) / (2 * grey)  # without the brightness
+    before = colour - 0.5
+    stretch = chroma.norm(dim=1) / before.norm()
+    turned = (chroma - before).norm(dim=1) > 1e-5
+    assert abs(turned.float().mean() - 0.5) < 4 * (0.25 / 4000) ** 0.5
+    assert 0.5 - 1e-4 < stretch[turned].min() < 0.55 and 1.45 < stretch[turned].max() < 1.5 + 1e-4
+    cosine = (chroma @ before) / chroma.norm(dim=1) / before.norm()
+    assert 0.5 - 1e-4 < cosine[turned].min() < 0.52  # up to 60 degrees
+    plain = augment_images(torch.full((200, 2, 2, 3), 0.5), "colour", seeded())
+    assert torch.allclose(plain, plain[..., :1].expand_as(plain), atol=1e-6)  # grey stays grey
+
+
 def position(out):
     """Undo the brightness with the constant third channel: row and column in [0, 1]."""
     return out[..., :2] / (2 * out[..., 2:])
@@ -170,7 +189,7 @@ def test_images_need_not_be_square():
 @pytest.mark.parametrize(
     ("images", "mode", "message"),
     [
-        (torch.rand(1, 4, 4, 3), "rotate", "mode='rotate'.*none, brightness, reference, shift"),
+        (torch.rand(1, 4, 4, 3), "rotate", "mode=.rotate..*none, brightness, colour"),
         (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), "shift", "torch.uint8; expected"),
         (torch.rand(4, 4, 3), "shift", r"shape \(4, 4, 3\)"),
         (torch.rand(1, 3, 4, 4), "shift", r"shape \(1, 3, 4, 4\)"),

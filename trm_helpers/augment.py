@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-AUGMENTATIONS = ("none", "brightness", "reference", "shift", "cutout")
+AUGMENTATIONS = ("none", "brightness", "colour", "reference", "shift", "cutout")
 BRIGHTNESS = (0.8, 1.2)
 BRIGHTNESS_PROBABILITY = 0.5
+COLOUR_PROBABILITY = 0.5
+HUE = math.pi / 3  # either way: red up to yellow or magenta, and never to green or blue
+SATURATION = (0.5, 1.5)
 CROP_FRACTION = 0.9  # of the side
 CROP_PROBABILITY = 0.3
 SHIFT_FRACTION = 4 / 64  # of the side: DrQ's 4 pixels (arXiv 2004.13649), there of 84
@@ -46,12 +51,14 @@ def augment_images(
     on the generator's device, so that a CPU generator gives the same ones whatever the images'.
 
     ``none`` returns the images. ``brightness`` multiplies by a number in [0.8, 1.2] with
-    probability 0.5; ``reference`` does and, with probability 0.3, enlarges a random crop of 90 % of
-    each side to the full size. ``shift`` has the same brightness and, in place of the crop, a
-    random shift by whole pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv
-    2004.13649). ``cutout`` is ``shift``, and with probability 0.5 a rectangle of one colour, all
-    at random, covers part of it (RAD, arXiv 2004.14990): something else may stand there. Raises
-    ``ValueError`` for another mode, shape or type.
+    probability 0.5. ``colour`` does and, with probability 0.5, turns all hues by one angle of up to
+    60 degrees and multiplies their saturation by a number in [0.5, 1.5]. ``reference`` changes
+    brightness and, with probability 0.3, enlarges a random crop of 90 % of each side to the full
+    size. ``shift`` has the same brightness and, in place of the crop, a random shift by whole
+    pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv 2004.13649). ``cutout`` is
+    ``shift``, and with probability 0.5 a rectangle of one colour, all at random, covers part of it
+    (RAD, arXiv 2004.14990): something else may stand there. Raises ``ValueError`` for another mode,
+    shape or type.
     """
     if mode not in AUGMENTATIONS:
         raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(AUGMENTATIONS)}")
@@ -66,6 +73,8 @@ def augment_images(
     frames = _change_brightness(frames, generator)
     if mode == "brightness":
         return frames.reshape(images.shape)
+    if mode == "colour":
+        return _change_colours(frames, generator).reshape(images.shape)
     frames = _crop(frames, generator) if mode == "reference" else _shift(frames, generator)
     if mode == "cutout":
         frames = _cut_out(frames, generator)
@@ -82,6 +91,19 @@ def _change_brightness(frames: torch.Tensor, generator: torch.Generator) -> torc
     factor = _uniform(len(frames), *BRIGHTNESS, generator)
     factor = torch.where(chosen, factor, 1.0).to(frames.device, frames.dtype)
     return (frames * factor.view(-1, 1, 1, 1, 1)).clamp_(0, 1)
+
+
+def _change_colours(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn and stretch some samples' colours about the grey axis; grey stays as it is."""
+    chosen = _uniform(len(frames), 0, 1, generator) < COLOUR_PROBABILITY
+    angle = _uniform(len(frames), -HUE, HUE, generator).view(-1, 1, 1)
+    saturation = _uniform(len(frames), *SATURATION, generator).view(-1, 1, 1)
+    grey = torch.full((3, 3), 1 / 3, device=generator.device)
+    colour = torch.eye(3, device=generator.device) - grey
+    across = colour.roll(1, 0) - colour.roll(-1, 0)  # of (1, 1, 1) with a colour, by sqrt(3)
+    turned = grey + saturation * (angle.cos() * colour + angle.sin() * across / 3 ** 0.5)
+    matrix = torch.where(chosen.view(-1, 1, 1), turned, torch.eye(3, device=generator.device))
+    return torch.einsum("bthwc,bdc->bthwd", frames, matrix.to(frames)).clamp_(0, 1)
 
 
 def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

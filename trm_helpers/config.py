@@ -74,7 +74,7 @@ class DataConfig:
     sequence_length: int = 1  # T: consecutive steps in one sample
     alignment: str = "auto"  # auto: the file's own attribute, else measured; raw; shift
     normalize_actions: str = "zscore"  # zscore, minmax, none; never applied to the gripper
-    augmentation: str = "reference"  # none, brightness, reference (+ crop), shift, cutout
+    augmentation: str = "reference"  # none, brightness, colour, reference (+ crop), shift, cutout
     scenes: int = 0  # drawn around each demonstration, to learn first where things are; 0: none
     storage: str = "ram"  # of the frames: ram, mmap (read when needed), gpu
     data_seed: int = 0  # split and collection

@@ -63,9 +63,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         image_size: H = W in pixels; stored images are resized once, by area.
         normalize_actions: ``zscore``, ``minmax`` or ``none``; True and False mean the first and
             the last.
-        augmentation: ``none``, ``brightness``, ``reference``, ``shift`` or ``cutout``: see
-            :func:`augment_images`.
-        still: cameras whose pictures are not moved: they get ``brightness`` at most.
+        augmentation: ``none``, ``brightness``, ``colour``, ``reference``, ``shift`` or ``cutout``:
+            see :func:`augment_images`.
+        still: cameras whose pictures are not moved: of ``reference``, ``shift`` and ``cutout`` they
+            get the brightness.
         max_demos_per_task: the first so many demonstrations of each file; 0 takes all.
         cameras: names of `schema.CAMERAS`.
         proprioception: add ``proprio``: P = 12, the values of `schema.PROPRIO_KEYS`.
@@ -303,7 +304,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         if not as_bytes:
             for camera, frames in observations.items():
                 mode = self.augmentation
-                if camera in self.still and mode != "none":
+                if camera in self.still and mode not in ("none", "colour"):
                     mode = "brightness"
                 observations[camera] = augment_images(frames, mode,
                                                       generator or torch.default_generator)

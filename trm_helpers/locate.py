@@ -158,8 +158,8 @@ def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor,
     """Train a locator in place: cross-entropy of its maps against where things are.
 
     A place between the centres of four cells counts for all four, so that the mean of the softmax
-    is right to a fraction of a cell. AdamW, one cycle of the learning rate, brightness changed at
-    random.
+    is right to a fraction of a cell. AdamW, one cycle of the learning rate, brightness and colours
+    changed at random: a plate with another rim is a plate.
 
     Args:
         frames: (N, S, S, 3) uint8.
@@ -174,7 +174,7 @@ def teach(locator: Locator, frames: torch.Tensor, places: torch.Tensor,
                               enabled=precision == "bf16")
     for _ in tqdm(range(steps), desc="learning where things are", unit="step"):
         chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
-        images = augment_images(_floats(frames[chosen], device), "brightness", generator)
+        images = augment_images(_floats(frames[chosen], device), "colour", generator)
         with autocast:
             maps = locator(images, None if tasks is None else tasks[chosen].to(device))
         optimizer.zero_grad()
