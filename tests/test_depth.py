@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -10,8 +11,16 @@ from walking import CountingPolicy, StraightRoad
 
 from trm_helpers import depth, evaluate
 from trm_helpers.__main__ import main
+from trm_helpers.checkpoint import held_out, load_policy
 from trm_helpers.config import EvalConfig, ModelConfig
-from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards, ways_to_think
+from trm_helpers.depth import (
+    action_errors,
+    depth_card,
+    depth_rows,
+    plot_depth_cards,
+    ways_to_think,
+)
+from trm_helpers.explain import depth_curve
 from trm_helpers.rollout import phases
 
 CONFIG = EvalConfig(num_episodes=4, horizon=4, num_videos=0)
@@ -44,6 +53,8 @@ def run(trained, monkeypatch):
     assert config.num_recursions == 2
     monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
     monkeypatch.setattr(depth, "load_policy", lambda *_: Thinker(config))
+    errors = {"as trained": [0.2, 0.1, 0.3], "fixed 1": [0.4, 0.3, 0.5]}
+    monkeypatch.setattr(depth, "action_errors", lambda *_: errors)
     monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
     return trained
 
@@ -85,11 +96,29 @@ def test_a_card_counts_and_compares(run):
     assert stops["by_phase"] == pytest.approx({"reach": (2 + 3 * 1.5) / 4, "grasp": (2 + 1.5) / 2})
     assert depth_rows(card)[1]["successes"] == "2 of 4"
     assert depth_rows(card)[3]["in carry"] == ""
-    left, middle, right = plot_depth_cards({"one": card}).axes
+    assert [row["action error"] for row in depth_rows(card)] == ["0.2000", "0.4000", "", "", ""]
+    left, _, error, right = plot_depth_cards({"one": card}).axes
     assert right.get_title() == "Where does it think longer?"
-    assert len(left.containers) == 5
+    assert (len(left.containers), len(error.containers)) == (5, 2)
     assert imageio.imread(run / "figures" / "depth_in_control.png").std() > 5
     assert not (run / "episodes.jsonl").exists()
+
+
+def test_action_errors_are_of_what_each_way_answers(trained):
+    config = depth.load_config(trained)
+    ways = ways_to_think(config.model, [1, 4], [1e-3])
+    found = action_errors(trained, config, ways)
+    assert list(found) == ["as trained", "fixed 1", "fixed 4", "convergence below 0.001, at most 4"]
+    policy = load_policy(trained)
+    files = json.loads((trained / "policy.json").read_text())["trained_on"]["files"]
+    data = held_out(trained, {0: files[0]["file"]}, config, policy)
+    curve = depth_curve(policy, data, [1, 2, 4], len(data))
+    for name, error, interval in zip(("fixed 1", "as trained", "fixed 4"), curve["arm_error"],
+                                     curve["arm_interval"], strict=True):
+        assert found[name] == pytest.approx([error, *interval])
+    assert found["fixed 1"][0] != found["fixed 4"][0]
+    Path(files[0]["file"]).unlink()
+    assert action_errors(trained, config, ways) == {}
 
 
 def test_what_was_played_is_not_played_again(run, monkeypatch):
@@ -128,3 +157,4 @@ def test_the_command_in_the_simulator(trained, capsys):
     rows = json.loads((trained / "depth.json").read_text())["rows"]
     assert [row["mean_recursions"] for row in rows][:2] == [2, 3]
     assert all(row["episodes"] == 1 and row["mean_length"] == 6 for row in rows)
+    assert [row["action_error"] is None for row in rows] == [False, False, False, True]

@@ -7,6 +7,7 @@ recursion early, and with the state carried over from one decision to the next.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from .checkpoint import find_run, load_config, load_policy
-from .config import EvalConfig, ModelConfig
+from .checkpoint import find_run, held_out, load_config, load_policy
+from .config import Config, EvalConfig, ModelConfig
 from .evaluate import digest, evaluate_episodes, official_episodes
 from .files import read_jsonl, write_json
 from .plots import GREY, PALETTE, count_axis, new_figure, save_figure, styled
@@ -28,6 +29,7 @@ THRESHOLDS = (1e-4, 1e-3)  # of the convergence rule: 1e-3 is the published one
 _NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
 _RECURSIVE = ("block", "trm")
 _OTHER_DEPTH = "another depth"
+_SAMPLES = 2048  # of the held-out demonstrations
 _MARKERS = "osD^vPX*"
 
 
@@ -38,7 +40,7 @@ class ChangedPolicy(NamedTuple):
     weights: str
     changes: tuple[tuple[str, float | str], ...]
 
-    def make(self, env: LiberoEnv) -> Policy:
+    def make(self, env: LiberoEnv | None = None) -> Policy:
         policy = load_policy(self.run, self.weights)
         policy.config = dataclasses.replace(policy.config, **dict(self.changes))
         policy.reset()
@@ -63,6 +65,32 @@ def ways_to_think(trained: ModelConfig, depths: Sequence[int],
     return ways | {"as trained, state carried over": {"carry_over": not trained.carry_over}}
 
 
+def action_errors(run: Path, trained: Config, ways: Mapping[str, Mapping],
+                  weights: str = "best") -> dict[str, list[float]]:
+    """How far the arm's command is from the demonstrator's, in demonstrations not trained on.
+
+    Returns, for each of the ways that tell (one decision alone carries nothing over), the mean
+    absolute error of the first action's six numbers in the environment's units, and its 95 %
+    interval over the samples: [mean, low, high]. Nothing where a file that the run was trained on
+    is no longer where it was.
+    """
+    from .explain import depth_curve
+
+    described = json.loads((run / "policy.json").read_text())["trained_on"]["files"]
+    files = {task_id: Path(file["file"])
+             for task_id, file in zip(trained.data.task_ids, described, strict=True)}
+    if not all(path.is_absolute() and path.exists() for path in files.values()):
+        return {}
+    data = held_out(run, files, trained, load_policy(run, weights))
+    found = {}
+    for name, changes in ways.items():
+        if "carry_over" not in changes:
+            policy = ChangedPolicy(run, weights, tuple(changes.items())).make()
+            curve = depth_curve(policy, data, [policy.config.num_recursions], _SAMPLES)
+            found[name] = [*curve["arm_error"], *curve["arm_interval"][0]]
+    return found
+
+
 def depth_card(run: str | Path, depths: Iterable[int] = (),
                thresholds: Iterable[float] = THRESHOLDS, config: EvalConfig | None = None,
                weights: str = "best", task_ids: Iterable[int] = (),
@@ -82,9 +110,10 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
 
     Returns:
         what ``depth.json`` holds: ``rows``, one for each way, with its successes, episodes, rate,
-        Wilson interval, mean length, mean recursions, of the whole episode and ``by_phase``, and
-        milliseconds per executed action, and against the policy as trained the ``gap`` and
-        ``p_value`` of :func:`stats.paired_mcnemar`; and the conditions.
+        Wilson interval, mean length, mean recursions, of the whole episode and ``by_phase``,
+        milliseconds per executed action, ``action_error`` of :func:`action_errors`, and against
+        the policy as trained the ``gap`` and ``p_value`` of :func:`stats.paired_mcnemar`; and the
+        conditions.
 
     Raises:
         ValueError: the policy does not recurse, a depth below 1, or a name in ``only`` that is
@@ -109,6 +138,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     task_ids = tuple(task_ids) or trained.data.task_ids
     identity = {"weights": weights, "sha256": digest(run / f"{weights}.safetensors")}
     planned = official_episodes(trained.data.suite, task_ids, config)
+    errors = action_errors(run, trained, ways, weights)
     rows: list[dict] = []
     as_trained: list[dict] = []
     for name, changes in ways.items():
@@ -130,6 +160,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
                                       if phase in row["recursions_by_phase"])
                          for phase in PHASES
                          if any(phase in row["recursions_by_phase"] for row in episodes)},
+            "action_error": errors.get(name),
             "action_ms": _mean(row["action_ms"] for row in episodes),
             "gap": test["difference"] if rows else None,
             "p_value": test["p_value"] if rows else None})
@@ -149,7 +180,7 @@ def _mean(values: Iterable[float]) -> float:
 # --- shown ---------------------------------------------------------------------------------------
 def depth_rows(card: Mapping) -> list[dict]:
     """A table's rows on a card, in percent, points and milliseconds."""
-    return [{
+    table = [{
         "recursion": row["name"],
         "successes": f"{row['successes']} of {row['episodes']}",
         "95 % Wilson interval (%)": f"{100 * row['wilson_low']:.0f} to "
@@ -159,9 +190,14 @@ def depth_rows(card: Mapping) -> list[dict]:
         "mean recursions": f"{row['mean_recursions']:.1f}",
         **{f"in {phase}": f"{row['by_phase'][phase]:.1f}" if phase in row["by_phase"] else ""
            for phase in PHASES},
+        "action error": f"{row['action_error'][0]:.4f}" if row.get("action_error") else "",
         "ms per action": f"{row['action_ms']:.1f}",
         "length": f"{row['mean_length']:.0f}",
     } for row in card["rows"]]
+    if not any(row["action error"] for row in table):  # the demonstrations were not there
+        for row in table:
+            del row["action error"]
+    return table
 
 
 @styled
@@ -174,11 +210,13 @@ def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
     """
     several = len(cards) > 1
     first = next(iter(cards.values()))
-    kinds = list(dict.fromkeys(_kind(row["name"], several)
-                               for card in cards.values() for row in card["rows"]))
-    adaptive = [row for card in cards.values() for row in card["rows"] if _adaptive(row)]
-    fig = new_figure(9.5 if not adaptive else 13, 4.2)
-    panels = fig.subplots(1, 3 if adaptive else 2)
+    rows = [row for card in cards.values() for row in card["rows"]]
+    kinds = list(dict.fromkeys(_kind(row["name"], several) for row in rows))
+    shown = ["success", "cost"]
+    shown += ["error"] if any(row.get("action_error") for row in rows) else []
+    shown += ["phases"] if any(map(_adaptive, rows)) else []
+    fig = new_figure(4.3 * len(shown) + 0.6, 4.2)
+    panels = dict(zip(shown, fig.subplots(1, len(shown)), strict=True))
     for policy, (name, card) in enumerate(cards.items()):
         aside = 0.08 * (policy - (len(cards) - 1) / 2)
         for row in card["rows"]:
@@ -186,37 +224,51 @@ def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
             look = {"color": PALETTE[(policy if several else kind) % len(PALETTE)],
                     "marker": _MARKERS[kind % len(_MARKERS)]}
             rate = 100 * row["success_rate"]
-            panels[0].errorbar(
-                row["mean_recursions"] + aside, rate, capsize=3,
+            used = row["mean_recursions"] + aside
+            panels["success"].errorbar(
+                used, rate, capsize=3, **look,
                 yerr=[[max(rate - 100 * row["wilson_low"], 0)],
-                      [max(100 * row["wilson_high"] - rate, 0)]], **look)
-            panels[1].plot(row["action_ms"], rate, linestyle="", **look)
+                      [max(100 * row["wilson_high"] - rate, 0)]])
+            panels["cost"].plot(row["action_ms"], rate, linestyle="", **look)
+            if row.get("action_error"):
+                mean, low, high = row["action_error"]
+                panels["error"].errorbar(used, mean, [[mean - low], [high - mean]], capsize=3,
+                                         **look)
             if _adaptive(row):
-                panels[2].plot(list(row["by_phase"]), list(row["by_phase"].values()), **look)
+                panels["phases"].plot(list(row["by_phase"]), list(row["by_phase"].values()),
+                                      **look)
         if several:
+            colour = PALETTE[policy % len(PALETTE)]
             at_depth = sorted((row["mean_recursions"] + aside, 100 * row["success_rate"])
                               for row in card["rows"] if not _adaptive(row)
                               and _kind(row["name"], several) in ("as trained", _OTHER_DEPTH))
-            panels[0].plot(*zip(*at_depth, strict=True), color=PALETTE[policy % len(PALETTE)],
-                           linewidth=1, alpha=0.6)
-            panels[0].plot([], [], color=PALETTE[policy % len(PALETTE)], linewidth=5, label=name)
+            panels["success"].plot(*zip(*at_depth, strict=True), color=colour, linewidth=1,
+                                   alpha=0.6)
+            panels["success"].plot([], [], color=colour, linewidth=5, label=name)
     for number, kind in enumerate(kinds):
-        panels[0].plot([], [], linestyle="", label=kind, marker=_MARKERS[number % len(_MARKERS)],
-                       color=GREY if several else PALETTE[number % len(PALETTE)])
-    panels[0].axvline(first["trained_depth"], color=GREY, linestyle=":")
-    panels[0].set(xlabel="recursions used, mean over the steps (dotted: trained)",
-                  title="Does thinking longer help?")
-    panels[1].set(xlabel="milliseconds per executed action", title="What does it cost?")
-    for axes in panels[:2]:
-        axes.set(ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104))
-    if adaptive:
-        panels[2].set(xlabel="phase of the episode", ylabel="recursions used, mean",
-                      title="Where does it think longer?")
-    count_axis(panels[0].xaxis)
+        panels["success"].plot([], [], linestyle="", marker=_MARKERS[number % len(_MARKERS)],
+                               color=GREY if several else PALETTE[number % len(PALETTE)],
+                               label=kind)
+    for name, title in (("success", "Does thinking longer help?"),
+                        ("error", "Does it answer better?")):
+        if name in panels:
+            panels[name].axvline(first["trained_depth"], color=GREY, linestyle=":")
+            panels[name].set(title=title,
+                             xlabel="recursions used, mean over the steps (dotted: trained)")
+            count_axis(panels[name].xaxis)
+    panels["cost"].set(xlabel="milliseconds per executed action", title="What does it cost?")
+    for name in ("success", "cost"):
+        panels[name].set(ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104))
+    if "error" in panels:
+        panels["error"].set(ylabel="mean absolute error of the arm's command, 95 %")
+        panels["error"].set_ylim(bottom=0)
+    if "phases" in panels:
+        panels["phases"].set(xlabel="phase of the episode", ylabel="recursions used, mean",
+                             title="Where does it think longer?")
     fig.suptitle(f"{f'{len(cards)} policies' if several else first['run']} in control: "
                  f"{first['suite']}, task {', '.join(map(str, first['task_ids']))}, "
                  f"{first['rows'][0]['episodes']} episodes each")
-    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*panels["success"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
 
