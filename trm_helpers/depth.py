@@ -215,8 +215,11 @@ def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
     shown = ["success", "cost"]
     shown += ["error"] if any(row.get("action_error") for row in rows) else []
     shown += ["phases"] if any(map(_adaptive, rows)) else []
-    fig = new_figure(4.3 * len(shown) + 0.6, 4.2)
-    panels = dict(zip(shown, fig.subplots(1, len(shown)), strict=True))
+    rows_of_panels = 1 + (len(shown) > 3)
+    columns = len(shown) // rows_of_panels
+    fig = new_figure(4.3 * columns + 0.6, 3.4 * rows_of_panels + 0.8)
+    axes = fig.subplots(rows_of_panels, columns, squeeze=False)
+    panels = dict(zip(shown, axes.flat, strict=True))
     for policy, (name, card) in enumerate(cards.items()):
         aside = 0.08 * (policy - (len(cards) - 1) / 2)
         for row in card["rows"]:
@@ -260,7 +263,7 @@ def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
     for name in ("success", "cost"):
         panels[name].set(ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104))
     if "error" in panels:
-        panels["error"].set(ylabel="mean absolute error of the arm's command, 95 %")
+        panels["error"].set(ylabel="error of the arm's command (mean absolute)")
         panels["error"].set_ylim(bottom=0)
     if "phases" in panels:
         panels["phases"].set(xlabel="phase of the episode", ylabel="recursions used, mean",
