@@ -3,16 +3,16 @@
     python benchmarks/suite/publish.py add spatial-all RUN RUN ...
     python benchmarks/suite/publish.py card look-or-remember "wide placements" RUN/robustness.json
     python benchmarks/suite/publish.py ship spatial-trm RUN
-    python benchmarks/suite/publish.py strip spatial RUN
+    python benchmarks/suite/publish.py strip spatial FOLDER
     python benchmarks/suite/publish.py write
 
 ``add`` writes ``docs/results/<group>/<run>.json``, ``card`` a run's depth.json, robustness.json or
 probes.json to ``docs/recursion/<group>/<label>.json``, ``ship`` a policy for ``load_policy`` to
-``pretrained/<name>``, ``strip`` a success of each task side by side, as a GIF that plays within a
-page, to ``docs/images/<name>.gif``. ``write`` makes what stands between the marks
-``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and
-``docs/images/<group>.png``. Cards whose labels begin with a number, "10 with recoveries", are of as
-many demonstrations and drawn against that number.
+``pretrained/<name>``, ``strip`` a success of each task side by side, from a folder with
+results.json and videos, as a GIF that plays within a page, to ``docs/images/<name>.gif``. ``write``
+makes what stands between the marks ``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and
+docs/recursion.md, and ``docs/images/<group>.png``. Cards whose labels begin with a number, "10 with
+recoveries", are of as many demonstrations and drawn against that number.
 """
 
 import argparse
@@ -91,20 +91,20 @@ def ship(name: str, run_name: str) -> None:
     write_json(folder / "policy.json", described)
 
 
-def strip(name: str, run_name: str) -> None:
-    run = find_run(run_name)
-    results = json.loads((run / "results.json").read_text())
+def strip(name: str, folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
     films, labels = [], []
     for task in results["tasks"]:
         names = f"{task['suite']}-task{task['task_id']}-init*.mp4"
-        films += sorted((run / "videos" / "success").glob(names))[:1]
-        labels.append(f"task {task['task_id']}: {task['successes']} of {task['episodes']}")
+        films += sorted((folder / "videos" / "success").glob(names))[:1]
+        many = f": {task['successes']} of {task['episodes']}" if task["episodes"] > 1 else ""
+        labels.append(f"task {task['task_id']}{many}")
     if len(films) < len(labels):
-        sys.exit(f"{run / 'videos'} has successes of {len(films)} tasks; "
+        sys.exit(f"{folder / 'videos'} has successes of {len(films)} tasks; "
                  f"expected all {len(labels)}")
-    with tempfile.TemporaryDirectory() as folder:
-        film = write_grid(Path(folder) / "strip.mp4", films, labels, [True] * len(films),
-                          _STRIP_COLUMNS)
+    with tempfile.TemporaryDirectory() as scratch:
+        film = write_grid(Path(scratch) / "strip.mp4", films, labels, [True] * len(films),
+                          min(_STRIP_COLUMNS, len(films)))
         frames = [Image.fromarray(frame) for frame in imageio.mimread(film, memtest=False)]
     frames = [*frames[:-1:_STRIP_EVERY], frames[-1]]
     size = [round(_STRIP_SCALE * side) for side in frames[0].size]
@@ -306,7 +306,7 @@ def main() -> None:
     shipping.add_argument("run")
     stripping = commands.add_parser("strip")
     stripping.add_argument("name")
-    stripping.add_argument("run")
+    stripping.add_argument("folder", type=Path)
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "add":
@@ -316,7 +316,7 @@ def main() -> None:
     elif given.command == "ship":
         ship(given.name, given.run)
     elif given.command == "strip":
-        strip(given.name, given.run)
+        strip(given.name, given.folder)
     else:
         write()
 
