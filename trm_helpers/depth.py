@@ -134,6 +134,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         if name not in ways:
             raise ValueError(f"only={name!r} is not valid; expected one of "
                              f"{'; '.join(ways)}")
+    first = next(iter(ways))  # what the others are compared with
+    ways = {name: changes for name, changes in ways.items() if name in (first, *only)}
     config = dataclasses.replace(config or trained.eval, num_videos=0, perturbation="none")
     task_ids = tuple(task_ids) or trained.data.task_ids
     identity = {"weights": weights, "sha256": digest(run / f"{weights}.safetensors")}
@@ -142,8 +144,6 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     rows: list[dict] = []
     as_trained: list[dict] = []
     for name, changes in ways.items():
-        if rows and name not in only:  # the first is what the others are compared with
-            continue
         folder = run / "depth" / name.replace(",", "").replace(" ", "-")
         results = evaluate_episodes(ChangedPolicy(run, weights, tuple(changes.items())), identity,
                                     folder, config, trained.data.suite, planned)
