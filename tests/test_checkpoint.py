@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -121,6 +122,18 @@ def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
         rebuilt.reset()
         original.reset()
         assert np.array_equal(rebuilt.act(observation(seed)), original.act(observation(seed)))
+
+
+def test_the_digest_is_of_the_bytes_that_were_loaded(trained, monkeypatch):
+    file, load = trained / "best.safetensors", checkpoint.load
+    content = file.read_bytes()
+
+    def replaced_meanwhile(given):
+        file.write_bytes(b"other weights")
+        return load(given)
+
+    monkeypatch.setattr(checkpoint, "load", replaced_meanwhile)
+    assert load_policy(trained).sha256 == hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_damaged_and_foreign_weights_are_refused(trained):

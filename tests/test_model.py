@@ -1,6 +1,7 @@
 """The policy: architecture against hand-computed numbers, recursion, halting, loss, control."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -514,6 +515,30 @@ def test_temporal_ensembling_averages_what_chunks_say_of_a_step():
     assert said == pytest.approx(expected, abs=1e-6)
     policy.reset()
     assert policy.act(CountingObservation())[0] == pytest.approx(-0.4)
+
+
+@pytest.mark.parametrize("ensembling", [False, True])
+def test_the_execution_horizon_is_one_fact(ensembling):
+    config = small(chunk=4, execution_horizon=1, temporal_ensembling=ensembling)
+    policy, seen = TRMPolicy(config), CountingObservation()
+    set_output(policy, [value for value in (0.1, 0.2, 0.3, 0.4) for _ in range(7)])
+    policy.act(seen)
+    policy.execution_horizon = 3
+    assert (policy.execution_horizon, policy.config.execution_horizon) == (3, 3)
+    said = [policy.act(seen)[0] for _ in range(3)]
+    old, new = 1 / (1 + math.exp(-0.01)), math.exp(-0.01) / (1 + math.exp(-0.01))
+    # the first chunk, made a step before, says 0.2, 0.3 and 0.4 of these three
+    expected = [old * late + new * now for late, now in ((0.2, 0.1), (0.3, 0.2), (0.4, 0.3))]
+    assert said == pytest.approx(expected if ensembling else [0.1, 0.2, 0.3], abs=1e-6)
+    looks = seen.read.count("agentview_rgb")
+    policy.reset()
+    for _ in range(6):
+        policy.act(seen)
+    assert seen.read.count("agentview_rgb") == looks + 2
+    policy.config = dataclasses.replace(policy.config, execution_horizon=2)
+    assert policy.execution_horizon == 2
+    with pytest.raises(ValueError, match="execution_horizon=5 is not valid; expected 1 to chunk=4"):
+        policy.execution_horizon = 5
 
 
 def test_carry_over_begins_where_the_last_decision_ended():

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from . import paths
 from .config import Config, ModelConfig
 from .data import LIBERODataset
-from .files import replacing, write_json
+from .files import digest, replacing, write_json
 from .model import TRMPolicy
 from .normalize import ActionNormalizer
 from .preflight import software_versions
@@ -161,6 +161,9 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
         weights: ``best`` (lowest validation loss or, where rollouts chose, most successes) or
             ``last``.
 
+    Returns:
+        the policy; its ``sha256`` is the digest of the weights file as it was read.
+
     Raises:
         FileNotFoundError: no such run or weights.
         ValueError: the weights are damaged, or belong to another configuration than
@@ -178,12 +181,14 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     path = run / f"{weights}.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
+    content = path.read_bytes()  # once: the digest is of what is loaded, whoever writes meanwhile
     try:
-        state = load_file(path)
+        state = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     _refuse_other_weights(path, state, policy.state_dict())
     policy.load_state_dict(state)
+    policy.sha256 = digest(content)
     return policy.to(device).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -40,6 +41,11 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     return Path(path)
+
+
+def digest(content: bytes) -> str:
+    """First 16 hexadecimal digits of the SHA-256: what results name weights and code by."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def append_jsonl(path: str | os.PathLike, row: dict) -> None:

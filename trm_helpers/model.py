@@ -5,6 +5,7 @@ Shape letters: B batch, T time, K chunk, H W image, N tokens, D hidden, P propri
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -111,7 +112,7 @@ class TRMPolicy(nn.Module):
             nn.init.constant_(self.halt.bias, -5.0)
         self.head = ActionHead(config)
         self.last_depth: torch.Tensor | None = None  # (B,) of the last forward pass
-        self.execution_horizon = config.execution_horizon
+        self.sha256 = ""  # digest of the weights file it was loaded from
         self.last_recursions = 0  # of the last decision in act
         self.reset()
 
@@ -363,10 +364,21 @@ class TRMPolicy(nn.Module):
 
     # --- control -------------------------------------------------------------------------------
 
+    @property
+    def execution_horizon(self) -> int:
+        """Actions executed per decision, as ``config`` has it; may be set at any time."""
+        return self.config.execution_horizon
+
+    @execution_horizon.setter
+    def execution_horizon(self, steps: int) -> None:
+        self.config = dataclasses.replace(self.config, execution_horizon=steps)
+
     def reset(self) -> None:
         """Start an episode: forget what is left of the last chunk, older chunks and the carry."""
         self._planned: deque[np.ndarray] = deque()
-        self._chunks: deque[np.ndarray] = deque()  # (K, 7) each, the oldest first, for ensembling
+        # for ensembling, the oldest first: the step a chunk (K, 7) begins at, and the chunk
+        self._chunks: deque[tuple[int, np.ndarray]] = deque()
+        self._steps = 0  # planned so far, of ensembling
         self._carry: torch.Tensor | None = None
         self.last_chunk: np.ndarray | None = None  # (K, 7) of the last decision, before rounding
 
@@ -421,18 +433,16 @@ class TRMPolicy(nn.Module):
         Zhao et al. 2023 (ACT, arXiv 2304.13705): an average with weights exp(-decay * i), i = 0
         for the oldest prediction.
         """
-        horizon = self.config.execution_horizon
-        self._chunks.append(chunk)
-        if len(self._chunks) > -(-len(chunk) // horizon):  # older ones do not reach this far
+        self._chunks.append((self._steps, chunk))
+        while self._chunks[0][0] + len(chunk) <= self._steps:  # does not reach this far
             self._chunks.popleft()
         planned = []
-        for step in range(horizon):
-            said = [older[age * horizon + step]
-                    for age, older in zip(range(len(self._chunks) - 1, -1, -1), self._chunks,
-                                          strict=True)
-                    if age * horizon + step < len(older)]
+        for step in range(self._steps, self._steps + self.execution_horizon):
+            said = [older[step - begun] for begun, older in self._chunks
+                    if step - begun < len(older)]
             weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(said), dtype=np.float32))
             planned.append(np.average(said, axis=0, weights=weights))
+        self._steps += len(planned)
         return np.stack(planned).astype(np.float32)
 
 
