@@ -92,7 +92,7 @@ def test_a_shipped_policy_is_copied_before_anything_is_written_beside_it(
 
 @pytest.mark.parametrize("name", shipped_policies())
 def test_the_policies_that_come_with_the_repository_load_and_act(name):
-    folder = paths.repo_root() / name
+    folder = paths.shipped("pretrained").parent / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
     assert (folder / "README.md").exists()
     assert "/" not in json.loads((folder / "policy.json").read_text())[

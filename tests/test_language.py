@@ -137,7 +137,7 @@ def test_a_new_instruction_is_embedded_near_its_paraphrase():
 
 
 def test_a_missing_table_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(language.paths, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(language, "TABLE", tmp_path / "task_embeddings.npz")
     language._table.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"task_embeddings.npz.*-m trm_helpers.language"):
         embedding_table()

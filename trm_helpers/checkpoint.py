@@ -107,7 +107,7 @@ def find_run(run_name: str = "") -> Path:
     root = paths.artifacts_dir()
     if run_name in shipped_policies() and not (root / run_name).exists():
         with replacing(root / run_name) as temporary:
-            shutil.copytree(paths.repo_root() / run_name, temporary)
+            shutil.copytree(paths.shipped("pretrained").parent / run_name, temporary)
     trained = sorted(root.glob("*/policy.json"), key=lambda path: path.stat().st_mtime)
     names = [path.parent.name for path in trained] + shipped_policies()
     if not run_name and trained:
@@ -121,9 +121,8 @@ def find_run(run_name: str = "") -> Path:
 
 def shipped_policies() -> list[str]:
     """``pretrained/<name>`` of each policy that comes with the repository."""
-    root = paths.repo_root()
-    described = root.glob("pretrained/*/policy.json")
-    return sorted(str(path.parent.relative_to(root)) for path in described)
+    described = paths.shipped("pretrained").glob("*/policy.json")
+    return sorted(f"pretrained/{path.parent.name}" for path in described)
 
 
 def load_config(run: str | Path) -> Config:

@@ -36,6 +36,12 @@ def artifacts_dir() -> Path:
     return _folder("TRM_ARTIFACTS_DIR", "artifacts")
 
 
+def shipped(folder: str) -> Path:
+    """``notebooks`` or ``pretrained``: inside an installed wheel, beside the package in a checkout."""
+    inside = Path(__file__).resolve().parent / folder
+    return inside if inside.is_dir() else repo_root() / folder
+
+
 def notebooks_dir() -> Path:
-    """The eight notebooks of the checkout."""
-    return repo_root() / "notebooks"
+    """The eight notebooks."""
+    return shipped("notebooks")

@@ -154,6 +154,9 @@ def _execute(parent: int, source: Path, output: Path, parameters: dict,
         os.dup2(file, 1)
         os.dup2(file, 2)
     os.environ.update(environment or {})
+    # absolute: the kernel works in the notebook's folder
+    os.environ["TRM_DATA_DIR"] = str(paths.data_dir())
+    os.environ["TRM_ARTIFACTS_DIR"] = str(paths.artifacts_dir())
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # before a python3 kernel in the user's home
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # each refresh is stored in the executed copy
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm: text is wanted
