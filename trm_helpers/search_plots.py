@@ -6,6 +6,7 @@ All take the rows of `search.run_search`, best first, and the names of what was 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -80,7 +81,10 @@ def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, flo
     study.add_trials([optuna.create_trial(params={name: trial[name] for name in varied},
                                           distributions=distributions, value=value_of(trial))
                       for trial in trials])
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_BEST)
+    ped_anova = optuna.importance.PedAnovaImportanceEvaluator
+    known = inspect.signature(ped_anova).parameters
+    quantile = "target_quantile" if "target_quantile" in known else "baseline_quantile"  # 4.5
+    evaluator = ped_anova(**{quantile: _BEST})
     return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 

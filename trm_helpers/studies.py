@@ -183,9 +183,12 @@ def _storage(url: str, folder: Path) -> BaseStorage:
     if not url:
         return JournalStorage(JournalFileBackend(str(folder / "study.jsonl")))
     waits = {"connect_args": {"timeout": _SQLITE_WAITS}} if url.startswith("sqlite") else None
+    renamed = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # not in Optuna 4.5
+    retry = (optuna.storages.RetryHeartbeatStaleTrialCallback if renamed
+             else optuna.storages.RetryFailedTrialCallback)(_RETRIES)
     return RDBStorage(
         url, engine_kwargs=waits, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE,
-        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(_RETRIES))
+        **{"heartbeat_stale_trial_callback" if renamed else "failed_trial_callback": retry})
 
 
 _DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError,
