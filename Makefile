@@ -1,15 +1,18 @@
 # `make demo` and `make test` do their own set-up. PYTHON=python3.12 chooses the interpreter.
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 STARTED := $(shell date +%s)
 
-.PHONY: help setup demo test lint notebooks
+.PHONY: help setup demo test test-fast test-pythons lint notebooks
 
 help:
 	@echo "make setup      virtual environment, pinned packages, OpenGL libraries"
 	@echo "make demo       demonstrations, training and evaluation of one task, notebooks 00 to 07"
 	@echo "make test       lint and all tests"
+	@echo "make test-fast  tests that need neither the simulator nor the notebooks"
+	@echo "make test-pythons  test-fast under each supported Python that is installed"
 	@echo "make lint       ruff"
 	@echo "make notebooks  regenerate the .ipynb from their .py"
 
@@ -19,18 +22,31 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
 	    "Python %d.%d found, 3.10 to 3.13 needed; try: make PYTHON=python3.12" \
 	    % sys.version_info[:2])'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --build-constraint constraints.txt \
+	    --editable '.[dev]'
 	$(BIN)/python -m trm_helpers preflight --gl
 	@touch $(STAMP)
 
 demo: setup
 	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo
 
-# A process per core, up to 4, each with one thread and whole files of tests, whose fixtures are dear.
+# A process per core, up to 4, each with one thread and whole files: fixtures are expensive.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not sim and not notebooks"
+
+# A virtual environment for each Python, 3 to 7 GB; PYTHONS="3.12 3.13" chooses.
+PYTHONS ?= 3.10 3.11 3.12 3.13
+test-pythons:
+	@for version in $(PYTHONS); do \
+	    command -v python$$version > /dev/null || { echo "no python$$version: skipped"; continue; }; \
+	    $(MAKE) test-fast PYTHON=python$$version VENV=.venv-$$version || exit; \
+	done
 
 lint: setup
 	$(BIN)/ruff check

@@ -4,9 +4,19 @@ import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import trm_helpers
 from trm_helpers import paths
+
+
+def pins():
+    """The version of each distribution in constraints.txt, for this Python."""
+    lines = (paths.repo_root() / "constraints.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pinned
+            if one.marker is None or one.marker.evaluate()}
 
 
 def test_import_loads_neither_torch_nor_the_simulator():
@@ -37,12 +47,42 @@ def test_version_is_the_installed_one():
 
 def test_requirements_are_pinned_and_say_which_notebook_needs_them():
     """The exact versions in constraints.txt, the simulator's also in requirements.txt."""
-    constraints = (paths.repo_root() / "constraints.txt").read_text().lower()
+    pinned = pins()
     lines = (paths.repo_root() / "requirements.txt").read_text().splitlines()
     required = [line for line in lines if line and not line.startswith("#")]
     assert len(required) > 10
     for line in required:
         requirement, _, comment = line.partition("#")
-        name = requirement.split(">=")[0].split("==")[0].split("[")[0].strip()
-        assert f"\n{name.lower()}==" in constraints, name
-        assert comment.strip(), f"{name} lacks the comment"
+        assert canonicalize_name(Requirement(requirement).name) in pinned
+        assert comment.strip(), f"{requirement} lacks the comment"
+
+
+def test_everything_that_set_up_installs_is_pinned():
+    """The tools, the build back end, and all that the package with its tests depends on."""
+    pinned = pins()
+    pending = [("pip", ""), ("setuptools", ""), ("trm-helpers", ""), ("trm-helpers", "dev")]
+    seen = set()
+    while pending:
+        name, extra = pending.pop()
+        if (name, extra) in seen or name.startswith(("nvidia-", "cuda-", "triton")):
+            continue  # follow from torch's version
+        seen.add((name, extra))
+        if name != "trm-helpers":
+            version = importlib.metadata.version(name).split("+")[0]  # without "+cpu"
+            assert pinned.get(name) == version, f"{name} {version}"
+        for line in importlib.metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                pending += [(canonicalize_name(needed.name), each)
+                            for each in ("", *needed.extras)]
+    assert len({name for name, _ in seen}) > 100
+
+
+def test_all_extras_and_the_build_back_end_are_pinned():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11
+    project = tomllib.loads((paths.repo_root() / "pyproject.toml").read_text())
+    pinned = pins()
+    lines = sum(project["project"]["optional-dependencies"].values(),
+                project["build-system"]["requires"])
+    names = {canonicalize_name(Requirement(line).name) for line in lines} - {"trm-helpers"}
+    assert {"setuptools", "ray", "sentence-transformers", "dask"} <= names <= pinned.keys()

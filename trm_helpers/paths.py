@@ -37,7 +37,7 @@ def artifacts_dir() -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """``notebooks`` or ``pretrained``: inside an installed wheel, beside the package in a checkout."""
+    """``notebooks`` or ``pretrained``: inside the package in a wheel, beside it in a checkout."""
     inside = Path(__file__).resolve().parent / folder
     return inside if inside.is_dir() else repo_root() / folder
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -15,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -99,32 +101,74 @@ def _pip_command(distributions) -> str:
 
 
 def missing_requirements(root: str | os.PathLike) -> list[str]:
-    """Lines of ``<root>/requirements.txt`` that what is installed does not satisfy."""
+    """Requirements of the checkout ``root``, or of the installed wheel, that are not satisfied."""
     from packaging.requirements import Requirement
 
-    lines = (Path(root) / "requirements.txt").read_text().splitlines()
+    file = Path(root) / "requirements.txt"
+    lines = file.read_text().splitlines() if file.exists() else metadata.requires("trm-helpers")
     wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
     return [str(one) for one in wanted
-            if (found := _version(one.name)) is None or not one.specifier.contains(found)]
+            if (one.marker is None or one.marker.evaluate({"extra": ""}))
+            and not _fits(one)]
 
 
 def install_missing(root: str | os.PathLike) -> None:
     """Install what :func:`missing_requirements` names, and the package of the checkout ``root``.
 
-    What is there in a version that fits is left alone. Raises ``RuntimeError`` when pip fails.
+    Installed packages keep their versions and new ones get those of ``constraints.txt``. If these
+    do not fit together, pip first chooses other versions of the new packages, and only then
+    replaces installed ones. Raises ``RuntimeError`` when pip fails.
     """
-    steps = []
-    if missing := missing_requirements(root):
-        steps.append(missing)
-    if _version("trm-helpers") is None:
-        steps.append(["--no-deps", "--editable", str(root)])
-    for arguments in steps:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
-        print("+", *command, flush=True)
-        if subprocess.run(command).returncode:
-            raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
-    if not steps:
+    from packaging.requirements import Requirement
+
+    missing = missing_requirements(root)
+    if missing:
+        _install_beside_the_rest(missing, Path(root) / "constraints.txt")
+    here = _version("trm-helpers") is not None
+    if not here:
+        isolation = ["--no-build-isolation"] if _fits(Requirement("setuptools>=70.1")) else []
+        _pip_install("--no-deps", *isolation, "--editable", str(root))
+    if here and not missing:
         print("nothing is missing")
+
+
+def _install_beside_the_rest(missing: list[str], constraints: Path) -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
+    wanted = {canonicalize_name(Requirement(line).name) for line in missing}
+    versions: dict[str, Version] = {}
+    for one in metadata.distributions():
+        with contextlib.suppress(InvalidVersion, TypeError):  # a damaged or very old package
+            versions.setdefault(canonicalize_name(one.name), Version(one.version))
+    installed = [f"{name}=={version}" for name, version in versions.items() if name not in wanted]
+    lines = constraints.read_text().splitlines() if constraints.exists() else []
+    tested = [line for line in lines if line and not line.startswith("#")
+              and canonicalize_name(Requirement(line).name) not in versions.keys() - wanted]
+    attempts = [[*installed, *tested], installed, tested]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, pins in enumerate(attempts):
+            file = Path(folder) / f"constraints-{number}.txt"
+            file.write_text("\n".join(pins))
+            try:
+                return _pip_install("--constraint", str(file), *missing)
+            except RuntimeError:
+                if number == len(attempts) - 1:
+                    raise
+                print("no versions fit these constraints; trying with fewer", flush=True)
+
+
+def _pip_install(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    print("+", *command, flush=True)
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
+
+
+def _fits(requirement) -> bool:
+    found = _version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
 
 
 def software_versions() -> dict:
