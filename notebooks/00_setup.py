@@ -20,14 +20,14 @@
 # the hand, how to turn it, open or close the gripper) and gives back two camera pictures.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
-placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
+placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 
 # %% [markdown]
 # ## Find the package
@@ -98,7 +98,7 @@ assert all(check.status != "fail" for check in checks), "see the rows that say f
 # %%
 print("on Kaggle:      ", paths.on_kaggle())
 print("demonstrations: ", paths.data_dir())
-print("runs:           ", paths.artifacts_dir() / (run_name or preset))
+print("runs:           ", paths.run_dir(run_name or preset))
 
 # %% [markdown]
 # ## Demonstrations

@@ -16,16 +16,16 @@
 # see exactly what the network is going to get.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
-placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
+placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
-storage = None  # type: str; frames in ram, mmap (read when needed) or gpu; None keeps the preset's
+storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
 
 # %%
 import time
@@ -40,7 +40,7 @@ from trm_helpers.config import from_flat
 from trm_helpers.train import choose_device
 
 # %%
-folder = paths.artifacts_dir() / (run_name or preset)
+folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
                    num_demos=num_demos, placement=placement, batch_size=batch_size, storage=storage)
 files = ensure_demonstrations(config)

@@ -17,9 +17,9 @@
 # several public attempts every step after the first gave the same output, and nobody noticed.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
-variant = None  # type: str; block or trm; None keeps the preset's
+variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
 num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
 halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
@@ -35,7 +35,7 @@ from trm_helpers.config import from_flat
 from trm_helpers.model import count_parameters
 
 # %%
-folder = paths.artifacts_dir() / (run_name or preset)
+folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, variant=variant, hidden_dim=hidden_dim, num_recursions=num_recursions,
                    halting=halting)
 torch.manual_seed(0)

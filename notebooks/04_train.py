@@ -26,18 +26,18 @@
 # `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run`.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty: the preset's, or a new one (see below)
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
-placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
+placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 scenes = None  # type: int; drawn around each demonstration, to learn first where things are
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
-augmentation = None  # type: str; none, brightness, colour, reference, shift, cutout; None: preset's
+augmentation = None  # type: str; none, brightness, colour, reference, shift or cutout
 epochs = None  # type: int; passes over the training samples; None keeps the preset's
 batch_size = None  # type: int; samples per update; None keeps the preset's
 lr = None  # type: float; learning rate at the start; None keeps the preset's
@@ -48,7 +48,7 @@ hidden_dim = None  # type: int; width of the state; None keeps the preset's
 num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
 deep_supervision = None  # type: bool; grade the answer of every recursion; None: the preset's
 halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
-gripper = None  # type: str; continuous, threshold, classifier, binary, mixture; None: the preset's
+gripper = None  # type: str; continuous, threshold, classifier, binary or mixture; None: preset's
 image_size = None  # type: int; pixels; None keeps the preset's
 chunk = None  # type: int; future actions predicted at once; None keeps the preset's
 execution_horizon = None  # type: int; how many of them are executed; None keeps the preset's
@@ -84,9 +84,9 @@ config = from_flat(
     chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
     rollout_every=rollout_every, max_minutes=max_minutes, stop_epoch=stop_epoch,
     num_threads=num_threads, wandb_mode=wandb_mode, **more)
-files = ensure_demonstrations(config)
 usual = preset if config == from_flat(preset) else ""
 run = create_run(config, run_name or usual, resume)
+files = ensure_demonstrations(config)
 
 # %% [markdown]
 # ## Train

@@ -25,14 +25,14 @@
 # an interruption, the same call goes on.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; demo, trm, tiny or reference (config.PRESETS)
+preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
-placement = None  # type: str; of objects: benchmark or wide (anywhere); None keeps the preset's
+placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 search_method = None  # type: str; grid, tpe or halving; None keeps the preset's
 search_space = None  # type: str; further axes as YAML; None keeps the preset's
 max_configs = None  # type: int; trials; 0 is as many as the grid has points; None: the preset's
@@ -57,7 +57,7 @@ from trm_helpers.search import run_search, verdict
 from trm_helpers.space import all_points, axes
 
 # %%
-folder = paths.artifacts_dir() / (run_name or preset)
+folder = paths.run_dir(run_name or preset)
 config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
     placement=placement, search_method=search_method, search_space=search_space,

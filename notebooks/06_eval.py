@@ -19,19 +19,20 @@
 # contradict.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; not used here: the run knows its settings
+preset = "demo"  # type: str; reference, demo, trm or tiny: settings of this machine, not the run's
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
-weights = "best"  # type: str; best (see 04_train) or last
+weights = "best"  # type: str; best or last (see 04_train)
 suite = None  # type: str; another suite than the run's, LIBERO-PRO's too; None keeps it
 task_ids = None  # type: list; other tasks than the run's; None keeps them
 protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
-num_episodes = None  # type: int; per task; None keeps the run's setting, 0 is the protocol's
+num_episodes = None  # type: int; per task; 0: the protocol's; None keeps the run's setting
 first_init_state = None  # type: int; the first official init state used; None keeps the run's
 horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the protocol's
 num_videos = None  # type: int; episodes filmed per task; None keeps the run's setting
-eval_workers = None  # type: int; simulator processes; None keeps the run's setting
+eval_workers = None  # type: int; simulator processes; None keeps the preset's
 bound_episodes = None  # type: int; per task of replay, expert, random, no-op; None: the run's
-cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None keeps the run's
+cluster = None  # type: str; address of a Dask scheduler or a Ray cluster; None plays here
+demo_dir = None  # type: str; folder with the run's demonstrations, where it was given one
 baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
 robustness_episodes = 0  # type: int; per task and change of the card; 0 leaves the card out
 
@@ -61,12 +62,12 @@ from trm_helpers.stats import (
 )
 
 # %%
-run = find_run(run_name)
+run = find_run(run_name, to_write=True)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
                 horizon=horizon, num_videos=num_videos, bound_episodes=bound_episodes,
-                eval_workers=eval_workers, cluster=cluster)
+                eval_workers=eval_workers, cluster=cluster, demo_dir=demo_dir)
 settings = {name: value for name, value in settings.items() if value is not None}
-config = load_config(run).replace(perturbation="none", **settings)
+config = load_config(run, preset).replace(perturbation="none", **settings)
 folder = evaluation_folder(run, suite or "")
 print("evaluating", run)
 
@@ -109,7 +110,7 @@ pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 # nothing about a policy. (`bound_episodes` above 0 runs them.)
 
 # %%
-bounds = evaluate_bounds(run, config.eval, suite or "", task_ids or ())
+bounds = evaluate_bounds(run, config.eval, suite or "", task_ids or (), demo_dir or "")
 pd.DataFrame(comparison_rows({run.name: results, **bounds}))
 
 # %% [markdown]

@@ -15,13 +15,14 @@
 # to think, and which pixels does it look at? The last cell writes a report of the whole run.
 
 # %% tags=["parameters"]
-preset = "demo"  # type: str; not used here: the run knows its settings
+preset = "demo"  # type: str; reference, demo, trm or tiny: settings of this machine, not the run's
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
-weights = "best"  # type: str; best (see 04_train) or last
+weights = "best"  # type: str; best or last (see 04_train)
 num_samples = 256  # type: int; samples behind the averages
 task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
 depth_episodes = 0  # type: int; per task and depth in the simulator; 0 shows what is there
 num_demos = None  # type: int; of each task, to look at; None: as many as it was trained with
+demo_dir = None  # type: str; folder with the run's demonstrations, where it was given one
 
 # %%
 import dataclasses
@@ -39,20 +40,19 @@ from trm_helpers import (
     visualize_recursive_states,
 )
 from trm_helpers.checkpoint import find_run, held_out, load_config
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.collect import demonstrations_of
 from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards
 from trm_helpers.files import write_json
 from trm_helpers.report import write_report
 from trm_helpers.robustness import plot_card
 
 # %%
-run = find_run(run_name)
-config = load_config(run)
+run = find_run(run_name, to_write=True)
+config = load_config(run, preset)
 policy = load_policy(run, weights)
-looked_at = {name: value for name, value in dict(task_ids=task_ids, num_demos=num_demos).items()
-             if value is not None}
-seen = config.replace(**looked_at)
-data = held_out(run, ensure_demonstrations(seen), seen, policy)
+looked_at = dict(task_ids=task_ids, num_demos=num_demos, demo_dir=demo_dir)
+seen = config.replace(**{name: value for name, value in looked_at.items() if value is not None})
+data = held_out(run, demonstrations_of(run, seen), seen, policy)
 observations = data.batch([len(data) // 3])["observations"]
 
 # %% [markdown]

@@ -189,7 +189,7 @@ def test_images_need_not_be_square():
 @pytest.mark.parametrize(
     ("images", "mode", "message"),
     [
-        (torch.rand(1, 4, 4, 3), "rotate", "mode=.rotate..*none, brightness, colour"),
+        (torch.rand(1, 4, 4, 3), "rotate", "mode=.rotate..*'none', 'brightness', 'colour'"),
         (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), "shift", "torch.uint8; expected"),
         (torch.rand(4, 4, 3), "shift", r"shape \(4, 4, 3\)"),
         (torch.rand(1, 3, 4, 4), "shift", r"shape \(1, 3, 4, 4\)"),

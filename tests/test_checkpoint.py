@@ -10,6 +10,7 @@ import torch
 
 from trm_helpers import checkpoint, paths
 from trm_helpers.checkpoint import (
+    TRAINING_LOCK,
     create_run,
     find_run,
     load_config,
@@ -19,7 +20,8 @@ from trm_helpers.checkpoint import (
     save_weights,
     shipped_policies,
 )
-from trm_helpers.config import from_flat
+from trm_helpers.config import from_flat, local_settings, settings_by_part
+from trm_helpers.files import append_jsonl, only_one
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,7 @@ def test_a_run_folder_is_made_once_and_resumed_only_when_asked_for():
     run = create_run(config, "a-run")
     assert run == paths.artifacts_dir() / "a-run" and load_config(run) == config
     assert json.loads((run / "config.json").read_text())["software"] == {"mujoco": "3.3.2"}
+    append_jsonl(run / "metrics.jsonl", {"epoch": 1})
     with pytest.raises(FileExistsError, match="a-run exists already"):
         create_run(config, "a-run")
     assert create_run(config, "a-run", resume=True) == run
@@ -49,6 +52,7 @@ def test_a_run_folder_is_made_once_and_resumed_only_when_asked_for():
 
 def test_resuming_with_other_settings_lists_them_and_changes_nothing():
     run = create_run(from_flat("tiny"), "a-run")
+    append_jsonl(run / "metrics.jsonl", {"epoch": 1})
     before = (run / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"lr: 0.001 there, 0.5 now; seed: 0 there, 3 now"):
         create_run(from_flat("tiny", lr=0.5, seed=3, num_threads=7, num_episodes=5), "a-run", True)
@@ -60,10 +64,37 @@ def test_the_name_is_made_from_suite_variant_seed_and_time():
     assert run.name.startswith("libero_object-block-s4-2") and len(run.name.split("-")) == 5
 
 
-@pytest.mark.parametrize("name", ["../up", "a b", "/abs", "-x"])
-def test_a_name_that_is_no_folder_name_is_refused(name):
-    with pytest.raises(ValueError, match="run_name"):
-        create_run(from_flat("tiny"), name)
+def test_a_folder_without_a_complete_epoch_is_begun_anew():
+    run = create_run(from_flat("tiny"), "a-run")
+    (run / "training_state.pt").write_bytes(b"of the first epoch")
+    assert create_run(from_flat("tiny"), "a-run") == run
+    assert (run / "training_state.pt").exists()  # the same settings go on with it
+    other = from_flat("tiny", max_demos_per_task=4)
+    assert create_run(other, "a-run", resume=True) == run and load_config(run) == other
+    assert not (run / "training_state.pt").exists()
+    with only_one(run, lock=TRAINING_LOCK), pytest.raises(RuntimeError, match="another process"):
+        create_run(from_flat("tiny"), "a-run")
+    assert load_config(run) == other
+
+
+LOCAL = dict(demo_dir="/theirs", storage="mmap", max_minutes=3.0, stop_epoch=1, device="cuda",
+             num_threads=64, wandb_mode="online", wandb_project="theirs", eval_workers=64,
+             cluster="tcp://theirs:8786", episode_limit=1e6, search_workers=64, search_minutes=5.0,
+             search_storage="postgresql://theirs/db")
+
+
+def test_what_a_runs_file_says_about_the_machine_is_not_used(trained):
+    assert set(LOCAL) == local_settings()
+    config = load_config(trained)
+    written = json.loads((trained / "config.json").read_text())
+    for name, part in settings_by_part().items():
+        written[part][name] = LOCAL.get(name, written[part][name])
+    (trained / "config.json").write_text(json.dumps(written))
+    assert load_config(trained) == config
+    assert load_config(trained).local() == from_flat("reference").local()
+    assert load_config(trained, "demo").eval.eval_workers == 2  # the caller's preset
+    mine = from_flat("tiny", **{**config.changes(), "num_threads": 3})
+    assert create_run(mine, "small", resume=True) == trained  # refused for none of these
 
 
 def test_a_missing_run_lists_those_there_are(trained):
@@ -74,20 +105,62 @@ def test_a_missing_run_lists_those_there_are(trained):
         load_config(trained / "figures")
 
 
-def test_a_shipped_policy_is_copied_before_anything_is_written_beside_it(
-        trained, tmp_path, monkeypatch):
-    shipped = tmp_path / "repo" / "pretrained" / "bowl"
-    shutil.copytree(trained, shipped)
+@pytest.fixture
+def shipped(trained, tmp_path, monkeypatch):
+    """``pretrained/bowl`` of a checkout; the caller works in that checkout."""
+    folder = tmp_path / "repo" / "pretrained" / "bowl"
+    shutil.copytree(trained, folder)
     monkeypatch.setattr(paths, "repo_root", lambda: tmp_path / "repo")
+    monkeypatch.chdir(tmp_path / "repo")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pretrained/bowl", "pretrained/bowl/", "./pretrained/bowl",
+                                  "{}", "{}/"])
+def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, name):
+    name = name.format(shipped)
     assert find_run() == trained  # the newest is one's own
-    run = find_run("pretrained/bowl")
-    assert run == paths.artifacts_dir() / "pretrained" / "bowl"
-    (run / "policy.json").touch()
-    (run / "episodes.jsonl").write_text("")
-    assert find_run("pretrained/bowl") == run and (run / "episodes.jsonl").exists()
-    assert not (shipped / "episodes.jsonl").exists()
+    assert find_run(name) == shipped and load_policy(name).config
+    copy = find_run(name, to_write=True)
+    assert copy == paths.artifacts_dir() / "pretrained" / "bowl"
+    (copy / "policy.json").touch()
+    (copy / "episodes.jsonl").write_text("")
+    assert find_run(name) == find_run(name, to_write=True) == copy
+    assert (copy / "episodes.jsonl").exists() and not (shipped / "episodes.jsonl").exists()
     with pytest.raises(FileNotFoundError, match="there are: small, pretrained/bowl"):
         load_policy("pretrained/cup")
+
+
+def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path):
+    attached, secret = tmp_path / "input" / "theirs", tmp_path / "secret"
+    secret.write_text("not theirs")
+    shutil.copytree(trained, attached)
+    (attached / "videos").mkdir(exist_ok=True)
+    (attached / "videos" / "a.mp4").symlink_to(secret)
+    (attached / ".lock").touch()
+    for path in [*attached.rglob("*"), attached]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    copy = find_run(attached, to_write=True)
+    assert copy == paths.artifacts_dir() / "theirs"
+    assert copy.stat().st_mode & 0o200 and (copy / "config.json").stat().st_mode & 0o200
+    assert not (copy / "videos" / "a.mp4").exists() and not (copy / ".lock").exists()
+    assert load_config(copy) == load_config(attached)
+    (attached / "policy.json").chmod(0o644)
+    (attached / "policy.json").write_text((trained / "policy.json").read_text() + " ")
+    assert find_run(attached) == attached  # another run by now
+    with pytest.raises(FileExistsError, match="artifacts/theirs holds another run than .*input"):
+        find_run(attached, to_write=True)
+
+
+@pytest.mark.parametrize("name", ["../repo", "small/../small", "/tmp/../tmp"])
+def test_a_path_that_climbs_is_no_run(trained, name):
+    with pytest.raises(ValueError, match="without '..'"):
+        find_run(name)
+
+
+def test_a_half_made_copy_is_not_the_newest_run(trained):
+    shutil.copytree(trained, trained.with_name(".copy.7.part"))
+    assert find_run() == trained
 
 
 @pytest.mark.parametrize("name", shipped_policies())
@@ -155,7 +228,7 @@ def test_damaged_and_foreign_weights_are_refused(trained):
     with pytest.raises(ValueError, match=r"differ: halt.bias: none there, \(1,\) expected; "
                                          r"halt.weight: none there, \(1, 16\) expected$"):
         load_policy(trained)
-    with pytest.raises(ValueError, match="weights='newest'.*best, last"):
+    with pytest.raises(ValueError, match="weights='newest'.*'best', 'last'"):
         load_policy(trained, "newest")
     best.unlink()
     with pytest.raises(FileNotFoundError, match="best.safetensors does not exist"):

@@ -1,8 +1,20 @@
 import json
+import re
+from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 
-from trm_helpers.config import PRESETS, Config, EvalConfig, from_flat, settings_by_part
+from trm_helpers import schema
+from trm_helpers.config import (
+    PARTS,
+    PRESETS,
+    Config,
+    EvalConfig,
+    from_flat,
+    settings_by_part,
+    types_of,
+)
 from trm_helpers.protocols import PROTOCOLS
 
 
@@ -91,7 +103,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(ponder_cost=-1.0), "ponder_cost"),
     (dict(gripper="soft"), "gripper='soft'.*'mixture'"),
     (dict(cameras=[]), "at least one camera"),
-    (dict(cameras="agentview_rgb"), "expected a list of str"),
+    (dict(cameras="agentview_rgb"), "expected a list of names"),
     (dict(cameras=["agentview_rgb"] * 2), "no value twice"),
     (dict(proprioception="false"), "proprioception='false' .*expected bool"),
     (dict(cameras=["frontview"]), "cameras='frontview'.*'agentview_rgb'"),
@@ -156,3 +168,81 @@ def test_what_is_not_the_presets_makes_a_configuration_again():
     assert config.changes() == {"lr": 0.5, "task_ids": (1,)}
     assert from_flat("demo", **config.changes()) == config
     assert config.flat()["lr"] == 0.5 and "preset" not in config.flat()
+
+
+# --- options -------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS = {  # what else has to be given with an option
+    ("variant", "transformer"): dict(num_recursions=1), ("variant", "act"): dict(num_recursions=1)}
+
+
+def options():
+    """``(setting, option)`` of every setting that has a list of options."""
+    for kind in PARTS.values():
+        for name, of_type in types_of(kind).items():
+            if get_origin(of_type) is tuple:
+                of_type = get_args(of_type)[0]
+            yield from ((name, option) for option in get_args(of_type))
+
+
+OPTIONS = sorted({name: None for name, _ in options()})
+WITH_OPTIONS = {name: [option for known, option in options() if known == name] for name in OPTIONS}
+
+
+def accepted(name, option):
+    value = [option] if name == "cameras" else option
+    config = from_flat(**{name: value}, **NEEDS.get((name, option), {}))
+    return config.flat()[name]
+
+
+@pytest.mark.parametrize(("name", "option"), list(options()))
+def test_every_option_is_accepted(name, option):
+    assert accepted(name, option) in (option, (option,))
+
+
+def test_all_settings_with_options_are_known():
+    assert OPTIONS == ["alignment", "augmentation", "cameras", "conditioning", "demos", "device",
+                       "gripper", "halting", "image_activation", "loss", "normalize_actions",
+                       "perturbation", "placement", "precision", "protocol", "search_method",
+                       "storage", "suite", "variant", "wandb_mode"]
+    assert "colour" in WITH_OPTIONS["augmentation"]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("wrong", ["nonsense", 3, None, ["none"], {}])
+def test_another_option_is_refused_with_those_there_are(name, wrong):
+    wrong = "nonsense" if wrong is None else wrong  # None keeps the preset's
+    with pytest.raises(ValueError, match=name) as refused:
+        from_flat(**{name: [wrong] if name == "cameras" else wrong})
+    assert all(option in str(refused.value) for option in WITH_OPTIONS[name])
+
+
+def test_a_misspelt_option_has_a_suggestion():
+    with pytest.raises(ValueError, match="augmentation='color'.*; did you mean 'colour'"):
+        from_flat(augmentation="color")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(
+    str(path.relative_to(ROOT)) for folder in ("docs", "notebooks", "pretrained")
+    for path in sorted((ROOT / folder).glob("**/*")) if path.suffix in (".md", ".py"))])
+def test_options_in_the_pages_exist(page):
+    """``setting="option"``, ``--setting option`` and ``-p setting option``."""
+    text = (ROOT / page).read_text()
+    for setting, option in re.findall(r"`?\b([a-z_]+)=\"([a-z_0-9]+)\"", text) \
+            + re.findall(r"(?:--|-p )([a-z_-]+)[ =]([a-z_0-9]+)", text):
+        setting = setting.replace("-", "_")
+        if setting in OPTIONS and setting != "suite" and not option.isdigit():
+            assert option in WITH_OPTIONS[setting], (setting, option)
+
+
+def test_notebooks_list_all_options_of_their_parameters():
+    listed = {**WITH_OPTIONS, "preset": list(PRESETS), "weights": list(schema.WEIGHTS)}
+    found = set()
+    for notebook in sorted((ROOT / "notebooks").glob("*.py")):
+        for name, comment in re.findall(r"^(\w+) = .*  # type: str; (.*)$", notebook.read_text(),
+                                        re.M):
+            if name in listed and name != "suite":
+                *first, last = listed[name]
+                assert f"{', '.join(first)} or {last}" in comment, (notebook.name, name)
+                found.add(name)
+    assert {"preset", "weights", "augmentation", "protocol", "storage"} <= found

@@ -429,7 +429,7 @@ def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monk
     file = collect_demonstrations("libero_object", 0, 2, tmp_path)
     trainer = small_run(epochs=1)
     trainer.fit()
-    monkeypatch.setattr(baselines, "ensure_demonstrations", lambda _: {0: file})
+    monkeypatch.setattr(baselines, "demonstrations_of", lambda *_: {0: file})
     config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1,
                         perturbation="noise")  # of the policy's episodes alone
     bounds = baselines.evaluate_bounds(trainer.run, config)

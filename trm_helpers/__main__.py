@@ -9,12 +9,12 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from . import paths
+from . import paths, schema
 from .config import PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_value
 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
@@ -77,8 +77,8 @@ class Train:
         team = Team(choose_device(self.config.train.device).type)
         if not team.leads:
             team.wait()  # the first one finds or collects demonstrations and makes the folder
-        files = ensure_demonstrations(self.config)
         run = create_run(self.config, self.run_name, resume=True)
+        files = ensure_demonstrations(self.config)
         if team.leads:
             team.wait()
         rows = BehaviorCloningTrainer.from_config(self.config, files, run).fit()
@@ -101,7 +101,7 @@ class Search:
         from .search import run_search, verdict
         from .sweeps import export_sweep
 
-        folder = paths.artifacts_dir() / self.run_name
+        folder = paths.run_dir(self.run_name)
         if self.export_sweep:
             file = export_sweep(self.config, folder, self.export_sweep)
             return {"sweep": str(file)}, [f"wandb sweep {file}"], True
@@ -125,7 +125,7 @@ class Trial:
         from .sweeps import run_sweep_trial
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        found = run_sweep_trial(paths.artifacts_dir() / self.run_name, self.point)
+        found = run_sweep_trial(paths.run_dir(self.run_name), self.point)
         return found, [_told({"state": "complete", **found})], True
 
 
@@ -135,9 +135,10 @@ class Evaluate:
 
     run: Positional[str]  # a run under artifacts/; or expert, random, no-op, which need --suite
     eval: OmitArgPrefixes[EvalConfig]
-    weights: str = "best"  # of a run: best or last
+    weights: Literal[schema.WEIGHTS] = "best"  # of a run
     suite: str = ""  # another one than the run's; those of LIBERO-PRO too
     task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
+    demo_dir: str = ""  # of a run that was given one: where its demonstrations are, to replay
     against: str = ""  # another run, evaluated before: the two are compared episode by episode
 
     def __call__(self) -> Result:
@@ -158,7 +159,8 @@ class Evaluate:
             results = evaluate_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
         else:
             results = evaluate_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
-            bounds = evaluate_bounds(self.run, self.eval, self.suite, self.task_ids)
+            bounds = evaluate_bounds(self.run, self.eval, self.suite, self.task_ids,
+                                     self.demo_dir)
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
@@ -188,7 +190,7 @@ class Robustness:
 
     run: Positional[str]  # a run under artifacts/
     eval: OmitArgPrefixes[EvalConfig]
-    weights: str = "best"  # best or last
+    weights: Literal[schema.WEIGHTS] = "best"
     task_ids: tuple[int, ...] = ()  # others than the run's
     only: tuple[str, ...] = ()  # these changes alone, e.g. swap,brightness
 
@@ -210,7 +212,7 @@ class Depth:
 
     run: Positional[str]  # a run under artifacts/
     eval: OmitArgPrefixes[EvalConfig]
-    weights: str = "best"  # best or last
+    weights: Literal[schema.WEIGHTS] = "best"
     task_ids: tuple[int, ...] = ()  # others than the run's
     depths: tuple[int, ...] = ()  # none: 1, half, once and twice the trained one
     thresholds: tuple[float, ...] = (1e-4, 1e-3)  # of the convergence rule

@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-AUGMENTATIONS = ("none", "brightness", "colour", "reference", "shift", "cutout")
+from . import schema
+
 BRIGHTNESS = (0.8, 1.2)
 BRIGHTNESS_PROBABILITY = 0.5
 COLOUR_PROBABILITY = 0.5
@@ -60,8 +61,7 @@ def augment_images(
     (RAD, arXiv 2004.14990): something else may stand there. Raises ``ValueError`` for another mode,
     shape or type.
     """
-    if mode not in AUGMENTATIONS:
-        raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(AUGMENTATIONS)}")
+    schema.check_option("mode", mode, schema.AUGMENTATIONS)
     if not images.is_floating_point() or images.ndim < 4 or images.shape[-1] != 3:
         raise ValueError(
             f"images have shape {tuple(images.shape)} and type {images.dtype}; "

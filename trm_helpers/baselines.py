@@ -15,7 +15,7 @@ import numpy as np
 
 from . import experts, geometry, schema, skills
 from .checkpoint import find_run, load_config
-from .collect import ensure_demonstrations
+from .collect import demonstrations_of
 from .config import EvalConfig
 from .evaluate import Episode, evaluate_episodes, official_episodes
 from .quality import replay_demonstration
@@ -148,15 +148,16 @@ def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config:
 
 
 def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
-                    task_ids: Iterable[int] = ()) -> dict[str, dict]:
+                    task_ids: Iterable[int] = (), demo_dir: str = "") -> dict[str, dict]:
     """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
 
     ``config.bound_episodes`` a task in the run's protocol, into ``<run>/bounds/<name>/``; nothing
-    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on.
+    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on,
+    nor where a run that was given a ``demo_dir`` is given none here.
     """
     if not config.bound_episodes:
         return {}
-    run = find_run(str(run))
+    run = find_run(run, to_write=True)
     trained = load_config(run)
     suite, folder = suite or trained.data.suite, run / "bounds"
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
@@ -164,9 +165,13 @@ def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
                                  perturbation="none")
     bounds = {}
     if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
-        files = ensure_demonstrations(trained)
-        bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
-                                           folder / "replay", config, suite)
+        try:
+            files = demonstrations_of(run, trained.replace(demo_dir=demo_dir))
+        except FileNotFoundError as error:
+            print(f"no replay: {error}")
+        else:
+            bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
+                                               folder / "replay", config, suite)
     for name in BASELINES:
         bounds[name] = evaluate_baseline(name, folder / name, config, suite, task_ids)
     return bounds

@@ -7,9 +7,8 @@ file; the optimizer's state goes through ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import dataclasses
-import json
+import filecmp
 import pickle
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,59 +18,61 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from . import paths
-from .config import Config, ModelConfig
+from . import paths, schema
+from .config import Config, ModelConfig, from_flat, local_settings
 from .data import LIBERODataset
-from .files import digest, replacing, write_json
+from .files import digest, only_one, read_json, read_jsonl, replacing, write_json
 from .model import TRMPolicy
 from .normalize import ActionNormalizer
 from .preflight import software_versions
 
-WEIGHTS = ("best", "last")
-# what may change between a training and its continuation
-FREE_SETTINGS = {"max_minutes", "stop_epoch", "storage", "device", "num_threads", "wandb_mode",
-                 "wandb_project"}
+TRAINING_LOCK = ".training.lock"
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
     """Make ``artifacts/<run_name>`` with its ``config.json``, or go on with one.
 
+    A folder without a complete epoch holds nothing to go on with, and is begun anew.
+
     Args:
-        run_name: letters, digits, ``._-``; empty gives ``<suite>-<variant>-s<seed>-<date-time>``.
-        resume: use the folder if it exists; without it an existing folder is refused.
+        run_name: see :func:`paths.run_dir`; empty gives ``<suite>-<variant>-s<seed>-<date-time>``.
+        resume: use the folder if it exists; without it a trained one is refused.
 
     Raises:
-        FileExistsError: the folder exists and ``resume`` is off.
-        ValueError: the name is not usable; the folder to be resumed was made with other settings of
+        FileExistsError: the run is trained and ``resume`` is off.
+        ValueError: the name is not usable; the run to be resumed was made with other settings of
             data, model or training (they are listed).
+        RuntimeError: another process works in a folder that would be begun anew.
     """
-    run_name = run_name or (f"{config.data.suite}-{config.model.variant}-s{config.train.seed}-"
-                            f"{time.strftime('%Y%m%d-%H%M%S')}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
-        raise ValueError(f"run_name={run_name!r} is not valid; expected letters, digits, '._-'")
-    run = paths.artifacts_dir() / run_name
-    if (run / "config.json").exists():
+    run = paths.run_dir(run_name or f"{config.data.suite}-{config.model.variant}-"
+                                    f"s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    made = (run / "config.json").exists()
+    if made and read_jsonl(run / "metrics.jsonl"):
         if not resume:
             raise FileExistsError(f"{run} exists already; choose another run_name, remove it, or "
                                   "resume it (resume=True)")
         refuse_other_settings(run, config)
         return run
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
+    if made and not _other_settings(run, config):
+        return run
+    with only_one(run, wait=False, lock=TRAINING_LOCK):
+        (run / "training_state.pt").unlink(missing_ok=True)
+        write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
     return run
 
 
 def refuse_other_settings(run: Path, config: Config) -> None:
     """Raise ``ValueError`` that lists how a run's data, model or training settings differ."""
-    before, now = load_config(run).to_dict(), config.to_dict()
-    different = [
-        f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
-        for part in ("data", "model", "train") for name in now[part]
-        if before[part][name] != now[part][name] and name not in FREE_SETTINGS
-    ]
-    if different:
+    if different := _other_settings(run, config):
         raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
                          "choose another name or the same settings")
+
+
+def _other_settings(run: Path, config: Config) -> list[str]:
+    before, now = load_config(run).to_dict(), config.to_dict()
+    return [f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
+            for part in ("data", "model", "train") for name in now[part]
+            if before[part][name] != now[part][name] and name not in local_settings()]
 
 
 def refuse_other_data(run: Path, data: LIBERODataset) -> None:
@@ -93,30 +94,75 @@ def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
 
 
 def _described(run: Path) -> dict:
-    return json.loads((run / "policy.json").read_text())
+    return read_json(run / "policy.json")
 
 
-def find_run(run_name: str = "") -> Path:
+def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     """The folder of a trained run by name or path; the newest one for an empty name.
 
-    ``pretrained/<name>``, a policy that comes with the repository, is first copied to the folder of
-    that name in ``artifacts/``, so that what is made with it is kept there.
+    A run elsewhere than in ``artifacts/`` (``pretrained/<name>``, which comes with the repository,
+    an attached data set) is only read. What is made with it goes to a copy in ``artifacts/``, which
+    is found in its place from then on.
 
-    Raises ``FileNotFoundError`` that lists the runs there are.
+    Args:
+        to_write: make the copy.
+
+    Raises:
+        FileNotFoundError: no such run; lists the runs there are.
+        FileExistsError: the copy's folder holds another run.
+        ValueError: a path with ``..``.
     """
-    root = paths.artifacts_dir()
-    if run_name in shipped_policies() and not (root / run_name).exists():
-        with replacing(root / run_name) as temporary:
-            shutil.copytree(paths.shipped("pretrained").parent / run_name, temporary)
-    trained = sorted(root.glob("*/policy.json"), key=lambda path: path.stat().st_mtime)
-    names = [path.parent.name for path in trained] + shipped_policies()
-    if not run_name and trained:
-        return trained[-1].parent
-    for run in (root / run_name, Path(run_name)):
-        if run_name and (run / "policy.json").exists():
-            return run
-    raise FileNotFoundError(f"no trained run {run_name!r} in {root}; "
+    root, name = paths.artifacts_dir(), str(run_name)
+    if ".." in Path(name).parts:
+        raise ValueError(f"run={name!r} is not valid; expected the name of a run in {root}, or the "
+                         "path of its folder without '..'")
+    if not name:
+        trained = _trained_runs(root)
+        if trained:
+            return trained[-1]
+    else:
+        beside = paths.shipped("pretrained").parent
+        for run in (root / name, beside / name, paths.absolute(name)):
+            if (run / "policy.json").exists():
+                return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
+    names = [run.name for run in _trained_runs(root)] + shipped_policies()
+    raise FileNotFoundError(f"no trained run {name!r} in {root}; "
                             f"there are: {', '.join(names) or 'none'}. 04_train makes one")
+
+
+def _trained_runs(root: Path) -> list[Path]:
+    """Oldest first."""
+    described = [path for path in root.glob("*/policy.json") if path.parent.name[0] != "."]
+    return [path.parent for path in sorted(described, key=lambda path: path.stat().st_mtime)]
+
+
+def _in_artifacts(run: Path, to_write: bool) -> Path:
+    """The copy of a run from elsewhere; the run itself where there is none and none is needed."""
+    shipped = run.is_relative_to(paths.shipped("pretrained"))
+    home = paths.artifacts_dir() / ("pretrained" if shipped else "") / run.name
+    if not home.exists():
+        if to_write:
+            _copy_run(run, home)
+        return home if to_write else run
+    if all((home / path.name).exists() and filecmp.cmp(path, home / path.name, shallow=False)
+           for path in (run / "policy.json", *run.glob("*.safetensors"))):
+        return home
+    if to_write:
+        raise FileExistsError(f"{home} holds another run than {run}; expected to keep what is made "
+                              "with the latter there. Rename one of the two folders")
+    return run
+
+
+def _copy_run(run: Path, home: Path) -> None:
+    """Without hidden files, searches, and what links point to; with this user's file modes."""
+    with replacing(home) as temporary:
+        for source in run.rglob("*"):
+            place = source.relative_to(run)
+            hidden = any(part.startswith(".") for part in place.parts)
+            if source.is_file() and not hidden and place.parts[0] != "search" and (
+                    len(place.parts) == 1 or not source.is_symlink()):
+                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, temporary / place)
 
 
 def shipped_policies() -> list[str]:
@@ -125,14 +171,21 @@ def shipped_policies() -> list[str]:
     return sorted(f"pretrained/{path.parent.name}" for path in described)
 
 
-def load_config(run: str | Path) -> Config:
-    """The :class:`Config` a run was made with."""
+def load_config(run: str | Path, preset: str = "reference") -> Config:
+    """The :class:`Config` a run was made with, but for :func:`config.local` settings.
+
+    Those belong to the machine, so they are this package's ``preset``'s, whatever the file says.
+    """
     path = Path(run) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a run folder")
+    values = read_json(path)
+    values.pop("software", None)
     try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; expected a run folder") from None
-    return Config.from_dict({k: v for k, v in values.items() if k != "software"})
+        config = Config.from_dict(values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+    return config.replace(**from_flat(preset).local())
 
 
 def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) -> None:
@@ -168,8 +221,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
         ValueError: the weights are damaged, or belong to another configuration than
             ``policy.json`` (the differences are listed).
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is not valid; expected one of {', '.join(WEIGHTS)}")
+    schema.check_option("weights", weights, schema.WEIGHTS)
     run = find_run(str(run))
     described = _described(run)
     policy = TRMPolicy(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from . import paths, schema
 from .config import Config
 from .experts import Style, make_expert
-from .files import only_one, replacing
+from .files import only_one, read_json, replacing
 from .sim import LiberoEnv, load_task, worker_pool
 from .validate import check_demo_file, find_demonstrations, human_demonstrations
 
@@ -173,6 +173,19 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
             seed=data.data_seed, placement=data.placement)
         print(f"{data.num_demos} scripted demonstrations: {files[task_id]} ({task.language})")
     return files
+
+
+def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
+    """:func:`ensure_demonstrations` of a trained run.
+
+    Raises ``FileNotFoundError`` for a run that was given a ``demo_dir``, where ``config`` has none:
+    the folder is not looked up in the run's file, and other demonstrations are not the run's.
+    """
+    given = read_json(run / "config.json").get("data", {}).get("demo_dir")
+    if given and not config.data.demo_dir:
+        raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
+                                "the folder that holds these demonstrations here")
+    return ensure_demonstrations(config)
 
 
 # --- attempts -----------------------------------------------------------------------------------

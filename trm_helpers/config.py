@@ -1,22 +1,24 @@
 """Frozen settings for data, model, training, evaluation and search, and the presets built on them.
 
 A setting lives in exactly one dataclass, so that a notebook's flat parameters
-(``lr=1e-3, hidden_dim=128``) name it without a prefix: see :func:`from_flat`.
+(``lr=1e-3, hidden_dim=128``) name it without a prefix: see :func:`from_flat`. Its type says which
+values there are (``Literal``), and whether it belongs to the run or to the machine (:func:`local`).
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
+import functools
 import json
+import math
 import numbers
 import re
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from . import schema
+from . import paths, schema
 from .perturbations import PERTURBATIONS
 from .protocols import PROTOCOLS
 
@@ -26,12 +28,17 @@ def _require(condition: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
 
 
-def _one_of(name: str, value: Any, options: tuple) -> None:
-    _require(value in options, name, value, "one of " + ", ".join(map(repr, options)))
-
-
 def _different(name: str, values: tuple) -> None:
     _require(len(set(values)) == len(values), name, values, "no value twice")
+
+
+def local(default: Any) -> Any:
+    """A setting of the machine and the call: where, how fast and how far, never what.
+
+    It may differ when a run is resumed, and what a run's file says about it is never used: reading
+    somebody's run must not choose this machine's folders, databases or processes.
+    """
+    return field(default=default, metadata={"local": True})
 
 
 def _convert_types(part) -> None:
@@ -40,74 +47,78 @@ def _convert_types(part) -> None:
     Whole numbers serve as floats and lists as tuples. Notebooks and YAML files bring other types:
     YAML reads ``1e-3`` as a string and ``1.0e-3`` as a number.
     """
-    for name, kind in typing.get_type_hints(type(part)).items():
-        value = getattr(part, name)
-        if typing.get_origin(kind) is tuple:
-            kind = typing.get_args(kind)[0]
-            fits = isinstance(value, (list, tuple)) and all(_is_a(item, kind) for item in value)
-            _require(fits, name, value, f"a list of {kind.__name__}")
-            value = tuple(kind(item) for item in value)
-        else:
-            _require(_is_a(value, kind), name, value, kind.__name__)
-            value = kind(value)
-        object.__setattr__(part, name, value)
+    for name, kind in types_of(type(part)).items():
+        object.__setattr__(part, name, convert(name, getattr(part, name), kind))
+
+
+@functools.cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    return typing.get_type_hints(kind)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the type ``kind``; raises ``ValueError``, with ``name``, where it is another."""
+    if typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+        options = typing.get_args(kind)
+        fits = isinstance(value, (list, tuple)) and (options or all(_is_a(v, kind) for v in value))
+        _require(fits, name, value, f"a list of {'names' if options else kind.__name__}")
+        return tuple(convert(name, item, kind) for item in value)
+    if options := typing.get_args(kind):
+        return schema.check_option(name, value, options)
+    _require(_is_a(value, kind), name, value, kind.__name__)
+    return kind(value)
 
 
 def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+    fits = isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
+    return fits and not (kind is float and math.isinf(value))
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which demonstrations are used, and how they become samples."""
 
-    suite: str = "libero_spatial"
+    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"
     task_ids: tuple[int, ...] = (0,)
-    demos: str = "auto"  # auto: human demonstrations if found, else scripted; human; scripted
-    demo_dir: str = ""  # a folder to search for *_demo.hdf5; "" searches data/ and Kaggle's input
+    demos: Literal[schema.DEMOS] = "auto"  # auto: human ones if found, else scripted
+    demo_dir: str = local("")  # a folder with *_demo.hdf5; "": data/ and Kaggle's input
     num_demos: int = 50  # demonstrations to collect per task when scripted ones are needed
-    placement: str = "benchmark"  # of objects in scripted ones: LIBERO's own, or wide
+    placement: Literal[schema.PLACEMENTS] = "benchmark"  # of objects in scripted ones
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
     train_fraction: float = 0.8  # split by demonstration, within each task
     sequence_length: int = 1  # T: consecutive steps in one sample
-    alignment: str = "auto"  # auto: the file's own attribute, else measured; raw; shift
-    normalize_actions: str = "zscore"  # zscore, minmax, none; never applied to the gripper
-    augmentation: str = "reference"  # none, brightness, colour, reference (+ crop), shift, cutout
+    alignment: Literal[("auto", *schema.ALIGNMENTS)] = "auto"  # auto: the file's, else measured
+    normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # never applied to the gripper
+    augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # of training images
     scenes: int = 0  # drawn around each demonstration, to learn first where things are; 0: none
-    storage: str = "ram"  # of the frames: ram, mmap (read when needed), gpu
+    storage: Literal[schema.STORAGES] = local("ram")  # of the frames; mmap: read when needed
     data_seed: int = 0  # split and collection
 
     def __post_init__(self):
-        _convert_types(self)
         schema.check_training_suite(self.suite)
+        _convert_types(self)
+        if self.demo_dir:
+            object.__setattr__(self, "demo_dir", str(paths.absolute(self.demo_dir)))
         _require(len(self.task_ids) > 0, "task_ids", self.task_ids, "at least one task id")
         for task_id in self.task_ids:
             schema.check_task_id(self.suite, task_id)
         _different("task_ids", self.task_ids)
-        _one_of("demos", self.demos, ("auto", "human", "scripted"))
-        _one_of("placement", self.placement, schema.PLACEMENTS)
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
         for name in ("max_demos_per_task", "scenes", "data_seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "in (0, 1)")
         _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
-        _one_of("alignment", self.alignment, ("auto", *schema.ALIGNMENTS))
-        _one_of("normalize_actions", self.normalize_actions, ("zscore", "minmax", "none"))
-        _one_of("storage", self.storage, ("ram", "mmap", "gpu"))
-        _one_of("augmentation", self.augmentation,
-                ("none", "brightness", "reference", "shift", "cutout"))
-
-
-HALTING = ("fixed", "remainder", "act", "learned", "convergence")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network, and what it sees and returns: all that is needed to rebuild it."""
 
-    variant: str = "block"  # block: the reference; trm: the paper's, on tokens; transformer, act
+    variant: Literal[schema.VARIANTS] = "block"  # the reference; trm: the paper's, on tokens
     hidden_dim: int = 256  # D
     num_recursions: int = 8  # applications of the shared block; of trm, supervision steps (N_sup)
     num_heads: int = 4
@@ -117,22 +128,22 @@ class ModelConfig:
     image_grid: int = 4  # of all but block: image_grid x image_grid tokens per camera
     kl_weight: float = 10.0  # of act: weight of its style's divergence in the loss
     deep_supervision: bool = False  # grade the answer after every recursion, each on its own
-    halting: str = "fixed"  # fixed, remainder, act, learned, convergence: see TRMPolicy.recurse
+    halting: Literal[schema.HALTING] = "fixed"  # see TRMPolicy.recurse
     halting_threshold: float = 0.01  # of remainder and act: what is left when a sample stops
     ponder_cost: float = 0.01  # weight of ACT's expected depth in the loss
     halting_tolerance: float = 0.05  # learned: largest mean absolute error of a right answer
     halting_weight: float = 0.5  # weight of the learned halting head's loss
     convergence_threshold: float = 1e-3  # squared change of an action that counts as none
     carry_over: bool = False  # in control, begin each decision from the last one's state
-    gripper: str = "continuous"  # continuous, threshold, classifier, binary, mixture
+    gripper: Literal[schema.GRIPPERS] = "continuous"  # the head of its command
     num_experts: int = 4  # of the mixture head
-    cameras: tuple[str, ...] = ("agentview_rgb",)
+    cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE
-    image_activation: str = "relu"  # relu, as documented; silu, of images centred on 0
+    image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: of images centred on 0
     keypoints: tuple[str, ...] = ()  # all the agent view says: where these things are; see `scenes`
     keypoint_tasks: int = 0  # that are known to what finds them
     proprioception: bool = False  # joint angles, finger positions, end-effector position
-    conditioning: str = "none"  # none, task_id, language: how the policy is told its task
+    conditioning: Literal[schema.CONDITIONING] = "none"  # how the policy is told its task
     num_tasks: int = 10  # size of the task embedding
     chunk: int = 1  # K: future actions predicted at once
     execution_horizon: int = 1  # how many of them are executed before the next look
@@ -140,13 +151,11 @@ class ModelConfig:
 
     def __post_init__(self):
         _convert_types(self)
-        _one_of("variant", self.variant, ("block", "trm", "transformer", "act"))
         for name in ("hidden_dim", "num_recursions", "num_heads", "num_layers", "latent_updates",
                      "cycles", "image_grid", "num_experts", "num_tasks", "chunk"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         _require(self.hidden_dim % self.num_heads == 0, "hidden_dim", self.hidden_dim,
                  f"a multiple of num_heads={self.num_heads}")
-        _one_of("halting", self.halting, HALTING)
         _require(not self.deep_supervision or self.halting not in ("remainder", "act"),
                  "deep_supervision", self.deep_supervision,
                  f"False with halting={self.halting!r}, which weighs all steps together")
@@ -158,11 +167,7 @@ class ModelConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         for name in ("halting_tolerance", "convergence_threshold"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        _one_of("gripper", self.gripper,
-                ("continuous", "threshold", "classifier", "binary", "mixture"))
         _require(len(self.cameras) > 0, "cameras", self.cameras, "at least one camera")
-        for camera in self.cameras:
-            _one_of("cameras", camera, tuple(schema.CAMERAS))
         _different("cameras", self.cameras)
         _different("keypoints", self.keypoints)
         if self.keypoints:
@@ -170,7 +175,6 @@ class ModelConfig:
                      f"{schema.STILL_CAMERA} among them with keypoints, which are seen there")
             _require(self.image_size % 4 == 0, "image_size", self.image_size,
                      "a multiple of 4 with keypoints")
-        _one_of("image_activation", self.image_activation, ("relu", "silu"))
         if self.variant == "block":
             _require(self.image_size >= 36, "image_size", self.image_size,
                      ">= 36, what the three convolutions need")
@@ -178,7 +182,6 @@ class ModelConfig:
             step = 8 * self.image_grid  # pixels
             _require(self.image_size % step == 0, "image_size", self.image_size,
                      f"a multiple of {step} with image_grid={self.image_grid}")
-        _one_of("conditioning", self.conditioning, ("none", "task_id", "language"))
         _require(1 <= self.execution_horizon <= self.chunk, "execution_horizon",
                  self.execution_horizon, f"1 to chunk={self.chunk}")
 
@@ -193,21 +196,21 @@ class TrainConfig:
     min_lr: float = 1e-6  # where cosine annealing ends
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
-    loss: str = "mse"  # mse, l1, mix: their mean
+    loss: Literal[schema.LOSSES] = "mse"  # mix: the mean of both
     gripper_weight: float = 0.1  # of the classifier's cross-entropy beside the arm's loss
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
     patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
     rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
     rollout_episodes: int = 10  # of each task, from drawn placements: reports use the init states
-    max_minutes: float = 0.0  # save and end cleanly after so long; 0 is no limit
-    stop_epoch: int = 0  # end cleanly after so many of the epochs, to go on later; 0 trains all
-    precision: str = "auto"  # auto, fp32, bf16, fp16
+    max_minutes: float = local(0.0)  # save and end cleanly after so long; 0 is no limit
+    stop_epoch: int = local(0)  # end cleanly after so many of the epochs; 0 trains all
+    precision: Literal[schema.PRECISIONS] = "auto"
     compile: bool = False  # torch.compile; goes on without it where it fails
-    device: str = "auto"  # auto, cpu, cuda
-    num_threads: int = 0  # CPU threads; 0 leaves PyTorch's choice
+    device: Literal[schema.DEVICES] = local("auto")
+    num_threads: int = local(0)  # CPU threads; 0 leaves PyTorch's choice
     seed: int = 0
-    wandb_mode: str = "disabled"  # disabled, offline, online (offline when there is no key)
-    wandb_project: str = "trm-libero"
+    wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # without a key, online is offline
+    wandb_project: str = local("trm-libero")
 
     def __post_init__(self):
         _convert_types(self)
@@ -223,31 +226,25 @@ class TrainConfig:
                  f"0 to epochs={self.epochs}")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.rollout_episodes >= 1, "rollout_episodes", self.rollout_episodes, ">= 1")
-        _one_of("loss", self.loss, ("mse", "l1", "mix"))
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("wandb_mode", self.wandb_mode, ("disabled", "offline", "online"))
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Rollouts in the simulator on the official init states."""
 
-    protocol: str = "quick"  # quick, libero, openvla, lerobot: see protocols.py
+    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # see protocols.py
     num_episodes: int = 0  # per task; 0 takes the protocol's
     first_init_state: int = 0  # episodes use init states first, first + 1, ...
     horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
-    perturbation: str = "none"  # of what the policy sees, is told or sends: see perturbations.py
+    perturbation: Literal[("none", *PERTURBATIONS)] = "none"  # see perturbations.py
     num_videos: int = 3  # episodes per task filmed
     bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
-    eval_workers: int = 1  # simulator processes
-    cluster: str = ""  # address of a Dask scheduler or a Ray cluster that plays the episodes
-    episode_limit: float = 900.0  # seconds after which a worker's episode is taken for hung
+    eval_workers: int = local(1)  # simulator processes
+    cluster: str = local("")  # address of a Dask scheduler or a Ray cluster that plays the episodes
+    episode_limit: float = local(900.0)  # seconds after which a worker's episode is taken for hung
 
     def __post_init__(self):
         _convert_types(self)
-        _one_of("protocol", self.protocol, tuple(PROTOCOLS))
-        _one_of("perturbation", self.perturbation, ("none", *PERTURBATIONS))
         _require(0 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
                  self.num_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
         last = schema.NUM_INIT_STATES - self.episodes
@@ -276,7 +273,7 @@ class EvalConfig:
 class SearchConfig:
     """The sixteen-point grid of the reference, part of it, or a guided search between its ends."""
 
-    search_method: str = "grid"  # grid; through Optuna: tpe, or halving (drop the worse early)
+    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: through Optuna
     search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: anywhere between
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)
@@ -287,13 +284,12 @@ class SearchConfig:
     search_replicates: int = 1  # seeds for each of the finalists
     search_finalists: int = 3
     search_shard: str = ""  # "2/4": every fourth point of the grid from the second on
-    search_workers: int = 0  # trials at once; 0 is one for each GPU, or one
-    search_minutes: float = 0.0  # begin no trial after so long and end those that run; 0: no limit
-    search_storage: str = ""  # URL of a database for several machines; "" is a file
+    search_workers: int = local(0)  # trials at once; 0 is one for each GPU, or one
+    search_minutes: float = local(0.0)  # end trials after so long, to go on later; 0: no limit
+    search_storage: str = local("")  # URL of a database; "": $TRM_SEARCH_STORAGE, or a file
 
     def __post_init__(self):
         _convert_types(self)
-        _one_of("search_method", self.search_method, ("grid", "tpe", "halving"))
         for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
@@ -365,6 +361,10 @@ class Config:
         check_names(values, ["preset", *PARTS], "part of a configuration")
         return cls(preset=values.get("preset", "reference"), **parts)
 
+    def local(self) -> dict[str, Any]:
+        """The settings of the machine and the call, see :func:`local`."""
+        return {name: value for name, value in self.flat().items() if name in local_settings()}
+
     def replace(self, **settings) -> Config:
         """A copy with the named settings changed, whichever part they belong to."""
         owners = settings_by_part()
@@ -390,12 +390,17 @@ def settings_by_part() -> dict[str, str]:
     return {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
 
 
+def local_settings() -> set[str]:
+    """The names of all settings of the machine and the call, see :func:`local`."""
+    return {f.name for kind in PARTS.values() for f in dataclasses.fields(kind)
+            if f.metadata.get("local")}
+
+
 def check_names(given, known: list[str], what: str) -> None:
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"unknown {what} {name!r}{hint}; valid: {', '.join(sorted(known))}")
+            raise ValueError(f"unknown {what} {name!r}{schema.did_you_mean(name, known)}; valid: "
+                             f"{', '.join(sorted(known))}")
 
 
 # What the demo needs to succeed in the simulator: both cameras, proprioception, action chunks.
@@ -436,8 +441,9 @@ def from_flat(preset: str = "reference", **settings) -> Config:
     that its dataclass rejects. Settings given as ``None`` keep the preset's value, so that a
     notebook can list a parameter without deciding it.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}"
+                         f"{schema.did_you_mean(preset, PRESETS)}")
     given = {name: value for name, value in settings.items() if value is not None}
     config = Config(preset=preset)
     return config.replace(**{**PRESETS[preset], **given})

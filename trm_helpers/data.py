@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from . import schema
-from .augment import AUGMENTATIONS, augment_images
+from .augment import augment_images
 from .config import Config
 from .language import embed_instruction, normalize_instruction
-from .normalize import MODES, ActionNormalizer, fit_proprio, normalize_proprio
-from .storage import STORAGES, BatchMemory, Demo, DemoFile, load_steps, open_files
+from .normalize import ActionNormalizer, fit_proprio, normalize_proprio
+from .storage import BatchMemory, Demo, DemoFile, load_steps, open_files
 from .validate import demo_names, open_demo_file, source_of
 
 SPLITS = ("train", "val", "all")
@@ -212,12 +212,11 @@ class LIBERODataset(torch.utils.data.Dataset):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(image_size >= 1, "image_size", image_size, ">= 1")
         require(max_demos_per_task >= 0, "max_demos_per_task", max_demos_per_task, ">= 0")
-        require(self.normalize_actions in MODES, "normalize_actions", self.normalize_actions,
-                f"True, False or one of {', '.join(MODES)}")
-        require(self.augmentation in AUGMENTATIONS, "augmentation", self.augmentation,
-                f"one of {', '.join(AUGMENTATIONS)}")
-        require(storage in STORAGES, "storage", storage, f"one of {', '.join(STORAGES)}")
-        require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+        for name, value, options in (
+                ("normalize_actions", self.normalize_actions, schema.NORMALIZATIONS),
+                ("augmentation", self.augmentation, schema.AUGMENTATIONS),
+                ("storage", storage, schema.STORAGES), ("split", split, SPLITS)):
+            schema.check_option(name, value, options)
         require(self.cameras and set(self.cameras) <= set(schema.CAMERAS), "cameras", self.cameras,
                 f"at least one of {', '.join(schema.CAMERAS)}")
         require(self.task_ids is None or len(self.task_ids) == len(files), "task_ids",

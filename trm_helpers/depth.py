@@ -119,7 +119,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         ValueError: the policy does not recurse, a depth below 1, or a name in ``only`` that is
             none.
     """
-    run = find_run(str(run))
+    run = find_run(run, to_write=True)
     trained = load_config(run)
     if trained.model.variant not in _RECURSIVE:
         raise ValueError(f"{run} has variant={trained.model.variant!r}, which is applied once; "

@@ -101,7 +101,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
             cannot matter for this policy.
         RuntimeError: no episode could be run; with the first error.
     """
-    run = find_run(str(run))
+    run = find_run(run, to_write=True)
     trained = load_config(run)
     suite = suite or trained.data.suite
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
@@ -263,7 +263,7 @@ def compare_runs(run: str | Path, other: str | Path, suite: str = "",
 
 def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
     """Rows of a run's ledger; ``FileNotFoundError`` where it was not evaluated (on that suite)."""
-    run = find_run(str(run))
+    run = find_run(run)
     suite = suite or load_config(run).data.suite
     ledger = evaluation_folder(run, suite) / "episodes.jsonl"
     if not ledger.exists():

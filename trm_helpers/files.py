@@ -48,6 +48,21 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """What a JSON file holds, which has to be a ``kind``.
+
+    Raises ``FileNotFoundError`` where there is none, and ``ValueError`` for a damaged one.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; expected JSON") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} is damaged: it holds {type(value).__name__}; expected "
+                         f"{kind.__name__}")
+    return value
+
+
 def append_jsonl(path: str | os.PathLike, row: dict) -> None:
     """Append one line and flush it to the disk, so that a kill loses nothing that was reported.
 

@@ -29,7 +29,6 @@ from .layers import (
 from .normalize import ActionNormalizer
 from .observations import prepare_observation, read_batch
 
-LOSSES = ("mse", "l1", "mix")
 ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 the oldest (ACT)
 
 
@@ -297,8 +296,7 @@ class TRMPolicy(nn.Module):
         is within ``halting_tolerance``. ACT draws its style from what its encoder makes of the
         actions, and adds ``kl``, times ``kl_weight``.
         """
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is not valid; expected one of {', '.join(LOSSES)}")
+        schema.check_option("loss", loss, schema.LOSSES)
         target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
         mask = batch["mask"].reshape(-1, self.config.chunk)
         style = None

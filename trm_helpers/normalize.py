@@ -9,7 +9,6 @@ import torch
 
 from . import schema
 
-MODES = ("zscore", "minmax", "none")
 EPSILON = 1e-6
 
 
@@ -23,8 +22,7 @@ class ActionNormalizer:
     """
 
     def __init__(self, mode: str = "zscore"):
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} is not valid; expected one of {', '.join(MODES)}")
+        schema.check_option("mode", mode, schema.NORMALIZATIONS)
         self.mode = mode
         fitted = mode == "none"
         self.offset: list[float] | None = [0.0] * schema.ARM_DIM if fitted else None

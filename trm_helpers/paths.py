@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+from . import schema
 
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_WORKING = Path("/kaggle/working")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_RESERVED = (*schema.BASELINES, "pretrained")
 
 
 def on_kaggle() -> bool:
@@ -20,9 +25,18 @@ def repo_root() -> Path:
     return parent if (parent / "pyproject.toml").exists() else Path.cwd()
 
 
+def absolute(path: str | os.PathLike) -> Path:
+    """A path that means the same in another working folder; ``~`` is the user's home.
+
+    Every path is made absolute where it is read: notebooks, workers and trials run elsewhere.
+    """
+    return Path(path).expanduser().resolve()
+
+
 def _folder(variable: str, name: str) -> Path:
-    if variable in os.environ:
-        return Path(os.environ[variable]).expanduser().resolve()
+    if given := os.environ.get(variable):  # an empty variable is none
+        os.environ[variable] = str(absolute(given))  # for processes that start elsewhere
+        return Path(os.environ[variable])
     return (KAGGLE_WORKING if on_kaggle() else repo_root()) / name
 
 
@@ -45,3 +59,20 @@ def shipped(folder: str) -> Path:
 def notebooks_dir() -> Path:
     """The eight notebooks."""
     return shipped("notebooks")
+
+
+# --- names of runs -------------------------------------------------------------------------------
+def run_dir(run_name: str | int) -> Path:
+    """``artifacts/<run_name>``: the one place where a name becomes a folder. Nothing is made.
+
+    Raises ``ValueError`` for a name that is not 1 to 100 letters, digits, ``._-``, the first a
+    letter or a digit. papermill gives a name of digits as a number.
+    """
+    name = str(run_name) if type(run_name) is int else run_name
+    if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
+        raise ValueError(f"run_name={run_name!r} is not valid; expected text of 1 to 100 letters, "
+                         "digits, '._-', beginning with a letter or digit")
+    if name in _RESERVED:
+        raise ValueError(f"run_name={run_name!r} is not valid; expected another name than "
+                         f"{', '.join(_RESERVED)}, which mean something else")
+    return artifacts_dir() / name

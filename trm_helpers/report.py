@@ -29,7 +29,7 @@ def write_report(run: str | Path) -> Path:
     but for the evaluation, which is said to be missing. Raises ``FileNotFoundError`` for a folder
     that holds no trained run.
     """
-    run = find_run(str(run))
+    run = find_run(run, to_write=True)
     sections = [f"# {run.name}", *_success(run), *_robustness(run), *_depth(run), *_training(run),
                 *_inside(run), *_search(run), *_settings(run), *_media(run)]
     path = run / "report.md"

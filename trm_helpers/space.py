@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import FREE_SETTINGS
 from .config import (
     Config,
     DataConfig,
@@ -18,6 +17,7 @@ from .config import (
     SearchConfig,
     TrainConfig,
     check_names,
+    local_settings,
     settings_by_part,
 )
 
@@ -28,13 +28,11 @@ _CHANGE_THE_LOSS = {"loss", "gripper", "gripper_weight", "normalize_actions", "c
                     "halting_weight", "ponder_cost", "kl_weight", "deep_supervision", "alignment",
                     "sequence_length", "max_demos_per_task"}
 # no axes: what the search decides by itself, and which task is learned
-_FIXED = {*_LISTS, *FREE_SETTINGS, "epochs", "patience", "rollout_every", "rollout_episodes",
-          "seed", "suite", "task_ids", "demos", "demo_dir", "num_demos", "placement",
-          "train_fraction", "data_seed"}
+_FIXED = {*_LISTS, *local_settings(), "epochs", "patience", "rollout_every", "rollout_episodes",
+          "seed", "suite", "task_ids", "demos", "num_demos", "placement", "train_fraction",
+          "data_seed"}
 # of the evaluation's, those that selection rollouts go by
 _ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster", "episode_limit"}
-# differ between machines that share a search
-_OF_A_MACHINE = FREE_SETTINGS | {"demo_dir", "eval_workers", "cluster", "episode_limit"}
 REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
 _RUNGS = 3
 
@@ -172,7 +170,7 @@ def common_settings(config: Config) -> dict[str, Any]:
              if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS]
     shared = {name: list(settings[name]) if isinstance(settings[name], tuple) else settings[name]
               for name in names
-              if name not in _OF_A_MACHINE and name not in axes(config.search)}
+              if name not in local_settings() and name not in axes(config.search)}
     return {**shared, "search_episodes": config.search.search_episodes}
 
 

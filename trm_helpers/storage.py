@@ -25,7 +25,6 @@ from .validate import (
     source_of,
 )
 
-STORAGES = ("ram", "mmap", "gpu")
 _KEPT_FREE = 0.1  # share of the free memory that is not to be used
 
 
