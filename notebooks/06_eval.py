@@ -44,14 +44,17 @@ import pandas as pd
 from IPython.display import Video, display
 
 from trm_helpers import plots
-from trm_helpers.baselines import evaluate_bounds
+from trm_helpers.baselines import plan_bounds
 from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.evaluate import (
+    comparable,
     compare_runs,
-    evaluate_run,
     evaluated_episodes,
-    evaluation_folder,
+    films_of,
+    plan_run,
+    stale_episodes,
 )
+from trm_helpers.files import dispensable, inside
 from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.stats import (
     comparison_rows,
@@ -68,7 +71,10 @@ settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=f
                 eval_workers=eval_workers, cluster=cluster, demo_dir=demo_dir)
 settings = {name: value for name, value in settings.items() if value is not None}
 config = load_config(run, preset).replace(perturbation="none", **settings)
-folder = evaluation_folder(run, suite or "")
+evaluation = plan_run(run, config.eval, weights, suite or "", task_ids or ())
+planned_bounds = plan_bounds(run, config.eval, suite or "", task_ids or (), demo_dir or "")
+if baseline_run:
+    comparable(evaluation, baseline_run)
 print("evaluating", run)
 
 # %% [markdown]
@@ -80,11 +86,11 @@ print("evaluating", run)
 # written beside the rate, with its source.
 
 # %%
-results = evaluate_run(run, config.eval, weights, suite or "", task_ids or ())
+results = evaluation.play()
 print(format_success(results))
 print(f"protocol {results['protocol']['protocol']}: {results['protocol']['source']}")
 for error in results["errors"]:
-    print("could not be run, and counts neither way:", error)
+    print("could not be run, and does not count:", error)
 
 # %% [markdown]
 # Episode by episode (the file may hold others, from evaluations before). `mean_recursions` is how
@@ -92,11 +98,7 @@ for error in results["errors"]:
 # per executed action and for the slowest one, without the drawing of the frames it asked for.
 
 # %%
-asked = results["protocol"]
-inits = range(asked["first_init_state"], asked["first_init_state"] + asked["num_episodes"])
-episodes = [row for row in evaluated_episodes(run, asked["suite"])
-            if row["task_id"] in asked["task_ids"] and row["init_state"] in inits
-            and "error" not in row]
+asked, episodes = results["protocol"], evaluation.rows()
 columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "action_ms",
            "max_action_ms", "seconds"]
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
@@ -110,7 +112,7 @@ pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 # nothing about a policy. (`bound_episodes` above 0 runs them.)
 
 # %%
-bounds = evaluate_bounds(run, config.eval, suite or "", task_ids or (), demo_dir or "")
+bounds = {name: bound.play() for name, bound in planned_bounds.items()}
 pd.DataFrame(comparison_rows({run.name: results, **bounds}))
 
 # %% [markdown]
@@ -138,17 +140,17 @@ fig
 # and failures have a folder each.
 
 # %%
-filmed = [row for row in episodes if "video" in row]
-for row in filmed:
+filmed = films_of(episodes, evaluation.folder)
+for film, row in filmed.items():
     print(row["video"])
-    display(Video(folder / "videos" / row["video"], embed=True, width=640))
+    display(Video(film, embed=True, width=640))
 
 # %% [markdown]
 # All of a task at once, framed green where it succeeded and red where it failed.
 
 # %%
-for grid in sorted((folder / "videos").glob("*.mp4")):
-    if grid.stem.startswith(f"{asked['suite']}-task"):
+for grid in sorted((evaluation.folder / "videos").glob(f"{asked['suite']}-task*.mp4")):
+    if inside(evaluation.folder, grid.resolve()):
         print(grid.name)
         display(Video(grid, embed=True))
 
@@ -156,14 +158,15 @@ for grid in sorted((folder / "videos").glob("*.mp4")):
 # The first of them as a strip, from its first step to its last.
 
 # %%
-for row in filmed[:1]:
-    film = imageio.imread(folder / "videos" / row["video"])
-    side = film.shape[2] // 2  # the agent view is the square at the lower left
-    steps = [round(i * row["steps"] / 5) for i in range(6)]
-    frames = [film[step, -side:, :side] for step in steps]
-    fig = plots.plot_rollout_strip(frames, steps, row["video"].removesuffix(".mp4"))
-    plots.save_figure(fig, run / "figures" / "06_rollout.png")
-    display(fig)
+for path, row in list(filmed.items())[:1]:
+    with dispensable("the strip"):
+        film = imageio.imread(path)
+        side = film.shape[2] // 2  # the agent view is the square at the lower left
+        steps = [round(i * row["steps"] / 5) for i in range(6)]
+        frames = [film[step, -side:, :side] for step in steps]
+        fig = plots.plot_rollout_strip(frames, steps, path.stem)
+        plots.save_figure(fig, run / "figures" / "06_rollout.png")
+        display(fig)
 
 # %% [markdown]
 # ## Against another run
@@ -182,6 +185,8 @@ print(detectable(results))
 for baseline in [find_run(baseline_run)] if baseline_run else []:
     test = compare_runs(run, baseline, asked["suite"], asked["task_ids"])
     print(format_comparison(test, run.name, baseline.name))
+    for marked in stale_episodes(baseline, asked["suite"]):
+        print(marked)
     theirs = summarize_episodes([row for row in evaluated_episodes(baseline, asked["suite"])
                                  if row["task_id"] in asked["task_ids"] and "error" not in row])
     fig = plots.plot_success({run.name: results, baseline.name: theirs})

@@ -42,6 +42,7 @@ from trm_helpers import (
 from trm_helpers.checkpoint import find_run, held_out, load_config
 from trm_helpers.collect import demonstrations_of
 from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards
+from trm_helpers.evaluate import stale
 from trm_helpers.files import write_json
 from trm_helpers.report import write_report
 from trm_helpers.robustness import plot_card
@@ -135,6 +136,8 @@ if depth_episodes:
                weights=weights, task_ids=task_ids or ())
 for path in run.glob("depth.json"):
     card = json.loads(path.read_text())
+    if marked := stale(run, card):
+        print(marked)
     display(pd.DataFrame(depth_rows(card)), plot_depth_cards({card["run"]: card}))
 
 # %% [markdown]
@@ -145,7 +148,10 @@ for path in run.glob("depth.json"):
 
 # %%
 for path in run.glob("robustness.json"):
-    display(plot_card(json.loads(path.read_text())))
+    card = json.loads(path.read_text())
+    if marked := stale(run, card):
+        print(marked)
+    display(plot_card(card))
 
 # %% [markdown]
 # ## Where does it stop?
@@ -186,7 +192,8 @@ sentences = [
     f"Mean squared error of the first action over {report['count']} samples: {report['mse']:.4f}.",
     f"Gripper right in {100 * report['gripper_accuracy']:.1f} % of them.",
 ]
-write_json(run / "explain.json", {"sentences": sentences, "predictions": report,
+write_json(run / "explain.json", {"weights": weights, "sha256": policy.sha256,
+                                  "sentences": sentences, "predictions": report,
                                   "recursion": recursion})
 page = write_report(run)
 Markdown(page.read_text().split("## Films")[0].split("## Figures")[0])

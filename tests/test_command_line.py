@@ -69,24 +69,27 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
 
     asked = []
 
-    def evaluate_run(run, config, weights, suite, task_ids):
-        asked.append((run, config, weights, suite, task_ids))
+    def play(evaluation):
+        asked.append(evaluation)
         task = {"suite": "libero_object", "task_id": 3, "successes": 1, "episodes": 2,
                 "success_rate": 0.5, "wilson_low": 0.1, "wilson_high": 0.9, "mean_length": 4.0,
                 "std_length": 1.0}
-        return {**task, "tasks": [task], "errors": [{"error": "hung"}] if suite else []}
+        return {**task, "tasks": [task],
+                "errors": [{"error": "hung"}] if evaluation.suite == "libero_goal" else []}
 
-    monkeypatch.setattr(evaluate, "evaluate_run", evaluate_run)
+    monkeypatch.setattr(evaluate.Evaluation, "play", play)
     assert main(["evaluate", "mine", "--task-ids", "3", "--protocol", "libero"]) == 0
     (given,) = asked
-    assert given[0] == "mine" and given[2:] == ("best", "", (3,))
-    assert given[1].num_videos == 1 and given[1].protocol == "libero"  # the run's own, and on top
+    assert given.source[:2] == (run, "best")
+    assert {episode[:2] for episode in given.planned} == {("libero_object", 3)}
+    assert given.config.num_videos == 1 and given.config.protocol == "libero"
     assert "libero_object 3: 1 of 2 episodes" in capsys.readouterr().out
     assert main(["evaluate", "mine", "--suite", "libero_goal"]) == 3  # there were errors
 
+    conditions = evaluate.plan_run(run).conditions
     (run / "episodes.jsonl").write_text("".join(json.dumps({
-        "suite": "libero_object", "task_id": 3, "init_state": state, "success": state < 1,
-        "steps": 4}) + "\n" for state in range(2)))
+        "suite": "libero_object", "task_id": 0, "init_state": state, "seed": 0,
+        "success": state < 1, "steps": 4, **conditions}) + "\n" for state in range(2)))
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", "--against", "mine", "mine"])
     assert "give the run before its settings" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def run(trained, monkeypatch):
     config = depth.load_config(trained).model
     assert config.num_recursions == 2
     monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
-    monkeypatch.setattr(depth, "load_policy", lambda *_: Thinker(config))
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_: Thinker(config))
     errors = {"as trained": [0.2, 0.1, 0.3], "fixed 1": [0.4, 0.3, 0.5]}
     monkeypatch.setattr(depth, "action_errors", lambda *_: errors)
     monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
@@ -107,7 +107,8 @@ def test_a_card_counts_and_compares(run):
 def test_action_errors_are_of_what_each_way_answers(trained):
     config = depth.load_config(trained)
     ways = ways_to_think(config.model, [1, 4], [1e-3])
-    found = action_errors(trained, config, ways)
+    source = evaluate.TrainedPolicy.load(trained, "best")
+    found = action_errors(source, config, ways)
     assert list(found) == ["as trained", "fixed 1", "fixed 4", "convergence below 0.001, at most 4"]
     policy = load_policy(trained)
     files = json.loads((trained / "policy.json").read_text())["trained_on"]["files"]
@@ -118,7 +119,7 @@ def test_action_errors_are_of_what_each_way_answers(trained):
         assert found[name] == pytest.approx([error, *interval])
     assert found["fixed 1"][0] != found["fixed 4"][0]
     Path(files[0]["file"]).unlink()
-    assert action_errors(trained, config, ways) == {}
+    assert action_errors(source, config, ways) == {}
 
 
 def test_what_was_played_is_not_played_again(run, monkeypatch):

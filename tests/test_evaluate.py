@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,16 @@ import numpy as np
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import baselines, evaluate, preflight
+from trm_helpers import baselines, evaluate, preflight, schema
+from trm_helpers.__main__ import main
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
 from trm_helpers.files import only_one, read_jsonl
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.report import write_report
+from trm_helpers.robustness import robustness_card
+from trm_helpers.sim import LiberoEnv, Observation
+from trm_helpers.stats import format_success
 
 
 def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
@@ -149,11 +154,252 @@ def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch)
 
 
 def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
-    monkeypatch.setattr(CountingPolicy, "act", lambda *_: 1 / 0)
+    monkeypatch.setattr(StraightRoad, "step", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="no episode could be run; .*ZeroDivisionError"):
         evaluate_run(run, EvalConfig(num_videos=0))
     assert len(read_jsonl(run / "episodes.jsonl")) == 3
     assert not (run / "results.json").exists()
+
+
+class Failing(CountingPolicy):
+    """Fails in its second decision of the second episode, as ``how`` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def reset(self):
+        super().reset()
+        self.decisions = 0
+
+    def act(self, observation):
+        self.decisions += 1
+        if (self.resets, self.decisions) == (2, 2):
+            return self.how()
+        return super().act(observation)
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+    (lambda: np.full(7, np.nan), "expected 7 finite numbers"),
+    (lambda: np.zeros((1, 7)), "expected 7 finite numbers"),
+    (lambda: np.zeros(6), "expected 7 finite numbers"),
+    (lambda: None, "expected 7 finite numbers"),
+    (lambda: ["up"] * 7, "ValueError"),
+])
+def test_an_episode_in_which_the_policy_fails_is_a_failure(run, monkeypatch, capsys, how, said):
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_: Failing(how))
+    results = evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=0))
+    assert (results["successes"], results["episodes"], results["policy_errors"]) == (2, 3, 1)
+    assert results["errors"] == [] and results["success_rate"] == pytest.approx(2 / 3)
+    row = read_jsonl(run / "episodes.jsonl")[1]
+    assert (row["success"], row["steps"], "error" in row) == (False, 1, False)
+    assert said in row["policy_error"]
+    assert "counted as failures: 1 in which the policy raised" in format_success(results)
+    monkeypatch.setattr(evaluate, "run_episode", None)
+    assert evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=0)) == results
+
+
+def test_a_policy_that_cannot_begin_fails_every_episode(run, monkeypatch):
+    monkeypatch.setattr(CountingPolicy, "reset", lambda *_: 1 / 0)
+    results = evaluate_run(run, EvalConfig(num_episodes=4, num_videos=1))
+    assert (results["successes"], results["episodes"], results["policy_errors"]) == (0, 4, 4)
+    row = read_jsonl(run / "episodes.jsonl")[0]
+    assert (row["steps"], row["action_ms"]) == (0, None)
+    assert [film.parent.name for film in run.rglob("*.mp4")] == ["failure"]
+
+
+class Dark(Observation):
+    """Whose frames the driver refuses."""
+
+    def __init__(self):
+        super().__init__({}, dict.fromkeys(schema.CAMERAS, lambda: 1 / 0))
+
+
+@pytest.mark.parametrize("fault", ["renderer", "memory", "disk"])
+def test_a_fault_of_the_machine_while_the_policy_decides_is_not_the_policys(run, monkeypatch,
+                                                                          fault):
+    def act(policy, observation):
+        if fault == "renderer":
+            return observation["agentview_rgb"]
+        raise MemoryError if fault == "memory" else OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StraightRoad, "_look", lambda _: Dark())
+    monkeypatch.setattr(CountingPolicy, "act", act)
+    with pytest.raises(RuntimeError, match="no episode could be run; .*(render|Memory|No space)"):
+        evaluate_run(run, EvalConfig(num_episodes=2, num_videos=0))
+    assert [("error" in row, "success" in row) for row in read_jsonl(run / "episodes.jsonl")] \
+        == [(True, False)] * 2
+
+
+# --- films cost no episode ----------------------------------------------------------------------
+
+
+def _no_font(*_):
+    raise OSError("cannot open resource")
+
+
+@pytest.mark.parametrize("broken", ["false", "true", "missing", "fonts", "chunk"])
+def test_an_episode_whose_film_fails_counts(run, monkeypatch, capsys, broken):
+    if broken == "fonts":
+        monkeypatch.setattr("PIL.ImageFont.truetype", _no_font)
+    elif broken == "chunk":
+        monkeypatch.setattr(CountingPolicy, "last_chunk", "not a chunk", raising=False)
+    else:
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", f"/bin/{broken}")
+    results = evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=2))
+    assert (results["successes"], results["episodes"], results["errors"]) == (3, 3, [])
+    assert capsys.readouterr().out.count("2 film(s) could not be made, and count for nothing") == 1
+    rows = read_jsonl(run / "episodes.jsonl")
+    assert [("video_error" in row, "video" in row) for row in rows] \
+        == [(True, False), (True, False), (False, False)]
+    assert not list(run.rglob("*.mp4"))
+
+
+def test_a_grid_that_fails_costs_no_results(run, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "write_grid", lambda *_: 1 / 0)
+    results = evaluate_run(run, EvalConfig(num_episodes=2, horizon=4, num_videos=2))
+    assert results == json.loads((run / "results.json").read_text())
+    assert "the grid of films could not be made: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_films_that_were_removed_are_left_out(run, capsys):
+    config = EvalConfig(num_episodes=3, horizon=4, num_videos=3)
+    first = evaluate_run(run, config)
+    shutil.rmtree(run / "videos")
+    (run / "results.json").unlink()
+    assert evaluate_run(run, config) == first == json.loads((run / "results.json").read_text())
+    assert "3 film(s) are not in" in capsys.readouterr().out
+    (run / "episodes.jsonl").unlink()
+    evaluate_run(run, config)
+    assert len(list((run / "videos").rglob("*.mp4"))) == 4
+
+
+@pytest.mark.parametrize("where", ["absolute", "dots", "link", "folder", "number"])
+def test_a_film_outside_of_the_run_is_not_shown(run, tmp_path, capsys, where):
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=2)
+    evaluate_run(run, config)
+    mine = [row["video"] for row in read_jsonl(run / "episodes.jsonl")]
+    secret = tmp_path / "secret.mp4"
+    shutil.copy(run / "videos" / mine[0], secret)
+    named = {"absolute": str(secret), "dots": "../" * 9 + str(secret).lstrip("/"),
+             "link": "success/link.mp4", "folder": "outside/secret.mp4", "number": 7}[where]
+    (run / "videos" / "success" / "link.mp4").symlink_to(secret)
+    (run / "videos" / "outside").symlink_to(tmp_path)
+    rows = read_jsonl(run / "episodes.jsonl")
+    rows[0]["video"] = named
+    assert list(evaluate.films_of(rows, run)) == [run / "videos" / mine[1]]
+    assert "1 film(s) are not in" in capsys.readouterr().out
+    (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (grid,) = (run / "videos").glob("*.mp4")
+    grid.unlink()
+    evaluate_run(run, config)
+    assert not grid.exists()  # of one film alone
+
+
+# --- everything is checked before the first episode ---------------------------------------------
+
+
+@pytest.fixture
+def bounded(run, monkeypatch):
+    """The run with its demonstrations, which replay in a step, and baselines without a scene."""
+    (demos,) = json.loads((run / "policy.json").read_text())["trained_on"]["files"]
+    monkeypatch.setattr(baselines, "demonstrations_of", lambda *_: {0: demos["file"]})
+    monkeypatch.setattr(baselines, "replay_demonstration",
+                        lambda *_: {"success": True, "steps": 1, "divergence": [0.0]})
+    monkeypatch.setattr(baselines, "BASELINES", {"no-op": baselines.NoOpPolicy})
+    return run
+
+
+def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):
+    config = EvalConfig(num_episodes=1, bound_episodes=2, num_videos=0)
+    own = baselines.evaluate_bounds(bounded, config)
+    assert list(own) == ["replay", "no-op"] and own["no-op"]["protocol"]["horizon"] == 280
+    kept = {path: path.read_bytes() for path in bounded.glob("bounds/*/results.json")}
+    assert len(kept) == 2
+    for suite, task_ids in (("libero_object_swap", ()), ("libero_goal", ()), ("", [0, 4])):
+        other = baselines.evaluate_bounds(bounded, config, suite, task_ids)
+        assert list(other) == ["no-op"]
+        assert other["no-op"]["protocol"]["suite"] == (suite or "libero_object")
+    assert {path: path.read_bytes() for path in kept} == kept
+    for suite, horizon in (("libero_object_swap", 280), ("libero_goal", 300)):
+        file = bounded / "robustness" / f"{suite}-none" / "bounds" / "no-op" / "results.json"
+        assert json.loads(file.read_text())["protocol"]["horizon"] == horizon
+    evaluate_run(bounded, config)
+    text = write_report(bounded).read_text()
+    assert "| no-op | 0 of 2 |" in text and "| replay | 2 of 2 |" in text
+
+
+def test_the_report_shows_no_bound_of_another_suite(bounded):
+    config = EvalConfig(num_episodes=1, bound_episodes=2, num_videos=0)
+    evaluate_run(bounded, config)
+    baselines.plan_baseline("no-op", bounded / "bounds" / "no-op", config, "libero_goal").play()
+    assert "no-op" not in write_report(bounded).read_text()
+
+
+@pytest.mark.parametrize("wrong", ["bounds", "against", "other suite"])
+def test_what_cannot_be_finished_is_refused_before_the_first_episode(bounded, small_run, wrong,
+                                                                     capsys):
+    other = small_run("other", epochs=1)
+    other.fit()
+    short = EvalConfig(num_episodes=1, bound_episodes=1, horizon=3, num_videos=0)
+    suite = {"other suite": ["--suite", "libero_goal"]}.get(wrong, [])
+    if wrong == "against":
+        evaluate_run(other.run, short)
+    else:
+        baselines.evaluate_bounds(bounded, short, *suite[1:])
+    played = len(StraightRoad.made)
+    asked = {"against": ["--against", "other"]}.get(wrong, ["--bound-episodes", "1"])
+    assert main(["evaluate", bounded.name, "--horizon", "5", *suite, *asked]) == 1
+    assert "horizon" in capsys.readouterr().err
+    assert len(StraightRoad.made) == played and not list(bounded.rglob("results-*.json"))
+    assert not (bounded / "episodes.jsonl").exists()
+
+
+def test_results_of_most_tasks_have_a_name_that_every_disk_takes():
+    most = [task_id for task_id in range(90) if task_id not in (3, 40)]
+    names = {evaluate.results_name(tasks, [0]) for tasks in (most, range(90), [0, 4], [4, 0])}
+    assert len(names) == 3 and "results-tasks-0-4.json" in names
+    assert max(map(len, names)) < 150
+    assert evaluate.results_name([2, 1], [1, 2]) == "results.json"
+
+
+# --- which weights ------------------------------------------------------------------------------
+
+
+def test_rows_carry_the_digest_of_what_was_loaded(run, monkeypatch):
+    """And episodes of weights that were replaced meanwhile are no episodes."""
+    loaded = []
+
+    def load(folder, weights):
+        file = folder / f"{weights}.safetensors"
+        policy = CountingPolicy()
+        policy.sha256 = evaluate.digest(file)
+        file.write_bytes(f"replaced {len(loaded)} times".encode())  # by a training beside it
+        loaded.append(policy.sha256)
+        return policy
+
+    monkeypatch.setattr(evaluate, "load_policy", load)
+    before = evaluate.digest(run / "best.safetensors")
+    results = evaluate_run(run, EvalConfig(num_episodes=2, num_videos=0))
+    assert loaded == [before] and results["protocol"]["sha256"] == before
+    assert {row["sha256"] for row in read_jsonl(run / "episodes.jsonl")} == {before}
+    source = evaluate.TrainedPolicy(run, "best", before)  # as another process gets it
+    with pytest.raises(RuntimeError, match="best.safetensors was replaced while it was evaluated"):
+        source.make()
+
+
+def test_results_of_older_weights_are_marked(run, capsys):
+    evaluate_run(run, EvalConfig(num_episodes=2, num_videos=0))
+    robustness_card(run, EvalConfig(num_episodes=2, num_videos=0), only=["swap"])
+    assert "Stale" not in write_report(run).read_text()
+    assert evaluate.stale_episodes(run) == []
+    (run / "best.safetensors").write_bytes(b"trained further")
+    text = write_report(run).read_text()
+    success, changed = text.split("## When something changes")
+    assert "**Stale: made with other weights" in success and "**Stale" in changed
+    (said,) = evaluate.stale_episodes(run)
+    assert "best.safetensors has now" in said
 
 
 def test_a_simulator_in_which_objects_slide_is_refused_before_libero_spatial(run, monkeypatch):
@@ -407,10 +653,9 @@ def test_a_cluster_that_loses_a_worker_loses_no_episode(tmp_path):
 @pytest.mark.sim
 @pytest.mark.parametrize("action", [np.zeros(6), np.zeros((1, 7)), np.full(7, np.nan), None])
 def test_a_malformed_action_is_named(env, action):
-    policy = CountingPolicy()
-    policy.action = action
+    env.reset(init_state=0)
     with pytest.raises(ValueError, match="expected 7 finite numbers"):
-        PolicyEvaluator(policy).evaluate_on_task(env, [0], 1)
+        env.step(action)
 
 
 def test_one_process_at_a_time_evaluates_into_a_folder(run):

@@ -61,7 +61,7 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
 
 def test_errors_are_told_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
-    assert "1 episode(s) could not be run and count neither way; the first: it hung" \
+    assert "1 episode(s) could not be run and do not count; the first: it hung" \
         in write_report(trained).read_text()
 
 

@@ -142,32 +142,36 @@ class Evaluate:
     against: str = ""  # another run, evaluated before: the two are compared episode by episode
 
     def __call__(self) -> Result:
-        from .baselines import BASELINES, evaluate_baseline, evaluate_bounds
-        from .evaluate import compare_runs, evaluate_run, evaluated_episodes
+        from .baselines import BASELINES, plan_baseline, plan_bounds
+        from .evaluate import comparable, compare_runs, plan_run, stale_episodes
         from .stats import detectable, format_comparison, format_success
 
-        bounds, test = {}, None
-        if self.against:
-            if self.run in BASELINES:
+        # all of it is known and checked before the first episode
+        if self.run in BASELINES:
+            if self.against:
                 raise ValueError(f"against={self.against!r} compares trained runs; "
                                  f"{self.run!r} is a baseline")
-            evaluated_episodes(self.against, self.suite)  # an error now, not after hours
-        if self.run in BASELINES:
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
             folder = paths.artifacts_dir() / f"{self.run}-{self.suite}"
-            results = evaluate_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
+            planned = plan_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
+            bounds = {}
         else:
-            results = evaluate_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
-            bounds = evaluate_bounds(self.run, self.eval, self.suite, self.task_ids,
-                                     self.demo_dir)
+            planned = plan_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
+            if self.against:
+                comparable(planned, self.against)
+            bounds = plan_bounds(self.run, self.eval, self.suite, self.task_ids, self.demo_dir)
+        results = planned.play()
+        bounds = {name: bound.play() for name, bound in bounds.items()}
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
+        test = None
         if self.against:
             test = compare_runs(self.run, self.against, self.suite, self.task_ids)
-            lines += [format_comparison(test, self.run, self.against), detectable(results)]
+            lines += [format_comparison(test, self.run, self.against), detectable(results),
+                      *stale_episodes(self.against, planned.suite)]
         return ({**results, "bounds": bounds, "comparison": test}, lines, not results["errors"])
 
 

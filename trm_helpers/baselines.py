@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -17,7 +15,14 @@ from . import experts, geometry, schema, skills
 from .checkpoint import find_run, load_config
 from .collect import demonstrations_of
 from .config import EvalConfig
-from .evaluate import Episode, evaluate_episodes, official_episodes
+from .evaluate import (
+    Episode,
+    Evaluation,
+    evaluation_folder,
+    official_episodes,
+    results_name,
+)
+from .files import digest
 from .quality import replay_demonstration
 from .rollout import Policy
 from .sim import LiberoEnv
@@ -104,6 +109,12 @@ def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: 
     Raises:
         ValueError: also for a perturbation: baselines read no observation.
     """
+    return plan_baseline(name, folder, config, suite, task_ids).play()
+
+
+def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
+                  task_ids: Iterable[int] = (), results: str = "results.json") -> Evaluation:
+    """:func:`evaluate_baseline`, checked and not played yet."""
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
     if config.perturbation != "none":
@@ -111,56 +122,58 @@ def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: 
                          f"baseline {name!r} reads no observation")
     count = schema.SUITES[schema.check_suite(suite)]
     task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
-    return evaluate_episodes(Baseline(name), {"weights": name, "sha256": _source_digest(name)},
-                             Path(folder), config, suite,
-                             official_episodes(suite, task_ids, config))
+    return Evaluation(Baseline(name), {"weights": name, "sha256": _source_digest(name)},
+                      Path(folder), config, suite, official_episodes(suite, task_ids, config),
+                      results).checked()
 
 
 def _source_digest(name: str) -> str:
     """Of the code that decides: the expert's changes, and its old episodes are another policy's."""
     modules = (experts, skills, geometry) if name == "expert" else ()
     source = b"".join(Path(module.__file__).read_bytes() for module in modules)
-    return hashlib.sha256(source).hexdigest()[:16] if source else ""
+    return digest(source) if source else ""
 
 
-def evaluate_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
-                    suite: str) -> dict:
-    """:func:`evaluate.evaluate_run` of the demonstrations: what a perfect copy would reach.
+def plan_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
+                suite: str, task_ids: Iterable[int] = (),
+                results: str = "results.json") -> Evaluation:
+    """The demonstrations as a policy, checked and not played yet: what a perfect copy would reach.
 
     The first ``config.episodes`` of each task's file are replayed from where they began.
 
     Args:
         files: of each task id.
+        task_ids: of them those to replay; none takes all.
 
     Raises:
-        ValueError: ``folder`` holds replays of other files.
+        ValueError: ``folder`` holds replays of other demonstrations.
     """
     stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
-    numbers = {}
+    numbers, content = {}, b""
     for task_id, path in stored.items():
         with open_demo_file(path) as file:
-            numbers[task_id] = range(min(config.episodes, len(demo_names(file))))
-    digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()[:16]
+            names = demo_names(file)
+            numbers[task_id] = range(min(config.episodes, len(names)))
+            # its first demonstration stands for a file, which may move, or grow at its end
+            content += file[schema.DATA_GROUP][names[0]]["actions"][()].tobytes()
     planned = [Episode(suite, task_id, None, number)
-               for task_id in stored for number in numbers[task_id]]
-    return evaluate_episodes(Replay(tuple(stored.items())), {"weights": "replay", "sha256": digest},
-                             Path(folder), config, suite, planned)
+               for task_id in tuple(dict.fromkeys(task_ids)) or stored
+               for number in numbers[task_id]]
+    return Evaluation(Replay(tuple(stored.items())),
+                      {"weights": "replay", "sha256": digest(content)}, Path(folder), config,
+                      suite, planned, results).checked()
 
 
-def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
-                    task_ids: Iterable[int] = (), demo_dir: str = "") -> dict[str, dict]:
-    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
-
-    ``config.bound_episodes`` a task in the run's protocol, into ``<run>/bounds/<name>/``; nothing
-    when that is 0. Replayed are the run's demonstrations, so not for a suite it was not trained on,
-    nor where a run that was given a ``demo_dir`` is given none here.
-    """
+def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
+                task_ids: Iterable[int] = (), demo_dir: str = "") -> dict[str, Evaluation]:
+    """:func:`evaluate_bounds`, checked and not played yet; finds or collects demonstrations."""
     if not config.bound_episodes:
         return {}
     run = find_run(run, to_write=True)
     trained = load_config(run)
-    suite, folder = suite or trained.data.suite, run / "bounds"
+    suite, folder = suite or trained.data.suite, evaluation_folder(run, suite) / "bounds"
     task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    results = results_name(task_ids, trained.data.task_ids)
     config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
                                  perturbation="none")
     bounds = {}
@@ -170,8 +183,21 @@ def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
         except FileNotFoundError as error:
             print(f"no replay: {error}")
         else:
-            bounds["replay"] = evaluate_replay({task_id: files[task_id] for task_id in task_ids},
-                                               folder / "replay", config, suite)
+            bounds["replay"] = plan_replay(files, folder / "replay", config, suite, task_ids,
+                                           results)
     for name in BASELINES:
-        bounds[name] = evaluate_baseline(name, folder / name, config, suite, task_ids)
+        bounds[name] = plan_baseline(name, folder / name, config, suite, task_ids, results)
     return bounds
+
+
+def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
+                    task_ids: Iterable[int] = (), demo_dir: str = "") -> dict[str, dict]:
+    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
+
+    ``config.bound_episodes`` a task in the run's protocol, into ``bounds/<name>/`` of the suite's
+    :func:`evaluate.evaluation_folder`; nothing when that is 0. Replayed are the run's
+    demonstrations, so not for a suite it was not trained on, nor where a run that was given a
+    ``demo_dir`` is given none here.
+    """
+    planned = plan_bounds(run, config, suite, task_ids, demo_dir)
+    return {name: bound.play() for name, bound in planned.items()}

@@ -6,8 +6,8 @@ recursion early, and with the state carried over from one decision to the next.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from .checkpoint import find_run, held_out, load_config, load_policy
+from .checkpoint import find_run, held_out, load_config
 from .config import Config, EvalConfig, ModelConfig
-from .evaluate import digest, evaluate_episodes, official_episodes
-from .files import read_jsonl, write_json
+from .evaluate import Evaluation, TrainedPolicy, official_episodes
+from .files import dispensable, read_json, write_json
 from .plots import GREY, PALETTE, count_axis, new_figure, save_figure, styled
 from .rollout import PHASES, Policy
 from .sim import LiberoEnv
@@ -36,12 +36,11 @@ _MARKERS = "osD^vPX*"
 class ChangedPolicy(NamedTuple):
     """A run's policy with other settings of its recursion."""
 
-    run: Path
-    weights: str
+    source: TrainedPolicy
     changes: tuple[tuple[str, float | str], ...]
 
     def make(self, env: LiberoEnv | None = None) -> Policy:
-        policy = load_policy(self.run, self.weights)
+        policy = copy.copy(self.source.make(env))  # the weights are shared
         policy.config = dataclasses.replace(policy.config, **dict(self.changes))
         policy.reset()
         return policy
@@ -65,8 +64,8 @@ def ways_to_think(trained: ModelConfig, depths: Sequence[int],
     return ways | {"as trained, state carried over": {"carry_over": not trained.carry_over}}
 
 
-def action_errors(run: Path, trained: Config, ways: Mapping[str, Mapping],
-                  weights: str = "best") -> dict[str, list[float]]:
+def action_errors(source: TrainedPolicy, trained: Config,
+                  ways: Mapping[str, Mapping]) -> dict[str, list[float]]:
     """How far the arm's command is from the demonstrator's, in demonstrations not trained on.
 
     Returns, for each of the ways that tell (one decision alone carries nothing over), the mean
@@ -76,16 +75,16 @@ def action_errors(run: Path, trained: Config, ways: Mapping[str, Mapping],
     """
     from .explain import depth_curve
 
-    described = json.loads((run / "policy.json").read_text())["trained_on"]["files"]
+    described = read_json(source.run / "policy.json")["trained_on"]["files"]
     files = {task_id: Path(file["file"])
              for task_id, file in zip(trained.data.task_ids, described, strict=True)}
     if not all(path.is_absolute() and path.exists() for path in files.values()):
         return {}
-    data = held_out(run, files, trained, load_policy(run, weights))
+    data = held_out(source.run, files, trained, source.make())
     found = {}
     for name, changes in ways.items():
         if "carry_over" not in changes:
-            policy = ChangedPolicy(run, weights, tuple(changes.items())).make()
+            policy = ChangedPolicy(source, tuple(changes.items())).make()
             curve = depth_curve(policy, data, [policy.config.num_recursions], _SAMPLES)
             found[name] = [*curve["arm_error"], *curve["arm_interval"][0]]
     return found
@@ -138,22 +137,24 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     ways = {name: changes for name, changes in ways.items() if name in (first, *only)}
     config = dataclasses.replace(config or trained.eval, num_videos=0, perturbation="none")
     task_ids = tuple(task_ids) or trained.data.task_ids
-    identity = {"weights": weights, "sha256": digest(run / f"{weights}.safetensors")}
+    source = TrainedPolicy.load(run, weights)
     planned = official_episodes(trained.data.suite, task_ids, config)
-    errors = action_errors(run, trained, ways, weights)
+    evaluations = {
+        name: Evaluation(ChangedPolicy(source, tuple(changes.items())), source.identity,
+                         run / "depth" / name.replace(",", "").replace(" ", "-"), config,
+                         trained.data.suite, planned).checked()
+        for name, changes in ways.items()}
+    errors: dict[str, list[float]] = {}
+    with dispensable("the errors on demonstrations"):
+        errors = action_errors(source, trained, ways)
     rows: list[dict] = []
     as_trained: list[dict] = []
-    for name, changes in ways.items():
-        folder = run / "depth" / name.replace(",", "").replace(" ", "-")
-        results = evaluate_episodes(ChangedPolicy(run, weights, tuple(changes.items())), identity,
-                                    folder, config, trained.data.suite, planned)
-        episodes = [row for row in read_jsonl(folder / "episodes.jsonl")
-                    if row["task_id"] in task_ids and row["init_state"] in config.init_states
-                    and "error" not in row]
+    for name, evaluation in evaluations.items():
+        results, episodes = evaluation.play(), evaluation.rows()
         as_trained = as_trained or episodes
         test = paired_mcnemar(as_trained, episodes)
         rows.append({
-            "name": name, **changes, **{key: results[key] for key in _NUMBERS},
+            "name": name, **ways[name], **{key: results[key] for key in _NUMBERS},
             "errors": len(results["errors"]),
             "mean_recursions": _mean(row["mean_recursions"] for row in episodes),
             "by_phase": {phase: _mean(row["recursions_by_phase"][phase] for row in episodes
@@ -164,17 +165,20 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
             "action_ms": _mean(row["action_ms"] for row in episodes),
             "gap": test["difference"] if rows else None,
             "p_value": test["p_value"] if rows else None})
-    card = {"run": run.name, "suite": trained.data.suite, "task_ids": list(task_ids), **identity,
+    card = {"run": run.name, "suite": trained.data.suite, "task_ids": list(task_ids),
+            **source.identity,
             "trained_depth": once, "num_episodes": config.episodes,
             "first_init_state": config.first_init_state, "protocol": config.protocol,
             "rows": rows, "software": results["software"]}
     write_json(run / "depth.json", card)
-    save_figure(plot_depth_cards({run.name: card}), run / "figures" / "depth_in_control.png")
+    with dispensable("the figure of the card"):
+        save_figure(plot_depth_cards({run.name: card}), run / "figures" / "depth_in_control.png")
     return card
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+def _mean(values: Iterable[float | None]) -> float:
+    """Of what is there; 0 of nothing, as where the policy failed before its first action."""
+    return float(np.mean([value for value in values if value is not None] or [0.0]))
 
 
 # --- shown ---------------------------------------------------------------------------------------
@@ -281,4 +285,5 @@ def _kind(name: str, several: bool) -> str:
 
 def _adaptive(row: Mapping) -> bool:
     """Does it take more recursions in one phase of the episode than in another?"""
-    return max(row["by_phase"].values()) - min(row["by_phase"].values()) > 1e-9
+    used = row["by_phase"].values() or [0.0]
+    return max(used) - min(used) > 1e-9

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from . import schema
+from . import files, schema
 from .checkpoint import find_run, load_config, load_policy
 from .config import Config, EvalConfig
 from .fanout import run_jobs
-from .files import append_jsonl, only_one, read_jsonl, write_json
+from .files import append_jsonl, dispensable, inside, only_one, read_jsonl, write_json
 from .films import write_grid
 from .perturbations import PerturbedPolicy, why_unused
 from .preflight import check_settling, renderer, software_versions
@@ -76,9 +75,10 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     Other tasks than the run's have their results in ``results-tasks-....json`` beside it.
 
     Which episodes there will be is settled before the first. Every episode's row is written the
-    moment it ends, and a call that was interrupted goes on with those that are missing. One that
-    raised, hung or lost its process twice is recorded as an error, apart from the failures; the
-    next call tries it again.
+    moment it ends, and a call that was interrupted goes on with those that are missing. One in
+    which the policy raises or gives no valid action is a failure (``policy_errors`` counts them).
+    One in which the simulator raised, or that hung or lost its process, twice, is recorded as an
+    error, apart from the failures; the next call tries it again.
 
     Args:
         run: folder, or name of a folder in ``artifacts/``.
@@ -101,6 +101,13 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
             cannot matter for this policy.
         RuntimeError: no episode could be run; with the first error.
     """
+    return plan_run(run, config, weights, suite, task_ids, apart, wide).play()
+
+
+def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
+             suite: str = "", task_ids: Iterable[int] = (), apart: bool = False,
+             wide: bool = False) -> Evaluation:
+    """:func:`evaluate_run`, loaded and checked, and not played yet."""
     run = find_run(run, to_write=True)
     trained = load_config(run)
     suite = suite or trained.data.suite
@@ -110,16 +117,24 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
     perturbed = config.perturbation != "none"
     if perturbed and (reason := why_unused(config.perturbation, trained.model)):
         raise ValueError(f"perturbation={config.perturbation!r} cannot matter for {run}: {reason}")
-    source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
-    identity = {"weights": weights, "sha256": source.sha256}
+    source = TrainedPolicy.load(run, weights)
     folder = evaluation_folder(run, suite)
     if apart or perturbed or wide:
         folder = robustness_folder(run, suite, config.perturbation, wide)
-    results = "results.json"
-    if set(task_ids) != set(trained.data.task_ids):
-        results = f"results-tasks-{'-'.join(map(str, sorted(task_ids)))}.json"
-    return evaluate_episodes(source, identity, folder, config, suite,
-                             planned_episodes(suite, task_ids, config, wide), results)
+    results = results_name(task_ids, trained.data.task_ids)
+    planned = planned_episodes(suite, task_ids, config, wide)
+    return Evaluation(source, source.identity, folder, config, suite, planned, results).checked()
+
+
+def results_name(task_ids: Iterable[int], own: Iterable[int]) -> str:
+    """``results.json`` of a run's own tasks; of others their numbers are in the name."""
+    asked = sorted(set(task_ids))
+    if asked == sorted(set(own)):
+        return "results.json"
+    numbers = "-".join(map(str, asked))
+    if len(numbers) > 100:  # a file's name may have 255 bytes; the file lists the tasks
+        numbers = f"{len(asked)}-of-them-{files.digest(numbers.encode())}"
+    return f"results-tasks-{numbers}.json"
 
 
 def evaluation_folder(run: Path, suite: str = "") -> Path:
@@ -152,11 +167,11 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
     """
     run = Path(run)
     settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
-    source = TrainedPolicy(run, weights, digest(run / f"{weights}.safetensors"))
+    source = TrainedPolicy.load(run, weights)
     planned = [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
                for task_id in config.data.task_ids for number in range(episodes)]
     before = {} if ledger is None else {
-        Episode.of(row): row for row in selection_rows(run, ledger, weights)}
+        Episode.of(row): row for row in read_jsonl(ledger) if row["sha256"] == source.sha256}
     rows = [before[episode] for episode in planned if episode in before]
     missing = [episode for episode in planned if episode not in before]
     errors = []
@@ -201,14 +216,34 @@ class Episode(NamedTuple):
 
 
 class TrainedPolicy(NamedTuple):
-    """A run's weights; the digest tells whether they are still those that a worker has."""
+    """A run's weights, named by the digest of what was loaded."""
 
     run: Path
     weights: str
     sha256: str
 
-    def make(self, env: LiberoEnv) -> Policy:
-        return _loaded(self)
+    @classmethod
+    def load(cls, run: Path, weights: str) -> TrainedPolicy:
+        """Load the policy now: its digest, and what plays in this process."""
+        policy = load_policy(run, weights)
+        source = cls(run, weights,
+                     getattr(policy, "sha256", "") or digest(run / f"{weights}.safetensors"))
+        _POLICIES.clear()
+        _POLICIES[source] = policy
+        return source
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"weights": self.weights, "sha256": self.sha256}
+
+    def make(self, env: LiberoEnv | None = None) -> Policy:
+        if self not in _POLICIES and self.load(self.run, self.weights) != self:
+            raise RuntimeError(f"{self.run / self.weights}.safetensors was replaced while it was "
+                               f"evaluated; expected the weights {self.sha256} until the end")
+        return _POLICIES[self]
+
+
+_POLICIES: dict[TrainedPolicy, Policy] = {}  # at most one: of what this process plays
 
 
 def official_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
@@ -225,24 +260,67 @@ def planned_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig,
             for _, task_id, number, *_ in official] if wide else official
 
 
-def evaluate_episodes(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
-                      planned: list[Episode], results_name: str = "results.json") -> dict:
-    """Play what ``folder`` has no row of, and write the files of :func:`evaluate_run`.
+class Evaluation(NamedTuple):
+    """Episodes that are known before the first is played, and the folder that keeps them.
 
     Args:
         source: what workers get: ``make(env)`` gives its policy, or ``play(env, episode)`` the row.
         identity: what an episode's row has to agree with: ``weights`` and their ``sha256``.
-
-    Raises ``RuntimeError`` while another process evaluates in ``folder``.
     """
-    protocol = PROTOCOLS[config.protocol]
-    identity = {**identity, "protocol": protocol.name,
-                "horizon": config.horizon or protocol.horizon(suite),
-                "perturbation": config.perturbation}
-    with only_one(folder, wait=False, lock=".evaluation.lock"):
-        results = _evaluate(source, identity, folder, config, suite, planned)
-        write_json(folder / results_name, results)
-    return results
+
+    source: Any
+    identity: dict
+    folder: Path
+    config: EvalConfig
+    suite: str
+    planned: list[Episode]
+    results_name: str = "results.json"
+
+    @property
+    def conditions(self) -> dict:
+        """What all rows of one ledger have in common."""
+        protocol = PROTOCOLS[self.config.protocol]
+        return {**self.identity, "protocol": protocol.name,
+                "horizon": self.config.horizon or protocol.horizon(self.suite),
+                "perturbation": self.config.perturbation}
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "episodes.jsonl"
+
+    def checked(self) -> Evaluation:
+        """Itself; ``ValueError`` where its ledger holds episodes that are not to be mixed."""
+        self.finished()
+        return self
+
+    def finished(self) -> dict[Episode, dict]:
+        """The rows of what was played; ``ValueError`` as in :meth:`checked`."""
+        played = {}
+        for row in read_jsonl(self.ledger):
+            row = {"perturbation": "none", **row}  # older rows do not say so
+            different = [f"{key}: {row.get(key)!r} there, {value!r} now"
+                         for key, value in self.conditions.items() if row.get(key) != value]
+            if different:
+                raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
+                                 f"({'; '.join(different)}); move it away to evaluate afresh")
+            if "error" not in row:
+                played[Episode.of(row)] = row
+        return played
+
+    def rows(self) -> list[dict]:
+        """The rows of the planned episodes that were played."""
+        finished = self.finished()
+        return [finished[episode] for episode in self.planned if episode in finished]
+
+    def play(self) -> dict:
+        """Play what is missing, and write the files of :func:`evaluate_run`.
+
+        Raises ``RuntimeError`` while another process evaluates in the folder.
+        """
+        with only_one(self.folder, wait=False, lock=".evaluation.lock"):
+            results = _play_missing(self)
+            write_json(self.folder / self.results_name, results)
+        return results
 
 
 def compare_runs(run: str | Path, other: str | Path, suite: str = "",
@@ -272,17 +350,63 @@ def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
     return [row for row in read_jsonl(ledger) if row["suite"] == suite]
 
 
-def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: str,
-              planned: list[Episode]) -> dict:
-    protocol = PROTOCOLS[config.protocol]
-    ledger = folder / "episodes.jsonl"
-    rows = _finished(ledger, identity)
+def comparable(planned: Evaluation, other: str | Path) -> None:
+    """Raise ``ValueError`` where what ``planned`` plays has no pair among another run's episodes.
+
+    ``FileNotFoundError`` where that one was not evaluated.
+    """
+    if planned.config.perturbation != "none":
+        raise ValueError(f"perturbation={planned.config.perturbation!r} is not valid in a "
+                         "comparison; expected 'none'")
+    rows = [{**episode._asdict(), **planned.conditions, "success": False, "steps": 0}
+            for episode in planned.planned]
+    paired_mcnemar(evaluated_episodes(other, planned.suite), rows)
+
+
+def stale(run: str | Path, made: Mapping) -> str:
+    """A sentence where results are of other weights than the run has now; else empty.
+
+    Args:
+        made: what says which: ``weights`` and ``sha256``, of results their ``protocol``.
+    """
+    file = Path(run) / f"{made.get('weights', '')}.safetensors"
+    if not made.get("sha256") or not file.exists() or digest(file) == made["sha256"]:
+        return ""
+    return (f"Stale: made with other weights ({made['sha256']}) than {file.name} has now "
+            f"({digest(file)}); the run was trained further or replaced since.")
+
+
+def stale_episodes(run: str | Path, suite: str = "") -> list[str]:
+    """The sentence of :func:`stale` on what :func:`evaluated_episodes` gives; none where fresh."""
+    said = stale(find_run(run), evaluated_episodes(run, suite)[0])
+    return [f"{run}: {said}"] if said else []
+
+
+def films_of(rows: Iterable[Mapping], folder: Path) -> dict[Path, Mapping]:
+    """The films of evaluated episodes with their rows, without those that are no longer there.
+
+    A film that a row places outside of ``folder`` is not shown.
+    """
+    named = [(row, inside(folder, Path("videos", str(row["video"])))) for row in rows
+             if row.get("video")]
+    missing = [str(row["video"]) for row, path in named if path is None]
+    if missing:
+        print(f"{len(missing)} film(s) are not in {folder / 'videos'}, and left out; the first: "
+              f"{missing[0]}")
+    return {path: row for row, path in named if path is not None}
+
+
+def _play_missing(evaluation: Evaluation) -> dict:
+    _, _, folder, config, suite, planned, _ = evaluation
+    protocol, conditions = PROTOCOLS[config.protocol], evaluation.conditions
+    rows = evaluation.finished()
     missing = [episode for episode in planned if episode not in rows]
     errors: dict[Episode, str] = {}
     with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="episodes",
               unit="episode") as bar:
-        for episode, row, error in _play_all(source, config, folder, missing):
-            append_jsonl(ledger, {**(row or {**episode._asdict(), "error": error}), **identity})
+        for episode, row, error in _play_all(evaluation.source, config, folder, missing):
+            append_jsonl(evaluation.ledger,
+                         {**(row or {**episode._asdict(), "error": error}), **conditions})
             if error:
                 errors[episode] = error
                 if len(errors) >= _HOPELESS and not rows:
@@ -300,7 +424,7 @@ def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: s
         "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
         "protocol": {"suite": suite, "task_ids": sorted({episode.task_id for episode in planned}),
                      **dataclasses.asdict(config),
-                     **identity, "num_episodes": config.episodes, "source": protocol.source,
+                     **conditions, "num_episodes": config.episodes, "source": protocol.source,
                      "settle_steps": protocol.settle_steps,
                      "settle_action": list(protocol.settle_action),
                      "init_states": ("official" if planned[0].init_state is not None
@@ -310,21 +434,26 @@ def _evaluate(source, identity: dict, folder: Path, config: EvalConfig, suite: s
         "software": software_versions(),
         "renderers": sorted({row["renderer"] for row in played if row.get("renderer")}),
     }
-    _write_grids(folder / "videos", played, bool(missing))
+    missed = [rows[episode]["video_error"] for episode in missing
+              if "video_error" in rows.get(episode, ())]
+    if missed:
+        print(f"{len(missed)} film(s) could not be made, and count for nothing; the first: "
+              f"{missed[0]}")
+    with dispensable("the grid of films"):
+        _write_grids(folder, played, bool(missing))
     return results
 
 
-def _write_grids(videos: Path, rows: list[dict], anew: bool) -> None:
+def _write_grids(folder: Path, rows: list[dict], anew: bool) -> None:
     """``<suite>-task<id>.mp4``: all filmed episodes of a task at once."""
-    filmed = sorted((row for row in rows if "video" in row),
-                    key=lambda row: (row["task_id"], row["init_state"]))
-    for task_id, group in itertools.groupby(filmed, key=lambda row: row["task_id"]):
-        group = list(group)
-        path = videos / f"{group[0]['suite']}-task{task_id}.mp4"
-        if len(group) > 1 and (anew or not path.exists()):
-            write_grid(path, [videos / row["video"] for row in group],
-                       [f"init state {row['init_state']}" for row in group],
-                       [row["success"] for row in group])
+    filmed = sorted(films_of(rows, folder).items(),
+                    key=lambda film: (film[1]["task_id"], film[1]["init_state"]))
+    for task_id, group in itertools.groupby(filmed, key=lambda film: film[1]["task_id"]):
+        paths, rows = zip(*group, strict=True)
+        path = folder / "videos" / f"{rows[0]['suite']}-task{task_id}.mp4"
+        if len(rows) > 1 and (anew or not path.exists()):
+            write_grid(path, paths, [f"init state {row['init_state']}" for row in rows],
+                       [row["success"] for row in rows])
 
 
 def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]):
@@ -335,7 +464,7 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
         yield from run_jobs(job, episodes, folder / ".attempts", workers=workers,
                             cluster=config.cluster, limit=config.episode_limit)
     finally:  # in this process nobody plays on; a worker's simulator ends with it
-        _loaded.cache_clear()
+        _POLICIES.clear()
         _worker_env.cache_clear()
 
 
@@ -357,14 +486,11 @@ def _played(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
         name = f"{episode.suite}-task{episode.task_id}-init{episode.init_state:02d}.mp4"
         path = videos / "{outcome}" / name
         row, _ = record_episode(policy, env, episode.init_state, path, horizon)
-        return {**row, "video": str(Path(row["video"]).relative_to(videos))}
+        if "video" in row:
+            row["video"] = str(Path(row["video"]).relative_to(videos))
+        return row
     return run_episode(policy, env, episode.init_state, horizon, seed=episode.seed,
                        placement=episode.placement)
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(source: TrainedPolicy) -> Policy:
-    return load_policy(source.run, source.weights)
 
 
 @functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
@@ -392,24 +518,5 @@ def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ..
                      "Train with conditioning='language' for tasks it has not seen")
 
 
-# --- ledger -------------------------------------------------------------------------------------
-
-
-def _finished(ledger: Path, identity: dict) -> dict[Episode, dict]:
-    """The episodes that were played; ``ValueError`` for one of other weights or another protocol.
-    """
-    played = {}
-    for row in read_jsonl(ledger):
-        row = {"perturbation": "none", **row}  # older rows do not say so
-        different = [f"{key}: {row.get(key)!r} there, {value!r} now"
-                     for key, value in identity.items() if row.get(key) != value]
-        if different:
-            raise ValueError(f"{ledger} holds episodes of another policy or protocol "
-                             f"({'; '.join(different)}); move it away to evaluate afresh")
-        if "error" not in row:
-            played[Episode.of(row)] = row
-    return played
-
-
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return files.digest(path.read_bytes())

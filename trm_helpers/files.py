@@ -43,6 +43,28 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
     return Path(path)
 
 
+@contextlib.contextmanager
+def dispensable(what: str) -> Iterator[None]:
+    """For films, figures and pages: a failure is printed and costs nothing else."""
+    try:
+        yield
+    except Exception as error:  # of ffmpeg, fonts, a disk, whatever
+        print(f"{what} could not be made: {type(error).__name__}: {error}", flush=True)
+
+
+def inside(folder: str | os.PathLike, path: str | os.PathLike) -> Path | None:
+    """``path``, relative to ``folder``, where it is a file in it; None for any other.
+
+    A path that leaves the folder, by ``..``, a link or from the root, may name any file of this
+    machine: none may be shown because a run that came from elsewhere says so.
+    """
+    try:
+        found = (Path(folder) / path).resolve()
+        return found if found.is_relative_to(Path(folder).resolve()) and found.is_file() else None
+    except (TypeError, ValueError, OSError, RuntimeError):  # no path, or links in a circle
+        return None
+
+
 def digest(content: bytes) -> str:
     """First 16 hexadecimal digits of the SHA-256: what results name weights and code by."""
     return hashlib.sha256(content).hexdigest()[:16]

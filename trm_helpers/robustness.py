@@ -7,7 +7,6 @@ the goal's objects anywhere within reach, and the four LIBERO-PRO suites that va
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,8 @@ from matplotlib.figure import Figure
 from . import schema
 from .checkpoint import find_run, load_config
 from .config import EvalConfig, ModelConfig
-from .evaluate import Episode, evaluate_run, planned_episodes, robustness_folder
-from .files import read_jsonl, write_json
+from .evaluate import Evaluation, plan_run
+from .files import dispensable, read_json, write_json
 from .perturbations import PERTURBATIONS, why_unused
 from .plots import BLUE, GREY, ORANGE, PALETTE, new_figure, save_figure, styled
 from .stats import detectable, paired_mcnemar
@@ -77,7 +76,8 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         played, each with its ``reason``; and the conditions.
 
     Raises:
-        ValueError: a name in ``only`` that is none, or a ``config`` with a perturbation.
+        ValueError: a name in ``only`` that is none, a ``config`` with a perturbation, or a change
+            whose folder holds episodes of other weights or another protocol; nothing was played.
         RuntimeError: no plain episode could be played.
     """
     run = find_run(run, to_write=True)
@@ -93,39 +93,42 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
             raise ValueError(f"only={name!r} is not valid; expected one of {', '.join(changes)}")
     task_ids = tuple(task_ids) or trained.data.task_ids
 
-    nothing = changes.pop(PLAIN)
-    results, plain = _play(run, config, weights, task_ids, nothing)
+    nothing, path = changes.pop(PLAIN), run / "robustness.json"
+    before = read_json(path) if path.exists() else {}
+    first = _plan(run, config, weights, task_ids, nothing)
+    planned = {change.name: _plan(run, config, weights, task_ids, change)
+               for change in changes.values()
+               if change.name in only and not _why_unused(change, trained.model)}
+    results, plain = first.play(), first.rows()
     card = {"run": run.name, **{key: results["protocol"][key] for key in _CONDITIONS},
             "rows": [], "not_used": [], "failed": [], "software": results["software"]}
-    rows = _rows_before(run / "robustness.json", card)
+    rows = _rows_before(before, card)
     rows[PLAIN] = _row(nothing, results, plain)
     for change in changes.values():
         told = {"name": change.name, "title": change.title}
         if reason := _why_unused(change, trained.model):
             card["not_used"].append({**told, "reason": reason})
-        elif change.name in only:
+        elif change.name in planned:
+            evaluation = planned[change.name]
             try:
-                rows[change.name] = _compared(change, plain, rows[PLAIN], *_play(
-                    run, config, weights, task_ids, change))
+                rows[change.name] = _compared(change, plain, rows[PLAIN], evaluation.play(),
+                                              evaluation.rows())
             except RuntimeError as error:
                 rows.pop(change.name, None)
                 card["failed"].append({**told, "reason": str(error)})
     card["rows"] = [rows[name] for name in (PLAIN, *changes) if name in rows]
-    write_json(run / "robustness.json", card)
-    save_figure(plot_card(card), run / "figures" / "robustness.png")
+    write_json(path, card)
+    with dispensable("the figure of the card"):
+        save_figure(plot_card(card), run / "figures" / "robustness.png")
     return card
 
 
-def _play(run: Path, config: EvalConfig, weights: str, task_ids: tuple[int, ...],
-          change: Change) -> tuple[dict, list[dict]]:
-    """Results and rows of a change's episodes."""
+def _plan(run: Path, config: EvalConfig, weights: str, task_ids: tuple[int, ...],
+          change: Change) -> Evaluation:
+    """A change's episodes."""
     config = dataclasses.replace(config, perturbation=change.perturbation)
-    wide = change.name == WIDE
-    results = evaluate_run(run, config, weights, change.suite, task_ids, apart=True, wide=wide)
-    ledger = robustness_folder(run, change.suite, change.perturbation, wide) / "episodes.jsonl"
-    planned = set(planned_episodes(change.suite, task_ids, config, wide))
-    return results, [row for row in read_jsonl(ledger)
-                     if "error" not in row and Episode.of(row) in planned]
+    return plan_run(run, config, weights, change.suite, task_ids, apart=True,
+                    wide=change.name == WIDE)
 
 
 def _row(change: Change, results: Mapping, episodes: list[dict]) -> dict:
@@ -156,12 +159,9 @@ def _compared(change: Change, plain: list[dict], plain_row: Mapping, results: Ma
     return {**row, "gap": test["difference"], "p_value": test["p_value"]}
 
 
-def _rows_before(path: Path, card: Mapping) -> dict[str, dict]:
-    """The rows by name of the card that is there, if it is about the same episodes."""
-    if not path.exists():
-        return {}
-    before = json.loads(path.read_text())
-    same = all(before[key] == card[key] for key in _CONDITIONS)
+def _rows_before(before: Mapping, card: Mapping) -> dict[str, dict]:
+    """The rows by name of the card that was there, if it is about the same episodes."""
+    same = all(before.get(key) == card[key] for key in _CONDITIONS)
     return {row["name"]: row for row in before["rows"]} if same else {}
 
 

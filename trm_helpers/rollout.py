@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import schema
 from .films import FPS, caption_frame, draw_path, enlarge, intended_path, write_video
 from .plots import upright
-from .sim import LiberoEnv, Observation
+from .sim import LiberoEnv, Observation, SimulatorError, check_action
 
 PHASES = ("reach", "grasp", "carry", "place")
 _GRASPING = 8  # steps, from the command to close the gripper on
 _LIFTED = 0.02  # metres above where it rested at the start
 _SCALE = 3  # of frames in films
+# of the machine, also while a policy decides; all else that a policy raises is its own failure
+_MACHINE_FAULTS = (SimulatorError, OSError, MemoryError)
 
 
 class Policy(Protocol):
@@ -38,7 +41,10 @@ class Policy(Protocol):
 def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
                 watch: Callable[[Observation, int], None] | None = None, seed: int = 0,
                 placement: str = "benchmark") -> dict:
-    """One episode; ends with success or at the horizon.
+    """One episode; ends with success, at the horizon, or when the policy fails.
+
+    A policy that raises or returns anything but seven finite numbers has failed the episode. What
+    the machine is to blame for (the simulator, its memory, its disks) is raised.
 
     Args:
         init_state: an official one; ``None`` draws a placement.
@@ -52,31 +58,34 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
         horizon, seconds, action_ms and max_action_ms (time per call of the policy, mean and
         largest, without drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm,
         in that order), ``goal_objects``, and where the policy tells its recursions their mean over
-        the steps, of the whole episode and of each of its :func:`phases`.
+        the steps, of the whole episode and of each of its :func:`phases`; ``policy_error`` where
+        the policy failed.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()
-    policy.reset()
+    _, policy_error = _ask(policy.reset)
     observation = (env.reset(seed=seed, placement=placement) if init_state is None
                    else env.reset(init_state=init_state))
     success, steps, recursions, took, closed = False, 0, [], [], []
     resting, lifted = env.heights(), []
-    while not success and steps < horizon:
+    while not (success or policy_error) and steps < horizon:
         asked = time.perf_counter()
-        action = policy.act(observation)
+        action, policy_error = _ask(lambda seen: check_action(policy.act(seen)), observation)
         drawing = getattr(observation, "drawing_seconds", 0.0)  # a plain dict draws nothing
         took.append(1000 * (time.perf_counter() - asked - drawing))
+        if policy_error:
+            break
         recursions.append(getattr(policy, "last_recursions", None))
         if watch:
             watch(observation, steps)
         observation, success = env.step(action)
-        closed.append(action[schema.GRIPPER_INDEX] > 0)  # the environment has checked it
+        closed.append(action[schema.GRIPPER_INDEX] > 0)
         steps += 1
         lifted += [name for name, height in env.heights().items()
                    if height > resting[name] + _LIFTED and name not in lifted]
     if watch:
         watch(observation, steps)
-    used = np.array([count for count in recursions if count is not None])
+    used = np.array([count for count in recursions if isinstance(count, Real)])
     phase = np.array(phases(closed))[:len(used)]
     return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
             "seed": seed, "placement": placement, "success": success, "steps": steps,
@@ -85,8 +94,20 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
             "mean_recursions": float(used.mean()) if len(used) else None,
             "recursions_by_phase": {name: float(used[phase == name].mean()) for name in PHASES
                                     if (phase == name).any()},
-            "action_ms": round(float(np.mean(took)), 3), "max_action_ms": round(max(took), 3),
-            "seconds": round(time.perf_counter() - began, 3)}
+            "action_ms": round(float(np.mean(took)), 3) if took else None,
+            "max_action_ms": round(max(took), 3) if took else None,
+            "seconds": round(time.perf_counter() - began, 3),
+            **({"policy_error": policy_error} if policy_error else {})}
+
+
+def _ask(call: Callable, *given) -> tuple[Any, str]:
+    """What a policy answers, or how it failed; faults of the machine are raised."""
+    try:
+        return call(*given), ""
+    except Exception as error:
+        if isinstance(error, _MACHINE_FAULTS) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        return None, f"{type(error).__name__}: {error}"
 
 
 def phases(closed: Sequence[bool]) -> list[str]:
@@ -117,15 +138,22 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
         path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
 
     Returns:
-        the episode's row, with the film's path as ``video``; the agent view (steps + 1, H, W, 3),
-        upright, without dots.
+        the episode's row, with the film's path as ``video``, or why there is none as
+        ``video_error``: filming never costs an episode; the agent view (steps + 1, H, W, 3),
+        upright, without dots, as far as it was filmed.
     """
     film = _Film(policy, env)
     row = run_episode(policy, env, init_state, horizon, film.watch)
     outcome = "success" if row["success"] else "failure"
     path = Path(str(path).replace("{outcome}", outcome))
-    write_video(path, film.frames(row["horizon"], outcome))
-    return {**row, "video": str(path)}, np.stack([views[0] for views in film.views])
+    try:
+        if film.error:
+            raise film.error
+        write_video(path, film.frames(row["horizon"], outcome))
+        row["video"] = str(path)
+    except Exception as error:  # of ffmpeg, the disk, fonts, a renderer, a policy's last_chunk
+        row["video_error"] = f"{type(error).__name__}: {error}"
+    return row, np.array([views[0] for views in film.views])
 
 
 class _Film:
@@ -137,8 +165,16 @@ class _Film:
         self.paths: list[tuple[list[np.ndarray], int]] = []  # pixels (n, 2) by camera; executed
         self.recursions: list[int | None] = []
         self.chunk, self.age = None, 0
+        self.error: Exception | None = None
 
     def watch(self, observation: Observation, _: int) -> None:
+        if self.error is None:
+            try:
+                self._watch(observation)
+            except Exception as error:
+                self.error = error
+
+    def _watch(self, observation: Observation) -> None:
         self.views.append(np.stack([upright(observation[camera]) for camera in schema.CAMERAS]))
         self.recursions.append(getattr(self.policy, "last_recursions", None))
         chunk = getattr(self.policy, "last_chunk", None)

@@ -83,6 +83,18 @@ def load_init_states(suite: str, task_id: int) -> np.ndarray:
     return np.asarray(_benchmark(suite).get_task_init_states(task_id))
 
 
+def check_action(action) -> np.ndarray:
+    """An action (7,) as float64; ``ValueError`` for another shape, NaN or infinity."""
+    action = np.asarray(action, dtype=np.float64)
+    if action.shape != (schema.ACTION_DIM,) or not np.isfinite(action).all():
+        raise ValueError(f"action is {action}; expected {schema.ACTION_DIM} finite numbers")
+    return action
+
+
+class SimulatorError(RuntimeError):
+    """The simulator failed, whoever asked it."""
+
+
 class Observation(Mapping):
     """What the policy may see: low-dimensional arrays, and frames drawn when first read.
 
@@ -100,7 +112,10 @@ class Observation(Mapping):
     def __getitem__(self, key: str):
         if key not in self._values and key in self._renderers:
             began = time.perf_counter()
-            self._values[key] = self._renderers[key]()
+            try:
+                self._values[key] = self._renderers[key]()
+            except Exception as error:  # of a driver, whatever it raises; not of the reader
+                raise SimulatorError(f"rendering {key} failed: {error!r}") from error
             self.drawing_seconds += time.perf_counter() - began
         return self._values[key]
 
@@ -218,10 +233,7 @@ class LiberoEnv:
         Returns:
             what robosuite sampled during the step, and whether the task is solved after it.
         """
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (schema.ACTION_DIM,) or not np.isfinite(action).all():
-            raise ValueError(f"action is {action}; expected {schema.ACTION_DIM} finite numbers")
-        values, _, done, _ = self._env.step(action)
+        values, _, done, _ = self._env.step(check_action(action))
         return self._observe(values), bool(done)
 
     def set_state(self, state: np.ndarray) -> Observation:

@@ -38,8 +38,9 @@ def summarize_episodes(rows: Sequence[Mapping]) -> dict:
     Each row has ``suite``, ``task_id``, ``init_state``, ``success`` and ``steps``. Returns
     ``successes``, ``episodes``, ``success_rate`` with its 95 % Wilson interval ``wilson_low`` and
     ``wilson_high``, ``mean_length`` and ``std_length`` in steps (over all episodes, failed ones
-    included; population standard deviation, so that one episode has 0), and ``tasks``: a list of
-    the same with ``suite`` and ``task_id``, in that order. With several tasks ``task_mean``, the
+    included; population standard deviation, so that one episode has 0), ``policy_errors``, the
+    failures in which the policy raised or gave no valid action, and ``tasks``: a list of the same
+    with ``suite`` and ``task_id``, in that order. With several tasks ``task_mean``, the
     mean of their success rates, and its interval ``task_low`` and ``task_high`` from
     :func:`cluster_bootstrap`. Raises ``ValueError`` when there is no row, for one that lacks a key,
     and for an episode that occurs twice.
@@ -77,6 +78,7 @@ def cluster_bootstrap(task_rates: Sequence[float], confidence: float = 0.95, see
 
 
 def _summary(rows: Iterable[Mapping]) -> dict:
+    rows = list(rows)
     success, steps = zip(*((bool(row["success"]), row["steps"]) for row in rows), strict=True)
     low, high = wilson_interval(sum(success), len(success))
     return {
@@ -87,6 +89,7 @@ def _summary(rows: Iterable[Mapping]) -> dict:
         "wilson_high": high,
         "mean_length": float(np.mean(steps)),
         "std_length": float(np.std(steps)),
+        "policy_errors": sum("policy_error" in row for row in rows),
     }
 
 
@@ -106,8 +109,18 @@ def _by_episode(rows: Sequence[Mapping], name: str) -> dict[tuple, Mapping]:
 
 
 def format_success(summary: Mapping) -> str:
-    """One line on a summary of :func:`summarize_episodes`, or on one of its tasks."""
-    tasks = ""
+    """One line on a summary of :func:`summarize_episodes`, or on one of its tasks.
+
+    Episodes in which the policy failed to act count, those that the machine spoiled do not; both
+    are said.
+    """
+    tasks = apart = ""
+    if summary.get("policy_errors"):
+        apart += (f"; counted as failures: {summary['policy_errors']} in which the policy raised "
+                  "an error or gave no valid action")
+    if summary.get("errors"):
+        apart += (f"; not counted: {len(summary['errors'])} that the machine could not run "
+                  "(simulator, process or time limit)")
     if "task_mean" in summary:
         tasks = (f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} % "
                  f"(tasks resampled: {100 * summary['task_low']:.0f} to "
@@ -116,7 +129,7 @@ def format_success(summary: Mapping) -> str:
         f"{summary['successes']} of {summary['episodes']} episodes, "
         f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
         f"{100 * summary['wilson_low']:.0f} to {100 * summary['wilson_high']:.0f} %), "
-        f"length {summary['mean_length']:.1f} +- {summary['std_length']:.1f} steps{tasks}"
+        f"length {summary['mean_length']:.1f} +- {summary['std_length']:.1f} steps{tasks}{apart}"
     )
 
 
