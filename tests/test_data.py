@@ -13,6 +13,7 @@ from trm_helpers import schema
 from trm_helpers.augment import resize_images
 from trm_helpers.config import from_flat
 from trm_helpers.data import LIBERODataset, split_demonstrations
+from trm_helpers.files import digest
 from trm_helpers.normalize import ActionNormalizer, fit_proprio, normalize_proprio
 from trm_helpers.validate import DemoFileError
 
@@ -315,11 +316,15 @@ def test_normalisation_accepts_booleans(path):
 
 def test_describe_is_json_and_tells_human_from_scripted(tmp_path, path):
     scripted = write_demo_file(tmp_path / "b_demo.hdf5", (4,), image_size=8, collection={"n": 1})
-    described = json.loads(json.dumps(plain([path, scripted]).describe()))
+    described = json.loads(json.dumps(plain([path, scripted], cameras=BOTH).describe()))
     assert described["split"] == "all" and described["samples"] == 16
+    first_actions = np.array([action_at(step) for step in range(4)], np.float32)
+    with h5py.File(scripted) as file:
+        frames = [file["data/demo_0/obs"][camera][0].tobytes() for camera in BOTH]
     assert described["files"][1] == {
         "file": str(scripted), "demos": ["demo_0"], "steps": 4, "alignment": "raw",
         "source": "scripted",
+        "actions": digest(first_actions.tobytes()), "frames": digest(b"".join(frames)),
     }
     assert described["files"][0]["source"] == "human"
 

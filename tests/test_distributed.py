@@ -15,7 +15,7 @@ from trm_helpers.files import read_jsonl
 SETTINGS = dict(
     num_demos=5, hidden_dim=16, num_recursions=2, image_size=36, cameras=["agentview_rgb"],
     chunk=2, execution_horizon=1, epochs=2, batch_size=8, num_threads=1, precision="fp32",
-    augmentation="none", max_demos_per_task=0,
+    augmentation="none", max_demos_per_task=0, device="cpu",
 )
 
 

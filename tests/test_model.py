@@ -351,7 +351,7 @@ def test_masked_loss_worked_out_by_hand(loss, expected):
     total, parts = policy.loss(batch, loss)
     assert total.item() == pytest.approx(expected)
     assert {name: part.item() for name, part in parts.items()} == pytest.approx(
-        {"action": expected}
+        {"action": expected, "final": expected}
     )
 
 

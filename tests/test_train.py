@@ -1,19 +1,23 @@
-import contextlib
 import dataclasses
 import itertools
+import json
 import math
+import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
+from demo_files import write_demo_file
 from safetensors.torch import load_file
 
 from trm_helpers import train
-from trm_helpers.checkpoint import load_policy
+from trm_helpers.checkpoint import create_run, load_policy
+from trm_helpers.config import from_flat
 from trm_helpers.files import read_jsonl
-from trm_helpers.train import choose_device, choose_precision, wandb_key_found
+from trm_helpers.report import write_report
+from trm_helpers.train import choose_device, choose_precision
 
 
 def losses(rows):
@@ -225,6 +229,142 @@ def test_rollouts_are_refused_where_there_is_no_simulator_to_ask(trainer, small_
         train.BehaviorCloningTrainer(trainer.policy, trainer.train_data, trainer.val_data,
                                      dataclasses.replace(config, rollout_every=3), trainer.run)
 
+# --- one writer, and what stands in the folder --------------------------------------------------
+
+
+def test_a_second_training_into_the_same_folder_is_refused_at_once(small_run, tmp_path):
+    """Also before its demonstrations are read; killed, the first leaves the folder free."""
+    first = small_run("run", epochs=3, max_minutes=1e-9)
+    first.fit()
+    before = {path.name: path.read_bytes() for path in first.run.iterdir()}
+    code = ("import sys, time; from trm_helpers.checkpoint import only_writer\n"
+            f"with only_writer({str(first.run)!r}): print('mine', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(RuntimeError, match="another process works in .*run; wait"):
+            first.fit()
+        with pytest.raises(RuntimeError, match="another process works in"):
+            small_run("run", resume=True, epochs=3)
+        assert {path.name: path.read_bytes() for path in first.run.iterdir()} == before
+        load_policy("run")  # readers need no lock
+        write_report("run")
+    finally:
+        other.kill()
+        other.wait()
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
+def removed(path):
+    path.unlink()
+
+
+def emptied(path):
+    path.write_text("")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def shortened(path):
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+
+
+def overwritten(path):
+    path.write_text("nonsense\n")
+
+
+@pytest.mark.parametrize("damage", [removed, emptied, cut, shortened, overwritten])
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_metrics_are_healed_from_the_training_state(small_run, damage, epochs):
+    """In a run that is finished, and in one that goes on."""
+    rows = small_run("run", epochs=3, stop_epoch=2).fit()
+    metrics = small_run("run", True, epochs=3).run / "metrics.jsonl"
+    before = metrics.read_bytes()
+    damage(metrics)
+    again = small_run("run", True, epochs=3, stop_epoch=epochs).fit()
+    assert again[:2] == rows and len(again) == epochs
+    assert metrics.read_bytes()[:len(before)] == before
+    assert read_jsonl(metrics) == again
+
+
+def test_metrics_that_an_older_training_state_does_not_hold_are_named(small_run):
+    trainer = small_run("run")
+    rows = trainer.fit()
+    state = train.load_training_state(trainer.run)
+    del state["rows"], state["precision"]
+    train.save_training_state(trainer.run, state)
+    shortened(trainer.run / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl holds 1 of the 2 epochs trained"):
+        small_run("run", True).fit()
+    (trainer.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert small_run("run", True).fit() == rows
+
+
+def test_demonstrations_may_move(small_run, tmp_path, capsys):
+    """What the files hold decides, not where they lie."""
+    config = from_flat("tiny", **SMALL | dict(epochs=3, demo_dir=str(tmp_path / "there")))
+    there = write_demo_file(tmp_path / "there" / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
+
+    def trainer(config, file):
+        run = create_run(config, "moved", resume=True)
+        return train.BehaviorCloningTrainer.from_config(config, {0: file}, run)
+
+    first = trainer(config.replace(stop_epoch=1), there)
+    first.fit()
+    here = tmp_path / "mounted" / "elsewhere" / there.name
+    here.parent.mkdir(parents=True)
+    there.rename(here)
+    moved = config.replace(demo_dir=str(here.parent))
+    second = trainer(moved, here)
+    assert len(second.fit()) == 3
+    assert "frames differ" not in capsys.readouterr().out
+
+    write_demo_file(here, (6, 7, 8, 9, 10), image_size=36,
+                    agentview_rgb=lambda frames, demo: frames + np.uint8(1))
+    assert len(trainer(moved, here).fit()) == 3
+    assert "soup_demo.hdf5: the frames differ" in capsys.readouterr().out
+    write_demo_file(here, (6, 7, 8, 9, 10), image_size=36,
+                    actions=lambda actions, demo: actions * 0.9)
+    with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: other actions"):
+        trainer(moved, here).fit()
+
+
+# --- precision and device -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "fp32"), ("fp16", "bf16"), ("fp32", "bf16")])
+@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+def test_a_run_goes_on_in_another_precision_and_says_so(small_run, monkeypatch, capsys, before,
+                                                        after, interrupt):
+    """As where ``auto`` means something else on the next machine."""
+    meant = {"auto": before}
+    monkeypatch.setattr(train, "choose_precision", lambda precision, device: (
+        meant.get(precision, precision)))
+    settings = dict(precision="auto", epochs=3, ema_decay=0.9)
+    interrupt(small_run("run", **settings), monkeypatch)
+    assert "goes on in" not in capsys.readouterr().out
+    meant["auto"] = after
+    trainer = small_run("run", True, **settings)
+    rows = trainer.fit()
+    assert [row["precision"] for row in rows] == [before, after, after]
+    assert f"trained in {before} so far and goes on in {after}" in capsys.readouterr().out
+    straight = small_run("straight", **settings | {"precision": "fp32"}).fit()
+    assert np.allclose(losses(rows), losses(straight), rtol=0.05)
+
+
+def test_precision_decides_what_is_computed(small_run):
+    """Rounding shows which one it was: bf16 keeps 8 bits of a number's 24, fp16 11."""
+    found = {precision: small_run(precision, precision=precision).validate()["loss"]
+             for precision in ("fp32", "fp16", "bf16")}
+    assert len(set(found.values())) == 3
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+    assert found["fp16"] == pytest.approx(found["fp32"], rel=0.003)
+    assert small_run("scaled", precision="fp16").scaler.is_enabled()
+    assert not small_run("unscaled", precision="bf16").scaler.is_enabled()
+
 
 @pytest.mark.gpu  # minutes on a CPU
 def test_compiled_training_is_training(small_run):
@@ -338,7 +478,7 @@ def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_r
     norms = iter([2.0, math.inf, 4.0, math.inf, math.nan, math.inf])
     trainer = small_run(epochs=2, batch_size=11)
     assert trainer.steps_per_epoch == 3
-    trainer._step = lambda batch: (torch.tensor(0.5), torch.tensor(next(norms)))
+    trainer._step = lambda batch: tuple(map(torch.tensor, (0.5, next(norms), 0.5)))
     with pytest.raises(RuntimeError, match="epoch 2: the gradient is nan"):
         trainer.fit()
     (row,) = read_jsonl(trainer.run / "metrics.jsonl")
@@ -359,18 +499,6 @@ def test_every_option_trains(small_run, settings):
     assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"]) and rows[0]["grad_norm"] > 0
 
 
-def test_online_tracking_without_a_key_goes_offline(small_run, monkeypatch, capsys):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", "/nonexistent")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer = small_run(epochs=1, wandb_mode="online")
-    trainer.fit()
-    assert "no W&B key found: logging offline" in capsys.readouterr().out
-    (folder,) = (trainer.run / "wandb").glob("offline-run-*")
-    assert any(path.suffix == ".wandb" for path in folder.iterdir())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_a_gpu_resumed_goes_on_as_straight(small_run, precision):
@@ -382,54 +510,6 @@ def test_on_a_gpu_resumed_goes_on_as_straight(small_run, precision):
     assert np.allclose(losses(found), losses(expected), rtol=1e-2)
     policy = load_policy("resumed", device="cuda")
     assert next(policy.parameters()).is_cuda
-
-
-@pytest.fixture
-def tracker(monkeypatch):
-    """Stands in for the ``wandb`` package: the settings it is given and what is logged."""
-    seen = types.SimpleNamespace(settings=None, rows=[])
-
-    @contextlib.contextmanager
-    def init(**settings):
-        seen.settings = settings
-        yield types.SimpleNamespace(log=lambda row, step: seen.rows.append((step, row)))
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    return seen
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_every_row_is_logged_with_the_settings(small_run, tracker, monkeypatch, mode):
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    trainer = small_run(wandb_mode=mode, wandb_project="a-project")
-    rows = trainer.fit()
-    assert tracker.rows == [(1, rows[0]), (2, rows[1])]
-    given = tracker.settings
-    assert (given["mode"], given["project"], given["name"]) == (mode, "a-project", "small")
-    assert given["dir"] == trainer.run
-    assert given["config"]["lr"] == 1e-3 and given["config"]["hidden_dim"] == 16
-
-
-def test_disabled_tracking_asks_for_nothing(small_run, tracker):
-    small_run(wandb_mode="disabled").fit()
-    assert tracker.settings is None
-
-
-def test_a_key_is_looked_for_where_wandb_does(tmp_path, monkeypatch):
-    file = tmp_path / "netrc"
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(file))
-    assert not wandb_key_found()
-    file.write_text("machine api.wandb.ai login user password secret\n")
-    file.chmod(0o600)
-    assert wandb_key_found()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert not wandb_key_found()
-    file.write_text("nonsense")
-    assert not wandb_key_found()
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert wandb_key_found()
 
 
 def test_device_and_precision(monkeypatch):

@@ -77,7 +77,9 @@ class Train:
         team = Team(choose_device(self.config.train.device).type)
         if not team.leads:
             team.wait()  # the first one finds or collects demonstrations and makes the folder
-        run = create_run(self.config, self.run_name, resume=True)
+        run = paths.run_dir(self.run_name)
+        if team.leads:
+            create_run(self.config, self.run_name, resume=True)
         files = ensure_demonstrations(self.config)
         if team.leads:
             team.wait()

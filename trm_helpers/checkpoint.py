@@ -6,6 +6,7 @@ file; the optimizer's state goes through ``torch.load(weights_only=True)``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
 import pickle
@@ -21,7 +22,7 @@ from safetensors.torch import load, save_file
 from . import paths, schema
 from .config import Config, ModelConfig, from_flat, local_settings
 from .data import LIBERODataset
-from .files import digest, only_one, read_json, read_jsonl, replacing, write_json
+from .files import digest, only_one, read_json, replacing, write_json
 from .model import TRMPolicy
 from .normalize import ActionNormalizer
 from .preflight import software_versions
@@ -42,23 +43,34 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
         FileExistsError: the run is trained and ``resume`` is off.
         ValueError: the name is not usable; the run to be resumed was made with other settings of
             data, model or training (they are listed).
-        RuntimeError: another process works in a folder that would be begun anew.
+        RuntimeError: another process trains into the folder.
     """
     run = paths.run_dir(run_name or f"{config.data.suite}-{config.model.variant}-"
                                     f"s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-    made = (run / "config.json").exists()
-    if made and read_jsonl(run / "metrics.jsonl"):
-        if not resume:
-            raise FileExistsError(f"{run} exists already; choose another run_name, remove it, or "
-                                  "resume it (resume=True)")
-        refuse_other_settings(run, config)
-        return run
-    if made and not _other_settings(run, config):
-        return run
-    with only_one(run, wait=False, lock=TRAINING_LOCK):
-        (run / "training_state.pt").unlink(missing_ok=True)
-        write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
+    with only_writer(run):
+        made = (run / "config.json").exists()
+        if made and _has_epoch(run):
+            if not resume:
+                raise FileExistsError(f"{run} exists already; choose another run_name, remove it, "
+                                      "or resume it (resume=True)")
+            refuse_other_settings(run, config)
+        elif not made or _other_settings(run, config):
+            (run / "training_state.pt").unlink(missing_ok=True)
+            write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
     return run
+
+
+def only_writer(run: Path) -> contextlib.AbstractContextManager:
+    """Train into a run folder alone; ``RuntimeError``, at once, while another process does.
+
+    Readers need no lock: each file is complete whenever it is read.
+    """
+    return only_one(run, wait=False, lock=TRAINING_LOCK)
+
+
+def _has_epoch(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return (run / "last.safetensors").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def refuse_other_settings(run: Path, config: Config) -> None:
@@ -76,12 +88,24 @@ def _other_settings(run: Path, config: Config) -> list[str]:
 
 
 def refuse_other_data(run: Path, data: LIBERODataset) -> None:
-    """Raise ``ValueError`` where a run was trained on other demonstrations than ``data``."""
-    before, now = ({Path(file["file"]).name: file["demos"] for file in described["files"]}
+    """Raise ``ValueError`` where a run was trained on other demonstrations than ``data``.
+
+    Their content decides, wherever the files lie. Frames are allowed to differ, because another
+    machine renders the same scene with other pixels; a line says so.
+    """
+    before, now = ({Path(file["file"]).name: file for file in described["files"]}
                    for described in (_described(run)["trained_on"], data.describe()))
-    different = [f"{name}: {len(before.get(name, ()))} demonstrations there, "
-                 f"{len(now.get(name, ()))} now" for name in sorted({*before, *now})
-                 if before.get(name) != now.get(name)]
+    different = []
+    for name in sorted({*before, *now}):
+        there, here = (files.get(name, {"demos": []}) for files in (before, now))
+        if there["demos"] != here["demos"]:
+            different.append(f"{name}: {len(there['demos'])} demonstrations there, "
+                             f"{len(here['demos'])} now")
+        elif there.get("actions", here["actions"]) != here["actions"]:  # older runs have no digest
+            different.append(f"{name}: other actions")
+        elif there.get("frames", here["frames"]) != here["frames"]:
+            print(f"{name}: the frames differ from those that {run} was trained on, as those of "
+                  "another renderer do")
     if different:
         raise ValueError(f"{run} was trained on other demonstrations ({'; '.join(different)}); "
                          "choose another name or give it the same files")

@@ -14,6 +14,7 @@ import torch
 from . import schema
 from .augment import augment_images
 from .config import Config
+from .files import digest
 from .language import embed_instruction, normalize_instruction
 from .normalize import ActionNormalizer, fit_proprio, normalize_proprio
 from .storage import BatchMemory, Demo, DemoFile, load_steps, open_files
@@ -370,7 +371,11 @@ class LIBERODataset(torch.utils.data.Dataset):
             yield batch
 
     def describe(self) -> dict:
-        """Where the samples come from, as JSON: for a run's provenance."""
+        """Where the samples come from, as JSON: for a run's provenance.
+
+        Of each file two digests say what it held wherever it lay: of the ``actions`` learned, and
+        of the ``frames`` that the demonstrations begin with, which depend on the renderer.
+        """
         files = []
         for index, file in enumerate(self._steps.files):
             demos = [demo for demo in self.demos if demo.file == index]
@@ -380,6 +385,9 @@ class LIBERODataset(torch.utils.data.Dataset):
                 "steps": sum(demo.end - demo.first for demo in demos),
                 "alignment": file.alignment,
                 "source": file.source,
+                "actions": digest(b"".join(self._steps.actions[demo.first:demo.end].numpy()
+                                           .tobytes() for demo in demos)),
+                "frames": digest(b"".join(_first_frames(file.path, demos, self.cameras))),
             })
         return {"split": self.split, "samples": len(self), "files": files}
 
@@ -398,6 +406,13 @@ def _settings(files: Mapping[int, Path], config: Config) -> dict:
         alignment=data.alignment, chunk=model.chunk, storage=data.storage,
         task_ids=list(files) if model.conditioning == "task_id" else None,
         language=model.conditioning == "language")
+
+
+def _first_frames(path: Path, demos: Sequence[Demo], cameras: Sequence[str]) -> Iterator[bytes]:
+    with open_demo_file(path) as content:
+        for demo in demos:
+            for camera in cameras:
+                yield content[schema.DATA_GROUP][demo.name]["obs"][camera][0].tobytes()
 
 
 def _embedded(file: DemoFile) -> np.ndarray:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 _PATIENCE = timedelta(hours=6)  # the others wait while the first collects demonstrations
+_MEET_WITHIN = timedelta(minutes=2)  # torchrun starts all of them at once
+_SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Team:
@@ -23,14 +25,37 @@ class Team:
     """
 
     def __init__(self, device: str):
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.size, self.rank = 1, 0
         self.device = torch.device(device)
-        if self.size > 1 and device == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        size = os.environ.get("WORLD_SIZE", "1")
+        missing = [name for name in _SET_BY_TORCHRUN if not os.environ.get(name)]
+        if size in ("", "1") or missing:
+            if size not in ("", "1"):
+                print(f"WORLD_SIZE={size} without {', '.join(missing)}: not started by torchrun; "
+                      "training in this process alone")
+            return
+        self.size, self.rank = int(size), int(os.environ["RANK"])
+        if device == "cuda":
+            local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= count:
+                raise ValueError(f"LOCAL_RANK={local} has no GPU of its own; this machine has "
+                                 f"{count}: give torchrun at most --nproc_per_node {count}")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+        if not dist.is_initialized():
+            self._meet()
+
+    def _meet(self) -> None:
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=_MEET_WITHIN))
+        except dist.DistError as error:
+            raise RuntimeError(
+                f"WORLD_SIZE={self.size}, but the other processes did not come to "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+                f"{_MEET_WITHIN.seconds} s; unset WORLD_SIZE to train in one process") from error
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                                timeout=_PATIENCE)
 
     @property
     def leads(self) -> bool:
@@ -65,6 +90,13 @@ class Team:
         total = weight.detach().clone()
         dist.all_reduce(total)
         return weight * self.size / total.clamp(min=1)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Of all."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         if self.size == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 _ASK_EVERY = 0.5  # seconds between looks at whether a folder is free
 
@@ -128,15 +129,19 @@ def only_one(folder: str | Path, stop: threading.Event | None = None,
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / lock, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not wait:
-                    raise RuntimeError(f"another process works in {folder}; expected one") from None
-                if stop and stop.is_set():
-                    raise KeyboardInterrupt from None
-                time.sleep(_ASK_EVERY)
+    guard = FileLock(folder / lock)
+    while True:
+        try:
+            guard.acquire(timeout=0)
+            break
+        except Timeout:
+            if not wait:
+                raise RuntimeError(f"another process works in {folder}; wait until it has ended, "
+                                   "or choose another name") from None
+            if stop and stop.is_set():
+                raise KeyboardInterrupt from None
+            time.sleep(_ASK_EVERY)
+    try:
         yield
+    finally:
+        guard.release()

@@ -287,8 +287,9 @@ class TRMPolicy(nn.Module):
         ``action``: mean over the seven numbers (of a gripper with its own loss, the six of the
         arm) and over the actions that the mask says exist. ``gripper``: cross-entropy over the
         same actions, times ``gripper_weight``. ``ponder`` (ACT): mean of N + R, times the
-        configured ``ponder_cost``. The parts are detached and unweighted. ``"mix"`` is the mean of
-        ``"mse"`` and ``"l1"``.
+        configured ``ponder_cost``. ``final``: the weighted sum of these for the final answer, which
+        training and evaluation mode have in common. The parts are detached and, but for ``final``,
+        unweighted. ``"mix"`` is the mean of ``"mse"`` and ``"l1"``.
 
         In training, ``deep_supervision`` grades the answer after every step and takes the mean,
         and ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary
@@ -316,12 +317,13 @@ class TRMPolicy(nn.Module):
         graded = recursion.states[1:] if every_step else [recursion.output]
         grades = [self._grade(*self.head(answer), target, mask, loss) for answer in graded]
         parts = {name: torch.stack([grade[name] for grade in grades]).mean() for name in grades[0]}
-        total = parts["action"]
-        if "gripper" in parts:
-            total = total + gripper_weight * parts["gripper"]
+        total, final = (grade["action"] + gripper_weight * grade.get("gripper", 0.0)
+                        for grade in (parts, grades[-1]))
         if self.config.halting == "act":
             parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
             total = total + self.config.ponder_cost * parts["ponder"]
+            final = final + self.config.ponder_cost * parts["ponder"]
+        parts["final"] = final
         if style is not None:
             divergence = self.style.divergence(mean, log_variance)
             parts["kl"] = _masked_mean(divergence, mask.amax(dim=1))

@@ -7,12 +7,9 @@ import dataclasses
 import functools
 import json
 import math
-import netrc
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,6 +18,7 @@ from tqdm.auto import tqdm
 from . import schema
 from .checkpoint import (
     load_training_state,
+    only_writer,
     refuse_other_data,
     save_description,
     save_training_state,
@@ -31,6 +29,7 @@ from .data import LIBERODataset
 from .distributed import Team
 from .files import append_jsonl, read_jsonl, replacing
 from .model import TRMPolicy
+from .tracking import Tracker
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 16  # steps between looks at the clock and at the loss
@@ -79,9 +78,7 @@ class BehaviorCloningTrainer:
         if config.ema_decay:
             self.ema = AveragedModel(self.policy, use_buffers=True,
                                      multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        self._training_loss = self.policy.loss
-        if config.compile:
-            self._training_loss = _Compiled(self.policy.loss)
+        self._compiled = torch.compile(self.policy.loss) if config.compile else None
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr,
                                            weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
@@ -90,7 +87,8 @@ class BehaviorCloningTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
                                            enabled=self.precision == "fp16")
         self.epoch = 0  # epochs done
-        self._measured: list[tuple[torch.Tensor, torch.Tensor]] = []  # steps of the epoch begun
+        self._rows: list[dict] = []  # of metrics.jsonl
+        self._measured: list[tuple[torch.Tensor, ...]] = []  # by _step, in the epoch begun
         self._seconds = 0.0  # spent on them
         self._first_loss: float | None = None  # before the first update
         self.best_score = (-1.0, -math.inf)  # success rate, -validation loss
@@ -134,30 +132,34 @@ class BehaviorCloningTrainer:
         at once, except that the first epoch is always completed: there are weights then.
 
         Returns:
-            the rows of ``metrics.jsonl``: epoch, train_loss, val_loss, the loss's parts, lr,
-            grad_norm (mean, before clipping), seconds, samples_per_second.
+            the rows of ``metrics.jsonl``: epoch, train_loss and val_loss (of the final answer, see
+            :meth:`TRMPolicy.loss`), objective (what training minimises), the validation loss's
+            parts, lr, grad_norm (mean, before clipping), precision, seconds, samples_per_second.
 
         Raises:
-            RuntimeError: the loss or a weight is not finite, the loss is a hundred times that of
-                the first step, or no gradient of an epoch was finite. The run folder keeps the last
-                complete epoch, and a training state from before the breakdown.
+            RuntimeError: another process writes into the run folder; the loss or a weight is not
+                finite, the loss is a hundred times that of the first step, or no gradient of an
+                epoch was finite. The run folder keeps the last complete epoch, and a training
+                state from before the breakdown.
         """
-        self._began = self._saved = time.perf_counter()
-        self._resume()
-        if self.team.leads:
-            save_description(self.run, self.policy, self.train_data)
-        with self._tracker() as track, self._progress() as bar:
-            while not self.finished:
-                if self._time_is_up() or not self._run_steps(bar):
-                    break
-                row = self._end_epoch(bar)
-                self._save_weights(row)
-                if self.team.leads:
-                    append_jsonl(self.run / "metrics.jsonl", row)
-                self._save_state()
-                track(row)
         self.team.wait()
-        return read_jsonl(self.run / "metrics.jsonl")
+        self._began = self._saved = time.perf_counter()
+        with only_writer(self.run) if self.team.leads else contextlib.nullcontext():
+            self._resume()
+            if self.team.leads:
+                save_description(self.run, self.policy, self.train_data)
+            with self._tracker() as tracker, self._progress() as bar:
+                while not self.finished:
+                    if self._time_is_up() or not self._run_steps(bar):
+                        break
+                    self._rows.append(self._end_epoch(bar))
+                    self._save_weights(self._rows[-1])
+                    if self.team.leads:
+                        append_jsonl(self.run / "metrics.jsonl", self._rows[-1])
+                    self._save_state()
+                    tracker.log(self._rows[-1])
+            self.team.wait()
+        return list(self._rows)
 
     @property
     def finished(self) -> bool:
@@ -174,19 +176,25 @@ class BehaviorCloningTrainer:
 
         The mean is over the actions that exist, however they fall into batches.
         """
-        model = self.ema.module if self.ema else self.policy
-        model.eval()
+        model = self._averaged.eval()
         totals: dict[str, float] = {}
         actions = 0.0
         batches = self.val_data.batches(self.config.batch_size, 0, 0, shuffle=False,
                                         device=self.device)
         for batch in batches:
             loss, parts = self._loss(model.loss, batch)
+            parts.pop("final")  # in evaluation mode, the loss itself
             weight = float(batch["mask"].sum())
             actions += weight
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0.0) + weight * float(value)
-        return {name: total / actions for name, total in totals.items()}
+        # the same in all processes, which decide by it when to stop
+        return {name: self.team.agree(total / actions) for name, total in totals.items()}
+
+    @property
+    def _averaged(self) -> TRMPolicy:
+        """The policy that is validated and kept."""
+        return self.ema.module if self.ema else self.policy
 
     # --- one epoch --------------------------------------------------------------------------------
 
@@ -217,7 +225,7 @@ class BehaviorCloningTrainer:
     def _end_epoch(self, bar: tqdm) -> dict:
         """Validate; the row for ``metrics.jsonl``."""
         self._stop_if_broken()
-        losses, norms = map(torch.stack, zip(*self._measured, strict=True))
+        objectives, norms, losses = map(torch.stack, zip(*self._measured, strict=True))
         train_loss = losses.mean().item()
         grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
         validation = self.validate()
@@ -231,18 +239,19 @@ class BehaviorCloningTrainer:
         return {
             "epoch": self.epoch, "train_loss": train_loss, "val_loss": validation.pop("loss"),
             **{f"val_{name}": value for name, value in validation.items()},
+            "objective": objectives.mean().item(),
             "lr": self.scheduler.get_last_lr()[0],
             "grad_norm": grad_norm,
+            "precision": self.precision,
             "seconds": round(seconds, 3),
             "samples_per_second": round(len(self.train_data) / seconds, 1),
         }
 
-    def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update; the loss and the gradient's norm before clipping, both detached."""
-        loss, _ = self._loss(self._training_loss, batch)
-        self.optimizer.zero_grad(set_to_none=True)
+    def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One update; objective, norm of the gradient before clipping, and the final answer's loss.
+        """
         share = self.team.share_of(batch["mask"].sum())
-        self.scaler.scale(loss * share).backward()
+        objective, parts = self._backward(batch, share)
         self.team.average_gradients(self.policy.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
@@ -251,7 +260,31 @@ class BehaviorCloningTrainer:
         self.scheduler.step()
         if self.ema:
             self.ema.update_parameters(self.policy)
-        return loss.detach(), norm.detach()
+        whole = self.team.sum(share * torch.stack([objective.detach(), parts["final"]]))
+        return whole[0] / self.team.size, norm.detach(), whole[1] / self.team.size
+
+    def _backward(self, batch: dict, share: torch.Tensor | float):
+        """:meth:`TRMPolicy.loss`, its gradient left in the parameters.
+
+        ``torch.compile`` compiles the backward pass when it is first needed: what fails in either
+        is done again without it, with the same random numbers.
+        """
+        if self._compiled is not None:
+            generators = _generators()
+            try:
+                return self._backward_through(self._compiled, batch, share)
+            except Exception as error:  # whatever the compiler or its C++ toolchain raises
+                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without")
+                self._compiled = None
+                _set_generators(*generators)
+        return self._backward_through(self.policy.loss, batch, share)
+
+    def _backward_through(self, compute: Callable, batch: dict, share: torch.Tensor | float):
+        self.optimizer.zero_grad(set_to_none=True)
+        objective, parts = self._loss(compute, batch)
+        self.scaler.scale(objective * share).backward()
+        return objective, parts
 
     def _loss(self, compute: Callable, batch: dict):
         autocast = contextlib.nullcontext()
@@ -262,7 +295,7 @@ class BehaviorCloningTrainer:
 
     def _stop_if_broken(self) -> None:
         """Raise, in every process, before a state is saved that training cannot come back from."""
-        recent = torch.stack([loss for loss, _ in self._measured[-_CHECK_EVERY:]]).mean().item()
+        recent = torch.stack([step[0] for step in self._measured[-_CHECK_EVERY:]]).mean().item()
         finite = math.isfinite(recent) and not self._broken_weights()
         if self.team.any(not finite or recent > _DIVERGED * self._first_loss):
             raise RuntimeError(self._diagnosis(
@@ -274,7 +307,7 @@ class BehaviorCloningTrainer:
                 if not value.isfinite().all()]
 
     def _diagnosis(self, problem: str) -> str:
-        norms = torch.stack([norm for _, norm in self._measured])
+        norms = torch.stack([step[1] for step in self._measured])
         return (f"training broke down in epoch {self.epoch + 1}: {problem} (largest gradient norm "
                 f"{norms.max():.3g}; weights that are not finite: "
                 f"{', '.join(self._broken_weights()[:3]) or 'none'}). Lower "
@@ -292,7 +325,7 @@ class BehaviorCloningTrainer:
 
     def _save_weights(self, row: dict) -> None:
         """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
-        weights = (self.ema.module if self.ema else self.policy).state_dict()
+        weights = self._averaged.state_dict()
         if self.team.leads:
             save_weights(self.run, weights, "last")
         every = self.config.rollout_every
@@ -313,43 +346,62 @@ class BehaviorCloningTrainer:
         save_training_state(self.run, {
             "epoch": self.epoch, "best_score": self.best_score,
             "lowest_loss": self.lowest_loss, "lowest_epoch": self.lowest_epoch,
-            "measured": [(loss.item(), norm.item()) for loss, norm in self._measured],
+            "rows": self._rows, "precision": self.precision,
+            "measured": [tuple(value.item() for value in step) for step in self._measured],
             "seconds": self._seconds, "first_loss": self._first_loss,
             "policy": self.policy.state_dict(),
             "ema": self.ema.state_dict() if self.ema else {},
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(), "generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all(),
+            "scaler": self.scaler.state_dict(),
+            **dict(zip(("generator", "cuda_generators"), _generators(), strict=True)),
         })
 
     def _resume(self) -> None:
-        self.team.wait()
         state = load_training_state(self.run)
         if state:
             refuse_other_data(self.run, self.train_data)
-        rows = read_jsonl(self.run / "metrics.jsonl")
-        done = state["epoch"] if state else 0
-        # cut off between a row and its checkpoint: that epoch runs again
-        if self.team.leads and len(rows) != done:
-            with replacing(self.run / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows[:done]))
+        self._restore_rows(state)
+        self.team.wait()
         if not state:
             return
         self.epoch = state["epoch"]
         self.lowest_loss, self.lowest_epoch = state["lowest_loss"], state["lowest_epoch"]
         self.best_score = tuple(state["best_score"])
-        self._measured = [tuple(torch.tensor(value, device=self.device) for value in pair)
-                          for pair in state["measured"]]
+        # states of older versions hold no third number, the final answer's loss
+        self._measured = [tuple(torch.tensor(value, device=self.device)
+                                for value in (*step, step[0])[:3]) for step in state["measured"]]
         self._seconds, self._first_loss = state["seconds"], state["first_loss"]
         self.policy.load_state_dict(state["policy"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         for name in ("optimizer", "scheduler", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["generator"])
-        for device, generator in zip(range(torch.cuda.device_count()), state["cuda_generators"],
-                                     strict=False):  # there may be fewer GPUs than before, or more
-            torch.cuda.set_rng_state(generator, device)
+            if state[name]:  # a scaler has a state in fp16 only
+                getattr(self, name).load_state_dict(state[name])
+        _set_generators(state["generator"], state["cuda_generators"])
+        before = state.get("precision", self.precision)
+        if before != self.precision and self.team.leads:
+            print(f"{self.run} was trained in {before} so far and goes on in {self.precision}: the "
+                  "losses are not exactly those of an uninterrupted training")
+
+    def _restore_rows(self, state: dict | None) -> None:
+        """Bring ``metrics.jsonl`` to where the training state is, whatever happened to the file.
+
+        Cut off between a row and its state, that epoch runs again.
+        """
+        path = self.run / "metrics.jsonl"
+        if state and "rows" in state:
+            self._rows = state["rows"]
+        else:  # the state of an older version does not hold them
+            done = state["epoch"] if state else 0
+            self._rows = read_jsonl(path)[:done]
+            if len(self._rows) < done:
+                raise ValueError(f"{path} holds {len(self._rows)} of the {done} epochs trained; "
+                                 "expected one line each. Put it back, or remove "
+                                 "training_state.pt to train from the start")
+        lines = "".join(json.dumps(row) + "\n" for row in self._rows)
+        if self.team.leads and (not path.exists() or path.read_text() != lines):
+            with replacing(path) as temporary:
+                temporary.write_text(lines)
 
     def _progress(self) -> tqdm:
         return tqdm(total=self._last_epoch * self.steps_per_epoch, desc="training", unit="step",
@@ -357,58 +409,33 @@ class BehaviorCloningTrainer:
                     disable=not self.team.leads)
 
     @contextlib.contextmanager
-    def _tracker(self):
-        """A function that logs one row to W&B, or does nothing."""
-        if self.config.wandb_mode == "disabled" or not self.team.leads:
-            yield lambda row: None
-            return
-        import wandb
-
-        mode = self.config.wandb_mode
-        if mode == "online" and not wandb_key_found():
-            print("no W&B key found: logging offline; `wandb sync` uploads it later")
-            mode = "offline"
+    def _tracker(self) -> Iterator[Tracker]:
         settings = {**vars(self.policy.config), **vars(self.config)}
-        with wandb.init(project=self.config.wandb_project, name=self.run.name, dir=self.run,
-                        mode=mode, config=settings) as tracked:
-            yield lambda row: tracked.log(row, step=row["epoch"])
+        mode = self.config.wandb_mode if self.team.leads else "disabled"
+        tracker = Tracker(mode, {"project": self.config.wandb_project, "name": self.run.name,
+                                 "dir": str(self.run), "config": settings})
+        try:
+            yield tracker
+        finally:
+            tracker.close()
 
 
-class _Compiled:
-    """A function through ``torch.compile``, or as it is from the moment that this fails."""
+def _generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The states of PyTorch's generators, of the CPU and of each GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
-    def __init__(self, function: Callable):
-        self.function, self.compiled = function, torch.compile(function)
 
-    def __call__(self, *given):
-        if self.compiled is not None:
-            try:
-                return self.compiled(*given)
-            except Exception as error:  # whatever the compiler or its C++ toolchain raises
-                reason = str(error).strip().splitlines()[0]
-                print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without")
-                self.compiled = None
-        return self.function(*given)
+def _set_generators(cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    torch.set_rng_state(cpu)
+    for device, generator in zip(range(torch.cuda.device_count()), cuda,
+                                 strict=False):  # there may be fewer GPUs than before, or more
+        torch.cuda.set_rng_state(generator, device)
 
 
 def _success_rate(run: str | Path, config: Config) -> float:
     from .evaluate import selection_success
 
     return selection_success(run, config, config.train.rollout_episodes)["success_rate"]
-
-
-def wandb_key_found() -> bool:
-    """Whether ``$WANDB_API_KEY`` or the netrc file holds a key; asks neither user nor network.
-
-    W&B's own look-up changes its name between versions, or prompts.
-    """
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -1,0 +1,136 @@
+"""Weights & Biases from a process of its own, which can neither delay nor end a training.
+
+The trainer writes one line of JSON per epoch to the process's standard input and never waits for
+it. Everything of W&B (import, login, network, upload) happens over there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_MODES = ("disabled", "offline", "online")
+_CONNECT_WITHIN = 3.0  # seconds, to W&B's server
+_LOGIN_WITHIN = 10.0  # seconds
+_FINISH_WITHIN = 15.0  # seconds after the last epoch; what is not uploaded then is on the disk
+
+
+class Tracker:
+    """Rows for W&B, one per epoch; closed, it waits up to 15 seconds for the upload to finish.
+
+    Args:
+        mode: ``disabled``, ``offline`` or ``online``; ``$WANDB_MODE`` can only restrict it.
+        settings: JSON values: ``project``, ``name``, ``dir`` and ``config``.
+    """
+
+    def __init__(self, mode: str, settings: Mapping):
+        self.process = None
+        mode = allowed_mode(mode)
+        if mode == "disabled":
+            return
+        home = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        try:  # out of reach of a terminal's Ctrl-C, which the trainer answers to
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__], start_new_session=True, text=True,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        except OSError as error:
+            print(f"W&B is off: {error}")
+            return
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self._printer = threading.Thread(target=self._repeat, args=[self.process.stdout],
+                                         daemon=True)
+        self._printer.start()
+        self.log({"mode": mode, **settings})
+
+    @staticmethod
+    def _repeat(lines: Iterable[str]) -> None:
+        for line in lines:
+            print(line, end="", flush=True)
+
+    def log(self, row: Mapping) -> None:
+        """Hand over a row; it is dropped where the process has ended or does not read."""
+        if self.process is not None:
+            with contextlib.suppress(OSError):  # a line fits into the pipe whole or not at all
+                os.write(self.process.stdin.fileno(), json.dumps(row).encode() + b"\n")
+
+    def close(self) -> None:
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        process.stdin.close()  # the end of the rows
+        try:
+            process.wait(_FINISH_WITHIN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            print(f"W&B did not finish within {_FINISH_WITHIN:g} s; `wandb sync` uploads the rest")
+        self._printer.join(1.0)
+
+
+def allowed_mode(asked: str) -> str:
+    """The mode asked for, or the one in ``$WANDB_MODE`` where that does less."""
+    given = os.environ.get("WANDB_MODE", "").strip().lower()
+    given = {"": "online", "run": "online", "dryrun": "offline"}.get(given, given)
+    if given not in _MODES:
+        given = "offline"
+    return min(asked, given, key=_MODES.index)
+
+
+def main() -> None:
+    """Log the rows of standard input: online if that works within seconds, otherwise offline."""
+    given = json.loads(sys.stdin.readline())
+    import wandb
+
+    quiet = dict(console="off", silent=True)
+    run = None
+    if given.pop("mode") == "online":
+        try:
+            settings = wandb.Settings(init_timeout=_LOGIN_WITHIN, login_timeout=_LOGIN_WITHIN,
+                                      **quiet)
+            _connect(os.environ.get("WANDB_BASE_URL") or settings.base_url)
+            run = wandb.init(mode="online", settings=settings, **given)
+            print(f"W&B: {run.url}", flush=True)
+        except (Exception, SystemExit) as error:  # whatever W&B raises, or its network
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            print(f"W&B logs offline ({reason[0]}); `wandb sync` uploads it later", flush=True)
+    if run is None:
+        run = wandb.init(mode="offline", settings=wandb.Settings(**quiet), **given)
+    for line in sys.stdin:
+        row = json.loads(line)
+        run.log(row, step=row["epoch"])
+    end = threading.Timer(6 * _FINISH_WITHIN, os._exit, [1])  # the trainer may have been killed
+    end.daemon = True
+    end.start()
+    run.finish()
+    os._exit(0)  # W&B's own exit waits for a server that does not answer, also offline
+
+
+def _connect(url: str) -> None:
+    """Raise ``ConnectionError`` where nothing answers there within three seconds."""
+    address = urlsplit(url)
+    port = address.port or {"http": 80}.get(address.scheme, 443)
+    reached = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection((address.hostname, port), _CONNECT_WITHIN).close()
+            reached.set()
+
+    # in a thread, because resolving a name has no time limit of its own
+    threading.Thread(target=connect, daemon=True).start()
+    if not reached.wait(_CONNECT_WITHIN):
+        raise ConnectionError(f"{address.hostname} cannot be reached")
+
+
+if __name__ == "__main__":
+    main()
