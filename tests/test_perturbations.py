@@ -1,5 +1,7 @@
 """What a perturbation does to what the policy sees, is told and sends."""
 
+import copy
+import pickle
 import types
 
 import numpy as np
@@ -192,6 +194,27 @@ def test_an_empty_instruction_changes_what_the_policy_does():
 def test_what_a_policy_tells_of_itself_comes_through():
     assert PerturbedPolicy(CountingPolicy(), "noise", ENV, KEY).last_recursions == 3
     assert not hasattr(PerturbedPolicy(CountingPolicy(), "noise", ENV, KEY), "last_chunk")
+
+
+@pytest.mark.parametrize("copied", [
+    copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("name", list(PERTURBATIONS))
+def test_a_copy_of_a_perturbed_policy_is_perturbed_alike(name, copied, monkeypatch):
+    # one that copies itself in its own way is still copied behind its perturbation
+    monkeypatch.setattr(Looking, "__deepcopy__", lambda policy, _: Looking(), raising=False)
+    stats = {"mean": [i / 7 for i in range(12)]}
+    policy = PerturbedPolicy(Looking(stats=stats), name, ENV, KEY)
+    other = copied(policy)
+    assert type(other) is PerturbedPolicy and other.last_recursions == 3
+    actions = []
+    for each in (policy, other):
+        each.policy.seen = []
+        each.reset()
+        actions.append([each.act(observation()) for _ in range(4)])
+    np.testing.assert_array_equal(*actions)
+    for one, another in zip(policy.policy.seen, other.policy.seen, strict=True):
+        for key in one:
+            np.testing.assert_array_equal(one[key], another[key])
 
 
 # --- which of them matter ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ What is drawn is a function of the episode, not of the order in which things are
 
 from __future__ import annotations
 
+import copy
 import functools
 import zlib
 from collections import deque
@@ -59,8 +60,12 @@ class Case:
         self.policy, self.env, self.key = policy, env, key
 
     def draws(self, *what) -> np.random.Generator:
-        """The generator for ``what``, and for nothing else, in this episode."""
-        return np.random.default_rng(zlib.crc32(repr((*self.key, *what)).encode()))
+        return draws(self.key, *what)
+
+
+def draws(key: tuple, *what) -> np.random.Generator:
+    """The generator for ``what``, and for nothing else, in the episode of ``key``."""
+    return np.random.default_rng(zlib.crc32(repr((*key, *what)).encode()))
 
 
 class PerturbedPolicy:
@@ -95,7 +100,11 @@ class PerturbedPolicy:
         return self.under_way.popleft()
 
     def __getattr__(self, name: str):
-        return getattr(self.policy, name)  # what else a policy tells of itself
+        # what else a policy tells of itself; not how it is copied, and of a copy that is still
+        # being made there is no policy
+        if name.startswith("__") or "policy" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return getattr(self.policy, name)
 
 
 class PerturbedObservation(Mapping):
@@ -145,40 +154,49 @@ def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     return np.clip(np.rint(image * factor), 0, 255).astype(np.uint8)
 
 
+# the functions that replace are the module's, so that a perturbed policy can be copied and pickled
 def _shifted(case: Case) -> dict[str, Replacement]:
     """Each camera on its own, along a diagonal of the picture that stays for the episode."""
-
-    def change(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
-        image = read()
-        return shift_image(image, *np.rint(sides * SHIFT * image.shape[0]).astype(int))
-
-    return {camera: functools.partial(change, case.draws(camera).choice((-1, 1), size=2))
+    return {camera: functools.partial(_shift, case.draws(camera).choice((-1, 1), size=2))
             for camera in schema.CAMERAS}
+
+
+def _shift(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
+    image = read()
+    return shift_image(image, *np.rint(sides * SHIFT * image.shape[0]).astype(int))
 
 
 def _lit_otherwise(case: Case) -> dict[str, Replacement]:
     """Darker or brighter, both cameras alike, for the episode."""
     factor = 1 + case.draws("light").choice((-1, 1)) * BRIGHTNESS
-    return {camera: lambda read, step: scale_brightness(read(), factor)
-            for camera in schema.CAMERAS}
+    return dict.fromkeys(schema.CAMERAS, functools.partial(_light, factor))
+
+
+def _light(factor: float, read: Callable, step: int) -> np.ndarray:
+    return scale_brightness(read(), factor)
 
 
 def _noisy(case: Case) -> dict[str, Replacement]:
     """Independent Gaussian noise in every entry and step."""
+    return {key: functools.partial(_add_noise, case.key, key)
+            for key in (*schema.CAMERAS, *schema.LOW_DIM)}
 
-    def change(key: str, read: Callable, step: int) -> np.ndarray:
-        value, draws = read(), case.draws(key, step)
-        if key in schema.CAMERAS:
-            noisy = value + draws.normal(0, PIXEL_NOISE, value.shape)
-            return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-        return value + draws.normal(0, PROPRIO_NOISE[key], value.shape)
 
-    return {key: functools.partial(change, key) for key in (*schema.CAMERAS, *schema.LOW_DIM)}
+def _add_noise(episode: tuple, key: str, read: Callable, step: int) -> np.ndarray:
+    value, generator = read(), draws(episode, key, step)
+    if key in schema.CAMERAS:
+        noisy = value + generator.normal(0, PIXEL_NOISE, value.shape)
+        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+    return value + generator.normal(0, PROPRIO_NOISE[key], value.shape)
+
+
+def _constant(value, read: Callable, step: int):
+    return copy.copy(value)
 
 
 def _without_camera(camera: str, case: Case) -> dict[str, Replacement]:
     size = case.env.image_size
-    return {camera: lambda read, step: np.zeros((size, size, 3), np.uint8)}
+    return {camera: functools.partial(_constant, np.zeros((size, size, 3), np.uint8))}
 
 
 def _without_proprioception(case: Case) -> dict[str, Replacement]:
@@ -195,8 +213,7 @@ def _without_proprioception(case: Case) -> dict[str, Replacement]:
     for key in schema.PROPRIO_KEYS:
         values[key] = np.array(stats["mean"][first:first + schema.LOW_DIM[key]])
         first += schema.LOW_DIM[key]
-    return {key: functools.partial(lambda value, read, step: value.copy(), value)
-            for key, value in values.items()}
+    return {key: functools.partial(_constant, value) for key, value in values.items()}
 
 
 # --- what is told --------------------------------------------------------------------------------
@@ -209,11 +226,11 @@ def _told_another(case: Case) -> dict[str, Replacement]:
               for task_id in range(schema.SUITES[task.suite])]
     others = sorted(set(others) - {task.language})
     told = str(case.draws("instruction").choice(others))
-    return {"language": lambda read, step: told}
+    return {"language": functools.partial(_constant, told)}
 
 
 def _told_nothing(case: Case) -> dict[str, Replacement]:
-    return {"language": lambda read, step: ""}
+    return {"language": functools.partial(_constant, "")}
 
 
 PERTURBATIONS = {
