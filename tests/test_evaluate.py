@@ -14,6 +14,7 @@ from walking import CountingPolicy, StraightRoad
 
 from trm_helpers import baselines, evaluate, preflight, schema
 from trm_helpers.__main__ import main
+from trm_helpers.checkpoint import find_run
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.experts import PickPlaceExpert
@@ -586,6 +587,21 @@ def test_the_expert_succeeds_from_official_init_states(env):
     assert all(60 < row["steps"] < row["horizon"] == 280 for row in result["rows"])
     assert all(row["lifted"] == row["goal_objects"][:1] == ["alphabet_soup_1"]
                for row in result["rows"])
+
+
+@pytest.mark.sim
+def test_a_shipped_policy_solves_its_task():
+    """From an official init state, as `python -m trm_helpers evaluate` would play it."""
+    config = EvalConfig(num_episodes=1, first_init_state=3, num_videos=1)
+    results = evaluate_run("pretrained/spatial-wide", config, task_ids=[2])
+    assert (results["successes"], results["episodes"], results["errors"]) == (1, 1, [])
+    run = find_run("pretrained/spatial-wide")
+    (row,) = read_jsonl(run / "episodes.jsonl")
+    assert (row["task_id"], row["init_state"], row["horizon"]) == (2, 3, 220)
+    assert 60 < row["steps"] < 200 and row["mean_recursions"] == 4.0
+    assert row["lifted"] == row["goal_objects"][:1]
+    assert set(row["recursions_by_phase"]) == {"reach", "grasp", "carry", "place"}
+    assert len(imageio.imread(run / "videos" / row["video"])) == row["steps"] + 1 + 30
 
 
 EVALUATION = """

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -198,6 +199,23 @@ def test_suite_runs_in_order_and_ends_with_the_success_line(suite, capfd):
     last = printed.strip().splitlines()[-1]
     assert last.startswith("8 of 10 episodes, success rate 80 %")
     assert last.endswith(" minutes")
+
+
+@pytest.mark.parametrize(("preset", "parameters", "successes", "refused"), [
+    ("demo", {}, 7, False), ("demo", {}, 6, True), ("demo", {}, 0, True),
+    ("demo", {"lr": 0.5}, 6, True), ("demo", {"task_ids": [7]}, 0, False), ("tiny", {}, 0, False)])
+def test_the_demo_has_a_floor(suite, monkeypatch, preset, parameters, successes, refused):
+    write_notebook(suite / "00_setup.ipynb", parameters="task_ids = None  # type: list")
+    found = {**RESULTS, "successes": successes, "success_rate": successes / 10}
+    monkeypatch.setitem(globals(), "RESULTS", found)
+    pretend_runs(monkeypatch)
+    expected = contextlib.nullcontext()
+    if refused:
+        expected = pytest.raises(RuntimeError, match=rf"solved {successes} of 10 .*70%.*"
+                                                     rf"{'lr=0.5.*' * bool(parameters)}videos/fail")
+    for _ in range(2):  # also where every notebook was kept
+        with expected:
+            run_suite(preset, parameters=parameters)
 
 
 def test_each_parameter_goes_to_the_notebooks_that_have_it(suite, monkeypatch):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import paths
-from .config import from_flat, settings_by_part
+from .config import Config, from_flat, settings_by_part
 from .fanout import belong_to
 from .files import replacing, write_json
 
@@ -31,6 +31,7 @@ _PRODUCTS = {
     "checkpoints": "*.safetensors",
     "results": "results.json",
 }
+DEMO_FLOOR = 0.7  # success rate of the demo's task; of ten episodes it usually solves nine or ten
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -202,7 +203,8 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
     Raises:
         ValueError: unknown preset; a parameter that no notebook has.
         FileExistsError: the run folder exists and ``resume`` is off.
-        RuntimeError: preflight or a notebook failed.
+        RuntimeError: preflight or a notebook failed, or the demo solved its task less often than
+            :data:`DEMO_FLOOR`.
     """
     started = float(os.environ.get("TRM_STARTED_AT", time.time()))
     settings = {"preset": preset, "run_name": run_name or preset}
@@ -229,6 +231,7 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
             minutes += (time.time() - started) / 60
             write_json(run_dir / "notebooks" / "minutes.json", minutes)
     _report(run_dir, minutes)
+    _check_floor(run_dir, config)
     return run_dir
 
 
@@ -287,3 +290,20 @@ def _report(run_dir: Path, minutes: float) -> None:
     if not results.exists():
         raise RuntimeError(f"{results} is missing; 06_eval should have written it")
     print(f"{format_success(json.loads(results.read_text()))}, {minutes:.1f} minutes", flush=True)
+
+
+def _check_floor(run_dir: Path, config: Config) -> None:
+    """Raise ``RuntimeError`` where the demo failed at its task: then something is broken."""
+    changed = config.changes()
+    results = json.loads((run_dir / "results.json").read_text())
+    if (config.preset != "demo" or {"suite", "task_ids"} & set(changed)
+            or results["success_rate"] >= DEMO_FLOOR):
+        return
+    settings = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    raise RuntimeError(
+        f"the demo solved {results['successes']} of {results['episodes']} episodes; expected at "
+        f"least {DEMO_FLOOR:.0%} of them"
+        + (f" (with other settings than the preset's: {settings})" if settings else "")
+        + f". Look at the films in {run_dir / 'videos' / 'failure'}, at the losses in "
+        f"{run_dir / 'figures' / '04_training.png'} and at what 01_explore says of the "
+        "demonstrations")
