@@ -102,6 +102,15 @@ def test_with_several_seeds_the_trainings_have_to_agree():
     assert "is not distinguishable" in verdict([a, b])
 
 
+def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
+    """Welch's t has 2.1 degrees of freedom here; one variance for both would have 4: p = 0.027."""
+    a = {"trial": "a", "state": "complete", "seeds": [0, 1, 2], "final_val_loss": 0.1,
+         "seed_losses": [0.10, 0.11, 0.09]}
+    b = {**a, "trial": "b", "final_val_loss": 0.2, "seed_losses": [0.15, 0.25, 0.20]}
+    said = verdict([a, b])
+    assert "not distinguishable from the next (Welch over seeds: p = 0.069)" in said
+
+
 def test_the_verdict_on_losses_needs_seeds():
     a = {"trial": "a", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
     b = {**a, "trial": "b", "final_val_loss": 0.2}

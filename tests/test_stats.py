@@ -7,6 +7,7 @@ import pytest
 
 from trm_helpers.stats import (
     cluster_bootstrap,
+    compare_trainings,
     comparison_rows,
     detectable,
     format_comparison,
@@ -140,6 +141,55 @@ def test_mcnemar_leaves_out_errors():
     test = paired_mcnemar(rows, rows[:3] + broken)
     assert (test["pairs"], test["both"], test["unpaired"]) == (3, 2, 1)
     assert paired_mcnemar(rows, rows[:3] + broken + rows[3:])["pairs"] == 4  # tried again
+
+
+def training(*outcomes: str) -> list[dict]:
+    """Rows of one training: a string of outcomes for each task."""
+    return [row for task, text in enumerate(outcomes) for row in episodes(text, task_id=task)]
+
+
+def test_trainings_are_compared_over_tasks_and_seeds():
+    a = [training("1100", "1000", "1111"), training("1000", "1100", "1111")]
+    b = [training("1111", "1110", "1111"), training("1110", "1111", "1111")]
+    # by task .875 - .375, .875 - .375 and 1 - 1; signs that give as much: + + and - -, of 4
+    test = compare_trainings(a, b)
+    assert (test["tasks"], test["episodes"]) == (3, 12)
+    assert test["difference"] == pytest.approx(1 / 3) and test["p_value"] == 0.5
+    # a resample of all three tasks alike has .5 (or .25 to .75 by its seeds) or 0
+    assert test["low"] == pytest.approx(0.0, abs=0.01) and 0.5 < test["high"] <= 0.75
+    assert compare_trainings(a, b) == test
+    assert compare_trainings(b, a)["difference"] == -test["difference"]
+    same = compare_trainings(a, a)
+    assert (same["difference"], same["p_value"]) == (0, 1) and same["low"] < 0 < same["high"]
+
+
+def test_the_spread_of_seeds_widens_the_interval():
+    """Two lucky trainings of one method are no evidence, however many episodes they have."""
+    tasks = 6
+    lucky, unlucky = training(*["1" * 40] * tasks), training(*["0" * 40] * tasks)
+    half = training(*["1" * 20 + "0" * 20] * tasks)
+    wide = compare_trainings([half, half], [lucky, unlucky])
+    assert wide["difference"] == 0 and (wide["low"], wide["high"]) == (-0.5, 0.5)
+    sure = compare_trainings([unlucky] * 2, [half] * 2)
+    assert (sure["low"], sure["high"], sure["p_value"]) == (0.5, 0.5, 2 / 2**tasks)
+
+
+def test_many_tasks_are_compared_by_drawn_signs():
+    a, b = [training(*["0"] * 14)], [training(*["1"] * 7, *["0"] * 7)]
+    # seven of fourteen differ, all one way: 2 / 2^7
+    assert compare_trainings(a, b)["p_value"] == pytest.approx(2 / 2**7, abs=0.005)
+
+
+def test_trainings_on_other_episodes_are_refused():
+    a = [training("11", "10")]
+    for other in (training("11"), [], [{**row, "suite": "libero_goal"} for row in a[0]]):
+        with pytest.raises(ValueError, match="expected the same episodes of at least 2 tasks"):
+            compare_trainings(a, [other])
+    with pytest.raises(ValueError, match="expected the same episodes"):
+        compare_trainings(a, [])
+    rows = [{**row, "horizon": 220} for row in a[0]]
+    with pytest.raises(ValueError, match="horizon is 220 for a and 300 for b"):
+        compare_trainings([rows], [[{**row, "horizon": 300} for row in rows]])
 
 
 @pytest.mark.parametrize(("condition", "other"), [("protocol", "libero"), ("horizon", 600)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
@@ -164,12 +165,7 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
             f"a ({len(first)} episodes) and b ({len(second)}) share no suite, task and init state; "
             "expected policies evaluated on the same episodes"
         )
-    for key in shared:
-        for condition in ("protocol", "horizon"):
-            of_a, of_b = first[key].get(condition), second[key].get(condition)
-            if None not in (of_a, of_b) and of_a != of_b:
-                raise ValueError(f"{condition} is {of_a!r} for a and {of_b!r} for b in episode "
-                                 f"{key}; expected the same")
+    _refuse_other_protocols(first, second, shared)
     outcomes = [(bool(first[key]["success"]), bool(second[key]["success"])) for key in shared]
     only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
     differing = only_a + only_b
@@ -183,6 +179,65 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
         "difference": (only_b - only_a) / len(shared),
         "p_value": float(binomtest(only_a, differing, 0.5).pvalue) if differing else 1.0,
     }
+
+
+def compare_trainings(a: Sequence[Sequence[Mapping]], b: Sequence[Sequence[Mapping]],
+                      seed: int = 0, resamples: int = 10_000) -> dict:
+    """Two methods from several trainings each, on the same episodes, with tasks as the unit.
+
+    McNemar's test compares two trainings; another seed of the same method may differ as much. Here
+    the difference is the mean over tasks of b's success rate minus a's, each the mean over its
+    trainings.
+
+    Args:
+        a, b: of each training its rows, as in :func:`summarize_episodes`. Episodes that one of them
+            lacks are left out.
+
+    Returns:
+        ``tasks``, ``episodes`` (shared), ``difference``; ``low`` and ``high``, a 95 % percentile
+        interval with the tasks and each method's trainings resampled; the two-sided ``p_value`` of
+        the sign-flip test: how often the difference is as large when each task's sign is chosen at
+        random (all 2^tasks choices up to 12 tasks, else ``resamples`` of them).
+
+    Raises:
+        ValueError: no shared episode, less than two shared tasks, or different protocols.
+    """
+    played = [[_by_episode([row for row in rows if "error" not in row], name) for rows in trainings]
+              for trainings, name in ((a, "a"), (b, "b"))]
+    every = [*played[0], *played[1]]
+    shared = sorted(set.intersection(*map(set, every))) if all(played) else []
+    tasks = sorted({key[:2] for key in shared})
+    if len(tasks) < 2:
+        raise ValueError(f"the trainings share {len(shared)} episodes of {len(tasks)} task(s); "
+                         "expected the same episodes of at least 2 tasks")
+    for episodes in every:
+        _refuse_other_protocols(every[0], episodes, shared)
+    rates = [np.array([[np.mean([bool(episodes[key]["success"]) for key in shared
+                                 if key[:2] == task]) for task in tasks] for episodes in trainings])
+             for trainings in played]  # (trainings, tasks) of a and of b
+    by_task = rates[1].mean(axis=0) - rates[0].mean(axis=0)
+    generator = np.random.default_rng(seed)
+    chosen = generator.integers(len(tasks), size=(resamples, 1, len(tasks)))
+    of_a, of_b = (each[generator.integers(len(each), size=(resamples, len(each), 1)), chosen]
+                  .mean(axis=(1, 2)) for each in rates)
+    low, high = np.quantile(of_b - of_a, [0.025, 0.975])
+    if len(tasks) <= 12:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(tasks))))
+    else:
+        signs = generator.choice((-1, 1), size=(resamples, len(tasks)))
+    as_large = np.abs(signs @ by_task) >= abs(by_task.sum()) - 1e-9
+    return {"tasks": len(tasks), "episodes": len(shared), "difference": float(by_task.mean()),
+            "low": float(low), "high": float(high), "p_value": float(as_large.mean())}
+
+
+def _refuse_other_protocols(first: Mapping, second: Mapping, shared: Iterable[tuple]) -> None:
+    """Raise ``ValueError`` for a shared episode that was played by different protocols."""
+    for key in shared:
+        for condition in ("protocol", "horizon"):
+            one, other = first[key].get(condition), second[key].get(condition)
+            if None not in (one, other) and one != other:
+                raise ValueError(f"{condition} is {one!r} for a and {other!r} for b in episode "
+                                 f"{key}; expected the same")
 
 
 def format_comparison(test: Mapping, name: str, other: str) -> str:
