@@ -81,9 +81,10 @@ print("evaluating", run)
 # ## Run the episodes
 #
 # Every episode is written to `episodes.jsonl` the moment it ends: interrupted and started again,
-# only the missing ones are run. What a success rate means depends on the protocol: how many
-# episodes, how many steps, and what happens before the first. Published ones differ, so it is
-# written beside the rate, with its source.
+# only the missing ones are run. An episode in which the policy raises an error counts as a failure;
+# one that the simulator or the machine spoils does not count. What a success rate means depends on
+# the protocol: how many episodes, how many steps, and what happens before the first. Published ones
+# differ, so it is written beside the rate, with its source.
 
 # %%
 results = evaluation.play()

@@ -411,11 +411,15 @@ def test_a_simulator_in_which_objects_slide_is_refused_before_libero_spatial(run
         evaluate_run(run, EvalConfig(num_videos=0), suite="libero_spatial")
 
 
-def test_selection_leaves_the_official_init_states_alone(run):
+def test_selection_leaves_the_official_init_states_alone(run, monkeypatch):
+    asked, reset = [], StraightRoad.reset
+    monkeypatch.setattr(StraightRoad, "reset",
+                        lambda road, **where: asked.append(where) or reset(road, **where))
     config = evaluate.load_config(run)
     config = config.replace(horizon=2, perturbation="delay_1")  # of reports alone
     summary = evaluate.selection_success(run, config, episodes=3)
     assert (summary["successes"], summary["episodes"]) == (2, 3)
+    assert asked == [{"seed": 1_000_000 + number, "placement": "benchmark"} for number in range(3)]
     assert not (run / "episodes.jsonl").exists()
 
 
