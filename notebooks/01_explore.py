@@ -37,12 +37,13 @@ from IPython.display import Video
 
 from trm_helpers import explore_libero_dataset, films, paths, plots, schema
 from trm_helpers.collect import ensure_demonstrations
-from trm_helpers.config import from_flat
+from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.files import write_json
 from trm_helpers.quality import quality_card
 from trm_helpers.sim import LiberoEnv
 
 # %%
+check_parameters(replays=replays)
 folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
                    num_demos=num_demos, placement=placement)

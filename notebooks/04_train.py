@@ -69,21 +69,22 @@ import pandas as pd
 from trm_helpers import BehaviorCloningTrainer, plots
 from trm_helpers.checkpoint import create_run
 from trm_helpers.collect import ensure_demonstrations
-from trm_helpers.config import from_flat
+from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.evaluate import selection_success
 from trm_helpers.stats import format_success
 
 # %%
+check_parameters(selection_episodes=selection_episodes, resume=resume)
 config = from_flat(
-    preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
-    placement=placement, scenes=scenes, max_demos_per_task=max_demos_per_task, storage=storage,
-    augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr, loss=loss,
-    variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
+    preset, more, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
+    num_demos=num_demos, placement=placement, scenes=scenes, max_demos_per_task=max_demos_per_task,
+    storage=storage, augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr,
+    loss=loss, variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
     num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,
     gripper=gripper, image_size=image_size,
     chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
     rollout_every=rollout_every, max_minutes=max_minutes, stop_epoch=stop_epoch,
-    num_threads=num_threads, wandb_mode=wandb_mode, **more)
+    num_threads=num_threads, wandb_mode=wandb_mode)
 usual = preset if config == from_flat(preset) else ""
 run = create_run(config, run_name or usual, resume)
 files = ensure_demonstrations(config)

@@ -46,6 +46,7 @@ from IPython.display import Video, display
 from trm_helpers import plots
 from trm_helpers.baselines import plan_bounds
 from trm_helpers.checkpoint import find_run, load_config
+from trm_helpers.config import check_parameters
 from trm_helpers.evaluate import (
     comparable,
     compare_runs,
@@ -65,6 +66,8 @@ from trm_helpers.stats import (
 )
 
 # %%
+check_parameters(weights=weights, suite=suite, task_ids=task_ids,
+                 robustness_episodes=robustness_episodes)
 run = find_run(run_name, to_write=True)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
                 horizon=horizon, num_videos=num_videos, bound_episodes=bound_episodes,

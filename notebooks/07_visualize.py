@@ -41,6 +41,7 @@ from trm_helpers import (
 )
 from trm_helpers.checkpoint import find_run, held_out, load_config
 from trm_helpers.collect import demonstrations_of
+from trm_helpers.config import check_parameters
 from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards
 from trm_helpers.evaluate import stale
 from trm_helpers.files import write_json
@@ -48,6 +49,7 @@ from trm_helpers.report import write_report
 from trm_helpers.robustness import plot_card
 
 # %%
+check_parameters(weights=weights, num_samples=num_samples, depth_episodes=depth_episodes)
 run = find_run(run_name, to_write=True)
 config = load_config(run, preset)
 policy = load_policy(run, weights)

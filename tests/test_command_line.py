@@ -49,7 +49,7 @@ def test_wrong_usage_and_bad_values_have_their_own_codes(capsys):
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
     assert main(["train", "huge", "--run-name", "r"]) == 1
-    assert "error: unknown preset 'huge'" in capsys.readouterr().err
+    assert "error: preset='huge' is not valid" in capsys.readouterr().err
     assert main(["evaluate", "nobody"]) == 1
     assert "no trained run 'nobody'" in capsys.readouterr().err
     assert main(["evaluate", "expert"]) == 1

@@ -1,7 +1,7 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -11,7 +11,11 @@ from trm_helpers.config import (
     PRESETS,
     Config,
     EvalConfig,
+    SearchConfig,
+    check_parameters,
     from_flat,
+    parameter_type,
+    parse_parameter,
     settings_by_part,
     types_of,
 )
@@ -63,7 +67,7 @@ def test_settings_are_flat_and_unique_and_none_keeps_the_presets():
 
 
 def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown preset 'big'.*reference, demo, trm, tiny"):
+    with pytest.raises(ValueError, match="preset='big' .*'reference', 'demo', 'trm', 'tiny'"):
         from_flat("big")
     with pytest.raises(ValueError, match="'hiden_dim'.*did you mean 'hidden_dim'"):
         from_flat("demo", hiden_dim=3)
@@ -246,3 +250,79 @@ def test_notebooks_list_all_options_of_their_parameters():
                 assert f"{', '.join(first)} or {last}" in comment, (notebook.name, name)
                 found.add(name)
     assert {"preset", "weights", "augmentation", "protocol", "storage"} <= found
+
+
+# --- parameters of notebooks ---------------------------------------------------------------------
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": tuple, "dict": dict}
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "notebooks").glob("*.py"))])
+def test_the_types_in_a_notebooks_comments_are_those_that_are_checked(name):
+    text = (ROOT / "notebooks" / name).read_text()
+    found = re.findall(r"^(\w+) = .*  # type: (\w+); ", text, re.M)
+    assert len(found) >= 6
+    for name, said in found:
+        kind = parameter_type(name)
+        kind = str if get_origin(kind) is Literal else get_origin(kind) or kind
+        assert kind is TYPES[said], (name, said)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (dict(resume="false"), "resume='false' is not valid; expected bool"),
+    (dict(resume=None), "resume=None"),
+    (dict(task_ids=3), "task_ids=3 .*a list of int"),
+    (dict(task_ids="0,1"), "task_ids='0,1' .*a list of int"),
+    (dict(replays="2"), "replays='2' .*int"),
+    (dict(replays=-1), "replays=-1 .*>= 0"),
+    (dict(robustness_episodes=1.5), "robustness_episodes=1.5"),
+    (dict(weights="newest"), "weights='newest'.*'best', 'last'"),
+    (dict(suite="libero"), "suite='libero'.*'libero_spatial_swap'"),
+    (dict(more="{}"), "more='{}' .*dict"),
+    (dict(lr="fast"), "lr='fast' .*float"),
+    (dict(run_name=1.5), "run_name=1.5 .*str"),
+    (dict(demo_dir=["a"]), "demo_dir"),
+    (dict(preset=None), "preset=None"),
+])
+def test_a_parameter_of_another_type_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        check_parameters(**given)
+
+
+def test_parameters_become_what_a_notebook_can_be_given():
+    assert check_parameters(run_name=20240101, task_ids=(0, 1), lr=1, suite=None, resume=True,
+                            baseline_run=None, other="kept", suite_=[1]) == {
+        "run_name": "20240101", "task_ids": [0, 1], "lr": 1.0, "suite": None, "resume": True,
+        "baseline_run": None, "other": "kept", "suite_": [1]}
+
+
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("run_name", "20240101", "20240101"), ("run_name", "1_000", "1_000"),
+    ("run_name", "1e3", "1e3"), ("demo_dir", "[a]", "[a]"), ("suite", "None", None),
+    ("lr", "1e-3", 1e-3), ("resume", "False", False), ("task_ids", "[0, 1]", [0, 1]),
+    ("other", "3", 3),
+])
+def test_text_on_a_command_line_is_read_by_the_parameters_type(name, text, value):
+    assert parse_parameter(name, text) == value
+
+
+def test_more_settings_are_checked_and_given_once():
+    assert from_flat("tiny", {"lr": 0.5}, lr=None) == from_flat("tiny", lr=0.5)
+    for more, message in (({"lr": 0.5}, r"given by itself as well \(lr\)"), ([], "expected dict"),
+                          ({"speed": 1}, "unknown setting 'speed'"), ({3: 1}, "unknown setting 3"),
+                          ({"preset": "demo"}, "unknown setting 'preset'")):
+        with pytest.raises(ValueError, match=message):
+            from_flat("tiny", more, lr=0.1)
+
+
+@pytest.mark.parametrize("url", [
+    "postgresql://u:PASSWORD@h/db", "postgresql+psycopg2://u:PASSWORD@h:5432/db", "u:PASSWORD@h",
+    "mysql//u:PASSWORD@h/db", "postgresql://h/db?user=u&password=PASSWORD", "redis://:PASSWORD@h"])
+def test_a_password_belongs_into_the_environment_and_is_not_repeated(url):
+    with pytest.raises(ValueError, match="TRM_SEARCH_STORAGE") as refused:
+        from_flat(search_storage=url)
+    assert "PASSWORD" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["", "sqlite:////shared/study.db", "postgresql://u@h:5432/db"])
+def test_a_database_without_a_password_is_a_setting(url):
+    assert SearchConfig(search_storage=url).search_storage == url

@@ -95,7 +95,11 @@ def test_revision_and_dirt_come_from_git(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "__file__", str(tmp_path / "trm_helpers" / "preflight.py"))
     assert module._git_state() == {"revision": None, "dirty": None}
+    (tmp_path / ".git").mkdir()  # git is asked and does not answer
+    assert module._git_state() == {"revision": None, "dirty": None}
+    (tmp_path / ".git").rmdir()
     git("init")
+    assert module._git_state() == {"revision": None, "dirty": False}
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-m", "a")

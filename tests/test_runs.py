@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -155,6 +156,60 @@ def test_missing_notebook_lists_those_there_are(notebooks):
         run_notebook("04_train")
 
 
+WHERE = """
+    import json, os, pathlib
+    said = {name: os.environ[name] for name in ("TRM_ARTIFACTS_DIR", "TRM_DATA_DIR")}
+    pathlib.Path("said.json").write_text(json.dumps({**said, "run_name": run_name,
+                                                     "demo_dir": demo_dir}))
+"""
+
+
+def test_relative_folders_mean_those_of_the_caller(notebooks, monkeypatch, tmp_path):
+    write_notebook(notebooks / "04_train.ipynb", WHERE, parameters=PARAMETERS + "demo_dir = None")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", "rel")
+    monkeypatch.delenv("TRM_DATA_DIR")
+    monkeypatch.setattr(paths, "repo_root", Path.cwd)  # as with an installed wheel
+    done = run_notebook("04_train", {"run_name": 20240101, "demo_dir": "human"})
+    assert done == tmp_path / "rel" / "20240101" / "notebooks" / "04_train.ipynb"
+    assert json.loads((notebooks / "said.json").read_text()) == {
+        "TRM_ARTIFACTS_DIR": str(tmp_path / "rel"), "TRM_DATA_DIR": str(tmp_path / "data"),
+        "run_name": "20240101", "demo_dir": str(tmp_path / "human")}
+
+
+BAD = [({"run_name": "../up"}, "run_name='../up'"), ({"run_name": "my run"}, "run_name='my run'"),
+       ({"resume": "false"}, "resume='false'"), ({"lr": -1}, "lr=-1"), ({"lr": "x"}, "lr='x'"),
+       ({"task_ids": 3}, "task_ids=3"), ({"more": {"lr": 1}, "lr": 0.1}, "given by itself as well"),
+       ({"search_storage": "mysql://u:PASSWORD@h/d"}, "TRM_SEARCH_STORAGE")]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+def test_a_bad_parameter_is_refused_before_anything_runs(notebooks, tmp_path, given, message):
+    names = "\n".join(f"{name} = None" for name in ("resume", "task_ids", "more", "search_storage"))
+    write_notebook(notebooks / "04_train.ipynb", "open('ran', 'w')", parameters=PARAMETERS + names)
+    with pytest.raises(ValueError, match=message) as refused:
+        run_notebook("04_train", given)
+    assert "PASSWORD" not in str(refused.value)
+    with pytest.raises(ValueError, match=message):
+        run_suite("tiny", parameters=given)
+    assert not (notebooks / "ran").exists() and not paths.artifacts_dir().exists()
+
+
+def test_a_notebook_that_reads_a_run_takes_its_path_and_writes_to_a_copy(
+        notebooks, trained, tmp_path, monkeypatch):
+    write_notebook(notebooks / "06_eval.ipynb", WHERE,
+                   parameters=PARAMETERS + "weights = 'best'\ndemo_dir = None")
+    shutil.copytree(trained, tmp_path / "input" / "theirs")
+    monkeypatch.chdir(tmp_path / "input")
+    copy = paths.artifacts_dir() / "theirs"
+    assert run_notebook("06_eval", {"run_name": "theirs/"}).parent == copy / "notebooks"
+    assert json.loads((notebooks / "said.json").read_text())["run_name"] in ("theirs/", "theirs")
+    assert not (tmp_path / "input" / "theirs" / "notebooks").exists()
+    for name, error in (("../input/theirs", ValueError), ("nobody", FileNotFoundError)):
+        with pytest.raises(error):
+            run_notebook("06_eval", {"run_name": name})
+
+
 # --- the suite -----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -275,7 +330,7 @@ def test_suite_refuses_what_no_notebook_has(suite, monkeypatch):
     ran = pretend_runs(monkeypatch)
     with pytest.raises(ValueError, match="unknown parameter 'speed' for 00_setup, 04_train, 06"):
         run_suite("demo", parameters={"speed": 1})
-    with pytest.raises(ValueError, match="unknown preset 'fast'; expected one of reference, demo"):
+    with pytest.raises(ValueError, match="preset='fast' is not valid; .*'reference', 'demo'"):
         run_suite("fast")
     with pytest.raises(ValueError, match="parameter preset='tiny' contradicts 'demo'"):
         run_suite("demo", parameters={"preset": "tiny"})

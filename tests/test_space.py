@@ -128,3 +128,11 @@ def test_a_guided_search_lowers_failures_then_the_loss():
     assert value_of({"final_val_loss": 0.0, **some}) == 3.5  # a logistic function of the loss
     assert 3 < value_of({"final_val_loss": -5.0, **some}) < 3.01
     assert value_of({"final_val_loss": 99.0, **some}) <= 4
+
+
+def test_a_long_name_of_a_trial_is_cut_and_stays_its_own():
+    point = {"lr": 1e-3, **{f"setting_{i}": "a" * 20 for i in range(10)}}
+    one, other = trial_name(point), trial_name({**point, "setting_9": "b"})
+    assert one != other and one == trial_name(dict(point)) and one.startswith("lr0.001-setting_0")
+    assert len(one) == len(trial_name(point, 3)) == 100 and one != trial_name(point, 3)
+    assert trial_name({"lr": 1e-3}, 3) == "lr0.001-seed3"

@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from . import paths, schema
-from .config import PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_value
+from .config import PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_parameter
 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
 Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
@@ -251,12 +251,13 @@ class Run:
         from .runs import run_notebook, run_suite
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
-        parameters = {name: parse_value(value) for name, value in self.parameter}
+        parameters = {name: parse_parameter(name, text) for name, text in self.parameter}
         if self.what in PRESETS:
             folder = run_suite(self.what, self.run_name or None, parameters)
             return {"run": str(folder)}, [], True
-        if self.run_name:
-            parameters["run_name"] = self.run_name
+        if self.run_name and parameters.setdefault("run_name", self.run_name) != self.run_name:
+            raise ValueError(f"--run-name {self.run_name} contradicts run_name="
+                             f"{parameters['run_name']!r}; expected one name")
         notebook = run_notebook(self.what, parameters)
         return {"notebook": str(notebook)}, [str(notebook)], True
 

@@ -15,6 +15,7 @@ import math
 import numbers
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -269,6 +270,9 @@ class EvalConfig:
         return range(self.first_init_state, self.first_init_state + self.episodes)
 
 
+_PASSWORD = re.compile(r":(?!//)[^@\s]*@|(?i:pass(word|wd)?=)")  # in a URL, also a malformed one
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """The sixteen-point grid of the reference, part of it, or a guided search between its ends."""
@@ -290,6 +294,10 @@ class SearchConfig:
 
     def __post_init__(self):
         _convert_types(self)
+        if _PASSWORD.search(self.search_storage):  # without the value, which would be printed
+            raise ValueError("search_storage holds a password; expected a URL without one. "
+                             "Parameters are stored in notebooks and files: put the URL into the "
+                             "environment variable TRM_SEARCH_STORAGE instead")
         for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
@@ -434,19 +442,72 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def from_flat(preset: str = "reference", **settings) -> Config:
+def from_flat(preset: str = "reference", more: Mapping[str, Any] | None = None,
+              **settings) -> Config:
     """A preset with flat settings on top.
 
     Raises ``ValueError`` for an unknown preset or setting (naming the valid ones) and for a value
     that its dataclass rejects. Settings given as ``None`` keep the preset's value, so that a
-    notebook can list a parameter without deciding it.
+    notebook can list a parameter without deciding it. ``more`` holds settings too, which may not be
+    given twice.
     """
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}"
-                         f"{schema.did_you_mean(preset, PRESETS)}")
+    schema.check_option("preset", preset, PRESETS)
     given = {name: value for name, value in settings.items() if value is not None}
+    more = convert("more", {} if more is None else more, dict)
+    twice = ", ".join(map(str, given.keys() & more.keys()))
+    _require(not twice, "more", more, f"no setting that is given by itself as well ({twice})")
+    check_names(more, list(settings_by_part()), "setting")
     config = Config(preset=preset)
-    return config.replace(**{**PRESETS[preset], **given})
+    return config.replace(**{**PRESETS[preset], **given, **more})
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What notebooks are given beside settings, and settings that mean something else there."""
+
+    preset: Literal[tuple(PRESETS)] = "demo"
+    run_name: str = ""
+    baseline_run: str = ""
+    weights: Literal[schema.WEIGHTS] = "best"
+    suite: Literal[tuple(schema.SUITES)] = "libero_spatial"  # of an evaluation: LIBERO-PRO's too
+    replays: int = 2
+    num_samples: int = 256
+    selection_episodes: int = 0
+    robustness_episodes: int = 0
+    depth_episodes: int = 0
+    more: dict = field(default_factory=dict)
+    resume: bool = True
+
+
+def parameter_type(name: str) -> Any:
+    """The type of a notebook's parameter; None for one that is not the suite's."""
+    owner = settings_by_part().get(name)
+    return types_of(Parameters).get(name) or (types_of(PARTS[owner])[name] if owner else None)
+
+
+def check_parameters(**given) -> dict[str, Any]:
+    """Parameters of a notebook as JSON-like values of their types.
+
+    None stands for a setting's default. papermill gives a name of digits as a number. Raises
+    ``ValueError`` for a value of another type or below 0.
+    """
+    checked = {}
+    for name, value in given.items():
+        kind = parameter_type(name)
+        if kind is str and type(value) is int:
+            value = str(value)
+        if kind and not (value is None and (kind is str or name in settings_by_part())):
+            value = convert(name, value, kind)
+            _require(kind is not int or value >= 0, name, value, ">= 0")
+        checked[name] = list(value) if isinstance(value, tuple) else value
+    return checked
+
+
+def parse_parameter(name: str, text: str) -> Any:
+    """The value of a notebook's parameter from the text on a command line."""
+    kind = parameter_type(name)
+    is_text = kind is str or typing.get_origin(kind) is Literal
+    return text if is_text and text != "None" else parse_value(text)
 
 
 def parse_value(text: str) -> Any:

@@ -15,7 +15,15 @@ from . import files, schema
 from .checkpoint import find_run, load_config, load_policy
 from .config import Config, EvalConfig
 from .fanout import run_jobs
-from .files import append_jsonl, dispensable, inside, only_one, read_jsonl, write_json
+from .files import (
+    append_jsonl,
+    dispensable,
+    inside,
+    only_one,
+    read_jsonl,
+    short_name,
+    write_json,
+)
 from .films import write_grid
 from .perturbations import PerturbedPolicy, why_unused
 from .preflight import check_settling, renderer, software_versions
@@ -131,10 +139,7 @@ def results_name(task_ids: Iterable[int], own: Iterable[int]) -> str:
     asked = sorted(set(task_ids))
     if asked == sorted(set(own)):
         return "results.json"
-    numbers = "-".join(map(str, asked))
-    if len(numbers) > 100:  # a file's name may have 255 bytes; the file lists the tasks
-        numbers = f"{len(asked)}-of-them-{files.digest(numbers.encode())}"
-    return f"results-tasks-{numbers}.json"
+    return short_name(f"results-tasks-{'-'.join(map(str, asked))}") + ".json"
 
 
 def evaluation_folder(run: Path, suite: str = "") -> Path:

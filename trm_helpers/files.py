@@ -37,6 +37,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def short_name(name: str, longest: int = 100) -> str:
+    """``name``, its end replaced by a digest where it is too long for a file system's names."""
+    if len(name) <= longest:
+        return name
+    return f"{name[:longest - 17]}-{digest(name.encode())}"
+
+
 def write_json(path: str | os.PathLike, value: Any) -> Path:
     """Write ``value`` as indented JSON, whole or not at all. NaN is refused (``ValueError``)."""
     with replacing(path) as temporary:

@@ -187,12 +187,13 @@ def _git_state() -> dict:
     if not (root / ".git").exists() or not shutil.which("git"):
         return {"revision": None, "dirty": None}
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", root, *arguments], capture_output=True,
-                              text=True).stdout.strip()
+    def git(*arguments: str) -> str | None:
+        asked = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+        return None if asked.returncode else asked.stdout.strip()  # it refuses another user's
 
-    return {"revision": git("rev-parse", "HEAD") or None,
-            "dirty": bool(git("status", "--porcelain"))}
+    changes = git("status", "--porcelain")
+    return {"revision": git("rev-parse", "HEAD"),
+            "dirty": None if changes is None else bool(changes)}
 
 
 # --- OpenGL --------------------------------------------------------------------------------------

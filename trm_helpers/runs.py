@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import paths
-from .config import Config, from_flat, settings_by_part
+from .config import PRESETS, Config, Parameters, check_parameters, from_flat, settings_by_part
 from .fanout import belong_to
-from .files import replacing, write_json
+from .files import read_json, replacing, write_json
+from .schema import did_you_mean
 
 _TRACEBACK_LINES = 15  # of a failed notebook shown in the error
 _LOOK_EVERY = 0.5  # seconds between looks at whether a notebook is to be ended
@@ -65,15 +66,18 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     Raises:
         KeyboardInterrupt: ``stop`` was set.
         FileNotFoundError: no such notebook, with those there are.
-        ValueError: a parameter that it does not have, with those it has; nothing was run.
+        ValueError: a parameter that it does not have, with those it has, or a bad value; nothing
+            was run.
         RuntimeError: a cell failed, with the end of its traceback.
     """
     source = _find_notebook(name_or_path)
-    parameters = dict(parameters or {})
-    _refuse_unknown(parameters, {source: notebook_parameters(source)})
+    known = notebook_parameters(source)
+    _refuse_unknown(parameters or {}, {source: known})
+    parameters, folder = _checked(parameters or {}, known)
+    environment = {"TRM_ARTIFACTS_DIR": str(paths.artifacts_dir()),
+                   "TRM_DATA_DIR": str(paths.data_dir()), **(environment or {})}
     if output is None:
-        run_dir = Path(run_dir or paths.artifacts_dir() / str(parameters.get("run_name") or ""))
-        output = run_dir / "notebooks" / source.name
+        output = Path(run_dir or folder) / "notebooks" / source.name
     output = Path(output).resolve()
     failed = output.with_suffix(".failed.ipynb")
     with replacing(output) as temporary:
@@ -111,9 +115,9 @@ def _find_notebook(name_or_path: str | os.PathLike) -> Path:
     for candidate in candidates:
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()
-    known = ", ".join(p.stem for p in suite_notebooks())
+    known = [p.stem for p in suite_notebooks()]
     raise FileNotFoundError(f"no notebook {str(path)!r}; expected the path of an .ipynb or one of "
-                            f"{known}")
+                            f"{', '.join(known)}{did_you_mean(str(path), [*known, *PRESETS])}")
 
 
 def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:
@@ -127,6 +131,39 @@ def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:
         lines = "\n".join(f"  {name:{width}}  {comment}" for name, comment in valid.items())
         raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))} for {where}; "
                          f"valid:\n{lines or '  none'}")
+
+
+def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]:
+    """Parameters as a notebook gets them, and the folder of the run that they name.
+
+    Paths are made absolute, since notebooks run in a folder of their own. Raises ``ValueError`` for
+    what the notebook would refuse.
+    """
+    checked = check_parameters(**parameters)
+    if checked.get("demo_dir"):
+        checked["demo_dir"] = str(paths.absolute(checked["demo_dir"]))
+    run_name = checked.get("run_name")
+    folder = paths.run_dir(run_name) if run_name and "weights" not in known \
+        else paths.artifacts_dir()
+    if "weights" in known:  # it reads a run, which may lie elsewhere
+        from .checkpoint import find_run
+
+        for name in ("run_name", "baseline_run"):
+            if checked.get(name):
+                found = find_run(checked[name], to_write=name == "run_name")
+                folder = found if name == "run_name" else folder
+                checked[name] = checked[name] if found.parent == paths.artifacts_dir() \
+                    else str(found)
+    elif "preset" in known:
+        _configuration(checked)
+    return checked, folder
+
+
+def _configuration(parameters: Mapping) -> Config:
+    """What a notebook makes of its parameters."""
+    names = {"preset", "more", *settings_by_part()}
+    given = {name: value for name, value in parameters.items() if name in names}
+    return from_flat(**{"preset": Parameters.preset, **given})
 
 
 def _in_own_process(stop: threading.Event | None, *args) -> int:
@@ -201,21 +238,21 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
         the run folder.
 
     Raises:
-        ValueError: unknown preset; a parameter that no notebook has.
+        ValueError: unknown preset; a parameter that no notebook has; a bad value or run name.
         FileExistsError: the run folder exists and ``resume`` is off.
         RuntimeError: preflight or a notebook failed, or the demo solved its task less often than
             :data:`DEMO_FLOOR`.
     """
     started = float(os.environ.get("TRM_STARTED_AT", time.time()))
-    settings = {"preset": preset, "run_name": run_name or preset}
+    settings = {"preset": preset, **({"run_name": run_name} if run_name else {})}
     for name, value in (parameters or {}).items():
         if settings.setdefault(name, value) != value:
             raise ValueError(f"parameter {name}={value!r} contradicts {settings[name]!r}")
-    owners = settings_by_part()
-    config = from_flat(preset, **{k: v for k, v in settings.items() if k in owners})
+    settings["run_name"] = settings.get("run_name") or preset
     known = {path: notebook_parameters(path) for path in suite_notebooks()}
     _refuse_unknown(settings, known)
-    run_dir = paths.artifacts_dir() / settings["run_name"]
+    settings, run_dir = _checked(settings, {"preset": ""})
+    config = _configuration(settings)
     if run_dir.exists() and not resume:
         raise FileExistsError(f"{run_dir} exists; choose another run_name, move it away or resume")
     plan = {path: {k: v for k, v in settings.items() if k in names}
@@ -251,9 +288,7 @@ def _pending(plan: dict[Path, dict], run_dir: Path) -> list[Path]:
     order = list(plan)
     for index, path in enumerate(order):
         copy = run_dir / "notebooks" / path.name
-        record = copy.with_suffix(".json")
-        if not (copy.exists() and record.exists()
-                and json.loads(record.read_text()) == _identity(path, plan[path])):
+        if not copy.exists() or _recorded(copy.with_suffix(".json")) != _identity(path, plan[path]):
             return order[index:]
         print(f"{path.stem}: kept from before, {copy}")
     return []
@@ -274,8 +309,15 @@ def _identity(path: Path, parameters: dict) -> dict:
 
 
 def _minutes_before(run_dir: Path) -> float:
-    file = run_dir / "notebooks" / "minutes.json"
-    return json.loads(file.read_text()) if file.exists() else 0.0
+    return _recorded(run_dir / "notebooks" / "minutes.json", float) or 0.0
+
+
+def _recorded(path: Path, kind: type = dict):
+    """What the runner noted down; None where that is missing or damaged: it can be done again."""
+    try:
+        return read_json(path, kind)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _report(run_dir: Path, minutes: float) -> None:
@@ -284,18 +326,18 @@ def _report(run_dir: Path, minutes: float) -> None:
 
     print(f"\nEverything is in {run_dir}")
     for title, pattern in _PRODUCTS.items():
-        found = sorted(run_dir.glob(pattern))
+        found = [path for path in run_dir.glob(pattern) if not path.name.startswith(".")]
         print(f"  {title:11} {len(found):3}  {run_dir / pattern}")
     results = run_dir / "results.json"
     if not results.exists():
         raise RuntimeError(f"{results} is missing; 06_eval should have written it")
-    print(f"{format_success(json.loads(results.read_text()))}, {minutes:.1f} minutes", flush=True)
+    print(f"{format_success(read_json(results))}, {minutes:.1f} minutes", flush=True)
 
 
 def _check_floor(run_dir: Path, config: Config) -> None:
     """Raise ``RuntimeError`` where the demo failed at its task: then something is broken."""
     changed = config.changes()
-    results = json.loads((run_dir / "results.json").read_text())
+    results = read_json(run_dir / "results.json")
     if (config.preset != "demo" or {"suite", "task_ids"} & set(changed)
             or results["success_rate"] >= DEMO_FLOOR):
         return

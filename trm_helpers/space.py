@@ -20,6 +20,7 @@ from .config import (
     local_settings,
     settings_by_part,
 )
+from .files import short_name
 
 _LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
           "num_recursions": "search_num_recursions"}
@@ -120,7 +121,7 @@ def trial_name(point: dict, seed: int | None = None) -> str:
     """
     name = "-".join(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
                     for key, value in point.items())
-    return name if seed is None else f"{name}-seed{seed}"
+    return short_name(name if seed is None else f"{name}-seed{seed}")
 
 
 def trial_settings(config: Config, point: dict, seed: int) -> Config:

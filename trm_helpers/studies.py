@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,7 +64,7 @@ class Study:
             ValueError: the study belongs to a search with other settings.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        url = config.search.search_storage
+        url = config.search.search_storage or os.environ.get("TRM_SEARCH_STORAGE", "")
         with contextlib.ExitStack() as stack:
             if not url:
                 stack.enter_context(only_one(folder, wait=False))
@@ -212,9 +214,9 @@ def _named(url: str) -> Iterator[None]:
         error = next((each for each in _causes(raised) if isinstance(each, _DATABASE_ERRORS)), None)
         if error is None:
             raise
-        with contextlib.suppress(sqlalchemy.exc.ArgumentError):
-            url = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        shown, reason = (re.sub(r":(?!//)[^@\s]*@", ":***@", text).partition("?")[0]
+                         for text in (url, str(error).splitlines()[0]))
         raise ConnectionError(
-            f"search_storage={url!r} does not answer ({str(error).splitlines()[0]}); expected the "
+            f"search_storage={shown!r} does not answer ({reason}); expected the "
             "URL of a database, such as sqlite:////shared/study.db or postgresql://user@host/name, "
-            "and its driver. What is complete is kept; the same call goes on") from error
+            "and its driver. What is complete is kept; the same call goes on") from None
