@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -500,6 +501,22 @@ def test_perturbed_episodes_have_a_ledger_of_their_own(run):
     assert not (run / "episodes.jsonl").exists() and not (run / "results.json").exists()
     with pytest.raises(ValueError, match="'no_instruction' cannot matter .* not told an instruct"):
         evaluate_run(run, EvalConfig(perturbation="no_instruction"))
+
+
+def test_a_perturbation_is_a_function_of_the_episode(run, monkeypatch):
+    seen = []
+
+    def act(policy, observation):
+        seen.append(int(observation["agentview_rgb"].max()))  # 255, or 153 where it is darker
+        return policy.action
+
+    monkeypatch.setattr(CountingPolicy, "act", act)
+    config = EvalConfig(num_episodes=8, horizon=1, num_videos=0, perturbation="brightness")
+    evaluate_run(run, config)
+    assert set(seen) == {153, 255} and len(seen) == 8
+    shutil.rmtree(run / "robustness")
+    evaluate_run(run, dataclasses.replace(config, first_init_state=2, num_episodes=6))
+    assert seen[8:] == seen[2:8]
 
 
 def test_a_ledger_without_perturbations_goes_on(run):

@@ -1,6 +1,7 @@
 """Videos play, with captions and intended paths in them."""
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -96,3 +97,22 @@ def test_video_refuses_and_leaves_nothing(tmp_path, name, frames, message):
     with pytest.raises(ValueError, match=message):
         films.write_video(tmp_path / name, frames)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_film_that_the_disk_did_not_take_whole_is_refused(tmp_path, monkeypatch):
+    """ffmpeg as on a disk that is full when it writes the end, which the writer does not notice."""
+    cut = tmp_path / "bin" / "ffmpeg"
+    cut.parent.mkdir()
+    cut.write_text(f"""#!/bin/sh
+{imageio_ffmpeg.get_ffmpeg_exe()} "$@"
+for last in "$@"; do :; done
+case "$last" in *.mp4) truncate --size=900 "$last";; esac
+""")
+    cut.chmod(0o755)
+    frames = [np.full((32, 48, 3), 20 * i, np.uint8) for i in range(10)]
+    before = films.write_video(tmp_path / "videos" / "a.mp4", frames).read_bytes()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(cut))
+    with pytest.raises(OSError, match="a.mp4 has 0 frames of 10; is the disk full"):
+        films.write_video(tmp_path / "videos" / "a.mp4", frames)
+    assert [file.name for file in (tmp_path / "videos").iterdir()] == ["a.mp4"]
+    assert (tmp_path / "videos" / "a.mp4").read_bytes() == before

@@ -88,7 +88,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int 
 
     H.264 with 4:2:0 colours, whose sides are even: an odd one gets its last row or column twice.
     The environment runs at 20 Hz, so that 30 frames a second play 1.5 times as fast as life.
-    Raises ``ValueError`` for no frame, another shape or type, and a path that is not ``.mp4``.
+    Raises ``ValueError`` for no frame, another shape or type, and a path that is not ``.mp4``, and
+    ``OSError`` where ffmpeg did not write all of it.
     """
     path, shape = Path(path), None
     if path.suffix != ".mp4":
@@ -109,6 +110,15 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int 
                 writer.append_data(np.pad(frame, padding, mode="edge"))
         if shape is None:
             raise ValueError("frames is empty; expected at least one")
+        import imageio_ffmpeg  # where it is missing, only films are
+
+        # the writer says nothing of a disk that is full in the end
+        try:
+            found, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
+        except (RuntimeError, ValueError):
+            found = 0
+        if found != number + 1:
+            raise OSError(f"{path} has {found} frames of {number + 1}; is the disk full?")
     return path
 
 
