@@ -1,6 +1,9 @@
 import pytest
+import torch
 
 from trm_helpers.preflight import configure_gl
+
+_GPU_SEEN = {name: getattr(torch.cuda, name) for name in ("is_available", "device_count")}
 
 
 def pytest_configure(config):
@@ -9,14 +12,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_tests:
-        return
-    import torch
+    if any(item.get_closest_marker("gpu") for item in items) and not _GPU_SEEN["is_available"]():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
-    if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
+def pytest_runtest_setup(item):
+    """Only tests marked ``gpu`` see one: for all others ``auto`` is the CPU on every machine."""
+    hidden = {"is_available": lambda: False, "device_count": lambda: 0}
+    for name, seen in (_GPU_SEEN if item.get_closest_marker("gpu") else hidden).items():
+        setattr(torch.cuda, name, seen)
 
 
 @pytest.fixture(autouse=True)
