@@ -1,13 +1,17 @@
 """Two real processes train one policy: as one process does, and writing its files once."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 from demo_files import write_demo_file
 
+from trm_helpers import distributed
 from trm_helpers.data import LIBERODataset
 from trm_helpers.distributed import Team
 from trm_helpers.files import read_jsonl
@@ -68,6 +72,39 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
             else:
                 assert not part["mask"].any()
         assert sum(part["mask"].sum() for part in parts) == whole["mask"].sum()
+
+
+def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    team = Team("cpu")
+    assert team.size == 1 and team.leads
+    team.wait()  # for nobody
+    assert "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rendezvous_to_which_nobody_comes_ends(monkeypatch, rank):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=str(port)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_MEET_WITHIN", timedelta(seconds=2))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the other processes did not come.*"
+                                           "within 2 s; unset WORLD_SIZE"):
+        Team("cpu")
+    assert time.monotonic() - began < 20
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="LOCAL_RANK=1 .*this machine has 1"):
+        Team("cuda")
 
 
 def test_one_process_is_a_team_of_its_own():

@@ -144,8 +144,9 @@ def test_recursion_is_the_papers_pseudocode(n, T, supervision):
     torch.testing.assert_close(recursion.carry, torch.stack([y, z], dim=1), atol=1e-6, rtol=0)
 
 
-def test_gradients_are_the_papers_gradients():
-    policy = trm(latent_updates=2, cycles=3, num_recursions=2, deep_supervision=True).train()
+@pytest.mark.parametrize("T", [1, 3])  # with one cycle only the state's detaching cuts a step off
+def test_gradients_are_the_papers_gradients(T):
+    policy = trm(latent_updates=2, cycles=T, num_recursions=2, deep_supervision=True).train()
     x = policy.encode(seen()).detach().requires_grad_()
     states = policy.recurse(x).states[1:]
     torch.stack([state.square().sum() for state in states]).sum().backward()
@@ -155,7 +156,7 @@ def test_gradients_are_the_papers_gradients():
     policy.zero_grad()
     y, z = (first.expand_as(x) for first in policy.block.first)
     for _ in range(2):
-        y, z = deep_recursion(policy.block.net, x, y.detach(), z.detach(), 2, 3)
+        y, z = deep_recursion(policy.block.net, x, y.detach(), z.detach(), 2, T)
         y[:, -3:].square().sum().backward()
     torch.testing.assert_close(mine, x.grad, atol=1e-5, rtol=1e-4)
     for gradient, parameter in zip(weights, policy.block.parameters(), strict=True):
@@ -309,6 +310,31 @@ def test_learned_halting_is_trained_on_the_tolerance():
         expected.append(-(right * p.log() + (1 - right) * (1 - p).log()).mean())
     torch.testing.assert_close(parts["halting"], torch.stack(expected).mean())
     assert parts["halting"] > 0
+
+
+def test_learned_halting_looks_at_the_actions_that_exist_and_has_its_weight():
+    policy = trm(halting="learned", halting_tolerance=1.0, halting_weight=0.3).train()
+    batch = make_batch(4)
+    with torch.no_grad():
+        policy.halt.bias.fill_(1.0)
+    total, parts = policy.loss(batch, "l1")
+    batch["mask"][..., -1] = 0.0
+    batch["actions"][..., -1, :] = 100.0  # does not exist, and so makes no answer wrong
+    total, parts = policy.loss(batch, "l1")
+    # all answers are right: -log sigmoid(1), as the head's weights begin at 0
+    assert parts["halting"].item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-5)
+    assert total.item() == pytest.approx(
+        parts["action"].item() + 0.3 * parts["halting"].item(), rel=1e-5)
+    assert parts["final"].item() == pytest.approx(parts["action"].item())
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_deep_supervision_cuts_the_gradient_between_steps(supervised):
+    """Of the reference block too, whose state is its answer."""
+    policy = TRMPolicy(ModelConfig(hidden_dim=16, image_size=36, deep_supervision=supervised))
+    states = policy.train().recurse(torch.randn(2, 16)).states
+    (gradient,) = torch.autograd.grad(states[2].sum(), states[1], allow_unused=True)
+    assert (gradient is None) == supervised
 
 
 def test_learned_halting_learns_to_stop():

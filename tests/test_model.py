@@ -356,11 +356,11 @@ def test_masked_loss_worked_out_by_hand(loss, expected):
 
 
 @pytest.mark.parametrize(("gripper", "bias"), [
-    ("classifier", [0.0, math.log(3), 0.0, 0.0]),  # (open, closed) of step 1, of step 2
-    ("binary", [math.log(3), 0.0]),
+    ("classifier", [0.0, math.log(3), 0.0, math.log(1.5)]),  # (open, closed) of steps 1 and 2
+    ("binary", [math.log(3), math.log(1.5)]),
 ])
 def test_gripper_entropy_worked_out_by_hand(gripper, bias):
-    """p(closed) is 3/4 in step 1 and 1/2 in step 2."""
+    """p(closed) is 3/4 in step 1, closed both times, and 3/5 in step 2, open and masked."""
     config = small(gripper=gripper, chunk=2)
     policy = TRMPolicy(config)
     set_output(policy, [1.0] * 12)
@@ -369,9 +369,9 @@ def test_gripper_entropy_worked_out_by_hand(gripper, bias):
         policy.head.gripper.bias.copy_(torch.tensor(bias))
     batch = make_batch(config, 2)
     batch["actions"] = torch.zeros(2, 1, 2, 7)
-    batch["actions"][..., 6] = torch.tensor([[[1.0, -1.0]], [[-1.0, 1.0]]])
+    batch["actions"][..., 6] = torch.tensor([[[1.0, -1.0]], [[1.0, 1.0]]])
     batch["mask"] = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]]])
-    entropy = -(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 4)) / 3
+    entropy = -(2 * math.log(3 / 4) + math.log(2 / 5)) / 3
     for loss in ("mse", "l1"):
         total, parts = policy.loss(batch, loss, gripper_weight=0.5)
         assert parts["action"].item() == pytest.approx(1.0)  # the arm alone

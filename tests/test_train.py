@@ -104,6 +104,8 @@ RESUMED = dict(ema_decay=0.9, epochs=4, augmentation="shift")
     # what has a state of its own: the scaler, the halting heads, the carry, the gripper's head
     (killed_in_an_epoch, RESUMED | dict(precision="fp16")),
     (killed_in_an_epoch, RESUMED | dict(halting="act", gripper="binary")),
+    # draws from PyTorch's own generator: dropout, and the style
+    (killed_in_an_epoch, RESUMED | dict(variant="act", image_size=64, num_recursions=1)),
     (killed_in_an_epoch, RESUMED | dict(variant="trm", image_size=64, deep_supervision=True,
                                         halting="learned")),
     (killed_in_an_epoch, RESUMED | dict(normalize_actions="zscore", loss="mix",
@@ -148,14 +150,18 @@ def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
     assert rates == pytest.approx(1e-6 + 999e-6 * left, rel=1e-5)
 
 
-def test_gradients_are_clipped_to_the_norm(small_run):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # of fp16's the scale is taken out first
+def test_gradients_are_clipped_to_the_norm(small_run, precision):
+    exact = small_run("exact", batch_size=40)
+    expected = exact._step(next(exact.train_data.batches(40, 0, 0)))[1].item()
     norms, used = {}, {}
     for clip in (1e-3, 1e3):
-        trainer = small_run(f"clip{clip}", grad_clip=clip, batch_size=40)
+        trainer = small_run(f"clip{clip}", grad_clip=clip, batch_size=40, precision=precision)
         norms[clip] = trainer._step(next(trainer.train_data.batches(40, 0, 0)))[1].item()
         gradients = [p.grad.norm() for p in trainer.policy.parameters() if p.grad is not None]
         used[clip] = torch.stack(gradients).norm().item()
     assert norms[1e-3] == norms[1e3] > 1e-2  # as found, before clipping
+    assert norms[1e3] == pytest.approx(expected, rel=0.02)
     assert used[1e-3] == pytest.approx(1e-3, rel=1e-3)
     assert used[1e3] == pytest.approx(norms[1e3], rel=1e-5)
 
@@ -385,6 +391,126 @@ def test_training_goes_on_where_compiling_fails(small_run, monkeypatch, capsys):
     assert "torch.compile failed (RuntimeError: no C++ compiler)" in capsys.readouterr().out
 
 
+class _FailsBackward(torch.autograd.Function):
+    """As a graph does that is compiled when its gradient is first needed."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("backward: no C++ compiler")
+
+
+def test_training_goes_on_where_compiling_the_backward_pass_fails(small_run, monkeypatch, capsys):
+    """With the same random numbers, and no half gradients: the losses are those of eager mode."""
+    settings = dict(variant="act", image_size=64, num_recursions=1)
+    expected = losses(small_run("eager", **settings).fit())
+
+    def broken(function):
+        def compiled(*given):
+            loss, parts = function(*given)
+            return _FailsBackward.apply(loss) + loss, parts
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert losses(small_run("broken", compile=True, **settings).fit()) == expected
+    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: backward: no C++") == 1
+
+
+# --- what settings mean -------------------------------------------------------------------------
+
+
+def test_initial_weights_are_those_of_the_seed(small_run):
+    def weights(name, seed):
+        return small_run(name, seed=seed).policy.state_dict()
+
+    first = weights("a", 0)
+    torch.manual_seed(12345)  # whatever was drawn before
+    again, other = weights("b", 0), weights("c", 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.hidden.weight"], other["head.hidden.weight"])
+
+
+def test_steps_are_in_training_mode_and_validation_is_not(small_run, monkeypatch):
+    trainer = small_run(ema_decay=0.0)
+    loss, modes = trainer.policy.loss, []
+    monkeypatch.setattr(trainer.policy, "loss", lambda batch, *given: (
+        modes.append((len(batch["mask"]), trainer.policy.training)) or loss(batch, *given)))
+    trainer.fit()
+    steps, validations = (math.ceil(len(data) / 8) for data in (trainer.train_data,
+                                                                trainer.val_data))
+    epoch = [True] * steps + [False] * validations
+    assert [training for _, training in modes] == epoch * 2 and steps > 1
+
+
+def test_weight_decay_shrinks_the_weights_beside_the_gradients_step(small_run):
+    """AdamW (arXiv 1711.05101): by lr times the decay of what they were."""
+    after = []
+    for decay in (0.0, 0.5):
+        trainer = small_run(f"decay{decay}", weight_decay=decay, lr=0.1)
+        before = trainer.policy.head.hidden.weight.detach().clone()
+        trainer._step(next(trainer.train_data.batches(8, 0, 0)))
+        after.append(trainer.policy.head.hidden.weight.detach())
+    torch.testing.assert_close(after[1] - after[0], -0.1 * 0.5 * before, atol=1e-6, rtol=1e-4)
+
+
+def test_each_step_has_the_gradient_of_its_batch_alone(small_run):
+    trainer = small_run(lr=1e-12, min_lr=1e-12, weight_decay=0.0, augmentation="none")
+    norms = [trainer._step(next(trainer.train_data.batches(8, 0, 0)))[1].item() for _ in range(3)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_a_gradient_that_overflows_is_left_out_and_the_scale_halved(small_run):
+    trainer = small_run(precision="fp16")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: weight.clone() for name, weight in trainer.policy.state_dict().items()}
+    trainer._step(next(trainer.train_data.batches(8, 0, 0)))
+    assert all(torch.equal(weight, before[name])
+               for name, weight in trainer.policy.state_dict().items())
+    assert trainer.scaler.get_scale() == 2.0**39
+
+
+def test_the_loss_is_the_configured_one(small_run):
+    found = {loss: small_run(loss, loss=loss, gripper="continuous").validate()["loss"]
+             for loss in ("mse", "l1", "mix")}
+    assert found["mix"] == pytest.approx((found["mse"] + found["l1"]) / 2, rel=1e-5)
+    assert found["mse"] != pytest.approx(found["l1"], rel=1e-2)
+    values = small_run("heavy", gripper="classifier", gripper_weight=0.7).validate()
+    assert values["loss"] == pytest.approx(values["action"] + 0.7 * values["gripper"], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(halting="act", ponder_cost=0.1), dict(halting="remainder"),
+    dict(variant="trm", image_size=64, deep_supervision=True, halting="learned",
+         halting_weight=1.0, gripper="classifier"),
+    dict(variant="trm", image_size=64, deep_supervision=True, cycles=1, latent_updates=1),
+])
+def test_training_and_validation_loss_are_the_same_quantity(small_run, settings):
+    """On the same samples, with weights that do not move, the two are equal."""
+    trainer = small_run(lr=1e-12, min_lr=1e-12, batch_size=40, epochs=1, augmentation="none",
+                        **settings)
+    trainer.val_data = trainer.train_data
+    (row,) = trainer.fit()
+    assert row["train_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    is_minimised = row["objective"] == pytest.approx(row["train_loss"], rel=1e-5)
+    assert is_minimised == ("deep_supervision" not in settings)
+
+
+def test_all_processes_stop_by_the_validation_loss_of_one(small_run, monkeypatch):
+    """Each has one that differs in the last digits, by which patience would end them apart."""
+    trainer = small_run(epochs=5, patience=2)
+    said = iter([0.5, 0.25, 0.26, 0.27])
+    monkeypatch.setattr(trainer.team, "agree", lambda value: next(said) if 0 < value < 1 else value)
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "_loss", lambda trainer, compute, batch: (
+        torch.tensor(0.9, requires_grad=True), {"final": torch.tensor(0.9)}))
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *_: None)
+    monkeypatch.setattr(trainer, "_time_is_up", lambda: False)
+    rows = trainer.fit()
+    assert [row["val_loss"] for row in rows] == [0.5, 0.25, 0.26, 0.27] and trainer.finished
+
+
 def test_averaged_weights_are_what_is_validated_and_saved(small_run):
     trainer = small_run(ema_decay=0.75, epochs=2, batch_size=40)  # two updates
     step, weights = trainer._step, []
@@ -401,6 +527,9 @@ def test_averaged_weights_are_what_is_validated_and_saved(small_run):
     saved = load_file(trainer.run / "last.safetensors")
     assert torch.allclose(saved["head.output.weight"], expected, atol=1e-7)
     assert not torch.allclose(expected, weights[1], atol=1e-7)
+    assert trainer.lowest_epoch == 2  # so that these are the best ones too
+    best = load_file(trainer.run / "best.safetensors")
+    assert all(torch.equal(best[name], saved[name]) for name in saved)
     trainer.policy.load_state_dict(saved)
     trainer.ema = None
     assert trainer.validate()["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
