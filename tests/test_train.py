@@ -416,7 +416,7 @@ def test_training_goes_on_where_compiling_the_backward_pass_fails(small_run, mon
 
     monkeypatch.setattr(torch, "compile", broken)
     assert losses(small_run("broken", compile=True, **settings).fit()) == expected
-    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: backward: no C++") == 1
+    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: backward: no") == 1
 
 
 # --- what settings mean -------------------------------------------------------------------------
