@@ -30,7 +30,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 demo: setup
-	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo
+	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo -p demos scripted
 
 # A process per core, up to 4, each with one thread and whole files: fixtures are expensive.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -29,7 +29,7 @@ from trm_helpers.data import split_demonstrations
 from trm_helpers.experts import pick_place_goal
 from trm_helpers.files import write_json
 from trm_helpers.sim import LiberoEnv, Task
-from trm_helpers.validate import demo_names
+from trm_helpers.validate import demo_names, open_demo_file
 
 _AHEAD = 8  # steps, when the gripper is asked for
 _MOVED = 0.01  # metres from where the object began
@@ -87,7 +87,7 @@ def samples(run, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]
     config = load_config(run)
     for task_id, path in ensure_demonstrations(config).items():
         gathered = []
-        with LiberoEnv(config.data.suite, task_id) as env, h5py.File(path) as file:
+        with LiberoEnv(config.data.suite, task_id) as env, open_demo_file(path) as file:
             env.reset()
             names = demo_names(file)[:config.data.max_demos_per_task or None]
             _, unseen = split_demonstrations(names, path, config.data.train_fraction,

@@ -30,7 +30,6 @@ placement = None  # type: str; of objects, benchmark or wide (anywhere); None: t
 replays = 2  # type: int; demonstrations that the quality card replays in the simulator
 
 # %%
-import h5py
 import numpy as np
 import pandas as pd
 from IPython.display import Video
@@ -41,6 +40,7 @@ from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.files import write_json
 from trm_helpers.quality import quality_card
 from trm_helpers.sim import LiberoEnv
+from trm_helpers.validate import demo_names, open_demo_file
 
 # %%
 check_parameters(replays=replays)
@@ -87,9 +87,10 @@ pd.set_option("display.max_colwidth", None)
 pd.DataFrame(found["actions"]).round(3)
 
 # %%
-with h5py.File(file) as data:
-    actions = {name: demo["actions"][:] for name, demo in data["data"].items()}
-    cameras = [data["data/demo_0/obs"][camera][:] for camera in schema.CAMERAS]
+with open_demo_file(file) as data:
+    demonstrations = [data["data"][name] for name in demo_names(data)]
+    actions = [demonstration["actions"][:] for demonstration in demonstrations]
+    cameras = [demonstrations[0]["obs"][camera][:] for camera in schema.CAMERAS]
 
 # %% [markdown]
 # Look at the ranges: positions use all of theirs, rotations hardly any, and the gripper is never
@@ -98,7 +99,7 @@ with h5py.File(file) as data:
 # closed.
 
 # %%
-fig = plots.plot_action_statistics(np.concatenate(list(actions.values())))
+fig = plots.plot_action_statistics(np.concatenate(actions))
 plots.save_figure(fig, folder / "figures" / "01_action_statistics.png")
 fig
 
@@ -109,7 +110,7 @@ fig
 # answers to having been pushed.
 
 # %%
-fig = plots.plot_action_trace(actions["demo_0"])
+fig = plots.plot_action_trace(actions[0])
 plots.save_figure(fig, folder / "figures" / "01_action_trace.png")
 fig
 
@@ -120,7 +121,7 @@ fig
 # end well before it: a policy is rarely faster than its teacher, and needs time for its mistakes.
 
 # %%
-lengths = [len(values) for values in actions.values()]
+lengths = [len(values) for values in actions]
 fig = plots.plot_demo_lengths(lengths, schema.HORIZONS[config.data.suite])
 plots.save_figure(fig, folder / "figures" / "01_lengths.png")
 fig

@@ -8,11 +8,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from demo_files import write_demo_file
 
-from trm_helpers import collect, schema
+from trm_helpers import collect, paths, schema
 from trm_helpers.collect import _run_attempts, _successes, collect_demonstrations
 from trm_helpers.config import from_flat
 from trm_helpers.files import only_one
+from trm_helpers.quality import quality_card
 from trm_helpers.sim import LiberoEnv
 from trm_helpers.validate import check_demo_file, measure_alignment
 
@@ -108,6 +110,7 @@ def test_a_file_has_liberos_layout(collected):
         made = json.loads(data.attrs["collection"])
         assert made["by"] == "scripted expert" and made["mujoco"] == "3.3.2"
         for demo in data.values():
+            assert demo.attrs["collection_version"] == schema.COLLECTION_VERSION
             length = demo.attrs["num_samples"]
             layout = {"actions": (7, "f8"), "states": (110, "f8"), "robot_states": (9, "f8"),
                       "executed_actions": (7, "f8"), "obs/joint_states": (7, "f8"),
@@ -226,29 +229,110 @@ class InThisProcess:
         return future
 
 
-def test_what_is_used_is_found_or_collected_and_printed(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """What was collected, in place of the simulator; no network and a Kaggle folder of its own."""
     asked = []
 
-    def made(suite, task_id, num_demos, folder, *, seed, placement):
+    def collect_demonstrations(suite, task_id, num_demos, folder, *, seed, placement):
         asked.append((suite, task_id, num_demos, folder.parent.name, seed, placement))
-        return folder / "task_demo.hdf5"
+        path = folder / f"{collect.load_task(suite, task_id).name}_demo.hdf5"
+        return write_demo_file(path, image_size=4, collection={"by": "a test"})
 
-    monkeypatch.setattr(collect, "collect_demonstrations", made)
+    monkeypatch.setattr(collect, "collect_demonstrations", collect_demonstrations)
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "kaggle")
+    return asked
+
+
+def human(folder, task_id, suite="libero_spatial", **settings):
+    return write_demo_file(folder / f"{collect.load_task(suite, task_id).name}_demo.hdf5",
+                           image_size=4, alignment=None, **settings)
+
+
+def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
     files = collect.ensure_demonstrations(from_flat("tiny", data_seed=4))
     collect.ensure_demonstrations(from_flat("tiny", placement="wide"))
-    assert asked == [("libero_object", 0, 2, "scripted", 4, "benchmark"),
-                     ("libero_object", 0, 2, "scripted-wide", 0, "wide")]
+    assert made == [("libero_object", 0, 2, "scripted", 4, "benchmark"),
+                    ("libero_object", 0, 2, "scripted-wide", 0, "wide")]
     assert list(files) == [0]
-    assert "2 scripted demonstrations" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError):
-        collect.ensure_demonstrations(from_flat("tiny", demo_dir=str(tmp_path)))
+    assert "2 scripted demonstrations of each of 1 task(s)" in capsys.readouterr().out
 
 
-def test_human_demonstrations_are_preferred_when_they_are_there(tmp_path, capsys):
-    from demo_files import write_demo_file
+@pytest.mark.parametrize("preset", ["demo", "trm", "tiny", "reference"])
+def test_each_task_has_human_demonstrations_or_scripted_ones(tmp_path, made, capsys, preset):
+    attached = {task: human(tmp_path / "kaggle" / "x", task) for task in (1, 4, 7)}
+    attached[9] = human(tmp_path / "data" / "mine", 9)
+    config = from_flat(preset, suite="libero_spatial", task_ids=list(range(10)), num_demos=3)
+    files = collect.ensure_demonstrations(config)
+    assert list(files) == list(range(10))
+    assert {task: path for task, path in files.items() if task in attached} == attached
+    assert [row[1] for row in made] == [0, 2, 3, 5, 6, 8]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "task(s)" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("human demonstrations of 4 task(s): ")
+    assert lines[1].startswith("3 scripted demonstrations of each of 6 task(s)")
+    made.clear()
+    collect.ensure_demonstrations(config.replace(demos="scripted"))
+    assert len(made) == 10
 
-    name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
-    human = write_demo_file(tmp_path / "deep" / "libero_object" / name, image_size=8)
-    config = from_flat("tiny", demos="auto", demo_dir=str(tmp_path))
-    assert collect.ensure_demonstrations(config) == {0: human}
-    assert "human demonstrations of 1 task(s)" in capsys.readouterr().out
+
+GIVEN = dict(suite="libero_spatial", task_ids=(3, 5))
+
+
+@pytest.mark.parametrize("demos", ["auto", "human", "scripted"])
+def test_a_folder_that_was_given_is_the_only_one(tmp_path, made, demos, capsys):
+    human(tmp_path / "data", 3)
+    human(tmp_path / "data", 5)
+    given = tmp_path / "libero_spatial_no_noops"
+    with pytest.raises(FileNotFoundError, match="demo_dir='.*no_noops' is not a folder"):
+        collect.ensure_demonstrations(from_flat("demo", demos=demos, demo_dir=str(given), **GIVEN))
+    collection = {"by": "a test"} if demos == "scripted" else None
+    expected = {task: human(given / "deep", task, collection=collection) for task in (3, 5)}
+    for path in expected.values():
+        with h5py.File(path, "a") as file:
+            for name in {*file["data"].attrs} - {"collection"}:
+                del file["data"].attrs[name]
+    (other, unnamed) = human(given, 6), given / "notes.hdf5"
+    unnamed.touch()
+    config = from_flat("demo", demos=demos, demo_dir=str(given), **GIVEN)
+    capsys.readouterr()
+    assert collect.ensure_demonstrations(config) == expected
+    printed = capsys.readouterr().out
+    assert f"{other} (another task)" in printed and f"{unnamed} (not named <task" in printed
+    expected[5].rename(given / "renamed_demo.hdf5")
+    with pytest.raises(FileNotFoundError) as error:
+        collect.ensure_demonstrations(config)
+    assert collect.load_task("libero_spatial", 5).name in str(error.value)
+    assert "renamed_demo.hdf5" in str(error.value) and made == []
+
+
+def test_a_given_folder_without_human_demonstrations_is_refused(tmp_path, made):
+    scripted = human(tmp_path / "given", 3, collection={"by": "a test"})
+    config = from_flat("demo", suite="libero_spatial", task_ids=(3,), demos="human",
+                       demo_dir=str(tmp_path / "given"))
+    with pytest.raises(FileNotFoundError, match="no human demonstrations") as error:
+        collect.ensure_demonstrations(config)
+    assert f"{scripted} (scripted, not human)" in str(error.value)
+
+
+def test_demonstrations_of_another_version_of_the_code_are_used_and_named(tmp_path, made, capsys):
+    given = tmp_path / "given"
+    path = human(given, 3, collection={"by": "a test"})
+    config = from_flat("demo", suite="libero_spatial", task_ids=(3,), demo_dir=str(given))
+
+    def printed(**versions):
+        with h5py.File(path, "a") as file:
+            for name, version in versions.items():
+                file["data"][name].attrs["collection_version"] = version
+        assert collect.ensure_demonstrations(config) == {3: path}
+        return capsys.readouterr().out
+
+    assert f"{path}: collected by version 0 of the code" in printed()
+    now = schema.COLLECTION_VERSION
+    assert f"version 0, {now} of the code" in printed(demo_0=now)
+    assert "version" not in printed(demo_0=now, demo_1=now)
+    assert f"version {now}, {now + 1} of the code" in printed(demo_1=now + 1)
+    row = next(row for row in quality_card(path) if row["check"] == "version")
+    assert row["verdict"] == "look" and str(path) in row["found"]

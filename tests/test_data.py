@@ -121,6 +121,9 @@ def test_of_a_collected_file_no_more_is_read_than_was_asked_for(tmp_path):
     config = from_flat("tiny", num_demos=3, image_size=36)
     assert names_of(*LIBERODataset.from_config({0: ours}, config)) == ["demo_0", "demo_1", "demo_2"]
     assert len(names_of(*LIBERODataset.from_config({0: human}, config))) == 5
+    both = LIBERODataset.from_config({0: human, 1: ours}, config.replace(task_ids=[0, 1]))
+    assert [sum(len(data.describe()["files"][i]["demos"]) for data in both) for i in (0, 1)] \
+        == [5, 3]  # each file by its own kind
     config = config.replace(demo_dir=str(tmp_path))  # that folder was asked for
     assert len(names_of(*LIBERODataset.from_config({0: ours}, config))) == 5
     config = config.replace(max_demos_per_task=4)
@@ -496,7 +499,8 @@ def test_augmentation_changes_images_alone_and_cameras_apart(path):
         ({"sequence_length": 0}, "sequence_length=0"),
         ({"chunk": 0}, "chunk=0"),
         ({"image_size": 0}, "image_size=0"),
-        ({"max_demos_per_task": -1}, "max_demos_per_task=-1"),
+        ({"max_demos_per_task": -1}, "max_demos_per_task='-1'"),
+        ({"max_demos_per_task": [1, 2]}, "max_demos_per_task='1, 2'.*each of 1 files"),
         ({"normalize_actions": "robust"}, "normalize_actions='robust'.*zscore"),
         ({"augmentation": "rotate"}, "augmentation='rotate'.*shift"),
         ({"split": "test"}, "split='test'.*'train', 'val', 'all'"),

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from demo_files import write_demo_file
 
 from trm_helpers import TRMPolicy, load_policy, locate, schema
 from trm_helpers.collect import collect_demonstrations
@@ -15,7 +17,7 @@ from trm_helpers.language import embed_instruction
 from trm_helpers.layers import KeypointEncoder, Locator
 from trm_helpers.locate import cross_entropy, draw_scenes, errors, read_scenes, teach, things_in
 from trm_helpers.sim import LiberoEnv, load_task
-from trm_helpers.validate import demo_names, open_demo_file
+from trm_helpers.validate import DemoFileError, demo_names, open_demo_file
 
 NAN = float("nan")
 
@@ -200,6 +202,17 @@ def test_a_run_learns_first_where_things_are(small_run, drawn):
     torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
 
 
+@pytest.mark.parametrize("change", [
+    lambda demo: demo.__delitem__("states"), lambda demo: None])
+def test_scenes_need_states_and_the_model(tmp_path, change):
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", image_size=4)
+    with h5py.File(path, "a") as file:
+        change(file["data/demo_1"])
+    with pytest.raises(DemoFileError, match="soup_demo.hdf5, demo_1: scenes need the data set "
+                                            "states and the attribute model_file"):
+        draw_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
+
+
 def test_a_run_that_goes_on_is_not_taught_again(small_run, drawn, monkeypatch):
     whole = small_run("whole", scenes=20).fit()
     small_run("parts", scenes=20, max_minutes=1e-9).fit()
@@ -220,7 +233,7 @@ def demonstration(tmp_path_factory):
 
 
 @pytest.mark.sim
-def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration):
+def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration, capsys):
     with open_demo_file(demonstration) as file:
         names = demo_names(file)
     [path] = draw_scenes("libero_object", 0, {str(demonstration): names}, 8, workers=1)
@@ -241,6 +254,13 @@ def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration):
     assert shift[~as_shown].max() > 0.05
     assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
     assert path.stat().st_mtime_ns == written
+    assert "version" not in capsys.readouterr().out
+    with np.load(path) as scenes:
+        kept = {name: scenes[name] for name in scenes if name != "version"}
+    np.savez(path, **kept)  # as the code before versions wrote it
+    written = path.stat().st_mtime_ns
+    assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
+    assert f"{path.name} drawn by another version" in capsys.readouterr().out
     other = draw_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
     assert other != [path] and path.stat().st_mtime_ns == written
 

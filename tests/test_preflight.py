@@ -299,3 +299,44 @@ def test_what_is_installed_and_fits_is_not_replaced(image, offered, expected):
              "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(image / "wheels")})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].split() == list(expected.values())
+
+
+# --- memory --------------------------------------------------------------------------------------
+MIB = 2**20
+
+
+def control_group(folder, limit, used, cache, version):
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+             2: ("memory.max", "memory.current", "")}[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit if limit == 'max' else limit * MIB}\n")
+    (folder / names[1]).write_text(f"{used * MIB}\n")
+    (folder / "memory.stat").write_text(
+        f"anon {used * MIB}\n{names[2]}inactive_file {cache * MIB}\n"
+        f"{names[2]}active_file {MIB}\n")
+
+
+@pytest.mark.parametrize(("version", "line"), [
+    (1, "5:cpu,memory:/docker/a/b"), (1, "4:memory:/docker/a/b"), (2, "0::/docker/a/b")])
+@pytest.mark.parametrize(("groups", "expected"), [
+    ({}, 1000),
+    ({"docker/a/b": (300, 100, 20)}, 221),  # 1 MiB of the page cache is active
+    ({"": (300, 100, 20)}, 221),  # a container that sees its own group as the root
+    ({"docker": (300, 100, 20), "docker/a/b": (500, 10, 0)}, 221),  # the tightest one above
+    ({"docker/a/b": (300, 310, 0)}, 0),
+    ({"docker/a/b": (10**9, 100, 20)}, 1000),  # none, as version 1 writes it
+])
+def test_a_containers_memory_is_less_than_the_machines(tmp_path, monkeypatch, version, line,
+                                                       groups, expected):
+    monkeypatch.setattr("psutil.virtual_memory",
+                        lambda: type("Memory", (), {"available": 1000 * MIB}))
+    root = tmp_path / "cgroup"
+    for name, numbers in groups.items():
+        control_group((root / "memory" if version == 1 else root) / name, *numbers, version)
+    if version == 2 and "docker" not in groups:
+        control_group(root / "docker", "max", 500, 0, 2)  # one without a limit
+    own = tmp_path / "own"
+    own.write_text(f"3:cpuset:/elsewhere\n{line}\n")
+    found = module.free_memory(root, own)
+    assert found == expected * MIB
+    assert module.free_memory(root, tmp_path / "none") == 1000 * MIB

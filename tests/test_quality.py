@@ -85,8 +85,11 @@ def always(number):
     ("frames, agent view", "bad", "24 repeated while", dict(agentview_rgb=first_frame_always)),
     ("gripper sign", "bad", "2 of 2", dict(gripper_states=lambda v, d: 1.5 * v - fingers(v, d))),
     ("gripper sign", "bad", "never move", dict(gripper_states=lambda v, d: v)),
-    ("gripper switches", "look", "0.0 a demonstration", dict(actions=always(1.0))),
-    ("gripper switches", "look", "1 different", dict(actions=always(0.5))),
+    ("gripper switches", "bad", "0.0 per demonstration", dict(actions=always(1.0))),
+    ("gripper switches", "bad", "1 values, 0.5 to 0.5", dict(actions=always(0.5))),
+    ("gripper switches", "bad", "2 values, 0 to 1", dict(actions=lambda v, d: np.maximum(v, 0))),
+    ("gripper sign", "bad", "2 of 2", dict(actions=lambda v, d: v * [1, 1, 1, 1, 1, 1, -1],
+                                           gripper_states=fingers)),
     ("action range", "look", "never used: dy", dict(
         actions=lambda v, d: v * [1, 0, 1, 1, 1, 1, 1])),
 ])

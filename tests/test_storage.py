@@ -7,7 +7,7 @@ import pytest
 import torch
 from demo_files import grey_at, write_demo_file
 
-from trm_helpers import storage
+from trm_helpers import preflight, storage
 from trm_helpers.augment import resize_images
 from trm_helpers.data import LIBERODataset
 from trm_helpers.validate import DemoFileError
@@ -136,6 +136,80 @@ def test_a_user_block_before_the_hdf5_content_shifts_the_frames(tmp_path):
                 data_set(plain, "ram", image_size=8).batch(everything))
 
 
+def moved(file, path, name, target="data/demo_1"):
+    """``target`` of an open file, now in the file ``path`` as ``name``."""
+    with h5py.File(path, "a") as other:
+        file.copy(target, other, name)
+    del file[target]
+
+
+def apart_in_a_link(file, folder):
+    moved(file, folder / "apart.hdf5", "kept/here")
+    file["data/demo_1"] = h5py.ExternalLink("apart.hdf5", "kept/here")
+
+
+def all_in_a_link(file, folder):
+    moved(file, folder / "apart.hdf5", "data", "data")
+    file["data"] = h5py.ExternalLink("apart.hdf5", "data")
+
+
+def frames_in_a_link_to_a_soft_link(file, folder):
+    target = "data/demo_1/obs/agentview_rgb"
+    with h5py.File(folder / "apart.hdf5", "w", userblock_size=512) as other:
+        other["near"] = h5py.SoftLink("/far/frames")
+    moved(file, folder / "apart.hdf5", "far/frames", target)
+    file[target] = h5py.ExternalLink("apart.hdf5", "near")
+
+
+def a_soft_link(file, folder):
+    file.move("data/demo_1", "elsewhere")
+    file["data/demo_1"] = h5py.SoftLink("/elsewhere")
+
+
+def virtual_frames(file, folder):
+    """The first from a file apart, the others from this one."""
+    target = "data/demo_1/obs/agentview_rgb"
+    shape = file[target].shape
+    with h5py.File(folder / "apart.hdf5", "a") as other:
+        other["frames"] = file[target][:1]
+    file.move(target, "later")
+    layout = h5py.VirtualLayout(shape, "u1")
+    layout[:1] = h5py.VirtualSource("apart.hdf5", "frames", (1, *shape[1:]))
+    layout[1:] = h5py.VirtualSource(".", "later", shape)[1:]
+    file.create_virtual_dataset(target, layout)
+
+
+@pytest.mark.parametrize("change", [apart_in_a_link, all_in_a_link, a_soft_link,
+                                    frames_in_a_link_to_a_soft_link, virtual_frames])
+def test_frames_are_read_where_they_lie(tmp_path, monkeypatch, change):
+    paths = [write_demo_file(tmp_path / f"{name}_demo.hdf5", lengths, image_size=16, seed=seed)
+             for seed, (name, lengths) in enumerate({"soup": (5, 7), "milk": (6, 5)}.items())]
+    expected = data_set(paths).batch(range(23))
+    with h5py.File(paths[0], "a") as file:
+        change(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = [path.name for path in paths]
+    assert_same(data_set(names, "ram").batch(range(23)), expected)
+    if change is virtual_frames:
+        with pytest.raises(DemoFileError, match="soup_demo.hdf5: .*chunked or kept elsewhere"):
+            data_set(names, "mmap")
+        return
+    mapped = data_set(names, "mmap")
+    monkeypatch.chdir("/")  # a worker may have another working folder
+    assert_same(pickle.loads(pickle.dumps(mapped)).batch(range(23)), expected)
+
+
+def test_numbers_may_be_of_any_floating_type(tmp_path):
+    expected = data_set(write_demo_file(tmp_path / "a_demo.hdf5", image_size=8)).batch(range(12))
+    for kind in (">f8", "g"):
+        def change(values, demo, kind=kind):
+            return values.astype(kind)
+
+        path = write_demo_file(tmp_path / "b_demo.hdf5", image_size=8, actions=change,
+                               joint_states=change, ee_pos=change)
+        assert_same(data_set(path, image_size=16).batch(range(12)), expected)
+
+
 # --- memory of batches ---------------------------------------------------------------------------
 @pytest.fixture
 def small_too(monkeypatch):
@@ -235,8 +309,7 @@ def test_frames_of_two_shapes_can_not_be_mapped(tmp_path):
 def free(monkeypatch):
     """A function that sets the bytes of memory that seem free."""
     def set_free(count):
-        monkeypatch.setattr(storage.psutil, "virtual_memory",
-                            lambda: type("Memory", (), {"available": count}))
+        monkeypatch.setattr(storage, "free_memory", lambda: count)
     return set_free
 
 
@@ -261,6 +334,20 @@ def test_too_little_memory_is_refused_before_frames_are_read(tmp_path, free, mon
     assert len(data_set(path, "ram", image_size=64)) == 64
     free(0)
     assert len(data_set(path, "mmap", image_size=64)) == 64
+
+
+def test_a_containers_limit_counts_before_frames_are_read(tmp_path, monkeypatch):
+    """128 frames need 1.5 MiB; the control group leaves 1 MiB, whatever the machine has."""
+    path = write_demo_file(tmp_path / "a_demo.hdf5", (64,), image_size=64)
+    (tmp_path / "memory.max").write_text(str(5 * MIB))
+    (tmp_path / "memory.current").write_text(str(4 * MIB))
+    (tmp_path / "memory.stat").write_text("anon 1\n")
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    monkeypatch.setattr(storage, "free_memory", lambda: preflight.free_memory(tmp_path, own))
+    monkeypatch.setattr(storage, "_fill", lambda *given: pytest.fail("frames were read"))
+    with pytest.raises(MemoryError, match="need 1.5 MiB .* of the 1.0 MiB free.*storage='mmap'"):
+        data_set(path, "ram", image_size=64)
 
 
 def test_a_gpu_that_is_not_there_is_refused(files, monkeypatch):

@@ -22,7 +22,19 @@ from .config import Config
 from .experts import Style, make_expert
 from .files import only_one, read_json, replacing
 from .sim import LiberoEnv, load_task, worker_pool
-from .validate import check_demo_file, find_demonstrations, human_demonstrations
+from .validate import (
+    COLLECTION_ATTR,
+    VERSION_ATTR,
+    check_demo_file,
+    demo_names,
+    given_demonstrations,
+    human_demonstrations,
+    json_attribute,
+    open_demo_file,
+    source_of,
+    survey_demonstrations,
+    version_notes,
+)
 
 _MAX_FAILURES = 20  # more failures than successes and this many: the expert cannot do the task
 
@@ -114,8 +126,8 @@ def _complete(path: Path, settings: dict, num_demos: int) -> bool:
     if not path.exists():
         return False
     _refuse_other_settings(path, settings)
-    with h5py.File(path) as file:
-        return len(file[schema.DATA_GROUP]) >= num_demos
+    with open_demo_file(path) as file:
+        return len(demo_names(file)) >= num_demos
 
 
 def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | None) -> Path:
@@ -145,33 +157,40 @@ def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | No
 def ensure_demonstrations(config: Config) -> dict[int, Path]:
     """The demonstration file of each task of ``config.data``, found, downloaded or collected.
 
-    Prints what is used. ``demos="auto"`` prefers human demonstrations that are found.
+    A folder that was given (``demo_dir``) is the only place: nothing is collected or downloaded in
+    its stead. Otherwise ``demos="auto"`` takes human demonstrations for the tasks where they are
+    found and scripted ones for the others. Prints one line for each kind.
     """
     data = config.data
     tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
     names = [task.name for task in tasks.values()]
-    if data.demos != "scripted":
-        folders = [data.demo_dir] if data.demo_dir else [paths.data_dir()]
-        try:
-            found = human_demonstrations(data.suite, names, folders,
-                                         download=data.demos == "human")
-            print(f"human demonstrations of {len(found)} task(s): "
-                  f"{', '.join(str(path) for path in found.values())}")
-            return {task_id: found[task.name] for task_id, task in tasks.items()}
-        except FileNotFoundError:
-            if data.demos == "human":
-                raise
+    kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
+    places = [paths.data_dir(), paths.KAGGLE_INPUT]
     if data.demo_dir:
-        found = find_demonstrations(data.demo_dir, data.suite, names)
-        print(f"demonstrations of {len(found)} task(s) found in {data.demo_dir}")
-        return {task_id: found[task.name] for task_id, task in tasks.items()}
-    files = {}
-    for task_id, task in tasks.items():
+        found = given_demonstrations(data.demo_dir, names, kinds)
+    elif data.demos == "human":
+        found = human_demonstrations(data.suite, names, places, download=True)
+    else:
+        wanted = names if data.demos == "auto" else []
+        found, _ = survey_demonstrations(places, wanted, ["human"])
+    for kind in kinds:
+        those = [str(path) for path in found.values() if source_of(path) == kind]
+        if those:
+            print(f"{kind} demonstrations of {len(those)} task(s): {', '.join(those)}")
+    missing = [task_id for task_id, task in tasks.items() if task.name not in found]
+    if missing:
         kind = "scripted" if data.placement == "benchmark" else f"scripted-{data.placement}"
-        files[task_id] = collect_demonstrations(
-            data.suite, task_id, data.num_demos, paths.data_dir() / kind / data.suite,
-            seed=data.data_seed, placement=data.placement)
-        print(f"{data.num_demos} scripted demonstrations: {files[task_id]} ({task.language})")
+        folder = paths.data_dir() / kind / data.suite
+        print(f"{data.num_demos} scripted demonstrations of each of {len(missing)} task(s), in "
+              f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
+                             if data.demos == "auto" else ""))
+    for task_id in missing:
+        found[tasks[task_id].name] = collect_demonstrations(
+            data.suite, task_id, data.num_demos, folder, seed=data.data_seed,
+            placement=data.placement)
+    files = {task_id: found[task.name] for task_id, task in tasks.items()}
+    for note in version_notes(files.values()):
+        print(note)
     return files
 
 
@@ -195,8 +214,8 @@ def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
     """Finished attempts: where a success lies, ``None`` for a failure."""
     known: dict[int, Path | None] = {}
     if path.exists():
-        with h5py.File(path) as file:
-            collection = json.loads(file[schema.DATA_GROUP].attrs["collection"])
+        with open_demo_file(path) as file:
+            collection = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
             known.update(dict.fromkeys(collection["failed_attempts"]))
             known.update((int(demo.attrs["attempt"]), path)
                          for demo in file[schema.DATA_GROUP].values())
@@ -306,6 +325,7 @@ def _write_demo(group: h5py.Group, record: dict) -> None:
     group["rewards"] = last
     group["dones"] = last
     group.attrs["num_samples"] = length
+    group.attrs[VERSION_ATTR] = schema.COLLECTION_VERSION
     group.attrs["init_state"] = record["states"][0]
     group.attrs["model_file"] = record["model_file"]
 
@@ -324,7 +344,7 @@ def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) 
     with h5py.File(path, "w") as file:
         data = file.create_group(schema.DATA_GROUP)
         for index, number in enumerate(chosen):
-            with h5py.File(attempts[number]) as source:
+            with open_demo_file(attempts[number]) as source:
                 source.copy(_demo_of_attempt(source, number), data, f"demo_{index}")
         kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": schema.CONTROL_HZ,
                   "camera_names": [n.removesuffix("_image") for n in schema.CAMERAS.values()],
@@ -344,7 +364,7 @@ def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) 
         data.attrs["bddl_file_content"] = Path(task.bddl_file).read_text()
         data.attrs["macros_image_convention"] = "opengl"
         data.attrs[schema.ALIGNMENT_ATTR] = "raw"
-        data.attrs["collection"] = json.dumps({**settings, "failed_attempts": failed})
+        data.attrs[COLLECTION_ATTR] = json.dumps({**settings, "failed_attempts": failed})
 
 
 def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
@@ -362,8 +382,8 @@ def _problem_name(bddl_file: str) -> str:
 
 def _refuse_other_settings(path: Path, settings: dict) -> None:
     check_demo_file(path)
-    with h5py.File(path) as file:
-        found = json.loads(file[schema.DATA_GROUP].attrs.get("collection", "{}"))
+    with open_demo_file(path) as file:
+        found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     found.pop("failed_attempts", None)
     found.setdefault("placement", "benchmark")  # files made before there was another
     different = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]

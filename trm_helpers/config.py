@@ -418,7 +418,7 @@ _CONTROL = dict(
 )
 # One task learned and evaluated on two CPU cores in minutes.
 _DEMO = dict(
-    _CONTROL, suite="libero_spatial", task_ids=(2,), demos="scripted", num_demos=30,
+    _CONTROL, suite="libero_spatial", task_ids=(2,), num_demos=30,
     num_recursions=4, epochs=70, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
     normalize_actions="none", augmentation="shift", num_videos=2, eval_workers=2,
     search_epochs=3, max_configs=4,
@@ -434,7 +434,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "trm": {**_DEMO, **_TRM},
     # every code path in seconds; its policy is not expected to succeed
     "tiny": dict(
-        _CONTROL, suite="libero_object", demos="scripted", num_demos=2, hidden_dim=32,
+        _CONTROL, suite="libero_object", num_demos=2, hidden_dim=32,
         num_recursions=2, epochs=2, batch_size=32, lr=1e-3, loss="l1", normalize_actions="none",
         num_episodes=2, horizon=24, num_videos=1, search_hidden_dims=(32,),
         search_num_recursions=(1, 2), search_lrs=(1e-3,), search_epochs=1,

@@ -68,7 +68,8 @@ class LIBERODataset(torch.utils.data.Dataset):
             see :func:`augment_images`.
         still: cameras whose pictures are not moved: of ``reference``, ``shift`` and ``cutout`` they
             get the brightness.
-        max_demos_per_task: the first so many demonstrations of each file; 0 takes all.
+        max_demos_per_task: the first so many demonstrations of each file, one number for all files
+            or one for each; 0 takes all.
         cameras: names of `schema.CAMERAS`.
         proprioception: add ``proprio``: P = 12, the values of `schema.PROPRIO_KEYS`.
         task_ids: one per file, added as ``task_id``; None leaves it out.
@@ -94,7 +95,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         image_size: int = schema.IMAGE_SIZE,
         normalize_actions: str | bool = "zscore",
         augmentation: str = "none",
-        max_demos_per_task: int = 0,
+        max_demos_per_task: int | Sequence[int] = 0,
         *,
         cameras: Sequence[str] = ("agentview_rgb",),
         proprioception: bool = False,
@@ -122,12 +123,14 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.proprioception = proprioception
         self.task_ids = None if task_ids is None else tuple(int(task) for task in task_ids)
         self.language = language
-        self._check_settings(files, image_size, max_demos_per_task, split, storage)
+        limits = [max_demos_per_task] * len(files) if isinstance(max_demos_per_task, int) \
+            else list(max_demos_per_task)
+        self._check_settings(files, image_size, limits, split, storage)
         opened = open_files(files, alignment)
         chosen = []
-        for path in files:
+        for path, limit in zip(files, limits, strict=True):
             with open_demo_file(path) as content:
-                names = demo_names(content)[: max_demos_per_task or None]
+                names = demo_names(content)[:limit or None]
             if split != "all":
                 train, val = split_demonstrations(names, path, train_fraction, seed)
                 names = train if split == "train" else val
@@ -203,7 +206,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         val.augmentation = "none"
         return train, val
 
-    def _check_settings(self, files, image_size, max_demos_per_task, split, storage) -> None:
+    def _check_settings(self, files, image_size, limits, split, storage) -> None:
         def require(condition, name, value, expected):
             if not condition:
                 raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
@@ -212,7 +215,8 @@ class LIBERODataset(torch.utils.data.Dataset):
         for name in ("sequence_length", "chunk"):
             require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         require(image_size >= 1, "image_size", image_size, ">= 1")
-        require(max_demos_per_task >= 0, "max_demos_per_task", max_demos_per_task, ">= 0")
+        require(len(limits) == len(files) and min(limits) >= 0, "max_demos_per_task",
+                ", ".join(map(str, limits)), f">= 0, for all or each of {len(files)} files")
         for name, value, options in (
                 ("normalize_actions", self.normalize_actions, schema.NORMALIZATIONS),
                 ("augmentation", self.augmentation, schema.AUGMENTATIONS),
@@ -395,13 +399,12 @@ class LIBERODataset(torch.utils.data.Dataset):
 def _settings(files: Mapping[int, Path], config: Config) -> dict:
     """What :class:`LIBERODataset` is given besides the files and the split."""
     data, model = config.data, config.model
-    limit = data.max_demos_per_task
-    if not limit and not data.demo_dir and {*map(source_of, files.values())} == {"scripted"}:
-        limit = data.num_demos
+    collected = [not data.demo_dir and source_of(path) == "scripted" for path in files.values()]
+    limits = [data.max_demos_per_task or (data.num_demos if ours else 0) for ours in collected]
     return dict(
         sequence_length=data.sequence_length, image_size=model.image_size,
         normalize_actions=data.normalize_actions, augmentation=data.augmentation,
-        max_demos_per_task=limit, cameras=model.cameras, proprioception=model.proprioception,
+        max_demos_per_task=limits, cameras=model.cameras, proprioception=model.proprioception,
         still=(schema.STILL_CAMERA,) if data.scenes else (),
         alignment=data.alignment, chunk=model.chunk, storage=data.storage,
         task_ids=list(files) if model.conditioning == "task_id" else None,

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from .language import embed_instruction
 from .layers import Locator
 from .model import task_dim
 from .sim import LiberoEnv, load_task, worker_pool
-from .validate import open_demo_file
+from .validate import DemoFileError, open_demo_file
 
 HAND = "hand"  # the point between the fingers, a thing like the others
 _MOVED = 0.01  # metres from where it began: what the robot has moved stays where it is
@@ -50,7 +49,8 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
     ``frames`` (n, H, W, 3) uint8, upside down as in demonstrations, ``places`` (n, things, 2),
     column and row of each thing from 0 to 1 across the frame, also where something hides it and
     NaN outside of it, and the ``things`` by the part that they have in the goal (``object``,
-    ``target``, of a second one ``object 2`` ...), and the hand. What is there is not drawn again.
+    ``target``, of a second one ``object 2`` ...), and the hand. What is there is not drawn again;
+    what another version of this code drew is named.
 
     Args:
         demos: names of demonstrations in each file.
@@ -62,10 +62,19 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
     for file, names in demos.items():
         with open_demo_file(Path(file)) as content:
             for name in names:
-                seed = zlib.crc32(content[schema.DATA_GROUP][name]["states"][()].tobytes())
+                demo = content[schema.DATA_GROUP][name]
+                if "states" not in demo or "model_file" not in demo.attrs:
+                    raise DemoFileError(f"{file}, {name}: scenes need the data set states and the "
+                                        "attribute model_file")
+                seed = zlib.crc32(demo["states"][()].tobytes())
                 jobs[folder / f"{seed:08x}-{per_demo}.npz"] = (file, name, seed)
     with only_one(folder):  # a second call waits, and finds them drawn
         missing = {path: job for path, job in jobs.items() if not path.exists()}
+        old = [path.name for path in set(jobs) - set(missing) if _version(path) !=
+               schema.COLLECTION_VERSION]
+        if old:
+            print(f"{folder}: {', '.join(sorted(old))} drawn by another version of the code than "
+                  f"{schema.COLLECTION_VERSION}; remove them to draw them again")
         if missing:
             bar = tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
                        unit="scene")
@@ -77,6 +86,11 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
                     future.result()
                     bar.update(per_demo)
     return list(jobs)
+
+
+def _version(path: Path) -> int:
+    with np.load(path) as scenes:
+        return int(scenes["version"]) if "version" in scenes else 0
 
 
 @functools.cache
@@ -97,7 +111,7 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
         return np.array([env.object_position(thing) for thing in things])
 
     frames, places = [], []
-    with h5py.File(file) as content:
+    with open_demo_file(file) as content:
         demo = content[schema.DATA_GROUP][name]
         env.set_fixtures(demo.attrs["model_file"])
         states = demo["states"][()]
@@ -115,7 +129,7 @@ def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str
                                                  env.end_effector()])))
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
-                            things=np.array([*goal, HAND]))
+                            things=np.array([*goal, HAND]), version=schema.COLLECTION_VERSION)
 
 
 def _places(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:

@@ -412,11 +412,49 @@ def _check_gpu() -> Check:
                  f"{properties.total_memory / _GB:.0f} GB, {'bf16' if bf16 else 'fp16'}")
 
 
-def _check_machine() -> Iterator[Check]:
+# Of a control group, by version: the limit, its use, and the page cache's lines in memory.stat.
+_GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+             "total_active_file")
+_GROUP_V2 = ("memory.max", "memory.current", "inactive_file", "active_file")
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup"),
+                own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process can still take, of the machine and of its container.
+
+    A container's limit is that of its control group and of those above, of version 1 or 2, less
+    the memory used there. The page cache counts as free: it is given up before a process is killed.
+    """
     import psutil
 
+    free = psutil.virtual_memory().available
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (groups / "memory", _GROUP_V1) if controllers else (groups, _GROUP_V2)
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a container may see its own group as the root
+            if folder.is_relative_to(root):
+                free = min(free, _free_in_group(folder, *names))
+    return max(int(free), 0)
+
+
+def _free_in_group(folder: Path, limit: str, used: str, *cached: str) -> float:
+    try:
+        limit = (folder / limit).read_text().strip()
+        if limit == "max":
+            return math.inf
+        rows = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+        cache = sum(int(row[1]) for row in rows if row[0] in cached)
+        return int(limit) - int((folder / used).read_text()) + cache
+    except (OSError, ValueError):  # no such group here
+        return math.inf
+
+
+def _check_machine() -> Iterator[Check]:
     yield Check("CPU cores", "ok", str(len(os.sched_getaffinity(0))))
-    memory = psutil.virtual_memory().available / _GB
+    memory = free_memory() / _GB
     yield Check("memory", "ok" if memory > 4 else "warn", f"{memory:.1f} GB free",
                 "" if memory > 4 else "the demo wants 4 GB; close something")
     for name, folder in (("data", paths.data_dir()), ("artifacts", paths.artifacts_dir())):

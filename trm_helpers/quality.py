@@ -14,18 +14,21 @@ import numpy as np
 from . import schema
 from .sim import LiberoEnv
 from .validate import (
+    WRONG_FINGERS,
     DemoFileError,
     check_demo_file,
     demo_names,
+    finger_motion,
     measure_alignment,
     open_demo_file,
+    text_attribute,
+    version_notes,
 )
 
 GOOD, LOOK, BAD = "good", "look", "bad"
 FLAT_FRAME = 2.0  # grey levels, standard deviation: no picture of a scene is so even
 STILL = 1e-3  # of an arm command: a no-op
 MANY_NO_OPS = 0.1  # share; human demonstrations hold some, and a policy learns to wait from them
-WRONG_FINGERS = 0.1  # share of steps in which the fingers move against the command
 CLOSE_RENDER = 12.0  # grey levels on average between a stored frame and a render of its state
 REPLAY_SHARE = 0.8  # of the replays that must succeed
 ORIENTATIONS = {
@@ -65,6 +68,7 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
         if env is not None:
             rows += [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
     rows.append(_alignment(path))
+    rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
     if env is not None:
         rows.append(_replays(path, env, replays))
     return rows
@@ -147,16 +151,7 @@ def _frames(demos: list[h5py.Group], camera: str) -> dict:
 
 
 def _gripper_sign(demos: list[h5py.Group]) -> dict:
-    against = moving = 0
-    for demo in demos:
-        width = np.abs(demo["obs/gripper_states"][()]).sum(axis=1)
-        change = np.diff(width)[1:]
-        command = np.sign(demo["actions"][:, schema.GRIPPER_INDEX])
-        # how late the fingers follow depends on the alignment: a switch's own steps do not count
-        steady = (command[:-2] == command[1:-1]) & (command[1:-1] == command[2:])
-        fast = (np.abs(change) > 1e-3) & steady  # m in a step
-        moving += int(fast.sum())
-        against += int((np.sign(change[fast]) == command[1:-1][fast]).sum())
+    against, moving = finger_motion(demos)
     if not moving:
         return _row("gripper sign", "the fingers never move", "closing at +1", BAD)
     return _row("gripper sign", f"fingers move against the command in {against} of {moving} steps",
@@ -168,10 +163,11 @@ def _gripper_switches(demos: list[h5py.Group]) -> dict:
     values = np.unique(np.concatenate([demo["actions"][:, schema.GRIPPER_INDEX] for demo in demos]))
     switches = [int((np.diff(sign) != 0).sum()) for sign in signs]
     binary = set(values.tolist()) <= {schema.GRIPPER_OPEN, schema.GRIPPER_CLOSED}
+    found = "only -1 and +1" if binary else f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
     return _row("gripper switches",
-                f"{np.mean(switches):.1f} a demonstration (most {max(switches)}); "
-                f"{'only -1 and +1' if binary else f'{len(values)} different values'}",
-                "about 1 to 4, only -1 and +1", binary and 0 < np.mean(switches) <= 6, LOOK)
+                f"{np.mean(switches):.1f} per demonstration (most {max(switches)}); {found}",
+                "about 1 to 4, only -1 and +1",
+                (GOOD if np.mean(switches) <= 6 else LOOK) if binary and any(switches) else BAD)
 
 
 def _no_ops(demos: list[h5py.Group]) -> dict:
@@ -208,7 +204,7 @@ def _lengths(demos: list[h5py.Group], horizon: int) -> dict:
 def _alignment(path: str | Path) -> dict:
     name, evidence = measure_alignment(path)
     with open_demo_file(path) as file:
-        said = file[schema.DATA_GROUP].attrs.get(schema.ALIGNMENT_ATTR)
+        said = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR)
     how = {key: round(value, 2) for key, value in evidence.items() if isinstance(value, float)}
     return _row("alignment", f"{name} (measured: {how})",
                 f"{said}, as the file says" if said else "raw or shift",

@@ -56,6 +56,7 @@ DATA_GROUP = "data"
 DEMO_FILE_SUFFIX = "_demo.hdf5"
 DEMO_DATASETS = ("actions", "states", "robot_states", "rewards", "dones")
 EXECUTED_ACTIONS = "executed_actions"  # ours: what was sent while `actions` was the right answer
+COLLECTION_VERSION = 1  # of scripted demonstrations and scenes; raise it when they come out other
 ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none, and are "shift"
 ALIGNMENTS = ("raw", "shift")
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from tqdm.auto import tqdm
 
 from . import schema
 from .augment import resize_images
+from .preflight import free_memory
 from .validate import (
     DemoFileError,
     check_demo_file,
+    check_gripper,
     instruction_of,
     open_demo_file,
     resolve_alignment,
@@ -122,9 +123,10 @@ class FramesInMemory:
 class FramesOnDisk:
     """Frames read when they are needed, straight from the files' pages, and resized then.
 
-    An uncompressed, contiguous HDF5 data set is one run of bytes: the file is mapped, and a frame
-    is a slice of it. The operating system keeps what is used often and drops what is not. The
-    files must stay as they are. A copy in another process maps them anew.
+    An uncompressed, contiguous HDF5 data set is one run of bytes: the file that holds it, which a
+    link may lead to, is mapped, and a frame is a slice of it. The operating system keeps what is
+    used often and drops what is not. The files must stay as they are. A copy in another process
+    maps them anew.
 
     Raises :class:`DemoFileError` for frames that are not one run of bytes, or not all of one
     shape for a camera.
@@ -133,17 +135,15 @@ class FramesOnDisk:
     def __init__(self, files: Sequence[DemoFile], demos: Sequence[Demo], cameras: Sequence[str],
                  image_size: int):
         self.image_size, self.device = image_size, torch.device("cpu")
-        self.paths = [file.path for file in files]
+        self.paths: list[Path] = []
         count = demos[-1].end
-        self.file_of_step = np.empty(count, dtype=np.int64)
-        self.offsets = {camera: np.empty(count, dtype=np.int64) for camera in cameras}
+        self.places = {camera: np.empty((count, 2), dtype=np.int64) for camera in cameras}
         self.shapes: dict[str, tuple] = {}
-        for index, path in enumerate(self.paths):
-            with open_demo_file(path) as content:
+        for index, file in enumerate(files):
+            with open_demo_file(file.path) as content:
                 for demo in (demo for demo in demos if demo.file == index):
-                    self.file_of_step[demo.first:demo.end] = index
                     for camera in cameras:
-                        self._locate(path, demo, content[schema.DATA_GROUP][demo.name], camera)
+                        self._locate(file.path, demo, content[schema.DATA_GROUP][demo.name], camera)
         self._map()
 
     def _locate(self, path: Path, demo: Demo, group, camera: str) -> None:
@@ -157,8 +157,12 @@ class FramesOnDisk:
             raise DemoFileError(f"{path}: frames of {dataset.name} have shape {shape}; expected "
                                 f"{self.shapes[camera]}, that of the others, for storage='mmap'. "
                                 "Use storage='ram'")
+        holder = Path(dataset.file.filename).resolve()
+        if holder not in self.paths:
+            self.paths.append(holder)
         steps = np.arange(demo.end - demo.first)
-        self.offsets[camera][demo.first:demo.end] = offset + steps * math.prod(shape)
+        self.places[camera][demo.first:demo.end, 0] = self.paths.index(holder)
+        self.places[camera][demo.first:demo.end, 1] = offset + steps * math.prod(shape)
 
     def _map(self) -> None:
         # plain arrays over the mapping: slicing a memmap object takes several times as long
@@ -188,9 +192,7 @@ class FramesOnDisk:
         if out is None:
             out = torch.empty(len(steps), *shape, dtype=torch.uint8)
         frames = out.flatten(1).numpy()
-        places = zip(self.file_of_step[steps].tolist(), self.offsets[camera][steps].tolist(),
-                     strict=True)
-        for row, (file, offset) in enumerate(places):
+        for row, (file, offset) in enumerate(self.places[camera][steps].tolist()):
             frames[row] = self.maps[file][offset:offset + size]
         return out
 
@@ -218,6 +220,7 @@ def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
     opened = []
     for path in files:
         check_demo_file(path)
+        check_gripper(path)
         opened.append(DemoFile(path, resolve_alignment(path, alignment), source_of(path),
                                instruction_of(path)))
     return opened
@@ -236,7 +239,7 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
     images: dict[str, torch.Tensor] = {}
     if storage == "mmap":
         frames = FramesOnDisk(files, demos, cameras, image_size)
-        mapped = sum(file.path.stat().st_size for file in files)
+        mapped = sum(path.stat().st_size for path in frames.paths)
         print(f"frames need no memory of their own: {mapped / 2**20:,.1f} MiB of files are mapped")
     else:
         device = _device(storage)
@@ -271,8 +274,7 @@ def _device(storage: str) -> torch.device:
 
 def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
     """Print what the frames need; ``MemoryError`` when there is not that much."""
-    free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" \
-        else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" else free_memory()
     print(f"frames need {needed / 2**20:,.1f} MiB of {free / 2**20:,.1f} MiB free ({storage})")
     if needed > (1 - _KEPT_FREE) * free:
         raise MemoryError(
@@ -299,11 +301,11 @@ def _fill(steps: Steps, demo: Demo, group, images: dict[str, torch.Tensor]) -> N
     """Copy one demonstration, pairing obs[t] with actions[t] (raw) or actions[t+1] (shift)."""
     place, length = slice(demo.first, demo.end), demo.end - demo.first
     late = len(group["actions"]) - length
-    steps.actions[place] = torch.from_numpy(group["actions"][late:])
+    steps.actions[place] = torch.from_numpy(group["actions"][late:].astype(np.float32))
     steps.file_of_step[place] = demo.file
     steps.pushed_at[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
     parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
-    steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1))
+    steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
     for camera, stored in images.items():
         frames = torch.from_numpy(group["obs"][camera][:length])
         stored[place] = resize_frames(frames, stored.shape[1]).to(stored.device)
