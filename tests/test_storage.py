@@ -354,7 +354,7 @@ def test_a_gpu_that_is_not_there_is_refused(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="storage='gpu'.*no CUDA GPU.*Expected 'ram' or 'mmap'"):
         data_set(files, "gpu")
-    with pytest.raises(ValueError, match="storage='disk'.*ram, mmap, gpu"):
+    with pytest.raises(ValueError, match="storage='disk'.*'ram', 'mmap', 'gpu'"):
         data_set(files, "disk")
 
 
