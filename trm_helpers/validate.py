@@ -87,7 +87,7 @@ def _check_storage(group: h5py.Group, folders: set[Path], seen: set) -> None:
             item = group.get(name)
             if item is None:
                 raise DemoFileError(f"{where}: a link to {link.path}, which does not exist")
-            _linked_file(item.file.filename, group, folders, where)
+            _linked_file(os.path.abspath(item.file.filename), group, folders, where)
         if item.id in seen:
             continue
         seen.add(item.id)
@@ -119,7 +119,7 @@ def _check_dataset(dataset: h5py.Dataset, folders: set[Path], seen: set, where: 
                 raise DemoFileError(f"{where}: a virtual data set of {path}, {source.dset_name}, "
                                     f"of shape {getattr(found, 'shape', None)}; expected one that "
                                     "holds all that is mapped")
-            _linked_file(found.file.filename, dataset, folders, where)
+            _linked_file(os.path.abspath(found.file.filename), dataset, folders, where)
             if found.id not in seen:
                 seen.add(found.id)
                 _check_dataset(found, folders, seen, f"{path}, {source.dset_name}")
