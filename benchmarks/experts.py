@@ -11,14 +11,14 @@ they are the official init states 0, 1, ..., used to test the expert and never t
 import argparse
 import functools
 import sys
-from concurrent.futures import as_completed
 
 import numpy as np
 
 from trm_helpers import schema
 from trm_helpers.collect import Disturbance
 from trm_helpers.experts import Style, make_expert
-from trm_helpers.sim import LiberoEnv, load_task, worker_pool
+from trm_helpers.fanout import run_jobs
+from trm_helpers.sim import LiberoEnv, load_task
 from trm_helpers.stats import wilson_interval
 
 
@@ -62,10 +62,11 @@ def main() -> None:
     job = functools.partial(run_task, given.suite, given.episodes, given.init_states,
                             given.placement, given.disturb)
     rows = []
-    with worker_pool(given.workers) as pool:
-        for done in as_completed([pool.submit(job, task_id) for task_id in tasks]):
-            rows.append(done.result())
-            print(rows[-1], file=sys.stderr, flush=True)  # the failed episodes, to look into
+    for _, row, error in run_jobs(job, tasks, workers=given.workers, limit=0):
+        if error:
+            raise error
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)  # the failed episodes, to look into
     print("| task | instruction | successes | 95 % interval | mean steps |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row["task_id"]):
         low, high = wilson_interval(row["successes"], given.episodes)

@@ -78,7 +78,7 @@ def our_loop(run: Path, suite: str, task_id: int, init_states: list[int], worker
              folder: Path) -> list[tuple]:
     job = functools.partial(_play, TrainedPolicy(run, "best", ""), EvalConfig(num_videos=0), folder)
     episodes = [Episode(suite, task_id, init_state) for init_state in init_states]
-    rows = [row for _, row, _ in run_jobs(job, episodes, folder / "attempts", workers=workers)]
+    rows = [row for _, row, _ in run_jobs(job, episodes, workers=workers, keep=True)]
     return sorted((row["init_state"], row["success"], row["steps"]) for row in rows)
 
 

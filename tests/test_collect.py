@@ -1,18 +1,24 @@
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from demo_files import write_demo_file
 
 from trm_helpers import collect, paths, schema
 from trm_helpers.collect import _run_attempts, _successes, collect_demonstrations
 from trm_helpers.config import from_flat
+from trm_helpers.fanout import WorkerDied
 from trm_helpers.files import only_one
 from trm_helpers.quality import quality_card
 from trm_helpers.sim import LiberoEnv
@@ -26,25 +32,19 @@ class Bar:
         pass
 
 
-class LastFirst:
-    """Ends what is submitted in the opposite order, two at a time."""
-
-    def __init__(self):
-        self.waiting = []
-
-    def submit(self, function, number):
-        future = Future()
-        self.waiting.append((future, function, number))
-        if len(self.waiting) == 2:
-            for each, call, given in reversed(self.waiting):
-                each.set_result(call(given))
-            self.waiting.clear()
-        return future
+def last_first(job, items, *, workers):
+    """In place of ``run_jobs``: two at a time end in the opposite order."""
+    done = 0
+    while done < len(items):
+        two = items[done:done + 2]
+        done += len(two)
+        for item in reversed(two):
+            yield item, job(item), None
 
 
-def run_attempts(attempt, known, num_demos):
+def run_attempts(attempt, known, num_demos, workers=0):
     attempts = dict(known)
-    _run_attempts(LastFirst(), attempt, attempts, num_demos, 2, Bar(), "a task")
+    _run_attempts(attempt, attempts, num_demos, workers, Bar(), "a task")
     return attempts
 
 
@@ -54,7 +54,10 @@ def test_successes_count_only_up_to_the_first_open_attempt():
     assert _successes({1: part}) == []
 
 
-def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end():
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end(turned, monkeypatch):
+    if turned:
+        monkeypatch.setattr(collect, "run_jobs", last_first)
     made = []
 
     def attempt(number):
@@ -63,10 +66,14 @@ def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end():
 
     attempts = run_attempts(attempt, {}, 3)
     assert _successes(attempts)[:3] == [0, 3, 4]
+    assert sorted(made) == [0, 1, 2, 3, 4]  # none that the file has no place for
     made.clear()
     again = run_attempts(attempt, {0: Path("0"), 1: None}, 3)
     assert 0 not in made and 1 not in made  # what was finished is not done again
     assert _successes(again)[:3] == [0, 3, 4]
+    made.clear()
+    run_attempts(attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)  # cut off in between
+    assert sorted(made) == [1, 2, 3]
 
 
 def test_an_expert_that_cannot_do_it_is_given_up():
@@ -80,19 +87,153 @@ def test_no_demonstrations_are_not_collected(tmp_path, num_demos):
         collect_demonstrations("libero_object", 0, num_demos, tmp_path)
 
 
+# --- killed ---------------------------------------------------------------------------------------
+
+# attempts without a simulator: some of them die, hang or fail
+QUICK = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from trm_helpers import collect, schema
+
+def record(env, generator, disturb, placement):
+    values = generator.uniform(-1, 1, (5, 7))
+    seen = {**{key: np.ones(size) for key, size in schema.LOW_DIM.items()},
+            **{key: np.zeros((128, 128, 3), np.uint8) for key in schema.CAMERAS}}
+    return {"observations": [seen] * 5, "actions": values, "executed_actions": values,
+            "states": values, "model_file": "<mujoco/>"}
+
+def attempt(*given):
+    number, parts = given[-1], given[-2]
+    trouble = Path(os.environ["TROUBLE"])
+    first = not (trouble / str(number)).exists()
+    (trouble / str(number)).write_text(str(os.getpid()))
+    what = os.environ.get(f"ATTEMPT_{number}", "")
+    if what == "fails":
+        (parts / f"attempt_{number:05d}.failed").touch()
+        return None
+    if what == "dies" or what == "dies once" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "hangs once" and first:
+        time.sleep(600)
+    collect._worker_env, collect.record_demonstration = lambda *_: None, record
+    return real(*given)
+
+real = collect._attempt
+"""
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A function that collects without a simulator, and the folder where attempts leave marks."""
+    (tmp_path / "quick.py").write_text(QUICK)
+    (tmp_path / "trouble").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TROUBLE", str(tmp_path / "trouble"))
+    monkeypatch.setattr(collect, "_problem_name", lambda _: "problem")
+    for name in ("_worker_env", "record_demonstration"):
+        monkeypatch.setattr(collect, name, getattr(collect, name))  # put back afterwards
+    sys.modules.pop("quick", None)
+    import quick
+
+    def make(folder, workers, **troubles):
+        for number in range(9):
+            monkeypatch.setenv(f"ATTEMPT_{number}", troubles.get(f"attempt_{number}", ""))
+        return collect_demonstrations("libero_object", 0, 4, tmp_path / folder, workers=workers)
+
+    monkeypatch.setattr(collect, "_attempt", quick.attempt)
+    make.trouble = tmp_path / "trouble"
+    return make
+
+
+def test_a_killed_worker_costs_one_attempt_which_is_made_again(quick, monkeypatch):
+    straight = quick("straight", 0, attempt_2="fails").read_bytes()
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+
+    def kill():
+        while not (quick.trouble / "3").exists() or not (quick.trouble / "3").read_text():
+            time.sleep(0.05)
+        os.kill(int((quick.trouble / "3").read_text()), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    began = time.monotonic()
+    path = quick("killed", 2, attempt_1="dies once", attempt_2="fails", attempt_3="hangs once")
+    assert path.read_bytes() == straight and time.monotonic() - began < 60
+    with h5py.File(path) as file:
+        assert [demo.attrs["attempt"] for demo in file["data"].values()] == [0, 1, 3, 4]
+
+
+def test_an_attempt_that_always_kills_its_worker_is_an_error_and_the_others_are_kept(quick):
+    with pytest.raises(WorkerDied, match="killed by SIGKILL, as when memory runs out"):
+        quick("killed", 2, attempt_3="dies")
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    path = quick("killed", 2)
+    assert path.read_bytes() == quick("straight", 0).read_bytes()
+    assert len([mark for mark in quick.trouble.iterdir() if mark.name in "012"]) == 3
+
+
+def test_a_killed_parent_leaves_no_process_and_loses_no_attempt(quick, tmp_path, monkeypatch):
+    straight = quick("straight", 0).read_bytes()
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    script = tmp_path / "script.py"  # without a guard
+    script.write_text("import quick\nfrom trm_helpers import collect\n"
+                      "collect._attempt = quick.attempt\n"
+                      "collect._problem_name = lambda _: 'problem'\n"
+                      f"collect.collect_demonstrations('libero_object', 0, 4, "
+                      f"{str(tmp_path / 'killed')!r}, workers=2)\n")
+    monkeypatch.setenv("ATTEMPT_2", "hangs once")
+    parent = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "killed"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob(".*.parts/attempt_*.hdf5"))) < 3:  # all but the one that hangs
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert children
+    parent.kill()
+    parent.communicate()
+    _, left = psutil.wait_procs(children, timeout=5)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    assert quick("killed", 2).read_bytes() == straight
+    assert [mark.name for mark in quick.trouble.iterdir()] == ["2"]
+
+
+# --- the real simulator ---------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
-    """Two demonstrations really collected, by two processes."""
+    """Two demonstrations really collected, by two processes, one of which is killed at work."""
     folder = tmp_path_factory.mktemp("collected")
-    return collect_demonstrations("libero_object", 5, 2, folder, workers=2)
+    killed = []
+
+    def kill():
+        while not killed:
+            for child in psutil.Process().children():
+                if child.cpu_times().user > 6:  # it has built its environment, or is about to
+                    child.kill()
+                    killed.append(child)
+                    return
+            time.sleep(0.1)
+
+    threading.Thread(target=kill, daemon=True).start()
+    path = collect_demonstrations("libero_object", 5, 2, folder, workers=2)
+    assert killed
+    return path
 
 
-@pytest.mark.sim
 def visible(folder):
     """What is in it, but for the locks."""
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.sim
 def test_a_file_has_liberos_layout(collected):
     check_demo_file(collected)
     assert [path.name for path in visible(collected.parent)] == \
@@ -129,15 +270,6 @@ def test_a_file_has_liberos_layout(collected):
     assert measure_alignment(collected)[0] == "raw"
 
 
-def test_a_script_that_collects_at_its_top_ends_with_the_reason(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("from trm_helpers import collect_demonstrations\n"
-                      f"collect_demonstrations('libero_object', 0, 1, {str(tmp_path)!r})\n")
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    assert ended.returncode != 0
-    assert "expected the call below `if __name__ == '__main__':`" in ended.stderr
-
-
 @pytest.mark.sim
 def test_stored_actions_replay_to_the_stored_states_and_success(collected):
     with LiberoEnv("libero_object", 5) as env, h5py.File(collected) as file:
@@ -162,7 +294,6 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
         return attempt(*given)
 
     monkeypatch.setattr(collect, "_attempt", in_this_process)
-    monkeypatch.setattr(collect, "worker_pool", InThisProcess)
     before = collected.read_bytes()
     assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
     assert made == [] and collected.read_bytes() == before
@@ -178,14 +309,14 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(collect, "_write_demo", full)
-        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=1)
+        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=0)
     assert collected.read_bytes() == before
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(collect, "_assemble", full)
-        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=1)
+        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=0)
     assert collected.read_bytes() == before
     made.clear()
-    collect_demonstrations("libero_object", 5, 3, collected.parent, workers=1)
+    collect_demonstrations("libero_object", 5, 3, collected.parent, workers=0)
     assert made == []  # the attempt before the disk was full is kept
     with h5py.File(collected) as file:
         assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2"]
@@ -195,6 +326,7 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
     assert not list(collected.parent.glob(".*.parts"))
 
 
+@pytest.mark.sim
 def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch):
     """What is there already is given back at once: somebody may be extending the file for long."""
     task = collected.name.removesuffix("_demo.hdf5")
@@ -206,27 +338,6 @@ def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch)
             with pytest.raises(TimeoutError):
                 call.result(timeout=2)
         assert call.result(timeout=30) == collected
-
-
-class InThisProcess:
-    """In place of the pool of processes."""
-
-    def __init__(self, workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, number):
-        future = Future()
-        try:
-            future.set_result(function(number))
-        except OSError as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture

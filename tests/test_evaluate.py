@@ -10,6 +10,7 @@ import time
 
 import imageio.v3 as imageio
 import numpy as np
+import psutil
 import pytest
 from walking import CountingPolicy, StraightRoad
 
@@ -116,6 +117,25 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     assert evaluate_run(run, config)["episodes"] == 3 and played == [0, 1, 1, 2]
     evaluate_run(run, config)
     assert played == [0, 1, 1, 2]
+
+
+def test_others_play_the_same_run_meanwhile(run, monkeypatch):
+    """As a training with rollouts does while its run is evaluated."""
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=0)
+    play, selected = evaluate.run_episode, []
+
+    def at_once(*given, **drawn):
+        if not selected:
+            selected.append(None)
+            selected.append(evaluate.selection_success(run, evaluate.load_config(run), 2))
+        return play(*given, **drawn)
+
+    monkeypatch.setattr(evaluate, "run_episode", at_once)
+    before = set(run.iterdir())
+    results = evaluate_run(run, config)
+    assert results["episodes"] == 2 == selected[1]["episodes"] and not results["errors"]
+    assert {path.name for path in set(run.iterdir()) - before} == {
+        "episodes.jsonl", "results.json", ".evaluation.lock"}
 
 
 def test_the_protocol_decides_and_is_named(run):
@@ -651,9 +671,7 @@ def test_a_killed_worker_and_a_killed_parent_lose_no_episode_and_double_none(tmp
     command = [sys.executable, script, tmp_path / "run", "8"]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE)
     wait_for_rows(parent, ledger, 1)
-    found = subprocess.run(["pgrep", "--parent", str(parent.pid), "-f", "loky.backend.popen"],
-                           capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    psutil.Process(parent.pid).children()[0].kill()
     wait_for_rows(parent, ledger, 4)
     parent.kill()
     parent.communicate()

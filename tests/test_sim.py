@@ -1,18 +1,12 @@
 """The real simulator: what an observation is, and the order of an episode."""
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import time
 from importlib import metadata
 
 import numpy as np
 import pytest
 
 from trm_helpers import schema, sim
-from trm_helpers.sim import LiberoEnv, load_init_states, load_task, worker_pool
+from trm_helpers.sim import LiberoEnv, load_init_states, load_task
 
 SUITE, TASK = "libero_object", 0
 MOVES = np.random.default_rng(0).uniform(-1, 1, (12, 7))
@@ -184,58 +178,6 @@ def test_a_seed_gives_one_placement_however_many_resets_came_before():
         env.reset(seed=5)
         np.testing.assert_array_equal(env.state(), first[0])
         assert env.model_xml() == first[1]  # fixtures are placed in the model
-
-
-def test_workers_end_with_their_parent():
-    program = ("import os, time\n"
-               "from trm_helpers.sim import worker_pool\n"
-               "if __name__ == '__main__':\n"
-               "    with worker_pool(1) as pool:\n"
-               "        print(pool.submit(os.getpid).result(), flush=True)\n"
-               "        pool.submit(time.sleep, 60).result()\n")
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())
-    parent.kill()
-    end = time.monotonic() + 10
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < end:
-            os.kill(worker, 0)
-            time.sleep(0.1)
-        pytest.fail("the worker outlived its parent")
-
-
-def test_worker_errors_reach_the_caller():
-    with worker_pool(1) as pool, pytest.raises(ZeroDivisionError):
-        pool.submit(divmod, 1, 0).result()
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupt_ends_busy_and_idle_workers_and_the_parent(workers):
-    """As Ctrl-C in a terminal: the signal goes to every process of the group.
-
-    The busy one swallows the exception, as code under it does.
-    """
-    busy = "import time\nwhile True:\n try: time.sleep(60)\n except BaseException: pass"
-    program = ("import signal, time\n"
-               "from trm_helpers.sim import worker_pool\n"
-               "if __name__ == '__main__':\n"  # a shell that runs the tests with & ignores SIGINT
-               "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-               f"    with worker_pool({workers}) as pool:\n"
-               "        for job in [pool.submit(time.sleep, 0) for _ in range(8)]:\n"
-               "            job.result()\n"
-               "        print('ready', flush=True)\n"
-               f"        pool.submit(exec, {busy!r}).result()\n")
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert parent.stdout.readline() == "ready\n"
-    time.sleep(1)
-    os.killpg(parent.pid, signal.SIGINT)
-    try:
-        _, errors = parent.communicate(timeout=20)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(parent.pid, signal.SIGKILL)
-    assert parent.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_points_are_projected_to_where_they_are_seen(env):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import h5py
@@ -20,8 +18,9 @@ from tqdm.auto import tqdm
 from . import paths, schema
 from .config import Config
 from .experts import Style, make_expert
+from .fanout import run_jobs
 from .files import only_one, read_json, replacing
-from .sim import LiberoEnv, load_task, worker_pool
+from .sim import LiberoEnv, load_task
 from .validate import (
     COLLECTION_ATTR,
     VERSION_ATTR,
@@ -91,16 +90,18 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     Args:
         num_demos: successful demonstrations in the file.
         seed: of the placements, the demonstrator's style and the disturbances.
-        workers: simulator processes; ``None`` takes one per CPU core, at most 8.
+        workers: simulator processes; ``None`` takes one per CPU core, at most 8, and 0 works in
+            this process.
         disturb: push the arm about (see :class:`Disturbance`).
         placement: of the objects: ``benchmark`` or ``wide``, see :meth:`sim.LiberoEnv.reset`.
 
     Raises:
         ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a file made with other
             settings stands in the way.
-        RuntimeError: the expert fails too often on this task; a script calls this at its top, which
-            the processes it starts would do again.
+        RuntimeError: the expert fails too often on this task.
         OSError: the disk is full; what is complete stays.
+        TimeoutError, WorkerDied: an attempt took longer than 15 minutes or lost its process, and
+            again when it was repeated.
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
@@ -114,10 +115,6 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
                 "observations": "what env.step returned", **schema.PINNED}
     if _complete(path, settings, num_demos):  # no waiting for who extends it
         return path
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for ever
-        raise RuntimeError("collect_demonstrations was called while a process that it had started "
-                           "imported the script; expected the call below "
-                           "`if __name__ == '__main__':`")
     with only_one(path.parent, lock=f".{task.name}.lock"):  # a second call waits, and finds it done
         return _collect(path, task, settings, num_demos, workers)
 
@@ -139,12 +136,11 @@ def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | No
         return path
     attempts = _known_attempts(path, parts)
     parts.mkdir(parents=True, exist_ok=True)
-    workers = min(workers or min(os.cpu_count() or 1, 8), num_demos)
     attempt = functools.partial(_attempt, suite, task_id, seed, disturb, placement, parts)
     bar = tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
                initial=min(len(_successes(attempts)), num_demos))
-    with bar, worker_pool(workers) as pool:
-        _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task.name)
+    with bar:
+        _run_attempts(attempt, attempts, num_demos, workers, bar, task.name)
     with replacing(path) as temporary:
         _assemble(temporary, task, settings, attempts, num_demos)
         check_demo_file(temporary)
@@ -234,28 +230,33 @@ def _successes(attempts: dict[int, Path | None]) -> list[int]:
     return [number for number in range(done) if attempts[number] is not None]
 
 
-def _run_attempts(pool, attempt, attempts, num_demos, workers, bar, task_name) -> None:
+def _run_attempts(attempt, attempts, num_demos, workers, bar, task_name) -> None:
     """Make attempts until the first ``num_demos`` successes are known, in any order of ending."""
-    running: dict[Future, int] = {}
-    while len(_successes(attempts)) < num_demos:
-        missing = num_demos - len(_successes(attempts))
-        candidates = (n for n in range(len(attempts) + len(running) + missing + workers)
-                      if n not in attempts and n not in running.values())
-        for number in candidates:
-            if len(running) >= workers:
-                break
-            running[pool.submit(attempt, number)] = number
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            attempts[running.pop(future)] = future.result()
+    numbers = _missing(attempts, num_demos)
+    if workers is None:
+        workers = min(os.cpu_count() or 1, 8)
+    for number, part, error in run_jobs(attempt, numbers, workers=min(workers, num_demos)):
+        if error:
+            raise error
+        attempts[number] = part
+        numbers += [n for n in _missing(attempts, num_demos) if n not in numbers]
         bar.n = min(len(_successes(attempts)), num_demos)
         bar.refresh()
         failures = sum(part is None for part in attempts.values())
         if failures >= _MAX_FAILURES and failures > len(attempts) / 2:
             raise RuntimeError(f"the scripted expert failed {failures} of {len(attempts)} attempts "
                                f"at {task_name}; it cannot demonstrate this task")
-    for future in running:
-        future.cancel()
+
+
+def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
+    """The attempts to make, should each of them succeed."""
+    missing, number, found = [], 0, 0
+    while found < num_demos:
+        if number not in attempts:
+            missing.append(number)
+        found += attempts.get(number, Path()) is not None
+        number += 1
+    return missing
 
 
 @functools.cache

@@ -241,7 +241,7 @@ class EvalConfig:
     num_videos: int = 3  # episodes per task filmed
     bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
     eval_workers: int = local(1)  # simulator processes
-    cluster: str = local("")  # address of a Dask scheduler or a Ray cluster that plays the episodes
+    cluster: str = local("")  # address of a Dask scheduler whose workers play the episodes
     episode_limit: float = local(900.0)  # seconds after which a worker's episode is taken for hung
 
     def __post_init__(self):

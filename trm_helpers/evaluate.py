@@ -464,10 +464,12 @@ def _write_grids(folder: Path, rows: list[dict], anew: bool) -> None:
 def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]):
     """``(episode, row, error)`` of each, as they end."""
     job = functools.partial(_play, source, config, folder)
-    workers = min(config.eval_workers, max(len(episodes), 1))
+    # a simulator of its own costs more to start than to have in this process
+    workers = 0 if config.eval_workers == 1 else min(config.eval_workers, len(episodes))
     try:
-        yield from run_jobs(job, episodes, folder / ".attempts", workers=workers,
-                            cluster=config.cluster, limit=config.episode_limit)
+        for episode, row, error in run_jobs(job, episodes, workers=workers, keep=True,
+                                            cluster=config.cluster, limit=config.episode_limit):
+            yield episode, row, f"{type(error).__name__}: {error}" if error else ""
     finally:  # in this process nobody plays on; a worker's simulator ends with it
         _POLICIES.clear()
         _worker_env.cache_clear()

@@ -14,7 +14,6 @@ import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,12 @@ from tqdm.auto import tqdm
 from . import paths, schema
 from .augment import augment_images, resize_images
 from .config import Config
+from .fanout import run_jobs
 from .files import only_one, replacing, write_json
 from .language import embed_instruction
 from .layers import Locator
 from .model import task_dim
-from .sim import LiberoEnv, load_task, worker_pool
+from .sim import LiberoEnv, load_task
 from .validate import DemoFileError, open_demo_file
 
 HAND = "hand"  # the point between the fingers, a thing like the others
@@ -55,7 +55,8 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
     Args:
         demos: names of demonstrations in each file.
         per_demo: n, scenes around each of them.
-        workers: simulator processes; ``None`` takes one per CPU core, at most 8.
+        workers: simulator processes; ``None`` takes one per CPU core, at most 8, and 0 works in
+            this process.
     """
     folder = paths.data_dir() / "scenes" / suite / load_task(suite, task_id).name
     jobs = {}
@@ -79,11 +80,13 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
             bar = tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
                        unit="scene")
             draw = functools.partial(_draw, suite, task_id, per_demo)
-            workers = min(workers or min(os.cpu_count() or 1, 8), len(missing))
-            with bar, worker_pool(workers) as pool:
-                for future in as_completed([pool.submit(draw, path, *job)
-                                            for path, job in missing.items()]):
-                    future.result()
+            if workers is None:
+                workers = min(os.cpu_count() or 1, 8)
+            with bar:
+                for _, _, error in run_jobs(draw, list(missing.items()),
+                                            workers=min(workers, len(missing))):
+                    if error:
+                        raise error
                     bar.update(per_demo)
     return list(jobs)
 
@@ -100,10 +103,10 @@ def _worker_env(suite: str, task_id: int) -> LiberoEnv:
     return env
 
 
-def _draw(suite: str, task_id: int, count: int, path: Path, file: str, name: str,
-          seed: int) -> None:
+def _draw(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, str, int]]) -> None:
     from .placement import place_widely
 
+    path, (file, name, seed) = job
     env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
     objects, goal = sorted(env.raw.obj_body_id), env.goal_things()
 

@@ -5,12 +5,13 @@ papermill only warns about a parameter that the notebook does not have; here it 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from . import paths
 from .config import PRESETS, Config, Parameters, check_parameters, from_flat, settings_by_part
-from .fanout import belong_to
+from .fanout import start_process
 from .files import read_json, replacing, write_json
 from .schema import did_you_mean
 
@@ -81,7 +82,7 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     output = Path(output).resolve()
     failed = output.with_suffix(".failed.ipynb")
     with replacing(output) as temporary:
-        if _in_own_process(stop, source, temporary, parameters, environment, log) != 0:
+        if _in_own_process(stop, log, environment, source, temporary, parameters) != 0:
             if not temporary.exists():
                 raise RuntimeError(f"{source.name} did not start; see "
                                    f"{log or 'the messages above'}")
@@ -166,32 +167,27 @@ def _configuration(parameters: Mapping) -> Config:
     return from_flat(**{"preset": Parameters.preset, **given})
 
 
-def _in_own_process(stop: threading.Event | None, *args) -> int:
-    process = multiprocessing.get_context("spawn").Process(
-        target=_execute, args=(os.getpid(), *args))
-    process.start()
+def _in_own_process(stop: threading.Event | None, log: str | os.PathLike | None,
+                    environment: Mapping[str, str] | None, *args) -> int:
+    with open(log, "wb") if log else contextlib.nullcontext() as output:
+        process, connection = start_process(_execute, *args, environment=environment,
+                                            output=output)
     try:
-        while process.exitcode is None:  # with threads, another one may have asked the system first
-            process.join(_LOOK_EVERY if stop else None)
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK_EVERY if stop else None)
             if stop and stop.is_set():
                 raise KeyboardInterrupt
     finally:
-        if process.is_alive():  # interrupted: let the kernel end with it
-            process.terminate()
-            process.join()
-    return process.exitcode
+        process.terminate()  # interrupted: let the kernel end with it
+        process.wait()
+        connection.close()
+    return process.returncode
 
 
-def _execute(parent: int, source: Path, output: Path, parameters: dict,
-             environment: Mapping[str, str] | None, log: str | os.PathLike | None) -> None:
+def _execute(_, source: Path, output: Path, parameters: dict) -> None:
     """The child process: exit code 1 for a failed cell, whose traceback is in ``output``."""
-    belong_to(parent)  # and the kernel belongs to this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if log:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-    os.environ.update(environment or {})
     # absolute: the kernel works in the notebook's folder
     os.environ["TRM_DATA_DIR"] = str(paths.data_dir())
     os.environ["TRM_ARTIFACTS_DIR"] = str(paths.artifacts_dir())

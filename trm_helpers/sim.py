@@ -10,16 +10,11 @@ import contextlib
 import functools
 import io
 import logging
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -443,40 +438,6 @@ class LiberoEnv:
         setup = raw._setup_observables
         raw._setup_observables = lambda: make_lazy(setup())
         make_lazy(raw._observables)
-
-
-@contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for simulators: spawned, as a forked OpenGL context is not usable.
-
-    One thread each, since the processes share the cores. On an error or an interrupt the workers
-    end at once, whatever they are at; and with their parent, however that ends.
-    """
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker,
-                               initargs=(stop,))
-    try:
-        yield pool
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin_worker(stop) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    # Ctrl-C reaches every process of the terminal; a worker that died of it while it held the
-    # lock of the job queue would leave the others, and so the parent, waiting for ever
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_after(wait) -> None:
-        wait()
-        os._exit(1)
-
-    for wait in (stop.wait, multiprocessing.parent_process().join):
-        threading.Thread(target=end_after, args=(wait,), daemon=True).start()
 
 
 def _close(env) -> None:
