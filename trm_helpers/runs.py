@@ -75,6 +75,7 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     known = notebook_parameters(source)
     _refuse_unknown(parameters or {}, {source: known})
     parameters, folder = _checked(parameters or {}, known)
+    # absolute: the kernel works in the notebook's folder
     environment = {"TRM_ARTIFACTS_DIR": str(paths.artifacts_dir()),
                    "TRM_DATA_DIR": str(paths.data_dir()), **(environment or {})}
     if output is None:
@@ -188,9 +189,6 @@ def _in_own_process(stop: threading.Event | None, log: str | os.PathLike | None,
 def _execute(_, source: Path, output: Path, parameters: dict) -> None:
     """The child process: exit code 1 for a failed cell, whose traceback is in ``output``."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    # absolute: the kernel works in the notebook's folder
-    os.environ["TRM_DATA_DIR"] = str(paths.data_dir())
-    os.environ["TRM_ARTIFACTS_DIR"] = str(paths.artifacts_dir())
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # before a python3 kernel in the user's home
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # each refresh is stored in the executed copy
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm: text is wanted
