@@ -139,6 +139,14 @@ def test_shift_moves_whole_pixels_and_repeats_the_edge():
     assert torch.allclose(out[..., 1], columns[:, None, :].expand(-1, size, -1), atol=1e-3)
 
 
+@pytest.mark.parametrize(("size", "furthest"), [(8, 1), (24, 2), (64, 4), (84, 5), (128, 8)])
+def test_a_shift_goes_as_far_as_a_sixteenth_of_the_side(size, furthest):
+    image = torch.zeros(400, size, 1, 3)
+    image[:, size // 2] = 0.5
+    row = augment_images(image, "shift", seeded())[:, :, 0, 0].argmax(1) - size // 2
+    assert (row.min(), row.max()) == (-furthest, furthest)
+
+
 def test_cutout_covers_a_rectangle_of_half_of_the_samples_with_one_colour():
     size, count = 32, 2000
     images = 0.5 * gradient(count, size)

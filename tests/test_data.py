@@ -10,7 +10,7 @@ import torch
 from demo_files import action_at, grey_at, write_demo_file
 
 from trm_helpers import schema
-from trm_helpers.augment import resize_images
+from trm_helpers.augment import augment_images, resize_images
 from trm_helpers.config import from_flat
 from trm_helpers.data import LIBERODataset, split_demonstrations
 from trm_helpers.files import digest
@@ -146,7 +146,8 @@ def test_held_out_is_what_a_policy_was_not_trained_on_in_its_own_normalisation(t
 
 
 # --- split ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("count", "train"), [(50, 40), (10, 8), (5, 4), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("count", "train"), [
+    (50, 40), (12, 10), (10, 8), (9, 7), (7, 6), (5, 4), (4, 3), (3, 2), (2, 1)])  # to the nearest
 def test_split_is_80_to_20_and_disjoint(count, train):
     names = [f"demo_{i}" for i in range(count)]
     first, second = split_demonstrations(names, "soup_demo.hdf5")
@@ -490,6 +491,70 @@ def test_augmentation_changes_images_alone_and_cameras_apart(path):
     assert factors["agentview_rgb"].unique().numel() > 16
     ratio = torch.stack(list(factors.values()))
     assert abs(torch.corrcoef(ratio)[0, 1]) < 0.4
+
+
+def brightness(batch, reference):
+    """By how much each sample's frames were brightened; agent-view frames are one grey."""
+    return [(images / reference["observations"][camera][..., :1, :1, :]).flatten(1).mean(1)
+            for camera, images in batch["observations"].items() if camera == "agentview_rgb"][0]
+
+
+def test_each_batch_each_process_and_each_epoch_draws_its_own_augmentation(tmp_path):
+    """All samples are alike, so that draws that are the same would show."""
+    path = write_demo_file(tmp_path / "grey_demo.hdf5", (64, 64), image_size=8,
+                           agentview_rgb=lambda values, demo: np.full_like(values, 100))
+    data = plain(path, augmentation="brightness")
+    reference = plain(path).batch([0])
+
+    def draws(seed=0, epoch=0, part=(0, 1), size=32):
+        return [brightness(batch, reference)
+                for batch in data.batches(size, seed, epoch, shuffle=False, part=part)]
+
+    epoch = draws()
+    others = [*epoch[1:], draws(epoch=1)[0], draws(seed=1)[0], draws(seed=0, epoch=2)[0]]
+    for index, other in enumerate(others):
+        assert not torch.allclose(epoch[0], other), index
+        assert all(not torch.allclose(other, later) for later in others[index + 1:])
+    first, second = draws(part=(0, 2), size=64), draws(part=(1, 2), size=64)
+    assert len(first[0]) == len(second[0]) == 32
+    assert not torch.allclose(first[0], second[0]) and not torch.allclose(first[1], second[1])
+
+
+def test_cameras_keep_their_order_and_draw_in_it(path):
+    for cameras in (BOTH, BOTH[::-1]):
+        data = plain(path, cameras=cameras, augmentation="shift")
+        assert data.cameras == cameras
+        batch = data.batch([3, 8], torch.Generator().manual_seed(5))
+        assert tuple(batch["observations"]) == cameras
+        generator = torch.Generator().manual_seed(5)
+        frames = plain(path, cameras=cameras).batch([3, 8])["observations"]
+        for camera in cameras:
+            expected = augment_images(frames[camera], "shift", generator)
+            assert torch.equal(batch["observations"][camera], expected)
+
+
+@pytest.mark.parametrize("augmentation", ["reference", "shift", "cutout"])
+def test_a_still_camera_keeps_every_pixel_in_its_place(tmp_path, augmentation):
+    """With keypoints a place in its frame means a place; the other camera is moved."""
+    def ramp(values, demo):
+        rows = np.arange(values.shape[1], dtype=np.uint8)[:, None]
+        return np.broadcast_to((3 * rows + rows.T + 60)[..., None], values.shape)
+
+    path = write_demo_file(tmp_path / "a_demo.hdf5", (5, 7, 6), image_size=36, agentview_rgb=ramp,
+                           eye_in_hand_rgb=ramp)
+    settings = dict(task_ids=[0], augmentation=augmentation, image_size=36, cameras=BOTH)
+    train, _ = LIBERODataset.from_config({0: path}, from_flat("tiny", scenes=2, **settings))
+    moved, _ = LIBERODataset.from_config({0: path}, from_flat("tiny", **settings))
+    reference = train.batch([0], as_bytes=True)["observations"]
+
+    def spread(data, camera):
+        """Of the brightness within a frame; 0 where all pixels are where they were."""
+        seen = data.batch([0] * 32, torch.Generator().manual_seed(0))["observations"][camera]
+        factor = seen / (reference[camera].float() / 255)
+        return factor.flatten(1).std(1).max()
+
+    assert spread(train, "agentview_rgb") < 1e-4 < 0.01 < spread(train, "eye_in_hand_rgb")
+    assert spread(moved, "agentview_rgb") > 0.01
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -150,6 +150,22 @@ def test_teaching_again_gives_the_same_weights(taught):
 
 
 # --- scenes as files, and a run --------------------------------------------------------------
+def test_places_are_those_of_the_stored_frame_upside_down():
+    """Pixel centres of a 128 x 128 picture, as a person sees it; the last one is outside of it."""
+    class Camera:
+        image_size = 128
+
+        def project(self, positions, camera):
+            assert camera == schema.STILL_CAMERA
+            return positions[:, :2].copy()
+
+    pixels = np.array([[0.0, 0.0, 9], [31.5, 95.5, 9], [63.5, 10.5, 9], [20.0, 130.0, 9]])
+    places = locate._places(Camera(), pixels)
+    half = 0.5 / 128
+    np.testing.assert_allclose(places, [[half, 1 - half], [0.25, 0.25], [0.5, 1 - 11 / 128],
+                                        [NAN, NAN]])
+
+
 def write_scenes(path, frames, places, things=("red", "green")):
     np.savez(path, frames=frames, places=places, things=np.array(things))
     return path

@@ -538,6 +538,45 @@ def test_joints_off_the_path_are_no_evidence(tmp_path):
     assert (name, evidence["method"]) == ("raw", "delay")
 
 
+def on_the_way(fraction, noise=0.0):
+    """Joint angles that lie this share of a step after the state, on a straight path."""
+    def change(values, demo):
+        steps = np.arange(len(values))[:, None] + fraction
+        wobble = noise * (-1.0) ** np.arange(len(values))[:, None]
+        return 0.05 * np.arange(1, 8) * (steps + wobble)
+    return change
+
+
+def straight(values, demo):
+    values = values.copy()
+    values[:, 1:8] = on_the_way(0)(values, demo)
+    return values
+
+
+@pytest.mark.parametrize(("fraction", "noise", "expected"), [
+    (-1.0, 0, "raw"), (-0.9, 0, "raw"), (0.01, 0, "raw"), (0.03, 0, "shift"), (0.9, 0, "shift"),
+    (1.01, 0, "shift"), (1.1, 0, None), (-1.1, 0, None),  # further than one step: no observation
+    (0.5, 0.4, "shift"), (0.5, 0.5, None),  # unexplained: 0.16 and 0.25 of the motion
+])
+def test_where_the_joints_lie_decides_within_limits(tmp_path, fraction, noise, expected):
+    path = small(tmp_path / "soup_demo.hdf5", LONG, None, states=straight,
+                 joint_states=on_the_way(fraction, noise))
+    name, evidence = measure_alignment(path)
+    assert evidence["fraction"] == pytest.approx(fraction, abs=0.02)
+    assert evidence["residual"] == pytest.approx(noise**2, abs=0.02)
+    assert evidence["method"] == ("joints" if expected else "delay")
+    assert expected in (None, name)
+
+
+@pytest.mark.parametrize(("delay", "expected"), [
+    (-0.4, "shift"), (0.49, "shift"), (0.51, "unknown"), (0.79, "unknown"), (0.81, "raw"),
+    (1.4, "raw"), (None, "unknown")])
+def test_a_delay_near_the_middle_decides_nothing(tmp_path, monkeypatch, delay, expected):
+    monkeypatch.setattr(validate, "_action_delay", lambda demos: delay)
+    path = small(tmp_path / "soup_demo.hdf5", LONG, None, states=None)
+    assert measure_alignment(path)[0] == expected
+
+
 def still(values, demo):
     return np.zeros_like(values)
 
