@@ -297,6 +297,28 @@ def test_films_that_were_removed_are_left_out(run, capsys):
     assert len(list((run / "videos").rglob("*.mp4"))) == 4
 
 
+@pytest.mark.parametrize("piece", [
+    "videos", "results.json", "episodes.jsonl", "metrics.jsonl", "last.safetensors", "robustness",
+    "training_state.pt", "figures", "robustness.json", "bounds", ".evaluation.lock"])
+def test_a_missing_piece_of_a_run_costs_no_results(bounded, piece):
+    config = EvalConfig(num_episodes=2, horizon=4, num_videos=2, bound_episodes=1)
+    first = evaluate_run(bounded, config)
+    baselines.evaluate_bounds(bounded, config)
+    robustness_card(bounded, EvalConfig(num_episodes=2, num_videos=0), only=["swap"])
+    gone = bounded / piece
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert evaluate_run(bounded, config)["successes"] == first["successes"] == 2
+    assert baselines.evaluate_bounds(bounded, config)["replay"]["successes"] == 1
+    assert "2 of 2 episodes" in write_report(bounded).read_text()
+
+
+@pytest.mark.parametrize("line", ['{"suite": "libero_object"}', "[1]", "7"])
+def test_a_line_that_is_no_episode_is_named(run, line):
+    (run / "episodes.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="episodes.jsonl, line 1 is no episode; expected suite, t"):
+        evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))
+
+
 @pytest.mark.parametrize("where", ["absolute", "dots", "link", "folder", "number"])
 def test_a_film_outside_of_the_run_is_not_shown(run, tmp_path, capsys, where):
     config = EvalConfig(num_episodes=2, horizon=4, num_videos=2)

@@ -32,15 +32,18 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
            "wilson_low": 0.31, "wilson_high": 0.83, "gap": -0.3, "p_value": 0.25, "errors": 0}
     black = {"title": "wrist camera black", "reason": "it has none"}
     write_json(trained / "robustness.json",
-               {"num_episodes": 10, "rows": [row], "not_used": [black], "failed": []})
+               {"suite": "libero_object", "task_ids": [0, 3], "num_episodes": 10, "rows": [row],
+                "not_used": [black], "failed": []})
     write_json(trained / "explain.json", {"sentences": ["The recursion has converged."]})
     write_json(trained / "search" / "trials.json", [
         {"trial": f"lr{lr:g}", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
         for lr in (1e-3, 1e-4)])
     (trained / "search" / "best.yaml").write_text("lr: 0.001\n")
-    for name in ("figures/06_success.png", "videos/success/a.mp4", "videos/all.mp4"):
+    for name in ("figures/06_success.png", "videos/success/a.mp4", "videos/all.mp4",
+                 "videos/.all.mp4.7.part.mp4", "../outside.mp4"):
         (trained / name).parent.mkdir(parents=True, exist_ok=True)
         (trained / name).touch()
+    (trained / "videos" / "link.mp4").symlink_to(trained.parent / "outside.mp4")
     assert main(["report", trained.name]) == 0
     assert capsys.readouterr().out.strip() == str(trained / "report.md")
     text = (trained / "report.md").read_text()
@@ -55,8 +58,26 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
         "Best of 2 configurations:\n\n```yaml\nlr: 0.001\n```",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
         "![06_success.png](figures/06_success.png)",
+        "libero_object, task 0, 3: 10 episodes of each per row. Perturbed episodes begin in",
     ):
         assert expected in text
+    assert text.count(".mp4](") == 2  # neither a link out of the folder nor half of a film
+
+
+def test_a_piece_that_cannot_be_read_costs_no_other(trained, tmp_path):
+    write_json(trained / "results.json", results(9))
+    (trained / "robustness.json").write_text('{"rows": [')
+    (trained / "depth.json").write_text("[]")
+    (trained / "search").mkdir()
+    write_json(trained / "search" / "trials.json", [{"trial": "a", "state": "failed"}])
+    (tmp_path / "secret").write_text("nobody's business")
+    (trained / "search" / "best.yaml").symlink_to(tmp_path / "secret")
+    text = write_report(trained).read_text()
+    assert "9 of 10 episodes" in text and "2 epochs in" in text and "| lr | " in text
+    for name in ("Robustness", "Depth"):
+        assert f"## {name}\n\nCould not be read: ValueError: {trained / name.lower()}.json" in text
+    assert "nobody's business" not in text
+
 
 
 def test_errors_are_told_apart(trained):

@@ -301,7 +301,10 @@ class Evaluation(NamedTuple):
     def finished(self) -> dict[Episode, dict]:
         """The rows of what was played; ``ValueError`` as in :meth:`checked`."""
         played = {}
-        for row in read_jsonl(self.ledger):
+        for number, row in enumerate(read_jsonl(self.ledger), start=1):
+            if not isinstance(row, dict) or not set(Episode._fields[:4]) <= set(row):
+                raise ValueError(f"{self.ledger}, line {number} is no episode; expected "
+                                 f"{', '.join(Episode._fields[:4])} in it")
             row = {"perturbation": "none", **row}  # older rows do not say so
             different = [f"{key}: {row.get(key)!r} there, {value!r} now"
                          for key, value in self.conditions.items() if row.get(key) != value]

@@ -9,7 +9,7 @@ from .checkpoint import find_run, load_config
 from .depth import depth_rows
 from .evaluate import stale
 from .files import inside, read_json, read_jsonl, replacing
-from .robustness import card_notes, card_rows
+from .robustness import card_notes, card_rows, tasks_in_short
 from .search import verdict
 from .stats import comparison_rows, format_success
 
@@ -77,7 +77,7 @@ def _robustness(run: Path) -> Iterable[str]:
     if card:
         yield "## When something changes"
         yield from _marked(run, card)
-        yield (f"{card['num_episodes']} episodes of each task per row. Perturbed episodes begin in "
+        yield (f"{tasks_in_short(card)} per row. Perturbed episodes begin in "
                "the init states of the plain ones, those of LIBERO-PRO's suites in others.")
         yield _table(card_rows(card))
         yield "\n".join(f"- {note}" for note in card_notes(card))
@@ -88,7 +88,7 @@ def _depth(run: Path) -> Iterable[str]:
     if card:
         yield "## When it thinks longer or shorter"
         yield from _marked(run, card)
-        yield f"{card['num_episodes']} episodes of each task per row, from the same init states."
+        yield f"{tasks_in_short(card)} per row, from the same init states."
         yield _table(depth_rows(card))
 
 
@@ -113,8 +113,8 @@ def _inside(run: Path) -> Iterable[str]:
 
 
 def _search(run: Path) -> Iterable[str]:
-    best, trials = run / "search" / "best.yaml", _read(run / "search" / "trials.json", list)
-    if best.exists() and trials:
+    best, trials = inside(run, "search/best.yaml"), _read(run / "search" / "trials.json", list)
+    if best and trials:
         yield "## Search"
         yield f"{verdict(trials)} Best of {len(trials)} configurations:"
         yield f"```yaml\n{best.read_text().strip()}\n```"
