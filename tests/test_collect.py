@@ -428,6 +428,21 @@ def test_a_given_folder_without_human_demonstrations_is_refused(tmp_path, made):
     assert f"{scripted} (scripted, not human)" in str(error.value)
 
 
+def test_a_run_on_scripted_demonstrations_keeps_to_them(tmp_path, made):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = from_flat("demo", suite="libero_spatial", task_ids=(3,))
+    attached = human(tmp_path / "kaggle", 3)
+    for source, expected in {"scripted": [3], "human": []}.items():
+        (run / "config.json").write_text(json.dumps(config.to_dict()))
+        (run / "policy.json").write_text(json.dumps({"trained_on": {"files": [
+            {"file": "x", "source": source}]}}))
+        made.clear()
+        files = collect.demonstrations_of(run, config)
+        assert [row[1] for row in made] == expected
+        assert (files == {3: attached}) == (source == "human")
+
+
 def test_demonstrations_of_another_version_of_the_code_are_used_and_named(tmp_path, made, capsys):
     given = tmp_path / "given"
     path = human(given, 3, collection={"by": "a test"})

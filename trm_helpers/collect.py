@@ -191,7 +191,7 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
 
 
 def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
-    """:func:`ensure_demonstrations` of a trained run.
+    """:func:`ensure_demonstrations` of a trained run: scripted ones alone if it had no others.
 
     Raises ``FileNotFoundError`` for a run that was given a ``demo_dir``, where ``config`` has none:
     the folder is not looked up in the run's file, and other demonstrations are not the run's.
@@ -200,6 +200,9 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
     if given and not config.data.demo_dir:
         raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
                                 "the folder that holds these demonstrations here")
+    trained_on = read_json(run / "policy.json")["trained_on"]["files"]
+    if {file["source"] for file in trained_on} == {"scripted"}:  # human ones may lie there now
+        config = config.replace(demos="scripted")
     return ensure_demonstrations(config)
 
 
@@ -213,8 +216,8 @@ def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
         with open_demo_file(path) as file:
             collection = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
             known.update(dict.fromkeys(collection["failed_attempts"]))
-            known.update((int(demo.attrs["attempt"]), path)
-                         for demo in file[schema.DATA_GROUP].values())
+            known.update((int(file[schema.DATA_GROUP][name].attrs["attempt"]), path)
+                         for name in demo_names(file))
     if parts.is_dir():
         for part in parts.glob("attempt_*"):
             number = int(part.stem.split("_")[1])
@@ -371,8 +374,8 @@ def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) 
 def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
     if "demo" in file:
         return file["demo"]
-    return next(demo for demo in file[schema.DATA_GROUP].values()
-                if int(demo.attrs["attempt"]) == number)
+    demos = (file[schema.DATA_GROUP][name] for name in demo_names(file))
+    return next(demo for demo in demos if int(demo.attrs["attempt"]) == number)
 
 
 def _problem_name(bddl_file: str) -> str:
