@@ -103,10 +103,11 @@ print("runs:           ", paths.run_dir(run_name or preset))
 # %% [markdown]
 # ## Demonstrations
 #
-# Behaviour cloning needs somebody to imitate: by default a scripted expert, which shows the task in
-# the simulator. It is pushed about while it does so, because a policy that has only seen perfect
-# motion does not know what to do after its first small mistake. `demos="auto"` takes LIBERO's human
-# demonstrations where they are attached, `demos="human"` downloads them where they are not.
+# Behaviour cloning needs somebody to imitate: LIBERO's human demonstrations where files of a task are
+# attached, otherwise a scripted expert, which shows the task in the simulator. It is pushed about
+# while it does so, because a policy that has only seen perfect motion does not know what to do after
+# its first small mistake. `demos="human"` downloads the human files that are missing,
+# `demos="scripted"` ignores them.
 
 # %%
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
