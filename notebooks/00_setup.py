@@ -103,10 +103,10 @@ print("runs:           ", paths.run_dir(run_name or preset))
 # %% [markdown]
 # ## Demonstrations
 #
-# Behaviour cloning needs somebody to imitate: LIBERO's human demonstrations where files of a task are
-# attached, otherwise a scripted expert, which shows the task in the simulator. It is pushed about
-# while it does so, because a policy that has only seen perfect motion does not know what to do after
-# its first small mistake. `demos="human"` downloads the human files that are missing,
+# Behaviour cloning needs somebody to imitate: LIBERO's human demonstrations where files of a task
+# are attached, otherwise a scripted expert, which shows the task in the simulator. It is pushed
+# about while it does so, because a policy that has only seen perfect motion does not know what to
+# do after its first small mistake. `demos="human"` downloads the human files that are missing,
 # `demos="scripted"` ignores them.
 
 # %%
