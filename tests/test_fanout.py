@@ -45,6 +45,7 @@ def job(item):
     if name == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.1)
+    print("not for standard output")
     return {"name": name, "pid": os.getpid(), "attempt": attempt,
             "threads": os.environ.get("OMP_NUM_THREADS")}
 """
@@ -190,9 +191,11 @@ def test_workers_are_kept_for_a_call_like_the_last(job, marks, monkeypatch):
     monkeypatch.setenv("SOMETHING", "else")  # a worker has the environment of its start
     assert pid("third") != first and not alive(first)
     assert pid("fourth", keep=True) != first and len(fanout._Worker.idle) == 1
-    monkeypatch.setattr(fanout, "_KEPT", 0.0)  # nothing to do with workers that live already
-    os.kill(fanout._Worker.idle[0].process.pid, signal.SIGKILL)
-    assert pid("fifth")  # a worker that died meanwhile is not taken
+    worker = fanout._Worker.idle[0].process.pid
+    assert Path(f"/proc/{worker}/oom_score_adj").read_text() == "500\n"  # it, not its parent
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not alive(worker))
+    assert pid("fifth") != worker  # one that died meanwhile is not taken
     assert not fanout._Worker.idle
 
 
@@ -259,7 +262,7 @@ def test_workers_end_with_their_parent(job, marks, tmp_path, stop, busy):
     script.write_text(PARENT)
     parent = subprocess.Popen([sys.executable, script, marks, *busy], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True, start_new_session=True)
-    json.loads(parent.stdout.readline())
+    json.loads(parent.stdout.readline())  # nothing that a worker printed
     wait_for(lambda: all((marks / f"{name}.0").exists() for name in busy))
     wait_for(lambda: all(path.read_text() for path in marks.iterdir()))
     workers = {int(path.read_text()) for path in marks.iterdir()}

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -121,22 +122,27 @@ def test_killed_kernel_is_an_error(tmp_path):
     assert not (tmp_path / "out.ipynb").exists()
 
 
-def test_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_ends_the_kernel_and_what_it_started(tmp_path, stop):
     notebook = write_notebook(tmp_path / "a.ipynb", """
         import os, pathlib, time
-        pathlib.Path("started").write_text(str(os.getpid()))
-        time.sleep(100)
+        from trm_helpers.fanout import run_jobs
+        def job(seconds):
+            pathlib.Path("worker").write_text(str(os.getpid()))
+            time.sleep(seconds)
+        pathlib.Path("kernel").write_text(str(os.getpid()))
+        list(run_jobs(job, [100], workers=1))
     """)
     command = subprocess.Popen([sys.executable, "-m", "trm_helpers", "run", str(notebook)],
                                stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text())
-    command.terminate()
+    pids = [tmp_path / name for name in ("kernel", "worker")]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in pids))
+    command.send_signal(stop)
     _, said = command.communicate(timeout=30)
-    assert command.returncode == 130
-    assert "interrupted" in said
-    kernel = Path("/proc") / (tmp_path / "started").read_text()
-    wait_for(lambda: not kernel.exists())
-    assert not [p for p in paths.artifacts_dir().rglob("*") if p.is_file()]
+    wait_for(lambda: not any((Path("/proc") / path.read_text()).exists() for path in pids))
+    if stop == signal.SIGTERM:
+        assert command.returncode == 130 and "interrupted" in said
+        assert not [p for p in paths.artifacts_dir().rglob("*") if p.is_file()]
 
 
 def test_a_notebook_has_its_own_environment_and_log(tmp_path):

@@ -23,7 +23,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import cloudpickle
@@ -33,8 +34,6 @@ _LOOK_EVERY = 1.0  # seconds between looks at whether workers live
 _KEPT = 120.0  # seconds for which an idle worker waits for another call
 _ANSWER_WITHIN = 15.0  # seconds, for a cluster's address
 _WORKERS_WITHIN = 60.0  # seconds without any worker after which a cluster is given up
-
-Outcome = tuple[Any, "Exception | None"]
 
 
 class WorkerDied(RuntimeError):
@@ -64,65 +63,60 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int = 0, cl
         ConnectionError: no cluster answers at its address, or it has lost all its workers.
         RuntimeError: the cluster's package is not installed.
     """
+    if cluster:
+        crew = _Dask(job, cluster, limit)
+    else:
+        crew = _Processes(job, workers, limit, keep) if workers else _ThisProcess(job, limit)
     waiting: collections.deque[int] = collections.deque()
     begun, known = collections.Counter(), 0
-    with contextlib.ExitStack() as stack:
-        if cluster:
-            crew = stack.enter_context(_Dask(job, cluster, limit))
-        elif workers:
-            crew = stack.enter_context(_Processes(job, workers, limit, keep))
-        else:
-            crew = _ThisProcess(job, limit)
+    try:
         while True:
             waiting.extend(range(known, len(items)))
             known = len(items)
-            while waiting and crew.is_free():
+            while waiting and len(crew.running) < crew.size:
                 index = waiting.popleft()
                 begun[index] += 1
                 crew.begin(index, items[index])
             if not crew.running:
                 return
-            for index, (result, error) in crew.ended():
+            for index, result, error in crew.ended():
                 if error and begun[index] < crew.attempts:
                     waiting.append(index)
                 else:
                     yield items[index], result, error
+    finally:
+        crew.close()
 
 
 class _ThisProcess:
-    attempts = _ATTEMPTS
+    attempts, size = _ATTEMPTS, 1
 
     def __init__(self, job: Callable, limit: float):
         self.job, self.limit, self.running = job, limit, []
 
-    def is_free(self) -> bool:
-        return not self.running
-
     def begin(self, index: int, item: Any) -> None:
         self.running.append((index, item))
 
-    def ended(self) -> Iterator[tuple[int, Outcome]]:
+    def ended(self) -> Iterator[tuple]:
         index, item = self.running.pop()
         try:
-            with _watched(self.limit, end=False):
-                outcome = self.job(item), None
+            yield index, _watched(self.job, self.limit, False, item), None
         except Exception as error:  # whatever a policy or the simulator raises
-            outcome = None, error
-        yield index, outcome
+            yield index, None, error
+
+    def close(self) -> None:
+        pass
 
 
-@contextlib.contextmanager
-def _watched(limit: float, end: bool) -> Iterator[None]:
-    """Show where this process is when ``limit`` seconds are over, and end it there or go on.
+def _watched(job: Callable, limit: float, end: bool, item: Any) -> Any:
+    """``job(item)``; after ``limit`` seconds a traceback shows where it is, and may end it there.
 
     From a thread that Python's lock does not hold up, as the simulator may. 0 is no limit.
     """
-    if not limit:
-        yield
-        return
-    faulthandler.dump_traceback_later(limit, exit=end, file=sys.__stderr__)
+    if limit:
+        faulthandler.dump_traceback_later(limit, exit=end, file=sys.__stderr__)
     try:
-        yield
+        return job(item)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -173,7 +167,7 @@ def _begin(connection: Connection, parent: int) -> None:
 
 
 class _Worker:
-    """A process that works on one job after another, and what it was started with."""
+    """A process that works on one job after another."""
 
     idle: list[_Worker] = []  # those that wait for another call
 
@@ -182,98 +176,30 @@ class _Worker:
         self.process, self.connection = start_process(
             _work, environment={"OMP_NUM_THREADS": "1"})
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
+    def begin(self, index: int, call: bytes, limit: float) -> None:
+        self.index, self.until = index, time.monotonic() + (limit or math.inf)
+        with contextlib.suppress(OSError):  # it has died, which `ended` finds out
+            self.connection.send_bytes(call)
 
-    def answer(self) -> Outcome:
+    def answer(self) -> tuple[Any, Exception | None]:
         result, error, told = self.connection.recv()
         if error:
             error.__cause__ = RuntimeError(f"in a worker:\n{told}")
         return result, error
 
-    def fate(self) -> str:
+    def death(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_LOOK_EVERY)  # its end of the connection closes a little earlier
-        code = self.process.poll()
-        if code is None:
-            return "a worker process closed its connection"
+        code = self.process.poll() or 0
         if code >= 0:
-            return f"a worker process ended with exit code {code}; see its messages"
-        by = signal.Signals(-code).name
-        memory = ", as when memory runs out" if by == "SIGKILL" else ""
-        return f"a worker process was killed by {by}{memory}"
+            return WorkerDied(f"a worker process ended with exit code {code}; see its messages")
+        memory = ", as when memory runs out" if -code == signal.SIGKILL else ""
+        return WorkerDied(f"a worker process was killed by {signal.Signals(-code).name}{memory}")
 
-
-class _Busy(NamedTuple):
-    index: int
-    until: float
-
-
-class _Processes:
-    attempts = _ATTEMPTS
-
-    def __init__(self, job: Callable, workers: int, limit: float, keep: bool):
-        self.job, self.workers, self.limit, self.keep = job, workers, limit or math.inf, keep
-        self.running: dict[_Worker, _Busy] = {}
-        self.idle: list[_Worker] = []
-
-    def __enter__(self) -> _Processes:
-        surroundings = _surroundings()
-        while _Worker.idle:
-            worker = _Worker.idle.pop()
-            if (worker.process.poll() is None and worker.surroundings == surroundings
-                    and len(self.idle) < self.workers):
-                self.idle.append(worker)
-            else:
-                worker.end()
-        return self
-
-    def __exit__(self, *_) -> None:
-        for worker in self.running:
-            worker.end()
-        if self.keep:
-            _Worker.idle += self.idle
-        else:
-            for worker in self.idle:
-                worker.end()
-
-    def is_free(self) -> bool:
-        return len(self.running) < self.workers
-
-    def begin(self, index: int, item: Any) -> None:
-        call = cloudpickle.dumps((self.job, item))
-        worker = self.idle.pop() if self.idle else _Worker()
-        self.running[worker] = _Busy(index, time.monotonic() + self.limit)
-        with contextlib.suppress(OSError):  # it has died: `ended` finds that out
-            worker.connection.send_bytes(call)
-
-    def ended(self) -> Iterator[tuple[int, Outcome]]:
-        until = min(busy.until for busy in self.running.values()) - time.monotonic()
-        ready = wait([worker.connection for worker in self.running],
-                     max(0.0, min(until, _LOOK_EVERY)))
-        for worker, busy in list(self.running.items()):
-            lost: Exception | None = None
-            if worker.connection in ready:
-                try:
-                    outcome = worker.answer()
-                except (EOFError, OSError):
-                    lost = WorkerDied(worker.fate())
-            elif worker.process.poll() is not None:
-                lost = WorkerDied(worker.fate())
-            elif time.monotonic() >= busy.until:
-                lost = TimeoutError(f"a job took longer than {self.limit:g} s")
-                worker.process.send_signal(signal.SIGUSR1)  # it shows where it is
-                time.sleep(0.2)
-            else:
-                continue
-            del self.running[worker]
-            if lost:
-                worker.end()
-            else:
-                self.idle.append(worker)
-            yield busy.index, (None, lost) if lost else outcome
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
 
 
 def _surroundings() -> tuple:
@@ -281,8 +207,64 @@ def _surroundings() -> tuple:
     return dict(os.environ), os.getcwd(), list(sys.path)
 
 
+class _Processes:
+    attempts = _ATTEMPTS
+
+    def __init__(self, job: Callable, workers: int, limit: float, keep: bool):
+        self.job, self.size, self.limit, self.keep = job, workers, limit, keep
+        self.running: list[_Worker] = []
+        self.idle: list[_Worker] = []
+        surroundings = _surroundings()
+        while _Worker.idle:
+            worker = _Worker.idle.pop()
+            fits = worker.process.poll() is None and worker.surroundings == surroundings
+            if fits and len(self.idle) < workers:
+                self.idle.append(worker)
+            else:
+                worker.end()
+
+    def begin(self, index: int, item: Any) -> None:
+        call = cloudpickle.dumps((self.job, item))
+        self.running.append(self.idle.pop() if self.idle else _Worker())
+        self.running[-1].begin(index, call, self.limit)
+
+    def ended(self) -> Iterator[tuple]:
+        remaining = min(worker.until for worker in self.running) - time.monotonic()
+        ready = wait([worker.connection for worker in self.running],
+                     max(0.0, min(remaining, _LOOK_EVERY)))
+        for worker in list(self.running):
+            result, lost = None, None
+            try:
+                if worker.connection in ready:
+                    result, error = worker.answer()
+                elif worker.process.poll() is not None:
+                    raise EOFError
+                elif time.monotonic() < worker.until:
+                    continue
+                else:
+                    worker.process.send_signal(signal.SIGUSR1)  # it shows where it is
+                    time.sleep(0.2)
+                    lost = TimeoutError(f"a job took longer than {self.limit:g} s")
+            except (EOFError, OSError):
+                lost = worker.death()
+            self.running.remove(worker)
+            if lost:
+                worker.end()
+            else:
+                self.idle.append(worker)
+            yield worker.index, result, lost or error
+
+    def close(self) -> None:
+        for worker in self.running + (self.idle if not self.keep else []):
+            worker.end()
+        if self.keep:
+            _Worker.idle += self.idle
+
+
 def _work(connection: Connection) -> None:
     """In a worker: one job after another, until the parent has had none for a while."""
+    with contextlib.suppress(OSError):  # where memory runs out, rather this process than its parent
+        Path("/proc/self/oom_score_adj").write_text("500")
     os.dup2(2, 1)  # standard output is the caller's, who may print JSON there
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     while connection.poll(_KEPT):
@@ -315,30 +297,21 @@ class _Dask:
             raise RuntimeError(f"a cluster needs a package that is not installed ({error}); "
                                "expected it from pip install 'trm-helpers[dask]'") from error
         _warn_if_open(address)
-        self.job = functools.partial(_watched_job, job, limit)
-        self.address, self.limit, self.running = address, limit, {}
-        self.threads, self.since = 1, time.monotonic()  # when there were some
+        self.job, self.address, self.limit, self.running = job, address, limit, {}
+        # no more jobs than threads: a worker that dies takes those that wait for it along
+        self.size, self.since = 1, time.monotonic()  # when it was last known
         try:
             self.client = Client(address, timeout=_ANSWER_WITHIN)
         except (OSError, ValueError, TypeError) as error:
             raise ConnectionError(f"no Dask scheduler answers at {address!r} ({error}); {_HOW}"
                                   ) from error
 
-    def __enter__(self) -> _Dask:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.client.close(timeout=_ANSWER_WITHIN)  # the cluster drops what nobody waits for
-
-    def is_free(self) -> bool:
-        # no more than can be under way: a worker that dies takes those that wait for it along
-        return len(self.running) < self.threads
-
     def begin(self, index: int, item: Any) -> None:
-        future = self.client.submit(self.job, item, pure=False, retries=_ATTEMPTS - 1)
+        future = self.client.submit(_watched, self.job, self.limit, True, item, pure=False,
+                                    retries=_ATTEMPTS - 1)
         self.running[future] = index
 
-    def ended(self) -> Iterator[tuple[int, Outcome]]:
+    def ended(self) -> Iterator[tuple]:
         from distributed import CancelledError, KilledWorker, wait
 
         done = ()
@@ -351,7 +324,7 @@ class _Dask:
             raise ConnectionError(f"the Dask scheduler at {self.address!r} is lost; "
                                   "what has ended is kept, and the same call continues") from error
         if threads:
-            self.threads, self.since = threads, time.monotonic()
+            self.size, self.since = threads, time.monotonic()
         elif time.monotonic() > self.since + _WORKERS_WITHIN:
             raise ConnectionError(f"the Dask scheduler at {self.address!r} has had no worker for "
                                   f"{_WORKERS_WITHIN:g} s; {_HOW}")
@@ -360,16 +333,14 @@ class _Dask:
             if isinstance(error, KilledWorker):
                 error = WorkerDied("a job lost one worker after another, or took longer "
                                    f"than {self.limit:g} s")
-            yield self.running.pop(future), (None if error else future.result(), error)
+            yield self.running.pop(future), None if error else future.result(), error
+
+    def close(self) -> None:
+        self.client.close(timeout=_ANSWER_WITHIN)  # the cluster drops what nobody waits for
 
 
 _HOW = ("start one with `dask scheduler --host 127.0.0.1` and workers with "
         "`dask worker ADDRESS --nthreads 1`")
-
-
-def _watched_job(job: Callable, limit: float, item: Any) -> Any:
-    with _watched(limit, end=True):
-        return job(item)
 
 
 @functools.cache  # once for each
