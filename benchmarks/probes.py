@@ -28,6 +28,7 @@ from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.data import split_demonstrations
 from trm_helpers.experts import pick_place_goal
 from trm_helpers.files import write_json
+from trm_helpers.preflight import software_versions
 from trm_helpers.sim import LiberoEnv, Task
 from trm_helpers.validate import demo_names, open_demo_file
 
@@ -162,7 +163,8 @@ def main() -> None:
     config = load_config(run)
     write_json(run / "probes.json", {
         "run": run.name, "suite": config.data.suite, "task_ids": list(config.data.task_ids),
-        "fitted": len(fitted), "scored": len(scored), "quantities": known, "rows": rows})
+        "fitted": len(fitted), "scored": len(scored), "quantities": known, "rows": rows,
+        "software": software_versions()})
 
 
 if __name__ == "__main__":

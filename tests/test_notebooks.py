@@ -221,7 +221,7 @@ def readme_blocks(language: str) -> list[str]:
 
 def readme_commands() -> list[str]:
     lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("cd ")]
+    return [line for line in lines if line and not line.startswith(("cd ", "git clone "))]
 
 
 def test_readme_has_the_two_commands_and_papermill():

@@ -1,6 +1,7 @@
-"""docs/results.md says what the committed results say."""
+"""The pages say what the committed results say, and mark what no file stands for."""
 
 import json
+import re
 import runpy
 import shutil
 
@@ -20,10 +21,72 @@ def publish(tmp_path):
     return names
 
 
-def test_the_page_is_what_its_results_say(publish, tmp_path):
-    publish["write"]()
-    assert (tmp_path / "docs" / "results.md").read_text() == (
-        repo_root() / "docs" / "results.md").read_text()
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A copy of docs/ whose generated tables were made anew."""
+    copy = tmp_path_factory.mktemp("written") / "docs"
+    shutil.copytree(repo_root() / "docs", copy)
+    names = runpy.run_path(str(SCRIPT))
+    names["write"].__globals__.update(DOCS=copy)
+    names["plots"].save_figure, kept = lambda *_: None, names["plots"].save_figure
+    try:
+        names["write"]()
+    finally:
+        names["plots"].save_figure = kept
+    return copy
+
+
+@pytest.mark.parametrize("page", ["results.md", "recursion.md"])
+def test_the_page_is_what_its_results_say(written, page):
+    assert (written / page).read_text() == (repo_root() / "docs" / page).read_text()
+
+
+PAGES = sorted({*(repo_root() / "docs").glob("*.md"), *(repo_root() / "pretrained").glob("*/*.md"),
+                repo_root() / "README.md"})
+TABLE = re.compile(r"^\|( ?-{3,} ?\|)+$", re.MULTILINE)
+GENERATED = re.compile(r"<!-- [\w-]+ -->\n.*?<!-- end -->", re.DOTALL)
+SOURCES = ("*Typed by hand", "*As published", "<!-- no measurement -->")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(repo_root())))
+def test_every_table_is_generated_or_says_where_it_is_from(page):
+    text = GENERATED.sub("", page.read_text())
+    if page.name == "design.md" or page.parent == repo_root():
+        assert not re.search(r"^\|.*\d+ of \d+", text, re.MULTILINE)  # nothing measured there
+        return
+    for table in TABLE.finditer(text):
+        before = text[:table.start()].rstrip("\n").splitlines()[:-1]  # without the table's head
+        source = next(line for line in reversed(before) if line.strip())
+        if source.startswith("*From ["):
+            (link,) = re.findall(r"\((.+?)\)", source)
+            assert (page.parent / link).exists()
+        else:
+            assert source.startswith(SOURCES), f"{page}: {text[table.start() - 80:table.start()]}"
+
+
+def test_the_card_of_the_shipped_policy_says_what_its_results_say():
+    content = json.loads(
+        (repo_root() / "docs" / "results" / "spatial-all" / "spatial-trm-silu.json").read_text())
+    tasks = " | ".join(str(task["successes"]) for task in content["results"]["tasks"])
+    assert f"| of 20 | {tasks} |" in (
+        repo_root() / "pretrained" / "spatial-trm" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("software", "taken"), [
+    ({"dirty": False}, True), ({"dirty": True}, False), ({"dirty": None}, False), ({}, False)])
+def test_only_results_of_a_clean_commit_are_taken(publish, tmp_path, software, taken):
+    path = tmp_path / "robustness.json"
+    path.write_text(json.dumps({"rows": [], "software": software}))
+    stored = tmp_path / "docs" / "recursion" / "new" / "one-more.json"
+    if not taken:
+        with pytest.raises(SystemExit, match="robustness.json was made by code with uncommitted"):
+            publish["card"]("new", "one more", path)
+        assert not stored.exists()
+    publish["card"]("new", "one more", path, dirty=not taken)
+    content = json.loads(stored.read_text())
+    assert content["card"]["software"] == software
+    assert publish["provenance"]([content]) == ("" if taken else (
+        "\n1 of 1 made by code with uncommitted or unknown changes.\n"))
 
 
 def test_a_number_that_changes_changes_the_page(publish, tmp_path):

@@ -7,12 +7,14 @@
     python benchmarks/suite/publish.py write
 
 ``add`` writes ``docs/results/<group>/<run>.json``, ``card`` a run's depth.json, robustness.json or
-probes.json to ``docs/recursion/<group>/<label>.json``, ``ship`` a policy for ``load_policy`` to
-``pretrained/<name>``, ``strip`` a success of each task side by side, from a folder with
-results.json and videos, as a GIF that plays within a page, to ``docs/images/<name>.gif``. ``write``
-makes what stands between the marks ``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and
-docs/recursion.md, and ``docs/images/<group>.png``. Cards whose labels begin with a number, "10 with
-recoveries", are of as many demonstrations and drawn against that number.
+probes.json to ``docs/recursion/<group>/<label>.json``. Both refuse results of code with uncommitted
+changes; ``--dirty`` takes them, and the page says how many there are. ``ship`` writes a policy for
+``load_policy`` to ``pretrained/<name>``, ``strip`` a success of each task side by side, from a
+folder with results.json and videos, as a GIF that plays within a page, to
+``docs/images/<name>.gif``. ``write`` makes what stands between the marks ``<!-- <group> -->`` and
+``<!-- end -->`` of docs/results.md and docs/recursion.md, and ``docs/images/<group>.png``. Cards
+whose labels begin with a number, "10 with recoveries", are of as many demonstrations and drawn
+against that number.
 """
 
 import argparse
@@ -53,13 +55,34 @@ _MOST_TASKS = 3  # that get a column each
 _STRIP_COLUMNS, _STRIP_EVERY, _STRIP_SCALE = 5, 3, 0.75
 
 
-def add(group: str, runs: list[str]) -> None:
+def uncommitted(content) -> bool:
+    """Whether any code behind a result had uncommitted changes, or its state is unknown."""
+
+    def states(value) -> list:
+        if isinstance(value, list):
+            return [state for each in value for state in states(each)]
+        if isinstance(value, dict):
+            return [value["dirty"]] if "dirty" in value else states(list(value.values()))
+        return []
+
+    found = states(content)
+    return not found or any(state is not False for state in found)
+
+
+def store(path: Path, content: dict, source: Path, dirty: bool) -> None:
+    if uncommitted(content) and not dirty:
+        sys.exit(f"{source} was made by code with uncommitted or unknown changes; expected a clean "
+                 "commit. Make it again, or give --dirty, and the page will say so")
+    write_json(path, content)
+
+
+def add(group: str, runs: list[str], dirty: bool = False) -> None:
     for run in map(find_run, runs):
         config = json.loads((run / "config.json").read_text())
         epochs = read_jsonl(run / "metrics.jsonl")
         results = json.loads((run / "results.json").read_text())
         weights = load_file(run / f"{results['protocol']['weights']}.safetensors")
-        write_json(DOCS / "results" / group / f"{run.name}.json", {
+        store(DOCS / "results" / group / f"{run.name}.json", {
             "policy": policy_name(config), "parameters": sum(w.numel() for w in weights.values()),
             "seed": config["train"]["seed"], "epochs": len(epochs),
             "best_epoch": min(epochs, key=lambda row: row["val_loss"])["epoch"],
@@ -68,7 +91,8 @@ def add(group: str, runs: list[str]) -> None:
             "results": results,
             "episodes": [{key: row[key] for key in _EPISODE if key in row}
                          for row in read_jsonl(run / "episodes.jsonl")
-                         if row["suite"] == results["protocol"]["suite"] and "error" not in row]})
+                         if row["suite"] == results["protocol"]["suite"] and "error" not in row]},
+              run, dirty)
 
 
 def policy_name(config: dict) -> str:
@@ -116,9 +140,9 @@ def strip(name: str, folder: Path) -> None:
                    duration=[milliseconds] * len(rest) + [2500])
 
 
-def card(group: str, name: str, path: Path) -> None:
-    write_json(DOCS / "recursion" / group / f"{name.replace(' ', '-')}.json",
-               {"label": name, "kind": path.stem, "card": json.loads(path.read_text())})
+def card(group: str, name: str, path: Path, dirty: bool = False) -> None:
+    store(DOCS / "recursion" / group / f"{name.replace(' ', '-')}.json",
+          {"label": name, "kind": path.stem, "card": json.loads(path.read_text())}, path, dirty)
 
 
 def write() -> None:
@@ -127,7 +151,9 @@ def write() -> None:
         text = page.read_text()
         for group in sorted(path for path in (DOCS / kind).glob("*") if path.is_dir()):
             files = sorted(group.glob("*"), key=lambda path: path.stem)
-            shown, fig = show([json.loads(path.read_text()) for path in files])
+            stored = [json.loads(path.read_text()) for path in files]
+            shown, fig = show(stored)
+            shown += provenance(stored)
             pattern = rf"(<!-- {re.escape(group.name)} -->\n).*?(<!-- end -->)"
             text, found = re.subn(pattern, lambda match, shown=shown: match[1] + shown + match[2],
                                   text, flags=re.DOTALL)
@@ -137,6 +163,13 @@ def write() -> None:
                 plots.save_figure(fig, DOCS / "images" / f"{group.name}.png")
         with replacing(page) as temporary:
             temporary.write_text(text)
+
+
+def provenance(stored: list[dict]) -> str:
+    """A line on results that no commit stands for; nothing where there is none."""
+    many = sum(map(uncommitted, stored))
+    line = f"\n{many} of {len(stored)} made by code with uncommitted or unknown changes.\n"
+    return line if many else ""
 
 
 def markdown(lines: list[list]) -> str:
@@ -297,10 +330,12 @@ def main() -> None:
     adding = commands.add_parser("add")
     adding.add_argument("group")
     adding.add_argument("runs", nargs="+")
+    adding.add_argument("--dirty", action="store_true")
     showing = commands.add_parser("card")
     showing.add_argument("group")
     showing.add_argument("label")
     showing.add_argument("path", type=Path)
+    showing.add_argument("--dirty", action="store_true")
     shipping = commands.add_parser("ship")
     shipping.add_argument("name")
     shipping.add_argument("run")
@@ -310,9 +345,9 @@ def main() -> None:
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "add":
-        add(given.group, given.runs)
+        add(given.group, given.runs, given.dirty)
     elif given.command == "card":
-        card(given.group, given.label, given.path)
+        card(given.group, given.label, given.path, given.dirty)
     elif given.command == "ship":
         ship(given.name, given.run)
     elif given.command == "strip":
