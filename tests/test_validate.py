@@ -468,8 +468,8 @@ def gripper(function):
     (lambda g: 0.9 * g, "are -0.9, 0.9; expected"),
     (lambda g: 0 * g, "are 0; expected"),
     (lambda g: g * np.linspace(0.1, 1, len(g))[:, None], r"are -0.*, \.\.\.; expected"),
-    (lambda g: -g, "contradict the fingers, which move against them in 2 of 2 steps"),
-    (lambda g: 0 * g - 1, "contradict the fingers, which move against them in 2 of 2 steps"),
+    (lambda g: -g, "contradict the fingers, which in all move against them in 2 of 2 steps"),
+    (lambda g: 0 * g - 1, "contradict the fingers, which in all move against them in 2 of 2"),
 ])
 def test_gripper_commands_that_mean_something_else_are_not_trained_on(tmp_path, function, message):
     path = small(tmp_path / "soup_demo.hdf5", (12, 14), actions=gripper(function),
@@ -478,6 +478,22 @@ def test_gripper_commands_that_mean_something_else_are_not_trained_on(tmp_path, 
         LIBERODataset(path)
     rows = {row["check"]: row["verdict"] for row in quality_card(path)}
     assert "bad" in (rows["gripper sign"], rows["gripper switches"])
+
+
+def test_one_demonstration_with_the_opposite_sign_is_found(tmp_path):
+    def closing(values, demo):  # from the command at step 3 on, over five steps
+        width = 0.04 - 0.004 * np.clip(np.arange(len(values)) - 4, 0, 5)
+        return np.stack([width, -width], axis=1)
+
+    def inverted_in(number):
+        return lambda values, demo: values * ([1] * 6 + [-1 if demo == number else 1])
+
+    settings = dict(lengths=(12,) * 5, gripper_states=closing)
+    sound = small(tmp_path / "a_demo.hdf5", **settings)
+    assert len(LIBERODataset(sound, split="all")) == 60
+    path = small(tmp_path / "b_demo.hdf5", actions=inverted_in(3), **settings)
+    with pytest.raises(DemoFileError, match="in demo_3 move against them in 5 of 5 steps"):
+        LIBERODataset(path)
 
 
 def test_a_gripper_command_that_never_changes_is_said(tmp_path, capsys):

@@ -22,6 +22,7 @@ VERSION_ATTR = "collection_version"  # of each scripted demonstration
 IMAGE_SHAPE = (None, None, 3)  # after the time dimension; None: any size
 
 WRONG_FINGERS = 0.1  # share of steps in which the fingers move against the command
+MIN_FINGER_STEPS = 4  # in which the fingers move, to judge one demonstration by them
 MIN_MOTION = 1e-6  # rad^2, mean over steps: below it the arm stands still
 MAX_RESIDUAL = 0.2  # share of the motion that the fitted fraction may leave unexplained
 HALF_SUBSTEP = 0.02  # of a control step; an observation after its action is >= 0.04 into it
@@ -459,19 +460,24 @@ def check_gripper(path: str | Path) -> None:
     mapped: which of them closes differs between data sets. A command that never changes is printed.
     """
     with open_demo_file(path) as file:
-        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
+        demos = {name: file[schema.DATA_GROUP][name] for name in demo_names(file)}
         values = np.unique(np.concatenate([demo["actions"][:, schema.GRIPPER_INDEX]
-                                           for demo in demos]))
-        against, moving = finger_motion(demos)
+                                           for demo in demos.values()]))
+        motion = {name: finger_motion([demo]) for name, demo in demos.items()}
     where = f"{path}: gripper commands (actions, column {schema.GRIPPER_INDEX})"
     if not set(values.tolist()) <= {schema.GRIPPER_OPEN, schema.GRIPPER_CLOSED}:
         found = f"{_list(f'{value:g}' for value in values[:4])}{', ...' if len(values) > 4 else ''}"
         raise DemoFileError(f"{where} are {found}; expected {schema.GRIPPER_OPEN:g} (open) and "
                             f"{schema.GRIPPER_CLOSED:g} (closed)")
-    if against > moving * (0.5 if len(values) > 1 else WRONG_FINGERS):
-        raise DemoFileError(f"{where} contradict the fingers, which move against them in {against} "
-                            f"of {moving} steps; expected opening at {schema.GRIPPER_OPEN:g}, "
-                            f"closing at {schema.GRIPPER_CLOSED:g}")
+    # of all, and of each one in which they move long enough to tell
+    motion = {name: steps for name, steps in motion.items() if steps[1] >= MIN_FINGER_STEPS} | {
+        "all": tuple(map(sum, zip(*motion.values(), strict=True)))}
+    for name, (against, moving) in motion.items():
+        if against > moving * (0.5 if len(values) > 1 else WRONG_FINGERS):
+            raise DemoFileError(
+                f"{where} contradict the fingers, which in {name} move against them in {against} "
+                f"of {moving} steps; expected opening at {schema.GRIPPER_OPEN:g}, closing at "
+                f"{schema.GRIPPER_CLOSED:g}")
     if len(values) == 1:
         print(f"{where} are always {values[0]:g}: a policy cannot learn when to close or open")
 
