@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -129,6 +130,22 @@ def test_what_was_played_is_not_played_again(run, monkeypatch):
     assert [row["episodes"] for row in card["rows"]] == [4, 4, 4]
     assert main(["report", run.name]) == 0
     assert "| fixed 1 | 2 of 4 | 15 to 85 | -50 | 0.5 | 1.0 |" in (run / "report.md").read_text()
+
+
+def test_a_way_that_was_played_otherwise_is_refused_before_the_first_episode(run):
+    depth_card(run, [1], [], dataclasses.replace(CONFIG, horizon=3), only=["fixed 1"])
+    shutil.rmtree(run / "depth" / "as-trained")
+    with pytest.raises(ValueError, match="fixed-1/episodes.jsonl .*horizon: 3 there, 4 now"):
+        depth_card(run, [1], [], CONFIG)
+    assert [path.name for path in (run / "depth").iterdir()] == ["fixed-1"]
+
+
+def test_a_policy_that_fails_at_once_has_a_row(run, monkeypatch):
+    monkeypatch.setattr(Thinker, "act", lambda *_: 1 / 0)
+    card = depth_card(run, [1], [], CONFIG, only=["fixed 1"])
+    assert [(row["successes"], row["episodes"], row["errors"]) for row in card["rows"]] \
+        == [(0, 4, 0)] * 2
+    assert depth_rows(card)[0]["mean recursions"] == "0.0"
 
 
 def test_some_ways_alone(run):

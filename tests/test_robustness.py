@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import evaluate, language, paths, schema
+from trm_helpers import evaluate, language, paths, robustness, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.files import read_jsonl
 from trm_helpers.robustness import (
@@ -151,6 +151,28 @@ def test_what_cannot_be_asked_is_refused(run):
     with pytest.raises(ValueError, match="perturbation='noise' is not valid; expected 'none'"):
         robustness_card(run, EvalConfig(perturbation="noise"))
     assert not (run / "robustness").exists()
+
+
+def test_a_change_that_was_played_otherwise_is_refused_before_the_first_episode(run):
+    evaluate.evaluate_run(run, dataclasses.replace(CONFIG, horizon=3), suite="libero_object_swap")
+    with pytest.raises(ValueError, match="swap-none/episodes.jsonl .*horizon: 3 there, 4 now"):
+        robustness_card(run, CONFIG)
+    assert [path.name for path in (run / "robustness").iterdir()] == ["libero_object_swap-none"]
+    robustness_card(run, CONFIG, only=["noise"])  # which has nothing to do with it
+
+
+def test_a_damaged_card_is_named_before_the_first_episode(run):
+    (run / "robustness.json").write_text("{")
+    with pytest.raises(ValueError, match="robustness.json is damaged"):
+        robustness_card(run, CONFIG, only=["noise"])
+    assert not (run / "robustness").exists()
+
+
+def test_a_card_whose_figure_fails_is_written(run, monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "save_figure", lambda *_: 1 / 0)
+    card = robustness_card(run, CONFIG, only=["noise"])
+    assert card == json.loads((run / "robustness.json").read_text())
+    assert "the figure of the card could not be made: ZeroDivision" in capsys.readouterr().out
 
 
 def test_a_card_as_a_table_and_notes(run):
