@@ -160,6 +160,7 @@ def test_cutout_covers_a_rectangle_of_half_of_the_samples_with_one_colour():
     for lines in (rows, columns):  # one stretch of at most 0.6 of the side; at the edge it is cut
         assert (lines.diff(dim=1).sum(1) <= 2).all() and lines.sum(1).max() <= 0.6 * size + 1
         inner = some & ~lines[:, 0] & ~lines[:, -1]
+        assert lines[inner].sum(1).max() >= 0.6 * size - 1
         assert lines[inner].sum(1).min() >= 0.2 * size - 1 and inner.sum() > 100
     colours = torch.stack([image[mask].unique(dim=0) for image, mask in
                            zip(out[some], covered[some], strict=True)])

@@ -533,6 +533,35 @@ def test_cameras_keep_their_order_and_draw_in_it(path):
             assert torch.equal(batch["observations"][camera], expected)
 
 
+@pytest.mark.parametrize("dimension", range(6))
+def test_a_push_in_any_dimension_counts(tmp_path, dimension):
+    path = write_demo_file(tmp_path / "a_demo.hdf5", (4, 6), image_size=8)
+    with h5py.File(path, "a") as file:
+        for name in ("demo_0", "demo_1"):
+            executed = file[f"data/{name}/actions"][:]
+            executed[2, dimension] += 0.1 if name == "demo_1" else 0
+            file[f"data/{name}/{schema.EXECUTED_ACTIONS}"] = executed
+    mask = plain(path, chunk=2).batch(range(10))["mask"][:, 0, 1]
+    assert mask.tolist() == [1, 1, 1, 0] + [1, 1, 0, 1, 1, 0]
+
+
+def test_held_out_demonstrations_are_told_by_file_and_not_augmented(tmp_path):
+    files = {task: write_demo_file(tmp_path / f"{name}_demo.hdf5", (6, 7, 8), image_size=36)
+             for task, name in enumerate(("soup", "milk"))}
+    config = from_flat("tiny", task_ids=[0, 1], image_size=36, augmentation="shift")
+    train, _ = LIBERODataset.from_config(files, config)
+    known = {"files": [{"file": "soup_demo.hdf5", "demos": ["demo_0", "demo_1", "demo_2"]},
+                       {"file": "milk_demo.hdf5", "demos": ["demo_1"]}]}
+    held = LIBERODataset.held_out(files, config, train, known)
+    assert held.augmentation == "none"
+    assert [file["demos"] for file in held.describe()["files"]] == [[], ["demo_0", "demo_2"]]
+
+
+def test_values_that_hardly_vary_are_not_blown_up():
+    stats = fit_proprio(torch.tensor([[0.04, 1.0], [0.04 + 1e-8, 2.0]], dtype=torch.float64))
+    assert stats["std"] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("augmentation", ["reference", "shift", "cutout"])
 def test_a_still_camera_keeps_every_pixel_in_its_place(tmp_path, augmentation):
     """With keypoints a place in its frame means a place; the other camera is moved."""

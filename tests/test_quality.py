@@ -109,6 +109,48 @@ def test_no_ops_and_lengths(write):
     assert card["length"]["verdict"] == "look" and "12 to 14 steps" in card["length"]["found"]
 
 
+def idle(steps, size):
+    """Arm commands of this size in the first steps after the gripper has closed."""
+    def change(values, demo):
+        values = values.copy()
+        values[4:4 + steps, :6] = size
+        return values
+    return change
+
+
+def switching(times):
+    def change(values, demo):
+        values = values.copy()
+        values[:, schema.GRIPPER_INDEX] = -1.0
+        values[1:1 + times:2, schema.GRIPPER_INDEX] = 1.0
+        return values
+    return change
+
+
+def repeated(values, demo):
+    """One frame in one demonstration again, while the arm moves."""
+    values = scene(values, demo)
+    if demo:
+        values[7] = values[6]
+    return values
+
+
+@pytest.mark.parametrize(("check", "verdict", "settings", "change"), [
+    ("no-ops", "good", {}, dict(actions=idle(1, 0))),  # 2 of 26 steps
+    ("no-ops", "look", {}, dict(actions=idle(2, 0))),
+    ("no-ops", "look", {}, dict(actions=idle(2, 0.0009))),
+    ("no-ops", "good", {}, dict(actions=idle(2, 0.002))),  # slow, and not at rest
+    ("length", "good", dict(horizon=14), {}),
+    ("length", "look", dict(horizon=13), {}),
+    ("gripper switches", "good", {}, dict(actions=switching(6))),
+    ("gripper switches", "look", {}, dict(actions=switching(8))),
+    ("frames, agent view", "bad", {}, dict(agentview_rgb=repeated)),
+])
+def test_verdicts_change_at_their_limits(write, check, verdict, settings, change):
+    row = verdicts(write(**change), **settings)[check]
+    assert row["verdict"] == verdict, row
+
+
 def test_alignment_that_contradicts_the_attribute_is_bad(write):
     path = write("shift")
     with h5py.File(path, "r+") as file:
