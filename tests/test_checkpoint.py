@@ -1,4 +1,3 @@
-import errno
 import hashlib
 import json
 import os
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from trm_helpers import checkpoint, paths
+from trm_helpers import checkpoint, files, paths
 from trm_helpers.checkpoint import (
     TRAINING_LOCK,
     create_run,
@@ -253,23 +252,44 @@ def test_weights_of_another_configuration_are_refused(trained, foreign, message)
         load_policy(trained)
 
 
-@pytest.mark.parametrize("save", ["save_file", "torch.save"])
-def test_a_full_disk_keeps_what_was_saved_before(trained, monkeypatch, save):
+@pytest.mark.parametrize(("save", "name"), [
+    (lambda run: save_weights(run, {"a": torch.ones(2**18)}, "best"), "best.safetensors"),
+    (lambda run: save_training_state(run, {"a": torch.ones(2**18)}), "training_state.pt")])
+def test_a_full_disk_is_named_and_keeps_what_was_saved_before(trained, monkeypatch, save, name):
     before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
-
-    def full(_, path):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if save == "save_file":
-        monkeypatch.setattr(checkpoint, "save_file", full)
-        call = save_weights, (trained, {"a": torch.ones(2)}, "best")
-    else:
-        monkeypatch.setattr(torch, "save", full)
-        call = save_training_state, (trained, {"epoch": 9})
-    with pytest.raises(OSError, match="No space left"):
-        call[0](*call[1])
+    monkeypatch.setattr(os, "replace", lambda *_: shutil.copyfile(trained / name, "/dev/full"))
+    with pytest.raises(files.DiskFullError, match=f"the disk is full: {name} needs 1.0 MiB, in "
+                       f"{trained}, where .* MiB are free; what was complete before is kept"):
+        save(trained)
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+
+
+def test_others_may_read_what_the_umask_lets_them(trained):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in trained.iterdir() if path.is_file()}
+    allowed = modes.pop("metrics.jsonl")
+    written = {name: mode for name, mode in modes.items() if not name.startswith(".")}
+    assert {"best.safetensors", "last.safetensors", "training_state.pt", "policy.json"} \
+        <= written.keys() and set(written.values()) == {allowed}
+
+
+@pytest.mark.parametrize(("name", "content", "call"), [
+    ("config.json", b"", load_config), ("config.json", b"[]", load_config),
+    ("config.json", b"{}", load_config), ("config.json", b'{"data": ', load_config),
+    ("config.json", b"\xff\xfe", load_config),
+    ("config.json", b'{"data": 3, "model": {}, "train": {}}', load_config),
+    ("config.json", b'{"data": {"suite": 3}, "model": {}, "train": {}}', load_config),
+    ("policy.json", b"", load_policy), ("policy.json", b"3", load_policy),
+    ("policy.json", b'{"model": {}}', load_policy),
+    ("policy.json", b'{"model": [], "normalizer": {}, "proprio_stats": {}, "trained_on": {}}',
+     load_policy),
+    ("policy.json", b'{"model": {"depth": 3}, "normalizer": {}, "proprio_stats": {}, '
+                    b'"trained_on": {}}', load_policy),
+    ("best.safetensors", b"", load_policy), ("best.safetensors", b"{}" * 100, load_policy),
+])
+def test_a_damaged_file_is_named(trained, name, content, call):
+    (trained / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"small/{name}"):
+        call(trained)
 
 
 def test_a_truncated_training_state_is_named(trained):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import filecmp
+import io
 import pickle
 import shutil
 import time
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 from . import paths, schema
 from .config import Config, ModelConfig, from_flat, local_settings
 from .data import LIBERODataset
-from .files import digest, only_one, read_json, replacing, write_json
+from .files import digest, only_one, read_json, replacing, visible, write_bytes, write_json
 from .model import TRMPolicy
 from .normalize import ActionNormalizer
 from .preflight import software_versions
@@ -118,7 +119,8 @@ def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
 
 
 def _described(run: Path) -> dict:
-    return read_json(run / "policy.json")
+    return read_json(run / "policy.json",
+                     keys=("model", "normalizer", "proprio_stats", "trained_on"))
 
 
 def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
@@ -156,7 +158,7 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
 
 def _trained_runs(root: Path) -> list[Path]:
     """Oldest first."""
-    described = [path for path in root.glob("*/policy.json") if path.parent.name[0] != "."]
+    described = visible(root, "*/policy.json")
     return [path.parent for path in sorted(described, key=lambda path: path.stat().st_mtime)]
 
 
@@ -203,7 +205,7 @@ def load_config(run: str | Path, preset: str = "reference") -> Config:
     path = Path(run) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a run folder")
-    values = read_json(path)
+    values = read_json(path, keys=("data", "model", "train"))
     values.pop("software", None)
     try:
         config = Config.from_dict(values)
@@ -224,9 +226,8 @@ def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) ->
 
 def save_weights(run: str | Path, weights: dict[str, torch.Tensor], name: str) -> None:
     """Write ``<name>.safetensors`` (``best`` or ``last``), whole or not at all."""
-    with replacing(Path(run) / f"{name}.safetensors") as temporary:
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()},
-                  temporary)
+    write_bytes(Path(run) / f"{name}.safetensors", save(
+        {key: value.detach().cpu().contiguous() for key, value in weights.items()}))
 
 
 def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> TRMPolicy:
@@ -248,23 +249,32 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     schema.check_option("weights", weights, schema.WEIGHTS)
     run = find_run(str(run))
     described = _described(run)
-    policy = TRMPolicy(
-        ModelConfig(**described["model"]),
-        ActionNormalizer.from_dict(described["normalizer"]),
-        described["proprio_stats"],
-    )
+    try:
+        policy = TRMPolicy(ModelConfig(**described["model"]),
+                           ActionNormalizer.from_dict(described["normalizer"]),
+                           described["proprio_stats"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'policy.json'} describes no policy: "
+                         f"{type(error).__name__}: {error}") from error
     path = run / f"{weights}.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
-    content = path.read_bytes()  # once: the digest is of what is loaded, whoever writes meanwhile
-    try:
-        state = load(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    state, policy.sha256 = read_weights(path)
     _refuse_other_weights(path, state, policy.state_dict())
     policy.load_state_dict(state)
-    policy.sha256 = digest(content)
     return policy.to(device).eval()
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Weights and the digest of what was read, whoever writes meanwhile.
+
+    Raises ``ValueError`` for a damaged file.
+    """
+    content = path.read_bytes()
+    try:
+        return load(content), digest(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
@@ -281,8 +291,9 @@ def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
 
 def save_training_state(run: str | Path, state: dict) -> None:
     """Write ``training_state.pt``: what an exact continuation needs."""
-    with replacing(Path(run) / "training_state.pt") as temporary:
-        torch.save(state, temporary)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_bytes(Path(run) / "training_state.pt", content.getbuffer())
 
 
 def load_training_state(run: str | Path) -> dict | None:

@@ -3,38 +3,136 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 _ASK_EVERY = 0.5  # seconds between looks at whether a folder is free
+_TEMPORARY = re.compile(r"\..+?(?:\.(?P<machine>[0-9a-f]{8}))?\.(?P<pid>\d+)\.part(?:\.\w+)?")
+_LEFT_OVER = 24 * 3600.0  # seconds after which a temporary file is nobody's any more
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded",
+               "inline_container.cc")  # PyTorch, whose writer says no more than that
+
+
+class DiskFullError(OSError):
+    """No space is left for a file; what was complete before is kept."""
+
+    def __str__(self) -> str:
+        return self.strerror
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it becomes ``path``, else it is removed.
 
     For a file or a whole folder. What stood at ``path`` stays untouched until the new one is
-    complete.
+    complete. What killed processes left beside it is removed first.
+
+    Args:
+        needed: bytes, where they are known, for the message of a full disk.
+
+    Raises:
+        DiskFullError: whatever the writer raised for a lack of space.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    _remove_leftovers(path.parent)
+    name = f".{short_name(path.name)}.{_machine()}.{os.getpid()}.part{path.suffix}"
+    temporary = path.with_name(name)
     try:
         yield temporary
         os.replace(temporary, path)
+    except Exception as error:
+        needed = needed or _size(temporary)
+        _remove(temporary)
+        raise_if_disk_is_full(error, path, needed)
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def raise_if_disk_is_full(error: BaseException, path: Path, needed: int = 0) -> None:
+    """Raise :class:`DiskFullError` where ``error`` means that, in whatever words a library has.
+
+    Args:
+        path: the file that could not be written.
+        needed: its size in bytes; 0 where that is not known.
+    """
+    told: BaseException | None = error
+    while told is not None and not isinstance(told, DiskFullError):
+        if getattr(told, "errno", None) in _FULL or any(text in str(told) for text in _FULL_TEXTS):
+            free = shutil.disk_usage(path.parent).free
+            need = f" needs {needed / 2**20:,.1f} MiB," if needed else ""
+            raise DiskFullError(
+                errno.ENOSPC, f"the disk is full: {path.name}{need} in {path.parent}, where "
+                f"{free / 2**20:,.1f} MiB are free; what was complete before is kept") from error
+        told = told.__cause__ or told.__context__
+
+
+@functools.cache
+def _machine() -> str:
+    """Of the processes whose numbers can be compared: the machine, or the container on it."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""
+    return digest(f"{platform.node()} {processes}".encode())[:8]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that no longer run.
+
+    Of other machines, whose processes cannot be asked, those untouched for a day.
+    """
+    for path in folder.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        with contextlib.suppress(OSError):  # another process removes it too
+            if found and (
+                    time.time() - path.stat().st_mtime > _LEFT_OVER
+                    or found["machine"] in (None, _machine()) and not _runs(int(found["pid"]))):
+                _remove(path)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    return 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def visible(folder: str | os.PathLike, pattern: str) -> list[Path]:
+    """Sorted paths below ``folder`` that match a glob ``pattern``, without hidden ones."""
+    folder = Path(folder)
+    return sorted(path for path in folder.glob(pattern)
+                  if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def short_name(name: str, longest: int = 100) -> str:
@@ -46,8 +144,13 @@ def short_name(name: str, longest: int = 100) -> str:
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:
     """Write ``value`` as indented JSON, whole or not at all. NaN is refused (``ValueError``)."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
+    """Write ``content``, whole or not at all. Modes follow the umask: others may read it."""
+    with replacing(path, len(content)) as temporary:
+        temporary.write_bytes(content)
     return Path(path)
 
 
@@ -78,18 +181,20 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """What a JSON file holds, which has to be a ``kind``.
+def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = ()) -> Any:
+    """What a JSON file holds, which has to be a ``kind`` and to have the ``keys``.
 
     Raises ``FileNotFoundError`` where there is none, and ``ValueError`` for a damaged one.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes().decode())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; expected JSON") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} is damaged: it holds {type(value).__name__}; expected "
                          f"{kind.__name__}")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path} is damaged: it holds no {', '.join(missing)}")
     return value
 
 
@@ -97,32 +202,39 @@ def append_jsonl(path: str | os.PathLike, row: dict) -> None:
     """Append one line and flush it to the disk, so that a kill loses nothing that was reported.
 
     A last line that a kill or a full disk had cut off is removed first. NaN is refused
-    (``ValueError``).
+    (``ValueError``), a full disk named (:class:`DiskFullError`).
     """
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
-    with open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise_if_disk_is_full(error, Path(path), len(line))
+        raise
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """Rows of a JSON-lines file; none where there is no file.
 
     A last line without its newline was cut off, and is left out. Raises ``ValueError`` with the
-    number of a line that is not JSON.
+    number of a line that is not a JSON object.
     """
     path = Path(path)
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode())
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is {type(row).__name__}; expected an object")
+        rows.append(row)
     return rows
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 import os
 import zlib
@@ -19,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from . import paths, schema
 from .augment import augment_images, resize_images
+from .checkpoint import read_weights
 from .config import Config
 from .fanout import run_jobs
-from .files import only_one, replacing, write_json
+from .files import only_one, read_json, replacing, write_bytes, write_json
 from .language import embed_instruction
 from .layers import Locator
 from .model import task_dim
@@ -274,12 +274,11 @@ def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measure
                 "things": things, "median and 90 % error, share of the picture's side": {
                     thing: [None if math.isnan(value) else round(value, 4) for value in row]
                     for thing, row in zip(things, distance.tolist(), strict=True)}})
-            with replacing(path) as temporary:
-                save_file({name: weight.cpu().contiguous()
-                           for name, weight in locator.state_dict().items()}, temporary)
-    things = tuple(json.loads(known.read_text())["things"])
+            write_bytes(path, save({name: weight.cpu().contiguous()
+                                    for name, weight in locator.state_dict().items()}))
+    things = tuple(read_json(known, keys=["things"])["things"])
     locator = _locator(things, config)
-    locator.load_state_dict(load_file(path))
+    locator.load_state_dict(read_weights(path)[0])
     return things, locator
 
 

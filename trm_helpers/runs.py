@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import paths
 from .config import PRESETS, Config, Parameters, check_parameters, from_flat, settings_by_part
 from .fanout import start_process
-from .files import read_json, replacing, write_json
+from .files import read_json, replacing, visible, write_json
 from .schema import did_you_mean
 
 _TRACEBACK_LINES = 15  # of a failed notebook shown in the error
@@ -204,7 +205,7 @@ def _execute(_, source: Path, output: Path, parameters: dict) -> None:
 
 def _failure(executed: Path) -> str:
     """Error and end of the traceback, from the executed copy."""
-    for cell in json.loads(executed.read_text())["cells"]:
+    for cell in read_json(executed, keys=["cells"])["cells"]:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 lines = _ANSI.sub("", "\n".join(output["traceback"])).splitlines()
@@ -297,19 +298,19 @@ def _run_and_record(path: Path, parameters: dict, run_dir: Path) -> None:
 
 def _identity(path: Path, parameters: dict) -> dict:
     cells = [[cell["cell_type"], "".join(cell["source"])]
-             for cell in json.loads(path.read_text())["cells"]]
+             for cell in read_json(path, keys=["cells"])["cells"]]
     return {"parameters": json.loads(json.dumps(parameters)),  # as read back: no tuples
             "source_sha256": hashlib.sha256(json.dumps(cells).encode()).hexdigest()}
 
 
 def _minutes_before(run_dir: Path) -> float:
-    return _recorded(run_dir / "notebooks" / "minutes.json", float) or 0.0
+    return _recorded(run_dir / "notebooks" / "minutes.json", kind=float) or 0.0
 
 
-def _recorded(path: Path, kind: type = dict):
+def _recorded(path: Path, kind: type = dict) -> Any:
     """What the runner noted down; None where that is missing or damaged: it can be done again."""
     try:
-        return read_json(path, kind)
+        return read_json(path, kind=kind)
     except (FileNotFoundError, ValueError):
         return None
 
@@ -320,7 +321,7 @@ def _report(run_dir: Path, minutes: float) -> None:
 
     print(f"\nEverything is in {run_dir}")
     for title, pattern in _PRODUCTS.items():
-        found = [path for path in run_dir.glob(pattern) if not path.name.startswith(".")]
+        found = visible(run_dir, pattern)
         print(f"  {title:11} {len(found):3}  {run_dir / pattern}")
     results = run_dir / "results.json"
     if not results.exists():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import json
 import math
 import os
 import statistics
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from . import paths
 from .config import Config
-from .files import replacing, write_json
+from .files import read_json, replacing, visible, write_json
 from .runs import notebook_parameters
 from .space import (
     axes,
@@ -122,7 +121,7 @@ def searched(folder: Path) -> Config:
     path = folder / "search.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a search that was begun there")
-    return Config.from_dict(json.loads(path.read_text()))
+    return Config.from_dict(read_json(path))
 
 
 def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = None,
@@ -205,7 +204,7 @@ def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict
     that halving stopped, and those that failed.
     """
     found = dict(records)
-    for path in sorted(folder.glob("*/trial.json")):
+    for path in visible(folder, "*/trial.json"):
         found[path.parent.name] = read_trial(path.parent)
     points: dict[str, dict[int, dict]] = {}  # by name: the record of each seed
     for record in found.values():

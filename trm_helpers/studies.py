@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from .config import Config, SearchConfig
-from .files import only_one
+from .files import only_one, visible
 from .space import (
     REDUCTION,
     all_points,
@@ -167,7 +167,7 @@ def _requeue(study: optuna.Study) -> None:
 def _enqueue_folder(study: optuna.Study, search: SearchConfig, folder: Path) -> None:
     """Let the study begin with the complete trials in the folder that it does not know."""
     known = _records(study)
-    for path in sorted(folder.glob("*/trial.json")):
+    for path in visible(folder, "*/trial.json"):
         record = read_trial(path.parent)
         point, _ = point_of(record["parameters"], search) or ({}, 0)
         complete = record["rungs"] and record["rungs"][-1]["epochs"] == search.search_epochs

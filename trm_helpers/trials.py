@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from .evaluate import selection_rows
-from .files import only_one, read_jsonl, write_json
+from .files import only_one, read_json, read_jsonl, write_json
 from .runs import run_notebook
 from .stats import EPISODE_KEYS, wilson_interval
 
@@ -71,7 +70,7 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
 def read_trial(run_dir: str | Path) -> dict | None:
     """The ``trial.json`` of a folder; ``None`` where there is none."""
     path = Path(run_dir) / RECORD
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path, keys=("trial", "parameters", "rungs")) if path.exists() else None
 
 
 def measure(run_dir: str | Path) -> dict:
