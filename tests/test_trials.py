@@ -38,7 +38,7 @@ def test_a_folder_is_measured_by_its_files(tmp_path):
 
 def test_a_trial_runs_in_a_notebook_once_per_epoch_asked_for(tmp_path):
     notebook = write_pretending_notebook(tmp_path / "04_train.ipynb")
-    parameters = {"lr": 2.0, "epochs": 4, "stop_epoch": 1, "more": {"hidden_dim": 5}}
+    parameters = {"lr": 2.0, "epochs": 4, "stop_epoch": 1, "more": {"hidden_dim": 8}}
     with pytest.raises(ValueError, match="unknown parameter 'rate'"):
         run_trial(notebook, {**parameters, "rate": 1}, tmp_path / "t")
     assert read_trial(tmp_path / "t") is None
