@@ -19,6 +19,7 @@ from trm_helpers import collect, paths, schema
 from trm_helpers.collect import _run_attempts, _successes, collect_demonstrations
 from trm_helpers.config import from_flat
 from trm_helpers.fanout import WorkerDied
+from trm_helpers.experts import Style
 from trm_helpers.files import only_one
 from trm_helpers.quality import quality_card
 from trm_helpers.sim import LiberoEnv
@@ -426,6 +427,18 @@ def test_a_given_folder_without_human_demonstrations_is_refused(tmp_path, made):
     with pytest.raises(FileNotFoundError, match="no human demonstrations") as error:
         collect.ensure_demonstrations(config)
     assert f"{scripted} (scripted, not human)" in str(error.value)
+
+
+def test_a_seed_gives_the_styles_and_pushes_of_this_version():
+    """Where these numbers change, demonstrations do: raise ``schema.COLLECTION_VERSION``."""
+    generator = np.random.default_rng([0, 5, 0])
+    style, disturbance = Style.sample(generator), collect.Disturbance(generator)
+    sent = np.array([disturbance.apply(np.zeros(7)) for _ in range(60)])
+    found = schema.COLLECTION_VERSION, style.speed, style.hover, style.clearance, \
+        *style.grasp_offset, np.abs(sent).sum()
+    assert found == pytest.approx((1, 0.90732042, 0.06643247, 0.03822876, -0.00104877, -0.00217024,
+                                   5.4289), rel=1e-4)
+    assert np.flatnonzero(sent.any(axis=1)).tolist() == [16, 17, 18, 19]
 
 
 def test_a_run_on_scripted_demonstrations_keeps_to_them(tmp_path, made):
