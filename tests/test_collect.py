@@ -18,8 +18,8 @@ from demo_files import write_demo_file
 from trm_helpers import collect, paths, schema
 from trm_helpers.collect import _run_attempts, _successes, collect_demonstrations
 from trm_helpers.config import from_flat
-from trm_helpers.fanout import WorkerDied
 from trm_helpers.experts import Style
+from trm_helpers.fanout import WorkerDied
 from trm_helpers.files import only_one
 from trm_helpers.quality import quality_card
 from trm_helpers.sim import LiberoEnv
