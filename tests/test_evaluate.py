@@ -122,18 +122,17 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
 def test_others_play_the_same_run_meanwhile(run, monkeypatch):
     """As a training with rollouts does while its run is evaluated."""
     config = EvalConfig(num_episodes=2, horizon=4, num_videos=0)
-    play, selected = evaluate.run_episode, []
+    append, selected = evaluate.append_jsonl, []
 
-    def at_once(*given, **drawn):
+    def and_select(*given):
+        append(*given)
         if not selected:
-            selected.append(None)
             selected.append(evaluate.selection_success(run, evaluate.load_config(run), 2))
-        return play(*given, **drawn)
 
-    monkeypatch.setattr(evaluate, "run_episode", at_once)
+    monkeypatch.setattr(evaluate, "append_jsonl", and_select)
     before = set(run.iterdir())
     results = evaluate_run(run, config)
-    assert results["episodes"] == 2 == selected[1]["episodes"] and not results["errors"]
+    assert results["episodes"] == 2 == selected[0]["episodes"] and not results["errors"]
     assert {path.name for path in set(run.iterdir()) - before} == {
         "episodes.jsonl", "results.json", ".evaluation.lock"}
 

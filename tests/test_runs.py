@@ -145,6 +145,18 @@ def test_a_stopped_command_ends_the_kernel_and_what_it_started(tmp_path, stop):
         assert not [p for p in paths.artifacts_dir().rglob("*") if p.is_file()]
 
 
+def test_a_notebook_that_is_the_main_module_runs_another(tmp_path):
+    """As `%run 05_search.ipynb` does; a notebook file is JSON, whose `null` is no Python."""
+    write_notebook(tmp_path / "inner.ipynb", "print('inside')")
+    outer = write_notebook(tmp_path / "outer.ipynb", f"""
+        from trm_helpers.runs import run_notebook
+        run_notebook({str(tmp_path / "inner.ipynb")!r}, output={str(tmp_path / "out.ipynb")!r})
+    """)
+    done = subprocess.run([sys.executable, "-m", "IPython", "-c", f"%run {outer}"], text=True,
+                          capture_output=True, timeout=120)
+    assert (tmp_path / "out.ipynb").exists(), done.stdout + done.stderr
+
+
 def test_a_notebook_has_its_own_environment_and_log(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "import os; print(os.environ['GPU'])")
     log = tmp_path / "output.log"
