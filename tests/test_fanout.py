@@ -147,6 +147,12 @@ def test_a_killed_worker_is_noticed_within_seconds(job, marks):
     assert outcomes["hangs once"][0]["attempt"] == 1 and outcomes["good"][0]["attempt"] == 0
 
 
+def test_fewer_than_no_workers_are_refused():
+    with pytest.raises(ValueError, match="workers=-1 is not valid; expected at least 0"):
+        list(run_jobs(abs, [1], workers=-1))
+    assert [result for _, result, _ in run_jobs(abs, [-1])] == [1]  # a worker for each core
+
+
 def test_a_worker_that_cannot_start_is_an_error(job, marks, monkeypatch, capfd):
     monkeypatch.setattr(fanout, "_START", "import no_such_module")
     _, error = run_all(job, ["good"], marks, workers=2)["good"]
@@ -161,13 +167,14 @@ def test_a_job_that_cannot_be_imported_is_an_error(job, marks, tmp_path):
 
 
 def test_no_workers_are_this_process(job, marks):
-    outcomes = run_all(job, ["good", "raises"], marks)
+    outcomes = run_all(job, ["good", "raises"], marks, workers=0)
     assert outcomes["good"][0]["pid"] == os.getpid()
     assert isinstance(outcomes["raises"][1], ZeroDivisionError) and attempts(marks, "raises") == 2
 
 
 def test_what_takes_long_in_this_process_is_shown_and_goes_on(capfd):
-    ((_, result, error),) = run_jobs(lambda item: time.sleep(item) or "done", [0.5], limit=0.1)
+    ((_, result, error),) = run_jobs(lambda item: time.sleep(item) or "done", [0.5], workers=0,
+                                     limit=0.1)
     assert result == "done" and not error
     assert "test_fanout.py" in capfd.readouterr().err
 

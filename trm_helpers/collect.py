@@ -90,8 +90,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     Args:
         num_demos: successful demonstrations in the file.
         seed: of the placements, the demonstrator's style and the disturbances.
-        workers: simulator processes; ``None`` takes one per CPU core, at most 8, and 0 works in
-            this process.
+        workers: see :func:`fanout.run_jobs`.
         disturb: push the arm about (see :class:`Disturbance`).
         placement: of the objects: ``benchmark`` or ``wide``, see :meth:`sim.LiberoEnv.reset`.
 
@@ -236,9 +235,7 @@ def _successes(attempts: dict[int, Path | None]) -> list[int]:
 def _run_attempts(attempt, attempts, num_demos, workers, bar, task_name) -> None:
     """Make attempts until the first ``num_demos`` successes are known, in any order of ending."""
     numbers = _missing(attempts, num_demos)
-    if workers is None:
-        workers = min(os.cpu_count() or 1, 8)
-    for number, part, error in run_jobs(attempt, numbers, workers=min(workers, num_demos)):
+    for number, part, error in run_jobs(attempt, numbers, workers=workers):
         if error:
             raise error
         attempts[number] = part

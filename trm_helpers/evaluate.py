@@ -468,7 +468,7 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
     """``(episode, row, error)`` of each, as they end."""
     job = functools.partial(_play, source, config, folder)
     # a simulator of its own costs more to start than to have in this process
-    workers = 0 if config.eval_workers == 1 else min(config.eval_workers, len(episodes))
+    workers = 0 if config.eval_workers == 1 else config.eval_workers
     try:
         for episode, row, error in run_jobs(job, episodes, workers=workers, keep=True,
                                             cluster=config.cluster, limit=config.episode_limit):

@@ -40,8 +40,8 @@ class WorkerDied(RuntimeError):
     """The process of a job was killed or ended by itself."""
 
 
-def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int = 0, cluster: str = "",
-             limit: float = 900.0, keep: bool = False
+def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None = None,
+             cluster: str = "", limit: float = 900.0, keep: bool = False
              ) -> Iterator[tuple[Any, Any, Exception | None]]:
     """Yield ``(item, job(item), None)`` as they end, or ``(item, None, error)``.
 
@@ -51,7 +51,8 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int = 0, cl
     Args:
         job: pickled by cloudpickle, so that functions of a script or a notebook are fine too.
         items: the caller may append to a list while it takes the results.
-        workers: processes on this machine, with one thread each; 0 works in this process.
+        workers: processes on this machine, with one thread each; ``None`` is one per CPU core, at
+            most 8, and 0 works in this process.
         cluster: address of a Dask scheduler, which then has its own number of workers and, for a
             job that loses its process, its own number of attempts
             (``distributed.scheduler.allowed-failures``).
@@ -60,13 +61,18 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int = 0, cl
         keep: let the processes wait for the next call, for up to two minutes.
 
     Raises:
+        ValueError: fewer than 0 workers.
         ConnectionError: no cluster answers at its address, or it has lost all its workers.
         RuntimeError: the cluster's package is not installed.
     """
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers={workers} is not valid; expected at least 0, or None")
     if cluster:
         crew = _Dask(job, cluster, limit)
+    elif workers == 0:
+        crew = _ThisProcess(job, limit)
     else:
-        crew = _Processes(job, workers, limit, keep) if workers else _ThisProcess(job, limit)
+        crew = _Processes(job, workers or min(len(os.sched_getaffinity(0)), 8), limit, keep)
     waiting: collections.deque[int] = collections.deque()
     begun, known = collections.Counter(), 0
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +54,7 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
     Args:
         demos: names of demonstrations in each file.
         per_demo: n, scenes around each of them.
-        workers: simulator processes; ``None`` takes one per CPU core, at most 8, and 0 works in
-            this process.
+        workers: see :func:`fanout.run_jobs`.
     """
     folder = paths.data_dir() / "scenes" / suite / load_task(suite, task_id).name
     jobs = {}
@@ -80,11 +78,9 @@ def draw_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], pe
             bar = tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
                        unit="scene")
             draw = functools.partial(_draw, suite, task_id, per_demo)
-            if workers is None:
-                workers = min(os.cpu_count() or 1, 8)
             with bar:
-                for _, _, error in run_jobs(draw, list(missing.items()),
-                                            workers=min(workers, len(missing))):
+                for _, _, error in run_jobs(draw, list(missing.items()), workers=workers,
+                                            limit=max(900.0, 10.0 * per_demo)):
                     if error:
                         raise error
                     bar.update(per_demo)
