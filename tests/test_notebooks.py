@@ -11,12 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import imageio.v3 as imageio
 import jupytext
 import nbformat
 import numpy as np
 import pytest
 import yaml
+from demo_files import write_demo_file
 
 from trm_helpers import paths
 from trm_helpers.__main__ import main
@@ -77,6 +79,22 @@ def test_notebook_imports_in_one_block_after_its_parameters(name):
     cells = [[isinstance(node, kinds) for node in ast.walk(ast.parse(cell))]
              for cell in code(read(name))]
     assert [i for i, nodes in enumerate(cells) if any(nodes)] == [1]
+
+
+def test_explore_looks_at_the_first_demonstration_there_is(tmp_path):
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", (9, 5, 6, 7), image_size=4)
+    with h5py.File(path, "a") as file:
+        for old, new in ((3, 10), (2, 5), (1, 2), (0, 1)):
+            file["data"].move(f"demo_{old}", f"demo_{new}")
+    cells = code(read("01_explore"))
+    [reads] = [cell for cell in cells if "open_demo_file(file)" in cell]
+    names = {"file": path}
+    exec("from trm_helpers import schema\n"
+         "from trm_helpers.validate import demo_names, open_demo_file\n" + reads, names)
+    assert [len(actions) for actions in names["actions"]] == [9, 5, 6, 7]
+    assert [len(frames) for frames in names["cameras"]] == [9, 9]
+    [trace] = [cell for cell in cells if "plot_action_trace" in cell]
+    assert "plot_action_trace(actions[0])" in trace
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -166,8 +166,7 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
     elif data.demos == "human":
         found = human_demonstrations(data.suite, names, places, download=True)
     else:
-        wanted = names if data.demos == "auto" else []
-        found, _ = survey_demonstrations(places, wanted, ["human"])
+        found, _ = survey_demonstrations(places if data.demos == "auto" else [], names, ["human"])
     for kind in kinds:
         those = [str(path) for path in found.values() if source_of(path) == kind]
         if those:
