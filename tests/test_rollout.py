@@ -26,6 +26,20 @@ def test_an_episode_ends_with_success_or_at_the_horizon():
     assert policy.resets == 3
 
 
+class LiftingRoad(StraightRoad):
+    """Its objects rest at 1 m and rise with each step by so many metres."""
+
+    rises = {"stone": 0.0065, "stick": 0.0068, "pebble": 0.03}
+
+    def heights(self):
+        return {name: 1 + rise * (3 - self.left) for name, rise in self.rises.items()}
+
+
+def test_an_object_is_lifted_when_it_has_risen_by_two_centimetres():
+    row = run_episode(CountingPolicy(), LiftingRoad(), init_state=2)  # 1.95, 2.04, 9 cm
+    assert (row["steps"], row["lifted"]) == (3, ["pebble", "stick"])
+
+
 CAMERA = next(iter(schema.CAMERAS))
 
 
