@@ -77,6 +77,23 @@ def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
     assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
 
 
+class BrighteningRoad(StraightRoad):
+    """Its agent view has grey level 50 at first and 50 more after each step; the wrist is black."""
+
+    def _look(self):
+        frames = super()._look()
+        grey = np.full((64, 64, 3), 50 * (4 - self.left), np.uint8)
+        return {camera: grey if camera == CAMERA else 0 * frames[camera] for camera in frames}
+
+
+def test_each_frame_of_a_film_is_of_its_step(tmp_path):
+    _, views = record_episode(CountingPolicy(), BrighteningRoad(), 2, tmp_path / "a.mp4")
+    film = imageio.imread(tmp_path / "a.mp4")[:, -192:].astype(float)
+    assert [view.mean() for view in views] == [50, 100, 150, 200]
+    for step, grey in enumerate((50, 100, 150, 200, 200)):
+        assert abs(film[step, :, :192] - grey).max() < 20 and film[step, :, 200:].max() < 20
+
+
 def test_a_film_says_the_task_the_step_the_recursions_and_the_outcome(tmp_path, monkeypatch):
     written, draw = [], rollout.caption_frame
     monkeypatch.setattr(rollout, "caption_frame",
