@@ -32,18 +32,21 @@ placement = None  # type: str; of objects, benchmark or wide (anywhere); None: t
 # %% [markdown]
 # ## Find the package
 #
-# In a checkout that was set up with `make setup` there is nothing to do here. Elsewhere, on
-# Kaggle say, this cell looks for the repository in the folders above and in the working folder,
-# then for a copy of it in an attached data set. Attached folders are read-only, so the copy is
-# copied once more.
+# With the package installed, as by `make setup`, there is nothing to do here. Elsewhere, on Kaggle
+# for instance, this cell looks for the repository in the folders above and in the working folder,
+# then for a copy of it in an attached data set. Attached folders are read-only, so that copy is
+# copied into the working folder.
 
 # %%
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 attached, working = Path("/kaggle/input"), Path("/kaggle/working")
 places = [Path.cwd(), *Path.cwd().parents, *working.glob("*")]
+installed = importlib.util.find_spec("trm_helpers")
+places += [Path(installed.origin).parents[1]] if installed else []
 roots = [place for place in places if (place / "trm_helpers" / "schema.py").exists()]
 sources = [found.parent.parent for found in attached.rglob("trm_helpers/schema.py")]
 assert roots or sources, "trm_helpers not found: clone the repository or attach it"

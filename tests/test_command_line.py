@@ -25,13 +25,34 @@ def test_every_command_has_help_with_the_settings_comments(capsys):
     assert "--latent-updates INT of trm: n, updates of z before each of y (default: 2)" in said
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), ([], 2), (["teach"], 2)])
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["-h"], 0), ([], 2), (["trian"], 2)])
 def test_the_commands_are_listed(argv, code, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(argv)
     assert ended.value.code == code
     told = capsys.readouterr()
     assert all(f"  {name} " in told.out + told.err for name in COMMANDS)
+    said = "unknown command 'trian'; did you mean 'trial' or 'train'?"
+    assert (said in told.err) == (argv == ["trian"])
+
+
+@pytest.mark.parametrize("name", ["../up", "my run", "a/b", "", ".x"])
+def test_a_bad_run_name_is_refused_before_anything_is_collected(name, monkeypatch, capsys):
+    monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations", None)
+    for command in (["train", "tiny", f"--run-name={name}"],
+                    ["search", "tiny", f"--run-name={name}"], ["trial", name, "{}"],
+                    ["run", "tiny", f"--run-name={name or '.'}"],
+                    ["run", "04_train", f"--run-name={name or '.'}"]):
+        if command[0] != "train" or name:  # without a name it gets one from the time
+            assert main(command) == 1, command
+            assert "run_name=" in capsys.readouterr().err
+    assert not paths.artifacts_dir().exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "robustness", "depth"])
+def test_a_path_that_climbs_is_refused_by_every_command(command, capsys):
+    assert main([command, "../artifacts/x"]) == 1
+    assert "without '..'" in capsys.readouterr().err
 
 
 def test_a_preset_and_settings_on_top():

@@ -109,10 +109,14 @@ def test_parameters_are_literals_with_a_comment_each(name):
     assert {"preset", "run_name"} <= set(known)
 
 
-def bootstrap(tmp_path):
+def bootstrap(tmp_path, installed=False):
     """Run the cells of 00_setup that find and install the package, where no checkout is above."""
     cells = [cell for cell in code(read("00_setup")) if "attached" in cell or "sources" in cell]
     source = "\n".join(cells).replace("/kaggle/", f"{tmp_path}/")
+    if not installed:
+        source = ("import importlib.util\nimportlib.util.find_spec, find = (\n    lambda name, *_: "
+                  "None if name == 'trm_helpers' else find(name)), importlib.util.find_spec\n"
+                  + source)
     (tmp_path / "working").mkdir()
     return subprocess.run([sys.executable, "-c", source], cwd=tmp_path / "working", text=True,
                           capture_output=True)
@@ -126,6 +130,12 @@ def test_setup_finds_the_package_in_a_read_only_data_set_and_copies_it(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "nothing is missing" in done.stdout
     assert (tmp_path / "working" / "trm" / "trm_helpers" / "schema.py").exists()
+
+
+def test_setup_finds_an_installed_package_from_anywhere(tmp_path):
+    done = bootstrap(tmp_path, installed=True)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is missing" in done.stdout and not list((tmp_path / "working").iterdir())
 
 
 def test_setup_says_what_to_do_where_the_package_is_not(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -411,10 +412,13 @@ def test_machines_share_a_study_in_a_database(tmp_path, pretend):
 
 @pytest.mark.parametrize("url", ["sqlite:////no/such/folder/study.db", "nonsense",
                                  "postgresql+nodriver://user:secret@localhost/study"])
-def test_a_dead_database_is_told_before_anything_is_trained(tmp_path, pretend, url):
+def test_a_dead_database_is_told_before_anything_is_trained(tmp_path, pretend, url, monkeypatch):
+    monkeypatch.setenv("TRM_SEARCH_STORAGE", url)
     with pytest.raises(ConnectionError, match="search_storage='.*' does not answer") as error:
-        search(tmp_path, search_method="tpe", search_storage=url)
-    assert "secret" not in str(error.value) and not pretend
+        search(tmp_path, search_method="tpe")
+    shown = "".join(traceback.format_exception(error.value))
+    assert "secret" not in shown and not pretend
+    assert "secret" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
 def test_a_database_that_goes_away_is_told_and_what_is_complete_is_kept(tmp_path, pretend):

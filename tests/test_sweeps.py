@@ -92,6 +92,27 @@ def test_a_bad_trial_is_an_error(tmp_path, pretend, capsys, point, said):
     assert said in capsys.readouterr().err
 
 
+def test_settings_of_the_machine_come_from_the_command_and_not_from_the_file(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(trials, "run_notebook", lambda notebook, asked, *, run_dir, **_: (
+        given.append({**asked, **asked.get("more", {})}), train_into(run_dir, asked)))
+    file = tmp_path / "sweep.yaml"
+    assert main(["search", "tiny", "--run-name", "s", *SPACE, "--device", "cpu", "--demo-dir",
+                 str(tmp_path), "--eval-workers", "2", "--export-sweep", str(file)]) == 0
+    command = yaml.safe_load(file.read_text())["command"]
+    assert command[command.index("-s"):] == ["-s", "demo_dir", str(tmp_path), "-s", "device", "cpu",
+                                             "-s", "eval_workers", "2"]
+    searched = paths.artifacts_dir() / "s" / "search" / "search.json"
+    settings = json.loads(searched.read_text())
+    settings["eval"]["cluster"], settings["train"]["num_threads"] = "tcp://theirs:8786", 99
+    searched.write_text(json.dumps(settings))
+    point = json.dumps({"lr": 0.1, "hidden_dim": 16, "num_recursions": 1})
+    assert main(["trial", "s", point, "-s", "device", "cpu", "-s", "num_threads", "3"]) == 0
+    assert given[0]["device"] == "cpu" and given[0]["num_threads"] == 3
+    assert "cluster" not in given[0] and "demo_dir" not in given[0]
+    assert main(["trial", "s", point, "-s", "lr", "3"]) == 1
+
+
 def test_a_trial_needs_a_search(capsys):
     assert main(["trial", "nobody", "{}"]) == 1
     assert "search.json does not exist; expected a search that was begun" in capsys.readouterr().err

@@ -100,7 +100,7 @@ class Search:
 
     def __call__(self) -> Result:
         from .collect import ensure_demonstrations
-        from .search import run_search, verdict
+        from .search import claim, run_search, verdict
         from .sweeps import export_sweep
 
         folder = paths.run_dir(self.run_name)
@@ -108,6 +108,7 @@ class Search:
             file = export_sweep(self.config, folder, self.export_sweep)
             return {"sweep": str(file)}, [f"wandb sweep {file}"], True
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
+        claim(self.config, folder)  # refuses other settings before anything is collected
         ensure_demonstrations(self.config)
         trials = run_search(self.config, folder)
         lines = [f"{place}. {trial['trial']}: {_told(trial)}"
@@ -122,12 +123,16 @@ class Trial:
 
     run_name: Positional[str]
     point: Positional[str]  # the settings searched over, as JSON: {"lr": 1e-3, ...}
+    setting: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction,
+                       tyro.conf.arg(metavar="NAME VALUE", aliases=["-s"])] = ()
+    # ... of this machine, such as device cpu; may be given more than once
 
     def __call__(self) -> Result:
         from .sweeps import run_sweep_trial
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        found = run_sweep_trial(paths.run_dir(self.run_name), self.point)
+        found = run_sweep_trial(paths.run_dir(self.run_name), self.point,
+                                {name: parse_parameter(name, text) for name, text in self.setting})
         return found, [_told({"state": "complete", **found})], True
 
 
@@ -288,11 +293,15 @@ COMMANDS = {kind.__name__.lower(): kind
 def parse(argv: list[str]) -> Any:
     """The command with its arguments; ends the program with a message where they are wrong."""
     if not argv or argv[0] not in COMMANDS:
+        asked = argv[:1] in (["-h"], ["--help"])
+        if argv and not asked:
+            print(f"unknown command {argv[0]!r}{schema.did_you_mean(argv[0], COMMANDS)}\n",
+                  file=sys.stderr)
         known = "\n".join(f"  {name:10} {kind.__doc__.splitlines()[0]}"
                           for name, kind in COMMANDS.items())
         print(f"{__doc__}\n\n{known}\n\n`COMMAND --help` lists its settings; --json prints the "
-              "result as JSON.", file=sys.stdout if argv[:1] in ([], ["--help"]) else sys.stderr)
-        sys.exit(0 if argv[:1] == ["--help"] else 2)
+              "result as JSON.", file=sys.stdout if asked or not argv else sys.stderr)
+        sys.exit(0 if asked else 2)
     kind, rest = COMMANDS[argv[0]], argv[1:]
     settings: dict[str, Any] = {}
     if kind in (Collect, Train, Search):

@@ -125,9 +125,9 @@ def check_option(name: str, value: str, options: Iterable[str]) -> str:
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:
-    """``"; did you mean 'colour'?"`` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(str(value), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """``"; did you mean 'colour'?"`` where a known name is close, or two are, else nothing."""
+    close = difflib.get_close_matches(str(value), list(known), n=2)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def check_suite(suite: str) -> str:
