@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,9 +173,20 @@ def test_no_workers_are_this_process(job, marks):
     assert isinstance(outcomes["raises"][1], ZeroDivisionError) and attempts(marks, "raises") == 2
 
 
-def test_what_takes_long_in_this_process_is_shown_and_goes_on(capfd):
-    ((_, result, error),) = run_jobs(lambda item: time.sleep(item) or "done", [0.5], workers=0,
-                                     limit=0.1)
+def test_what_hangs_in_this_process_is_interrupted_and_tried_once_more(job, marks):
+    before = signal.getsignal(signal.SIGALRM)
+    outcomes = run_all(job, ["hangs", "hangs once", "good"], marks, workers=0, limit=1.0)
+    assert isinstance(outcomes["hangs"][1], TimeoutError) and attempts(marks, "hangs") == 2
+    assert outcomes["hangs once"][0]["attempt"] == 1 and outcomes["good"][0]["attempt"] == 0
+    assert signal.getsignal(signal.SIGALRM) == before
+    timer = signal.getitimer(signal.ITIMER_REAL)[0]  # pytest's own
+    assert timer == 0 or timer > 60
+
+
+def test_what_cannot_be_interrupted_in_this_process_is_shown(capfd):
+    with ThreadPoolExecutor(1) as pool:
+        ((_, result, error),) = pool.submit(lambda: list(run_jobs(
+            lambda item: time.sleep(item) or "done", [0.5], workers=0, limit=0.1))).result()
     assert result == "done" and not error
     assert "test_fanout.py" in capfd.readouterr().err
 

@@ -19,6 +19,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
             job that loses its process, its own number of attempts
             (``distributed.scheduler.allowed-failures``).
         limit: seconds for a job, the start of its process included; 0 is none. In this process a
-            job that takes longer goes on, and a traceback shows where it is.
+            job that hangs outside of Python goes on, and a traceback shows where it is.
         keep: let the processes wait for the next call, for up to two minutes.
 
     Raises:
@@ -106,12 +107,33 @@ class _ThisProcess:
     def ended(self) -> Iterator[tuple]:
         index, item = self.running.pop()
         try:
-            yield index, _watched(self.job, self.limit, False, item), None
+            with _interrupted(self.limit):
+                result = _watched(self.job, 2 * self.limit, False, item)
+            yield index, result, None
         except Exception as error:  # whatever a policy or the simulator raises
             yield index, None, error
 
     def close(self) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _interrupted(limit: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` after ``limit`` seconds, in the main thread and where Python runs."""
+    if not limit or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_) -> None:
+        raise TimeoutError(f"a job took longer than {limit:g} s")
+
+    handler = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def _watched(job: Callable, limit: float, end: bool, item: Any) -> Any:
