@@ -1,15 +1,221 @@
-"""The scripts in benchmarks/, each at a tiny size, in a process of its own."""
+"""The scripts in benchmarks/, each at a tiny size.
 
+Where a script plays episodes, a made-up ledger stands in for the simulator; scripts that compare
+simulators run in the real one. ``peers_read.py`` needs the peers, see test_data.py.
+"""
+
+import contextlib
+import json
 import os
+import runpy
 import subprocess
 import sys
 import tarfile
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
+from demo_files import write_demo_file
 
+from trm_helpers import paths, schema
+from trm_helpers.files import append_jsonl
 from trm_helpers.paths import repo_root
+from trm_helpers.stats import summarize_episodes
 
 FOLDER = repo_root() / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """A function: run a script with arguments and replaced names; the lines it prints."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+
+    def run_script(name, *arguments, code=None, **replaced):
+        path = FOLDER / f"{name}.py"
+        main = runpy.run_path(str(path))["main"]
+        unknown = replaced.keys() - main.__globals__.keys()
+        assert not unknown, f"{name} has no {unknown}"
+        main.__globals__.update(replaced)
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        assert main() == code
+        return capsys.readouterr().out.splitlines()
+
+    return run_script
+
+
+def table(lines: list[str]) -> list[list[str]]:
+    """The cells of the first table's lines, without its head."""
+    rows = [[cell.strip() for cell in line[1:-1].split("|")]
+            for line in lines if line.startswith("|")]
+    rules = [number for number, row in enumerate(rows) if set("".join(row)) == {"-"}]
+    return rows[rules[0] + 1:rules[1] - 1 if len(rules) > 1 else None]
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_demo_file(tmp_path / "files" / "soup_demo.hdf5", (6, 7, 8, 9, 10))
+
+
+@pytest.fixture
+def played(file):
+    """What stands in for demonstrations and for playing episodes: two of three succeed."""
+    def evaluate_run(run, config, **_):
+        rows = [{"suite": "libero_object", "task_id": 0, "init_state": state, "success": state > 0,
+                 "steps": 80} for state in range(3)]
+        for row in rows:
+            append_jsonl(Path(run) / "episodes.jsonl", row)
+        return {**summarize_episodes(rows), "errors": []}
+
+    return {"ensure_demonstrations": lambda config: dict.fromkeys(config.data.task_ids, file),
+            "evaluate_run": evaluate_run}
+
+
+# --- speed ---------------------------------------------------------------------------------------
+def test_the_latency_of_decisions(script):
+    rows = table(script("latency", "--rounds", 1, DEPTHS=(1, 2)))
+    assert [row[:3] for row in rows] == [
+        [preset, batch, depth] for preset in ("demo", "trm")
+        for batch, depth in (("1", "1"), ("1", "2"), ("64", "1"), ("64", "2"),
+                             ("64", "half 1, half 8"))]
+    assert all(float(row[4]) > 0 for row in rows)
+
+
+def test_the_speed_of_training(script):
+    names = ["ours, preset demo (block, 64 px, chunk 8)", "ours, preset trm (64 px, chunk 8)"]
+    rows = table(script("training", "--here", "--rounds", 1, "--only", *names, BATCH=2))
+    assert [row[0] for row in rows] == names
+    assert all(float(row[column].replace(",", "")) > 0 for row in rows for column in (2, 3, 5))
+
+
+def test_the_speed_of_loading(script, file):
+    write_demo_file(file, (12, 13))  # long enough for ten frames
+    names = runpy.run_path(str(FOLDER / "loading.py"))
+
+    def run_one(python, name, given, **_):
+        return names["measure"](name, given.file, 0.01) if name in names["OURS"] else None
+
+    lines = script("loading", file, "--peer-python", "none", "--repeats", 1, run_one=run_one)
+    ours = [name for name in names["OURS"] if not name.startswith("gpu")]
+    assert [row[0] for row in table(lines)] == [f"ours, {name}" for name in ours]
+    *_, measured = script("loading", file, "--only", ours[0], "--seconds", 0.01)
+    assert json.loads(measured)["samples_per_s"] > 0
+
+
+# --- policies ------------------------------------------------------------------------------------
+def test_policies_are_trained_and_compared(script, played):
+    names = ["block, depth 4", "block, depth 1"]
+    rows = table(script("policies", "--suite", "libero_object", "--tasks", 0, "--demos", 5,
+                        "--epochs", 1, "--episodes", 3, "--only", *names, **played))
+    assert [row[0] for row in rows] == names
+    assert rows[0][3] == "2 of 3" and rows[1][5] == "+0 points, p = 1.00"
+
+
+def test_kinds_and_numbers_of_demonstrations_are_compared(script, file):
+    def robustness_card(run, evaluation, only):
+        assert (Path(run) / "best.safetensors").exists() and evaluation.num_episodes == 3
+        return {"rows": [{"name": name, "successes": 2, "episodes": 3, "wilson_low": 0.2,
+                          "wilson_high": 0.9} for name in ("plain", *only)]}
+
+    rows = table(script(
+        "demonstrations", "--policy", "block, depth 1", "--tasks", 0, "--demos", 4, "5", "--epochs",
+        1, "--episodes", 3, "--kinds", "wide", "--changes", "swap", "--set", "conditioning", "none",
+        "--set", "image_size", 36,
+        collected=lambda kind, given: {0: file}, robustness_card=robustness_card))
+    cell = "2 of 3 (20 to 90 %)"
+    assert rows == [["wide", "4", cell, cell], ["wide", "5", cell, cell]]
+
+
+def test_a_suite_goes_in_stages_and_goes_on(script, played, tmp_path):
+    arguments = ["block, depth 1", "--suite", "libero_object", "--tasks", 0, "--demos", 5,
+                 "--epochs", 2, "--episodes", 3, "--out", tmp_path / "out", "--run-name", "staged"]
+    names = runpy.run_path(str(FOLDER / "suite" / "stages.py"))
+    settings = names["settings"]
+
+    def without_a_task(given, minutes):
+        return settings(given, minutes).replace(conditioning="none")
+
+    given = {**played, "settings": without_a_task}
+    assert script("suite/stages", *arguments, "--minutes", 0.51, code=3, **given)[-1] == (
+        "call again")
+    lines = script("suite/stages", *arguments, "--minutes", 5, code=0, **given)
+    assert lines[-1] == "complete" and "2 of 3 episodes" in lines[-2]
+    brought = {path.name for path in (tmp_path / "out" / "staged").iterdir()}
+    assert {"best.safetensors", "metrics.jsonl", "episodes.jsonl"} <= brought
+
+
+def test_the_speed_of_a_search(script, file, monkeypatch):
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(paths.artifacts_dir()))  # the script sets it
+    searched = []
+
+    def run_search(config, run):
+        searched.append(config.search.search_workers)
+        return [{"state": "complete"}] * 2
+
+    lines = script("search", "--preset", "tiny", "--trials", 2, "--epochs", 1, "--rounds", 1,
+                   run_search=run_search, ensure_demonstrations=lambda config: {0: file})
+    assert searched == [1, 2]
+    assert [row[0] for row in table(lines)] == ["in this process", "one worker", "two workers"]
+
+
+# --- what a policy looks at ----------------------------------------------------------------------
+def test_units_that_are_off_are_counted(script, trained, tmp_path):
+    (soup,) = tmp_path.glob("soup_demo.hdf5")
+    ((run, camera, off, *_),) = table(script(
+        "dead_units", trained.name, ensure_demonstrations=lambda config: {0: soup}))
+    assert (run, camera) == (trained.name, "agentview_rgb")
+    few, of, many = off.split()
+    assert of == "of" and 0 <= int(few) <= int(many)
+
+
+def test_a_probe_reads_where_things_are(script, trained, tmp_path):
+    (soup,) = tmp_path.glob("soup_demo.hdf5")
+
+    def positions(env, demo):
+        hand = np.asarray(demo["obs/ee_pos"])
+        rising = np.linspace(0, 1, len(hand))[:, None]
+        return {"object": 0.02 * rising + hand * 0, "hand": hand}
+
+    @contextlib.contextmanager
+    def env(suite, task_id):
+        yield types.SimpleNamespace(reset=lambda: None, task=types.SimpleNamespace(
+            task_id=task_id, language="pick up the soup"))
+
+    rows = table(script(
+        "probes", trained.name, "--demos", 4, LiberoEnv=env, positions=positions, _AHEAD=1,
+        split_demonstrations=lambda names, *_: ([], names),
+        ensure_demonstrations=lambda config: {0: soup}))
+    assert [row[0] for row in rows][:2] == ["proprioception", "input"]
+    kept = json.loads((trained / "probes.json").read_text())
+    assert [row["state"] for row in kept["rows"]] == [row[0] for row in rows]
+    assert kept["rows"][0]["explained"][0][0] > 0.5  # the joints move with time, as the object does
+    assert kept["fitted"] == kept["scored"] == 2 and "dirty" in kept["software"]
+
+
+# --- the simulator -------------------------------------------------------------------------------
+@pytest.mark.sim
+def test_the_expert_succeeds_in_its_table(script):
+    ((task, _, successes, *_),) = table(script(
+        "experts", "--suite", "libero_object", "--tasks", 0, "--episodes", 1, "--init-states",
+        "--workers", 1))
+    assert (task, successes) == ("0", "1 of 1")
+
+
+@pytest.mark.sim
+def test_both_loops_of_evaluation_show_a_policy_the_same(script, small_run, monkeypatch):
+    trainer = small_run(suite="libero_object", task_ids=(0,))
+    trainer.fit()
+    monkeypatch.setitem(schema.HORIZONS, "libero_object", 4)
+    lines = script("rollouts", trainer.run, "--episodes", 1, "--rounds", 1, "--workers", 1)
+    assert any(line.endswith("reached the policy in 1 episodes; 0 differ") for line in lines)
+    assert [row[0] for row in table(lines)] == ["LIBERO's loop", "ours"]
+
+
+@pytest.mark.sim
+def test_both_ways_of_collecting_make_the_same_episode(script):
+    lines = script("collection", "--suite", "libero_object", "--task", 0, "--rounds", 1,
+                   collect_demonstrations=lambda *_, **__: None)
+    assert lines[0].startswith("1 episodes, ") and len(table(lines)) == 3
 
 
 def run(*arguments, **variables) -> str:
@@ -20,7 +226,6 @@ def run(*arguments, **variables) -> str:
     return done.stdout
 
 
-# --- the simulator, packed ------------------------------------------------------------------------
 PACK = """
 import runpy, sys
 from trm_helpers import schema
