@@ -43,7 +43,7 @@ search_finalists = None  # type: int; how many of the best; None keeps the prese
 search_shard = None  # type: str; "2/4": every fourth point from the second on; None: the preset's
 search_workers = None  # type: int; trials at once; 0 is one for each GPU; None keeps the preset's
 search_minutes = None  # type: float; end cleanly after so long, 0 never; None keeps the preset's
-search_storage = None  # type: str; URL of a database for several machines; None: the preset's
+search_storage = None  # type: str; URL of a database, no password: TRM_SEARCH_STORAGE is for one
 
 # %%
 import pandas as pd

@@ -227,14 +227,14 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
         preset: a name in ``config.PRESETS``.
         run_name: the folder under ``artifacts/``; by default the preset's name.
         parameters: more parameters, each given to the notebooks that have it.
-        resume: ``False`` refuses a run folder that exists.
+        resume: ``False`` refuses a run that has an epoch or results.
 
     Returns:
         the run folder.
 
     Raises:
         ValueError: unknown preset; a parameter that no notebook has; a bad value or run name.
-        FileExistsError: the run folder exists and ``resume`` is off.
+        FileExistsError: the run is trained or evaluated and ``resume`` is off.
         RuntimeError: preflight or a notebook failed, or the demo solved its task less often than
             :data:`DEMO_FLOOR`.
     """
@@ -248,7 +248,7 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
     _refuse_unknown(settings, known)
     settings, run_dir = _checked(settings, {"preset": ""})
     config = _configuration(settings)
-    if run_dir.exists() and not resume:
+    if not resume and any((run_dir / name).exists() for name in ("metrics.jsonl", "results.json")):
         raise FileExistsError(f"{run_dir} exists; choose another run_name, move it away or resume")
     plan = {path: {k: v for k, v in settings.items() if k in names}
             for path, names in known.items()}

@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
 
 from trm_helpers import plots  # noqa: E402
-from trm_helpers.checkpoint import find_run  # noqa: E402
+from trm_helpers.checkpoint import find_run, load_config  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.depth import depth_rows, plot_depth_cards  # noqa: E402
-from trm_helpers.files import read_jsonl, replacing, write_json  # noqa: E402
+from trm_helpers.files import read_json, read_jsonl, replacing, write_json  # noqa: E402
 from trm_helpers.films import FPS, write_grid
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.robustness import (  # noqa: E402
@@ -107,8 +107,10 @@ def ship(name: str, run_name: str) -> None:
     """The best weights and what ``load_policy`` needs, without this machine's paths."""
     run, folder = find_run(run_name), repo_root() / "pretrained" / name
     folder.mkdir(parents=True, exist_ok=True)  # its card may be there already
-    for file in ("config.json", "best.safetensors", "metrics.jsonl"):
+    for file in ("best.safetensors", "metrics.jsonl"):
         shutil.copyfile(run / file, folder / file)
+    software = read_json(run / "config.json").get("software", {})
+    write_json(folder / "config.json", {**load_config(run).to_dict(), "software": software})
     described = json.loads((run / "policy.json").read_text())
     for file in described["trained_on"]["files"]:
         file["file"] = Path(file["file"]).name
