@@ -105,6 +105,10 @@ metrics = trainer.fit()
 # %% [markdown]
 # ## Curves
 #
+# Both losses are of the final answer, so that they can be compared; what training minimises
+# (`objective` below) adds the terms of deep supervision, learned halting and ACT's style. The
+# training loss is measured on augmented samples, before each update.
+#
 # Both losses should fall and the validation loss should level out rather than rise. A training
 # loss that falls far below it says that the demonstrations are being learned by heart: more
 # demonstrations or more augmentation help, more epochs do not. The star is the epoch whose weights

@@ -1,6 +1,7 @@
 import ast
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,17 @@ def test_import_loads_neither_torch_nor_the_simulator():
     assert "trm_helpers" in loaded
     heavy = {"torch", "numpy", "libero", "robosuite", "mujoco", "papermill"}
     assert not heavy.intersection(loaded)
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+def test_a_process_has_one_thread_unless_the_environment_says_otherwise(variable, threads):
+    environment = {**os.environ, "OMP_NUM_THREADS": variable or ""}
+    if variable is None:
+        del environment["OMP_NUM_THREADS"]
+    code = ("import os, trm_helpers.layers, torch; "
+            "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])")
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert found.split() == [str(threads)] * 2  # what it starts has as many
 
 
 @pytest.mark.parametrize("name", [n for n in trm_helpers.__all__ if n != "__version__"])

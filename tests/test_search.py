@@ -233,10 +233,7 @@ def test_workers_share_what_there_is(monkeypatch):
     assert worker_environments(from_flat("tiny", search_workers=3)) == [
         {"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("3", "GPU-ab", "3")]
     assert worker_environments(from_flat("tiny", device="cpu")) == [{}]
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(5), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert worker_environments(from_flat("tiny", device="cpu", search_workers=2)) == [
-        {"OMP_NUM_THREADS": "2"}] * 2
+    assert worker_environments(from_flat("tiny", device="cpu", search_workers=2)) == [{}] * 2
 
 
 @pytest.mark.parametrize("method", ["grid", "tpe"])

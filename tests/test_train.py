@@ -153,7 +153,11 @@ def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])  # of fp16's the scale is taken out first
 def test_gradients_are_clipped_to_the_norm(small_run, precision):
     exact = small_run("exact", batch_size=40)
-    expected = exact._step(next(exact.train_data.batches(40, 0, 0)))[1].item()
+    loss, _ = exact.policy.loss(next(exact.train_data.batches(40, 0, 0)), exact.config.loss,
+                                exact.config.gripper_weight)
+    loss.backward()
+    expected = torch.stack([p.grad.norm() for p in exact.policy.parameters()
+                            if p.grad is not None]).norm().item()
     norms, used = {}, {}
     for clip in (1e-3, 1e3):
         trainer = small_run(f"clip{clip}", grad_clip=clip, batch_size=40, precision=precision)
@@ -370,13 +374,6 @@ def test_precision_decides_what_is_computed(small_run):
     assert found["fp16"] == pytest.approx(found["fp32"], rel=0.003)
     assert small_run("scaled", precision="fp16").scaler.is_enabled()
     assert not small_run("unscaled", precision="bf16").scaler.is_enabled()
-
-
-@pytest.mark.gpu  # minutes on a CPU
-def test_compiled_training_is_training(small_run):
-    rows = [small_run(name, compile=on, epochs=1).fit()
-            for name, on in (("eager", False), ("compiled", True))]
-    assert rows[1][0]["train_loss"] == pytest.approx(rows[0][0]["train_loss"], rel=1e-3)
 
 
 def test_training_goes_on_where_compiling_fails(small_run, monkeypatch, capsys):
@@ -626,19 +623,6 @@ def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_r
 def test_every_option_trains(small_run, settings):
     rows = small_run(epochs=1, **settings).fit()
     assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"]) and rows[0]["grad_norm"] > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_on_a_gpu_resumed_goes_on_as_straight(small_run, precision):
-    settings = dict(precision=precision, device="cuda", ema_decay=0.9, epochs=3)
-    expected = small_run("straight", **settings).fit()
-    small_run("resumed", max_minutes=1e-9, **settings).fit()
-    found = small_run("resumed", resume=True, **settings).fit()
-    assert len(found) == 3
-    assert np.allclose(losses(found), losses(expected), rtol=1e-2)
-    policy = load_policy("resumed", device="cuda")
-    assert next(policy.parameters()).is_cuda
 
 
 def test_device_and_precision(monkeypatch):

@@ -1,12 +1,18 @@
 """Helpers of the Tiny Recursive Model notebooks for robot control in LIBERO.
 
 The public names below are loaded on first use, so that ``import trm_helpers`` loads neither PyTorch
-nor the simulator.
+nor the simulator. Unless ``$OMP_NUM_THREADS`` says otherwise, this process and those that it starts
+compute with one thread each.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+
+# One thread per process, as libraries read when they are loaded: on a busy machine several threads
+# that wait for each other take ten times as long, and small networks gain little from them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 __version__ = "0.1.0"
 

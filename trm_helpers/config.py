@@ -208,7 +208,7 @@ class TrainConfig:
     precision: Literal[schema.PRECISIONS] = "auto"
     compile: bool = False  # torch.compile; goes on without it where it fails
     device: Literal[schema.DEVICES] = local("auto")
-    num_threads: int = local(0)  # CPU threads; 0 leaves PyTorch's choice
+    num_threads: int = local(0)  # CPU threads; 0: $OMP_NUM_THREADS, or one
     seed: int = 0
     wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # without a key, online is offline
     wandb_project: str = local("trm-libero")

@@ -181,17 +181,12 @@ def _run_points(points: list[tuple[dict, int]], train: Callable[..., dict],
 
 
 def worker_environments(config: Config) -> list[dict[str, str]]:
-    """For each worker its GPU, or without any GPU its share of the cores."""
+    """For each worker its GPU, where there is one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = 0 if config.train.device == "cpu" else torch.cuda.device_count()
     gpus = visible.split(",")[:count] if visible else [str(gpu) for gpu in range(count)]
     workers = config.search.search_workers or max(1, len(gpus))
-    if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(workers)]
-    if workers == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{}] * workers
-    cores = len(os.sched_getaffinity(0))
-    return [{"OMP_NUM_THREADS": str(max(1, cores // workers))}] * workers
+    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
 
 
 # --- ranking -------------------------------------------------------------------------------------

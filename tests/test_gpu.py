@@ -1,0 +1,152 @@
+"""Training and control on a GPU; nearly every body also runs on the CPU, as a test of itself."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from demo_files import write_demo_file
+from test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
+
+from trm_helpers import schema
+from trm_helpers.checkpoint import load_policy
+from trm_helpers.data import LIBERODataset
+
+
+def on_gpu(*values):
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
+DEVICES = ["cpu", on_gpu("cuda")]
+
+
+def device_of(trainer) -> set[str]:
+    """Where the weights, their averages and the optimizer's moments are."""
+    tensors = [*trainer.policy.parameters(), *trainer.ema.module.parameters()]
+    tensors += [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    return {tensor.device.type for tensor in tensors}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resumed_goes_on_as_straight(small_run, monkeypatch, device, interrupt, precision):
+    settings = dict(precision=precision, device=device, ema_decay=0.9, epochs=3)
+    expected = small_run("straight", **settings).fit()
+    interrupt(small_run("resumed", **settings), monkeypatch)
+    trainer = small_run("resumed", resume=True, **settings)
+    found = trainer.fit()
+    assert [row["precision"] for row in found] == [precision] * 3
+    assert device_of(trainer) == {device}
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
+    assert np.allclose(losses(found), losses(expected), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    ("cpu", "cpu"), on_gpu("cpu", "cuda"), on_gpu("cuda", "cpu")])
+@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-2), ("auto", 0.1)])
+def test_a_run_moves_to_another_device_and_back(small_run, monkeypatch, first, then, interrupt,
+                                                precision, tolerance):
+    """With ``auto`` in the precision of each; the last epoch is on the first device again."""
+    settings = dict(precision=precision, ema_decay=0.9, epochs=4)
+    straight = small_run("straight", device=first, **settings)
+    expected = straight.fit()
+    begun = small_run("moved", device=first, **settings)
+    interrupt(begun, monkeypatch)
+    moved = small_run("moved", resume=True, device=then, stop_epoch=3, **settings)
+    moved.fit()
+    assert device_of(moved) == {then}
+    back = small_run("moved", resume=True, device=first, **settings)
+    found = back.fit()
+    assert device_of(back) == {first}
+    assert [row["precision"] for row in found] == [
+        begun.precision, moved.precision, moved.precision, back.precision]
+    assert np.allclose(losses(found), losses(expected), rtol=tolerance)
+    policy = load_policy("moved", device=then)
+    assert next(policy.parameters()).device.type == then
+
+
+@pytest.mark.gpu  # minutes on a CPU
+@pytest.mark.parametrize("settings", [dict(), dict(variant="trm", image_size=64)])
+def test_compiled_training_is_training(small_run, capsys, settings):
+    """Forward and backward pass."""
+    settings = dict(device="cuda", epochs=1, **settings)
+    expected = small_run("eager", **settings).fit()
+    trainer = small_run("compiled", compile=True, **settings)
+    rows = trainer.fit()
+    assert trainer._compiled is not None and "torch.compile" not in capsys.readouterr().out
+    assert np.allclose(losses(rows), losses(expected), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "device"), [("mmap", "cpu"), on_gpu("gpu", "cuda"),
+                                              on_gpu("ram", "cuda"), on_gpu("mmap", "cuda")])
+@pytest.mark.parametrize("augmentation", schema.AUGMENTATIONS)
+def test_batches_are_the_same_wherever_the_frames_lie(tmp_path, kind, device, augmentation):
+    """Draws are those of the CPU; a GPU's arithmetic may differ in the last digits."""
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=32)
+    settings = dict(image_size=32, cameras=tuple(schema.CAMERAS), chunk=2, split="all",
+                    augmentation=augmentation, proprioception=True)
+    ram, other = (LIBERODataset(file, storage=storage, **settings) for storage in ("ram", kind))
+    pairs = list(zip(ram.batches(5, 3, 1), other.batches(5, 3, 1, device=device), strict=True))
+    assert len(pairs) == 3
+    for expected, found in pairs:
+        assert found["mask"].device.type == device
+        assert torch.equal(found["mask"].cpu(), expected["mask"])
+        assert torch.equal(found["actions"].cpu(), expected["actions"])
+        assert found["observations"].keys() == expected["observations"].keys()
+        for name, value in expected["observations"].items():
+            assert found["observations"][name].device.type == device
+            torch.testing.assert_close(found["observations"][name].cpu(), value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ram", on_gpu("gpu")])
+def test_a_run_trains_from_frames_on_the_gpu_as_from_memory(small_run, kind):
+    device = "cuda" if kind == "gpu" else "cpu"
+    rows = [small_run(name, storage=storage, device=device, augmentation="shift").fit()
+            for name, storage in (("memory", "ram"), ("there", kind))]
+    assert np.allclose(losses(rows[0]), losses(rows[1]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [
+    *(dict(variant="trm", image_size=64, halting=halting,
+           deep_supervision=halting not in ("remainder", "act")) for halting in schema.HALTING),
+    *(dict(halting=halting) for halting in schema.HALTING),
+    *(dict(gripper=gripper) for gripper in schema.GRIPPERS),
+    dict(variant="transformer", image_size=64, num_recursions=1),
+    dict(variant="act", image_size=64, num_recursions=1),
+    dict(conditioning="task_id"), dict(carry_over=True), dict(temporal_ensembling=True),
+], ids=str)
+def test_every_rule_and_head_trains_and_acts(small_run, device, settings):
+    (row,) = small_run("run", device=device, epochs=1, **settings).fit()
+    assert math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])
+    assert row["grad_norm"] > 0
+    policy = load_policy("run", device=device)
+    assert next(policy.parameters()).device.type == device
+    seen = {"agentview_rgb": np.full((64, 64, 3), 100, np.uint8), "joint_states": np.zeros(7),
+            "gripper_states": np.array([0.04, -0.04]), "ee_pos": np.zeros(3), "task_id": 0}
+    policy.reset()
+    actions = np.stack([policy.act(seen) for _ in range(3)])
+    assert actions.shape == (3, 7) and np.isfinite(actions).all() and np.abs(actions).max() <= 1
+    assert policy.last_recursions >= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.sim
+def test_lazy_frames_equal_eager_ones_on_the_gpus_renderer():
+    from test_sim import MOVES, SUITE, TASK, played
+
+    from trm_helpers.preflight import renderer
+    from trm_helpers.sim import LiberoEnv
+
+    assert "llvmpipe" not in renderer().lower() and "softpipe" not in renderer().lower()
+    seen = []
+    for lazy in (True, False):
+        with LiberoEnv(SUITE, TASK, lazy=lazy) as env:
+            seen.append(played(env, env.reset(init_state=3), MOVES))
+    for one, other in zip(*seen, strict=True):
+        for camera in schema.CAMERAS:
+            assert np.array_equal(one[camera], other[camera]), camera
+    first, last = (seen[0][step]["agentview_rgb"].astype(int) for step in (0, -1))
+    assert np.abs(first - last).max() > 0
