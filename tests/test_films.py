@@ -27,6 +27,7 @@ def test_dots_are_orange_until_the_next_look_then_blue():
 def test_a_grid_frames_each_film_by_its_outcome_once_it_has_ended(tmp_path):
     for name, length, grey in (("a", 3, 60), ("b", 5, 120), ("c", 2, 180)):
         frame = np.full((300, 512, 3), grey, np.uint8)
+        frame[:, 256:] = 250  # the wrist camera
         films.write_video(tmp_path / f"{name}.mp4", [frame] * length)
     path = films.write_grid(tmp_path / "grid.mp4", [tmp_path / f"{n}.mp4" for n in "abc"],
                             ["init state 0", "init state 1", "init state 2"], [True, False, True])
@@ -41,6 +42,8 @@ def test_a_grid_frames_each_film_by_its_outcome_once_it_has_ended(tmp_path):
         return frame[row * (192 + band) + band + 96, column * 192 + 2].astype(int)
 
     green, red = np.array([0x00, 0x9E, 0x73]), np.array([0xD5, 0x5E, 0x00])
+    for column, grey in enumerate((60, 120)):
+        assert abs(read[0][band + 96, 192 * column + 96].astype(int) - grey).max() < 20
     assert abs(edge(read[1], 0, 0) - 60).max() < 20 < abs(edge(read[2], 0, 0) - 60).max()
     for frame in read[2:]:
         assert abs(edge(frame, 0, 0) - green).max() < 60

@@ -8,7 +8,7 @@ from pathlib import Path
 from .checkpoint import find_run, load_config
 from .depth import depth_rows
 from .evaluate import stale
-from .files import inside, read_json, read_jsonl, replacing
+from .files import inside, read_json, read_jsonl, replacing, visible
 from .robustness import card_notes, card_rows, tasks_in_short
 from .search import verdict
 from .stats import comparison_rows, format_success
@@ -139,10 +139,9 @@ def _media(run: Path) -> Iterable[str]:
 
 
 def _within(run: Path, pattern: str) -> list[str]:
-    """The files of the run, but for links that leave it and those that a writer left hidden."""
-    found = sorted(str(path.relative_to(run)) for path in run.glob(pattern))
-    return [name for name in found
-            if inside(run, name) and not any(part[0] == "." for part in Path(name).parts)]
+    """Names of the run's files, without links that leave it."""
+    found = (str(path.relative_to(run)) for path in visible(run, pattern))
+    return [name for name in found if inside(run, name)]
 
 
 def _marked(run: Path, made: dict) -> list[str]:

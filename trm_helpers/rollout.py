@@ -152,7 +152,7 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
         write_video(path, film.frames(row["horizon"], outcome))
         row["video"] = str(path)
     except Exception as error:  # of ffmpeg, the disk, fonts, a renderer, a policy's last_chunk
-        row["video_error"] = f"{type(error).__name__}: {error}"
+        row["video_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return row, np.array([views[0] for views in film.views])
 
 
