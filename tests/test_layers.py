@@ -297,6 +297,13 @@ def between_changes(policy, x) -> float:
     return (second - first).square().sum(-1).amax(-1).median().item()
 
 
+def test_halting_heads_read_the_mean_over_the_answers():
+    policy = trm(halting="act")
+    answers = torch.randn(4, 3, 16)
+    expected = answers.mean(dim=1) @ policy.halt.weight[0] + policy.halt.bias
+    torch.testing.assert_close(policy._halting_logit(answers), expected)
+
+
 def test_learned_halting_is_trained_on_the_tolerance():
     policy = trm(halting="learned", deep_supervision=True, halting_tolerance=0.5,
                  halting_weight=1.0).train()

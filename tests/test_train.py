@@ -1,9 +1,12 @@
 import dataclasses
+import errno
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 from trm_helpers import train
 from trm_helpers.checkpoint import create_run, load_policy
 from trm_helpers.config import from_flat
-from trm_helpers.files import read_jsonl
+from trm_helpers.files import DiskFullError, read_jsonl
 from trm_helpers.report import write_report
 from trm_helpers.train import choose_device, choose_precision
 
@@ -310,6 +313,30 @@ def test_metrics_that_an_older_training_state_does_not_hold_are_named(small_run)
         small_run("run", True).fit()
     (trainer.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert small_run("run", True).fit() == rows
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])
+def test_a_disk_that_fills_up_keeps_the_last_complete_state(small_run, monkeypatch, name):
+    """In the second epoch; with room again, training ends as if there always had been."""
+    straight = small_run("straight", epochs=3)
+    expected = losses(straight.fit())
+    trainer = small_run("full", epochs=3)
+    replace, times = os.replace, itertools.count(1)
+
+    def full(source, target):
+        if Path(target).name == name and next(times) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(DiskFullError, match=f"full: {name}"):
+        patched.setattr(os, "replace", full)
+        trainer.fit()
+    assert train.load_training_state(trainer.run)["epoch"] == 1
+    assert load_policy("full", "last") and load_policy("full", "best")
+    assert losses(small_run("full", True, epochs=3).fit()) == expected
+    for weights in ("best", "last"):
+        one, other = (load_policy(run, weights).sha256 for run in ("straight", "full"))
+        assert one == other
 
 
 def test_demonstrations_may_move(small_run, tmp_path, capsys):
