@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from trm_helpers.config import from_flat
 from trm_helpers.data import LIBERODataset, split_demonstrations
 from trm_helpers.files import digest
 from trm_helpers.normalize import ActionNormalizer, fit_proprio, normalize_proprio
+from trm_helpers.observations import read_batch
 from trm_helpers.validate import DemoFileError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -584,6 +586,16 @@ def test_a_still_camera_keeps_every_pixel_in_its_place(tmp_path, augmentation):
 
     assert spread(train, "agentview_rgb") < 1e-4 < 0.01 < spread(train, "eye_in_hand_rgb")
     assert spread(moved, "agentview_rgb") > 0.01
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (3, 2), (3, 2, 1)])
+def test_observations_are_batches_with_or_without_time(leading):
+    value = torch.arange(12.0).repeat(*leading, 1)
+    if len(leading) in (1, 2):
+        assert read_batch({"proprio": value}, "proprio", (12,)).shape == (math.prod(leading), 12)
+    else:
+        with pytest.raises(ValueError, match="'proprio' has shape .*expected B or B, T and then"):
+            read_batch({"proprio": value}, "proprio", (12,))
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -141,6 +141,16 @@ def test_what_it_has_learned_it_finds_in_new_pictures(taught):
     assert distance[:, 1].nanmedian() < 0.03 and distance[::5, 1].isnan().all()
 
 
+def test_errors_are_those_of_control_which_has_frames_from_0_to_1():
+    torch.manual_seed(0)
+    locator, (frames, places) = Locator(2), squares(20, seed=2)
+    with torch.no_grad():
+        locator.maps[-1].weight *= 1000  # maps that depend on what is seen
+    points = locator.points(locator(frames.float() / 255)).detach()
+    torch.testing.assert_close(errors(locator, frames, places), (points - places).norm(dim=-1),
+                               equal_nan=True)
+
+
 def test_teaching_again_gives_the_same_weights(taught):
     torch.manual_seed(0)
     again = Locator(2)

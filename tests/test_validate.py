@@ -496,6 +496,29 @@ def test_one_demonstration_with_the_opposite_sign_is_found(tmp_path):
         LIBERODataset(path)
 
 
+@pytest.mark.parametrize(("against", "card", "trained"), [
+    (0, "good", True), (1, "good", True), (2, "bad", True), (5, "bad", True), (6, "bad", False)])
+def test_fingers_that_slip_now_and_then_are_not_taken_for_another_sign(
+        tmp_path, against, card, trained):
+    """Ten steps in which the fingers move while they are told to close; in some they open."""
+    def slipping(values, demo):
+        moves = np.zeros(len(values))
+        moves[5:15] = -0.002
+        moves[5:5 + against] = 0.002
+        width = 0.04 + np.cumsum(moves)
+        return np.stack([width, -width], axis=1)
+
+    path = small(tmp_path / "soup_demo.hdf5", (20,), gripper_states=slipping)
+    rows = {row["check"]: row for row in quality_card(path)}
+    assert f"in {against} of 10 steps" in rows["gripper sign"]["found"]
+    assert rows["gripper sign"]["verdict"] == card
+    if trained:
+        validate.check_gripper(path)
+    else:
+        with pytest.raises(DemoFileError, match="in demo_0 move against them in 6 of 10 steps"):
+            validate.check_gripper(path)
+
+
 def test_a_gripper_command_that_never_changes_is_said(tmp_path, capsys):
     still = small(tmp_path / "a_demo.hdf5", actions=gripper(lambda g: 0 * g + 1))
     assert len(LIBERODataset(still, split="all")) == 12
