@@ -138,10 +138,11 @@ def quick(tmp_path, monkeypatch):
     sys.modules.pop("quick", None)
     import quick
 
-    def make(folder, workers, **troubles):
+    def make(folder, workers, num_demos=4, **troubles):
         for number in range(9):
             monkeypatch.setenv(f"ATTEMPT_{number}", troubles.get(f"attempt_{number}", ""))
-        return collect_demonstrations("libero_object", 0, 4, tmp_path / folder, workers=workers)
+        return collect_demonstrations("libero_object", 0, num_demos, tmp_path / folder,
+                                      workers=workers)
 
     monkeypatch.setattr(collect, "_attempt", quick.attempt)
     make.trouble = tmp_path / "trouble"
@@ -203,6 +204,40 @@ def test_a_killed_parent_leaves_no_process_and_loses_no_attempt(quick, tmp_path,
         mark.unlink()
     assert quick("killed", 2).read_bytes() == straight
     assert [mark.name for mark in quick.trouble.iterdir()] == ["2"]
+
+
+def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quick, monkeypatch):
+    path = quick("again", 0, num_demos=2)
+    before = path.read_bytes()
+
+    def made():
+        return sorted(mark.name for mark in quick.trouble.iterdir())
+
+    assert made() == ["0", "1"]
+    assert quick("again", 0, num_demos=2) == path and made() == ["0", "1"]
+    with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 asked for"):
+        collect_demonstrations("libero_object", 0, 2, path.parent, seed=9)
+    with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' asked for"):
+        collect_demonstrations("libero_object", 0, 2, path.parent, placement="wide")
+    with pytest.raises(ValueError, match="placement='far' is not valid"):
+        collect_demonstrations("libero_object", 0, 2, path.parent, placement="far")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for writes in ("_write_demo", "_assemble"):
+        with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+            patch.setattr(collect, writes, full)
+            quick("again", 0, num_demos=3)
+        assert error.value.errno == errno.ENOSPC and path.read_bytes() == before
+    (quick.trouble / "2").unlink()
+    quick("again", 0, num_demos=3)
+    assert made() == ["0", "1"]  # the attempt before the disk was full is kept
+    with h5py.File(path) as file:
+        assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2"]
+        assert [demo.attrs["attempt"] for demo in file["data"].values()] == [0, 1, 2]
+    assert visible(path.parent) == [path]
+    assert not list(path.parent.glob(".*.parts"))
 
 
 # --- the real simulator ---------------------------------------------------------------------------
@@ -282,49 +317,6 @@ def test_stored_actions_replay_to_the_stored_states_and_success(collected):
             assert np.abs(env.state() - state)[1:30].max() < 5e-3
             _, success = env.step(action)
         assert success
-
-
-@pytest.mark.sim
-def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(
-        collected, monkeypatch):
-    made = []
-    attempt = collect._attempt
-
-    def in_this_process(*given):
-        made.append(given[-1])
-        return attempt(*given)
-
-    monkeypatch.setattr(collect, "_attempt", in_this_process)
-    before = collected.read_bytes()
-    assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
-    assert made == [] and collected.read_bytes() == before
-    with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 asked for"):
-        collect_demonstrations("libero_object", 5, 2, collected.parent, seed=9)
-    with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' asked for"):
-        collect_demonstrations("libero_object", 5, 2, collected.parent, placement="wide")
-    with pytest.raises(ValueError, match="placement='far' is not valid"):
-        collect_demonstrations("libero_object", 5, 2, collected.parent, placement="far")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(collect, "_write_demo", full)
-        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=0)
-    assert collected.read_bytes() == before
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(collect, "_assemble", full)
-        collect_demonstrations("libero_object", 5, 3, collected.parent, workers=0)
-    assert collected.read_bytes() == before
-    made.clear()
-    collect_demonstrations("libero_object", 5, 3, collected.parent, workers=0)
-    assert made == []  # the attempt before the disk was full is kept
-    with h5py.File(collected) as file:
-        assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2"]
-        assert [demo.attrs["attempt"] for demo in file["data"].values()] == sorted(
-            demo.attrs["attempt"] for demo in file["data"].values())
-    assert visible(collected.parent) == [collected]
-    assert not list(collected.parent.glob(".*.parts"))
 
 
 @pytest.mark.sim
