@@ -116,6 +116,15 @@ def test_transformer_layer_worked_out_in_plain_loops():
     torch.testing.assert_close(layer(tokens)[0], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_tokens_are_told_where_their_patch_is():
+    encoder = TokenEncoder(16, 32, 2)
+    with torch.no_grad():
+        encoder.project.weight.zero_()
+        encoder.project.bias.zero_()
+    tokens = encoder(torch.rand(3, 32, 32, 3))
+    assert torch.equal(tokens, encoder.position.expand(3, 4, 16)) and tokens.abs().max() > 0
+
+
 # --- the paper's recursion -----------------------------------------------------------------------
 def latent_recursion(net, x, y, z, n):
     """Figure 3 of arXiv 2510.04871, written again."""
