@@ -95,6 +95,8 @@ def test_colours_are_turned_about_grey_in_half_of_the_samples():
     assert 0.5 - 1e-4 < stretch[turned].min() < 0.55 and 1.45 < stretch[turned].max() < 1.5 + 1e-4
     cosine = (chroma @ before) / chroma.norm(dim=1) / before.norm()
     assert 0.5 - 1e-4 < cosine[turned].min() < 0.52  # up to 60 degrees
+    way = torch.linalg.cross(before.expand_as(chroma), chroma).sum(1)[turned].sign()
+    assert abs(way.mean()) < 0.1  # either way
     plain = augment_images(torch.full((200, 2, 2, 3), 0.5), "colour", seeded())
     assert torch.allclose(plain, plain[..., :1].expand_as(plain), atol=1e-6)  # grey stays grey
 
