@@ -224,6 +224,8 @@ def test_a_run_learns_first_where_things_are(small_run, drawn):
     assert policy.config.keypoints == ("green", "red")
     known = json.loads((trainer.run / "scenes.json").read_text())
     assert known["things"] == ["green", "red"] and known["measured_on"] == 60
+    [errors_of] = [value for name, value in known.items() if name.startswith("median and 90 %")]
+    assert all(median < most for median, most in errors_of.values())
     seen = {schema.STILL_CAMERA: torch.rand(2, 36, 36, 3), "proprio": torch.zeros(2, 12)}
     torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
 
