@@ -297,7 +297,8 @@ class SearchConfig:
         if _PASSWORD.search(self.search_storage):  # without the value, which would be printed
             raise ValueError("search_storage holds a password; expected a URL without one. "
                              "Parameters are stored in notebooks and files: put the URL into the "
-                             "environment variable TRM_SEARCH_STORAGE instead")
+                             "environment variable TRM_SEARCH_STORAGE instead, and remove the "
+                             "executed notebook that holds it")
         for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
