@@ -363,7 +363,7 @@ def test_demonstrations_may_move(small_run, tmp_path, capsys):
     assert len(trainer(moved, here).fit()) == 3
     assert "soup_demo.hdf5: the frames differ" in capsys.readouterr().out
     write_demo_file(here, (6, 7, 8, 9, 10), image_size=36,
-                    actions=lambda actions, demo: actions * 0.9)
+                    actions=lambda actions, demo: actions * [*6 * [0.9], 1])
     with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: other actions"):
         trainer(moved, here).fit()
 
