@@ -10,6 +10,7 @@ from trm_helpers import schema
 from trm_helpers.config import ModelConfig
 from trm_helpers.layers import (
     STYLE_DIM,
+    Locator,
     StyleEncoder,
     TokenEncoder,
     TransformerLayer,
@@ -123,6 +124,18 @@ def test_tokens_are_told_where_their_patch_is():
         encoder.project.bias.zero_()
     tokens = encoder(torch.rand(3, 32, 32, 3))
     assert torch.equal(tokens, encoder.position.expand(3, 4, 16)) and tokens.abs().max() > 0
+
+
+def test_a_task_without_scale_and_shift_leaves_the_locator_as_it_is():
+    plain, conditioned = Locator(2), Locator(2, num_tasks=3, task_dim=4)
+    missing, unknown = conditioned.load_state_dict(
+        {name: weight for name, weight in plain.state_dict().items() if name != "known"}, False)
+    assert set(missing) == {"known", "task.weight", "task.bias"} and not unknown
+    with torch.no_grad():
+        conditioned.task.weight.zero_()
+        conditioned.task.bias.zero_()
+    images = torch.rand(2, 32, 32, 3)
+    torch.testing.assert_close(conditioned(images, torch.rand(2, 4)), plain(images))
 
 
 # --- the paper's recursion -----------------------------------------------------------------------
