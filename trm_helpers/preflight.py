@@ -1,7 +1,8 @@
 """Is this machine ready? Versions, OpenGL and a timed frame, settle probe, disk, memory, GPU.
 
 ``python -m trm_helpers preflight`` prints the table and exits with 3 when something fails;
-``--quick`` leaves out what needs the simulator, ``--gl`` only sees to the OpenGL libraries.
+``--quick`` leaves out what needs the simulator, ``--gl`` only sees to the OpenGL libraries,
+``--selftest`` seeds twelve faults of evaluations and shows that each is found (:mod:`selftest`).
 """
 
 from __future__ import annotations
