@@ -148,6 +148,13 @@ def test_a_policy_that_fails_at_once_has_a_row(run, monkeypatch):
     assert depth_rows(card)[0]["mean recursions"] == "0.0"
 
 
+def test_a_way_changes_no_other(trained):
+    source = evaluate.TrainedPolicy.load(trained, "best")
+    deep, shallow = (depth.ChangedPolicy(source, (("num_recursions", count),)).make()
+                     for count in (7, 1))
+    assert [policy.config.num_recursions for policy in (source.make(), deep, shallow)] == [2, 7, 1]
+
+
 def test_some_ways_alone(run):
     card = depth_card(run, [1, 4], [1e-3], CONFIG, only=["fixed 4"])
     assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 4"]

@@ -302,7 +302,7 @@ class Evaluation(NamedTuple):
         """The rows of what was played; ``ValueError`` as in :meth:`checked`."""
         played = {}
         for number, row in enumerate(read_jsonl(self.ledger), start=1):
-            if not isinstance(row, dict) or not set(Episode._fields[:4]) <= set(row):
+            if not set(Episode._fields[:4]) <= set(row):
                 raise ValueError(f"{self.ledger}, line {number} is no episode; expected "
                                  f"{', '.join(Episode._fields[:4])} in it")
             row = {"perturbation": "none", **row}  # older rows do not say so
