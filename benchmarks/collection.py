@@ -20,9 +20,9 @@ import h5py
 import numpy as np
 
 from trm_helpers import schema
-from trm_helpers.collect import _write_demo, collect_demonstrations, record_demonstration
-from trm_helpers.experts import Style, make_expert
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.demos.collect import _write_demo, collect_demonstrations, record_demonstration
+from trm_helpers.demos.experts import Style, make_expert
+from trm_helpers.sim.env import LiberoEnv
 
 
 def collect(env: LiberoEnv, seed: int, path: Path) -> None:

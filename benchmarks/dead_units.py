@@ -15,8 +15,8 @@ import dataclasses
 import torch
 
 from trm_helpers import LIBERODataset, load_policy, schema
-from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.training.runs import find_run, load_config
 
 _PICTURES = 512
 _OFF = 1e-3

@@ -18,10 +18,10 @@ from pathlib import Path
 from policies import POLICIES
 
 from trm_helpers import BehaviorCloningTrainer, paths, schema
-from trm_helpers.checkpoint import create_run
-from trm_helpers.collect import collect_demonstrations
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value
-from trm_helpers.robustness import PLAIN, rate_in_short, robustness_card
+from trm_helpers.demos.collect import collect_demonstrations
+from trm_helpers.evaluation.robustness import PLAIN, rate_in_short, robustness_card
+from trm_helpers.training.runs import create_run
 
 KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
 

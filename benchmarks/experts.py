@@ -15,10 +15,11 @@ import sys
 import numpy as np
 
 from trm_helpers import schema
-from trm_helpers.collect import Disturbance
-from trm_helpers.experts import Style, make_expert
-from trm_helpers.fanout import run_jobs
-from trm_helpers.sim import LiberoEnv, load_task
+from trm_helpers.demos.collect import Disturbance
+from trm_helpers.demos.experts import Style, make_expert
+from trm_helpers.sim import layouts
+from trm_helpers.sim.env import LiberoEnv, load_task
+from trm_helpers.sim.parallel import run_jobs
 from trm_helpers.stats import wilson_interval
 
 
@@ -31,7 +32,7 @@ def run_task(suite: str, episodes: int, init_states: bool, placement: str, distu
             if init_states:
                 env.reset(init_state=episode)
             else:
-                env.reset(seed=1000 + episode, placement=placement)
+                layouts.reset(env, 1000 + episode, placement)
             generator = np.random.default_rng([task_id, episode])
             expert = make_expert(env, Style.sample(generator))
             disturbance = Disturbance(generator) if disturb else None

@@ -16,7 +16,7 @@ import time
 import torch
 
 from trm_helpers.config import from_flat
-from trm_helpers.model import TRMPolicy
+from trm_helpers.policy.model import TRMPolicy
 
 DEPTHS = (1, 2, 4, 8)
 

@@ -70,7 +70,7 @@ RATIOS = [
 def our_batches(path: str, settings: dict):
     import torch
 
-    from trm_helpers.data import LIBERODataset
+    from trm_helpers.data.dataset import LIBERODataset
 
     settings = dict(settings)
     as_bytes = settings.pop("as_bytes", False)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from trm_helpers import BehaviorCloningTrainer, load_policy, schema
-from trm_helpers.checkpoint import create_run
-from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import Config, EvalConfig, from_flat
-from trm_helpers.evaluate import evaluate_run
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.evaluation.evaluate import evaluate_run
 from trm_helpers.files import read_jsonl
 from trm_helpers.stats import detectable, paired_mcnemar
+from trm_helpers.training.runs import create_run
 
 _TOKENS = dict(hidden_dim=128, image_grid=2)
 _TRM = dict(_TOKENS, variant="trm", latent_updates=2, cycles=2, num_recursions=2,

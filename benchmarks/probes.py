@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from trm_helpers import load_policy, schema
-from trm_helpers.checkpoint import find_run, load_config
-from trm_helpers.collect import ensure_demonstrations
-from trm_helpers.data import split_demonstrations
-from trm_helpers.experts import pick_place_goal
+from trm_helpers.data.dataset import split_demonstrations
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.demos.demo_files import demo_names, open_demo_file
+from trm_helpers.demos.experts import pick_place_goal
 from trm_helpers.files import write_json
-from trm_helpers.preflight import software_versions
-from trm_helpers.sim import LiberoEnv, Task
-from trm_helpers.validate import demo_names, open_demo_file
+from trm_helpers.sim.env import LiberoEnv, Task
+from trm_helpers.software import software_versions
+from trm_helpers.training.runs import find_run, load_config
 
 _AHEAD = 8  # steps, when the gripper is asked for
 _MOVED = 0.01  # metres from where the object began
@@ -74,10 +74,10 @@ def states_of(policy, demo: h5py.Group, task: Task, deepest: int,
         if "proprio" in given:
             keep("proprioception", given["proprio"])
         keep("input", x)
-        state = policy.block.start(x)
+        state = policy.block.initial_state(x)
         for depth in range(1, deepest + 1):
             state = policy.block(state, x)
-            keep(f"answer, depth {depth}", policy.block.answer(state))
+            keep(f"answer, depth {depth}", policy.block.readout(state))
             if policy.config.variant == "trm":
                 keep(f"latent, depth {depth}", state[:, 1])
     return {name: np.stack(values) for name, values in found.items()}

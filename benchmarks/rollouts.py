@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from trm_helpers import load_policy, schema
-from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluate import Episode, TrainedPolicy, _play
-from trm_helpers.fanout import run_jobs
-from trm_helpers.rollout import run_episode
-from trm_helpers.sim import LiberoEnv, load_init_states, load_task
+from trm_helpers.evaluation.evaluate import Episode, TrainedPolicy, _play
+from trm_helpers.evaluation.rollout import run_episode
+from trm_helpers.sim.env import LiberoEnv, load_init_states, load_task
+from trm_helpers.sim.parallel import run_jobs
+from trm_helpers.training.runs import find_run, load_config
 
 
 def make_libero_env(suite: str, task_id: int):

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from trm_helpers.checkpoint import create_run
-from trm_helpers.collect import ensure_demonstrations
 from trm_helpers.config import Config, from_flat
-from trm_helpers.search import run_search
-from trm_helpers.space import grid, trial_settings
-from trm_helpers.train import BehaviorCloningTrainer
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.search.search import run_search
+from trm_helpers.search.space import grid, trial_settings
+from trm_helpers.training.runs import create_run
+from trm_helpers.training.train import BehaviorCloningTrainer
 
 
 def search_seconds(config: Config, workers: int) -> float:

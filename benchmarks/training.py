@@ -32,7 +32,7 @@ BATCH = 32
 def ours(preset: str, **settings) -> tuple[torch.nn.Module, Callable, Callable]:
     """Network; function: the loss of a random batch; function: a chunk, actions executed of it."""
     from trm_helpers.config import from_flat
-    from trm_helpers.model import TRMPolicy
+    from trm_helpers.policy.model import TRMPolicy
 
     config = from_flat(preset, **settings).model
     policy, size = TRMPolicy(config), config.image_size

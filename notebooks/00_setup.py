@@ -61,14 +61,14 @@ assert roots or sources, "trm_helpers not found: clone the repository or attach 
 if not roots:
     roots = [shutil.copytree(sources[0], working / "trm", dirs_exist_ok=True)]
 sys.path.insert(0, str(roots[0]))
-from trm_helpers.preflight import install_missing
+from trm_helpers.software import install_missing
 
 install_missing(roots[0])
 
 # %%
-from trm_helpers import paths, preflight
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers import paths, preflight, software
 from trm_helpers.config import from_flat
+from trm_helpers.demos.collect import ensure_demonstrations
 
 # %% [markdown]
 # ## Renderer
@@ -78,7 +78,7 @@ from trm_helpers.config import from_flat
 # milliseconds.
 
 # %%
-renderer = preflight.ensure_gl()
+renderer = software.ensure_gl()
 print(f"{renderer['renderer']} draws a small test frame in {renderer['ms']:.1f} ms")
 
 # %% [markdown]

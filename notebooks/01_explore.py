@@ -34,13 +34,14 @@ import numpy as np
 import pandas as pd
 from IPython.display import Video
 
-from trm_helpers import explore_libero_dataset, films, paths, plots, schema
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers import explore_libero_dataset, paths, schema
 from trm_helpers.config import check_parameters, from_flat
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.demos.demo_files import demo_names, open_demo_file
+from trm_helpers.demos.quality import quality_card
 from trm_helpers.files import write_json
-from trm_helpers.quality import quality_card
-from trm_helpers.sim import LiberoEnv
-from trm_helpers.validate import demo_names, open_demo_file
+from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.visuals import films, plots
 
 # %%
 check_parameters(replays=replays)

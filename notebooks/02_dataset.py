@@ -33,11 +33,12 @@ import time
 import pandas as pd
 import torch
 
-from trm_helpers import ActionNormalizer, LIBERODataset, paths, plots, schema
-from trm_helpers.augment import augment_images
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers import ActionNormalizer, LIBERODataset, paths, schema
 from trm_helpers.config import from_flat
-from trm_helpers.train import choose_device
+from trm_helpers.data.augment import augment_images
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.training.train import choose_device
+from trm_helpers.visuals import plots
 
 # %%
 folder = paths.run_dir(run_name or preset)

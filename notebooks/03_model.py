@@ -30,9 +30,10 @@ import time
 import pandas as pd
 import torch
 
-from trm_helpers import TRMPolicy, paths, plots, schema
+from trm_helpers import TRMPolicy, paths, schema
 from trm_helpers.config import from_flat
-from trm_helpers.model import count_parameters
+from trm_helpers.policy.model import count_parameters
+from trm_helpers.visuals import plots
 
 # %%
 folder = paths.run_dir(run_name or preset)

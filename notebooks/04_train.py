@@ -66,12 +66,13 @@ resume = True  # type: bool; go on with a run folder that exists; False refuses 
 # %%
 import pandas as pd
 
-from trm_helpers import BehaviorCloningTrainer, plots
-from trm_helpers.checkpoint import create_run
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers import BehaviorCloningTrainer
 from trm_helpers.config import check_parameters, from_flat
-from trm_helpers.evaluate import selection_success
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.evaluation.evaluate import selection_rate, selection_success
 from trm_helpers.stats import format_success
+from trm_helpers.training.runs import create_run
+from trm_helpers.visuals import plots
 
 # %%
 check_parameters(selection_episodes=selection_episodes, resume=resume)
@@ -98,7 +99,7 @@ files = ensure_demonstrations(config)
 # losses.
 
 # %%
-trainer = BehaviorCloningTrainer.from_config(config, files, run)
+trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config))
 print(f"{len(trainer.train_data)} training samples, {trainer.precision} on {trainer.device}")
 metrics = trainer.fit()
 

@@ -49,12 +49,13 @@ search_storage = None  # type: str; URL of a database, no password: TRM_SEARCH_S
 import pandas as pd
 from IPython.display import display
 
-from trm_helpers import paths, search_plots
-from trm_helpers.collect import ensure_demonstrations
+from trm_helpers import paths
 from trm_helpers.config import from_flat
-from trm_helpers.plots import save_figure
-from trm_helpers.search import run_search, verdict
-from trm_helpers.space import all_points, axes
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.search import figures
+from trm_helpers.search.search import run_search, verdict
+from trm_helpers.search.space import all_points, axes
+from trm_helpers.visuals.plots import save_figure
 
 # %%
 folder = paths.run_dir(run_name or preset)
@@ -97,7 +98,7 @@ print(verdict(trials))
 
 # %%
 if complete:
-    fig = search_plots.plot_search_ranking(trials, names)
+    fig = figures.plot_search_ranking(trials, names)
     save_figure(fig, folder / "figures" / "05_search.png")
     display(fig)
 
@@ -107,7 +108,7 @@ if complete:
 
 # %%
 if complete:
-    fig = search_plots.plot_search_coordinates(trials, names)
+    fig = figures.plot_search_coordinates(trials, names)
     save_figure(fig, folder / "figures" / "05_coordinates.png")
     display(fig)
 
@@ -116,11 +117,11 @@ if complete:
 # you like, between the values that were tried. (It takes fifteen trials to say anything.)
 
 # %%
-shares = search_plots.importance(trials, names) if complete else "No trial is complete."
+shares = figures.importance(trials, names) if complete else "No trial is complete."
 if isinstance(shares, str):
     print(shares)
 else:
-    fig = search_plots.plot_search_importance(shares, trials)
+    fig = figures.plot_search_importance(shares, trials)
     save_figure(fig, folder / "figures" / "05_importance.png")
     display(fig)
 

@@ -43,11 +43,9 @@ import imageio.v3 as imageio
 import pandas as pd
 from IPython.display import Video, display
 
-from trm_helpers import plots
-from trm_helpers.baselines import plan_bounds
-from trm_helpers.checkpoint import find_run, load_config
 from trm_helpers.config import check_parameters
-from trm_helpers.evaluate import (
+from trm_helpers.evaluation.baselines import plan_bounds
+from trm_helpers.evaluation.evaluate import (
     comparable,
     compare_runs,
     evaluated_episodes,
@@ -55,8 +53,8 @@ from trm_helpers.evaluate import (
     plan_run,
     stale_episodes,
 )
+from trm_helpers.evaluation.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.files import dispensable, inside
-from trm_helpers.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.stats import (
     comparison_rows,
     detectable,
@@ -64,6 +62,8 @@ from trm_helpers.stats import (
     format_success,
     summarize_episodes,
 )
+from trm_helpers.training.runs import find_run, load_config
+from trm_helpers.visuals import plots
 
 # %%
 check_parameters(weights=weights, suite=suite, task_ids=task_ids,

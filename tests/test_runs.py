@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from trm_helpers import paths, runs
+from trm_helpers import notebooks, paths
+from trm_helpers.notebooks import notebook_parameters, run_notebook, run_suite
 from trm_helpers.preflight import Check
-from trm_helpers.runs import notebook_parameters, run_notebook, run_suite
 
 PARAMETERS = '''
 preset: str = "reference"  # which settings
@@ -44,7 +44,7 @@ def wait_for(condition, seconds=30):
 
 
 @pytest.fixture
-def notebooks(tmp_path, monkeypatch):
+def nb_dir(tmp_path, monkeypatch):
     """An empty notebooks folder in place of the checkout's."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
@@ -54,8 +54,8 @@ def notebooks(tmp_path, monkeypatch):
 
 # --- one notebook --------------------------------------------------------------------------------
 
-def test_runs_with_this_python_in_its_folder_with_the_parameters(notebooks, monkeypatch, tmp_path):
-    write_notebook(notebooks / "04_train.ipynb", """
+def test_runs_with_this_python_in_its_folder_with_the_parameters(nb_dir, monkeypatch, tmp_path):
+    write_notebook(nb_dir / "04_train.ipynb", """
         import json, os, pathlib, sys
         said = {"lr": lr, "cwd": os.getcwd(), "python": sys.executable, "pid": os.getpid()}
         pathlib.Path("said.json").write_text(json.dumps(said))
@@ -63,23 +63,23 @@ def test_runs_with_this_python_in_its_folder_with_the_parameters(notebooks, monk
     monkeypatch.chdir(tmp_path)
     executed = run_notebook("04_train", {"lr": 1e-3, "run_name": "first"})
     assert executed == tmp_path / "artifacts" / "first" / "notebooks" / "04_train.ipynb"
-    said = json.loads((notebooks / "said.json").read_text())
+    said = json.loads((nb_dir / "said.json").read_text())
     assert said["lr"] == 1e-3
-    assert said["cwd"] == str(notebooks)
+    assert said["cwd"] == str(nb_dir)
     assert said["python"] == sys.executable
     assert [p.name for p in executed.parent.iterdir()] == ["04_train.ipynb"]
     cells = nbformat.read(executed, as_version=4).cells
     assert [cell.execution_count for cell in cells] == [1, 2, 3]  # one injected
 
 
-def test_unknown_parameter_is_refused_before_anything_runs(notebooks, tmp_path):
-    write_notebook(notebooks / "04_train.ipynb", "open('ran', 'w').close()")
+def test_unknown_parameter_is_refused_before_anything_runs(nb_dir, tmp_path):
+    write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'w').close()")
     with pytest.raises(ValueError) as error:
         run_notebook("04_train", {"learning_rate": 1e-3})
     message = str(error.value)
     assert "unknown parameter 'learning_rate' for 04_train" in message
     assert "  lr        learning rate" in message.splitlines()
-    assert not (notebooks / "ran").exists()
+    assert not (nb_dir / "ran").exists()
     assert not (tmp_path / "artifacts").exists()
 
 
@@ -126,7 +126,7 @@ def test_killed_kernel_is_an_error(tmp_path):
 def test_a_stopped_command_ends_the_kernel_and_what_it_started(tmp_path, stop):
     notebook = write_notebook(tmp_path / "a.ipynb", """
         import os, pathlib, time
-        from trm_helpers.fanout import run_jobs
+        from trm_helpers.sim.parallel import run_jobs
         def job(seconds):
             pathlib.Path("worker").write_text(str(os.getpid()))
             time.sleep(seconds)
@@ -149,7 +149,7 @@ def test_a_notebook_that_is_the_main_module_runs_another(tmp_path):
     """As `%run 05_search.ipynb` does; a notebook file is JSON, whose `null` is no Python."""
     write_notebook(tmp_path / "inner.ipynb", "print('inside')")
     outer = write_notebook(tmp_path / "outer.ipynb", f"""
-        from trm_helpers.runs import run_notebook
+        from trm_helpers.notebooks import run_notebook
         run_notebook({str(tmp_path / "inner.ipynb")!r}, output={str(tmp_path / "out.ipynb")!r})
     """)
     done = subprocess.run([sys.executable, "-m", "IPython", "-c", f"%run {outer}"], text=True,
@@ -166,10 +166,10 @@ def test_a_notebook_has_its_own_environment_and_log(tmp_path):
     assert "2/2" in log.read_text()  # the bar of the cells
 
 
-def test_missing_notebook_lists_those_there_are(notebooks):
+def test_missing_notebook_lists_those_there_are(nb_dir):
     with pytest.raises(FileNotFoundError, match="make notebooks"):
         run_notebook("04_train")
-    write_notebook(notebooks / "00_setup.ipynb")
+    write_notebook(nb_dir / "00_setup.ipynb")
     with pytest.raises(FileNotFoundError, match="'04_train'.*one of 00_setup"):
         run_notebook("04_train")
 
@@ -182,15 +182,15 @@ WHERE = """
 """
 
 
-def test_relative_folders_mean_those_of_the_caller(notebooks, monkeypatch, tmp_path):
-    write_notebook(notebooks / "04_train.ipynb", WHERE, parameters=PARAMETERS + "demo_dir = None")
+def test_relative_folders_mean_those_of_the_caller(nb_dir, monkeypatch, tmp_path):
+    write_notebook(nb_dir / "04_train.ipynb", WHERE, parameters=PARAMETERS + "demo_dir = None")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRM_ARTIFACTS_DIR", "rel")
     monkeypatch.delenv("TRM_DATA_DIR")
     monkeypatch.setattr(paths, "repo_root", Path.cwd)  # as with an installed wheel
     done = run_notebook("04_train", {"run_name": 20240101, "demo_dir": "human"})
     assert done == tmp_path / "rel" / "20240101" / "notebooks" / "04_train.ipynb"
-    assert json.loads((notebooks / "said.json").read_text()) == {
+    assert json.loads((nb_dir / "said.json").read_text()) == {
         "TRM_ARTIFACTS_DIR": str(tmp_path / "rel"), "TRM_DATA_DIR": str(tmp_path / "data"),
         "run_name": "20240101", "demo_dir": str(tmp_path / "human")}
 
@@ -202,26 +202,26 @@ BAD = [({"run_name": "../up"}, "run_name='../up'"), ({"run_name": "my run"}, "ru
 
 
 @pytest.mark.parametrize(("given", "message"), BAD)
-def test_a_bad_parameter_is_refused_before_anything_runs(notebooks, tmp_path, given, message):
+def test_a_bad_parameter_is_refused_before_anything_runs(nb_dir, tmp_path, given, message):
     names = "\n".join(f"{name} = None" for name in ("resume", "task_ids", "more", "search_storage"))
-    write_notebook(notebooks / "04_train.ipynb", "open('ran', 'w')", parameters=PARAMETERS + names)
+    write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'w')", parameters=PARAMETERS + names)
     with pytest.raises(ValueError, match=message) as refused:
         run_notebook("04_train", given)
     assert "PASSWORD" not in str(refused.value)
     with pytest.raises(ValueError, match=message):
         run_suite("tiny", parameters=given)
-    assert not (notebooks / "ran").exists() and not paths.artifacts_dir().exists()
+    assert not (nb_dir / "ran").exists() and not paths.artifacts_dir().exists()
 
 
 def test_a_notebook_that_reads_a_run_takes_its_path_and_writes_to_a_copy(
-        notebooks, trained, tmp_path, monkeypatch):
-    write_notebook(notebooks / "06_eval.ipynb", WHERE,
+        nb_dir, trained, tmp_path, monkeypatch):
+    write_notebook(nb_dir / "06_eval.ipynb", WHERE,
                    parameters=PARAMETERS + "weights = 'best'\ndemo_dir = None")
     shutil.copytree(trained, tmp_path / "input" / "theirs")
     monkeypatch.chdir(tmp_path / "input")
     copy = paths.artifacts_dir() / "theirs"
     assert run_notebook("06_eval", {"run_name": "theirs/"}).parent == copy / "notebooks"
-    assert json.loads((notebooks / "said.json").read_text())["run_name"] in ("theirs/", "theirs")
+    assert json.loads((nb_dir / "said.json").read_text())["run_name"] in ("theirs/", "theirs")
     assert not (tmp_path / "input" / "theirs" / "notebooks").exists()
     for name, error in (("../input/theirs", ValueError), ("nobody", FileNotFoundError)):
         with pytest.raises(error):
@@ -231,18 +231,18 @@ def test_a_notebook_that_reads_a_run_takes_its_path_and_writes_to_a_copy(
 # --- the suite -----------------------------------------------------------------------------------
 
 @pytest.fixture
-def suite(notebooks, monkeypatch):
+def suite(nb_dir, monkeypatch):
     """Three notebooks that append their number to ``order``; preflight and collection pretended."""
     for name in ("00_setup", "04_train", "06_eval"):
-        write_notebook(notebooks / f"{name}.ipynb",
+        write_notebook(nb_dir / f"{name}.ipynb",
                        f"with open('order', 'a') as file: file.write('{name[:2]} ')")
     monkeypatch.setattr("trm_helpers.preflight.preflight", lambda: [Check("Python", "ok", "3")])
-    monkeypatch.setattr("trm_helpers.collect.ensure_demonstrations",
+    monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations",
                         lambda config: print(f"collected for {config.preset}"))
     run_dir = paths.artifacts_dir() / "demo"
     run_dir.mkdir(parents=True)
     (run_dir / "results.json").write_text(json.dumps(RESULTS))
-    return notebooks
+    return nb_dir
 
 
 def pretend_runs(monkeypatch, fail=()):
@@ -258,7 +258,7 @@ def pretend_runs(monkeypatch, fail=()):
         copy.write_text("{}")
         (run_dir / "results.json").write_text(json.dumps(RESULTS))
 
-    monkeypatch.setattr(runs, "run_notebook", run)
+    monkeypatch.setattr(notebooks, "run_notebook", run)
     return ran
 
 
@@ -328,7 +328,7 @@ def test_a_change_runs_that_notebook_and_all_after_it(suite, monkeypatch, change
 
 def test_minutes_add_up_over_interruptions(suite, monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+    monkeypatch.setattr(notebooks.time, "time", lambda: now[0])
 
     def run(minutes, fail=()):
         monkeypatch.setenv("TRM_STARTED_AT", str(now[0]))

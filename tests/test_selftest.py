@@ -9,7 +9,7 @@ from trm_helpers import selftest as module
 from trm_helpers.__main__ import main
 from trm_helpers.preflight import Check, table
 from trm_helpers.selftest import FAULTS, SCENE, Subject, Wrapper, examine, run_check
-from trm_helpers.sim import LiberoEnv
+from trm_helpers.sim.env import LiberoEnv
 
 NAMES = [fault.name for fault in FAULTS]
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from trm_helpers import schema
-from trm_helpers.collect import collect_demonstrations
-from trm_helpers.language import normalize_instruction
-from trm_helpers.protocols import PROTOCOLS
-from trm_helpers.sim import LiberoEnv, load_init_states, load_task, written_instruction
+from trm_helpers.data.language import normalize_instruction
+from trm_helpers.demos.collect import collect_demonstrations
+from trm_helpers.schema import PROTOCOLS
+from trm_helpers.sim.env import LiberoEnv, load_init_states, load_task, written_instruction
 
 STANDARD = [suite for suite in schema.SUITES if suite not in schema.PRO_SUITES]
 

@@ -17,9 +17,9 @@ FILES = ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 
 USE = f"""
 import json, trm_helpers
-from trm_helpers.checkpoint import find_run, shipped_policies
-from trm_helpers.language import embed_instruction
-from trm_helpers.runs import suite_notebooks
+from trm_helpers.training.runs import find_run, shipped_policies
+from trm_helpers.data.language import embed_instruction
+from trm_helpers.notebooks import suite_notebooks
 print(json.dumps({{
     "package": trm_helpers.__file__,
     "public": [getattr(trm_helpers, name) is not None for name in trm_helpers.__all__],

@@ -4,7 +4,8 @@ import types
 
 import numpy as np
 
-from trm_helpers import evaluate, schema
+from trm_helpers import schema
+from trm_helpers.evaluation import evaluate
 
 
 class CountingPolicy:
@@ -38,9 +39,9 @@ class StraightRoad:
                                           language="walk to the end")
         self.made.append(self)
 
-    def reset(self, init_state=None, seed=None, placement="benchmark"):
+    def reset(self, init_state=None, seed=None, arrange=None):
         self.picked = False
-        first = {"benchmark": evaluate.SELECTION_SEED, "wide": evaluate.WIDE_SEED}[placement]
+        first = evaluate.WIDE_SEED if arrange else evaluate.SELECTION_SEED
         self.left = 1 + (init_state if seed is None else seed - first)
         return self._look()
 

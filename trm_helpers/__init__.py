@@ -17,20 +17,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "LIBERODataset": "data",
-    "ActionNormalizer": "normalize",
-    "explore_libero_dataset": "validate",
-    "VisualEncoder": "layers",
-    "RecursiveBlock": "layers",
-    "TRMPolicy": "model",
-    "BehaviorCloningTrainer": "train",
-    "PolicyEvaluator": "evaluate",
-    "record_episode": "rollout",
-    "analyze_model_predictions": "explain",
-    "visualize_recursive_states": "explain",
-    "collect_demonstrations": "collect",
-    "load_policy": "checkpoint",
-    "run_notebook": "runs",
+    "LIBERODataset": "data.dataset",
+    "ActionNormalizer": "data.normalize",
+    "explore_libero_dataset": "demos.demo_files",
+    "VisualEncoder": "policy.layers",
+    "RecursiveBlock": "policy.recursion",
+    "TRMPolicy": "policy.model",
+    "BehaviorCloningTrainer": "training.train",
+    "PolicyEvaluator": "evaluation.evaluate",
+    "record_episode": "evaluation.rollout",
+    "analyze_model_predictions": "visuals.explain",
+    "visualize_recursive_states": "visuals.explain",
+    "collect_demonstrations": "demos.collect",
+    "load_policy": "training.runs",
+    "run_notebook": "notebooks",
 }
 __all__ = ["__version__", *_MODULE_OF]
 

@@ -28,7 +28,7 @@ class Collect:
     data: OmitArgPrefixes[DataConfig]
 
     def __call__(self) -> Result:
-        from .collect import ensure_demonstrations
+        from .demos.collect import ensure_demonstrations
 
         files = ensure_demonstrations(dataclasses.replace(Config(), data=self.data))
         return {task_id: str(path) for task_id, path in files.items()}, [], True
@@ -44,8 +44,8 @@ class Validate:
     replays: int = 3  # demonstrations to replay
 
     def __call__(self) -> Result:
-        from .quality import BAD, frame_size, quality_card
-        from .sim import LiberoEnv
+        from .demos.quality import BAD, frame_size, quality_card
+        from .sim.env import LiberoEnv
 
         with contextlib.ExitStack() as stack:
             env = None
@@ -69,10 +69,11 @@ class Train:
     config: OmitArgPrefixes[Config]
 
     def __call__(self) -> Result:
-        from .checkpoint import create_run
-        from .collect import ensure_demonstrations
-        from .distributed import Team
-        from .train import BehaviorCloningTrainer, choose_device
+        from .demos.collect import ensure_demonstrations
+        from .evaluation.evaluate import selection_rate
+        from .training.distributed import Team
+        from .training.runs import create_run
+        from .training.train import BehaviorCloningTrainer, choose_device
 
         team = Team(choose_device(self.config.train.device).type)
         if not team.leads:
@@ -83,7 +84,8 @@ class Train:
         files = ensure_demonstrations(self.config)
         if team.leads:
             team.wait()
-        rows = BehaviorCloningTrainer.from_config(self.config, files, run).fit()
+        rows = BehaviorCloningTrainer.from_config(
+            self.config, files, run, selection_rate(run, self.config)).fit()
         if not team.leads:
             return None, [], True
         line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"
@@ -99,9 +101,9 @@ class Search:
     export_sweep: str = ""  # only write a W&B sweep of the same trials, into this YAML file
 
     def __call__(self) -> Result:
-        from .collect import ensure_demonstrations
-        from .search import claim, run_search, verdict
-        from .sweeps import export_sweep
+        from .demos.collect import ensure_demonstrations
+        from .search.search import claim, run_search, verdict
+        from .search.sweeps import export_sweep
 
         folder = paths.run_dir(self.run_name)
         if self.export_sweep:
@@ -128,7 +130,7 @@ class Trial:
     # ... of this machine, such as device cpu; may be given more than once
 
     def __call__(self) -> Result:
-        from .sweeps import run_sweep_trial
+        from .search.sweeps import run_sweep_trial
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         found = run_sweep_trial(paths.run_dir(self.run_name), self.point,
@@ -149,8 +151,8 @@ class Evaluate:
     against: str = ""  # another run, evaluated before: the two are compared episode by episode
 
     def __call__(self) -> Result:
-        from .baselines import BASELINES, plan_baseline, plan_bounds
-        from .evaluate import comparable, compare_runs, plan_run, stale_episodes
+        from .evaluation.baselines import BASELINES, plan_baseline, plan_bounds
+        from .evaluation.evaluate import comparable, compare_runs, plan_run, stale_episodes
         from .stats import detectable, format_comparison, format_success
 
         # all of it is known and checked before the first episode
@@ -208,7 +210,7 @@ class Robustness:
     def __call__(self) -> Result:
         import pandas as pd
 
-        from .robustness import card_notes, card_rows, robustness_card
+        from .evaluation.robustness import card_notes, card_rows, robustness_card
 
         only = [name for given in self.only for name in given.split(",")]
         card = robustness_card(self.run, self.eval, self.weights, self.task_ids, only)
@@ -232,7 +234,7 @@ class Depth:
     def __call__(self) -> Result:
         import pandas as pd
 
-        from .depth import depth_card, depth_rows
+        from .evaluation.depth import depth_card, depth_rows
         from .stats import detectable
 
         card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
@@ -253,7 +255,7 @@ class Run:
     # ... of the notebooks; may be given more than once
 
     def __call__(self) -> Result:
-        from .runs import run_notebook, run_suite
+        from .notebooks import run_notebook, run_suite
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
         parameters = {name: parse_parameter(name, text) for name, text in self.parameter}
@@ -276,7 +278,8 @@ class Preflight:
     selftest: bool = False  # only seed twelve faults of evaluations and see that each is found
 
     def __call__(self) -> Result:
-        from .preflight import ensure_gl, preflight, table
+        from .preflight import preflight, table
+        from .software import ensure_gl
 
         if self.gl:
             found = ensure_gl()
@@ -344,7 +347,7 @@ def _told(trial: dict) -> str:
 
 
 def _settings_of(run: str) -> EvalConfig:
-    from .checkpoint import find_run, load_config
+    from .training.runs import find_run, load_config
 
     try:
         return load_config(find_run(run)).eval

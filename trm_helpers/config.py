@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from . import paths, schema
-from .perturbations import PERTURBATIONS
-from .protocols import PROTOCOLS
+from .schema import PROTOCOLS
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -233,11 +232,11 @@ class TrainConfig:
 class EvalConfig:
     """Rollouts in the simulator on the official init states."""
 
-    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # see protocols.py
+    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # see schema.PROTOCOLS
     num_episodes: int = 0  # per task; 0 takes the protocol's
     first_init_state: int = 0  # episodes use init states first, first + 1, ...
     horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
-    perturbation: Literal[("none", *PERTURBATIONS)] = "none"  # see perturbations.py
+    perturbation: Literal[schema.PERTURBATIONS] = "none"  # see evaluation/perturbations.py
     num_videos: int = 3  # episodes per task filmed
     bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
     eval_workers: int = local(1)  # simulator processes

@@ -52,7 +52,7 @@ def artifacts_dir() -> Path:
 
 def shipped(folder: str) -> Path:
     """``notebooks`` or ``pretrained``: inside the package in a wheel, beside it in a checkout."""
-    inside = Path(__file__).resolve().parent / folder
+    inside = Path(__file__).resolve().parent / "shipped" / folder
     return inside if inside.is_dir() else repo_root() / folder
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .checkpoint import find_run, load_config
-from .depth import depth_rows
-from .evaluate import stale
+from .evaluation.depth import depth_rows
+from .evaluation.evaluate import stale
+from .evaluation.robustness import card_notes, card_rows, tasks_in_short
 from .files import inside, read_json, read_jsonl, replacing, visible
-from .robustness import card_notes, card_rows, tasks_in_short
-from .search import verdict
+from .search.search import verdict
 from .stats import comparison_rows, format_success
+from .training.runs import find_run, load_config
 
 # what a reader asks of a run; the rest is in config.json
 _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",

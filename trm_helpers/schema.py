@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 # --- actions: OSC_POSE deltas of the end effector in [-1, 1], then the gripper -----------------
 ACTION_DIM = 7
@@ -109,6 +110,8 @@ DEVICES = ("auto", "cpu", "cuda")
 WANDB_MODES = ("disabled", "offline", "online")
 SEARCH_METHODS = ("grid", "tpe", "halving")
 WEIGHTS = ("best", "last")
+PERTURBATIONS = ("none", "shift", "brightness", "noise", "delay_1", "delay_2", "no_proprioception",
+                 "no_agentview", "no_eye_in_hand", "wrong_instruction", "no_instruction")
 BASELINES = ("expert", "random", "no-op")  # policies without training
 
 # --- software the benchmark's numbers depend on --------------------------------------------------
@@ -162,3 +165,35 @@ def check_task_id(suite: str, task_id: int) -> int:
     if not 0 <= int(task_id) < count:
         raise ValueError(f"task_id {task_id} is not in {suite}; expected 0 to {count - 1}")
     return int(task_id)
+
+
+# --- how published evaluations are done; success rates differ in this, so results name it --------
+_STILL = (0.0,) * ACTION_DIM
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """Episodes of a task from its official init states 0, 1, ..., and how each one is run."""
+
+    name: str
+    source: str
+    episodes: int  # per task
+    horizons: tuple[tuple[str, int], ...]  # steps allowed, by suite
+    settle_steps: int  # sent before the policy's first observation
+    settle_action: tuple[float, ...] = NO_OP
+
+    def horizon(self, suite: str) -> int:
+        """Steps allowed; a LIBERO-PRO suite has those of the suite it varies."""
+        return dict(self.horizons)[base_suite(suite)]
+
+
+_OPENVLA = tuple(HORIZONS.items())
+PROTOCOLS = {protocol.name: protocol for protocol in (
+    EvalProtocol("quick", "openvla with ten episodes", 10, _OPENVLA, SETTLE_STEPS),
+    EvalProtocol("libero", "LIBERO, libero/lifelong/metric.py and configs/eval/default.yaml", 20,
+                 tuple((suite, 600) for suite in HORIZONS), 5, _STILL),
+    EvalProtocol("openvla", "OpenVLA, experiments/robot/libero/run_libero_eval.py", 50, _OPENVLA,
+                 SETTLE_STEPS),
+    EvalProtocol("lerobot", "LeRobot, lerobot/envs/libero.py and EvalConfig", 10,
+                 tuple({**HORIZONS, "libero_spatial": 280}.items()), SETTLE_STEPS),
+)}

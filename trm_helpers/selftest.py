@@ -25,12 +25,12 @@ import torch
 
 from . import schema
 from .config import ModelConfig
-from .model import TRMPolicy
-from .normalize import ActionNormalizer
+from .data.normalize import ActionNormalizer
+from .evaluation.rollout import Policy, run_episode
+from .policy.model import TRMPolicy
 from .preflight import Check, _judge_settling
-from .protocols import PROTOCOLS
-from .rollout import Policy, run_episode
-from .sim import LiberoEnv, load_init_states, written_instruction
+from .schema import PROTOCOLS
+from .sim.env import LiberoEnv, load_init_states, written_instruction
 
 SCENE = ("libero_spatial_lan", 5)  # a bowl on a ramekin, and an instruction in other words
 _STEP = 0.0125  # metres that the arm moves on average for a command of 1

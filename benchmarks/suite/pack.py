@@ -46,7 +46,7 @@ def files_of_tasks(suites: list[str]) -> set[Path]:
             used.add(os.path.abspath(args[0]))  # robosuite opens some through ".."
 
     sys.addaudithook(note)
-    from trm_helpers.sim import LiberoEnv
+    from trm_helpers.sim.env import LiberoEnv
 
     for suite in suites:
         for task_id in tqdm(range(schema.SUITES[suite]), suite):
@@ -60,8 +60,8 @@ def files_of_tasks(suites: list[str]) -> set[Path]:
 def imported_distributions() -> dict[str, str]:
     """Name and version of the distributions behind all modules that are loaded now."""
     import trm_helpers.__main__  # noqa: F401
-    import trm_helpers.evaluate
-    import trm_helpers.train  # noqa: F401
+    import trm_helpers.evaluation.evaluate
+    import trm_helpers.training.train  # noqa: F401
 
     owners = metadata.packages_distributions()
     tops = {name.split(".")[0] for name in sys.modules}

@@ -33,20 +33,20 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
 
-from trm_helpers import plots  # noqa: E402
-from trm_helpers.checkpoint import find_run, load_config  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
-from trm_helpers.depth import depth_rows, plot_depth_cards  # noqa: E402
-from trm_helpers.files import read_json, read_jsonl, replacing, write_json  # noqa: E402
-from trm_helpers.films import FPS, write_grid
-from trm_helpers.paths import repo_root  # noqa: E402
-from trm_helpers.robustness import (  # noqa: E402
+from trm_helpers.evaluation.depth import depth_rows, plot_depth_cards  # noqa: E402
+from trm_helpers.evaluation.robustness import (
     failures_in_short,
     plot_cards,
     rate_in_short,
     tasks_in_short,
 )
+from trm_helpers.files import read_json, read_jsonl, replacing, write_json  # noqa: E402
+from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
+from trm_helpers.training.runs import find_run, load_config  # noqa: E402
+from trm_helpers.visuals import plots  # noqa: E402
+from trm_helpers.visuals.films import FPS, write_grid
 
 DOCS = repo_root() / "docs"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
 
 from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
-from trm_helpers.checkpoint import create_run  # noqa: E402
-from trm_helpers.collect import ensure_demonstrations  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value  # noqa: E402
-from trm_helpers.evaluate import evaluate_run  # noqa: E402
-from trm_helpers.preflight import ensure_gl, preflight, table  # noqa: E402
-from trm_helpers.protocols import PROTOCOLS  # noqa: E402
+from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
+from trm_helpers.evaluation.evaluate import evaluate_run  # noqa: E402
+from trm_helpers.preflight import preflight, table  # noqa: E402
+from trm_helpers.schema import PROTOCOLS  # noqa: E402
+from trm_helpers.software import ensure_gl  # noqa: E402
 from trm_helpers.stats import format_success  # noqa: E402
+from trm_helpers.training.runs import create_run  # noqa: E402
 
 CALL_AGAIN = 3
 KEPT = ("config.json", "policy.json", "best.safetensors", "metrics.jsonl", "episodes.jsonl",

@@ -1,0 +1,470 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+from demo_files import write_demo_file
+
+from trm_helpers import paths, schema
+from trm_helpers.config import from_flat
+from trm_helpers.demos import collect
+from trm_helpers.demos.collect import _run_attempts, _successes, collect_demonstrations
+from trm_helpers.demos.demo_files import check_demo_file, measure_alignment
+from trm_helpers.demos.experts import Style
+from trm_helpers.demos.quality import quality_card
+from trm_helpers.files import only_one
+from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.sim.parallel import WorkerDied
+
+
+class Bar:
+    n = 0
+
+    def refresh(self):
+        pass
+
+
+def last_first(job, items, *, workers):
+    """In place of ``run_jobs``: two at a time end in the opposite order."""
+    done = 0
+    while done < len(items):
+        two = items[done:done + 2]
+        done += len(two)
+        for item in reversed(two):
+            yield item, job(item), None
+
+
+def run_attempts(attempt, known, num_demos, workers=0):
+    attempts = dict(known)
+    _run_attempts(attempt, attempts, num_demos, workers, Bar(), "a task")
+    return attempts
+
+
+def test_successes_count_only_up_to_the_first_open_attempt():
+    part = Path("part")
+    assert _successes({0: part, 1: None, 2: part, 4: part}) == [0, 2]
+    assert _successes({1: part}) == []
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end(turned, monkeypatch):
+    if turned:
+        monkeypatch.setattr(collect, "run_jobs", last_first)
+    made = []
+
+    def attempt(number):
+        made.append(number)
+        return None if number in (1, 2) else Path(str(number))
+
+    attempts = run_attempts(attempt, {}, 3)
+    assert _successes(attempts)[:3] == [0, 3, 4]
+    assert sorted(made) == [0, 1, 2, 3, 4]  # none that the file has no place for
+    made.clear()
+    again = run_attempts(attempt, {0: Path("0"), 1: None}, 3)
+    assert 0 not in made and 1 not in made  # what was finished is not done again
+    assert _successes(again)[:3] == [0, 3, 4]
+    made.clear()
+    run_attempts(attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)  # cut off in between
+    assert sorted(made) == [1, 2, 3]
+
+
+def test_an_expert_that_cannot_do_it_is_given_up():
+    with pytest.raises(RuntimeError, match="failed 20 of 20 attempts at a task"):
+        run_attempts(lambda number: None, {}, 3)
+
+
+@pytest.mark.parametrize("num_demos", [0, -1])
+def test_no_demonstrations_are_not_collected(tmp_path, num_demos):
+    with pytest.raises(ValueError, match=f"num_demos={num_demos}"):
+        collect_demonstrations("libero_object", 0, num_demos, tmp_path)
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+# attempts without a simulator: some of them die, hang or fail
+QUICK = """
+import os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from trm_helpers import collect, schema
+
+def record(env, generator, disturb, placement):
+    values = generator.uniform(-1, 1, (5, 7))
+    seen = {**{key: np.ones(size) for key, size in schema.LOW_DIM.items()},
+            **{key: np.zeros((128, 128, 3), np.uint8) for key in schema.CAMERAS}}
+    return {"observations": [seen] * 5, "actions": values, "executed_actions": values,
+            "states": values, "model_file": "<mujoco/>"}
+
+def attempt(*given):
+    number, parts = given[-1], given[-2]
+    trouble = Path(os.environ["TROUBLE"])
+    first = not (trouble / str(number)).exists()
+    (trouble / str(number)).write_text(str(os.getpid()))
+    what = os.environ.get(f"ATTEMPT_{number}", "")
+    if what == "fails":
+        (parts / f"attempt_{number:05d}.failed").touch()
+        return None
+    if what == "dies" or what == "dies once" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "hangs once" and first:
+        time.sleep(600)
+    collect._worker_env, collect.record_demonstration = lambda *_: None, record
+    return real(*given)
+
+real = collect._attempt
+"""
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A function that collects without a simulator, and the folder where attempts leave marks."""
+    (tmp_path / "quick.py").write_text(QUICK)
+    (tmp_path / "trouble").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TROUBLE", str(tmp_path / "trouble"))
+    monkeypatch.setattr(collect, "_problem_name", lambda _: "problem")
+    for name in ("_worker_env", "record_demonstration"):
+        monkeypatch.setattr(collect, name, getattr(collect, name))  # put back afterwards
+    sys.modules.pop("quick", None)
+    import quick
+
+    def make(folder, workers, num_demos=4, **troubles):
+        for number in range(9):
+            monkeypatch.setenv(f"ATTEMPT_{number}", troubles.get(f"attempt_{number}", ""))
+        return collect_demonstrations("libero_object", 0, num_demos, tmp_path / folder,
+                                      workers=workers)
+
+    monkeypatch.setattr(collect, "_attempt", quick.attempt)
+    make.trouble = tmp_path / "trouble"
+    return make
+
+
+def test_a_killed_worker_costs_one_attempt_which_is_made_again(quick, monkeypatch):
+    straight = quick("straight", 0, attempt_2="fails").read_bytes()
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+
+    def kill():
+        while not (quick.trouble / "3").exists() or not (quick.trouble / "3").read_text():
+            time.sleep(0.05)
+        os.kill(int((quick.trouble / "3").read_text()), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    began = time.monotonic()
+    path = quick("killed", 2, attempt_1="dies once", attempt_2="fails", attempt_3="hangs once")
+    assert path.read_bytes() == straight and time.monotonic() - began < 60
+    with h5py.File(path) as file:
+        assert [demo.attrs["attempt"] for demo in file["data"].values()] == [0, 1, 3, 4]
+
+
+def test_an_attempt_that_always_kills_its_worker_is_an_error_and_the_others_are_kept(quick):
+    with pytest.raises(WorkerDied, match="killed by SIGKILL, as when memory runs out"):
+        quick("killed", 2, attempt_3="dies")
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    path = quick("killed", 2)
+    assert path.read_bytes() == quick("straight", 0).read_bytes()
+    assert len([mark for mark in quick.trouble.iterdir() if mark.name in "012"]) == 3
+
+
+def test_a_killed_parent_leaves_no_process_and_loses_no_attempt(quick, tmp_path, monkeypatch):
+    straight = quick("straight", 0).read_bytes()
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    script = tmp_path / "script.py"  # without a guard
+    script.write_text("import quick\nfrom trm_helpers import collect\n"
+                      "collect._attempt = quick.attempt\n"
+                      "collect._problem_name = lambda _: 'problem'\n"
+                      f"collect.collect_demonstrations('libero_object', 0, 4, "
+                      f"{str(tmp_path / 'killed')!r}, workers=2)\n")
+    monkeypatch.setenv("ATTEMPT_2", "hangs once")
+    parent = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "killed"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob(".*.parts/attempt_*.hdf5"))) < 3:  # all but the one that hangs
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert children
+    parent.kill()
+    parent.communicate()
+    _, left = psutil.wait_procs(children, timeout=5)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    assert quick("killed", 2).read_bytes() == straight
+    assert [mark.name for mark in quick.trouble.iterdir()] == ["2"]
+
+
+def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quick, monkeypatch):
+    path = quick("again", 0, num_demos=2)
+    before = path.read_bytes()
+
+    def made():
+        return sorted(mark.name for mark in quick.trouble.iterdir())
+
+    assert made() == ["0", "1"]
+    assert quick("again", 0, num_demos=2) == path and made() == ["0", "1"]
+    with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 asked for"):
+        collect_demonstrations("libero_object", 0, 2, path.parent, seed=9)
+    with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' asked for"):
+        collect_demonstrations("libero_object", 0, 2, path.parent, placement="wide")
+    with pytest.raises(ValueError, match="placement='far' is not valid"):
+        collect_demonstrations("libero_object", 0, 2, path.parent, placement="far")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for writes in ("_write_demo", "_assemble"):
+        with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+            patch.setattr(collect, writes, full)
+            quick("again", 0, num_demos=3)
+        assert error.value.errno == errno.ENOSPC and path.read_bytes() == before
+    (quick.trouble / "2").unlink()
+    quick("again", 0, num_demos=3)
+    assert made() == ["0", "1"]  # the attempt before the disk was full is kept
+    with h5py.File(path) as file:
+        assert sorted(file["data"]) == ["demo_0", "demo_1", "demo_2"]
+        assert [demo.attrs["attempt"] for demo in file["data"].values()] == [0, 1, 2]
+    assert visible(path.parent) == [path]
+    assert not list(path.parent.glob(".*.parts"))
+
+
+# --- the real simulator ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Two demonstrations really collected, by two processes, one of which is killed at work."""
+    folder = tmp_path_factory.mktemp("collected")
+    killed = []
+
+    def kill():
+        while not killed:
+            for child in psutil.Process().children():
+                if child.cpu_times().user > 6:  # it has built its environment, or is about to
+                    child.kill()
+                    killed.append(child)
+                    return
+            time.sleep(0.1)
+
+    threading.Thread(target=kill, daemon=True).start()
+    path = collect_demonstrations("libero_object", 5, 2, folder, workers=2)
+    assert killed
+    return path
+
+
+def visible(folder):
+    """What is in it, but for the locks."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+@pytest.mark.sim
+def test_a_file_has_liberos_layout(collected):
+    check_demo_file(collected)
+    assert [path.name for path in visible(collected.parent)] == \
+        ["pick_up_the_tomato_sauce_and_place_it_in_the_basket_demo.hdf5"]
+    with h5py.File(collected) as file:
+        data = file["data"]
+        assert data.attrs["num_demos"] == 2 == len(data)
+        assert data.attrs["total"] == sum(len(demo["actions"]) for demo in data.values())
+        assert json.loads(data.attrs["problem_info"])["language_instruction"] \
+            == "pick up the tomato sauce and place it in the basket"
+        assert json.loads(data.attrs["env_args"])["env_kwargs"]["controller"] == "OSC_POSE"
+        assert data.attrs["macros_image_convention"] == "opengl"
+        assert data.attrs["bddl_file_name"].endswith(".bddl")
+        assert data.attrs[schema.ALIGNMENT_ATTR] == "raw"
+        made = json.loads(data.attrs["collection"])
+        assert made["by"] == "scripted expert" and made["mujoco"] == "3.3.2"
+        for demo in data.values():
+            assert demo.attrs["collection_version"] == schema.COLLECTION_VERSION
+            length = demo.attrs["num_samples"]
+            layout = {"actions": (7, "f8"), "states": (110, "f8"), "robot_states": (9, "f8"),
+                      "executed_actions": (7, "f8"), "obs/joint_states": (7, "f8"),
+                      "obs/gripper_states": (2, "f8"), "obs/ee_pos": (3, "f8"),
+                      "obs/ee_ori": (3, "f8"), "obs/ee_states": (6, "f8")}
+            for name, (width, kind) in layout.items():
+                assert demo[name].shape == (length, width) and demo[name].dtype == kind, name
+            for camera in schema.CAMERAS:
+                images = demo["obs"][camera]
+                assert images.shape == (length, 128, 128, 3) and images.dtype == np.uint8
+                assert images.chunks is None and images.compression is None  # memory-mappable
+            for name in ("rewards", "dones"):
+                assert demo[name][:].tolist() == [0] * (length - 1) + [1]
+            assert np.array_equal(demo.attrs["init_state"], demo["states"][0])
+            assert demo.attrs["model_file"].startswith("<mujoco")
+    assert measure_alignment(collected)[0] == "raw"
+
+
+@pytest.mark.sim
+def test_stored_actions_replay_to_the_stored_states_and_success(collected):
+    with LiberoEnv("libero_object", 5) as env, h5py.File(collected) as file:
+        demo = file["data/demo_1"]
+        env.reset(seed=0)
+        env.set_state(demo["states"][0])
+        success = False
+        for state, action in zip(demo["states"], demo["executed_actions"], strict=True):
+            assert np.abs(env.state() - state)[1:30].max() < 5e-3
+            _, success = env.step(action)
+        assert success
+
+
+@pytest.mark.sim
+def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch):
+    """What is there already is given back at once: somebody may be extending the file for long."""
+    task = collected.name.removesuffix("_demo.hdf5")
+    monkeypatch.setattr(collect, "_collect", lambda path, *_: path)
+    with ThreadPoolExecutor(1) as pool:
+        with only_one(collected.parent, lock=f".{task}.lock"):
+            assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
+            call = pool.submit(collect_demonstrations, "libero_object", 5, 99, collected.parent)
+            with pytest.raises(TimeoutError):
+                call.result(timeout=2)
+        assert call.result(timeout=30) == collected
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """What was collected, in place of the simulator; no network and a Kaggle folder of its own."""
+    asked = []
+
+    def collect_demonstrations(suite, task_id, num_demos, folder, *, seed, placement):
+        asked.append((suite, task_id, num_demos, folder.parent.name, seed, placement))
+        path = folder / f"{collect.load_task(suite, task_id).name}_demo.hdf5"
+        return write_demo_file(path, image_size=4, collection={"by": "a test"})
+
+    monkeypatch.setattr(collect, "collect_demonstrations", collect_demonstrations)
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "kaggle")
+    return asked
+
+
+def human(folder, task_id, suite="libero_spatial", **settings):
+    return write_demo_file(folder / f"{collect.load_task(suite, task_id).name}_demo.hdf5",
+                           image_size=4, alignment=None, **settings)
+
+
+def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
+    files = collect.ensure_demonstrations(from_flat("tiny", data_seed=4))
+    collect.ensure_demonstrations(from_flat("tiny", placement="wide"))
+    assert made == [("libero_object", 0, 2, "scripted", 4, "benchmark"),
+                    ("libero_object", 0, 2, "scripted-wide", 0, "wide")]
+    assert list(files) == [0]
+    assert "2 scripted demonstrations of each of 1 task(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["demo", "trm", "tiny", "reference"])
+def test_each_task_has_human_demonstrations_or_scripted_ones(tmp_path, made, capsys, preset):
+    attached = {task: human(tmp_path / "kaggle" / "x", task) for task in (1, 4, 7)}
+    attached[9] = human(tmp_path / "data" / "mine", 9)
+    config = from_flat(preset, suite="libero_spatial", task_ids=list(range(10)), num_demos=3)
+    files = collect.ensure_demonstrations(config)
+    assert list(files) == list(range(10))
+    assert {task: path for task, path in files.items() if task in attached} == attached
+    assert [row[1] for row in made] == [0, 2, 3, 5, 6, 8]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "task(s)" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("human demonstrations of 4 task(s): ")
+    assert lines[1].startswith("3 scripted demonstrations of each of 6 task(s)")
+    made.clear()
+    collect.ensure_demonstrations(config.replace(demos="scripted"))
+    assert len(made) == 10
+
+
+GIVEN = dict(suite="libero_spatial", task_ids=(3, 5))
+
+
+@pytest.mark.parametrize("demos", ["auto", "human", "scripted"])
+def test_a_folder_that_was_given_is_the_only_one(tmp_path, made, demos, capsys):
+    human(tmp_path / "data", 3)
+    human(tmp_path / "data", 5)
+    given = tmp_path / "libero_spatial_no_noops"
+    with pytest.raises(FileNotFoundError, match="demo_dir='.*no_noops' is not a folder"):
+        collect.ensure_demonstrations(from_flat("demo", demos=demos, demo_dir=str(given), **GIVEN))
+    collection = {"by": "a test"} if demos == "scripted" else None
+    expected = {task: human(given / "deep", task, collection=collection) for task in (3, 5)}
+    for path in expected.values():
+        with h5py.File(path, "a") as file:
+            for name in {*file["data"].attrs} - {"collection"}:
+                del file["data"].attrs[name]
+    (other, unnamed) = human(given, 6), given / "notes.hdf5"
+    unnamed.touch()
+    config = from_flat("demo", demos=demos, demo_dir=str(given), **GIVEN)
+    capsys.readouterr()
+    assert collect.ensure_demonstrations(config) == expected
+    printed = capsys.readouterr().out
+    assert f"{other} (another task)" in printed and f"{unnamed} (not named <task" in printed
+    expected[5].rename(given / "renamed_demo.hdf5")
+    with pytest.raises(FileNotFoundError) as error:
+        collect.ensure_demonstrations(config)
+    assert collect.load_task("libero_spatial", 5).name in str(error.value)
+    assert "renamed_demo.hdf5" in str(error.value) and made == []
+
+
+def test_a_given_folder_without_human_demonstrations_is_refused(tmp_path, made):
+    scripted = human(tmp_path / "given", 3, collection={"by": "a test"})
+    config = from_flat("demo", suite="libero_spatial", task_ids=(3,), demos="human",
+                       demo_dir=str(tmp_path / "given"))
+    with pytest.raises(FileNotFoundError, match="no human demonstrations") as error:
+        collect.ensure_demonstrations(config)
+    assert f"{scripted} (scripted, not human)" in str(error.value)
+
+
+def test_a_seed_gives_the_styles_and_pushes_of_this_version():
+    """Where these numbers change, demonstrations do: raise ``schema.COLLECTION_VERSION``."""
+    generator = np.random.default_rng([0, 5, 0])
+    style, disturbance = Style.sample(generator), collect.Disturbance(generator)
+    sent = np.array([disturbance.apply(np.zeros(7)) for _ in range(60)])
+    found = schema.COLLECTION_VERSION, style.speed, style.hover, style.clearance, \
+        *style.grasp_offset, np.abs(sent).sum()
+    assert found == pytest.approx((1, 0.90732042, 0.06643247, 0.03822876, -0.00104877, -0.00217024,
+                                   5.4289), rel=1e-4)
+    assert np.flatnonzero(sent.any(axis=1)).tolist() == [16, 17, 18, 19]
+
+
+def test_a_run_on_scripted_demonstrations_keeps_to_them(tmp_path, made):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = from_flat("demo", suite="libero_spatial", task_ids=(3,))
+    attached = human(tmp_path / "kaggle", 3)
+    for source, expected in {"scripted": [3], "human": []}.items():
+        (run / "config.json").write_text(json.dumps(config.to_dict()))
+        (run / "policy.json").write_text(json.dumps({"trained_on": {"files": [
+            {"file": "x", "source": source}]}}))
+        made.clear()
+        files = collect.demonstrations_of(run, config)
+        assert [row[1] for row in made] == expected
+        assert (files == {3: attached}) == (source == "human")
+
+
+def test_demonstrations_of_another_version_of_the_code_are_used_and_named(tmp_path, made, capsys):
+    given = tmp_path / "given"
+    path = human(given, 3, collection={"by": "a test"})
+    config = from_flat("demo", suite="libero_spatial", task_ids=(3,), demo_dir=str(given))
+
+    def printed(**versions):
+        with h5py.File(path, "a") as file:
+            for name, version in versions.items():
+                file["data"][name].attrs["collection_version"] = version
+        assert collect.ensure_demonstrations(config) == {3: path}
+        return capsys.readouterr().out
+
+    assert f"{path}: collected by version 0 of the code" in printed()
+    now = schema.COLLECTION_VERSION
+    assert f"version 0, {now} of the code" in printed(demo_0=now)
+    assert "version" not in printed(demo_0=now, demo_1=now)
+    assert f"version {now}, {now + 1} of the code" in printed(demo_1=now + 1)
+    row = next(row for row in quality_card(path) if row["check"] == "version")
+    assert row["verdict"] == "look" and str(path) in row["found"]

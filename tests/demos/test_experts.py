@@ -1,0 +1,240 @@
+import types
+
+import numpy as np
+import pytest
+
+from trm_helpers.demos.collect import Disturbance, record_demonstration
+from trm_helpers.demos.experts import Style, make_expert, pick_place_goal
+from trm_helpers.sim import geometry, layouts
+from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.sim.geometry import UP, Boxes
+
+
+def scene(goal, bodies=("soup_1", "basket_1")):
+    """As much of an environment as the goal is read from."""
+    sites = {"basket_1_contain_region": types.SimpleNamespace(parent_name="basket_1", joints=[]),
+             "main_table_front_region": types.SimpleNamespace(parent_name=None, joints=None)}
+    raw = types.SimpleNamespace(parsed_problem={"goal_state": goal},
+                                obj_body_id=dict.fromkeys(bodies, 1), object_sites_dict=sites)
+    return types.SimpleNamespace(raw=raw, task=types.SimpleNamespace(name="a task"))
+
+
+def boxes(*low_high):
+    """Upright boxes from their lowest and highest corners."""
+    low, high = np.array(low_high, dtype=float).transpose(1, 0, 2)
+    return Boxes((low + high) / 2, np.stack([np.eye(3)] * len(low)), (high - low) / 2)
+
+
+def test_goal_is_read_from_the_predicates():
+    assert pick_place_goal(scene([["in", "soup_1", "basket_1_contain_region"]])) \
+        == ("soup_1", "basket_1")
+    assert pick_place_goal(scene([["On", "soup_1", "basket_1"]])) == ("soup_1", "basket_1")
+    assert pick_place_goal(scene([["On", "soup_1", "main_table_front_region"]])) \
+        == ("soup_1", None)
+
+
+@pytest.mark.parametrize("goal", [
+    [["open", "basket_1_contain_region"]],  # nothing there slides
+    [["close", "drawer_1"]],
+    [["on", "soup_1", "basket_1"], ["on", "basket_1", "soup_1"]],
+])
+def test_other_goals_are_refused(goal):
+    with pytest.raises(ValueError, match="a task: the goal .* is not one On or In predicate"):
+        make_expert(scene(goal))
+
+
+# --- geometry -----------------------------------------------------------------------------------
+
+
+def test_bounds_are_those_of_the_turned_axes():
+    long = boxes([[1.0, 0.0, 0.0], [3.0, 1.0, 0.5]])
+    low, high = long.bounds()
+    assert low.tolist() == [1, 0, 0] and high.tolist() == [3, 1, 0.5]
+    low, high = long.bounds(np.pi / 2)  # x of the turned axes is y of the world, y is -x
+    assert np.allclose(low, [0, -3, 0]) and np.allclose(high, [1, -1, 0.5])
+
+
+def test_the_gripper_needs_room_for_its_hand_and_its_fingers():
+    site = np.array([0.2, 0.1, 1.0])
+    assert geometry.crowding(site, 0.0, boxes([[0.1, 0.08, 0.9], [0.3, 0.12, 1.02]])) == 0
+    beside = boxes([[0.15, 0.19, 0.9], [0.25, 0.21, 1.05]])  # under the hand's end along y
+    assert geometry.crowding(site, 0.0, beside) > 0
+    assert geometry.crowding(site, np.pi / 2, beside) == 0  # now the hand lies along x
+    assert geometry.crowding(site + 0.1 * UP, 0.0, beside) == 0
+
+
+def test_a_thing_is_moved_out_from_under_what_is_above_it():
+    thing = np.array([[0.0, 0.0, 0.0], [0.05, 0.0, 0.0]])
+    shelf = boxes([[0.015, -1.0, 0.1], [1.0, 1.0, 0.2]])
+    assert np.allclose(geometry.way_out(thing, 0.3, shelf), [-0.04, 0, 0])
+    assert not geometry.way_out(thing, 0.08, shelf).any()  # it does not go up that far
+    roof = boxes([[-1.0, -1.0, 0.1], [1.0, 1.0, 0.2]])
+    assert not geometry.way_out(thing, 0.3, roof).any()  # there is no way out
+    wall = boxes([[0.015, -1.0, 0.1], [1.0, 1.0, 0.101]], [[-0.03, -1.0, 0.0], [-0.02, 1.0, 0.05]])
+    assert not geometry.way_out(thing, 0.3, wall).any()  # the way there is barred
+
+
+def test_only_what_is_near_the_way_is_passed_over():
+    things = boxes([[0.4, 0.05, 0], [0.6, 0.1, 0.3]], [[0.4, 0.2, 0], [0.6, 0.3, 0.5]])
+    tops = things.tops_along(np.zeros(3), np.array([1.0, 0, 0]), 0.06)
+    assert tops.tolist() == [0.3]
+    assert len(things.near(np.array([0.5, 0.0, 0.1]), 0.01).centre) == 1
+
+
+def test_reach_is_measured_from_the_shoulder():
+    data = types.SimpleNamespace(body_xpos=np.array([[-0.66, 0.0, 0.912]]))
+    model = types.SimpleNamespace(body_name2id={"robot0_base": 0}.get)
+    env = types.SimpleNamespace(sim=types.SimpleNamespace(data=data, model=model))
+    level = 0.912 + 0.333 - 0.21  # the wrist is as high as the shoulder
+    assert geometry.overreach(env, np.array([0.0, 0.0, level])) == 0
+    assert np.isclose(geometry.overreach(env, np.array([-0.66 + 0.088 + 0.70, 0, level])), 0.02)
+
+
+def test_styles_vary_within_their_bounds_and_follow_the_seed():
+    styles = [Style.sample(np.random.default_rng(seed)) for seed in range(50)]
+    assert styles[3] == Style.sample(np.random.default_rng(3)) != styles[4]
+    speeds = [style.speed for style in styles]
+    assert 0.85 <= min(speeds) < 0.88 and 0.97 < max(speeds) <= 1.0
+
+
+def test_a_disturbance_comes_in_bursts_and_leaves_the_gripper_alone():
+    disturbance = Disturbance(np.random.default_rng(0), probability=0.05)
+    action = np.array([0.1, 0.2, 0.3, 0, 0, 0, 1.0])
+    executed = np.array([disturbance.apply(action) for _ in range(2000)])
+    pushed = (executed != action).any(axis=1)
+    bursts = np.diff(np.flatnonzero(np.diff(pushed.astype(int))))
+    assert 0.1 < pushed.mean() < 0.35 and bursts.max() >= 3
+    assert (executed[:, 6] == 1).all() and (executed[~pushed] == action).all()
+    strength = np.linalg.norm(executed[pushed, :3], axis=1)
+    assert strength.min() >= 0.3 and strength.max() <= 0.9
+
+
+def test_no_disturbance_without_probability():
+    calm = Disturbance(np.random.default_rng(0), probability=0.0, start_probability=0.0)
+    action = np.full(7, 0.5)
+    assert all((calm.apply(action) == action).all() for _ in range(100))
+
+
+# --- in the simulator ---------------------------------------------------------------------------
+
+
+def run(env, expert, steps, disturb=lambda expert, action: action):
+    """Actions (T, 7) of the expert, the phases it went through, whether the task was solved."""
+    actions, phases, success = [], [], False
+    while not success and len(actions) < steps:
+        actions.append(expert.act())
+        phases.append(expert.phase)
+        _, success = env.step(disturb(expert, actions[-1]))
+    return np.array(actions), phases, success
+
+
+@pytest.mark.sim
+def test_demonstrations_are_as_a_person_gives_them_and_show_how_to_recover():
+    with LiberoEnv("libero_object", 5) as env:
+        env.reset(seed=1)
+        actions, _, success = run(env, make_expert(env), 160)
+        assert success and 50 < len(actions) < 160  # what a person's are too
+        change = np.abs(np.diff(actions[:, :6], axis=0)).mean()  # of a command, in a step
+        assert change < 0.05
+        assert np.abs(actions).max() <= 1
+        assert set(actions[:, 6]) == {-1.0, 1.0}
+
+        record = None
+        for attempt in range(3):  # some pushes are too much for it: such attempts are dropped
+            record = record or record_demonstration(env, np.random.default_rng(attempt))
+        pushed = (np.array(record["actions"]) != np.array(record["executed_actions"])).any(axis=1)
+        assert pushed.sum() >= 3
+
+
+@pytest.mark.sim
+def test_what_is_dropped_is_grasped_again():
+    with LiberoEnv("libero_spatial", 2) as env:
+        env.reset(seed=1)
+        drops = []
+
+        def drop_once(expert, action):
+            if expert.phase == "carry" and len(drops) < 4:
+                drops.append(True)
+                return np.concatenate([action[:6], [-1.0]])
+            return action
+
+        _, phases, success = run(env, make_expert(env), env.horizon, drop_once)
+        first = phases.index("carry")
+        assert success and "approach" in phases[first:] and "close" in phases[first:]
+
+
+@pytest.mark.sim
+def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
+    with LiberoEnv("libero_spatial", 2) as env:
+        env.reset(seed=1)
+        assert make_expert(env).grasp.key[1] == 1.0  # turned, for a plate that is far out
+        grasps, joint = [], env.raw.objects_dict["plate_1"].joints[0]
+        for place in ([0.07, 0.2], [0.06, 0.04], [-0.2, -0.17]):
+            pose = env.sim.data.get_joint_qpos(joint)
+            pose[:2] = place
+            env.sim.data.set_joint_qpos(joint, pose)
+            env.sim.forward()
+            grasps.append(make_expert(env).grasp)
+        for grasp in grasps:
+            np.testing.assert_allclose(grasp.offset, grasps[0].offset, atol=1e-6)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("task_id", [0, 1, 2])
+def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(task_id):
+    with LiberoEnv("libero_spatial", task_id) as env:
+        sides = []
+        for seed in range(6):
+            layouts.reset(env, seed, "wide")
+            sides.append(make_expert(env).grasp.key[1])
+        assert sides == [1.0] * 6
+
+
+@pytest.mark.sim
+def test_a_grasp_that_closes_on_nothing_is_tried_again():
+    """The object slips 6 cm away when the fingers begin to close for the first time."""
+    with LiberoEnv("libero_object", 5) as env:
+        env.reset(seed=1)
+        expert, slipped = make_expert(env), []
+
+        def slip_away_once(expert, action):
+            if expert.phase == "close" and not slipped:
+                slipped.append(expert.grasp.key)
+                joint = env.raw.objects_dict[expert.object].joints[0]
+                pose = env.sim.data.get_joint_qpos(joint)
+                pose[0] += 0.06
+                env.sim.data.set_joint_qpos(joint, pose)
+                env.sim.forward()
+            return action
+
+        _, phases, success = run(env, expert, env.horizon, slip_away_once)
+        order = [phase for phase, before in zip(phases, [None, *phases], strict=False)
+                 if phase != before]
+        assert success and slipped and expert._misses[slipped[0]] == 1
+        assert order[:6] == ["approach", "descend", "close", "release", "retreat", "approach"]
+        assert order.count("close") == 2 and "carry" in order[6:]
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("suite", "task_id", "phases"), [
+    ("libero_spatial", 4, {"lift", "carry", "lower"}),  # a bowl in an open drawer
+    ("libero_goal", 3, {"pull", "away", "lift", "lower"}),  # opens a drawer, then fills it
+    ("libero_goal", 5, {"close", "carry"}),  # a plate is pushed over the table
+    ("libero_goal", 7, {"turn"}),  # a knob
+])
+def test_each_skill_solves_its_task(suite, task_id, phases):
+    with LiberoEnv(suite, task_id) as env:
+        env.reset(seed=2)
+        actions, seen, success = run(env, make_expert(env), env.horizon)
+        assert success and phases <= set(seen)
+        assert np.abs(actions).max() <= 1
+
+
+@pytest.mark.sim
+def test_a_carton_that_hangs_on_a_finger_by_its_gable_is_lowered_into_the_basket():
+    with LiberoEnv("libero_object", 9) as env:
+        env.reset(seed=5006)
+        expert = make_expert(env, Style.sample(np.random.default_rng([9, 6])))
+        _, phases, success = run(env, expert, env.horizon)
+        assert success
+        assert phases.count("close") > phases.index("lift") - phases.index("close")  # a second time

@@ -1,0 +1,249 @@
+"""The quality card: each defect is found and named, sound files pass, human ones too."""
+
+import h5py
+import numpy as np
+import pytest
+from demo_files import write_demo_file
+
+from trm_helpers import schema
+from trm_helpers.demos import collect
+from trm_helpers.demos.quality import (
+    ORIENTATIONS,
+    frame_orientation,
+    frame_size,
+    quality_card,
+    replay_demonstration,
+)
+from trm_helpers.sim.env import LiberoEnv
+
+
+def scene(values, demo):
+    """Frames with something to see that changes."""
+    return np.random.default_rng([7, demo]).integers(0, 256, values.shape, dtype=np.uint8)
+
+
+def fingers(values, demo):
+    """Open (8 cm) until a step after the command to close, which comes at step 3."""
+    width = np.where(np.arange(len(values)) < 5, 0.04, 0.02)
+    return np.stack([width, -width], axis=1)
+
+
+def verdicts(path, **settings):
+    return {row["check"]: row for row in quality_card(path, **settings)}
+
+
+SOUND = dict(agentview_rgb=scene, gripper_states=fingers)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(alignment="raw", **overrides):
+        return write_demo_file(tmp_path / "soup_demo.hdf5", (12, 14), alignment, image_size=16,
+                               **{**SOUND, **overrides})
+    return make
+
+
+@pytest.mark.parametrize("alignment", ["raw", "shift", None])
+def test_a_sound_file_is_good_in_everything(write, alignment):
+    card = verdicts(write(alignment))
+    assert [name for name, row in card.items() if row["verdict"] != "good"] == []
+    assert {"layout", "frames, agent view", "gripper sign", "no-ops", "length",
+            "alignment"} <= set(card)
+
+
+def test_the_size_of_the_frames_is_read_from_the_file(write):
+    assert frame_size(write()) == 16
+    assert frame_size(write(agentview_rgb=None, eye_in_hand_rgb=None)) == schema.IMAGE_SIZE
+
+
+def test_a_broken_layout_is_the_only_row(write):
+    card = quality_card(write(actions=lambda values, demo: values * np.nan))
+    assert [row["verdict"] for row in card] == ["bad"] and "NaN" in card[0]["found"]
+
+
+def set_step(step, value):
+    def change(values, demo):
+        values = values.copy()
+        values[step] = value
+        return values
+    return change
+
+
+def first_frame_always(values, demo):
+    return np.repeat(scene(values, demo)[:1], len(values), axis=0)
+
+
+def always(number):
+    def change(values, demo):
+        values = values.copy()
+        values[:, schema.GRIPPER_INDEX] = number
+        return values
+    return change
+
+
+@pytest.mark.parametrize("check, verdict, found, change", [
+    ("frames, wrist camera", "bad", "2 of 26 black", dict(eye_in_hand_rgb=set_step(4, 0))),
+    ("frames, agent view", "bad", "24 repeated while", dict(agentview_rgb=first_frame_always)),
+    ("gripper sign", "bad", "2 of 2", dict(gripper_states=lambda v, d: 1.5 * v - fingers(v, d))),
+    ("gripper sign", "bad", "never move", dict(gripper_states=lambda v, d: v)),
+    ("gripper switches", "bad", "0.0 per demonstration", dict(actions=always(1.0))),
+    ("gripper switches", "bad", "1 values, 0.5 to 0.5", dict(actions=always(0.5))),
+    ("gripper switches", "bad", "2 values, 0 to 1", dict(actions=lambda v, d: np.maximum(v, 0))),
+    ("gripper sign", "bad", "2 of 2", dict(actions=lambda v, d: v * [1, 1, 1, 1, 1, 1, -1],
+                                           gripper_states=fingers)),
+    ("action range", "look", "never used: dy", dict(
+        actions=lambda v, d: v * [1, 0, 1, 1, 1, 1, 1])),
+])
+def test_each_defect_is_found(write, check, verdict, found, change):
+    row = verdicts(write(**change))[check]
+    assert row["verdict"] == verdict and found in row["found"]
+
+
+def test_no_ops_and_lengths(write):
+    def idle(values, demo):
+        values = values.copy()
+        values[6:9, :6] = 0
+        return values
+
+    card = verdicts(write(actions=idle), horizon=13)
+    assert card["no-ops"]["verdict"] == "look" and "23.1 % of 26" in card["no-ops"]["found"]
+    assert card["length"]["verdict"] == "look" and "12 to 14 steps" in card["length"]["found"]
+
+
+def idle(steps, size):
+    """Arm commands of this size in the first steps after the gripper has closed."""
+    def change(values, demo):
+        values = values.copy()
+        values[4:4 + steps, :6] = size
+        return values
+    return change
+
+
+def switching(times):
+    def change(values, demo):
+        values = values.copy()
+        values[:, schema.GRIPPER_INDEX] = -1.0
+        values[1:1 + times:2, schema.GRIPPER_INDEX] = 1.0
+        return values
+    return change
+
+
+def repeated(values, demo):
+    """One frame in one demonstration again, while the arm moves."""
+    values = scene(values, demo)
+    if demo:
+        values[7] = values[6]
+    return values
+
+
+@pytest.mark.parametrize(("check", "verdict", "settings", "change"), [
+    ("no-ops", "good", {}, dict(actions=idle(1, 0))),  # 2 of 26 steps
+    ("no-ops", "look", {}, dict(actions=idle(2, 0))),
+    ("no-ops", "look", {}, dict(actions=idle(2, 0.0009))),
+    ("no-ops", "good", {}, dict(actions=idle(2, 0.002))),  # slow, and not at rest
+    ("length", "good", dict(horizon=14), {}),
+    ("length", "look", dict(horizon=13), {}),
+    ("gripper switches", "good", {}, dict(actions=switching(6))),
+    ("gripper switches", "look", {}, dict(actions=switching(8))),
+    ("frames, agent view", "bad", {}, dict(agentview_rgb=repeated)),
+])
+def test_verdicts_change_at_their_limits(write, check, verdict, settings, change):
+    row = verdicts(write(**change), **settings)[check]
+    assert row["verdict"] == verdict, row
+
+
+def test_alignment_that_contradicts_the_attribute_is_bad(write):
+    path = write("shift")
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs[schema.ALIGNMENT_ATTR] = "raw"
+    row = verdicts(path)["alignment"]
+    assert row["verdict"] == "bad" and row["found"].startswith("shift")
+
+
+# --- the simulator -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A file with one real demonstration, and its task."""
+    path = tmp_path_factory.mktemp("real") / "one_demo.hdf5"
+    with LiberoEnv("libero_object", 5) as env:
+        record = collect.record_demonstration(env, np.random.default_rng([0, 5, 0]))
+        with h5py.File(path, "w") as file:
+            collect._write_demo(file.create_group("data/demo_0"), record)
+            file["data"].attrs[schema.ALIGNMENT_ATTR] = "raw"
+        yield path, env
+
+
+@pytest.mark.sim
+def test_a_real_demonstration_is_good_in_everything(real):
+    path, env = real
+    card = verdicts(path, env=env, horizon=env.horizon)
+    assert [(name, row) for name, row in card.items() if row["verdict"] != "good"] == []
+    assert "1 of 1 succeed" in card["replay"]["found"] and "orientation, wrist camera" in card
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("name, turn", {
+    "flipped upside down": lambda images: images[:, ::-1],
+    "mirrored left to right": lambda images: images[:, :, ::-1],
+    "turned by 180 degrees": lambda images: images[:, ::-1, ::-1],
+    "transposed": lambda images: images.transpose(0, 2, 1, 3),
+    "turned by 90 degrees": lambda images: np.rot90(images, -1, axes=(1, 2)),
+    "turned by 270 degrees": lambda images: np.rot90(images, 1, axes=(1, 2)),
+    "transposed along the other diagonal": lambda images: np.rot90(
+        images, 2, axes=(1, 2)).transpose(0, 2, 1, 3),
+}.items())
+def test_turned_frames_are_found(real, tmp_path, name, turn):
+    path, env = real
+    assert len(ORIENTATIONS) == 8
+    with h5py.File(path) as source, h5py.File(tmp_path / "turned.hdf5", "w") as file:
+        source.copy(source["data/demo_0"], file, "demo")
+        for camera in schema.CAMERAS:
+            file["demo/obs"][camera][...] = turn(source["data/demo_0/obs"][camera][()])
+            assert frame_orientation(env, file["demo"], camera)[0] == name
+
+
+@pytest.mark.sim
+def test_the_files_of_the_authors_are_good_too(real, tmp_path):
+    """Their frames are those after the action (``shift``), and they have neither our attribute nor
+    the actions as executed."""
+    path, env = real
+    with h5py.File(path) as source, h5py.File(tmp_path / "theirs.hdf5", "w") as file:
+        demo = source["data/demo_0"]
+        theirs = file.create_group("data/demo_0")
+        for name, values in [*demo.items(), *((f"obs/{key}", v) for key, v in demo["obs"].items())]:
+            if isinstance(values, h5py.Dataset) and name != "executed_actions":
+                later = name.startswith("obs/") or name == "robot_states"
+                theirs[name] = np.concatenate([values[1:], values[-1:]]) if later else values[()]
+        theirs["actions"][...] = demo["executed_actions"][()]
+        theirs.attrs.update(demo.attrs)
+    card = verdicts(tmp_path / "theirs.hdf5", env=env, horizon=env.horizon)
+    assert card["alignment"]["found"].startswith("shift")
+    assert [(name, row) for name, row in card.items() if row["verdict"] != "good"] == []
+    assert {"orientation, agent view", "orientation, wrist camera", "replay"} <= set(card)
+
+
+@pytest.mark.sim
+def test_actions_that_do_not_solve_the_task_fail_the_replay(real, tmp_path):
+    path, env = real
+    with h5py.File(path) as source, h5py.File(tmp_path / "other.hdf5", "w") as file:
+        source.copy(source["data/demo_0"], file, "demo")
+        file["demo/executed_actions"][:, :2] *= -1
+        replay = replay_demonstration(env, file["demo"])
+        assert not replay["success"] and max(replay["divergence"]) > 0.05
+        assert replay["steps"] == len(file["demo/actions"])
+
+
+@pytest.mark.sim
+def test_fixtures_stand_where_the_stored_model_has_them():
+    with LiberoEnv("libero_spatial", 2) as env:
+        env.reset(seed=1)
+        places = {name: env.object_position(name) for name in ("wooden_cabinet_1", "flat_stove_1")}
+        stored = env.model_xml()
+        env.reset(seed=2)
+        assert np.abs(env.object_position("flat_stove_1") - places["flat_stove_1"]).max() > 1e-4
+        env.set_fixtures(stored)
+        for name, place in places.items():
+            now = env.object_position(name)
+            np.testing.assert_allclose(now, place, atol=1e-6)  # the XML rounds
+        with pytest.raises(ValueError, match="teapot.*no such bodies"):
+            env.set_fixtures('<mujoco><worldbody><body name="teapot"/></worldbody></mujoco>')

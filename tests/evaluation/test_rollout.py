@@ -1,0 +1,182 @@
+"""One episode: its row, its film."""
+
+import time
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from walking import CountingPolicy, StraightRoad
+
+from trm_helpers import schema
+from trm_helpers.evaluation import rollout
+from trm_helpers.evaluation.rollout import record_episode, run_episode
+from trm_helpers.sim.env import LiberoEnv, Observation
+
+
+def test_an_episode_ends_with_success_or_at_the_horizon():
+    policy = CountingPolicy()
+    row = run_episode(policy, StraightRoad(), init_state=2)
+    assert row.pop("seconds") >= 0 and row.pop("max_action_ms") >= row.pop("action_ms") >= 0
+    assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
+                   "placement": "benchmark", "success": True, "steps": 3, "return": 1.0,
+                   "horizon": 4, "lifted": ["stick"], "goal_objects": ["stick"],
+                   "mean_recursions": 3.0, "recursions_by_phase": {"reach": 3.0}}
+    failed = run_episode(policy, StraightRoad(), init_state=9)
+    assert (failed["success"], failed["steps"]) == (False, 4)
+    assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
+    assert policy.resets == 3
+
+
+class LiftingRoad(StraightRoad):
+    """Its objects rest at 1 m and rise with each step by so many metres."""
+
+    rises = {"stone": 0.0065, "stick": 0.0068, "pebble": 0.03}
+
+    def heights(self):
+        return {name: 1 + rise * (3 - self.left) for name, rise in self.rises.items()}
+
+
+def test_an_object_is_lifted_when_it_has_risen_by_two_centimetres():
+    row = run_episode(CountingPolicy(), LiftingRoad(), init_state=2)  # 1.95, 2.04, 9 cm
+    assert (row["steps"], row["lifted"]) == (3, ["pebble", "stick"])
+
+
+CAMERA = next(iter(schema.CAMERAS))
+
+
+class SlowlyDrawnRoad(StraightRoad):
+    """Its agent view takes 200 milliseconds to draw."""
+
+    def _look(self):
+        values = super()._look()
+        frame = values.pop(CAMERA)
+
+        def draw():
+            time.sleep(0.2)
+            return frame
+
+        return Observation(values, {CAMERA: draw})
+
+
+class LookingPolicy(CountingPolicy):
+    def act(self, observation):
+        observation[CAMERA]
+        return super().act(observation)
+
+
+def test_the_time_of_a_decision_is_without_the_drawing():
+    row = run_episode(LookingPolicy(), SlowlyDrawnRoad(), init_state=2)
+    assert row["seconds"] > 3 * 0.2 and row["max_action_ms"] < 100
+
+
+def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
+    row, frames = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    assert row["video"] == str(tmp_path / "a-success.mp4") and row["steps"] == 2
+    assert frames.shape == (3, 64, 64, 3) and (frames[:, -1] == 255).all()
+    film = imageio.imread(tmp_path / "a-success.mp4")
+    assert len(film) == 3 + 30  # the last frame stands for a second
+    assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
+
+
+class BrighteningRoad(StraightRoad):
+    """Its agent view has grey level 50 at first and 50 more after each step; the wrist is black."""
+
+    def _look(self):
+        frames = super()._look()
+        grey = np.full((64, 64, 3), 50 * (4 - self.left), np.uint8)
+        return {camera: grey if camera == CAMERA else 0 * frames[camera] for camera in frames}
+
+
+def test_each_frame_of_a_film_is_of_its_step(tmp_path):
+    _, views = record_episode(CountingPolicy(), BrighteningRoad(), 2, tmp_path / "a.mp4")
+    film = imageio.imread(tmp_path / "a.mp4")[:, -192:].astype(float)
+    assert [view.mean() for view in views] == [50, 100, 150, 200]
+    for step, grey in enumerate((50, 100, 150, 200, 200)):
+        assert abs(film[step, :, :192] - grey).max() < 20 and film[step, :, 200:].max() < 20
+
+
+def test_a_film_says_the_task_the_step_the_recursions_and_the_outcome(tmp_path, monkeypatch):
+    written, draw = [], rollout.caption_frame
+    monkeypatch.setattr(rollout, "caption_frame",
+                        lambda frame, lines: written.append(lines) or draw(frame, lines))
+    record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    cameras = "agent view | wrist camera"
+    assert written[0] == ["walk to the end", cameras, "step   0 of 4  recursions  3"]
+    assert written[2] == ["walk to the end", cameras, "step   2 of 4  recursions  3  success"]
+
+
+class PlanningRoad(StraightRoad):
+    """The arm is in the middle of both frames; a metre is 160 pixels, up is forward."""
+
+    image_size = 64
+
+    def _look(self):
+        return {**super()._look(), "ee_pos": np.zeros(3)}
+
+    def project(self, points, camera):
+        return 32 - 160 * points[:, :2][:, ::-1]
+
+
+class PlanningPolicy(CountingPolicy):
+    """Predicts four full steps forward and executes two of them."""
+
+    execution_horizon = 2
+
+    def reset(self):
+        self.calls, self.last_chunk = 0, None
+
+    def act(self, observation):
+        if self.calls % 2 == 0:
+            self.last_chunk = np.tile(self.action, (4, 1))
+        self.calls += 1
+        return self.action
+
+
+def test_a_film_shows_what_is_left_of_the_chunk(tmp_path):
+    record_episode(PlanningPolicy(), PlanningRoad(), 2, tmp_path / "a.mp4")
+    film = imageio.imread(tmp_path / "a.mp4")[:4, -192:, :192].astype(int)
+    # a step is 0.0125 m: 2 pixels of the frame, 6 of the film, up from its middle
+    orange, blue = np.array([0xE6, 0x9F, 0x00]), np.array([0x56, 0xB4, 0xE9])
+    dots = [[90, 84, 78, 72], [90, 84, 78], [90, 84, 78, 72], []]  # rows, of 96 in the middle
+    for frame, rows, left in zip(film, dots, (2, 1, 2, 0), strict=True):
+        seen = [frame[row, 96] for row in (90, 84, 78, 72)]
+        expected = [orange if i < left else blue if i < len(rows) else 0 for i in range(4)]
+        for colour, told in zip(seen, expected, strict=True):
+            assert abs(colour - told).max() < 70, (colour, told)
+
+
+# --- the real simulator -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def env():
+    with LiberoEnv("libero_object", 0) as made:
+        yield made
+
+
+@pytest.mark.sim
+def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path):
+    """The arm rises, so that what changes between frames moves up in the picture."""
+    row, frames = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
+    assert (row["success"], row["steps"]) == (False, 12)
+    assert row["video"] == str(tmp_path / "failure.mp4") and frames.shape == (13, 128, 128, 3)
+    film = imageio.imread(tmp_path / "failure.mp4")
+    assert len(film) == 13 + 30 and imageio.immeta(tmp_path / "failure.mp4")["fps"] == 30
+    agent_view = film[:13, -384:, :384][:, 1::3, 1::3].astype(float)
+
+    def mean_row(change):
+        strong = np.where(change > 60, change, 0).sum(axis=1)
+        return strong @ np.arange(128) / strong.sum()
+
+    early, late = (np.abs(agent_view[a] - agent_view[b]).sum(axis=-1) for a, b in ((0, 2), (9, 11)))
+    assert mean_row(late) < mean_row(early) - 2 < 64
+    assert np.abs(agent_view - frames).mean() < 10 < np.abs(agent_view - frames[:, ::-1]).mean()
+
+
+@pytest.mark.sim
+def test_doing_nothing_fails_at_the_horizon(env):
+    policy = CountingPolicy()
+    policy.action = np.array(schema.NO_OP)
+    row = run_episode(policy, env, init_state=2, horizon=15)
+    assert (row["success"], row["steps"], row["horizon"]) == (False, 15, 15)
+    assert (row["lifted"], row["goal_objects"]) == ([], ["alphabet_soup_1"])

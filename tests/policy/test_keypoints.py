@@ -1,0 +1,347 @@
+"""Scenes drawn around demonstrations, and a locator that learns from them where things are."""
+
+import dataclasses
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from demo_files import write_demo_file
+
+from trm_helpers import TRMPolicy, load_policy, schema
+from trm_helpers.config import from_flat
+from trm_helpers.data.language import embed_instruction
+from trm_helpers.demos.collect import collect_demonstrations
+from trm_helpers.demos.demo_files import DemoFileError, demo_names, open_demo_file
+from trm_helpers.policy import keypoints
+from trm_helpers.policy.keypoints import (
+    cross_entropy,
+    draw_scenes,
+    errors,
+    read_scenes,
+    teach,
+    things_in,
+)
+from trm_helpers.policy.layers import KeypointEncoder, Locator
+from trm_helpers.sim.env import LiberoEnv, load_task
+
+NAN = float("nan")
+
+
+# --- the locator -----------------------------------------------------------------------------
+def test_a_place_is_the_mean_of_the_softmax():
+    maps = torch.full((1, 2, 4, 8), -100.0)
+    maps[0, 0, 1, 6] = 0.0  # one cell: its centre
+    maps[0, 1, 3, 0] = maps[0, 1, 3, 1] = 5.0  # two: between them
+    torch.testing.assert_close(Locator.points(maps)[0],
+                               torch.tensor([[6.5 / 8, 1.5 / 4], [1 / 8, 3.5 / 4]]))
+
+
+def test_places_are_as_exact_in_training_as_in_control():
+    maps = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = Locator.points(maps)
+    torch.testing.assert_close(mixed, Locator.points(maps), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [36, 64])
+def test_maps_have_half_the_pictures_size(size):
+    assert Locator(3)(torch.rand(2, size, size, 3)).shape == (2, 3, size // 2, size // 2)
+    assert KeypointEncoder(16, 3)(torch.rand(2, size, size, 3)).shape == (2, 16)
+
+
+def test_what_is_looked_for_depends_on_the_task():
+    """Two squares alike: the first task is about the one on the left, the second the other's."""
+    frames, places = squares(200)
+    frames[frames[..., 1] == 200] = torch.tensor([200, 30, 30], dtype=torch.uint8)  # green to red
+    both = ~places.isnan().any(-1).any(-1)
+    frames, places = frames[both], places[both]
+    frames, places = torch.cat([frames] * 2), torch.cat([places] * 2)
+    tasks = F.one_hot(torch.arange(2).repeat_interleave(len(frames) // 2), 2).float()
+    left = places[..., 0].argmin(1)
+    chosen = torch.where(tasks[:, 0] == 1, left, 1 - left)
+    places = places[torch.arange(len(places)), chosen].unsqueeze(1)
+    torch.manual_seed(0)
+    told, untold = Locator(1, 2, 2), Locator(1)
+    told.known.copy_(torch.eye(2))
+    new = torch.arange(len(frames)) % 10 == 0
+    teach(told, frames[~new], places[~new], tasks[~new], steps=120)
+    teach(untold, frames[~new], places[~new], steps=60)
+    assert errors(told, frames[new], places[new], tasks[new]).median() < 0.05
+    assert errors(untold, frames[new], places[new]).median() > 0.1
+
+
+def test_instructions_are_told_apart_also_in_other_words():
+    def told(suite):
+        return torch.stack([torch.from_numpy(embed_instruction(load_task(suite, task).language))
+                            for task in range(10)])
+
+    locator = Locator(1, 10, schema.LANGUAGE_DIM)
+    locator.known.copy_(told("libero_spatial"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert locator.which(locator.known).diagonal().min() > 0.95
+    same = locator.which(told("libero_spatial_lan")).argmax(1) == torch.arange(10)
+    assert same.sum() >= 8
+
+
+def test_a_policy_asks_its_locator_with_what_it_is_told():
+    policy = TRMPolicy(from_flat(
+        "tiny", cameras=[schema.STILL_CAMERA], keypoints=["object"], image_size=36,
+        keypoint_tasks=3, conditioning="task_id", num_tasks=3, proprioception=False).model)
+    locator = policy.encoders[schema.STILL_CAMERA].locator
+    locator.known.copy_(torch.eye(3))
+    seen = {schema.STILL_CAMERA: torch.rand(1, 36, 36, 3).expand(2, -1, -1, -1),
+            "task_id": torch.tensor([0, 1])}
+    first, second = keypoints.found_places(policy, seen)
+    assert not np.allclose(first, second, atol=1e-5)
+    maps = locator(seen[schema.STILL_CAMERA], F.one_hot(torch.tensor([0, 1]), 3).float())
+    torch.testing.assert_close(torch.from_numpy(np.stack([first, second])),
+                               locator.points(maps).detach())
+
+
+def test_cross_entropy_is_shared_by_the_cells_around_a_place():
+    maps = torch.zeros(1, 1, 2, 4)
+    maps[0, 0, 0, 1] = np.log(3.0)  # shares: 0.3 there, 0.1 in the seven others
+    at = {"its centre": ([1.5 / 4, 0.25], -np.log(0.3)),
+          "a quarter of the way to the next": ([1.75 / 4, 0.25],
+                                               -0.75 * np.log(0.3) - 0.25 * np.log(0.1)),
+          "the middle of four": ([2 / 4, 0.5], -0.25 * np.log(0.3) - 0.75 * np.log(0.1)),
+          "beyond the last centre": ([1.0, 1.0], -np.log(0.1))}
+    for name, (place, expected) in at.items():
+        found = cross_entropy(maps, torch.tensor([[place]], dtype=torch.float32))
+        assert found.item() == pytest.approx(expected, abs=1e-5), name
+
+
+def test_what_is_not_in_the_picture_teaches_nothing():
+    maps = torch.randn(1, 2, 2, 4, requires_grad=True)
+    cross_entropy(maps, torch.tensor([[[0.4, 0.4], [NAN, NAN]]])).backward()
+    assert maps.grad[0, 0].abs().sum() > 0 and (maps.grad[0, 1] == 0).all()
+    assert cross_entropy(maps, torch.full((1, 2, 2), NAN)).item() == 0
+
+
+def squares(count, seed=0, size=36):
+    """Grey pictures with a red and a green square, and their centres; of every fifth, no green."""
+    generator = np.random.default_rng(seed)
+    frames = np.full((count, size, size, 3), 90, dtype=np.uint8)
+    corners = generator.integers(0, size - 5, (count, 2, 2))
+    for frame, ((x, y), (u, v)), number in zip(frames, corners, range(count), strict=True):
+        frame[y:y + 6, x:x + 6] = (200, 30, 30)
+        if number % 5:
+            frame[v:v + 6, u:u + 6] = (30, 200, 30)
+    places = (corners + 3.0) / size
+    places[::5, 1] = NAN
+    return torch.from_numpy(frames), torch.from_numpy(places).float()
+
+
+@pytest.fixture(scope="module")
+def taught():
+    torch.manual_seed(0)
+    locator = Locator(2)
+    teach(locator, *squares(300), steps=120)
+    return locator
+
+
+def test_what_it_has_learned_it_finds_in_new_pictures(taught):
+    distance = errors(taught, *squares(100, seed=1))
+    assert distance[:, 0].median() < 0.03  # a pixel of 36; by chance it would be 0.3
+    assert distance[:, 1].nanmedian() < 0.03 and distance[::5, 1].isnan().all()
+
+
+def test_errors_are_those_of_control_which_has_frames_from_0_to_1():
+    torch.manual_seed(0)
+    locator, (frames, places) = Locator(2), squares(20, seed=2)
+    with torch.no_grad():
+        locator.maps[-1].weight *= 1000  # maps that depend on what is seen
+    points = locator.points(locator(frames.float() / 255)).detach()
+    torch.testing.assert_close(errors(locator, frames, places), (points - places).norm(dim=-1),
+                               equal_nan=True)
+
+
+def test_teaching_again_gives_the_same_weights(taught):
+    torch.manual_seed(0)
+    again = Locator(2)
+    teach(again, *squares(300), steps=120)
+    for name, weight in taught.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+
+
+# --- scenes as files, and a run --------------------------------------------------------------
+def test_places_are_those_of_the_stored_frame_upside_down():
+    """Pixel centres of a 128 x 128 picture, as a person sees it; the last one is outside of it."""
+    class Camera:
+        image_size = 128
+
+        def project(self, positions, camera):
+            assert camera == schema.STILL_CAMERA
+            return positions[:, :2].copy()
+
+    pixels = np.array([[0.0, 0.0, 9], [31.5, 95.5, 9], [63.5, 10.5, 9], [20.0, 130.0, 9]])
+    places = keypoints._places(Camera(), pixels)
+    half = 0.5 / 128
+    np.testing.assert_allclose(places, [[half, 1 - half], [0.25, 0.25], [0.5, 1 - 11 / 128],
+                                        [NAN, NAN]])
+
+
+def write_scenes(path, frames, places, things=("red", "green")):
+    np.savez(path, frames=frames, places=places, things=np.array(things))
+    return path
+
+
+def test_scenes_of_several_tasks_are_read_together(tmp_path):
+    frames, places = squares(3)
+    first = write_scenes(tmp_path / "a.npz", frames, places)
+    second = write_scenes(tmp_path / "b.npz", frames, places.flip(1), ("blue", "red"))
+    never = np.full((3, 1, 2), NAN)
+    third = write_scenes(tmp_path / "c.npz", frames, never, ("behind",))
+    assert things_in({0: [first], 1: [second, third]}) == ["blue", "green", "red"]
+    together, where = read_scenes([first, second], ["blue", "green", "red"], 18)
+    assert together.shape == (6, 18, 18, 3) and together.dtype == torch.uint8
+    torch.testing.assert_close(where[:3, 1:], places.flip(1), equal_nan=True)
+    assert where[:3, 0].isnan().all() and where[3:, 1].isnan().all()
+    torch.testing.assert_close(where[3:, 0], places[:, 1], equal_nan=True)
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """In place of the simulator: squares, and a short teaching; the demonstrations asked for."""
+    asked = []
+
+    def draw(suite, task_id, demos, per_demo):
+        asked.append((suite, task_id, per_demo, sum(demos.values(), [])))
+        path = tmp_path / f"{len(asked)}.npz"
+        return [write_scenes(path, *squares(60, seed=len(asked[-1][3])))]
+
+    monkeypatch.setattr(keypoints, "draw_scenes", draw)
+    monkeypatch.setattr(teach, "__kwdefaults__", {**teach.__kwdefaults__, "steps": 30})
+    return asked
+
+
+def test_a_run_learns_first_where_things_are(small_run, drawn):
+    trainer = small_run(scenes=20)
+    encoder = trainer.policy.encoders[schema.STILL_CAMERA]
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    trainer.fit()
+    assert [ask[:3] for ask in drawn] == [("libero_object", 0, 20)] * 2
+    train, val = ({name for name in ask[3]} for ask in drawn)
+    assert len(train) == 4 and len(val) == 1 and not train & val
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(weight, before[name]) == name.startswith("locator"), name
+    policy = load_policy(trainer.run)
+    assert policy.config.keypoints == ("green", "red")
+    known = json.loads((trainer.run / "scenes.json").read_text())
+    assert known["things"] == ["green", "red"] and known["measured_on"] == 60
+    [errors_of] = [value for name, value in known.items() if name.startswith("median and 90 %")]
+    assert all(median < most for median, most in errors_of.values())
+    seen = {schema.STILL_CAMERA: torch.rand(2, 36, 36, 3), "proprio": torch.zeros(2, 12)}
+    torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
+
+
+@pytest.mark.parametrize("change", [
+    lambda demo: demo.__delitem__("states"), lambda demo: None])
+def test_scenes_need_states_and_the_model(tmp_path, change):
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", image_size=4)
+    with h5py.File(path, "a") as file:
+        change(file["data/demo_1"])
+    with pytest.raises(DemoFileError, match="soup_demo.hdf5, demo_1: scenes need the data set "
+                                            "states and the attribute model_file"):
+        draw_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
+
+
+def test_a_run_that_goes_on_is_not_taught_again(small_run, drawn, monkeypatch):
+    whole = small_run("whole", scenes=20).fit()
+    small_run("parts", scenes=20, max_minutes=1e-9).fit()
+
+    def again(*_, **__):
+        raise AssertionError("taught twice")
+
+    monkeypatch.setattr(keypoints, "teach", again)
+    rows = small_run("parts", resume=True, scenes=20).fit()
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in whole]
+
+
+# --- the simulator ---------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    return collect_demonstrations("libero_object", 0, 1, tmp_path_factory.mktemp("scripted"),
+                                  workers=1)
+
+
+@pytest.mark.sim
+def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration, capsys):
+    with open_demo_file(demonstration) as file:
+        names = demo_names(file)
+    [path] = draw_scenes("libero_object", 0, {str(demonstration): names}, 8, workers=1)
+    written = path.stat().st_mtime_ns
+    with np.load(path) as scenes:
+        frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
+    assert frames.shape == (8, 128, 128, 3) and frames.dtype == np.uint8
+    assert things == ["object", "target", "hand"]  # the goal's, not what else is there
+    with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
+        env.reset()
+        demo = file[schema.DATA_GROUP][names[0]]
+        env.set_fixtures(demo.attrs["model_file"])
+        env.set_state(demo["states"][0])
+        [basket] = keypoints._places(env, env.object_position("basket_1")[None])
+    shift = np.linalg.norm(places[:, things.index("target")] - basket, axis=1)
+    as_shown = shift < 0.005  # of the picture's side
+    assert 0 < as_shown.sum() < len(shift)  # in half of them it is where the demonstration has it
+    assert shift[~as_shown].max() > 0.05
+    assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
+    assert path.stat().st_mtime_ns == written
+    assert "version" not in capsys.readouterr().out
+    with np.load(path) as scenes:
+        kept = {name: scenes[name] for name in scenes if name != "version"}
+    np.savez(path, **kept)  # as the code before versions wrote it
+    written = path.stat().st_mtime_ns
+    assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
+    assert f"{path.name} drawn by another version" in capsys.readouterr().out
+    other = draw_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
+    assert other != [path] and path.stat().st_mtime_ns == written
+
+
+@pytest.mark.sim
+def test_a_place_is_where_the_picture_changes_without_the_object():
+    with LiberoEnv("libero_object", 0) as env:
+        there = env.reset(init_state=0)[schema.STILL_CAMERA].astype(int)
+        [place] = keypoints._places(env, env.object_position("cream_cheese_1")[None])
+        joint = env.raw.get_object("cream_cheese_1").joints[-1]
+        position = env.sim.data.get_joint_qpos(joint).copy()
+        position[2] -= 5
+        env.sim.data.set_joint_qpos(joint, position)
+        gone = env.set_state(env.state())[schema.STILL_CAMERA].astype(int)
+        [below] = keypoints._places(env, env.object_position("cream_cheese_1")[None])
+    rows, columns = np.nonzero(np.abs(there - gone).sum(-1) > 30)
+    assert len(rows) > 20
+    centre = np.array([np.median(columns) + 0.5, np.median(rows) + 0.5]) / 128
+    np.testing.assert_allclose(place, centre, atol=0.03)
+    assert np.isnan(below).all()
+
+
+@pytest.mark.sim
+def test_what_the_robot_has_moved_stays_in_its_hand(demonstration):
+    """In scenes around the last steps, the soup is where the basket was: it is not drawn again."""
+    with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
+        env.reset()
+        demo = file[schema.DATA_GROUP][demo_names(file)[0]]
+        env.set_fixtures(demo.attrs["model_file"])
+        env.set_state(demo["states"][-1])
+        soup, basket = (env.object_position(name).copy() for name in ("alphabet_soup_1",
+                                                                      "basket_1"))
+        from trm_helpers.sim.layouts import place_widely
+
+        place_widely(env, np.random.default_rng(0), {"alphabet_soup_1"})
+        np.testing.assert_allclose(env.object_position("alphabet_soup_1"), soup)
+        assert np.linalg.norm(env.object_position("basket_1") - basket) > 0.01
+
+
+def test_keypoints_need_the_camera_that_sees_them():
+    with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them with scenes"):
+        from_flat("tiny", scenes=2, cameras=["eye_in_hand_rgb"])
+    with pytest.raises(ValueError, match="image_size=66.*multiple of 4 with keypoints"):
+        from_flat("tiny", keypoints=["plate_1"], image_size=66)
+    with pytest.raises(ValueError, match="keypoints=.*none with scenes"):
+        from_flat("tiny", keypoints=["plate_1"], scenes=2)
+    model = from_flat("tiny", keypoints=["plate_1"]).model
+    assert dataclasses.replace(model, keypoints=()).keypoints == ()

@@ -1,0 +1,472 @@
+import contextlib
+import json
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import optuna
+import papermill  # noqa: F401  # takes a second, which a time budget here does not have
+import pytest
+import torch
+import yaml
+from demo_files import write_demo_file
+from pretend_training import train_into, write_pretending_notebook
+
+from trm_helpers import paths
+from trm_helpers.config import from_flat
+from trm_helpers.files import append_jsonl, only_one, read_jsonl
+from trm_helpers.search import optuna_study, trials
+from trm_helpers.search.search import rank_trials, run_search, verdict, worker_environments
+from trm_helpers.search.trials import read_trial, success_of
+
+SETTINGS = dict(search_lrs=(0.1, 0.2), search_hidden_dims=(16,), search_num_recursions=(1, 2))
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Trials train in a function: a list of (name, epochs, environment) of what ran.
+
+    ``pretend.act``, where set, is called with the name first; ``pretend.successes`` says how many
+    episodes of a trial succeed.
+    """
+    class Ran(list):
+        act, successes = staticmethod(lambda name, stop: None), {}
+
+    ran = Ran()
+
+    def run_notebook(notebook, given, *, run_dir, environment, log, stop):
+        values = {**given, **given.get("more", {})}
+        ran.append((run_dir.name, given["stop_epoch"] or given["epochs"], environment))
+        ran.act(run_dir.name, stop)
+        train_into(run_dir, values, ran.successes.get(run_dir.name, 0))
+
+    monkeypatch.setattr(trials, "run_notebook", run_notebook)
+    return ran
+
+
+def search(tmp_path, name="run", **settings):
+    return run_search(from_flat("tiny", **{**SETTINGS, **settings}), tmp_path / name)
+
+
+def names(rows):
+    return [row["trial"] for row in rows]
+
+
+def point_name(lr, recursions, seed=""):
+    return f"lr{lr}-hidden_dim16-num_recursions{recursions}{seed}"
+
+
+# --- ranking -------------------------------------------------------------------------------------
+
+def test_ranking_takes_the_criteria_in_order():
+    def trial(name, loss, epochs, spikes, **more):
+        return {"trial": name, "final_val_loss": loss, "epochs_to_converge": epochs,
+                "spikes": spikes, **more}
+
+    rows = [trial("spiky", 0.2001, 3, 2), trial("slow", 0.2, 5, 0), trial("calm", 0.2002, 3, 0),
+            trial("low", 0.15, 9, 9)]
+    assert names(rank_trials(rows)) == ["low", "calm", "spiky", "slow"]
+    succeeding = trial("succeeds", 0.9, 9, 9, success_rate=0.4)
+    assert rank_trials([*rows, succeeding])[0] is succeeding
+    assert rank_trials([*rows, trial("perfect", 0.0, 9, 9)])[0]["trial"] == "perfect"
+
+
+def rolled(name, successes, episodes=10, seeds=(0,)):
+    rows = [{"suite": "s", "task_id": 0, "init_state": seed, "seed": number, "steps": 5,
+             "success": number < successes} for seed in seeds for number in range(episodes)]
+    return {"trial": name, "state": "complete", "seeds": list(seeds), "final_val_loss": 0.1,
+            "seed_success": [successes / episodes] * len(seeds), **success_of(rows)}
+
+
+def test_the_verdict_claims_no_more_than_the_episodes_say():
+    # 9 of 10 and 4 of 10 on the same placements: five pairs differ, all one way, p = 2 / 2^5
+    said = verdict([rolled("a", 9), rolled("b", 4)])
+    assert "a succeeds in 9 of 10 episodes (95 % Wilson interval 60 to 98 %)" in said
+    assert "not distinguishable from the next (McNemar over 10 pairs: p = 0.062)" in said
+    said = verdict([rolled("a", 10), rolled("b", 4)])  # six pairs: 2 / 2^6
+    assert "the best differs from the next (McNemar over 10 pairs: p = 0.031)" in said
+    assert "from one training each, which another seed may turn round. 10 episodes each" in said
+
+
+def test_with_several_seeds_the_trainings_have_to_agree():
+    a, b = rolled("a", 10, seeds=(0, 1, 2)), rolled("b", 4, seeds=(0, 1, 2))
+    a["seed_success"], b["seed_success"] = [1.0, 0.9, 0.95], [0.4, 0.5, 0.3]
+    said = verdict([a, b])
+    assert "the best differs from the next (McNemar over 30 pairs: p = 7.6e-06, Welch" in said
+    assert "one training" not in said
+    a["seed_success"] = [1.0, 0.1, 0.5]  # one lucky seed
+    assert "is not distinguishable" in verdict([a, b])
+
+
+def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
+    """Welch's t has 2.1 degrees of freedom here; one variance for both would have 4: p = 0.027."""
+    a = {"trial": "a", "state": "complete", "seeds": [0, 1, 2], "final_val_loss": 0.1,
+         "seed_losses": [0.10, 0.11, 0.09]}
+    b = {**a, "trial": "b", "final_val_loss": 0.2, "seed_losses": [0.15, 0.25, 0.20]}
+    said = verdict([a, b])
+    assert "not distinguishable from the next (Welch over seeds: p = 0.069)" in said
+
+
+def test_the_verdict_on_losses_needs_seeds():
+    a = {"trial": "a", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
+    b = {**a, "trial": "b", "final_val_loss": 0.2}
+    assert "from one training each: the best is not distinguishable" in verdict([a, b])
+    for row, losses in ((a, [0.10, 0.11, 0.09]), (b, [0.20, 0.21, 0.19])):
+        row.update(seeds=[0, 1, 2], seed_losses=losses)
+    assert "the best differs from the next (Welch over seeds: p = 0.00026)" in verdict([a, b])
+    b["seed_losses"] = [0.1, 0.3, 0.05]
+    assert "is not distinguishable" in verdict([a, b])
+    assert verdict([a, {"trial": "c", "state": "failed"}]).startswith("1 trial is complete")
+    assert verdict([]) == "No trial is complete: there is nothing to compare."
+
+
+# --- the grid ------------------------------------------------------------------------------------
+
+def test_a_search_writes_its_ranking_and_the_best_settings(tmp_path, pretend):
+    rows = search(tmp_path, search_epochs=2, ema_decay=0.5)
+    folder = tmp_path / "run" / "search"
+    assert json.loads((folder / "trials.json").read_text()) == rows
+    assert names(rows) == [point_name(0.1, 1), point_name(0.1, 2), point_name(0.2, 1),
+                           point_name(0.2, 2)]
+    assert [row["final_val_loss"] for row in rows] == pytest.approx([0.8, 1.6, 1.6, 3.2])
+    assert rows[0]["state"] == "complete" and rows[0]["seeds"] == [0]
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert best["preset"] == "tiny" and "epochs" not in best  # trained in full
+    assert best["more"] == {"ema_decay": 0.5}
+    more = best.pop("more")
+    config = from_flat("tiny", **SETTINGS, search_epochs=2)
+    expected = config.replace(lr=0.1, hidden_dim=16, num_recursions=1, ema_decay=0.5)
+    assert from_flat(**best, **more).train == expected.train
+    assert from_flat(**best, **more).model == expected.model
+
+
+def test_a_small_learning_rate_survives_yaml(tmp_path, pretend):
+    search(tmp_path, search_lrs=(1e-5,))  # as Python writes it, 1e-05, YAML reads a string
+    best = yaml.safe_load((tmp_path / "run" / "search" / "best.yaml").read_text())
+    assert from_flat(**best).train.lr == 1e-5
+
+
+def test_what_is_complete_is_not_run_again(tmp_path, pretend):
+    first = search(tmp_path, max_configs=2)
+    assert len(pretend) == 2
+    assert search(tmp_path, max_configs=2) == first and len(pretend) == 2
+    assert len(search(tmp_path)) == 4 and len(pretend) == 4
+
+
+def test_another_search_is_not_mixed_in(tmp_path, pretend):
+    search(tmp_path)
+    with pytest.raises(ValueError, match="search belongs to.*loss: 'l1' there, 'mse'"):
+        search(tmp_path, loss="mse")
+    assert len(pretend) == 4
+
+
+def test_a_bad_point_is_refused_before_anything_is_trained(tmp_path, pretend):
+    for bad in (dict(search_hidden_dims=(16, 18)), dict(search_space="{spede: [1]}")):
+        with pytest.raises(ValueError, match="hidden_dim=18|search_space 'spede'"):
+            search(tmp_path, **bad)
+    assert not pretend and not (tmp_path / "run").exists()
+
+
+def test_patience_and_minutes_do_not_cut_trials(tmp_path, pretend):
+    search(tmp_path, patience=1, max_minutes=1e-9, search_epochs=3)
+    given = read_trial(tmp_path / "run" / "search" / point_name(0.1, 1))["parameters"]
+    assert given["epochs"] == 3 and given["patience"] == 0 and "max_minutes" not in given
+    best = yaml.safe_load((tmp_path / "run" / "search" / "best.yaml").read_text())
+    assert best["patience"] == 1
+
+
+def test_rollouts_rank_first(tmp_path, pretend):
+    pretend.successes = {point_name(0.2, 2): 2, point_name(0.1, 2): 1}
+    rows = search(tmp_path, search_episodes=3)
+    assert names(rows)[:2] == [point_name(0.2, 2), point_name(0.1, 2)]
+    assert rows[0]["successes"] == 2 and rows[0]["episodes"] == 3
+    assert "not distinguishable from the next (McNemar over 3 pairs: p = 1)" in verdict(rows)
+
+
+def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, pretend):
+    def fail(name, stop):
+        if name.endswith("2"):
+            raise RuntimeError(f"{name} is too deep")
+
+    pretend.act = fail
+    rows = search(tmp_path)
+    assert [row["state"] for row in rows] == ["complete"] * 2 + ["failed"] * 2
+    assert rows[2]["error"] == f"{point_name(0.1, 2)} is too deep"
+    pretend.act = lambda name, stop: None
+    assert [row["state"] for row in search(tmp_path)] == ["complete"] * 4 and len(pretend) == 6
+
+
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_if_every_trial_fails_so_does_the_search(tmp_path, pretend, method):
+    def fail(name, stop):
+        raise RuntimeError("no GPU")
+
+    pretend.act = fail
+    with pytest.raises(RuntimeError, match=r"every trial failed.*; the first, lr0.*: no GPU"):
+        search(tmp_path, search_method=method, max_configs=2)
+
+
+def test_shards_make_one_search(tmp_path, pretend):
+    assert len(search(tmp_path, search_shard="1/2")) == 2
+    assert len(search(tmp_path, search_shard="2/2")) == 4  # those in the folder
+    assert sorted(name for name, *_ in pretend) == sorted(names(search(tmp_path)))
+
+
+def test_two_trials_at_once_each_on_its_gpu(tmp_path, pretend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    both = threading.Barrier(2)
+    pretend.act = lambda name, stop: both.wait(20)  # breaks unless two are under way
+    assert all(row["state"] == "complete" for row in search(tmp_path))
+    gpus = [environment["CUDA_VISIBLE_DEVICES"] for *_, environment in pretend]
+    assert sorted(gpus[:2]) == sorted(gpus[2:]) == ["0", "1"]
+
+
+def test_workers_share_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+    assert worker_environments(from_flat("tiny", search_workers=3)) == [
+        {"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("3", "GPU-ab", "3")]
+    assert worker_environments(from_flat("tiny", device="cpu")) == [{}]
+    assert worker_environments(from_flat("tiny", device="cpu", search_workers=2)) == [{}] * 2
+
+
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_a_time_budget_ends_cleanly_and_the_next_call_goes_on(tmp_path, pretend, method):
+    def last_for_ever(name, stop):
+        if len(pretend) == 2:
+            assert stop.wait(20)
+            raise KeyboardInterrupt
+
+    pretend.act = last_for_ever
+    settings = dict(search_method=method, search_lrs=(0.1, 0.4, 0.9), max_configs=3)
+    assert len(search(tmp_path, **settings, search_minutes=1 / 40)) == 1
+    interrupted = pretend[1][0]
+    pretend.act = lambda name, stop: None
+    assert len(search(tmp_path, **settings)) == 3
+    assert pretend[2][0] == interrupted
+
+
+def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend):
+    pretend.successes = {point_name(0.1, 1): 4, point_name(0.2, 1): 3,
+                         point_name(0.2, 1, "-seed1"): 4, point_name(0.2, 1, "-seed2"): 3}
+    settings = dict(search_episodes=4, search_replicates=3, search_finalists=2)
+    rows = search(tmp_path, **settings)
+    assert len(pretend) == 4 + 2 * 2
+    assert names(rows)[:2] == [point_name(0.2, 1), point_name(0.1, 1)]  # 10 of 12, 4 of 12
+    assert rows[0]["seeds"] == [0, 1, 2] and rows[2]["seeds"] == [0]
+    assert (rows[0]["successes"], rows[0]["episodes"]) == (10, 12)
+    assert rows[0]["seed_success"] == [0.75, 1.0, 0.75]
+    assert rows[1]["seed_losses"] == pytest.approx([1.6] * 3) and len(rows[1]["rollouts"]) == 12
+    assert "McNemar over 12 pairs" in verdict(rows) and "Welch over seeds" in verdict(rows)
+    assert yaml.safe_load((tmp_path / "run/search/best.yaml").read_text())["seed"] == 0
+    search(tmp_path, **settings)
+    assert len(pretend) == 8
+
+
+def test_a_better_trial_found_later_becomes_a_finalist(tmp_path, pretend):
+    settings = dict(search_replicates=2, search_finalists=1)
+    assert search(tmp_path, **settings, search_lrs=(0.2,))[0]["seeds"] == [0, 1]
+    rows = search(tmp_path, **settings)
+    assert [(row["lr"], row["seeds"]) for row in rows] == [
+        (0.1, [0, 1]), (0.1, [0]), (0.2, [0]), (0.2, [0])]
+
+
+# --- Optuna --------------------------------------------------------------------------------------
+
+def test_a_guided_search_is_gone_on_with(tmp_path, pretend):
+    settings = dict(search_method="tpe", search_lrs=(0.1, 10.0))
+    assert len(search(tmp_path, **settings, max_configs=3)) == 3
+    rows = search(tmp_path, **settings, max_configs=5)
+    assert len(rows) == len(pretend) == 5
+    assert all(0.1 <= row["lr"] <= 10 and row["num_recursions"] in (1, 2) for row in rows)
+    losses = [row["final_val_loss"] for row in rows]
+    assert losses == sorted(losses)
+
+
+def test_a_guided_search_begins_with_the_trials_there_are(tmp_path, pretend):
+    settings = dict(search_lrs=(0.1, 10.0), search_num_recursions=(1,))
+    search(tmp_path, **settings)
+    rows = search(tmp_path, **settings, search_method="tpe", max_configs=3)
+    assert len(pretend) == len(rows) == 3  # two of the grid, read, and one between its ends
+    assert {point_name("0.1", 1), point_name("10", 1)} <= set(names(rows))
+
+
+def test_halving_goes_on_from_rung_to_rung(tmp_path, pretend):
+    rows = search(tmp_path, search_method="halving", search_lrs=(0.1,), max_configs=1,
+                  search_epochs=9, search_episodes=3)
+    name = rows[0]["trial"]
+    assert [(name, epochs) for epochs in (1, 3, 9)] == [ran[:2] for ran in pretend]
+    record = read_trial(tmp_path / "run" / "search" / name)
+    assert [rung.get("episodes", 0) for rung in record["rungs"]] == [0, 1, 3]
+    assert rows[0]["epochs"] == 9 and rows[0]["episodes"] == 3
+
+
+def test_halving_stops_what_is_not_among_the_best_third(tmp_path, pretend):
+    """One at a time, and the first is the best of those that follow: it alone goes on."""
+    folder = tmp_path / "run" / "search"
+    losses = iter([0.1, 0.5, 0.4, 0.3])
+
+    def train(name, stop):  # what the first rung writes; the pretended training goes on from it
+        if not (folder / name / "metrics.jsonl").exists():
+            append_jsonl(folder / name / "metrics.jsonl", {"val_loss": next(losses), "seconds": 1})
+
+    pretend.act = train
+    rows = search(tmp_path, search_method="halving", search_epochs=9, max_configs=4,
+                  search_lrs=(0.1, 0.9))
+    assert [row["state"] for row in rows] == ["complete"] + ["stopped"] * (len(rows) - 1)
+    assert len(rows) > 1 and rows[0]["val_losses"][0] == 0.1
+    assert all(row["epochs"] == 1 for row in rows[1:])
+
+
+def test_halving_ranks_the_stopped_after_the_complete(tmp_path, pretend, monkeypatch):
+    monkeypatch.setattr(optuna.Trial, "should_prune",
+                        lambda trial: trial.params["num_recursions"] == 2)
+    rows = search(tmp_path, search_method="halving", search_epochs=9, max_configs=4,
+                  search_lrs=(0.1, 0.4))
+    stopped = [row for row in rows if row["num_recursions"] == 2]
+    assert all((row["state"], row["epochs"]) == ("stopped", 1) for row in stopped)
+    assert rows[len(rows) - len(stopped):] == stopped
+    assert all(row["state"] == "complete" for row in rows[:len(rows) - len(stopped)])
+
+
+@pytest.mark.parametrize("database", [False, True])
+def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend, monkeypatch, database):
+    url = f"sqlite:///{tmp_path}/study.db" if database else ""
+    code = f"""
+        import os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_search import search
+        from trm_helpers import studies, trials
+        from pretend_training import train_into
+        studies._HEARTBEAT, studies._GRACE = 1, 4
+        ran = []
+        def run_notebook(notebook, given, *, run_dir, **_):
+            ran.append(run_dir.name)
+            if len(ran) == 2:
+                print(run_dir.name, flush=True)
+                os._exit(9)
+            train_into(run_dir, given)
+        trials.run_notebook = run_notebook
+        search(Path({str(tmp_path)!r}), search_method="tpe", max_configs=3, search_lrs=(.1, 9.),
+               search_storage={url!r})
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True,
+                            text=True)
+    assert killed.returncode == 9, killed.stderr
+    monkeypatch.setattr(optuna_study, "_HEARTBEAT", 1)
+    monkeypatch.setattr(optuna_study, "_GRACE", 4)  # on a busy machine a sign of life may be late
+    time.sleep(5.5 if database else 0)  # no sign of life for so long
+    rows = search(tmp_path, search_method="tpe", max_configs=3, search_lrs=(0.1, 9.0),
+                  search_storage=url)
+    assert len(rows) == 3 and len(pretend) == 2
+    assert pretend[0][0] == killed.stdout.strip()
+
+
+def test_a_database_file_that_is_busy_is_waited_for(tmp_path, pretend):
+    """SQLite itself gives up after five seconds."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    search(tmp_path, search_method="tpe", max_configs=1, search_storage=url)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as other, \
+            ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN EXCLUSIVE")
+        call = pool.submit(search, tmp_path, search_method="tpe", max_configs=2, search_storage=url)
+        with pytest.raises(TimeoutError):
+            call.result(timeout=8)
+        other.rollback()
+        assert len(call.result(timeout=120)) == 2
+
+
+def test_no_more_trials_are_begun_than_asked_for(tmp_path, pretend):
+    rows = search(tmp_path, search_method="tpe", search_lrs=(0.1, 9.0), max_configs=3,
+                  search_workers=4)
+    assert len(rows) == len(pretend) == 3
+
+
+def test_one_process_has_the_study_file(tmp_path, pretend):
+    with only_one(tmp_path / "run" / "search"), \
+            pytest.raises(RuntimeError, match="another process works in"):
+        search(tmp_path, search_method="tpe")
+
+
+def test_machines_share_a_study_in_a_database(tmp_path, pretend):
+    shared = dict(search_method="tpe", search_lrs=(0.1, 10.0),
+                  search_storage=f"sqlite:///{tmp_path}/study.db")
+    assert len(search(tmp_path, "a/run", **shared, max_configs=3)) == 3
+    rows = search(tmp_path, "b/run", **shared, max_configs=5)
+    assert len(rows) == 5 == len(pretend)
+    assert len(list((tmp_path / "b/run/search").glob("*/trial.json"))) == 2
+    assert "sqlite" not in (tmp_path / "b/run/search/search.json").read_text()
+    with pytest.raises(ValueError, match="the study run belongs to a search with other settings"):
+        search(tmp_path, "c/run", **shared, loss="mse")
+
+
+@pytest.mark.parametrize("url", ["sqlite:////no/such/folder/study.db", "nonsense",
+                                 "postgresql+nodriver://user:secret@localhost/study"])
+def test_a_dead_database_is_told_before_anything_is_trained(tmp_path, pretend, url, monkeypatch):
+    monkeypatch.setenv("TRM_SEARCH_STORAGE", url)
+    with pytest.raises(ConnectionError, match="search_storage='.*' does not answer") as error:
+        search(tmp_path, search_method="tpe")
+    shown = "".join(traceback.format_exception(error.value))
+    assert "secret" not in shown and not pretend
+    assert "secret" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_a_database_that_goes_away_is_told_and_what_is_complete_is_kept(tmp_path, pretend):
+    file = tmp_path / "study.db"
+    shared = dict(search_method="tpe", search_storage=f"sqlite:///{file}", max_configs=3,
+                  search_workers=1)
+    kept = []
+
+    def act(name, stop):
+        if len(pretend) == 2:
+            kept.append(file.read_bytes())
+            file.write_bytes(b"no database any more" * 1000)
+
+    pretend.act = act
+    with pytest.raises(ConnectionError, match="study.db' does not answer .*the same call goes on"):
+        search(tmp_path, **shared)
+    assert len(pretend) == 2
+    file.write_bytes(kept[0])
+    rows = search(tmp_path, **shared)
+    assert [row["state"] for row in rows] == ["complete"] * 3
+
+
+# --- the real notebook ---------------------------------------------------------------------------
+
+def test_two_workers_with_notebooks_one_of_which_fails(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    monkeypatch.setattr(paths, "notebooks_dir", lambda: folder)
+    write_pretending_notebook(folder / "04_train.ipynb", """
+import os, pathlib
+from pretend_training import train_into
+assert num_recursions == 1, "too deep"
+train_into(pathlib.Path(os.environ["TRM_ARTIFACTS_DIR"]) / run_name, globals())
+""")
+    rows = search(tmp_path, search_workers=2, search_lrs=(0.1,))
+    assert [row["state"] for row in rows] == ["complete", "failed"]
+    assert "too deep" in rows[1]["error"]
+
+
+def test_the_training_notebook_as_a_trial(tmp_path):
+    name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
+    write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
+    settings = dict(demo_dir=str(tmp_path), image_size=36, cameras=("agentview_rgb",),
+                    search_epochs=2, search_hidden_dims=(16,), search_num_recursions=(1,),
+                    ema_decay=0.5)
+    (row,) = run_search(from_flat("tiny", **settings), paths.artifacts_dir() / "mine")
+    folder = paths.artifacts_dir() / "mine" / "search"
+    trial = folder / "lr0.001-hidden_dim16-num_recursions1"
+    losses = [epoch["val_loss"] for epoch in read_jsonl(trial / "metrics.jsonl")]
+    assert row["val_losses"] == losses and len(losses) == 2
+    used = json.loads((trial / "config.json").read_text())
+    assert used["train"]["ema_decay"] == 0.5 and used["model"]["hidden_dim"] == 16
+    assert (trial / "notebooks" / "04_train.ipynb").exists()
+    assert yaml.safe_load((folder / "best.yaml").read_text())["hidden_dim"] == 16

@@ -1,0 +1,198 @@
+"""The real simulator: what an observation is, and the order of an episode."""
+
+from importlib import metadata
+
+import numpy as np
+import pytest
+
+from trm_helpers import schema
+from trm_helpers.sim import env as sim
+from trm_helpers.sim.env import LiberoEnv, load_init_states, load_task
+
+SUITE, TASK = "libero_object", 0
+MOVES = np.random.default_rng(0).uniform(-1, 1, (12, 7))
+pytestmark = pytest.mark.sim
+
+
+@pytest.fixture(scope="module")
+def env():
+    with LiberoEnv(SUITE, TASK) as made:
+        yield made
+
+
+def played(env, observation, moves):
+    """The observations of a sequence of actions, read only after the last one."""
+    seen = [observation]
+    for action in moves:
+        seen.append(env.step(action)[0])
+    return [{key: np.array(each[key]) for key in each} for each in seen]
+
+
+def test_frames_drawn_on_demand_equal_frames_drawn_in_every_step_to_the_bit(env):
+    lazy = played(env, env.reset(init_state=3), MOVES)
+    with LiberoEnv(SUITE, TASK, lazy=False) as eager_env:
+        eager = played(eager_env, eager_env.reset(init_state=3), MOVES)
+    assert set(lazy[0]) == {*schema.CAMERAS, *schema.LOW_DIM, "task_id", "language"}
+    for one, other in zip(lazy, eager, strict=True):
+        for key in one:
+            assert np.array_equal(one[key], other[key]), key
+    moving = [np.abs(a["agentview_rgb"].astype(int) - b["agentview_rgb"]).max()
+              for a, b in zip(lazy, lazy[1:], strict=False)]
+    assert min(moving) > 0  # the arm was in motion throughout
+
+
+def test_an_episode_in_the_same_model_equals_one_in_a_model_built_anew_to_the_bit(env):
+    env.reset(seed=4)
+    built = played(env, env.reset(init_state=3), MOVES)
+    model, state = env.sim.model, env.state()
+    played(env, env.reset(init_state=7), MOVES[::-1])
+    kept = played(env, env.reset(init_state=3), MOVES)
+    assert env.sim.model is model
+    assert np.array_equal(env.state(), state)
+    for one, other in zip(built, kept, strict=True):
+        for key in one:
+            assert np.array_equal(one[key], other[key]), key
+    env.reset(seed=4)
+    assert env.sim.model is not model
+
+
+def test_collection_sees_what_control_sees_while_the_arm_moves(env, monkeypatch):
+    """A placement drawn for collection, and the same one set as an init state: equal to the bit."""
+    placements = []
+    set_state = env._env.set_init_state
+    monkeypatch.setattr(env._env, "set_init_state",
+                        lambda state: placements.append(state.copy()) or set_state(state))
+    collected = played(env, env.reset(seed=0), MOVES)
+    monkeypatch.setattr(env, "_init_states", np.stack(placements))
+    controlled = played(env, env.reset(init_state=0), MOVES)
+    for one, other in zip(collected, controlled, strict=True):
+        for key in one:
+            assert np.array_equal(one[key], other[key]), key
+
+
+def test_an_observation_is_not_the_current_state(env):
+    """It is what robosuite sampled on the way; at rest there is no difference."""
+    observation = env.reset(init_state=0)
+    assert np.allclose(observation["ee_pos"], env.end_effector(), atol=1e-4)
+    for _ in range(4):
+        observation, _ = env.step(np.array([1.0, 0, 0, 0, 0, 0, -1]))
+    assert 1e-4 < np.linalg.norm(observation["ee_pos"] - env.end_effector()) < 6e-3
+
+
+def test_an_episode_begins_in_the_benchmarks_order(env, monkeypatch):
+    env.reset(seed=0)  # after which an init state needs its own fixtures
+    calls = []
+
+    def spy(owner, name, note):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name,
+                            lambda *given: calls.append(note(*given)) or original(*given))
+
+    spy(env._env, "seed", lambda seed: ("seed", seed))
+    spy(env.raw, "reset", lambda: "reset")
+    spy(env._env, "set_init_state", lambda state: ("state", state.tolist()))
+    spy(env._env, "step", lambda action: ("step", action.tolist()))
+    states = load_init_states(SUITE, TASK)
+    assert states.shape == (schema.NUM_INIT_STATES, 110)
+    observation = env.reset(init_state=7)
+    settle = ("step", [0, 0, 0, 0, 0, 0, -1])
+    assert calls == [("seed", 0), "reset", ("state", states[7].tolist()), *[settle] * 10]
+    assert np.allclose(observation["joint_states"], states[7, 1:8], atol=0.05)
+    assert np.array_equal(env.set_state(states[3])["joint_states"], states[3, 1:8])
+
+
+def test_reset_is_reproducible_and_leaves_numpys_generator_alone(env):
+    np.random.seed(11)
+    expected = np.random.get_state()[1].copy()
+    env.reset(seed=1)
+    first = env.state()
+    assert np.array_equal(np.random.get_state()[1], expected)
+    env.reset(seed=2)
+    assert not np.allclose(env.state(), first)
+    env.reset(seed=1)
+    assert np.array_equal(env.state(), first)
+
+
+def test_an_unread_frame_is_lost_with_the_model_and_says_so(env):
+    env.reset(init_state=1)
+    seen = env.reset(init_state=0)
+    in_time = seen["agentview_rgb"]
+    old = env.reset(init_state=0)
+    env.reset(init_state=1)  # in the same model
+    assert np.array_equal(old["agentview_rgb"], in_time)
+    old = env.reset(init_state=0)
+    env.reset(seed=0)
+    with pytest.raises(RuntimeError, match="frame of agentview was not read before"):
+        old["agentview_rgb"]
+    assert old["ee_pos"].shape == (3,)
+
+
+@pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan), np.zeros((1, 7))])
+def test_a_malformed_action_is_refused(env, action):
+    with pytest.raises(ValueError, match="expected 7 finite numbers"):
+        env.step(action)
+
+
+def test_what_does_not_exist_is_named(env):
+    with pytest.raises(ValueError, match="init_state 50 .* expected 0 to 49"):
+        env.reset(init_state=50)
+    with pytest.raises(ValueError, match="no object 'teapot'.*alphabet_soup_1"):
+        env.object_position("teapot")
+    with pytest.raises(ValueError, match="state has shape"):
+        env.set_state(np.zeros(3))
+    with pytest.raises(ValueError, match="unknown suite 'libero'"):
+        load_task("libero", 0)
+    with pytest.raises(ValueError, match="task_id 10 .* expected 0 to 9"):
+        load_task(SUITE, 10)
+
+
+def test_a_placement_that_is_never_found_ends_in_an_error(env, monkeypatch):
+    from robosuite.utils.errors import RandomizationError
+
+    tries = []
+
+    def fail():
+        tries.append(1)
+        raise RandomizationError("no room")
+
+    monkeypatch.setattr(env.raw, "reset", fail)
+    with pytest.raises(RuntimeError, match="no collision-free placement of the objects in 20"):
+        env.reset(seed=0)
+    assert len(tries) == 20
+
+
+def test_another_mujoco_is_refused(monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version",
+                        lambda name: "3.4.0" if name == "mujoco" else version(name))
+    sim._benchmark.cache_clear()
+    with pytest.raises(RuntimeError, match="mujoco.*3.4.0.*3.3.2"):
+        load_task(SUITE, TASK)
+
+
+def test_a_seed_gives_one_placement_however_many_resets_came_before():
+    with LiberoEnv("libero_spatial", 4) as env:  # a drawer that begins open
+        env.reset(seed=5)
+        first = env.state(), env.model_xml()
+        env.reset(seed=6)
+        assert np.abs(env.state() - first[0]).max() > 1e-3
+        env.reset(seed=5)
+        np.testing.assert_array_equal(env.state(), first[0])
+        assert env.model_xml() == first[1]  # fixtures are placed in the model
+
+
+def test_points_are_projected_to_where_they_are_seen(env):
+    """Against robosuite's projection, for the cameras as they stand."""
+    from robosuite.utils.camera_utils import (
+        get_camera_transform_matrix,
+        project_points_from_world_to_camera,
+    )
+
+    env.reset(init_state=0)
+    points = np.array([env.end_effector(), env.end_effector() + [0.05, -0.03, -0.1]])
+    for camera, live in schema.CAMERAS.items():
+        matrix = get_camera_transform_matrix(env.sim, live.removesuffix("_image"), 128, 128)
+        rows_columns = project_points_from_world_to_camera(points, matrix, 128, 128)
+        assert np.abs(env.project(points, camera) - rows_columns[:, ::-1]).max() <= 1
+    behind = env.sim.data.cam_xpos[env.sim.model.camera_name2id("agentview")] + [1, 0, 0]
+    assert np.isnan(env.project(behind[None], "agentview_rgb")).all()

@@ -1,0 +1,377 @@
+"""Jobs in real processes: raising, hanging, killed; interrupted and killed parents; a cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from trm_helpers.sim import parallel
+from trm_helpers.sim.parallel import WorkerDied, run_jobs
+
+# what a worker does with an item: (name, folder for marks)
+JOBS = """
+import ctypes, os, signal, sys, time
+from pathlib import Path
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+def job(item):
+    name, folder = item
+    marks = Path(folder)
+    attempt = len(list(marks.glob(f"{name}.*")))
+    (marks / f"{name}.{attempt}").write_text(str(os.getpid()))
+    if name == "dies" or (name == "dies once" and attempt == 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "exits":
+        sys.exit(3)
+    if name == "raises":
+        raise ZeroDivisionError("always")
+    if name == "raises oddly":
+        raise Odd(1, 2)
+    if name == "answers oddly":
+        return sys._getframe()
+    if name == "hangs" or (name == "hangs once" and attempt == 0):
+        time.sleep(600)
+    if name == "holds the lock":
+        ctypes.PyDLL(None).sleep(600)
+    if name == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.1)
+    print("not for standard output")
+    return {"name": name, "pid": os.getpid(), "attempt": attempt,
+            "threads": os.environ.get("OMP_NUM_THREADS")}
+"""
+LIMIT = 5.0  # seconds for a job in these tests
+LATE = "a job took longer than 5 s"
+KILLED = "a worker process was killed by SIGKILL, as when memory runs out"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """The job, importable here and in the workers."""
+    (tmp_path / "fanout_jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    sys.modules.pop("fanout_jobs", None)
+    from fanout_jobs import job
+
+    return job
+
+
+@pytest.fixture
+def marks(tmp_path):
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
+
+
+def run_all(job, names, marks, **settings):
+    outcomes = {}
+    for (name, _), result, error in run_jobs(job, [(name, str(marks)) for name in names],
+                                             **settings):
+        assert name not in outcomes
+        outcomes[name] = result, error
+    return outcomes
+
+
+def attempts(marks, name):
+    return len(list(marks.glob(f"{name}.*")))
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """A zombie is not: who should have waited for it may have ended before."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_whatever_becomes_of_a_worker_every_job_is_settled_once(job, marks):
+    good = [f"good{number}" for number in range(6)]
+    bad = {"dies": WorkerDied(KILLED), "hangs": TimeoutError(LATE),
+           "raises": ZeroDivisionError("always"), "raises oddly": RuntimeError("Odd: 1 2"),
+           "exits": WorkerDied("a worker process ended with exit code 3; see its messages")}
+    names = [*good[:2], *bad, *good[2:4], "dies once", *good[4:], "answers oddly"]
+    outcomes = run_all(job, names, marks, workers=2, limit=LIMIT)
+    assert set(outcomes) == set(names)
+    for name in [*good, "dies once"]:
+        result, error = outcomes[name]
+        assert result["name"] == name and error is None
+        assert result["pid"] != os.getpid() and result["threads"] == "1"
+        assert attempts(marks, name) == (2 if name == "dies once" else 1)  # no neighbour's death
+    for name, expected in bad.items():
+        result, error = outcomes[name]
+        assert result is None and type(error) is type(expected) and str(error) == str(expected)
+        assert attempts(marks, name) == 2
+    assert "pickle" in str(outcomes["answers oddly"][1])
+    assert "fanout_jobs.py" in str(outcomes["raises"][1].__cause__)  # where in the worker
+
+
+@pytest.mark.parametrize(("name", "error"), [
+    ("hangs once", None), ("holds the lock", LATE), ("stops", LATE)])
+def test_what_hangs_is_ended_and_tried_once_more(job, marks, capfd, name, error):
+    result, told = run_all(job, [name], marks, workers=1, limit=LIMIT)[name]
+    assert attempts(marks, name) == 2
+    if error:
+        assert result is None and isinstance(told, TimeoutError) and str(told) == error
+    else:
+        assert result["attempt"] == 1
+    if name != "stops":
+        assert "fanout_jobs.py" in capfd.readouterr().err  # where it hung
+    assert not any(alive(path.read_text()) for path in marks.iterdir())
+
+
+def test_a_killed_worker_is_noticed_within_seconds(job, marks):
+    def kill() -> None:
+        wait_for(lambda: attempts(marks, "hangs once"))
+        time.sleep(0.1)
+        os.kill(int((marks / "hangs once.0").read_text()), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    outcomes = run_all(job, ["hangs once", "good"], marks, workers=2)  # limit: 15 minutes
+    assert outcomes["hangs once"][0]["attempt"] == 1 and outcomes["good"][0]["attempt"] == 0
+
+
+def test_fewer_than_no_workers_are_refused():
+    with pytest.raises(ValueError, match="workers=-1 is not valid; expected at least 0"):
+        list(run_jobs(abs, [1], workers=-1))
+    assert [result for _, result, _ in run_jobs(abs, [-1])] == [1]  # a worker for each core
+
+
+def test_a_worker_that_cannot_start_is_an_error(job, marks, monkeypatch, capfd):
+    monkeypatch.setattr(parallel, "_START", "import no_such_module")
+    _, error = run_all(job, ["good"], marks, workers=2)["good"]
+    assert str(error) == "a worker process ended with exit code 1; see its messages"
+    assert "No module named 'no_such_module'" in capfd.readouterr().err
+
+
+def test_a_job_that_cannot_be_imported_is_an_error(job, marks, tmp_path):
+    (tmp_path / "fanout_jobs.py").write_text("import no_such_module")
+    _, error = run_all(job, ["good"], marks, workers=2)["good"]
+    assert isinstance(error, ModuleNotFoundError)
+
+
+def test_no_workers_are_this_process(job, marks):
+    outcomes = run_all(job, ["good", "raises"], marks, workers=0)
+    assert outcomes["good"][0]["pid"] == os.getpid()
+    assert isinstance(outcomes["raises"][1], ZeroDivisionError) and attempts(marks, "raises") == 2
+
+
+def test_what_hangs_in_this_process_is_interrupted_and_tried_once_more(job, marks):
+    before = signal.getsignal(signal.SIGALRM)
+    outcomes = run_all(job, ["hangs", "hangs once", "good"], marks, workers=0, limit=1.0)
+    assert isinstance(outcomes["hangs"][1], TimeoutError) and attempts(marks, "hangs") == 2
+    assert outcomes["hangs once"][0]["attempt"] == 1 and outcomes["good"][0]["attempt"] == 0
+    assert signal.getsignal(signal.SIGALRM) == before
+    timer = signal.getitimer(signal.ITIMER_REAL)[0]  # pytest's own
+    assert timer == 0 or timer > 60
+
+
+def test_what_cannot_be_interrupted_in_this_process_is_shown(capfd):
+    with ThreadPoolExecutor(1) as pool:
+        ((_, result, error),) = pool.submit(lambda: list(run_jobs(
+            lambda item: time.sleep(item) or "done", [0.5], workers=0, limit=0.1))).result()
+    assert result == "done" and not error
+    assert "test_fanout.py" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_that_are_added_meanwhile_are_worked_on_too(workers):
+    items, seen = [1], []
+    for item, result, _ in run_jobs(lambda item: 10 * item, items, workers=workers):
+        seen.append(result)
+        if item < 4:
+            items.append(item + 1)
+    assert seen == [10, 20, 30, 40]
+
+
+def test_workers_are_kept_for_a_call_like_the_last(job, marks, monkeypatch):
+    def pid(name, **settings):
+        return run_all(job, [name], marks, workers=1, **settings)[name][0]["pid"]
+
+    first = pid("first", keep=True)
+    assert pid("second", keep=True) == first
+    monkeypatch.setenv("SOMETHING", "else")  # a worker has the environment of its start
+    assert pid("third") != first and not alive(first)
+    assert pid("fourth", keep=True) != first and len(parallel._Worker.idle) == 1
+    worker = parallel._Worker.idle[0].process.pid
+    assert Path(f"/proc/{worker}/oom_score_adj").read_text() == "500\n"  # it, not its parent
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not alive(worker))
+    assert pid("fifth") != worker  # one that died meanwhile is not taken
+    assert not parallel._Worker.idle
+
+
+# --- whatever the main module is -----------------------------------------------------------------
+MAIN = """
+import os
+from trm_helpers.sim.parallel import run_jobs
+
+def job(item):
+    return item + 1, os.getpid()
+
+for item, result, error in run_jobs(job, [1, 2], workers=2):
+    if error:
+        raise error
+    assert result[0] == item + 1 and result[1] != os.getpid()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("main", ["script", "-c", "stdin", "notebook", "cell"])
+def test_processes_start_whatever_the_main_module_is(main, tmp_path):
+    """A function of the main module, without a guard."""
+    script = tmp_path / "script.py"
+    script.write_text(MAIN)
+    command, text = [sys.executable, script], None
+    if main == "-c":
+        command[1:] = ["-c", MAIN]
+    elif main == "stdin":
+        command[1:], text = ["-"], MAIN
+    elif main == "notebook":  # which holds null: it is no Python
+        import nbformat
+
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(MAIN)])
+        notebook.cells[0].execution_count = None
+        nbformat.write(notebook, tmp_path / "main.ipynb")
+        command[1:] = ["-m", "IPython", "-c", f"%run {tmp_path / 'main.ipynb'}"]
+    elif main == "cell":
+        command[1:] = ["-m", "IPython", "-c", MAIN]
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    assert "done" in ended.stdout, ended.stderr
+    assert "Error" not in ended.stderr
+
+
+# --- the parent ----------------------------------------------------------------------------------
+PARENT = """
+import json, signal, sys
+from fanout_jobs import job
+from trm_helpers.sim.parallel import run_jobs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # off where a shell runs it with &
+items = [(name, sys.argv[1]) for name in ["first", *sys.argv[2:]]]
+for item, result, error in run_jobs(job, items, workers=2, keep=True):
+    print(json.dumps(result), flush=True)
+if len(items) == 1:
+    import time
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("busy", [[], ["hangs"], ["hangs", "holds the lock"], ["stops"]])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(job, marks, tmp_path, stop, busy):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, script, marks, *busy], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, start_new_session=True)
+    json.loads(parent.stdout.readline())  # nothing that a worker printed
+    wait_for(lambda: all((marks / f"{name}.0").exists() for name in busy))
+    wait_for(lambda: all(path.read_text() for path in marks.iterdir()))
+    workers = {int(path.read_text()) for path in marks.iterdir()}
+    assert workers and all(alive(worker) for worker in workers)
+    if stop == signal.SIGINT:
+        os.killpg(parent.pid, stop)  # as Ctrl-C does
+    else:
+        parent.send_signal(stop)
+    _, errors = parent.communicate(timeout=30)
+    assert parent.returncode != 0
+    if stop == signal.SIGINT:
+        assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+    wait_for(lambda: not any(alive(worker) for worker in workers), seconds=5)
+
+
+def test_a_worker_without_work_ends_by_itself():
+    process, connection = parallel.start_process(_work_briefly)
+    assert process.wait(timeout=60) == 0
+    connection.close()
+
+
+def _work_briefly(connection):
+    parallel._KEPT = 0.1
+    parallel._work(connection)
+
+
+# --- a cluster -----------------------------------------------------------------------------------
+def test_no_cluster_is_told_with_its_address(job, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(parallel, "_ANSWER_WITHIN", 1.0)
+    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+        list(run_jobs(job, [1], cluster="tcp://127.0.0.1:9"))
+    with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'nonsense'"):
+        list(run_jobs(job, [1], cluster="nonsense"))
+
+
+def test_a_package_that_is_not_there_is_named(job, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'trm-helpers\[dask\]'"):
+        list(run_jobs(job, [1], cluster="tcp://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize(("address", "warned"), [
+    ("tcp://10.0.0.5:8786", True), ("10.0.0.5:8786", True), ("tcp://[fe80::1]:8786", True),
+    ("tcp://0.0.0.0:8786", True), ("tcp://machine:8786", True), ("ws://machine:8786", True),
+    ("tcp://127.0.0.1:8786", False), ("tcp://[::1]:8786", False), ("localhost:8786", False),
+    ("tls://10.0.0.5:8786", False)])
+def test_an_open_cluster_is_warned_of(address, warned, capsys):
+    parallel._warn_if_open.cache_clear()
+    parallel._warn_if_open(address)
+    parallel._warn_if_open(address)
+    assert capsys.readouterr().err.count(f"{address} has no authentication") == warned
+
+
+@pytest.fixture
+def dask_cluster(job):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
+                                  dashboard_address=None) as made:
+        yield made
+
+
+def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, dask_cluster):
+    names = [f"good{number}" for number in range(6)] + ["dies once", "raises", "dies"]
+    outcomes = run_all(job, names, marks, cluster=dask_cluster.scheduler_address)
+    assert set(outcomes) == set(names)
+    for name in names[:7]:
+        assert outcomes[name][0]["name"] == name and not outcomes[name][1]
+    assert isinstance(outcomes["raises"][1], ZeroDivisionError) and attempts(marks, "raises") == 2
+    assert outcomes["dies"][0] is None and isinstance(outcomes["dies"][1], WorkerDied)
+    assert attempts(marks, "dies") == 4  # Dask's own setting
+
+
+def test_a_cluster_that_goes_away_is_told(job, marks, dask_cluster, monkeypatch):
+    monkeypatch.setattr(parallel, "_WORKERS_WITHIN", 1.0)
+    jobs = run_jobs(job, [("good", str(marks)), ("hangs", str(marks))],
+                    cluster=dask_cluster.scheduler_address)
+    assert next(jobs)[1]["name"] == "good"
+    dask_cluster.scale(0)
+    with pytest.raises(ConnectionError, match="has had no worker for 1 s"):
+        next(jobs)
+
+
+def test_a_cluster_whose_scheduler_ends_is_told(job, marks, dask_cluster, monkeypatch):
+    import dask
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
+        jobs = run_jobs(job, [("good", str(marks)), ("hangs", str(marks))],
+                        cluster=dask_cluster.scheduler_address)
+        assert next(jobs)[1]["name"] == "good"
+        dask_cluster.close()
+        with pytest.raises(ConnectionError, match="is lost; what has ended is kept"):
+            next(jobs)

@@ -1,0 +1,112 @@
+"""Two real processes train one policy: as one process does, and writing its files once."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from demo_files import write_demo_file
+
+from trm_helpers.data.dataset import LIBERODataset
+from trm_helpers.files import read_jsonl
+from trm_helpers.training import distributed
+from trm_helpers.training.distributed import Team
+
+SETTINGS = dict(
+    num_demos=5, hidden_dim=16, num_recursions=2, image_size=36, cameras=["agentview_rgb"],
+    chunk=2, execution_horizon=1, epochs=2, batch_size=8, num_threads=1, precision="fp32",
+    augmentation="none", max_demos_per_task=0, device="cpu",
+)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """A function: run ``trm_helpers train`` in so many processes; its rows and what it printed."""
+    name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
+    write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
+    environment = {**os.environ, "TRM_ARTIFACTS_DIR": str(tmp_path / "runs"),
+                   "OMP_NUM_THREADS": "1"}
+
+    def run(processes, run_name, **settings):
+        command = [sys.executable, "-m"]
+        if processes > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc_per_node",
+                        str(processes), "-m"]
+        command += ["trm_helpers", "train", "tiny", "--run-name", run_name,
+                    "--demo-dir", str(tmp_path)]
+        for key, value in {**SETTINGS, **settings}.items():
+            command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return read_jsonl(tmp_path / "runs" / run_name / "metrics.jsonl"), done.stdout
+
+    return run
+
+
+@pytest.mark.sim  # the task's name is read from LIBERO
+def test_two_processes_train_as_one_does_and_resume(train):
+    alone, _ = train(1, "alone")
+    together, printed = train(2, "together")
+    assert [row["epoch"] for row in together] == [1, 2]
+    for key in ("val_loss", "grad_norm"):
+        assert [row[key] for row in together] == pytest.approx([row[key] for row in alone],
+                                                               rel=2e-3)
+    assert printed.count("2 epochs, validation loss") == 1
+    assert train(2, "together")[0] == together  # nothing left to do
+
+
+def test_parts_of_a_batch_are_the_batch(tmp_path):
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=8)
+    data = LIBERODataset(file, split="all", image_size=8, chunk=2)
+    for whole, *parts in zip(data.batches(5, 3, 1),
+                             *(data.batches(5, 3, 1, part=(rank, 4)) for rank in range(4)),
+                             strict=True):
+        count = len(whole["actions"])  # 5, 5 and 3: the last leaves the fourth part empty
+        for rank, part in enumerate(parts):
+            if rank < count:
+                assert torch.equal(part["actions"], whole["actions"][rank::4])
+            else:
+                assert not part["mask"].any()
+        assert sum(part["mask"].sum() for part in parts) == whole["mask"].sum()
+
+
+def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    team = Team("cpu")
+    assert team.size == 1 and team.leads
+    team.wait()  # for nobody
+    assert "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rendezvous_to_which_nobody_comes_ends(monkeypatch, rank):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=str(port)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_MEET_WITHIN", timedelta(seconds=2))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the other processes did not come.*"
+                                           "within 2 s; unset WORLD_SIZE"):
+        Team("cpu")
+    assert time.monotonic() - began < 20
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="LOCAL_RANK=1 .*this machine has 1"):
+        Team("cuda")
+
+
+def test_one_process_is_a_team_of_its_own():
+    team = Team("cpu")
+    assert team.leads and team.agree(0.5) == 0.5 and team.share_of(torch.tensor(3.0)) == 1.0

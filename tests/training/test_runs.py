@@ -1,0 +1,315 @@
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from trm_helpers import files, paths
+from trm_helpers.config import from_flat, local_settings, settings_by_part
+from trm_helpers.files import append_jsonl, only_one
+from trm_helpers.training import runs
+from trm_helpers.training.runs import (
+    TRAINING_LOCK,
+    create_run,
+    find_run,
+    load_config,
+    load_policy,
+    load_training_state,
+    save_training_state,
+    save_weights,
+    shipped_policies,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_probe(monkeypatch):
+    """Versions without starting a renderer."""
+    monkeypatch.setattr(runs, "software_versions", lambda: {"mujoco": "3.3.2"})
+
+
+def observation(seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "agentview_rgb": generator.integers(0, 256, (36, 36, 3), dtype=np.uint8),
+        "joint_states": generator.normal(size=7), "gripper_states": np.array([0.04, -0.04]),
+        "ee_pos": generator.normal(size=3),
+    }
+
+
+def test_a_run_folder_is_made_once_and_resumed_only_when_asked_for():
+    config = from_flat("tiny")
+    run = create_run(config, "a-run")
+    assert run == paths.artifacts_dir() / "a-run" and load_config(run) == config
+    assert json.loads((run / "config.json").read_text())["software"] == {"mujoco": "3.3.2"}
+    append_jsonl(run / "metrics.jsonl", {"epoch": 1})
+    with pytest.raises(FileExistsError, match="a-run exists already"):
+        create_run(config, "a-run")
+    assert create_run(config, "a-run", resume=True) == run
+
+
+def test_resuming_with_other_settings_lists_them_and_changes_nothing():
+    run = create_run(from_flat("tiny"), "a-run")
+    append_jsonl(run / "metrics.jsonl", {"epoch": 1})
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"lr: 0.001 there, 0.5 now; seed: 0 there, 3 now"):
+        create_run(from_flat("tiny", lr=0.5, seed=3, num_threads=7, num_episodes=5), "a-run", True)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_the_name_is_made_from_suite_variant_seed_and_time():
+    run = create_run(from_flat("tiny", seed=4))
+    assert run.name.startswith("libero_object-block-s4-2") and len(run.name.split("-")) == 5
+
+
+def test_a_folder_without_a_complete_epoch_is_begun_anew():
+    run = create_run(from_flat("tiny"), "a-run")
+    (run / "training_state.pt").write_bytes(b"of the first epoch")
+    assert create_run(from_flat("tiny"), "a-run") == run
+    assert (run / "training_state.pt").exists()  # the same settings go on with it
+    other = from_flat("tiny", max_demos_per_task=4)
+    assert create_run(other, "a-run", resume=True) == run and load_config(run) == other
+    assert not (run / "training_state.pt").exists()
+    with only_one(run, lock=TRAINING_LOCK), pytest.raises(RuntimeError, match="another process"):
+        create_run(from_flat("tiny"), "a-run")
+    assert load_config(run) == other
+
+
+LOCAL = dict(demo_dir="/theirs", storage="mmap", max_minutes=3.0, stop_epoch=1, device="cuda",
+             num_threads=64, wandb_mode="online", wandb_project="theirs", eval_workers=64,
+             cluster="tcp://theirs:8786", episode_limit=1e6, search_workers=64, search_minutes=5.0,
+             search_storage="postgresql://theirs/db")
+
+
+def test_what_a_runs_file_says_about_the_machine_is_not_used(trained):
+    assert set(LOCAL) == local_settings()
+    config = load_config(trained)
+    written = json.loads((trained / "config.json").read_text())
+    for name, part in settings_by_part().items():
+        written[part][name] = LOCAL.get(name, written[part][name])
+    (trained / "config.json").write_text(json.dumps(written))
+    assert load_config(trained) == config
+    assert load_config(trained).local() == from_flat("reference").local()
+    assert load_config(trained, "demo").eval.eval_workers == 2  # the caller's preset
+    mine = from_flat("tiny", **{**config.changes(), "num_threads": 3})
+    assert create_run(mine, "small", resume=True) == trained  # refused for none of these
+
+
+def test_a_missing_run_lists_those_there_are(trained):
+    assert find_run() == find_run("small") == find_run(str(trained)) == trained
+    with pytest.raises(FileNotFoundError, match="no trained run 'other'.*there are: small"):
+        load_policy("other")
+    with pytest.raises(FileNotFoundError, match="expected a run folder"):
+        load_config(trained / "figures")
+
+
+@pytest.fixture
+def shipped(trained, tmp_path, monkeypatch):
+    """``pretrained/bowl`` of a checkout; the caller works in that checkout."""
+    folder = tmp_path / "repo" / "pretrained" / "bowl"
+    shutil.copytree(trained, folder)
+    monkeypatch.setattr(paths, "repo_root", lambda: tmp_path / "repo")
+    monkeypatch.chdir(tmp_path / "repo")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pretrained/bowl", "pretrained/bowl/", "./pretrained/bowl",
+                                  "{}", "{}/"])
+def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, name):
+    name = name.format(shipped)
+    assert find_run() == trained  # the newest is one's own
+    assert find_run(name) == shipped and load_policy(name).config
+    copy = find_run(name, to_write=True)
+    assert copy == paths.artifacts_dir() / "pretrained" / "bowl"
+    (copy / "policy.json").touch()
+    (copy / "episodes.jsonl").write_text("")
+    assert find_run(name) == find_run(name, to_write=True) == copy
+    assert (copy / "episodes.jsonl").exists() and not (shipped / "episodes.jsonl").exists()
+    with pytest.raises(FileNotFoundError, match="there are: small, pretrained/bowl"):
+        load_policy("pretrained/cup")
+
+
+def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path):
+    attached, secret = tmp_path / "input" / "theirs", tmp_path / "secret"
+    secret.write_text("not theirs")
+    shutil.copytree(trained, attached)
+    (attached / "videos").mkdir(exist_ok=True)
+    (attached / "videos" / "a.mp4").symlink_to(secret)
+    (attached / ".lock").touch()
+    for path in [*attached.rglob("*"), attached]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    copy = find_run(attached, to_write=True)
+    assert copy == paths.artifacts_dir() / "theirs"
+    assert copy.stat().st_mode & 0o200 and (copy / "config.json").stat().st_mode & 0o200
+    assert not (copy / "videos" / "a.mp4").exists() and not (copy / ".lock").exists()
+    assert load_config(copy) == load_config(attached)
+    (attached / "policy.json").chmod(0o644)
+    (attached / "policy.json").write_text((trained / "policy.json").read_text() + " ")
+    assert find_run(attached) == attached  # another run by now
+    with pytest.raises(FileExistsError, match="artifacts/theirs holds another run than .*input"):
+        find_run(attached, to_write=True)
+
+
+@pytest.mark.parametrize("name", ["../repo", "small/../small", "/tmp/../tmp"])
+def test_a_path_that_climbs_is_no_run(trained, name):
+    with pytest.raises(ValueError, match="without '..'"):
+        find_run(name)
+
+
+def test_a_half_made_copy_is_not_the_newest_run(trained):
+    shutil.copytree(trained, trained.with_name(".copy.7.part"))
+    assert find_run() == trained
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_the_policies_that_come_with_the_repository_load_and_act(name):
+    folder = paths.shipped("pretrained").parent / name
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
+    assert (folder / "README.md").exists()
+    assert "/" not in json.loads((folder / "policy.json").read_text())[
+        "trained_on"]["files"][0]["file"]
+    policy = load_policy(name)
+    policy.reset()
+    action = policy.act({**observation(), "eye_in_hand_rgb": observation(1)["agentview_rgb"],
+                         "ee_ori": np.zeros(3), "task_id": 0,
+                         "language": "pick up the black bowl from table center and place it on "
+                                     "the plate"})
+    assert action.shape == (7,) and np.isfinite(action).all() and np.abs(action).max() <= 1
+
+
+def test_no_name_means_the_newest_trained_run(small_run):
+    for age, name in ((0, "new"), (100, "old")):
+        run = small_run(name, epochs=1).run
+        (run / "policy.json").write_text("{}")
+        os.utime(run / "policy.json", (1e9 - age, 1e9 - age))
+    assert find_run().name == "new"
+
+
+def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
+    rebuilt = load_policy("small", "last")
+    original = trainer.policy.eval()
+    assert rebuilt.config == original.config and not rebuilt.training
+    for seed in range(3):
+        rebuilt.reset()
+        original.reset()
+        assert np.array_equal(rebuilt.act(observation(seed)), original.act(observation(seed)))
+
+
+def test_the_digest_is_of_the_bytes_that_were_loaded(trained, monkeypatch):
+    file, load = trained / "best.safetensors", runs.load
+    content = file.read_bytes()
+
+    def replaced_meanwhile(given):
+        file.write_bytes(b"other weights")
+        return load(given)
+
+    monkeypatch.setattr(runs, "load", replaced_meanwhile)
+    assert load_policy(trained).sha256 == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_damaged_and_foreign_weights_are_refused(trained):
+    best = trained / "best.safetensors"
+    whole = best.read_bytes()
+    best.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="best.safetensors is damaged"):
+        load_policy(trained)
+    best.write_bytes(whole)
+    described = json.loads((trained / "policy.json").read_text())
+    described["model"]["hidden_dim"] = 64
+    (trained / "policy.json").write_text(json.dumps(described))
+    # the tiny preset's proprioception is 12 numbers; hidden_dim was 16
+    with pytest.raises(ValueError, match=r"does not fit .*policy.json.*"
+                                         r"proprio_mlp.0.weight: \(16, 12\) there, \(64, 12\)"):
+        load_policy(trained)
+    described["model"] |= {"hidden_dim": 16, "halting": "act"}
+    (trained / "policy.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"differ: halt.bias: none there, \(1,\) expected; "
+                                         r"halt.weight: none there, \(1, 16\) expected$"):
+        load_policy(trained)
+    with pytest.raises(ValueError, match="weights='newest'.*'best', 'last'"):
+        load_policy(trained, "newest")
+    best.unlink()
+    with pytest.raises(FileNotFoundError, match="best.safetensors does not exist"):
+        load_policy(trained, "best")
+
+
+@pytest.mark.parametrize(("foreign", "message"), [
+    (dict(cameras=["agentview_rgb", "eye_in_hand_rgb"]),
+     r"encoders.eye_in_hand_rgb.\S+: none there"),
+    (dict(chunk=4), r"head.output.weight: \(\d+, 16\) there, \(\d+, 16\) expected"),
+    (dict(conditioning="task_id", num_tasks=3), r"task\S+: none there"),
+    (dict(conditioning="language"), r"none there"),
+    (dict(proprioception=False), r"proprio_mlp.0.weight: \(16, 12\) there, none expected"),
+    (dict(gripper="binary"), r"head.gripper.weight: \(4, 16\) there, \(2, 16\) expected"),
+    (dict(variant="trm", image_size=64), "differ"),
+])
+def test_weights_of_another_configuration_are_refused(trained, foreign, message):
+    described = json.loads((trained / "policy.json").read_text())
+    described["model"] |= foreign
+    (trained / "policy.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"does not fit .*in policy.json.*{message}"):
+        load_policy(trained)
+
+
+@pytest.mark.parametrize(("save", "name"), [
+    (lambda run: save_weights(run, {"a": torch.ones(2**18)}, "best"), "best.safetensors"),
+    (lambda run: save_training_state(run, {"a": torch.ones(2**18)}), "training_state.pt")])
+def test_a_full_disk_is_named_and_keeps_what_was_saved_before(trained, monkeypatch, save, name):
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    monkeypatch.setattr(os, "replace", lambda *_: shutil.copyfile(trained / name, "/dev/full"))
+    with pytest.raises(files.DiskFullError, match=f"the disk is full: {name} needs 1.0 MiB, in "
+                       f"{trained}, where .* MiB are free; what was complete before is kept"):
+        save(trained)
+    assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+
+
+def test_others_may_read_what_the_umask_lets_them(trained):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in trained.iterdir() if path.is_file()}
+    allowed = modes.pop("metrics.jsonl")
+    written = {name: mode for name, mode in modes.items() if not name.startswith(".")}
+    assert {"best.safetensors", "last.safetensors", "training_state.pt", "policy.json"} \
+        <= written.keys() and set(written.values()) == {allowed}
+
+
+@pytest.mark.parametrize(("name", "content", "call"), [
+    ("config.json", b"", load_config), ("config.json", b"[]", load_config),
+    ("config.json", b"{}", load_config), ("config.json", b'{"data": ', load_config),
+    ("config.json", b"\xff\xfe", load_config),
+    ("config.json", b'{"data": 3, "model": {}, "train": {}}', load_config),
+    ("config.json", b'{"data": {"suite": 3}, "model": {}, "train": {}}', load_config),
+    ("policy.json", b"", load_policy), ("policy.json", b"3", load_policy),
+    ("policy.json", b'{"model": {}}', load_policy),
+    ("policy.json", b'{"model": [], "normalizer": {}, "proprio_stats": {}, "trained_on": {}}',
+     load_policy),
+    ("policy.json", b'{"model": {"depth": 3}, "normalizer": {}, "proprio_stats": {}, '
+                    b'"trained_on": {}}', load_policy),
+    ("best.safetensors", b"", load_policy), ("best.safetensors", b"{}" * 100, load_policy),
+])
+def test_a_damaged_file_is_named(trained, name, content, call):
+    (trained / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"small/{name}"):
+        call(trained)
+
+
+def test_a_truncated_training_state_is_named(trained):
+    path = trained / "training_state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="training_state.pt is damaged"):
+        load_training_state(trained)
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def test_loading_runs_no_code_from_the_file(trained, trainer, capsys):
+    assert load_training_state(trained)["epoch"] == 2
+    torch.save({"epoch": _Evil()}, trained / "training_state.pt")
+    with pytest.raises(ValueError, match="training_state.pt .* more than tensors and numbers"):
+        load_training_state(trained)
+    with pytest.raises(ValueError, match="remove it to train from the start"):
+        trainer.fit()
+    assert "code from a checkpoint ran" not in capsys.readouterr().out

@@ -1,0 +1,666 @@
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from demo_files import write_demo_file
+from safetensors.torch import load_file
+
+from trm_helpers.config import from_flat
+from trm_helpers.files import DiskFullError, read_jsonl
+from trm_helpers.report import write_report
+from trm_helpers.training import train
+from trm_helpers.training.runs import create_run, load_policy
+from trm_helpers.training.train import choose_device, choose_precision
+
+
+def losses(rows):
+    return [(row["train_loss"], row["val_loss"]) for row in rows]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(small_run):
+    first, again, other = (small_run(name, seed=seed).fit()
+                           for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert losses(first) == losses(again) != losses(other)
+    assert [row["epoch"] for row in first] == [1, 2]
+
+
+def test_order_of_the_samples_follows_seed_and_epoch(small_run, monkeypatch):
+    trainer = small_run(seed=5)
+    batches, asked = trainer.train_data.batches, []
+    monkeypatch.setattr(trainer.train_data, "batches", lambda size, seed, epoch, **given: (
+        asked.append((size, seed, epoch)) or batches(size, seed, epoch, **given)))
+    trainer.fit()
+    assert asked == [(8, 5, 0), (8, 5, 1)]
+
+
+def test_one_batch_is_learned_by_heart(small_run):
+    trainer = small_run(hidden_dim=64, batch_size=8, epochs=100, lr=1e-3, augmentation="none")
+    batch = next(trainer.train_data.batches(8, 0, 0))
+    history = [trainer._step(batch)[0].item() for _ in range(300)]
+    assert history[-1] < 0.1 * history[0]
+
+
+def killed_between_row_and_state(trainer, monkeypatch):
+    """Of epoch 3."""
+    save = train.save_training_state
+
+    def die(run, state):
+        if state["epoch"] == 3:
+            raise KeyboardInterrupt
+        save(run, state)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "save_training_state", die)
+        trainer.fit()
+    assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 3
+
+
+def killed_in_an_epoch(trainer, monkeypatch):
+    """In the third step of epoch 2, after a state within it."""
+    step, steps = trainer._step, itertools.count(1)
+
+    def die(batch):
+        if next(steps) == trainer.steps_per_epoch + 3:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train, "_CHECK_EVERY", 1)
+        patched.setattr(train, "_SAVE_EVERY", 0.0)
+        patched.setattr(trainer, "_step", die)
+        trainer.fit()
+    assert len(train.load_training_state(trainer.run)["measured"]) == 2
+
+
+def out_of_time_in_an_epoch(trainer, monkeypatch):
+    """After the second step of epoch 2."""
+    calls = itertools.count(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_CHECK_EVERY", 1)
+        patched.setattr(trainer, "_time_is_up", lambda: next(calls)
+                        > 1 + trainer.steps_per_epoch + 1 + 1)
+        assert len(trainer.fit()) == 1
+    assert len(train.load_training_state(trainer.run)["measured"]) == 2
+
+
+def out_of_time_after_an_epoch(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "_time_is_up", lambda: trainer.epoch > 0)
+    assert len(trainer.fit()) == 1
+
+
+RESUMED = dict(ema_decay=0.9, epochs=4, augmentation="shift")
+
+
+@pytest.mark.parametrize(("interrupt", "settings"), [
+    (killed_between_row_and_state, RESUMED), (killed_in_an_epoch, RESUMED),
+    (out_of_time_in_an_epoch, RESUMED), (out_of_time_after_an_epoch, RESUMED),
+    # what has a state of its own: the scaler, the halting heads, the carry, the gripper's head
+    (killed_in_an_epoch, RESUMED | dict(precision="fp16")),
+    (killed_in_an_epoch, RESUMED | dict(halting="act", gripper="binary")),
+    # draws from PyTorch's own generator: dropout, and the style
+    (killed_in_an_epoch, RESUMED | dict(variant="act", image_size=64, num_recursions=1)),
+    (killed_in_an_epoch, RESUMED | dict(variant="trm", image_size=64, deep_supervision=True,
+                                        halting="learned")),
+    (killed_in_an_epoch, RESUMED | dict(normalize_actions="zscore", loss="mix",
+                                        conditioning="task_id", augmentation="reference")),
+])
+def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, interrupt, settings):
+    straight = small_run("straight", **settings)
+    expected = straight.fit()
+    assert len({row["val_loss"] for row in expected}) == 4
+    assert straight.steps_per_epoch > 2
+
+    interrupt(small_run("resumed", **settings), monkeypatch)
+    resumed = small_run("resumed", resume=True, **settings)
+    assert losses(resumed.fit()) == losses(expected)
+    for name in ("best", "last"):
+        weights = [load_file(run / f"{name}.safetensors") for run in (straight.run, resumed.run)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_the_first_epoch_is_completed_however_short_the_time(small_run):
+    trainer = small_run(max_minutes=1e-9)
+    assert [row["epoch"] for row in trainer.fit()] == [1]
+    assert (trainer.run / "best.safetensors").exists()
+
+
+def test_ended_early_it_goes_on_as_if_it_had_not(small_run):
+    """The learning rate follows the schedule of all epochs, also while only some are trained."""
+    straight = small_run("straight", epochs=4).fit()
+    first = small_run("parts", epochs=4, stop_epoch=1)
+    assert losses(first.fit()) == losses(straight[:1]) and first.finished
+    assert first.fit() == small_run("parts", resume=True, epochs=4, stop_epoch=1).fit()
+    rest = small_run("parts", resume=True, epochs=4)
+    assert not rest.finished
+    assert losses(rest.fit()) == losses(straight) and rest.finished
+
+
+def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
+    trainer = small_run(epochs=4, lr=1e-3, min_lr=1e-6)
+    rates = [row["lr"] for row in trainer.fit()]
+    # of the way from 1e-3 to 1e-6, (1 + cos) / 2 of 45, 90, 135 and 180 degrees is left
+    left = np.array([0.8535534, 0.5, 0.1464466, 0])
+    assert rates == pytest.approx(1e-6 + 999e-6 * left, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # of fp16's the scale is taken out first
+def test_gradients_are_clipped_to_the_norm(small_run, precision):
+    exact = small_run("exact", batch_size=40)
+    loss, _ = exact.policy.loss(next(exact.train_data.batches(40, 0, 0)), exact.config.loss,
+                                exact.config.gripper_weight)
+    loss.backward()
+    expected = torch.stack([p.grad.norm() for p in exact.policy.parameters()
+                            if p.grad is not None]).norm().item()
+    norms, used = {}, {}
+    for clip in (1e-3, 1e3):
+        trainer = small_run(f"clip{clip}", grad_clip=clip, batch_size=40, precision=precision)
+        norms[clip] = trainer._step(next(trainer.train_data.batches(40, 0, 0)))[1].item()
+        gradients = [p.grad.norm() for p in trainer.policy.parameters() if p.grad is not None]
+        used[clip] = torch.stack(gradients).norm().item()
+    assert norms[1e-3] == norms[1e3] > 1e-2  # as found, before clipping
+    assert norms[1e3] == pytest.approx(expected, rel=0.02)
+    assert used[1e-3] == pytest.approx(1e-3, rel=1e-3)
+    assert used[1e3] == pytest.approx(norms[1e3], rel=1e-5)
+
+
+def test_early_stopping_and_the_best_weights(small_run, monkeypatch):
+    scripted = iter([0.5, 0.3, 0.4, None, 0.35, 0.1])
+    saved = []
+
+    def validate(trainer):
+        loss = next(scripted)
+        if loss is None:
+            raise KeyboardInterrupt
+        saved.append({k: v.clone() for k, v in trainer.policy.state_dict().items()})
+        return {"loss": loss, "action": 0.0}
+
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "validate", validate)
+    settings = dict(epochs=9, patience=2)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(**settings).fit()
+    resumed = small_run(resume=True, **settings)
+    rows = resumed.fit()
+    assert [row["val_loss"] for row in rows] == [0.5, 0.3, 0.4, 0.35]
+    assert small_run(resume=True, **settings).fit() == rows  # stopped for good
+    best = load_file(resumed.run / "best.safetensors")
+    assert all(torch.equal(best[key], saved[1][key]) for key in best)
+
+
+def test_rollouts_choose_the_best_weights(small_run, monkeypatch):
+    rates = {2: 0.5, 4: 0.8, 6: 0.8, 7: 0.3}  # every second epoch, and the last
+    losses = iter([0.1, 0.6, 0.2, 0.5, 0.2, 0.4, 0.3])
+    asked = []
+
+    def roll_out(run, config):
+        asked.append(load_file(run / "last.safetensors"))
+        return rates[2 * len(asked) if len(asked) < 4 else 7]
+
+    monkeypatch.setattr(train, "_success_rate", roll_out)
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
+                        lambda _: {"loss": next(losses), "action": 0.0})
+    trainer = small_run(epochs=7, patience=0, rollout_every=2)
+    rows = trainer.fit()
+    assert {row["epoch"]: row["success_rate"] for row in rows if "success_rate" in row} == rates
+    best = load_file(trainer.run / "best.safetensors")  # 0.8 twice; the lower loss decides
+    assert all(torch.equal(best[key], asked[2][key]) for key in best)
+    assert not torch.equal(best["head.output.weight"], asked[1]["head.output.weight"])
+
+
+def test_patience_looks_at_the_validation_loss_also_where_rollouts_choose(small_run, monkeypatch):
+    losses = iter([0.9, 0.8, 0.7, 0.6, 0.65, 0.66, 0.67])
+    monkeypatch.setattr(train, "_success_rate", lambda run, config: 0.5)
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
+                        lambda _: {"loss": next(losses), "action": 0.0})
+    rows = small_run(epochs=7, patience=2, rollout_every=7).fit()
+    assert len(rows) == 6  # two epochs after the fourth
+
+
+def test_a_run_is_not_gone_on_with_on_other_demonstrations(small_run):
+    small_run("run", epochs=3, max_minutes=1e-9).fit()
+    before = read_jsonl(small_run("run", resume=True, epochs=3).run / "metrics.jsonl")
+    other = small_run("run", resume=True, epochs=3)
+    other.train_data.demos = other.train_data.demos[:-1]  # as of a file with other demonstrations
+    with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: 4 .*, 3 now"):
+        other.fit()
+    assert read_jsonl(other.run / "metrics.jsonl") == before
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
+def test_rollouts_are_refused_where_there_is_no_simulator_to_ask(trainer, small_run):
+    config = trainer.config
+    with pytest.raises(ValueError, match="rollout_every=3"):
+        train.BehaviorCloningTrainer(trainer.policy, trainer.train_data, trainer.val_data,
+                                     dataclasses.replace(config, rollout_every=3), trainer.run)
+
+# --- one writer, and what stands in the folder --------------------------------------------------
+
+
+def test_a_second_training_into_the_same_folder_is_refused_at_once(small_run, tmp_path):
+    """Also before its demonstrations are read; killed, the first leaves the folder free."""
+    first = small_run("run", epochs=3, max_minutes=1e-9)
+    first.fit()
+    before = {path.name: path.read_bytes() for path in first.run.iterdir()}
+    code = ("import sys, time; from trm_helpers.training.runs import only_writer\n"
+            f"with only_writer({str(first.run)!r}): print('mine', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(RuntimeError, match="another process works in .*run; wait"):
+            first.fit()
+        with pytest.raises(RuntimeError, match="another process works in"):
+            small_run("run", resume=True, epochs=3)
+        assert {path.name: path.read_bytes() for path in first.run.iterdir()} == before
+        load_policy("run")  # readers need no lock
+        write_report("run")
+    finally:
+        other.kill()
+        other.wait()
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
+def removed(path):
+    path.unlink()
+
+
+def emptied(path):
+    path.write_text("")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def shortened(path):
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+
+
+def overwritten(path):
+    path.write_text("nonsense\n")
+
+
+@pytest.mark.parametrize("damage", [removed, emptied, cut, shortened, overwritten])
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_metrics_are_healed_from_the_training_state(small_run, damage, epochs):
+    """In a run that is finished, and in one that goes on."""
+    rows = small_run("run", epochs=3, stop_epoch=2).fit()
+    metrics = small_run("run", True, epochs=3).run / "metrics.jsonl"
+    before = metrics.read_bytes()
+    damage(metrics)
+    again = small_run("run", True, epochs=3, stop_epoch=epochs).fit()
+    assert again[:2] == rows and len(again) == epochs
+    assert metrics.read_bytes()[:len(before)] == before
+    assert read_jsonl(metrics) == again
+
+
+def test_metrics_that_an_older_training_state_does_not_hold_are_named(small_run):
+    trainer = small_run("run")
+    rows = trainer.fit()
+    state = train.load_training_state(trainer.run)
+    del state["rows"], state["precision"]
+    train.save_training_state(trainer.run, state)
+    shortened(trainer.run / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl holds 1 of the 2 epochs trained"):
+        small_run("run", True).fit()
+    (trainer.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert small_run("run", True).fit() == rows
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])
+def test_a_disk_that_fills_up_keeps_the_last_complete_state(small_run, monkeypatch, name):
+    """In the second epoch; with room again, training ends as if there always had been."""
+    straight = small_run("straight", epochs=3)
+    expected = losses(straight.fit())
+    trainer = small_run("full", epochs=3)
+    replace, times = os.replace, itertools.count(1)
+
+    def full(source, target):
+        if Path(target).name == name and next(times) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(DiskFullError, match=f"full: {name}"):
+        patched.setattr(os, "replace", full)
+        trainer.fit()
+    assert train.load_training_state(trainer.run)["epoch"] == 1
+    assert load_policy("full", "last") and load_policy("full", "best")
+    assert losses(small_run("full", True, epochs=3).fit()) == expected
+    for weights in ("best", "last"):
+        one, other = (load_policy(run, weights).sha256 for run in ("straight", "full"))
+        assert one == other
+
+
+def test_demonstrations_may_move(small_run, tmp_path, capsys):
+    """What the files hold decides, not where they lie."""
+    config = from_flat("tiny", **SMALL | dict(epochs=3, demo_dir=str(tmp_path / "there")))
+    there = write_demo_file(tmp_path / "there" / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
+
+    def trainer(config, file):
+        run = create_run(config, "moved", resume=True)
+        return train.BehaviorCloningTrainer.from_config(config, {0: file}, run)
+
+    first = trainer(config.replace(stop_epoch=1), there)
+    first.fit()
+    here = tmp_path / "mounted" / "elsewhere" / there.name
+    here.parent.mkdir(parents=True)
+    there.rename(here)
+    moved = config.replace(demo_dir=str(here.parent))
+    second = trainer(moved, here)
+    assert len(second.fit()) == 3
+    assert "frames differ" not in capsys.readouterr().out
+
+    write_demo_file(here, (6, 7, 8, 9, 10), image_size=36,
+                    agentview_rgb=lambda frames, demo: frames + np.uint8(1))
+    assert len(trainer(moved, here).fit()) == 3
+    assert "soup_demo.hdf5: the frames differ" in capsys.readouterr().out
+    write_demo_file(here, (6, 7, 8, 9, 10), image_size=36,
+                    actions=lambda actions, demo: actions * [*6 * [0.9], 1])
+    with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: other actions"):
+        trainer(moved, here).fit()
+
+
+# --- precision and device -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "fp32"), ("fp16", "bf16"), ("fp32", "bf16")])
+@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+def test_a_run_goes_on_in_another_precision_and_says_so(small_run, monkeypatch, capsys, before,
+                                                        after, interrupt):
+    """As where ``auto`` means something else on the next machine."""
+    meant = {"auto": before}
+    monkeypatch.setattr(train, "choose_precision", lambda precision, device: (
+        meant.get(precision, precision)))
+    settings = dict(precision="auto", epochs=3, ema_decay=0.9)
+    interrupt(small_run("run", **settings), monkeypatch)
+    assert "goes on in" not in capsys.readouterr().out
+    meant["auto"] = after
+    trainer = small_run("run", True, **settings)
+    rows = trainer.fit()
+    assert [row["precision"] for row in rows] == [before, after, after]
+    assert f"trained in {before} so far and goes on in {after}" in capsys.readouterr().out
+    straight = small_run("straight", **settings | {"precision": "fp32"}).fit()
+    assert np.allclose(losses(rows), losses(straight), rtol=0.05)
+
+
+def test_precision_decides_what_is_computed(small_run):
+    """Rounding shows which one it was: bf16 keeps 8 bits of a number's 24, fp16 11."""
+    found = {precision: small_run(precision, precision=precision).validate()["loss"]
+             for precision in ("fp32", "fp16", "bf16")}
+    assert len(set(found.values())) == 3
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+    assert found["fp16"] == pytest.approx(found["fp32"], rel=0.003)
+    assert small_run("scaled", precision="fp16").scaler.is_enabled()
+    assert not small_run("unscaled", precision="bf16").scaler.is_enabled()
+
+
+def test_training_goes_on_where_compiling_fails(small_run, monkeypatch, capsys):
+    def broken(function):
+        def fail(*_):
+            raise RuntimeError("no C++ compiler\nlong trace")
+        return fail
+
+    expected = losses(small_run("eager").fit())
+    monkeypatch.setattr(torch, "compile", broken)
+    assert losses(small_run("broken", compile=True).fit()) == expected
+    assert "torch.compile failed (RuntimeError: no C++ compiler)" in capsys.readouterr().out
+
+
+class _FailsBackward(torch.autograd.Function):
+    """As a graph does that is compiled when its gradient is first needed."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("backward: no C++ compiler")
+
+
+def test_training_goes_on_where_compiling_the_backward_pass_fails(small_run, monkeypatch, capsys):
+    """With the same random numbers, and no half gradients: the losses are those of eager mode."""
+    settings = dict(variant="act", image_size=64, num_recursions=1)
+    expected = losses(small_run("eager", **settings).fit())
+
+    def broken(function):
+        def compiled(*given):
+            loss, parts = function(*given)
+            return _FailsBackward.apply(loss) + loss, parts
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert losses(small_run("broken", compile=True, **settings).fit()) == expected
+    assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: backward: no") == 1
+
+
+# --- what settings mean -------------------------------------------------------------------------
+
+
+def test_initial_weights_are_those_of_the_seed(small_run):
+    def weights(name, seed):
+        return small_run(name, seed=seed).policy.state_dict()
+
+    first = weights("a", 0)
+    torch.manual_seed(12345)  # whatever was drawn before
+    again, other = weights("b", 0), weights("c", 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.hidden.weight"], other["head.hidden.weight"])
+
+
+def test_steps_are_in_training_mode_and_validation_is_not(small_run, monkeypatch):
+    trainer = small_run(ema_decay=0.0)
+    loss, modes = trainer.policy.loss, []
+    monkeypatch.setattr(trainer.policy, "loss", lambda batch, *given: (
+        modes.append((len(batch["mask"]), trainer.policy.training)) or loss(batch, *given)))
+    trainer.fit()
+    steps, validations = (math.ceil(len(data) / 8) for data in (trainer.train_data,
+                                                                trainer.val_data))
+    epoch = [True] * steps + [False] * validations
+    assert [training for _, training in modes] == epoch * 2 and steps > 1
+
+
+def test_weight_decay_shrinks_the_weights_beside_the_gradients_step(small_run):
+    """AdamW (arXiv 1711.05101): by lr times the decay of what they were."""
+    after = []
+    for decay in (0.0, 0.5):
+        trainer = small_run(f"decay{decay}", weight_decay=decay, lr=0.1)
+        before = trainer.policy.head.hidden.weight.detach().clone()
+        trainer._step(next(trainer.train_data.batches(8, 0, 0)))
+        after.append(trainer.policy.head.hidden.weight.detach())
+    torch.testing.assert_close(after[1] - after[0], -0.1 * 0.5 * before, atol=1e-6, rtol=1e-4)
+
+
+def test_each_step_has_the_gradient_of_its_batch_alone(small_run):
+    trainer = small_run(lr=1e-12, min_lr=1e-12, weight_decay=0.0, augmentation="none")
+    norms = [trainer._step(next(trainer.train_data.batches(8, 0, 0)))[1].item() for _ in range(3)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_a_gradient_that_overflows_is_left_out_and_the_scale_halved(small_run):
+    trainer = small_run(precision="fp16")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: weight.clone() for name, weight in trainer.policy.state_dict().items()}
+    trainer._step(next(trainer.train_data.batches(8, 0, 0)))
+    assert all(torch.equal(weight, before[name])
+               for name, weight in trainer.policy.state_dict().items())
+    assert trainer.scaler.get_scale() == 2.0**39
+
+
+def test_the_loss_is_the_configured_one(small_run):
+    found = {loss: small_run(loss, loss=loss, gripper="continuous").validate()["loss"]
+             for loss in ("mse", "l1", "mix")}
+    assert found["mix"] == pytest.approx((found["mse"] + found["l1"]) / 2, rel=1e-5)
+    assert found["mse"] != pytest.approx(found["l1"], rel=1e-2)
+    values = small_run("heavy", gripper="classifier", gripper_weight=0.7).validate()
+    assert values["loss"] == pytest.approx(values["action"] + 0.7 * values["gripper"], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(halting="act", ponder_cost=0.1), dict(halting="remainder"),
+    dict(variant="trm", image_size=64, deep_supervision=True, halting="learned",
+         halting_weight=1.0, gripper="classifier"),
+    dict(variant="trm", image_size=64, deep_supervision=True, cycles=1, latent_updates=1),
+])
+def test_training_and_validation_loss_are_the_same_quantity(small_run, settings):
+    """On the same samples, with weights that do not move, the two are equal."""
+    trainer = small_run(lr=1e-12, min_lr=1e-12, batch_size=40, epochs=1, augmentation="none",
+                        **settings)
+    trainer.val_data = trainer.train_data
+    (row,) = trainer.fit()
+    assert row["train_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    is_minimised = row["objective"] == pytest.approx(row["train_loss"], rel=1e-5)
+    assert is_minimised == ("deep_supervision" not in settings)
+
+
+def test_all_processes_stop_by_the_validation_loss_of_one(small_run, monkeypatch):
+    """Each has one that differs in the last digits, by which patience would end them apart."""
+    trainer = small_run(epochs=5, patience=2)
+    said = iter([0.5, 0.25, 0.26, 0.27])
+    monkeypatch.setattr(trainer.team, "agree", lambda value: next(said) if 0 < value < 1 else value)
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "_loss", lambda trainer, compute, batch: (
+        torch.tensor(0.9, requires_grad=True), {"final": torch.tensor(0.9)}))
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *_: None)
+    monkeypatch.setattr(trainer, "_time_is_up", lambda: False)
+    rows = trainer.fit()
+    assert [row["val_loss"] for row in rows] == [0.5, 0.25, 0.26, 0.27] and trainer.finished
+
+
+def test_averaged_weights_are_what_is_validated_and_saved(small_run):
+    trainer = small_run(ema_decay=0.75, epochs=2, batch_size=40)  # two updates
+    step, weights = trainer._step, []
+
+    def watch(batch):
+        done = step(batch)
+        weights.append(trainer.policy.head.output.weight.detach().clone())
+        return done
+
+    trainer._step = watch
+    rows = trainer.fit()
+    # the average begins with the weights after the first update (PyTorch's AveragedModel)
+    expected = 0.75 * weights[0] + 0.25 * weights[1]
+    saved = load_file(trainer.run / "last.safetensors")
+    assert torch.allclose(saved["head.output.weight"], expected, atol=1e-7)
+    assert not torch.allclose(expected, weights[1], atol=1e-7)
+    assert trainer.lowest_epoch == 2  # so that these are the best ones too
+    best = load_file(trainer.run / "best.safetensors")
+    assert all(torch.equal(best[name], saved[name]) for name in saved)
+    trainer.policy.load_state_dict(saved)
+    trainer.ema = None
+    assert trainer.validate()["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+
+
+def test_validation_does_not_depend_on_how_samples_fall_into_batches(small_run):
+    """With chunks, batches differ in how many actions exist past the demonstrations' ends."""
+    values = [small_run(f"b{size}", batch_size=size, chunk=4, gripper="classifier").validate()
+              for size in (3, 40)]
+    assert values[0].keys() == {"loss", "action", "gripper"}
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0]["loss"] == pytest.approx(
+        values[0]["action"] + 0.1 * values[0]["gripper"], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epoch(small_run):
+    small_run("run", epochs=3, max_minutes=1e-9).fit()
+    trainer = small_run("run", resume=True, epochs=3)
+    good = (trainer.run / "last.safetensors").read_bytes()
+    step = trainer._step
+
+    def explode(batch):
+        with torch.no_grad():
+            trainer.policy.head.hidden.weight.fill_(float("nan"))
+        return step(batch)
+
+    trainer._step = explode
+    with pytest.raises(RuntimeError, match=r"epoch 2: the training loss went from 0\.\d+ in the "
+                                           r"first step to nan.*not finite: encoders.*lr=0\.001"):
+        trainer.fit()
+    assert (trainer.run / "last.safetensors").read_bytes() == good
+    assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 1
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
+
+
+@pytest.mark.parametrize(("after", "message"), [
+    (lambda weight: weight.fill_(float("nan")), "not finite: head.output.weight"),
+    (lambda weight: weight.mul_(1e12), r"from 0\.\d+ in the first step to \d\.\d+e\+1\d"),
+])
+def test_a_breakdown_within_an_epoch_is_not_saved(small_run, monkeypatch, after, message):
+    """The weights break after the second step of epoch 2; a state is saved after every step."""
+    trainer, steps = small_run("run", epochs=3), itertools.count(1)
+    step = trainer._step
+
+    def break_down(batch):
+        done = step(batch)
+        if next(steps) == trainer.steps_per_epoch + 2:
+            with torch.no_grad():
+                after(trainer.policy.head.output.weight)
+        return done
+
+    trainer._step = break_down
+    monkeypatch.setattr(train, "_CHECK_EVERY", 1)
+    monkeypatch.setattr(train, "_SAVE_EVERY", 0.0)
+    with pytest.raises(RuntimeError, match=f"epoch 2: .*{message}"):
+        trainer.fit()
+    state = train.load_training_state(trainer.run)
+    assert state["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in state["policy"].values())
+    if "not finite" in message:  # what exploded but is finite may look sound until the next loss
+        assert len(state["measured"]) == 1
+        assert losses(small_run("run", resume=True, epochs=3).fit()) == losses(
+            small_run("straight", epochs=3).fit())
+
+
+def test_an_explosion_within_the_first_epoch_stops_it(small_run):
+    """Every loss is finite, so that nothing else would."""
+    with pytest.raises(RuntimeError, match="epoch 1: the training loss went from"):
+        small_run("run", epochs=2, lr=1e6, normalize_actions="zscore", grad_clip=1e6,
+                  loss="mse").fit()
+
+
+def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_run):
+    """As fp16 has them: the scaler leaves out an update whose gradient overflows."""
+    norms = iter([2.0, math.inf, 4.0, math.inf, math.nan, math.inf])
+    trainer = small_run(epochs=2, batch_size=11)
+    assert trainer.steps_per_epoch == 3
+    trainer._step = lambda batch: tuple(map(torch.tensor, (0.5, next(norms), 0.5)))
+    with pytest.raises(RuntimeError, match="epoch 2: the gradient is nan"):
+        trainer.fit()
+    (row,) = read_jsonl(trainer.run / "metrics.jsonl")
+    assert row["grad_norm"] == 3.0
+
+
+@pytest.mark.parametrize("settings", [
+    dict(loss="mse"), dict(loss="l1"), dict(loss="mix"),
+    dict(gripper="continuous"), dict(gripper="threshold"), dict(gripper="classifier"),
+    dict(gripper="mixture"), dict(halting="fixed"), dict(halting="remainder"), dict(halting="act"),
+    dict(proprioception=False), dict(conditioning="task_id"), dict(chunk=1),
+    dict(sequence_length=3), dict(variant="trm", image_size=64),
+    dict(precision="bf16"), dict(precision="fp16"), dict(normalize_actions="minmax"),
+    dict(augmentation="reference"), dict(ema_decay=0.9), dict(cameras=["eye_in_hand_rgb"]),
+])
+def test_every_option_trains(small_run, settings):
+    rows = small_run(epochs=1, **settings).fit()
+    assert len(rows) == 1 and math.isfinite(rows[0]["train_loss"]) and rows[0]["grad_norm"] > 0
+
+
+def test_device_and_precision(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_device("cpu") == cpu and choose_precision("fp32", cpu) == "fp32"
+    assert choose_precision("auto", cpu) in ("fp32", "bf16")
+    for native, expected in ((True, "bf16"), (False, "fp16")):  # a T4 emulates bf16 slowly
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation, own=native: including_emulation or own)
+        assert choose_precision("auto", torch.device("cuda")) == expected
+    if not torch.cuda.is_available():
+        assert choose_device("auto") == cpu
+        with pytest.raises(ValueError, match="finds no CUDA GPU"):
+            choose_device("cuda")

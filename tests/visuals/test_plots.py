@@ -1,0 +1,188 @@
+"""Figures show the numbers they are given; pictures are the right way up."""
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from trm_helpers.stats import summarize_episodes, wilson_interval
+from trm_helpers.visuals import plots
+
+matplotlib.use("agg")
+
+
+def stored(count: int = 2, size: int = 8) -> np.ndarray:
+    """(n, size, size, 3) uint8 frames as stored: the first row, the picture's bottom, is red."""
+    images = np.zeros((count, size, size, 3), np.uint8)
+    images[:, 0] = (255, 0, 0)
+    return images
+
+
+def assert_upright(axes) -> None:
+    shown = axes.images[0].get_array()
+    assert (shown[-1] == shown[-1, 0]).all() and shown[-1, 0, 0] > 0 and shown[0].sum() == 0
+
+
+def episodes(successes: int, count: int, task_id: int = 0) -> list[dict]:
+    return [dict(suite="libero_object", task_id=task_id, init_state=i, success=i < successes,
+                 steps=100 if i < successes else 280) for i in range(count)]
+
+
+def bar_heights(axes) -> list[float]:
+    return [patch.get_height() for patch in axes.patches]
+
+
+# --- pictures ------------------------------------------------------------------------------------
+def test_upright_flips_the_vertical_axis_only():
+    images = np.arange(2 * 3 * 4 * 5 * 3).reshape(2, 3, 4, 5, 3)
+    flipped = plots.upright(images)
+    assert flipped.shape == images.shape
+    for row in range(4):
+        np.testing.assert_array_equal(flipped[:, :, row], images[:, :, 3 - row])
+    np.testing.assert_array_equal(plots.upright(flipped), images)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 4), (3,)])
+def test_upright_refuses_what_is_no_image(shape):
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., H, W, 3\)"):
+        plots.upright(np.zeros(shape))
+
+
+def test_frames_are_upright_in_every_figure_of_images():
+    batch = {
+        "observations": {"agentview_rgb": stored()[:, None] / 255, "proprio": np.zeros((2, 1, 8))},
+        "actions": np.arange(2 * 1 * 4 * 7).reshape(2, 1, 4, 7) / 10,
+    }
+    figures = [
+        plots.plot_frames({"agentview_rgb": stored(), "eye_in_hand_rgb": stored()}, "a task"),
+        plots.plot_augmentation(stored() / 255, stored() / 255),
+        plots.plot_rollout_strip(plots.upright(stored()), [0, 30], "success after 31 steps"),
+        plots.plot_batch(batch),
+    ]
+    for figure, count in zip(figures, (4, 4, 2, 2), strict=True):
+        with_images = [axes for axes in figure.axes if axes.images]
+        assert len(with_images) == count
+        for axes in with_images:
+            assert_upright(axes)
+    assert [axes.get_title() for axes in figures[2].axes] == ["step 0 (0.0 s)", "step 30 (1.5 s)"]
+    widths = [[bar.get_width() for bar in axes.patches] for axes in figures[3].axes[2:]]
+    np.testing.assert_allclose(widths, batch["actions"][:, 0, 0])  # first step, first of the chunk
+
+
+def test_places_are_marked_where_the_upright_picture_shows_them():
+    places = np.array([[[0.25, 0.0], [1.0, 0.5]], [[0.5, 1.0], [0.0, 0.0]]])
+    figure = plots.plot_places(stored(), places, ["plate_1", "basket_1"])
+    height, width = stored().shape[1:3]
+    for axes, expected in zip(figure.axes, places, strict=True):
+        assert_upright(axes)
+        marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines]
+        np.testing.assert_allclose(marks, [(u * width - 0.5, (1 - v) * height - 0.5)
+                                           for u, v in expected])
+    assert [text.get_text() for text in figure.legends[0].texts] == ["plate 1", "basket 1"]
+
+
+# --- curves and bars -----------------------------------------------------------------------------
+def test_action_statistics_are_shares_of_the_steps():
+    actions = np.zeros((4, 7))
+    actions[:, 0] = (0.5, 0.5, 0.5, -0.5)
+    actions[:, 6] = (-1, 1, 1, 1)
+    figure = plots.plot_action_statistics(actions)
+    assert sorted(bar_heights(figure.axes[0]))[-2:] == [25, 75]
+    assert (bar_heights(figure.axes[6])[0], bar_heights(figure.axes[6])[-1]) == (25, 75)
+    assert figure.axes[0].get_title() == "dx: mean +0.25, std 0.43"
+
+
+@pytest.mark.parametrize("draw", [plots.plot_action_statistics, plots.plot_action_trace])
+@pytest.mark.parametrize("shape", [(0, 7), (5, 6), (7,)])
+def test_actions_of_another_shape_are_refused(draw, shape):
+    with pytest.raises(ValueError, match=r"expected \(T, 7\)"):
+        draw(np.zeros(shape))
+
+
+def test_action_trace_is_in_seconds():
+    actions = np.linspace(-1, 1, 40 * 7).reshape(40, 7)
+    figure = plots.plot_action_trace(actions)
+    move, turn, grip = figure.axes
+    lines = [*move.patches, *turn.patches, *grip.patches]
+    for dim, line in enumerate(lines):
+        np.testing.assert_array_equal(line.get_data().values, actions[:, dim])
+        assert line.get_data().edges[-1] == 2.0  # 40 steps at 20 Hz
+    assert len(lines) == 7
+
+
+def test_alignment_shows_what_was_measured_and_what_was_not():
+    evidence = {"method": "delay", "fraction": None, "residual": None, "delay": 0.25}
+    figure = plots.plot_alignment("shift", evidence)
+    by_joints, by_delay = figure.axes
+    assert any("could not be measured" in text.get_text() for text in by_joints.texts)
+    assert [list(line.get_xdata()) for line in by_delay.lines] == [[0.25, 0.25]]
+    assert "obs[t] -> actions[t+1]" in figure.get_suptitle()
+
+
+def test_demo_lengths_count_every_demonstration():
+    figure = plots.plot_demo_lengths([100, 100, 120], horizon=280)
+    assert sum(bar_heights(figure.axes[0])) == 3
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [pytest.approx(320 / 3), 280]
+
+
+def test_training_curves_mark_the_best_epoch():
+    rows = [dict(epoch=e, train_loss=1 / e, val_loss=v, lr=1e-3 / e, seconds=30)
+            for e, v in enumerate((0.5, 0.2, 0.4), 1)]
+    figure = plots.plot_training_curves(rows)
+    losses, rates = figure.axes
+    train, val, best = losses.lines
+    np.testing.assert_allclose(train.get_ydata(), (1, 1 / 2, 1 / 3))
+    np.testing.assert_allclose(val.get_ydata(), (0.5, 0.2, 0.4))
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [0.2])
+    np.testing.assert_allclose(rates.lines[0].get_ydata(), (1e-3, 5e-4, 1e-3 / 3))
+    assert losses.get_yscale() == "log"
+    rows[2]["success_rate"] = 0.5  # rollouts chose the last one
+    assert list(plots.plot_training_curves(rows).axes[0].lines[2].get_xdata()) == [3]
+    assert figure.get_suptitle() == "Training: 3 epochs in 1.5 minutes"
+
+
+def test_training_curves_need_an_epoch():
+    with pytest.raises(ValueError, match="metrics is empty"):
+        plots.plot_training_curves([])
+
+
+def test_success_bars_have_wilson_intervals_and_counts():
+    summary = summarize_episodes(episodes(8, 10) + episodes(0, 10, task_id=3))
+    axes = plots.plot_success({"policy": summary}).axes[0]
+    assert bar_heights(axes) == [80, 0, 40]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["object 0", "object 3", "all"]
+    assert [text.get_text() for text in axes.texts] == ["8/10", "0/10", "8/20"]
+    whiskers = axes.collections[0].get_segments()
+    for segment, (successes, count) in zip(whiskers, ((8, 10), (0, 10), (8, 20)), strict=True):
+        np.testing.assert_allclose(
+            segment[:, 1] / 100, wilson_interval(successes, count), atol=1e-12
+        )
+
+
+def test_success_of_two_policies_side_by_side_on_the_tasks_each_has():
+    both = {"a": summarize_episodes(episodes(1, 2)),
+            "b": summarize_episodes(episodes(2, 2) + episodes(0, 2, task_id=1))}
+    axes = plots.plot_success(both).axes[0]
+    assert bar_heights(axes) == [50, 50, 100, 0, 50]
+    centres = [patch.get_x() + patch.get_width() / 2 for patch in axes.patches]
+    np.testing.assert_allclose(centres, [-0.2, 1.8, 0.2, 1.2, 2.2])
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_episode_lengths_by_outcome():
+    axes = plots.plot_episode_lengths(episodes(3, 5), horizon=280).axes[0]
+    assert sum(bar_heights(axes)) == 5
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "horizon 280", "succeeded (3)", "failed (2)"
+    }
+
+
+# --- files ---------------------------------------------------------------------------------------
+def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figure = plots.plot_demo_lengths([100, 120])
+    assert dict(matplotlib.rcParams) == before
+    assert matplotlib.pyplot.get_fignums() == []
+    path = plots.save_figure(figure, tmp_path / "figures" / "lengths.png")
+    assert imread(path).shape[:2] == (3.2 * 150, 6 * 150)
+    assert [file.name for file in path.parent.iterdir()] == ["lengths.png"]

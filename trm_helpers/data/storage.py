@@ -1,0 +1,323 @@
+"""Where the steps of the demonstrations are held: in memory, mapped from the files, on a GPU."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .. import schema
+from ..demos.demo_files import (
+    DemoFileError,
+    check_demo_file,
+    check_gripper,
+    instruction_of,
+    open_demo_file,
+    resolve_alignment,
+    source_of,
+)
+from ..software import free_memory
+from .augment import resize_images
+
+_KEPT_FREE = 0.1  # share of the free memory that is not to be used
+
+
+@dataclass(frozen=True)
+class DemoFile:
+    path: Path
+    alignment: str
+    source: str
+    language: str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where a demonstration's steps lie in :class:`Steps`: ``first`` up to ``end``."""
+
+    file: int
+    name: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of all demonstrations one after another, observation and action paired."""
+
+    files: list[DemoFile]
+    demos: list[Demo]
+    frames: FramesInMemory | FramesOnDisk
+    actions: torch.Tensor  # (N, 7) float32, environment's units
+    proprio: torch.Tensor  # (N, P) float32, m and rad
+    file_of_step: torch.Tensor  # (N,) int64
+    pushed_at: torch.Tensor  # (N,) int64, the first step from here on that was disturbed
+
+
+class BatchMemory:
+    """Memory for large batches, used again as soon as nobody holds the batch that lies in it.
+
+    The C library gives freed memory of this size back to the system, and to get it page by page
+    for the next batch takes longer than to fill it. A tensor made from an array keeps the array
+    alive, and so does every view of the tensor: memory whose array is gone is free.
+    """
+
+    KEPT = 4  # the batch being made and the one in use, of two cameras each
+    SMALLEST = 2**20  # bytes; less is kept by the C library itself
+
+    def __init__(self):
+        # the memory, and the array over it that went out as a tensor
+        self._kept: deque[tuple[np.ndarray, weakref.ref]] = deque()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU, its values undefined."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < self.SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        memory = self._take(size)
+        lent = memory[:size]
+        self._kept.append((memory, weakref.ref(lent)))
+        if len(self._kept) > self.KEPT:
+            self._kept.popleft()
+        return torch.from_numpy(lent).view(dtype).view(*shape)
+
+    def _take(self, size: int) -> np.ndarray:
+        for _ in range(len(self._kept)):
+            try:
+                memory, lent = self._kept.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if lent() is None and size <= memory.nbytes <= 2 * size:  # half may lie idle
+                return memory
+            self._kept.append((memory, lent))
+        return np.empty(size, dtype=np.uint8)
+
+    def __reduce__(self):
+        return BatchMemory, ()  # a copy has memory of its own
+
+
+class FramesInMemory:
+    """Frames resized once and kept as uint8 tensors on one device."""
+
+    def __init__(self, images: dict[str, torch.Tensor]):
+        self.images = images  # camera -> (N, S, S, 3)
+        stored = next(iter(images.values()))
+        self.image_size, self.device = stored.shape[1], stored.device
+
+    def pick(self, camera: str, steps: torch.Tensor,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
+        stored = self.images[camera]
+        # whole frames as rows: several times faster than indexing four dimensions
+        rows = torch.index_select(stored.flatten(1), 0, steps.to(self.device),
+                                  out=None if out is None else out.flatten(1))
+        return rows.view(-1, *stored.shape[1:])
+
+
+class FramesOnDisk:
+    """Frames read when they are needed, straight from the files' pages, and resized then.
+
+    An uncompressed, contiguous HDF5 data set is one run of bytes: the file that holds it, which a
+    link may lead to, is mapped, and a frame is a slice of it. The operating system keeps what is
+    used often and drops what is not. The files must stay as they are. A copy in another process
+    maps them anew.
+
+    Raises :class:`DemoFileError` for frames that are not one run of bytes, or not all of one
+    shape for a camera.
+    """
+
+    def __init__(self, files: Sequence[DemoFile], demos: Sequence[Demo], cameras: Sequence[str],
+                 image_size: int):
+        self.image_size, self.device = image_size, torch.device("cpu")
+        self.paths: list[Path] = []
+        count = demos[-1].end
+        self.places = {camera: np.empty((count, 2), dtype=np.int64) for camera in cameras}
+        self.shapes: dict[str, tuple] = {}
+        for index, file in enumerate(files):
+            with open_demo_file(file.path) as content:
+                for demo in (demo for demo in demos if demo.file == index):
+                    for camera in cameras:
+                        self._locate(file.path, demo, content[schema.DATA_GROUP][demo.name], camera)
+        self._map()
+
+    def _locate(self, path: Path, demo: Demo, group, camera: str) -> None:
+        dataset = group["obs"][camera]
+        offset, shape = dataset.id.get_offset(), dataset.shape[1:]
+        if offset is None:
+            raise DemoFileError(
+                f"{path}: {dataset.name} is compressed, chunked or kept elsewhere; expected one "
+                "run of bytes for storage='mmap'. Use storage='ram'")
+        if self.shapes.setdefault(camera, shape) != shape:
+            raise DemoFileError(f"{path}: frames of {dataset.name} have shape {shape}; expected "
+                                f"{self.shapes[camera]}, that of the others, for storage='mmap'. "
+                                "Use storage='ram'")
+        holder = Path(dataset.file.filename).resolve()
+        if holder not in self.paths:
+            self.paths.append(holder)
+        steps = np.arange(demo.end - demo.first)
+        self.places[camera][demo.first:demo.end, 0] = self.paths.index(holder)
+        self.places[camera][demo.first:demo.end, 1] = offset + steps * math.prod(shape)
+
+    def _map(self) -> None:
+        # plain arrays over the mapping: slicing a memmap object takes several times as long
+        self.maps = [np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in self.paths]
+
+    def __getstate__(self) -> dict:
+        """Without the mappings, which would be pickled as copies of whole files."""
+        return {name: value for name, value in vars(self).items() if name != "maps"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._map()
+
+    def pick(self, camera: str, steps: torch.Tensor,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
+        shape = self.shapes[camera]
+        if shape == (self.image_size, self.image_size, 3):
+            return self._read(camera, steps, out)
+        resized = resize_frames(self._read(camera, steps), self.image_size)
+        return resized if out is None else out.copy_(resized)
+
+    def _read(self, camera: str, steps: torch.Tensor,
+              out: torch.Tensor | None = None) -> torch.Tensor:
+        shape, steps = self.shapes[camera], steps.numpy()
+        size = math.prod(shape)
+        if out is None:
+            out = torch.empty(len(steps), *shape, dtype=torch.uint8)
+        frames = out.flatten(1).numpy()
+        for row, (file, offset) in enumerate(self.places[camera][steps].tolist()):
+            frames[row] = self.maps[file][offset:offset + size]
+        return out
+
+
+def resize_frames(images: torch.Tensor, size: int) -> torch.Tensor:
+    """What :func:`resize_images` gives, to the bit, three times as fast where sides are halved.
+
+    The mean of 4 or 16 bytes is exact in its float arithmetic and in integers alike, and both
+    round a half to the even neighbour.
+    """
+    factor = images.shape[1] // size
+    if images.shape[1:3] != (size * factor, size * factor) or factor not in (2, 4):
+        return resize_images(images, size)
+    sums = images.numpy().astype(np.uint16)  # at most 16 * 255
+    while sums.shape[1] > size:
+        sums = sums[:, ::2] + sums[:, 1::2]
+        sums = sums[:, :, ::2] + sums[:, :, 1::2]
+    bits = 2 * factor.bit_length() - 2  # log2 of the pixels in a sum
+    half = (1 << (bits - 1)) - 1
+    return torch.from_numpy(((sums + (half + (sums >> bits & 1))) >> bits).astype(np.uint8))
+
+
+def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
+    """Check each file and settle its alignment; :class:`DemoFileError` for one not usable."""
+    opened = []
+    for path in files:
+        check_demo_file(path)
+        check_gripper(path)
+        opened.append(DemoFile(path, resolve_alignment(path, alignment), source_of(path),
+                               instruction_of(path)))
+    return opened
+
+
+def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence[str],
+               image_size: int, storage: str = "ram") -> Steps:
+    """Read the chosen demonstrations of each file.
+
+    The memory that the frames need is printed first. Raises ``MemoryError`` when they do not fit,
+    before any is read, ``ValueError`` for ``storage="gpu"`` without one, and
+    :class:`DemoFileError` for a file that can not be mapped with ``storage="mmap"``.
+    """
+    demos = _lay_out(files, chosen)
+    count = demos[-1].end
+    images: dict[str, torch.Tensor] = {}
+    if storage == "mmap":
+        frames = FramesOnDisk(files, demos, cameras, image_size)
+        mapped = sum(path.stat().st_size for path in frames.paths)
+        print(f"frames need no memory of their own: {mapped / 2**20:,.1f} MiB of files are mapped")
+    else:
+        device = _device(storage)
+        _refuse_too_much(count * image_size**2 * 3 * len(cameras), storage, device)
+        images = {camera: torch.empty(count, image_size, image_size, 3, dtype=torch.uint8,
+                                      device=device) for camera in cameras}
+        frames = FramesInMemory(images)
+    steps = Steps(
+        files=files,
+        demos=demos,
+        frames=frames,
+        actions=torch.empty(count, schema.ACTION_DIM),
+        proprio=torch.empty(count, schema.PROPRIO_DIM),
+        file_of_step=torch.empty(count, dtype=torch.int64),
+        pushed_at=torch.empty(count, dtype=torch.int64),
+    )
+    with tqdm(total=len(demos), desc="loading demonstrations", unit="demo") as progress:
+        for index, file in enumerate(files):
+            with open_demo_file(file.path) as content:
+                for demo in (demo for demo in demos if demo.file == index):
+                    _fill(steps, demo, content[schema.DATA_GROUP][demo.name], images)
+                    progress.update()
+    return steps
+
+
+def _device(storage: str) -> torch.device:
+    if storage == "gpu" and not torch.cuda.is_available():
+        raise ValueError("storage='gpu' was asked for; PyTorch finds no CUDA GPU here. "
+                         "Expected 'ram' or 'mmap'")
+    return torch.device("cuda" if storage == "gpu" else "cpu")
+
+
+def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
+    """Print what the frames need; ``MemoryError`` when there is not that much."""
+    free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" else free_memory()
+    print(f"frames need {needed / 2**20:,.1f} MiB of {free / 2**20:,.1f} MiB free ({storage})")
+    if needed > (1 - _KEPT_FREE) * free:
+        raise MemoryError(
+            f"the frames need {needed / 2**20:,.1f} MiB with storage={storage!r}; expected at most "
+            f"{100 * (1 - _KEPT_FREE):.0f} % of the {free / 2**20:,.1f} MiB free. Choose a smaller "
+            "image_size, fewer demonstrations (max_demos_per_task), or storage="
+            + ("'ram' or 'mmap'" if storage == "gpu" else "'mmap'"))
+
+
+def _lay_out(files: list[DemoFile], chosen: list[list[str]]) -> list[Demo]:
+    """Give each chosen demonstration its place; a shift file loses one step to the pairing."""
+    demos, first = [], 0
+    for index, (file, names) in enumerate(zip(files, chosen, strict=True)):
+        with open_demo_file(file.path) as content:
+            for name in names:
+                length = len(content[schema.DATA_GROUP][name]["actions"])
+                end = first + length - (file.alignment == "shift")
+                demos.append(Demo(index, name, first, end))
+                first = end
+    return demos
+
+
+def _fill(steps: Steps, demo: Demo, group, images: dict[str, torch.Tensor]) -> None:
+    """Copy one demonstration, pairing obs[t] with actions[t] (raw) or actions[t+1] (shift)."""
+    place, length = slice(demo.first, demo.end), demo.end - demo.first
+    late = len(group["actions"]) - length
+    steps.actions[place] = torch.from_numpy(group["actions"][late:].astype(np.float32))
+    steps.file_of_step[place] = demo.file
+    steps.pushed_at[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
+    parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
+    steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
+    for camera, stored in images.items():
+        frames = torch.from_numpy(group["obs"][camera][:length])
+        stored[place] = resize_frames(frames, stored.shape[1]).to(stored.device)
+
+
+def _next_push(group, first: int) -> np.ndarray:
+    """(T,) the first step from t on whose action was not the one executed; a large number if none.
+
+    Steps are counted from ``first``. Only this project's files push the arm about.
+    """
+    pushed = np.full(len(group["actions"]), np.iinfo(np.int64).max)
+    if schema.EXECUTED_ACTIONS in group:
+        differs = (group["actions"][:] != group[schema.EXECUTED_ACTIONS][:]).any(axis=1)
+        pushed[differs] = first + np.flatnonzero(differs)
+    return np.minimum.accumulate(pushed[::-1])[::-1].copy()

@@ -1,0 +1,395 @@
+"""Scripted demonstrations into LIBERO's HDF5 layout, in parallel, resumable, never half-written.
+
+Attempts are numbered and seeded one by one, and the file holds the first successful ones in that
+order, so that the result does not depend on the number of workers or on interruptions.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm.auto import tqdm
+
+from .. import paths, schema
+from ..config import Config
+from ..files import only_one, read_json, replacing
+from ..sim import layouts
+from ..sim.env import LiberoEnv, load_task
+from ..sim.parallel import run_jobs
+from .demo_files import (
+    COLLECTION_ATTR,
+    VERSION_ATTR,
+    check_demo_file,
+    demo_names,
+    given_demonstrations,
+    human_demonstrations,
+    json_attribute,
+    open_demo_file,
+    source_of,
+    survey_demonstrations,
+    version_notes,
+)
+from .experts import Style, make_expert
+
+_MAX_FAILURES = 20  # more failures than successes and this many: the expert cannot do the task
+
+
+class Disturbance:
+    """Bursts of pushing during a demonstration, so that it shows how to recover.
+
+    For some steps a random command replaces the expert's in what is executed; what is stored as
+    the action stays the expert's own answer to where it has been pushed (after DART,
+    arXiv 1703.09327, with bursts in place of its noise).
+
+    Args:
+        generator: the attempt's own.
+        probability: of a burst beginning in a step.
+        start_probability: of a longer burst at the very start, so that episodes begin elsewhere.
+    """
+
+    def __init__(self, generator: np.random.Generator, probability: float = 0.04,
+                 start_probability: float = 0.5):
+        self.generator = generator
+        self.probability = probability
+        self.left = 0
+        self.push = np.zeros(schema.ARM_DIM)
+        if generator.random() < start_probability:
+            self._begin(generator.integers(6, 16))
+
+    def apply(self, action: np.ndarray) -> np.ndarray:
+        """What is executed in place of ``action`` (7,); the gripper is never disturbed."""
+        if self.left == 0 and self.generator.random() < self.probability:
+            self._begin(self.generator.integers(3, 8))
+        if self.left == 0:
+            return action
+        self.left -= 1
+        return np.concatenate([self.push, action[schema.ARM_DIM:]])
+
+    def _begin(self, steps: int) -> None:
+        self.left = int(steps)
+        direction = self.generator.normal(size=3) * (1.0, 1.0, 0.7)
+        strength = self.generator.uniform(0.3, 0.9)
+        self.push[:3] = strength * direction / np.linalg.norm(direction)
+        self.push[3:] = self.generator.uniform(-0.05, 0.05, 3)
+
+
+def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str | os.PathLike,
+                           *, seed: int = 0, workers: int | None = None,
+                           disturb: bool = True, placement: str = "benchmark") -> Path:
+    """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
+
+    Placements are drawn by the environment's reset, never taken from the official init states.
+    Each finished attempt is kept in a folder beside the file until the file is complete, and a
+    call that was interrupted goes on from there. A complete file is returned as it is; one with
+    fewer demonstrations is extended.
+
+    Args:
+        num_demos: successful demonstrations in the file.
+        seed: of the placements, the demonstrator's style and the disturbances.
+        workers: see :func:`fanout.run_jobs`.
+        disturb: push the arm about (see :class:`Disturbance`).
+        placement: of the objects: ``benchmark`` or ``wide``, see :func:`layouts.reset`.
+
+    Raises:
+        ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a file made with other
+            settings stands in the way.
+        RuntimeError: the expert fails too often on this task.
+        OSError: the disk is full; what is complete stays.
+        TimeoutError, WorkerDied: an attempt took longer than 15 minutes or lost its process, and
+            again when it was repeated.
+    """
+    if num_demos < 1:
+        raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
+    if placement not in schema.PLACEMENTS:
+        raise ValueError(f"placement={placement!r} is not valid; expected one of "
+                         f"{', '.join(schema.PLACEMENTS)}")
+    task = load_task(schema.check_training_suite(suite), task_id)
+    path = Path(folder) / f"{task.name}{schema.DEMO_FILE_SUFFIX}"
+    settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
+                "disturb": disturb, "placement": placement,
+                "observations": "what env.step returned", **schema.PINNED}
+    if _complete(path, settings, num_demos):  # no waiting for who extends it
+        return path
+    with only_one(path.parent, lock=f".{task.name}.lock"):  # a second call waits, and finds it done
+        return _collect(path, task, settings, num_demos, workers)
+
+
+def _complete(path: Path, settings: dict, num_demos: int) -> bool:
+    if not path.exists():
+        return False
+    _refuse_other_settings(path, settings)
+    with open_demo_file(path) as file:
+        return len(demo_names(file)) >= num_demos
+
+
+def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | None) -> Path:
+    suite, task_id, seed, disturb, placement = (
+        settings[key] for key in ("suite", "task_id", "seed", "disturb", "placement"))
+    variety = f"{placement}{'' if disturb else '.calm'}"
+    parts = path.with_name(f".{task.name}.{variety}.seed{seed}.parts")
+    if _complete(path, settings, num_demos):
+        return path
+    attempts = _known_attempts(path, parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    attempt = functools.partial(_attempt, suite, task_id, seed, disturb, placement, parts)
+    bar = tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
+               initial=min(len(_successes(attempts)), num_demos))
+    with bar:
+        _run_attempts(attempt, attempts, num_demos, workers, bar, task.name)
+    with replacing(path) as temporary:
+        _assemble(temporary, task, settings, attempts, num_demos)
+        check_demo_file(temporary)
+    for part in parts.iterdir():
+        part.unlink()
+    parts.rmdir()
+    return path
+
+
+def ensure_demonstrations(config: Config) -> dict[int, Path]:
+    """The demonstration file of each task of ``config.data``, found, downloaded or collected.
+
+    A folder that was given (``demo_dir``) is the only place: nothing is collected or downloaded in
+    its stead. Otherwise ``demos="auto"`` takes human demonstrations for the tasks where they are
+    found and scripted ones for the others. Prints one line for each kind.
+    """
+    data = config.data
+    tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
+    names = [task.name for task in tasks.values()]
+    kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
+    places = [paths.data_dir(), paths.KAGGLE_INPUT]
+    if data.demo_dir:
+        found = given_demonstrations(data.demo_dir, names, kinds)
+    elif data.demos == "human":
+        found = human_demonstrations(data.suite, names, places, download=True)
+    else:
+        found, _ = survey_demonstrations(places if data.demos == "auto" else [], names, ["human"])
+    for kind in kinds:
+        those = [str(path) for path in found.values() if source_of(path) == kind]
+        if those:
+            print(f"{kind} demonstrations of {len(those)} task(s): {', '.join(those)}")
+    missing = [task_id for task_id, task in tasks.items() if task.name not in found]
+    if missing:
+        kind = "scripted" if data.placement == "benchmark" else f"scripted-{data.placement}"
+        folder = paths.data_dir() / kind / data.suite
+        print(f"{data.num_demos} scripted demonstrations of each of {len(missing)} task(s), in "
+              f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
+                             if data.demos == "auto" else ""))
+    for task_id in missing:
+        found[tasks[task_id].name] = collect_demonstrations(
+            data.suite, task_id, data.num_demos, folder, seed=data.data_seed,
+            placement=data.placement)
+    files = {task_id: found[task.name] for task_id, task in tasks.items()}
+    for note in version_notes(files.values()):
+        print(note)
+    return files
+
+
+def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
+    """:func:`ensure_demonstrations` of a trained run: scripted ones alone if it had no others.
+
+    Raises ``FileNotFoundError`` for a run that was given a ``demo_dir``, where ``config`` has none:
+    the folder is not looked up in the run's file, and other demonstrations are not the run's.
+    """
+    given = read_json(run / "config.json").get("data", {}).get("demo_dir")
+    if given and not config.data.demo_dir:
+        raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
+                                "the folder that holds these demonstrations here")
+    trained_on = read_json(run / "policy.json")["trained_on"]["files"]
+    if {file["source"] for file in trained_on} == {"scripted"}:  # human ones may lie there now
+        config = config.replace(demos="scripted")
+    return ensure_demonstrations(config)
+
+
+# --- attempts -----------------------------------------------------------------------------------
+
+
+def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
+    """Finished attempts: where a success lies, ``None`` for a failure."""
+    known: dict[int, Path | None] = {}
+    if path.exists():
+        with open_demo_file(path) as file:
+            collection = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
+            known.update(dict.fromkeys(collection["failed_attempts"]))
+            known.update((int(file[schema.DATA_GROUP][name].attrs["attempt"]), path)
+                         for name in demo_names(file))
+    if parts.is_dir():
+        for part in parts.glob("attempt_*"):
+            number = int(part.stem.split("_")[1])
+            known[number] = part if part.suffix == ".hdf5" else None
+    return known
+
+
+def _successes(attempts: dict[int, Path | None]) -> list[int]:
+    """Successful attempts, in order, up to the first that has not been made yet."""
+    done = 0
+    while done in attempts:
+        done += 1
+    return [number for number in range(done) if attempts[number] is not None]
+
+
+def _run_attempts(attempt, attempts, num_demos, workers, bar, task_name) -> None:
+    """Make attempts until the first ``num_demos`` successes are known, in any order of ending."""
+    numbers = _missing(attempts, num_demos)
+    for number, part, error in run_jobs(attempt, numbers, workers=workers):
+        if error:
+            raise error
+        attempts[number] = part
+        numbers += [n for n in _missing(attempts, num_demos) if n not in numbers]
+        bar.n = min(len(_successes(attempts)), num_demos)
+        bar.refresh()
+        failures = sum(part is None for part in attempts.values())
+        if failures >= _MAX_FAILURES and failures > len(attempts) / 2:
+            raise RuntimeError(f"the scripted expert failed {failures} of {len(attempts)} attempts "
+                               f"at {task_name}; it cannot demonstrate this task")
+
+
+def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
+    """The attempts to make, should each of them succeed."""
+    missing, number, found = [], 0, 0
+    while found < num_demos:
+        if number not in attempts:
+            missing.append(number)
+        found += attempts.get(number, Path()) is not None
+        number += 1
+    return missing
+
+
+@functools.cache
+def _worker_env(suite: str, task_id: int) -> LiberoEnv:
+    return LiberoEnv(suite, task_id)
+
+
+def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str, parts: Path,
+             number: int) -> Path | None:
+    """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
+    env = _worker_env(suite, task_id)
+    generator = np.random.default_rng([seed, task_id, number])
+    record = record_demonstration(env, generator, disturb, placement)
+    if record is None:
+        (parts / f"attempt_{number:05d}.failed").touch()
+        return None
+    path = parts / f"attempt_{number:05d}.hdf5"
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        demo = file.create_group("demo")
+        _write_demo(demo, record)
+        demo.attrs["attempt"] = number
+    return path
+
+
+def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
+                         disturb: bool = True, placement: str = "benchmark") -> dict | None:
+    """One episode of the expert from a fresh placement; ``None`` when it fails.
+
+    Returns:
+        observations (what the expert's action at t could be chosen from), the expert's ``actions``
+        (T, 7), the ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
+    """
+    observation = layouts.reset(env, int(generator.integers(2**31)), placement)
+    expert = make_expert(env, Style.sample(generator))
+    disturbance = Disturbance(generator) if disturb else None
+    record = {"observations": [], "actions": [], "executed_actions": [], "states": [],
+              "model_file": env.model_xml()}
+    for _ in range(env.horizon):  # what takes longer is a failure
+        action = expert.act()
+        executed = disturbance.apply(action) if disturbance else action
+        record["observations"].append({key: observation[key] for key in observation})
+        record["actions"].append(action)
+        record["executed_actions"].append(executed)
+        record["states"].append(env.state())
+        observation, success = env.step(executed)
+        if success:
+            return record
+    return None
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _write_demo(group: h5py.Group, record: dict) -> None:
+    length = len(record["actions"])
+    stacked = {key: np.stack([o[key] for o in record["observations"]])
+               for key in (*schema.CAMERAS, *schema.LOW_DIM)}
+    obs = group.create_group("obs")
+    for key, values in stacked.items():
+        obs[key] = values
+    last = np.zeros(length, dtype=np.uint8)
+    last[-1] = 1
+    group["actions"] = np.stack(record["actions"])
+    group[schema.EXECUTED_ACTIONS] = np.stack(record["executed_actions"])
+    group["states"] = np.stack(record["states"])
+    group["robot_states"] = _robot_states(stacked)
+    group["rewards"] = last
+    group["dones"] = last
+    group.attrs["num_samples"] = length
+    group.attrs[VERSION_ATTR] = schema.COLLECTION_VERSION
+    group.attrs["init_state"] = record["states"][0]
+    group.attrs["model_file"] = record["model_file"]
+
+
+def _robot_states(stacked: dict[str, np.ndarray]) -> np.ndarray:
+    """LIBERO's (T, 9): fingers, end-effector position and quaternion (x, y, z, w)."""
+    from robosuite.utils.transform_utils import axisangle2quat
+
+    quaternions = np.stack([axisangle2quat(vector) for vector in stacked["ee_ori"]])
+    return np.concatenate([stacked["gripper_states"], stacked["ee_pos"], quaternions], axis=1)
+
+
+def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) -> None:
+    chosen = _successes(attempts)[:num_demos]
+    failed = [n for n in range(chosen[-1]) if attempts[n] is None]
+    with h5py.File(path, "w") as file:
+        data = file.create_group(schema.DATA_GROUP)
+        for index, number in enumerate(chosen):
+            with open_demo_file(attempts[number]) as source:
+                source.copy(_demo_of_attempt(source, number), data, f"demo_{index}")
+        kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": schema.CONTROL_HZ,
+                  "camera_names": [n.removesuffix("_image") for n in schema.CAMERAS.values()],
+                  "camera_heights": schema.IMAGE_SIZE, "camera_widths": schema.IMAGE_SIZE,
+                  "bddl_file_name": task.bddl_file}
+        name = _problem_name(task.bddl_file)
+        data.attrs["num_demos"] = num_demos
+        data.attrs["total"] = sum(int(demo.attrs["num_samples"]) for demo in data.values())
+        data.attrs["env_name"] = name
+        data.attrs["env_args"] = json.dumps(
+            {"type": 1, "env_name": name, "problem_name": name, "bddl_file": task.bddl_file,
+             "env_kwargs": kwargs})
+        data.attrs["problem_info"] = json.dumps(
+            {"problem_name": name, "domain_name": "robosuite",
+             "language_instruction": task.language})
+        data.attrs["bddl_file_name"] = task.bddl_file
+        data.attrs["bddl_file_content"] = Path(task.bddl_file).read_text()
+        data.attrs["macros_image_convention"] = "opengl"
+        data.attrs[schema.ALIGNMENT_ATTR] = "raw"
+        data.attrs[COLLECTION_ATTR] = json.dumps({**settings, "failed_attempts": failed})
+
+
+def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
+    if "demo" in file:
+        return file["demo"]
+    demos = (file[schema.DATA_GROUP][name] for name in demo_names(file))
+    return next(demo for demo in demos if int(demo.attrs["attempt"]) == number)
+
+
+def _problem_name(bddl_file: str) -> str:
+    from libero.libero.envs import bddl_utils
+
+    return bddl_utils.get_problem_info(bddl_file)["problem_name"]
+
+
+def _refuse_other_settings(path: Path, settings: dict) -> None:
+    check_demo_file(path)
+    with open_demo_file(path) as file:
+        found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
+    found.pop("failed_attempts", None)
+    found.setdefault("placement", "benchmark")  # files made before there was another
+    different = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
+    if different:
+        detail = "; ".join(f"{k}: {found.get(k)!r} there, {settings.get(k)!r} asked for"
+                           for k in different)
+        raise ValueError(f"{path} was made with other settings ({detail}); "
+                         "move it away or collect into another folder")

@@ -1,0 +1,241 @@
+"""The quality card of a demonstration file: one verdict for each thing that spoils learning.
+
+Works on human files as on scripted ones. What needs the simulator (are the pictures the right way
+up? do the stored actions solve the task again?) is done where an environment is given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from .. import schema
+from ..sim.env import LiberoEnv
+from .demo_files import (
+    WRONG_FINGERS,
+    DemoFileError,
+    check_demo_file,
+    demo_names,
+    finger_motion,
+    measure_alignment,
+    open_demo_file,
+    text_attribute,
+    version_notes,
+)
+
+GOOD, LOOK, BAD = "good", "look", "bad"
+FLAT_FRAME = 2.0  # grey levels, standard deviation: no picture of a scene is so even
+STILL = 1e-3  # of an arm command: a no-op
+MANY_NO_OPS = 0.1  # share; human demonstrations hold some, and a policy learns to wait from them
+CLOSE_RENDER = 12.0  # grey levels on average between a stored frame and a render of its state
+REPLAY_SHARE = 0.8  # of the replays that must succeed
+ORIENTATIONS = {
+    "as stored by LIBERO": lambda image: image,
+    "flipped upside down": lambda image: image[::-1],
+    "mirrored left to right": lambda image: image[:, ::-1],
+    "turned by 180 degrees": lambda image: image[::-1, ::-1],
+    "transposed": lambda image: image.swapaxes(0, 1),
+    "turned by 90 degrees": lambda image: np.rot90(image, 1),
+    "turned by 270 degrees": lambda image: np.rot90(image, 3),
+    "transposed along the other diagonal": lambda image: image[::-1, ::-1].swapaxes(0, 1),
+}
+
+
+def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 3,
+                 horizon: int = 0) -> list[dict]:
+    """Rows ``check``, ``found``, ``expected``, ``verdict`` (``good``, ``look`` or ``bad``).
+
+    Args:
+        env: the file's task in the simulator; without it orientation and replay are left out.
+        replays: demonstrations to replay.
+        horizon: steps that the benchmark allows; 0 leaves the comparison out.
+
+    A file that breaks LIBERO's layout has one row, with what is wrong.
+    """
+    try:
+        check_demo_file(path)
+    except DemoFileError as error:
+        return [_row("layout", str(error), "LIBERO's keys, shapes and types, finite", BAD)]
+    rows = [_row("layout", "keys, shapes and types are LIBERO's, all numbers finite",
+                 "LIBERO's keys, shapes and types, finite", GOOD)]
+    with open_demo_file(path) as file:
+        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
+        rows += [_frames(demos, camera) for camera in schema.CAMERAS]
+        rows += [_gripper_sign(demos), _gripper_switches(demos), _no_ops(demos),
+                 _ranges(demos), _lengths(demos, horizon)]
+        if env is not None:
+            rows += [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
+    rows.append(_alignment(path))
+    rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
+    if env is not None:
+        rows.append(_replays(path, env, replays))
+    return rows
+
+
+def frame_size(path: str | Path) -> int:
+    """Height of a file's first frame; ``schema.IMAGE_SIZE`` where there is none to measure."""
+    with open_demo_file(path) as file:
+        for frames in (file.get(f"{schema.DATA_GROUP}/{name}/obs/{camera}")
+                       for name in demo_names(file) for camera in schema.CAMERAS):
+            if frames is not None and frames.ndim == 4:
+                return int(frames.shape[1])
+    return schema.IMAGE_SIZE
+
+
+def replay_demonstration(env: LiberoEnv, demo: h5py.Group) -> dict:
+    """Execute a demonstration's actions from its first state: the upper bound of any clone.
+
+    Where the demonstrator was pushed about, what was executed is replayed, not its answers.
+
+    Returns:
+        ``success``, ``steps`` (T, or fewer where the task was solved before), ``divergence``: of
+        each step the largest difference of any coordinate (m, rad) from the stored state.
+
+    Raises:
+        ValueError: no states, or those of another task.
+    """
+    if "states" not in demo:
+        raise ValueError(f"{demo.name} holds no states; expected them, to replay from the first")
+    _place(env, demo, 0)
+    actions = demo[schema.EXECUTED_ACTIONS if schema.EXECUTED_ACTIONS in demo else "actions"][()]
+    positions = slice(1, 1 + env.sim.model.nq)  # of the flattened state: time, qpos, qvel
+    divergence, success = [], False
+    for action, stored in zip(actions, demo["states"][()], strict=True):
+        divergence.append(float(np.abs(env.state() - stored)[positions].max()))
+        _, success = env.step(action)
+        if success:
+            break
+    return {"success": success, "steps": len(divergence), "divergence": divergence}
+
+
+def frame_orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> tuple[str, dict]:
+    """Which of the eight flips and turns of a stored frame is nearest to a render of its state.
+
+    Returns its name, and the mean absolute difference in grey levels of all, by name; for a frame
+    that is not square, of those four that keep its shape.
+    """
+    step = len(demo["actions"]) // 2  # the arm is in the picture
+    observation = _place(env, demo, step)
+    drawn = observation[camera].astype(np.float64)
+    stored = demo["obs"][camera][step]
+    if stored.shape[:2] != drawn.shape[:2]:
+        raise ValueError(f"frames of {camera} have shape {stored.shape}; the environment draws "
+                         f"{drawn.shape}. Expected an environment with that image_size")
+    distances = {name: float(np.abs(turn(stored) - drawn).mean())
+                 for name, turn in ORIENTATIONS.items() if turn(stored).shape == drawn.shape}
+    return min(distances, key=distances.get), distances
+
+
+# --- rows ----------------------------------------------------------------------------------------
+def _row(check: str, found: str, expected: str, verdict: str | bool, otherwise: str = BAD) -> dict:
+    if isinstance(verdict, bool | np.bool_):
+        verdict = GOOD if verdict else otherwise
+    return {"check": check, "found": found, "expected": expected, "verdict": verdict}
+
+
+def _frames(demos: list[h5py.Group], camera: str) -> dict:
+    flat = still = total = 0
+    for demo in demos:
+        frames = demo["obs"][camera][()].reshape(len(demo["actions"]), -1)
+        flat += int((frames.std(axis=1) < FLAT_FRAME).sum())
+        still += int((frames[1:] == frames[:-1]).all(axis=1).sum())
+        total += len(frames)
+    moves = sum(int((np.abs(np.diff(demo["obs/ee_pos"][()], axis=0)).max(axis=1) > STILL).sum())
+                for demo in demos)
+    frozen = max(0, still - (total - len(demos) - moves))  # more repeats than steps at rest
+    return _row(f"frames, {schema.CAMERA_TITLES[camera]}",
+                f"{flat} of {total} black or even; {frozen} repeated while the arm moves",
+                "none", flat == 0 and frozen <= 0.01 * total)
+
+
+def _gripper_sign(demos: list[h5py.Group]) -> dict:
+    against, moving = finger_motion(demos)
+    if not moving:
+        return _row("gripper sign", "the fingers never move", "closing at +1", BAD)
+    return _row("gripper sign", f"fingers move against the command in {against} of {moving} steps",
+                "closing at +1, opening at -1", against <= WRONG_FINGERS * moving)
+
+
+def _gripper_switches(demos: list[h5py.Group]) -> dict:
+    signs = [np.sign(demo["actions"][:, schema.GRIPPER_INDEX]) for demo in demos]
+    values = np.unique(np.concatenate([demo["actions"][:, schema.GRIPPER_INDEX] for demo in demos]))
+    switches = [int((np.diff(sign) != 0).sum()) for sign in signs]
+    binary = set(values.tolist()) <= {schema.GRIPPER_OPEN, schema.GRIPPER_CLOSED}
+    found = "only -1 and +1" if binary else f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
+    return _row("gripper switches",
+                f"{np.mean(switches):.1f} per demonstration (most {max(switches)}); {found}",
+                "about 1 to 4, only -1 and +1",
+                (GOOD if np.mean(switches) <= 6 else LOOK) if binary and any(switches) else BAD)
+
+
+def _no_ops(demos: list[h5py.Group]) -> dict:
+    idle = total = 0
+    for demo in demos:
+        actions = demo["actions"][()]
+        still = np.abs(actions[:, :schema.ARM_DIM]).max(axis=1) < STILL
+        same = np.diff(actions[:, schema.GRIPPER_INDEX], prepend=actions[0, -1]) == 0
+        idle += int((still & same).sum())
+        total += len(actions)
+    return _row("no-ops", f"{100 * idle / total:.1f} % of {total} steps",
+                f"under {100 * MANY_NO_OPS:.0f} %", idle < MANY_NO_OPS * total, LOOK)
+
+
+def _ranges(demos: list[h5py.Group]) -> dict:
+    arm = np.abs(np.concatenate([demo["actions"][:, :schema.ARM_DIM] for demo in demos]))
+    unused = [name for name, high in zip(schema.ACTION_NAMES, arm.max(axis=0), strict=False)
+              if high == 0]
+    return _row("action range",
+                f"largest of an arm dimension {arm.max():.2f}; at the limit in "
+                f"{100 * (arm >= 1).any(axis=1).mean():.1f} % of the steps"
+                + (f"; never used: {', '.join(unused)}" if unused else ""),
+                "within 1, every dimension used", not unused, LOOK)
+
+
+def _lengths(demos: list[h5py.Group], horizon: int) -> dict:
+    lengths = [len(demo["actions"]) for demo in demos]
+    late = sum(length > horizon for length in lengths) if horizon else 0
+    return _row("length", f"{min(lengths)} to {max(lengths)} steps, mean {np.mean(lengths):.0f}",
+                f"within the {horizon} steps that the benchmark allows" if horizon else "any",
+                late == 0, LOOK)
+
+
+def _alignment(path: str | Path) -> dict:
+    name, evidence = measure_alignment(path)
+    with open_demo_file(path) as file:
+        said = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR)
+    how = {key: round(value, 2) for key, value in evidence.items() if isinstance(value, float)}
+    return _row("alignment", f"{name} (measured: {how})",
+                f"{said}, as the file says" if said else "raw or shift",
+                name == said if said else name != "unknown")
+
+
+def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
+    best, distances = frame_orientation(env, demo, camera)
+    first = next(iter(ORIENTATIONS))
+    return _row(f"orientation, {schema.CAMERA_TITLES[camera]}",
+                f"{best} ({distances[best]:.1f} grey levels from a render of its state, "
+                f"{sorted(distances.values())[1]:.1f} the next best)",
+                f"{first}, under {CLOSE_RENDER:.0f}",
+                best == first and distances[best] < CLOSE_RENDER)
+
+
+def _replays(path: str | Path, env: LiberoEnv, replays: int) -> dict:
+    with open_demo_file(path) as file:
+        chosen = demo_names(file)[:replays]
+        results = [replay_demonstration(env, file[schema.DATA_GROUP][name]) for name in chosen]
+    successes = sum(result["success"] for result in results)
+    divergence = max(max(result["divergence"]) for result in results)
+    return _row("replay", f"{successes} of {len(results)} succeed again; states differ by at most "
+                          f"{divergence:.3f} (m, rad)",
+                f"at least {100 * REPLAY_SHARE:.0f} % succeed",
+                successes >= REPLAY_SHARE * len(results))
+
+
+def _place(env: LiberoEnv, demo: h5py.Group, step: int):
+    """The environment in a stored state, fixtures where they were; its observation."""
+    env.reset()
+    if "model_file" in demo.attrs:
+        env.set_fixtures(demo.attrs["model_file"])
+    return env.set_state(demo["states"][step])

@@ -1,0 +1,254 @@
+"""Light perturbations of an episode: what a policy sees, is told or sends, without other assets.
+
+They stand between the policy and the simulator, so that any policy and any suite can have them.
+What is drawn is a function of the episode, not of the order in which things are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import schema
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from ..sim.env import LiberoEnv
+    from .rollout import Policy
+
+SHIFT = 3 / 32  # of a picture's side: 12 of 128 pixels; the augmentation `shift` goes up to 8
+BRIGHTNESS = 0.4  # pixel values times 0.6 or 1.4; the augmentations stay within 0.8 and 1.2
+PIXEL_NOISE = 10.0  # grey levels of 255, standard deviation in each pixel and colour
+PROPRIO_NOISE = {  # standard deviation: rad of a joint and of a turn, m of a finger and a position
+    "joint_states": 0.01,
+    "gripper_states": 0.001,
+    "ee_pos": 0.005,
+    "ee_ori": 0.01,
+    "ee_states": (0.005, 0.005, 0.005, 0.01, 0.01, 0.01),
+}
+DELAYS = (1, 2)  # control steps, of 0.05 s each
+
+# of an observation's entry: (its reader, the step) -> its value
+Replacement = Callable[[Callable[[], Any], int], Any]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One of :data:`PERTURBATIONS`.
+
+    ``changes`` gives, for an episode, the entries of observations that are replaced. ``needs`` is
+    what a policy must have for it to matter: a camera, ``proprioception``, ``language``.
+    """
+
+    title: str
+    changes: Callable[[Case], dict[str, Replacement]] = lambda case: {}
+    needs: str = ""
+    delay: int = 0  # control steps
+
+
+class Case:
+    """An episode, and what its perturbation may depend on."""
+
+    def __init__(self, policy: Policy, env: LiberoEnv, key: tuple):
+        self.policy, self.env, self.key = policy, env, key
+
+    def draws(self, *what) -> np.random.Generator:
+        return draws(self.key, *what)
+
+
+def draws(key: tuple, *what) -> np.random.Generator:
+    """The generator for ``what``, and for nothing else, in the episode of ``key``."""
+    return np.random.default_rng(zlib.crc32(repr((*key, *what)).encode()))
+
+
+class PerturbedPolicy:
+    """A policy behind a perturbation, with the same two calls.
+
+    Entries of an observation are replaced when the policy reads them: a frame that it does not read
+    is not drawn.
+
+    Args:
+        name: in :data:`PERTURBATIONS`.
+        env: where the episode takes place.
+        key: of the episode. The same one gives the same perturbation.
+
+    Raises:
+        ValueError: proprioception is to be switched off and the policy knows no means.
+    """
+
+    def __init__(self, policy: Policy, name: str, env: LiberoEnv, key: tuple):
+        self.policy = policy
+        self.delay = PERTURBATIONS[name].delay
+        self.changes = PERTURBATIONS[name].changes(Case(policy, env, key))
+
+    def reset(self) -> None:
+        self.step = 0
+        self.under_way = deque([np.array(schema.NO_OP)] * self.delay)
+        self.policy.reset()
+
+    def act(self, observation: Mapping) -> np.ndarray:
+        action = self.policy.act(PerturbedObservation(observation, self.changes, self.step))
+        self.step += 1
+        self.under_way.append(action)
+        return self.under_way.popleft()
+
+    def __getattr__(self, name: str):
+        # what else a policy tells of itself; not how it is copied, and of a copy that is still
+        # being made there is no policy
+        if name.startswith("__") or "policy" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return getattr(self.policy, name)
+
+
+class PerturbedObservation(Mapping):
+    """An observation of which some entries are replaced, each when it is first read."""
+
+    def __init__(self, original: Mapping, changes: dict[str, Replacement], step: int):
+        self._original, self._changes, self._step = original, changes, step
+        self._values: dict[str, Any] = {}
+
+    def __getitem__(self, key: str):
+        if key not in self._changes:
+            return self._original[key]
+        if key not in self._values:
+            read = functools.partial(self._original.__getitem__, key)
+            self._values[key] = self._changes[key](read, self._step)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+
+def why_unused(name: str, model: ModelConfig) -> str:
+    """Why a perturbation cannot matter for a policy; empty where it can."""
+    needs = PERTURBATIONS[name].needs
+    if needs in schema.CAMERAS and needs not in model.cameras:
+        return f"it does not see through the {schema.CAMERA_TITLES[needs]}"
+    if needs == "proprioception" and not model.proprioception:
+        return "it has no proprioception"
+    if needs == "language" and model.conditioning != "language":
+        return "it is not told an instruction"
+    return ""
+
+
+# --- what is seen --------------------------------------------------------------------------------
+def shift_image(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """An image (H, W, C) moved by so many pixels; what comes in is the edge, repeated."""
+    rows, columns = (np.clip(np.arange(size) - by, 0, size - 1)
+                     for size, by in zip(image.shape, (down, right), strict=False))
+    return image[rows][:, columns]
+
+
+def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """A uint8 image with its values times ``factor``, rounded, at most 255."""
+    return np.clip(np.rint(image * factor), 0, 255).astype(np.uint8)
+
+
+# the functions that replace are the module's, so that a perturbed policy can be copied and pickled
+def _shifted(case: Case) -> dict[str, Replacement]:
+    """Each camera on its own, along a diagonal of the picture that stays for the episode."""
+    return {camera: functools.partial(_shift, case.draws(camera).choice((-1, 1), size=2))
+            for camera in schema.CAMERAS}
+
+
+def _shift(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
+    image = read()
+    return shift_image(image, *np.rint(sides * SHIFT * image.shape[0]).astype(int))
+
+
+def _lit_otherwise(case: Case) -> dict[str, Replacement]:
+    """Darker or brighter, both cameras alike, for the episode."""
+    factor = 1 + case.draws("light").choice((-1, 1)) * BRIGHTNESS
+    return dict.fromkeys(schema.CAMERAS, functools.partial(_light, factor))
+
+
+def _light(factor: float, read: Callable, step: int) -> np.ndarray:
+    return scale_brightness(read(), factor)
+
+
+def _noisy(case: Case) -> dict[str, Replacement]:
+    """Independent Gaussian noise in every entry and step."""
+    return {key: functools.partial(_add_noise, case.key, key)
+            for key in (*schema.CAMERAS, *schema.LOW_DIM)}
+
+
+def _add_noise(episode: tuple, key: str, read: Callable, step: int) -> np.ndarray:
+    value, generator = read(), draws(episode, key, step)
+    if key in schema.CAMERAS:
+        noisy = value + generator.normal(0, PIXEL_NOISE, value.shape)
+        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+    return value + generator.normal(0, PROPRIO_NOISE[key], value.shape)
+
+
+def _constant(value, read: Callable, step: int):
+    return copy.copy(value)
+
+
+def _without_camera(camera: str, case: Case) -> dict[str, Replacement]:
+    size = case.env.image_size
+    return {camera: functools.partial(_constant, np.zeros((size, size, 3), np.uint8))}
+
+
+def _without_proprioception(case: Case) -> dict[str, Replacement]:
+    """Every reading is the mean of the policy's training data, 0 once it is normalised.
+
+    Readings that it was not trained on have no such mean: they become NaN.
+    """
+    stats = getattr(case.policy, "proprio_stats", None)
+    if stats is None:
+        raise ValueError("proprioception is to be switched off, and the policy has no "
+                         "proprio_stats: it knows no means to put in its place")
+    values = {key: np.full(width, np.nan) for key, width in schema.LOW_DIM.items()}
+    first = 0
+    for key in schema.PROPRIO_KEYS:
+        values[key] = np.array(stats["mean"][first:first + schema.LOW_DIM[key]])
+        first += schema.LOW_DIM[key]
+    return {key: functools.partial(_constant, value) for key, value in values.items()}
+
+
+# --- what is told --------------------------------------------------------------------------------
+def _told_another(case: Case) -> dict[str, Replacement]:
+    """The instruction of another task of the suite, the same for the whole episode."""
+    from ..sim.env import load_task
+
+    task = case.env.task
+    others = [load_task(task.suite, task_id).language
+              for task_id in range(schema.SUITES[task.suite])]
+    others = sorted(set(others) - {task.language})
+    told = str(case.draws("instruction").choice(others))
+    return {"language": functools.partial(_constant, told)}
+
+
+def _told_nothing(case: Case) -> dict[str, Replacement]:
+    return {"language": functools.partial(_constant, "")}
+
+
+PERTURBATIONS = {
+    "shift": Perturbation(
+        f"each camera's picture moved by {128 * SHIFT:g} of 128 pixels", _shifted),
+    "brightness": Perturbation(
+        f"light {100 * BRIGHTNESS:g} % darker or brighter", _lit_otherwise),
+    "noise": Perturbation(
+        f"noise in pictures ({PIXEL_NOISE:g} of 255 grey levels) and readings", _noisy),
+    **{f"delay_{steps}": Perturbation(f"actions {steps / schema.CONTROL_HZ:g} s late", delay=steps)
+       for steps in DELAYS},
+    "no_proprioception": Perturbation("arm and gripper readings replaced by their mean",
+                                      _without_proprioception, needs="proprioception"),
+    **{f"no_{camera.removesuffix('_rgb')}": Perturbation(
+        f"{title} black", functools.partial(_without_camera, camera), needs=camera)
+       for camera, title in schema.CAMERA_TITLES.items()},
+    "wrong_instruction": Perturbation("told another task's instruction", _told_another,
+                                      needs="language"),
+    "no_instruction": Perturbation("told nothing (empty instruction)", _told_nothing,
+                                   needs="language"),
+}

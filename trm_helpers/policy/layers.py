@@ -1,0 +1,244 @@
+"""What policies are made of: encoders, the blocks that are applied over and over, action heads.
+
+Every block has the same three methods, so that one loop in ``model.py`` serves all of them:
+``start(x)`` gives the first state, ``forward(state, x)`` the next one, ``answer(state)`` the
+features that the action head reads: (B, D), or (B, K, D) with one token per future action. A
+state is one tensor with B in front.
+
+Shape letters: B batch, K chunk, H W image, N tokens, D hidden, P proprioception.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .. import schema
+from ..config import ModelConfig
+
+CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
+TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))  # ..., stride, padding
+STYLE_DIM = 32  # of ACT's latent
+TASK_TEMPERATURE = 0.001  # of the locator: instructions of a suite are alike to 0.995
+TOKEN_STRIDE = 8  # pixels per cell of the map that image tokens are cut from
+
+
+# --- images --------------------------------------------------------------------------------------
+class Centre(nn.Module):
+    """[0, 1] to [-1, 1]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 2 * images - 1
+
+
+def convolutional(sizes, activation: str) -> nn.Sequential:
+    """Convolutions of (channels, kernel, stride, padding), each followed by the activation.
+
+    ``"relu"`` of images in [0, 1] is what the reference documents. A camera that does not move
+    shows nearly the same picture always, so that one step too large can switch a unit off for all
+    of them, and for good. ``"silu"`` of images centred on 0 has no such units.
+    """
+    layers, channels = ([Centre()] if activation == "silu" else []), 3
+    for out_channels, kernel, stride, padding in sizes:
+        layers += [nn.Conv2d(channels, out_channels, kernel, stride, padding),
+                   nn.SiLU() if activation == "silu" else nn.ReLU()]
+        channels = out_channels
+    return nn.Sequential(*layers)
+
+
+class VisualEncoder(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to features (B, D).
+
+    At H = W = 128: (B, 32, 31, 31), (B, 64, 14, 14), (B, 128, 12, 12), each followed by the
+    activation (see :func:`convolutional`); flattened to 18432, a linear layer to D, LayerNorm.
+    """
+
+    def __init__(self, hidden_dim: int = 256, image_size: int = schema.IMAGE_SIZE,
+                 activation: str = "relu"):
+        super().__init__()
+        self.convolutions = convolutional([(*sizes, 0) for sizes in CONVOLUTIONS], activation)
+        side = image_size
+        for _, kernel, stride in CONVOLUTIONS:
+            side = (side - kernel) // stride + 1
+        channels = CONVOLUTIONS[-1][0]
+        self.project = nn.Linear(channels * side * side, hidden_dim)
+        self.norm = nn.LayerNorm(hidden_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # the permuted view is channels_last in memory: the convolutions take it without a copy
+        maps = self.convolutions(rearrange(images, "b h w c -> b c h w"))  # (B, 128, 12, 12)
+        return self.norm(self.project(rearrange(maps, "b c h w -> b (c h w)")))  # (B, D)
+
+
+class TokenEncoder(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to spatial tokens (B, grid * grid, D), row by row.
+
+    Three convolutions to a map (64, H / 8, W / 8), which is cut into ``grid`` x ``grid`` patches,
+    each flattened, projected to D and normalised. Nothing is pooled: a token knows where in its
+    patch a thing is.
+    """
+
+    def __init__(self, hidden_dim: int, image_size: int, grid: int, activation: str = "relu"):
+        super().__init__()
+        self.grid = grid
+        self.convolutions = convolutional(TOKEN_CONVOLUTIONS, activation)
+        cells = image_size // TOKEN_STRIDE // grid
+        self.project = nn.Linear(TOKEN_CONVOLUTIONS[-1][0] * cells * cells, hidden_dim)
+        self.norm = RMSNorm(hidden_dim)
+        self.position = nn.Parameter(0.02 * torch.randn(grid * grid, hidden_dim))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.convolutions(rearrange(images, "b h w c -> b c h w"))
+        patches = rearrange(maps, "b c (g h) (k w) -> b (g k) (c h w)", g=self.grid, k=self.grid)
+        return self.norm(self.project(patches)) + self.position
+
+
+class Locator(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to where in them each of K things is.
+
+    Convolutions to maps (B, K, H / 2, W / 2): fine ones of half the picture's size, for the place,
+    beside coarse ones of a quarter of it, for what is there. H and W are multiples of 4. What is
+    looked for is a part in the task, as the object of the goal: which of the ``known`` tasks
+    (T, ``task_dim``) it is told scales and shifts the coarse maps (FiLM, arXiv 1709.07871). It is
+    the one most alike, for instructions differ by little and come in other words.
+    """
+
+    def __init__(self, count: int, num_tasks: int = 0, task_dim: int = 0):
+        super().__init__()
+
+        def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.SiLU()]
+
+        self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
+        self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
+                                    *convolution(64, 64, 3, 1))
+        self.task = nn.Linear(num_tasks, 2 * 64) if num_tasks else None
+        self.register_buffer("known", torch.zeros(num_tasks, task_dim))
+        self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
+
+    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, K, H / 2, W / 2): a softmax over the last two says where a thing is."""
+        fine = self.fine(rearrange(images, "b h w c -> b c h w"))
+        coarse = self.coarse(fine)
+        if self.task is not None:
+            scale, shift = self.task(self.which(task))[..., None, None].chunk(2, dim=1)
+            coarse = coarse * (1 + scale) + shift
+        coarse = F.interpolate(coarse, scale_factor=2)
+        return self.maps(torch.cat([fine, coarse], dim=1)).float()
+
+    def which(self, task: torch.Tensor) -> torch.Tensor:
+        """(B, T): how much it takes a task to be each of those that it knows."""
+        # no product of matrices, which autocast would round
+        alike = F.cosine_similarity(task.unsqueeze(1), self.known, dim=-1)
+        return (alike / TASK_TEMPERATURE).softmax(-1)
+
+    @staticmethod
+    def points(maps: torch.Tensor) -> torch.Tensor:
+        """(B, K, 2): column and row of each thing, from 0 to 1 across the picture."""
+        height, width = maps.shape[-2:]
+        shares = maps.flatten(2).softmax(-1).unflatten(2, (height, width))
+        columns = (torch.arange(width, device=maps.device) + 0.5) / width
+        rows = (torch.arange(height, device=maps.device) + 0.5) / height
+        # sums, not products of matrices, which autocast would round to half a pixel of 128
+        return torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], -1)
+
+
+class KeypointEncoder(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to features (B, D), of nothing but where K things are."""
+
+    def __init__(self, hidden_dim: int, count: int, num_tasks: int = 0, task_dim: int = 0):
+        super().__init__()
+        self.locator = Locator(count, num_tasks, task_dim)
+        self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
+                                     nn.Linear(hidden_dim, hidden_dim))
+
+    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
+        points = self.locator.points(self.locator(images, task))
+        return self.project(4 * (2 * points - 1).flatten(1))
+
+
+# --- blocks --------------------------------------------------------------------------------------
+class RMSNorm(nn.RMSNorm):
+    """With its weight in the type of what comes in: under autocast PyTorch's own is slow."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(values.dtype)
+        return F.rms_norm(values, self.normalized_shape, weight, self.eps)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and SwiGLU over tokens (B, N, D), each with a residual and RMSNorm after it.
+
+    As in TRM's network: no biases, normalised after the residual so that states keep their size
+    over many applications.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attended = nn.Linear(dim, dim, bias=False)
+        self.attention_norm = RMSNorm(dim)
+        hidden = 8 * dim // 3  # with the gate, as many weights as an MLP of 4 D
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.mlp_norm = RMSNorm(dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = rearrange(self.qkv(tokens), "b n (three h d) -> three b h n d", three=3,
+                            h=self.num_heads)
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        tokens = self.attention_norm(tokens + self.attended(attended))
+        gate, up = self.gate_up(tokens).chunk(2, dim=-1)
+        return self.mlp_norm(tokens + self.down(F.silu(gate) * up))
+
+
+# --- actions -------------------------------------------------------------------------------------
+class ActionHead(nn.Module):
+    """Features to normalised actions (B, K, 7) and, of a gripper with its own loss, its logits.
+
+    Features (B, D) become K actions at once; of features (B, K, D) each becomes one, with shared
+    weights. Linear D-D, ReLU, linear. The gripper is the seventh number of that last layer, or
+
+    - ``"classifier"``: a softmax over (open, closed), logits (B, K, 2);
+    - ``"binary"``: a sigmoid, the probability of closed, logits (B, K, 1);
+
+    whose expected value in (-1, 1) becomes the seventh number. ``"mixture"`` has ``num_experts``
+    last layers and sums them with the weights of a softmax gate on the features.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.hidden_dim
+        self.chunk = config.chunk if config.variant == "block" else 1  # actions per feature vector
+        self.num_experts = 1
+        self.hidden = nn.Linear(dim, dim)
+        self.gate = self.gripper = None
+        width = schema.ACTION_DIM
+        if config.gripper in ("classifier", "binary"):
+            width = schema.ARM_DIM
+            self.gripper = nn.Linear(dim, self.chunk * (2 if config.gripper == "classifier" else 1))
+        elif config.gripper == "mixture":
+            self.num_experts = config.num_experts
+            self.gate = nn.Linear(dim, self.num_experts)
+        self.output = nn.Linear(dim, self.num_experts * self.chunk * width)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, flat = len(features), features.flatten(0, -2)
+        hidden = F.relu(self.hidden(flat))
+        experts = rearrange(
+            self.output(hidden).float(), "b (e k a) -> b e k a", e=self.num_experts, k=self.chunk
+        )
+        if self.gate is not None:
+            weights = self.gate(flat).float().softmax(-1)  # (B, E)
+            mixed = torch.einsum("be,beka->bka", weights, experts)
+            return mixed.reshape(batch, -1, schema.ACTION_DIM), None
+        actions = experts.reshape(batch, -1, experts.shape[-1])  # (B, K, 7), or 6 of the arm
+        if self.gripper is None:
+            return actions, None
+        logits = self.gripper(hidden).float().reshape(batch, actions.shape[1], -1)
+        p_closed = (logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1))[..., -1:]
+        gripper = schema.GRIPPER_OPEN * (1 - p_closed) + schema.GRIPPER_CLOSED * p_closed
+        return torch.cat([actions, gripper], dim=-1), logits

@@ -1,0 +1,407 @@
+"""The policy: images to tokens or one vector, one shared block applied over and over, actions.
+
+Shape letters: B batch, T time, K chunk, H W image, N tokens, D hidden, P proprioception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+
+from .. import schema
+from ..config import ModelConfig
+from ..data.normalize import ActionNormalizer
+from ..data.observations import prepare_observation, read_batch
+from ..files import digest
+from .layers import (
+    STYLE_DIM,
+    ActionHead,
+    KeypointEncoder,
+    TokenEncoder,
+    VisualEncoder,
+)
+from .recursion import (
+    Convergence,
+    LearnedHalting,
+    Recursion,
+    recurse_act,
+    recurse_fixed,
+    recurse_remainder,
+    recurse_with_early_exit,
+)
+from .variants import StyleEncoder, make_block
+
+ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 the oldest (ACT)
+
+
+def task_dim(config: ModelConfig) -> int:
+    """How many numbers tell the task; 0: it is not told."""
+    return {"language": schema.LANGUAGE_DIM, "task_id": config.num_tasks, "none": 0}[
+        config.conditioning]
+
+
+class TRMPolicy(nn.Module):
+    """Observations to actions: encoders, the shared block ``num_recursions`` times, action head.
+
+    ``variant="block"``: ``x_cond`` is one vector. With one camera and nothing else it is the
+    encoder's output. Several cameras (separate weights), proprioception and task are concatenated,
+    then a linear layer and LayerNorm. ``"trm"`` and the baselines ``"transformer"`` and ``"act"``:
+    ``x_cond`` is a sequence of tokens: those of each camera, one of proprioception, one of the
+    task, for ``"act"`` one of the style, and a learned query for each of the K actions.
+
+    Args:
+        config: sizes and options.
+        normalizer: an ``ActionNormalizer`` that ``act`` undoes; None for unscaled actions.
+        proprio_stats: ``mean`` and ``std`` (P floats each) that ``act`` applies; None for raw
+            proprioception. Batches bring theirs z-scored.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        normalizer: ActionNormalizer | None = None,
+        proprio_stats: Mapping | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.normalizer = normalizer
+        self.proprio_stats = proprio_stats
+        dim, size = config.hidden_dim, config.image_size
+        self.tokens = config.variant != "block"
+        self.encoders = nn.ModuleDict({
+            camera: TokenEncoder(dim, size, config.image_grid, config.image_activation)
+            if self.tokens else VisualEncoder(dim, size, config.image_activation)
+            for camera in config.cameras
+        })
+        if config.keypoints:
+            self.encoders[schema.STILL_CAMERA] = KeypointEncoder(
+                dim, len(config.keypoints), config.keypoint_tasks, task_dim(config))
+        parts = len(config.cameras)
+        if config.proprioception:
+            parts += 1
+            self.proprio_mlp = _two_layers(schema.PROPRIO_DIM, dim)
+        if config.conditioning == "task_id":
+            parts += 1
+            self.task_embedding = nn.Embedding(config.num_tasks, dim)
+        elif config.conditioning == "language":
+            parts += 1
+            self.language_mlp = _two_layers(schema.LANGUAGE_DIM, dim)
+        if self.tokens:
+            self.action_queries = nn.Parameter(torch.randn(config.chunk, dim))
+        elif parts > 1:
+            self.fuse = nn.Sequential(nn.Linear(parts * dim, dim), nn.LayerNorm(dim))
+        self.block = make_block(config)
+        self.style = None
+        if config.variant == "act":
+            self.style = StyleEncoder(dim, config.num_heads, config.num_layers, config.chunk)
+        if config.halting in ("remainder", "act", "learned"):
+            # sigmoid(w h) as documented for the remainder, sigmoid(w h + b) in Graves' paper
+            self.halt = nn.Linear(dim, 1, bias=config.halting != "remainder")
+        if config.halting == "learned":
+            nn.init.zeros_(self.halt.weight)  # starts by going on, as TRM's does
+            nn.init.constant_(self.halt.bias, -5.0)
+        self.head = ActionHead(config)
+        self.last_depth: torch.Tensor | None = None  # (B,) of the last forward pass
+        self.sha256 = ""  # digest of the weights file it was loaded from
+        self.last_recursions = 0  # of the last decision in act
+        self.reset()
+
+    # --- network -------------------------------------------------------------------------------
+
+    def encode(self, observations: Mapping, style: torch.Tensor | None = None) -> torch.Tensor:
+        """Batched observations, with or without T, to ``x_cond``: (B, D), or tokens (B, N, D).
+
+        ``style`` (B, STYLE_DIM) is ACT's latent; None is zero.
+        """
+        size = self.config.image_size
+        parts = []
+        for camera, encoder in self.encoders.items():
+            images = read_batch(observations, camera, (size, size, 3))
+            parts.append(encoder(images, self.task(observations))
+                         if isinstance(encoder, KeypointEncoder) else encoder(images))
+        if self.config.proprioception:
+            proprio = read_batch(observations, "proprio", (schema.PROPRIO_DIM,))
+            parts.append(self.proprio_mlp(proprio))
+        if self.config.conditioning == "task_id":
+            parts.append(self.task_embedding(read_batch(observations, "task_id", ())))
+        elif self.config.conditioning == "language":
+            language = read_batch(observations, "language", (schema.LANGUAGE_DIM,))
+            parts.append(self.language_mlp(language))
+        if not self.tokens:
+            return self.fuse(torch.cat(parts, dim=-1)) if len(parts) > 1 else parts[0]
+        if self.style is not None:
+            nothing = parts[0].new_zeros(len(parts[0]), STYLE_DIM)
+            parts.append(self.style.token(nothing if style is None else style))
+        parts = [part if part.ndim == 3 else part.unsqueeze(1) for part in parts]
+        queries = self.action_queries.to(parts[0].dtype).expand(len(parts[0]), -1, -1)
+        return torch.cat([*parts, queries], dim=1)
+
+    def task(self, observations: Mapping) -> torch.Tensor | None:
+        """What the policy is told of the task, (B, :func:`task_dim`): language, or one of many."""
+        if self.config.conditioning == "language":
+            return read_batch(observations, "language", (schema.LANGUAGE_DIM,))
+        if self.config.conditioning == "task_id":
+            return F.one_hot(read_batch(observations, "task_id", ()), self.config.num_tasks).float()
+        return None
+
+    def recurse(self, x_cond: torch.Tensor, num_recursions: int | None = None,
+                carry: torch.Tensor | None = None) -> Recursion:
+        """Apply the block up to ``num_recursions`` times (None: as configured).
+
+        ``config.halting`` chooses how it ends, see :mod:`recursion`. ``learned`` and
+        ``convergence`` end early in evaluation mode only: training takes all steps, and ``learned``
+        then grades its halting head (see :meth:`loss`). For tokens, halting heads read the mean
+        over the K answers.
+
+        Args:
+            carry: the block's state to start from; None starts anew.
+        """
+        config = self.config
+        limit = config.num_recursions if num_recursions is None else num_recursions
+        if limit < 1:
+            raise ValueError(f"num_recursions={limit} is not valid; expected >= 1")
+        state = self.block.initial_state(x_cond) if carry is None else carry
+        if config.halting in ("remainder", "act"):
+            weighted = recurse_remainder if config.halting == "remainder" else recurse_act
+            return weighted(self.block, x_cond, state, limit, self._halting_logit,
+                            config.halting_threshold)
+        if self.training or config.halting == "fixed":
+            return recurse_fixed(self.block, x_cond, state, limit,
+                                 detach=self.training and config.deep_supervision)
+        is_done = (LearnedHalting(self._halting_logit) if config.halting == "learned" else
+                   Convergence(lambda answers: self.head(answers)[0],
+                               config.convergence_threshold))
+        return recurse_with_early_exit(self.block, x_cond, state, limit, is_done)
+
+    def _halting_logit(self, answer: torch.Tensor) -> torch.Tensor:
+        """(B,) of features (B, D), or of the mean of (B, K, D)."""
+        pooled = answer.mean(dim=1) if answer.ndim == 3 else answer
+        return self.halt(pooled).float().squeeze(-1)
+
+    def forward(
+        self,
+        observations: Mapping,
+        num_recursions: int | None = None,
+        return_all_states: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Normalised actions (B, 7), or (B, K, 7) for a chunk; T folds into B.
+
+        Args:
+            observations: each camera float (B, H, W, 3) in [0, 1]; where configured, ``proprio``
+                (B, P) z-scored, ``task_id`` (B,) int64 or ``language`` (B, 384); all with or all
+                without T after B.
+            num_recursions: another depth than the one configured.
+            return_all_states: return ``(actions, [h0 ... hn])``, each (B, D), or (B, K, D).
+
+        ``last_depth`` (B,) then holds the recursions each sample used. Raises ``ValueError`` for
+        a missing key and for a wrong shape.
+        """
+        recursion = self.recurse(self.encode(observations), num_recursions)
+        actions, _ = self.head(recursion.output)
+        if self.config.chunk == 1:
+            actions = actions.squeeze(1)
+        self.last_depth = recursion.depth
+        return (actions, recursion.states) if return_all_states else actions
+
+    def loss(
+        self, batch: Mapping, loss: str = "mse", gripper_weight: float = 0.1
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a batch (``observations``, normalised ``actions``, ``mask``) and its parts.
+
+        ``action``: mean over the seven numbers (of a gripper with its own loss, the six of the
+        arm) and over the actions that the mask says exist. ``gripper``: cross-entropy over the
+        same actions, times ``gripper_weight``. ``ponder`` (ACT): mean of N + R, times the
+        configured ``ponder_cost``. ``final``: the weighted sum of these for the final answer, which
+        training and evaluation mode have in common. The parts are detached and, but for ``final``,
+        unweighted. ``"mix"`` is the mean of ``"mse"`` and ``"l1"``.
+
+        In training, ``deep_supervision`` grades the answer after every step and takes the mean,
+        and ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary
+        cross-entropy of the head at every step against whether that answer's mean absolute error
+        is within ``halting_tolerance``. ACT draws its style from what its encoder makes of the
+        actions, and adds ``kl``, times ``kl_weight``.
+        """
+        schema.check_option("loss", loss, schema.LOSSES)
+        target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
+        mask = batch["mask"].reshape(-1, self.config.chunk)
+        style = None
+        if self.style is not None and self.training:
+            mean, log_variance = self.style(target, mask)
+            noise = torch.randn(mean.shape).to(mean)  # of the CPU's generator, as all others
+            style = mean + (0.5 * log_variance).exp() * noise
+        recursion = self.recurse(self.encode(batch["observations"], style))
+        count = len(recursion.output)
+        if len(target) != count or len(mask) != count:
+            raise ValueError(
+                f"actions have shape {tuple(batch['actions'].shape)} and mask "
+                f"{tuple(batch['mask'].shape)}; expected {count} observations with "
+                f"chunk={self.config.chunk} actions each"
+            )
+        every_step = self.training and self.config.deep_supervision
+        graded = recursion.states[1:] if every_step else [recursion.output]
+        grades = [self._grade(*self.head(answer), target, mask, loss) for answer in graded]
+        parts = {name: torch.stack([grade[name] for grade in grades]).mean() for name in grades[0]}
+        total, final = (grade["action"] + gripper_weight * grade.get("gripper", 0.0)
+                        for grade in (parts, grades[-1]))
+        if self.config.halting == "act":
+            parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
+            total = total + self.config.ponder_cost * parts["ponder"]
+            final = final + self.config.ponder_cost * parts["ponder"]
+        parts["final"] = final
+        if style is not None:
+            divergence = self.style.divergence(mean, log_variance)
+            parts["kl"] = _masked_mean(divergence, mask.amax(dim=1))
+            total = total + self.config.kl_weight * parts["kl"]
+        if self.config.halting == "learned" and self.training:
+            parts["halting"] = self._grade_halting(recursion.states[1:], target, mask)
+            total = total + self.config.halting_weight * parts["halting"]
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _grade(self, predicted, logits, target, mask, loss: str) -> dict[str, torch.Tensor]:
+        """``action`` and, with logits, ``gripper`` losses of one answer's actions (B, K, 7)."""
+        width = schema.ACTION_DIM if logits is None else schema.ARM_DIM
+        error = predicted[..., :width] - target[..., :width]
+        errors = {"mse": error.square(), "l1": error.abs()}
+        errors["mix"] = (errors["mse"] + errors["l1"]) / 2
+        parts = {"action": _masked_mean(errors[loss].mean(-1), mask)}
+        if logits is not None:
+            closed = target[..., schema.GRIPPER_INDEX] > 0  # (B, K)
+            if logits.shape[-1] == 1:
+                entropy = F.binary_cross_entropy_with_logits(
+                    logits.squeeze(-1), closed.float(), reduction="none")
+            else:
+                entropy = F.cross_entropy(logits.mT, closed.long(), reduction="none")
+            parts["gripper"] = _masked_mean(entropy, mask)
+        return parts
+
+    def _grade_halting(self, answers, target, mask) -> torch.Tensor:
+        """Cross-entropy of the halting head against "this answer is within the tolerance"."""
+        terms = []
+        for answer in answers:
+            with torch.no_grad():
+                error = (self.head(answer)[0] - target).abs().mean(-1)  # (B, K)
+                error = (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+                right = (error <= self.config.halting_tolerance).float()
+            terms.append(F.binary_cross_entropy_with_logits(self._halting_logit(answer), right,
+                                                            reduction="none"))
+        return _masked_mean(torch.stack(terms).mean(0), mask.amax(dim=1))
+
+    # --- control -------------------------------------------------------------------------------
+
+    @property
+    def execution_horizon(self) -> int:
+        """Actions executed per decision, as ``config`` has it; may be set at any time."""
+        return self.config.execution_horizon
+
+    @execution_horizon.setter
+    def execution_horizon(self, steps: int) -> None:
+        self.config = dataclasses.replace(self.config, execution_horizon=steps)
+
+    def reset(self) -> None:
+        """Start an episode: forget what is left of the last chunk, older chunks and the carry."""
+        self._planned: deque[np.ndarray] = deque()
+        # for ensembling, the oldest first: the step a chunk (K, 7) begins at, and the chunk
+        self._chunks: deque[tuple[int, np.ndarray]] = deque()
+        self._steps = 0  # planned so far, of ensembling
+        self._carry: torch.Tensor | None = None
+        self.last_chunk: np.ndarray | None = None  # (K, 7) of the last decision, before rounding
+
+    def act(self, observation: Mapping) -> np.ndarray:
+        """The next action (7,) float32 in [-1, 1], in the environment's units.
+
+        ``observation`` is unbatched: each camera uint8 (H, W, 3), resized as in training; where
+        configured, the raw arrays of ``schema.PROPRIO_KEYS``, ``task_id``, and the instruction as
+        ``language``. It is read when a new chunk is needed, once in ``execution_horizon`` calls,
+        so that a simulator which draws frames on demand draws no others. Raises ``ValueError`` for
+        a missing or malformed entry, ``RuntimeError`` when the network returns a number that is
+        not finite.
+        """
+        if not self._planned:
+            self._planned.extend(self._plan(observation))
+        return self._planned.popleft()
+
+    def prepare(self, observation: Mapping) -> dict[str, torch.Tensor]:
+        """:func:`prepare_observation` for this policy, on its device."""
+        device = next(self.parameters()).device
+        return prepare_observation(observation, self.config, self.proprio_stats, device)
+
+    @torch.inference_mode()
+    def _plan(self, observation: Mapping) -> np.ndarray:
+        """(execution_horizon, 7): the actions to execute before the next look."""
+        recursion = self.recurse(self.encode(self.prepare(observation)), carry=self._carry)
+        if self.config.carry_over:
+            self._carry = recursion.carry
+        actions = self.head(recursion.output)[0].squeeze(0)  # (K, 7)
+        if not actions.isfinite().all():
+            raise RuntimeError(
+                f"the policy returned {actions.tolist()}; expected finite numbers. "
+                "Its weights or the observation hold NaN or infinity"
+            )
+        self.last_recursions = int(recursion.depth.max())
+        if self.normalizer is not None:
+            actions = self.normalizer.denormalize(actions)
+        planned = self.last_chunk = actions.cpu().numpy()
+        if self.config.temporal_ensembling:
+            planned = self._ensemble(planned)
+        planned = planned[: self.execution_horizon].copy()
+        if self.config.gripper in ("threshold", "classifier", "binary"):
+            closed = planned[:, schema.GRIPPER_INDEX] > 0
+            planned[:, schema.GRIPPER_INDEX] = np.where(
+                closed, schema.GRIPPER_CLOSED, schema.GRIPPER_OPEN
+            )
+        return planned.clip(-1, 1)
+
+    def _ensemble(self, chunk: np.ndarray) -> np.ndarray:
+        """(horizon, 7): what this chunk (K, 7) and the older ones say of the steps now due.
+
+        Zhao et al. 2023 (ACT, arXiv 2304.13705): an average with weights exp(-decay * i), i = 0
+        for the oldest prediction.
+        """
+        self._chunks.append((self._steps, chunk))
+        while self._chunks[0][0] + len(chunk) <= self._steps:  # does not reach this far
+            self._chunks.popleft()
+        planned = []
+        for step in range(self._steps, self._steps + self.execution_horizon):
+            said = [older[step - begun] for begun, older in self._chunks
+                    if step - begun < len(older)]
+            weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(said), dtype=np.float32))
+            planned.append(np.average(said, axis=0, weights=weights))
+        self._steps += len(planned)
+        return np.stack(planned).astype(np.float32)
+
+
+def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Weights and the digest of what was read, whoever writes meanwhile.
+
+    Raises ``ValueError`` for a damaged file.
+    """
+    content = path.read_bytes()
+    try:
+        return load(content), digest(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    """Number of parameters of each direct child of ``module``, by name."""
+    return {
+        name: sum(parameter.numel() for parameter in child.parameters())
+        for name, child in module.named_children()
+    }
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,176 @@
+"""Figures of a search: the ranking, what mattered, and every trial across its settings.
+
+All take the rows of `search.run_search`, best first, and the names of what was searched over
+(`space.axes`); they draw the trials that are complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import optuna
+from matplotlib.figure import Figure
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from ..visuals.plots import BLUE, GREY, RED, count_axis, log_axis, new_figure, styled
+from .space import value_of
+
+_SHORT = {"hidden_dim": "D", "num_recursions": "N"}
+_BEST = 1 / 3  # importance: for being among so many
+_LEAST = 15  # trials, so that five are among the best third, which PED-ANOVA's authors advise
+_SPREAD = 0.06  # of an axis' height, over which lines through one value are spread
+
+
+@styled
+def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figure:
+    """Success rates with their intervals, or final validation losses; curves in their colours."""
+    trials = _complete(trials)
+    fig = new_figure(11, max(3.2, 0.28 * len(trials) + 1.4))
+    ranking, curves = fig.subplots(1, 2)
+    colours = [RED, *matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(trials)))[1:]]
+    losses = [trial["final_val_loss"] for trial in trials]
+    labels = [_label(trial, names) for trial in trials]
+    if all("success_rate" in trial for trial in trials):
+        rates = [100 * trial["success_rate"] for trial in trials]
+        bars = ranking.barh(labels, rates, color=colours)
+        low, high = ([100 * trial[f"wilson_{end}"] for trial in trials] for end in ("low", "high"))
+        ranking.errorbar(rates, labels, fmt="none", ecolor="black", capsize=2, linewidth=1,
+                         xerr=np.abs([np.subtract(rates, low), np.subtract(high, rates)]))
+        for bar, trial, loss in zip(bars, trials, losses, strict=True):
+            ranking.text(103, bar.get_y() + bar.get_height() / 2, va="center", fontsize=8,
+                         s=f"{trial['successes']} of {trial['episodes']}, loss {loss:.3g}")
+        ranking.set(xlim=(0, 150), xticks=range(0, 101, 20),
+                    xlabel="success rate (%) with 95 % Wilson interval")
+    else:
+        bars = ranking.barh(labels, losses, color=colours)
+        ranking.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3, fontsize=8)
+        ranking.set(xlim=(0, 1.2 * max(losses)), xlabel="final validation loss")
+    ranking.set_title("Ranking (best in red)")
+    ranking.invert_yaxis()
+    ranking.get_yticklabels()[0].set_fontweight("bold")
+    for trial, colour in reversed(list(zip(trials, colours, strict=True))):
+        epochs = range(1, len(trial["val_losses"]) + 1)
+        curves.plot(epochs, trial["val_losses"], color=colour, marker=".",
+                    linewidth=2.5 if trial is trials[0] else 1.2)
+    curves.set(xlabel="epoch", ylabel="validation loss (log scale)",
+               title="Validation loss during training")
+    log_axis(curves.yaxis)
+    count_axis(curves.xaxis)
+    legend = "".join(f", {short} {name}" for name, short in _SHORT.items() if name in names)
+    fig.suptitle(f"Search over {len(trials)} configurations: lr learning rate{legend}")
+    return fig
+
+
+def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, float] | str:
+    """Share of each setting in being among the best third, by Optuna's PED-ANOVA.
+
+    A sentence instead where there are too few trials for that, or less than two settings vary.
+    """
+    trials = _complete(trials)
+    varied = [name for name in names if len({trial[name] for trial in trials}) > 1]
+    if len(trials) < _LEAST or len(varied) < 2:
+        return (f"What mattered is not told: {len(trials)} complete trials in which "
+                f"{len(varied)} settings vary; {_LEAST} and 2 are needed.")
+    distributions = {name: _distribution(name, [trial[name] for trial in trials])
+                     for name in varied}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study()
+    study.add_trials([optuna.create_trial(params={name: trial[name] for name in varied},
+                                          distributions=distributions, value=value_of(trial))
+                      for trial in trials])
+    ped_anova = optuna.importance.PedAnovaImportanceEvaluator
+    known = inspect.signature(ped_anova).parameters
+    quantile = "target_quantile" if "target_quantile" in known else "baseline_quantile"  # 4.5
+    evaluator = ped_anova(**{quantile: _BEST})
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+@styled
+def plot_search_importance(shares: Mapping[str, float], trials: Sequence[Mapping]) -> Figure:
+    """What :func:`importance` found, the most important setting first."""
+    shares = dict(sorted(shares.items(), key=lambda entry: -entry[1]))
+    fig = new_figure(6, 0.35 * len(shares) + 1.4)
+    axes = fig.subplots()
+    bars = axes.barh(list(shares), [100 * share for share in shares.values()], color=BLUE)
+    axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 110), xlabel="share of the importance (%)")
+    fig.suptitle(f"What decides about being among the best third of {len(_complete(trials))} "
+                 "trials (PED-ANOVA)")
+    return fig
+
+
+@styled
+def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> Figure:
+    """A line per trial across its settings to its result, the best in red and in front."""
+    trials = _complete(trials)
+    result = "success_rate" if all("success_rate" in t for t in trials) else "final_val_loss"
+    title = {"success_rate": "success rate (%)", "final_val_loss": "final validation loss"}[result]
+    fig = new_figure(1.9 * len(names) + 3.0, 4.0)
+    axes = fig.subplots()
+    # spread by rank, so that lines through the same values can be told apart
+    spread = _SPREAD * np.linspace(0.5, -0.5, len(trials)) if len(trials) > 1 else np.zeros(1)
+    heights = []
+    for place, name in enumerate([*names, result]):
+        values = [trial[name] for trial in trials]
+        measured = name == result
+        height, ticks = (_continuous(values, name == "lr") if measured or name == "lr"
+                         else _discrete(values))
+        heights.append(np.asarray(height) + (0 if measured else spread))
+        axes.axvline(place, color=GREY, linewidth=1, zorder=0)
+        for at, value in ticks:
+            text = f"{100 * value:.0f}" if name == "success_rate" else (
+                f"{value:.3g}" if isinstance(value, float) else str(value))
+            axes.text(place + 0.04, at, text, va="center", fontsize=8, zorder=4,
+                      bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(trials)))
+    for rank, line in reversed(list(enumerate(np.transpose(heights)))):
+        axes.plot(line, color=shades[rank] if rank else RED, zorder=1 if rank else 3,
+                  linewidth=1.2 if rank else 2.5)
+    axes.set(xticks=range(len(heights)), xticklabels=[*names, title], yticks=[],
+             xlim=(-0.1, len(heights) - 0.6))
+    axes.spines[["left", "bottom"]].set_visible(False)
+    fig.suptitle(f"{len(trials)} trials across their settings (best in red, then dark to light; "
+                 "lr on a log scale)")
+    return fig
+
+
+def _complete(trials: Sequence[Mapping]) -> list[Mapping]:
+    found = [trial for trial in trials if trial["state"] == "complete"]
+    if not found:
+        raise ValueError(f"none of {len(trials)} trials is complete; expected one")
+    return found
+
+
+def _label(trial: Mapping, names: Sequence[str]) -> str:
+    values = (f"{trial[name]:g}" if isinstance(trial[name], float) else trial[name]
+              for name in names)
+    return ", ".join(f"{_SHORT.get(name, name)} {value}"
+                     for name, value in zip(names, values, strict=True))
+
+
+def _distribution(name: str, values: list) -> FloatDistribution | CategoricalDistribution:
+    if name == "lr":
+        return FloatDistribution(min(values), max(values), log=True)
+    return CategoricalDistribution(sorted(set(values)))
+
+
+def _continuous(values: list[float], log: bool) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Heights in [0, 1], and (height, value) of ticks: all values if they are few, else the ends.
+    """
+    scaled = np.log(values) if log else np.asarray(values)
+    low, extent = scaled.min(), np.ptp(scaled)
+    heights = (scaled - low) / extent if extent else np.full(len(values), 0.5)
+    ticks = dict(zip(values, heights, strict=True))
+    if len(ticks) > 5:
+        ticks = {value: ticks[value] for value in (min(values), max(values))}
+    return heights, [(height, float(value)) for value, height in ticks.items()]
+
+
+def _discrete(values: list) -> tuple[np.ndarray, list[tuple[float, object]]]:
+    kinds = sorted(set(values))
+    at = dict(zip(kinds, np.linspace(0, 1, len(kinds)) if len(kinds) > 1 else [0.5], strict=True))
+    return np.asarray([at[value] for value in values]), [(at[kind], kind) for kind in kinds]

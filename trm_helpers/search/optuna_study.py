@@ -1,0 +1,222 @@
+"""A search guided by Optuna, whose study is a file, or a database that several machines share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import sqlalchemy.exc
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from tqdm.auto import tqdm
+
+from ..config import Config, SearchConfig
+from ..files import only_one, visible
+from .space import (
+    REDUCTION,
+    all_points,
+    axes,
+    common_settings,
+    point_of,
+    refuse_others,
+    rungs,
+    trial_name,
+    value_of,
+)
+from .trials import read_trial
+
+_HEARTBEAT = 30  # seconds between a trial's signs of life in a database
+_GRACE = 120  # seconds without one after which its machine is taken for dead
+_RETRIES = 2  # of a trial whose process died
+_SQLITE_WAITS = 60.0  # seconds for a file that another process writes; on a busy disk 5 are too few
+_COUNTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+_RANDOM_TRIALS = 8  # before the sampler begins to guess
+
+
+class Study:
+    """A study of Optuna's and the folder of its trials."""
+
+    def __init__(self, config: Config, folder: Path, study: optuna.Study):
+        self.config, self.folder, self.study = config, folder, study
+        search = config.search
+        self.total = search.max_configs or len(all_points(search))
+        self._lock, self._beginning = threading.Lock(), 0
+        self._bar = tqdm(desc="search", unit="trial", total=self.total, initial=self._counted())
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, config: Config, folder: Path) -> Iterator[Study]:
+        """The study of a search, begun or gone on with.
+
+        What was under way when its process died is in line again, and trials in the folder that the
+        study does not know, of a grid for instance, are read into it first.
+
+        Raises:
+            ConnectionError: the database can not be opened, or is lost on the way.
+            RuntimeError: another process uses the file.
+            ValueError: the study belongs to a search with other settings.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        url = config.search.search_storage or os.environ.get("TRM_SEARCH_STORAGE", "")
+        with contextlib.ExitStack() as stack:
+            if not url:
+                stack.enter_context(only_one(folder, wait=False))
+            with _named(url), warnings.catch_warnings():
+                # heartbeats: their interface may change, so its release is pinned
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study = optuna.create_study(
+                    storage=_storage(url, folder), study_name=folder.parent.name,
+                    load_if_exists=True, pruner=optuna.pruners.SuccessiveHalvingPruner(
+                        min_resource=1, reduction_factor=REDUCTION),
+                    sampler=optuna.samplers.TPESampler(
+                        n_startup_trials=_RANDOM_TRIALS, constant_liar=True))
+                common = common_settings(config)
+                refuse_others(f"the study {study.study_name}",
+                              study.user_attrs.get("settings", common), common)
+                study.set_user_attr("settings", common)
+                if url:
+                    optuna.storages.fail_stale_trials(study)
+                else:
+                    _requeue(study)
+                _enqueue_folder(study, config.search, folder)
+                opened = cls(config, folder, study)
+                with opened._bar:
+                    yield opened
+
+    def work(self, train: Callable[..., dict], stop: threading.Event, environment: dict) -> None:
+        """Run trials until there are enough; several threads and machines do so at once."""
+        while not stop.is_set():
+            with self._lock:
+                if self._counted() + self._beginning >= self.total:
+                    return
+                self._beginning += 1
+            self.study.optimize(lambda trial: self._objective(trial, train, environment),
+                                n_trials=1, catch=(RuntimeError,))
+            self._bar.update()
+
+    def records(self) -> dict[str, dict]:
+        """The ``trial.json`` of every trial, those of other machines included."""
+        return _records(self.study)
+
+    def idle(self) -> bool:
+        """Whether all trials have ended, here and on other machines."""
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return not running and self._counted() >= self.total
+
+    def _counted(self) -> int:
+        """Trials that ended or run. One that was interrupted is in line again and not counted."""
+        return sum(trial.state in _COUNTED or "record" in trial.user_attrs  # failed by itself
+                   for trial in self.study.get_trials(deepcopy=False))
+
+    def _objective(self, trial: optuna.Trial, train: Callable[..., dict],
+                   environment: dict) -> float:
+        with self._lock:
+            self._beginning -= 1  # it runs, and counts as such
+        point = _suggest(trial, self.config.search)
+        steps = rungs(self.config.search)
+        try:
+            for number, (epochs, episodes) in enumerate(steps):
+                found = train(point, epochs=epochs, episodes=episodes, environment=environment)
+                trial.report(value_of(found), REDUCTION ** number)
+                if number < len(steps) - 1 and trial.should_prune():
+                    raise optuna.TrialPruned
+        except KeyboardInterrupt:
+            self.study.enqueue_trial(trial.params)
+            raise
+        except (RuntimeError, optuna.TrialPruned):
+            self._record(trial, point)
+            raise
+        self._record(trial, point)
+        return value_of(found)
+
+    def _record(self, trial: optuna.Trial, point: dict) -> None:
+        trial.set_user_attr("record", read_trial(self.folder / trial_name(point)))
+
+
+def _suggest(trial: optuna.Trial, search: SearchConfig) -> dict:
+    """A point: any learning rate between the ends, the other settings from their lists."""
+    point = {}
+    for name, values in axes(search).items():
+        if name == "lr" and len(values) > 1:
+            rate = trial.suggest_float(name, min(values), max(values), log=True)
+            point[name] = float(f"{rate:g}")  # as in the trial's name
+        else:
+            point[name] = trial.suggest_categorical(name, values)
+    return point
+
+
+def _records(study: optuna.Study) -> dict[str, dict]:
+    return {trial.user_attrs["record"]["trial"]: trial.user_attrs["record"]
+            for trial in study.get_trials(deepcopy=False) if "record" in trial.user_attrs}
+
+
+def _requeue(study: optuna.Study) -> None:
+    """Put in line again what was under way when the process that used the file died."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+
+
+def _enqueue_folder(study: optuna.Study, search: SearchConfig, folder: Path) -> None:
+    """Let the study begin with the complete trials in the folder that it does not know."""
+    known = _records(study)
+    for path in visible(folder, "*/trial.json"):
+        record = read_trial(path.parent)
+        point, _ = point_of(record["parameters"], search) or ({}, 0)
+        complete = record["rungs"] and record["rungs"][-1]["epochs"] == search.search_epochs
+        if complete and path.parent.name == trial_name(point) and path.parent.name not in known \
+                and _within(point, search):
+            study.enqueue_trial(point, skip_if_exists=True)
+
+
+def _within(point: dict, search: SearchConfig) -> bool:
+    return all(min(values) <= point[name] <= max(values) if name == "lr" else point[name] in values
+               for name, values in axes(search).items())
+
+
+def _storage(url: str, folder: Path) -> BaseStorage:
+    if not url:
+        return JournalStorage(JournalFileBackend(str(folder / "study.jsonl")))
+    waits = {"connect_args": {"timeout": _SQLITE_WAITS}} if url.startswith("sqlite") else None
+    renamed = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # not in Optuna 4.5
+    retry = (optuna.storages.RetryHeartbeatStaleTrialCallback if renamed
+             else optuna.storages.RetryFailedTrialCallback)(_RETRIES)
+    return RDBStorage(
+        url, engine_kwargs=waits, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE,
+        **{"heartbeat_stale_trial_callback" if renamed else "failed_trial_callback": retry})
+
+
+_DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError,
+                    ImportError)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, what that came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Say of a database that fails which one it is, without the password in its URL."""
+    try:
+        yield
+    except Exception as raised:
+        # Optuna's own clean-up can raise over what went wrong
+        error = next((each for each in _causes(raised) if isinstance(each, _DATABASE_ERRORS)), None)
+        if error is None:
+            raise
+        shown, reason = (re.sub(r":(?!//)[^@\s]*@", ":***@", text).partition("?")[0]
+                         for text in (url, str(error).splitlines()[0]))
+        raise ConnectionError(
+            f"search_storage={shown!r} does not answer ({reason}); expected the "
+            "URL of a database, such as sqlite:////shared/study.db or postgresql://user@host/name, "
+            "and its driver. What is complete is kept; the same call goes on") from None

@@ -1,0 +1,319 @@
+"""Hyper-parameter search: trials side by side, each a notebook of its own, ranked.
+
+The trials of a search have a folder each in ``<run>/search/``, named by their settings. What is
+complete there is read, what was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import math
+import os
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+import yaml
+from scipy.stats import ttest_ind
+from tqdm.auto import tqdm
+
+from .. import paths
+from ..config import Config
+from ..files import read_json, replacing, visible, write_json
+from ..notebooks import notebook_parameters
+from ..stats import detectable, paired_mcnemar
+from .optuna_study import Study
+from .space import (
+    axes,
+    check_points,
+    common_settings,
+    grid,
+    parameters,
+    point_of,
+    refuse_others,
+    trial_name,
+    trial_settings,
+    value_of,
+)
+from .trials import read_trial, run_trial, success_of
+
+_SAME_LOSS = 1.01  # losses this close count as equal, and the next criterion decides
+_SIGNIFICANT = 0.05
+
+
+def run_search(config: Config, run: str | Path) -> list[dict]:
+    """Run what is missing of a search, as many trials at once as there are workers, and rank.
+
+    A trial that fails is recorded with its error and the others go on. After ``search_minutes``
+    those under way are ended; the next call goes on with their last checkpoint. The demonstrations
+    should be there (:func:`collect.ensure_demonstrations`), lest each trial collect them.
+
+    Writes into ``<run>/search/``: ``search.json`` (the settings), a folder per trial,
+    ``trials.json`` (what this returns) and ``best.yaml``, which
+    ``papermill 04_train.ipynb -f best.yaml`` takes for a full training with the best settings.
+
+    Returns:
+        the trials, best first: ``trial`` (its name), the settings of its point, ``state``
+        (``complete``, ``stopped`` early by halving, ``failed`` with its ``error``), and of those
+        that ran :func:`trials.measure`, the mean over ``seeds`` where there are several. None
+        where there was no time for any.
+
+    Raises:
+        ValueError: the folder, or the study in the database, belongs to a search with other
+            settings; a search space that is none; values that do not go together.
+        ConnectionError: the database can not be opened.
+        RuntimeError: every trial failed.
+    """
+    folder = claim(config, run)
+    search, stop = config.search, threading.Event()
+    environments = worker_environments(config)
+    train = functools.partial(run_point, config, folder, stop=stop)
+    timer = threading.Timer(60 * search.search_minutes, stop.set)
+    timer.daemon = True
+    with contextlib.ExitStack() as stack:
+        records, idle = {}, True
+        study = None
+        if search.search_method != "grid":
+            study = stack.enter_context(Study.opened(config, folder))
+        if search.search_minutes:
+            timer.start()
+            stack.callback(timer.cancel)
+        if study:
+            in_parallel(functools.partial(study.work, train, stop), environments, stop)
+            records, idle = study.records(), study.idle()
+        else:
+            _run_points([(point, config.train.seed) for point in grid(search)], train,
+                        environments, stop, "search")
+        if idle and search.search_replicates > 1:
+            finalists = ranking(config, folder, records)[:search.search_finalists]
+            seeds = range(config.train.seed + 1, config.train.seed + search.search_replicates)
+            _run_points([({name: row[name] for name in axes(search)}, seed)
+                         for seed in seeds for row in finalists if row["state"] == "complete"],
+                        train, environments, stop, "seeds of the best")
+    ranked = ranking(config, folder, records)
+    _write(config, folder, ranked)
+    return ranked
+
+
+def claim(config: Config, run: str | Path) -> Path:
+    """The folder of a run's search, with its ``search.json``; nothing is trained.
+
+    Raises ``ValueError`` for one that was begun with other settings, and for a bad search space.
+    """
+    check_points(config)
+    folder = Path(run).resolve() / "search"
+    path = folder / "search.json"
+    if not path.exists():
+        write_json(path, config.replace(search_storage="").to_dict())  # no password
+        return folder
+    refuse_others(folder, common_settings(searched(folder)), common_settings(config))
+    return folder
+
+
+def searched(folder: Path) -> Config:
+    """The settings in the ``search.json`` of a search's folder."""
+    path = folder / "search.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a search that was begun there")
+    return Config.from_dict(read_json(path))
+
+
+def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = None,
+              epochs: int = 0, episodes: int | None = None, environment: dict | None = None,
+              stop: threading.Event | None = None) -> dict:
+    """:func:`trials.run_trial` of a point of the search in ``folder``.
+
+    ``epochs`` and ``episodes`` (per task) are those of a rung; without them, of the last one.
+    """
+    seed = config.train.seed if seed is None else seed
+    trial = trial_settings(config, point, seed)
+    notebook = paths.notebooks_dir() / "04_train.ipynb"
+    given = parameters(trial, point, notebook_parameters(notebook))
+    asked = {"epochs": trial.train.epochs, "stop_epoch": epochs,
+             "selection_episodes": config.search.search_episodes if episodes is None else episodes}
+    name = trial_name(point, None if seed == config.train.seed else seed)
+    return run_trial(notebook, {**given, **asked}, folder / name, environment, stop)
+
+
+# --- side by side --------------------------------------------------------------------------------
+
+
+def in_parallel(work: Callable[[dict], None], environments: Sequence[dict],
+                stop: threading.Event) -> None:
+    """Call ``work`` with each of the environments, in threads; an error in one ends the others."""
+
+    def until_stopped(environment: dict) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how a notebook ends when `stop` is set
+            work(environment)
+
+    with ThreadPoolExecutor(len(environments)) as pool:
+        futures = [pool.submit(until_stopped, environment) for environment in environments]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # Ctrl-C too
+            stop.set()
+            raise
+
+
+def _run_points(points: list[tuple[dict, int]], train: Callable[..., dict],
+                environments: Sequence[dict], stop: threading.Event, title: str) -> None:
+    waiting = collections.deque(points)
+    with tqdm(total=len(points), desc=title, unit="trial") as bar:
+
+        def work(environment: dict) -> None:
+            while not stop.is_set():
+                try:
+                    point, seed = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                with contextlib.suppress(RuntimeError):  # recorded in its folder
+                    train(point, seed=seed, environment=environment)
+                bar.update()
+
+        in_parallel(work, environments, stop)
+
+
+def worker_environments(config: Config) -> list[dict[str, str]]:
+    """For each worker its GPU, where there is one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = 0 if config.train.device == "cpu" else torch.cuda.device_count()
+    gpus = visible.split(",")[:count] if visible else [str(gpu) for gpu in range(count)]
+    workers = config.search.search_workers or max(1, len(gpus))
+    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
+
+
+# --- ranking -------------------------------------------------------------------------------------
+
+
+def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict]:
+    """The trials in a search's folder, and of ``records`` those of other machines, best first.
+
+    The finalists come first, ranked by all their seeds, then the others that are complete, those
+    that halving stopped, and those that failed.
+    """
+    found = dict(records)
+    for path in visible(folder, "*/trial.json"):
+        found[path.parent.name] = read_trial(path.parent)
+    points: dict[str, dict[int, dict]] = {}  # by name: the record of each seed
+    for record in found.values():
+        point, seed = point_of(record["parameters"], config.search) or ({}, 0)
+        if point:
+            points.setdefault(trial_name(point), {})[seed] = record
+    base = config.train.seed
+    rows = [_row(name, {base: by_seed[base]}, config)
+            for name, by_seed in points.items() if base in by_seed]
+    complete, stopped, failed = ([row for row in rows if row["state"] == state]
+                                 for state in ("complete", "stopped", "failed"))
+    complete = rank_trials(complete)
+    count = config.search.search_finalists if config.search.search_replicates > 1 else 0
+    finalists = [_row(row["trial"], points[row["trial"]], config) for row in complete[:count]]
+    stopped.sort(key=lambda row: (-row["epochs"], value_of(row)))
+    return rank_trials(finalists) + complete[count:] + stopped + failed
+
+
+def _row(name: str, records: dict[int, dict], config: Config) -> dict:
+    """One row of the ranking: the measures of a point, over the seeds that are complete."""
+    base = records[config.train.seed]
+    point, _ = point_of(base["parameters"], config.search)
+    row = {"trial": name, **point}
+    if "error" in base:
+        return {**row, "state": "failed", "error": base["error"]}
+    last = config.search.search_epochs
+    if base["rungs"][-1]["epochs"] < last:
+        return {**row, "state": "stopped", **base["rungs"][-1]}
+    found = {seed: record["rungs"][-1] for seed, record in sorted(records.items())
+             if record["rungs"] and record["rungs"][-1]["epochs"] == last}
+    row |= {"state": "complete", **base["rungs"][-1], "seeds": list(found),
+            "minutes": round(sum(one["minutes"] for one in found.values()), 3)}
+    if len(found) == 1:
+        return row
+    for key in ("final_val_loss", "epochs_to_converge", "spikes"):
+        row[key] = statistics.fmean(one[key] for one in found.values())
+    row["seed_losses"] = [one["final_val_loss"] for one in found.values()]
+    if all("rollouts" in one for one in found.values()):
+        # drawn placements have no init state; here it tells the seeds of the trainings apart
+        row |= success_of([{**episode, "init_state": seed} for seed, one in found.items()
+                           for episode in one["rollouts"]])
+        row["seed_success"] = [one["success_rate"] for one in found.values()]
+    return row
+
+
+def rank_trials(trials: list[dict]) -> list[dict]:
+    """Best first: success rate where measured, final validation loss, convergence, stability.
+
+    Losses that fall into the same step of 1 % count as equal.
+    """
+    def key(trial: dict) -> tuple:
+        loss = max(trial["final_val_loss"], sys.float_info.min)  # 0 has no logarithm
+        loss_step = math.floor(math.log(loss) / math.log(_SAME_LOSS))
+        return (-trial.get("success_rate", 0.0), loss_step, trial["epochs_to_converge"],
+                trial["spikes"], trial["final_val_loss"])
+
+    return sorted(trials, key=key)
+
+
+def verdict(ranked: Sequence[dict]) -> str:
+    """A sentence on whether the best trial can be told from the next.
+
+    With one training each: exact McNemar on the same placements, where there are rollouts; losses
+    of one training each decide nothing. With several seeds each: Welch's t test over the trainings
+    as well. Both have to agree.
+    """
+    complete = [row for row in ranked if row["state"] == "complete"]
+    if len(complete) < 2:
+        return f"{len(complete) or 'No'} trial is complete: there is nothing to compare."
+    best, second = complete[:2]
+    several = min(len(best["seeds"]), len(second["seeds"])) > 1
+    rollouts = "rollouts" in best and "rollouts" in second
+    p_values = {}
+    if rollouts:
+        told = [f"{row['trial']} succeeds in {row['successes']} of {row['episodes']} episodes "
+                f"(95 % Wilson interval {100 * row['wilson_low']:.0f} to "
+                f"{100 * row['wilson_high']:.0f} %)" for row in (best, second)]
+        test = paired_mcnemar(best["rollouts"], second["rollouts"])
+        p_values[f"McNemar over {test['pairs']} pairs"] = test["p_value"]
+    else:
+        told = [f"{row['trial']} has a validation loss of {row['final_val_loss']:.4g}"
+                for row in (best, second)]
+    if several:
+        measured = "seed_success" if rollouts else "seed_losses"
+        p_values["Welch over seeds"] = _welch(best[measured], second[measured])
+    tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in p_values.items())
+    told = f"{told[0]}, {told[1]}"
+    able = f" {detectable(best)}." if rollouts else ""
+    if not p_values:
+        return (f"{told}, from one training each: the best is not distinguishable from the next, "
+                "since another seed moves a loss too.")
+    if max(p_values.values()) >= _SIGNIFICANT:
+        return f"{told}: the best is not distinguishable from the next ({tests}).{able}"
+    caution = "" if several else ", from one training each, which another seed may turn round"
+    return f"{told}: the best differs from the next ({tests}){caution}.{able}"
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> float:
+    if len({*a, *b}) == 1:
+        return 1.0  # where the statistic is 0 / 0
+    return float(ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def _write(config: Config, folder: Path, ranked: list[dict]) -> None:
+    if not ranked:
+        return
+    write_json(folder / "trials.json", ranked)
+    best = ranked[0]
+    if best["state"] == "failed":
+        raise RuntimeError(f"every trial failed ({len(ranked)}); the first, {best['trial']}: "
+                           f"{best['error']}")
+    if best["state"] == "complete":
+        point = {name: best[name] for name in axes(config.search)}
+        known = notebook_parameters(paths.notebooks_dir() / "04_train.ipynb")
+        with replacing(folder / "best.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(
+                parameters(config.replace(**point), point, known), sort_keys=False))

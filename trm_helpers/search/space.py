@@ -1,0 +1,196 @@
+"""What a search goes through: its axes, the points of its grid, and a trial's parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from ..config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    SearchConfig,
+    TrainConfig,
+    check_names,
+    local_settings,
+    settings_by_part,
+)
+from ..files import short_name
+
+_LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
+          "num_recursions": "search_num_recursions"}
+# change what the validation loss means or is taken on, so that only rollouts compare
+_CHANGE_THE_LOSS = {"loss", "gripper", "gripper_weight", "normalize_actions", "chunk", "halting",
+                    "halting_weight", "ponder_cost", "kl_weight", "deep_supervision", "alignment",
+                    "sequence_length", "max_demos_per_task"}
+# no axes: what the search decides by itself, and which task is learned
+_FIXED = {*_LISTS, *local_settings(), "epochs", "patience", "rollout_every", "rollout_episodes",
+          "seed", "suite", "task_ids", "demos", "num_demos", "placement", "train_fraction",
+          "data_seed"}
+# of the evaluation's, those that selection rollouts go by
+_ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster", "episode_limit"}
+REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
+_RUNGS = 3
+
+
+def axes(search: SearchConfig) -> dict[str, tuple]:
+    """The values of each setting that is searched over.
+
+    Raises ``ValueError`` for a ``search_space`` that is no mapping from settings to lists, for a
+    setting that does not exist or is no axis (with the valid ones), and for one after which the
+    validation losses of two trials mean different things where they would be compared.
+    """
+    further = _further_axes(search)
+    known = [field.name for kind in (DataConfig, ModelConfig, TrainConfig)
+             for field in dataclasses.fields(kind) if field.name not in _FIXED]
+    for name in further:
+        if name in _LISTS:
+            raise ValueError(f"search_space={search.search_space!r} is not valid; expected no "
+                             f"{name}, whose values are in {_LISTS[name]}")
+        check_names([name], known, "setting in search_space")
+        other_loss = name in _CHANGE_THE_LOSS or "act" in further[name]  # a variant with a KL term
+        if other_loss and (search.search_episodes == 0 or search.search_method == "halving"):
+            raise ValueError(
+                f"search_space={search.search_space!r} changes with {name} what the validation "
+                "loss means, so that only rollouts compare; expected search_episodes above 0 "
+                "and another search_method than halving")
+    return {**{name: getattr(search, values) for name, values in _LISTS.items()}, **further}
+
+
+def _further_axes(search: SearchConfig) -> dict[str, tuple]:
+    try:
+        further = yaml.safe_load(search.search_space) or {}
+    except yaml.YAMLError:
+        further = None
+    if not isinstance(further, dict) or not all(
+            isinstance(values, list) and values and len(set(map(str, values))) == len(values)
+            and all(isinstance(value, (bool, int, float, str)) for value in values)
+            for values in further.values()):
+        raise ValueError(f"search_space={search.search_space!r} is not valid; expected different "
+                         "values for each setting, as YAML: '{chunk: [4, 8], loss: [l1, mse]}'")
+    return {name: tuple(values) for name, values in further.items()}
+
+
+def all_points(search: SearchConfig) -> list[dict]:
+    """Learning rate x width x recursions (x further axes)."""
+    values = axes(search)
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+def grid(search: SearchConfig) -> list[dict]:
+    """The points of the grid, or ``max_configs`` of them; in a shard, every n-th of these.
+
+    A part of the grid is spread evenly over it, first and last point included.
+    """
+    points = all_points(search)
+    count = search.max_configs
+    if count == 1:
+        points = points[:1]
+    elif 0 < count < len(points):
+        points = [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+    first, step = search.shard
+    return points[first::step]
+
+
+def rungs(search: SearchConfig) -> list[tuple[int, int]]:
+    """(epochs, episodes per task) after which a trial is measured; the last one is all of them.
+
+    Successive halving measures at a ninth and a third of the epochs too: the validation loss alone
+    first, then a third of the episodes.
+    """
+    if search.search_method != "halving":
+        return [(search.search_epochs, search.search_episodes)]
+    steps = {}
+    for number in range(_RUNGS):
+        part = REDUCTION ** (_RUNGS - 1 - number)
+        episodes = -(-search.search_episodes // part) if number else 0
+        steps[max(1, search.search_epochs // part)] = episodes
+    return list(steps.items())  # fewer where there are few epochs
+
+
+def trial_name(point: dict, seed: int | None = None) -> str:
+    """``lr0.001-hidden_dim128-num_recursions4``, the name of a trial and of its folder.
+
+    A trial is its settings: whoever finds the same point finds the same trial. ``seed`` marks a
+    replicate.
+    """
+    name = "-".join(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
+                    for key, value in point.items())
+    return short_name(name if seed is None else f"{name}-seed{seed}")
+
+
+def trial_settings(config: Config, point: dict, seed: int) -> Config:
+    """What a trial trains with. ``ValueError`` for values that do not go together."""
+    return config.replace(**point, seed=seed, epochs=config.search.search_epochs, stop_epoch=0,
+                          patience=0, max_minutes=0.0, wandb_mode="disabled")
+
+
+def check_points(config: Config) -> None:
+    """Refuse (``ValueError``) points whose values do not go together, before any is trained."""
+    search = config.search
+    for point in grid(search) if search.search_method == "grid" else all_points(search):
+        trial_settings(config, point, config.train.seed)
+
+
+def parameters(config: Config, point: dict, known: Iterable[str]) -> dict[str, Any]:
+    """The settings that make a training, as the parameters of a notebook.
+
+    They are its preset, what is not the preset's, the seed and the point. Settings that the
+    notebook has no parameter for, as ``known``, go into its ``more``.
+    """
+    part = settings_by_part()
+    changes = {name: value for name, value in config.changes().items()
+               if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS}
+    values = {"preset": config.preset, **changes, "seed": config.train.seed, **point}
+    values = {name: list(value) if isinstance(value, tuple) else value
+              for name, value in values.items()}
+    more = {name: value for name, value in values.items() if name not in known}
+    return {**{name: value for name, value in values.items() if name in known},
+            **({"more": more} if more else {})}
+
+
+def point_of(given: dict, search: SearchConfig) -> tuple[dict, int] | None:
+    """The point and the seed in what :func:`parameters` gave; ``None`` for one without the axes."""
+    values = {**given, **given.get("more", {})}
+    names = axes(search)
+    if not values.keys() >= {*names, "seed"}:
+        return None
+    return {name: values[name] for name in names}, values["seed"]
+
+
+def common_settings(config: Config) -> dict[str, Any]:
+    """What all trials of a search share, on every machine: only such trials can be compared."""
+    part = settings_by_part()
+    settings = trial_settings(config, {}, config.train.seed).flat()
+    names = [name for name in settings
+             if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS]
+    shared = {name: list(settings[name]) if isinstance(settings[name], tuple) else settings[name]
+              for name in names
+              if name not in local_settings() and name not in axes(config.search)}
+    return {**shared, "search_episodes": config.search.search_episodes}
+
+
+def refuse_others(where: object, before: dict, now: dict) -> None:
+    """Raise ``ValueError`` where the :func:`common_settings` of a search are others than before."""
+    different = [f"{name}: {before.get(name, 'searched over')!r} there, "
+                 f"{now.get(name, 'searched over')!r} now"
+                 for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if different:
+        raise ValueError(f"{where} belongs to a search with other settings "
+                         f"({'; '.join(different)}); choose another run_name or the same settings")
+
+
+def value_of(found: dict) -> float:
+    """What a guided search lowers: the validation loss or, where there were rollouts, the failures.
+
+    Of trials with equally many failures the loss decides, as a number below 1.
+    """
+    loss = found["final_val_loss"]
+    if "episodes" not in found:
+        return loss
+    return found["episodes"] - found["successes"] + (1 + math.tanh(loss / 2)) / 2

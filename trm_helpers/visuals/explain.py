@@ -1,0 +1,416 @@
+"""What a trained policy does, in numbers and figures: predictions, recursion, depth, saliency."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from captum.attr import IntegratedGradients, Saliency
+from matplotlib.figure import Figure
+
+from .. import schema
+from ..stats import wilson_interval
+from .plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALETTE,
+    RED,
+    count_axis,
+    new_figure,
+    show_image,
+    styled,
+    upright,
+)
+
+BATCH = 64
+CONVERGED = 0.05  # last change, as a share of the state's norm
+DIVERGED_CHANGE = 1.5  # last change over the first
+DIVERGED_NORM = 2.0  # last norm over the first
+STEPS = 64  # of integrated gradients
+METHODS = ("integrated_gradients", "gradient")
+
+
+@contextlib.contextmanager
+def _evaluating(policy) -> Iterator[None]:
+    """Evaluation mode for a while; gradients are the caller's business."""
+    training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
+
+
+def _first_actions(policy, actions: torch.Tensor) -> np.ndarray:
+    """Normalised (N, 7) or (N, K, 7) to the first action (N, 7) in the environment's units."""
+    if policy.config.chunk > 1:
+        actions = actions[:, 0]
+    if policy.normalizer is not None:
+        actions = policy.normalizer.denormalize(actions)
+    return actions.detach().float().cpu().numpy()
+
+
+def _targets(dataset, batch: Mapping) -> np.ndarray:
+    """The demonstrator's first action (N, 7) of each observation, in the environment's units."""
+    actions = batch["actions"]  # (B, T, 7) or (B, T, K, 7)
+    first = actions if dataset.chunk == 1 else actions[:, :, 0]
+    return dataset.normalizer.denormalize(first.flatten(0, 1)).cpu().numpy()
+
+
+def _batches(policy, dataset, num_samples: int, seed: int) -> Iterator[dict]:
+    """Batches of samples drawn without replacement, not augmented, on the policy's device."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not valid; expected >= 1")
+    plain = copy.copy(dataset)
+    plain.augmentation = "none"
+    device = next(policy.parameters()).device
+    order = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
+    for start in range(0, len(order), BATCH):
+        yield plain.batch(order[start : start + BATCH].tolist(), device=device)
+
+
+# --- predictions ---------------------------------------------------------------------------------
+@torch.no_grad()
+def analyze_model_predictions(
+    policy, dataset, num_samples: int = 4, seed: int = 0, *, num_errors: int = 512
+) -> tuple[dict, Figure]:
+    """Predicted against demonstrated actions, for a few samples and on average.
+
+    Compared is the first action of each chunk in the environment's units, as the head returns it:
+    before ``act`` rounds the gripper and clips. Samples are drawn at random from ``dataset``,
+    without augmentation.
+
+    Returns a dictionary and its figure. The dictionary holds ``samples`` (a list of ``target``
+    and ``prediction``, seven floats each, and ``mse``, their mean squared error), and over up to
+    ``num_errors`` samples ``count``, ``mse``, ``mean_absolute_error`` by dimension,
+    ``std_ratio`` by dimension (standard deviation of predictions over that of targets: well
+    below 1 is shrinkage towards the mean; None where targets do not vary) and
+    ``gripper_accuracy`` (share with the right sign).
+    """
+    targets, predictions, images = [], [], []
+    with _evaluating(policy):
+        for batch in _batches(policy, dataset, max(num_samples, num_errors), seed):
+            predictions.append(_first_actions(policy, policy(batch["observations"])))
+            targets.append(_targets(dataset, batch))
+            if len(images) < num_samples:
+                images.extend(batch["observations"][policy.config.cameras[0]].flatten(0, 1).cpu())
+    report = prediction_report(np.concatenate(targets), np.concatenate(predictions), num_samples)
+    return report, plot_predictions(images[:num_samples], report)
+
+
+def prediction_report(targets: np.ndarray, predictions: np.ndarray, num_samples: int) -> dict:
+    """The dictionary of :func:`analyze_model_predictions` from actions (N, 7)."""
+    error = predictions - targets
+    spread = targets.std(axis=0)
+    ratio = [float(p / t) if t > 1e-6 else None
+             for p, t in zip(predictions.std(axis=0), spread, strict=True)]
+    right = np.sign(predictions[:, schema.GRIPPER_INDEX]) == targets[:, schema.GRIPPER_INDEX]
+    return {
+        "samples": [
+            {"target": target.tolist(), "prediction": prediction.tolist(),
+             "mse": float(np.mean((prediction - target) ** 2))}
+            for target, prediction in zip(targets[:num_samples], predictions, strict=False)
+        ],
+        "count": len(targets),
+        "mse": float(np.mean(error**2)),
+        "mean_absolute_error": dict(
+            zip(schema.ACTION_NAMES, np.abs(error).mean(axis=0).tolist(), strict=True)
+        ),
+        "std_ratio": dict(zip(schema.ACTION_NAMES, ratio, strict=True)),
+        "gripper_accuracy": float(right.mean()),
+    }
+
+
+@styled
+def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
+    """Stored images (n, H, W, 3) over target and prediction bars; below, errors on average."""
+    samples = report["samples"]
+    count = max(len(samples), 3)  # room for the panels below
+    fig = new_figure(2.7 * count, 8.2)
+    grid = fig.add_gridspec(3, 2 * count, height_ratios=(1.1, 1.2, 1))
+    place = np.arange(schema.ACTION_DIM)
+    for i, sample in enumerate(samples):
+        columns = slice(2 * i, 2 * i + 2)
+        picture = fig.add_subplot(grid[0, columns])
+        show_image(picture, upright(images[i]))
+        picture.set_title(f"sample {i + 1}: MSE {sample['mse']:.4f}")
+        bars = fig.add_subplot(grid[1, columns])
+        bars.barh(place - 0.2, sample["target"], 0.4, color=BLUE, label="demonstrated")
+        bars.barh(place + 0.2, sample["prediction"], 0.4, color=ORANGE, label="predicted")
+        bars.axvline(0, color=GREY, linewidth=0.6)
+        limit = 1.05 * max(1.0, *np.abs([*sample["target"], *sample["prediction"]]))
+        bars.set(yticks=place, yticklabels=schema.ACTION_NAMES if i == 0 else [],
+                 xlim=(-limit, limit), xlabel="action (environment units)")
+        bars.invert_yaxis()
+    fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    errors = fig.add_subplot(grid[2, :count])
+    errors.bar(schema.ACTION_NAMES, report["mean_absolute_error"].values(), color=GREEN)
+    errors.set(ylabel="mean absolute error (env. units)",
+               title=f"Error over {report['count']} samples "
+               f"(gripper right in {100 * report['gripper_accuracy']:.0f} %)")
+    ratios = fig.add_subplot(grid[2, count:])
+    values = [np.nan if value is None else value for value in report["std_ratio"].values()]
+    ratios.bar(schema.ACTION_NAMES, values, color=GREEN)
+    ratios.axhline(1, color="black", linestyle=":")
+    ratios.set(ylabel="std(predicted) / std(target)", title="Spread (below 1: shrunk to the mean)")
+    for axes in (errors, ratios):
+        axes.tick_params(axis="x", rotation=30)
+    fig.suptitle("First predicted action against the demonstrator's")
+    return fig
+
+
+# --- recursion -----------------------------------------------------------------------------------
+def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple[str, str]:
+    """What the recursion does, as one word and one sentence.
+
+    Args:
+        changes: ``||h_k - h_(k-1)||`` for k = 1 ... N.
+        norms: ``||h_k||`` for k = 0 ... N.
+
+    ``converged``: the last change is at most 5 % of the last norm. Else ``diverging``: the last
+    change is over 1.5 times the first, or the last norm over twice the first, or a number is not
+    finite. Else ``drifting``: the state still moves, at a bounded size.
+    """
+    if len(changes) == 0 or len(norms) != len(changes) + 1:
+        raise ValueError(
+            f"{len(changes)} changes and {len(norms)} norms; expected N >= 1 changes, N + 1 norms"
+        )
+    if not np.isfinite([*changes, *norms]).all():
+        return "diverging", "The recursion is diverging: its states are not finite."
+    share = changes[-1] / max(norms[-1], 1e-12)
+    if share <= CONVERGED:
+        word = "converged"
+    elif changes[-1] > DIVERGED_CHANGE * changes[0] or norms[-1] > DIVERGED_NORM * norms[0]:
+        word = "diverging"
+    else:
+        word = "drifting"
+    verb = "has converged" if word == "converged" else f"is {word}"
+    return word, (
+        f"The recursion {verb}: step {len(changes)} changes the state by {100 * share:.1f} % of "
+        f"its norm (the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %)."
+    )
+
+
+@torch.no_grad()
+def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Figure]:
+    """How the hidden state moves over the recursion, for batched observations.
+
+    Returns a dictionary and its figure: ``norms`` (N + 1 floats, ``||h_k||`` from h0),
+    ``changes`` (N floats, ``||h_k - h_(k-1)||``), both L2 and averaged over the batch, and
+    ``verdict`` and ``sentence`` of :func:`recursion_verdict`. The heat map shows the first
+    sample's features, sorted by their last value.
+    """
+    with _evaluating(policy):
+        _, states = policy(observations, return_all_states=True)
+    states = torch.stack(states).float().cpu().flatten(2)  # (N + 1, B, D), or K * D of tokens
+    norms = states.norm(dim=-1).mean(dim=1).tolist()
+    changes = states.diff(dim=0).norm(dim=-1).mean(dim=1).tolist()
+    verdict, sentence = recursion_verdict(changes, norms)
+    report = {"norms": norms, "changes": changes, "verdict": verdict, "sentence": sentence}
+    return report, plot_recursion(states[:, 0].numpy(), report)
+
+
+@styled
+def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
+    """Heat map of one sample's states (N + 1, D), and norm and change of the state by step."""
+    steps = np.arange(len(states))
+    fig = new_figure(11, 4)
+    heat, norm, change = fig.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    limit = np.abs(states).max()
+    image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
+                        vmin=-limit, vmax=limit, origin="lower")
+    heat.set(xlabel="recursion step (0: before the first)", xlim=(-0.5, len(states) - 0.5),
+             ylabel="hidden feature, sorted by last value", title="Hidden state of one sample")
+    fig.colorbar(image, ax=heat, label="activation")
+    norm.plot(steps, report["norms"], marker="o")
+    norm.set(xlabel="recursion step", ylabel="L2 norm of the state", title="Size",
+             ylim=(0, 1.15 * max(report["norms"])))
+    change.plot(steps[1:], report["changes"], marker="o", color=RED)
+    change.axhline(CONVERGED * report["norms"][-1], color=GREY, linestyle=":",
+                   label=f"converged below ({100 * CONVERGED:.0f} % of the norm)")
+    change.set(xlabel="recursion step", ylabel="L2 norm of the change", title="Change in each step",
+               ylim=(0, 1.25 * max(report["changes"])))
+    change.legend(loc="upper right")
+    for axes in (heat, norm, change):
+        count_axis(axes.xaxis)
+    fig.suptitle(report["sentence"])
+    return fig
+
+
+# --- depth and halting ---------------------------------------------------------------------------
+@torch.no_grad()
+def depth_curve(
+    policy, dataset, depths: Sequence[int] = (1, 2, 4, 8, 16), num_samples: int = 256, seed: int = 0
+) -> dict:
+    """Error of the first action when the policy recurses ``depths`` times at inference.
+
+    Returns lists by depth, in the environment's units: ``depths``, ``mse`` over the seven
+    numbers, ``arm_error`` (mean absolute error of the six of the arm) and ``gripper_accuracy``,
+    the last two with ``arm_interval`` and ``gripper_interval``, 95 % intervals [low, high] over the
+    samples; and ``trained_depth``. A policy that halts by itself may stop before the depth it is
+    given.
+    """
+    targets, predictions = [], {depth: [] for depth in depths}
+    with _evaluating(policy):
+        for batch in _batches(policy, dataset, num_samples, seed):
+            targets.append(_targets(dataset, batch))
+            for depth in depths:
+                actions = policy(batch["observations"], num_recursions=depth)
+                predictions[depth].append(_first_actions(policy, actions))
+    target = np.concatenate(targets)
+    curve = {"depths": list(depths), "mse": [], "arm_error": [], "arm_interval": [],
+             "gripper_accuracy": [], "gripper_interval": [],
+             "trained_depth": policy.config.num_recursions}
+    for depth in depths:
+        predicted = np.concatenate(predictions[depth])
+        report = prediction_report(target, predicted, 0)
+        each = np.abs(predicted - target)[:, : schema.ARM_DIM].mean(axis=1)  # (N,)
+        mean, half = float(each.mean()), 1.96 * float(each.std()) / np.sqrt(len(each))
+        right = report["gripper_accuracy"]
+        curve["mse"].append(report["mse"])
+        curve["arm_error"].append(mean)
+        curve["arm_interval"].append([mean - half, mean + half])
+        curve["gripper_accuracy"].append(right)
+        curve["gripper_interval"].append(
+            list(wilson_interval(round(right * len(target)), len(target))))
+    return curve
+
+
+@styled
+def plot_depth_curve(curve: Mapping) -> Figure:
+    """What :func:`depth_curve` returned."""
+    fig = new_figure(9, 3.4)
+    panels = (("arm_error", "arm_interval", "mean absolute error (environment units)", "Arm"),
+              ("gripper_accuracy", "gripper_interval", "share with the right sign", "Gripper"))
+    for axes, (key, interval, label, title) in zip(fig.subplots(1, 2), panels, strict=True):
+        axes.plot(curve["depths"], curve[key], marker="o")
+        axes.fill_between(curve["depths"], *zip(*curve[interval], strict=True), alpha=0.2,
+                          label="95 % interval over the samples")
+        axes.axvline(curve["trained_depth"], color=GREY, linestyle=":",
+                     label=f"trained with {curve['trained_depth']}")
+        axes.set(xlabel="recursions at inference", ylabel=label, title=title)
+        count_axis(axes.xaxis)
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle("What recursion depth does to the first action")
+    return fig
+
+
+@torch.no_grad()
+def prediction_by_depth(policy, observations: Mapping, depths: Sequence[int]) -> np.ndarray:
+    """First action (len(depths), 7), environment units, of the batch's first sample by depth."""
+    with _evaluating(policy):
+        actions = [_first_actions(policy, policy(observations, num_recursions=depth))[0]
+                   for depth in depths]
+    return np.stack(actions)
+
+
+@styled
+def plot_prediction_by_depth(depths: Sequence[int], actions: np.ndarray) -> Figure:
+    """What :func:`prediction_by_depth` returned for ``depths``."""
+    fig = new_figure(7, 3.6)
+    axes = fig.subplots()
+    for dim, name in enumerate(schema.ACTION_NAMES):
+        colour, style = ("black", "--") if dim == schema.GRIPPER_INDEX else (PALETTE[dim], "-")
+        axes.plot(depths, actions[:, dim], style, marker=".", color=colour, label=name)
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    axes.set(xlabel="recursions at inference", ylabel="first action (environment units)",
+             title="How one sample's action changes with recursion depth")
+    count_axis(axes.xaxis)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+@torch.no_grad()
+def halting_profile(policy, dataset, num_samples: int = 512, seed: int = 0) -> dict:
+    """Recursions used by each of up to ``num_samples`` samples.
+
+    Returns ``depths`` (a list of int), their ``mean``, the ``limit`` that the policy was given and
+    its ``halting`` rule (``fixed`` always uses the limit).
+    """
+    depths: list[int] = []
+    with _evaluating(policy):
+        for batch in _batches(policy, dataset, num_samples, seed):
+            policy(batch["observations"])
+            depths += policy.last_depth.tolist()
+    return {"depths": depths, "mean": float(np.mean(depths)),
+            "limit": policy.config.num_recursions, "halting": policy.config.halting}
+
+
+@styled
+def plot_halting(profile: Mapping) -> Figure:
+    """What :func:`halting_profile` returned."""
+    steps = np.arange(1, profile["limit"] + 1)
+    share = [100 * np.mean(np.equal(profile["depths"], step)) for step in steps]
+    fig = new_figure(6, 3.2)
+    axes = fig.subplots()
+    axes.bar(steps, share, color=BLUE)
+    axes.axvline(profile["mean"], color=RED, linestyle="--", label=f"mean {profile['mean']:.2f}")
+    axes.set(xlabel=f"recursions used (at most {profile['limit']})", ylabel="share of samples (%)",
+             title=f"Where {len(profile['depths'])} samples stop (halting: {profile['halting']})")
+    count_axis(axes.xaxis)
+    axes.legend()
+    return fig
+
+
+# --- saliency ------------------------------------------------------------------------------------
+def saliency(
+    policy, observations: Mapping, method: str = "integrated_gradients"
+) -> dict[str, np.ndarray]:
+    """Which pixels the arm's first action depends on: one map (B, H, W) per camera.
+
+    Attributed is the sum of the absolute six arm outputs (normalised). ``integrated_gradients``
+    (Sundararajan et al. 2017, arXiv 1703.01365) goes in 64 steps from a black image,
+    ``gradient`` (Simonyan et al. 2013, arXiv 1312.6034) is the gradient at the image. Absolute
+    attributions are summed over colours and divided by the sample's maximum over all cameras, so
+    that maps lie in [0, 1] and cameras can be compared; as stored, upside down. T folds into B.
+    Raises ``ValueError`` for another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not valid; expected one of {', '.join(METHODS)}")
+    cameras = policy.config.cameras
+    inputs = tuple(observations[camera].detach().flatten(0, -4).requires_grad_()
+                   for camera in cameras)  # (B, H, W, 3)
+    names = [name for name in observations if name not in schema.CAMERAS]
+    others = tuple(observations[name].flatten(0, -1 if name == "task_id" else -2)
+                   for name in names)  # (B, P), (B,)
+
+    def arm_activity(*values: torch.Tensor) -> torch.Tensor:  # (B,)
+        actions = policy(dict(zip((*cameras, *names), values, strict=True)))
+        actions = actions if policy.config.chunk == 1 else actions[:, 0]
+        return actions[:, : schema.ARM_DIM].abs().sum(dim=1)
+
+    with _evaluating(policy):
+        if method == "gradient":
+            maps = Saliency(arm_activity).attribute(inputs, additional_forward_args=others)
+        else:
+            maps = IntegratedGradients(arm_activity).attribute(
+                inputs, additional_forward_args=others, n_steps=STEPS, internal_batch_size=BATCH
+            )
+    maps = torch.stack([each.abs().sum(dim=-1) for each in maps]).detach().cpu()  # (C, B, H, W)
+    peak = maps.amax(dim=(0, 2, 3)).clamp(min=1e-12)
+    return dict(zip(cameras, (maps / peak[:, None, None]).float().numpy(), strict=True))
+
+
+@styled
+def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]) -> Figure:
+    """One sample's stored image (H, W, 3) per camera beside its map (H, W) of :func:`saliency`."""
+    fig = new_figure(6.4, 2.9 * len(maps) + 0.4)
+    fig.set_layout_engine("compressed")
+    grid = fig.subplots(len(maps), 2, squeeze=False)
+    colours = matplotlib.colormaps["inferno"]
+    for (seen, heat), camera in zip(grid, maps, strict=True):
+        show_image(seen, upright(images[camera]))
+        show_image(heat, upright(colours(maps[camera])[..., :3]))
+        seen.set_ylabel(schema.CAMERA_TITLES[camera])
+    grid[0, 0].set_title("what the policy sees")
+    grid[0, 1].set_title("what moves the arm's action")
+    fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
+                 label="attribution (1: strongest pixel)")
+    fig.suptitle("Saliency of the first predicted arm action")
+    return fig

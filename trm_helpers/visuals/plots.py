@@ -1,0 +1,392 @@
+"""Figures of data, training and evaluation; other modules' figures use the same style.
+
+Figures take images as they are stored, upside down, and show them with :func:`upright`;
+:func:`plot_rollout_strip` takes frames of a film, which are upright already. Every figure comes
+back as a matplotlib ``Figure``, which a notebook shows and :func:`save_figure` writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .. import schema
+from ..demos.demo_files import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
+from ..files import replacing
+
+# Okabe and Ito's colours, told apart with every common colour vision
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#8C8C8C"
+PALETTE = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "figure.titlesize": 11,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "image.interpolation": "nearest",
+    "lines.linewidth": 1.5,
+}
+TICK_SIZE = 8
+DPI = 150
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Run a function that draws a figure in the package's style, and leave matplotlib's alone."""
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            fig = draw(*args, **kwargs)
+            for axes in fig.axes:  # ticks are made when drawn, after this context
+                axes.tick_params(which="both", labelsize=TICK_SIZE)
+        return fig
+
+    return wrapper
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of that size in inches that pyplot forgets: notebooks show what is returned, once.
+
+    Going through pyplot makes IPython ready to show figures.
+    """
+    fig = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(fig)
+    return fig
+
+
+def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
+    """Write ``fig`` as PNG, whole or not at all, and return the path."""
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=DPI, format="png")
+    return Path(path)
+
+
+def upright(images) -> np.ndarray:
+    """Stored images (..., H, W, 3), upside down, as a person sees them. The one place of flips."""
+    images = np.asarray(images)
+    if images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(f"images have shape {images.shape}; expected (..., H, W, 3)")
+    return np.flip(images, axis=-3)
+
+
+def show_image(axes, image) -> None:
+    """Draw an upright image (H, W, 3), uint8 or in [0, 1], without ticks or frame."""
+    axes.imshow(image)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def count_axis(axis) -> None:
+    """Whole numbers only: epochs, recursions, episodes."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def log_axis(axis) -> None:
+    """Logarithmic, labelled with plain numbers at 1, 2, 3 and 5 of each decade."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
+
+
+def check_actions(actions) -> np.ndarray:
+    """``actions`` as an array (T, 7); raises ``ValueError`` for another shape or no action."""
+    actions = np.asarray(actions)
+    if actions.ndim != 2 or actions.shape[1] != schema.ACTION_DIM or len(actions) == 0:
+        raise ValueError(f"actions have shape {actions.shape}; expected (T, 7) with T >= 1")
+    return actions
+
+
+def _image_grid(rows: Mapping[str, np.ndarray], columns: Sequence[str], title: str) -> Figure:
+    """Upright images (n, H, W, 3) per row, labelled on the left; a title over each column."""
+    fig = new_figure(1.8 * len(columns) + 0.4, 1.8 * len(rows) + 0.7)
+    fig.set_layout_engine("compressed")
+    grid = fig.subplots(len(rows), len(columns), squeeze=False)
+    for line, (label, images) in zip(grid, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            show_image(axes, image)
+        line[0].set_ylabel(label)
+    for axes, text in zip(grid[0], columns, strict=True):
+        axes.set_title(text)
+    width = int(13 * fig.get_figwidth())  # characters of the title's size in a line
+    fig.suptitle(textwrap.fill(title, width))
+    return fig
+
+
+# --- data ----------------------------------------------------------------------------------------
+@styled
+def plot_frames(frames: Mapping[str, np.ndarray], title: str = "") -> Figure:
+    """Frames (n, H, W, 3) of each camera, one row per camera, in order of time."""
+    count = len(next(iter(frames.values())))
+    rows = {schema.CAMERA_TITLES[camera]: upright(images) for camera, images in frames.items()}
+    return _image_grid(rows, [f"frame {i + 1} of {count}" for i in range(count)], title)
+
+
+@styled
+def plot_action_statistics(actions) -> Figure:
+    """Histogram of each dimension of actions (N, 7) in the environment's units."""
+    actions = check_actions(actions)
+    fig = new_figure(12, 5.2)
+    grid = fig.subplots(2, 4).ravel()
+    share = np.full(len(actions), 100 / len(actions))
+    for dim, axes in enumerate(grid[: schema.ACTION_DIM]):
+        values = actions[:, dim]
+        axes.hist(values, bins=np.linspace(-1, 1, 42), weights=share, color=BLUE)
+        axes.axvline(values.mean(), color=RED, linestyle="--", label="mean")
+        axes.set_title(f"{schema.ACTION_NAMES[dim]}: mean {values.mean():+.2f}, "
+                       f"std {values.std():.2f}")
+        axes.set_xlabel(textwrap.fill(schema.ACTION_MEANING[dim], 36))
+        axes.set_ylabel("share of steps (%)" if dim % 4 == 0 else "")
+    grid[-1].axis("off")
+    grid[-1].legend(*grid[0].get_legend_handles_labels(), loc="upper left")
+    fig.suptitle(f"What {len(actions):,} actions command, by dimension (environment units)")
+    return fig
+
+
+@styled
+def plot_demo_lengths(lengths: Sequence[int], horizon: int = 0) -> Figure:
+    """Histogram of demonstration lengths in steps; ``horizon`` marks the steps of evaluation."""
+    lengths = np.asarray(lengths)
+    fig = new_figure(6, 3.2)
+    axes = fig.subplots()
+    axes.hist(lengths, bins=12, color=BLUE, rwidth=0.9)
+    axes.axvline(lengths.mean(), color=RED, linestyle="--", label=f"mean {lengths.mean():.0f}")
+    if horizon:
+        axes.axvline(horizon, color="black", linestyle=":", label=f"horizon {horizon}")
+    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)",
+             ylabel="demonstrations", title=f"How long the {len(lengths)} demonstrations are")
+    count_axis(axes.yaxis)
+    axes.legend()
+    return fig
+
+
+@styled
+def plot_action_trace(actions, title: str = "Actions of one demonstration") -> Figure:
+    """Actions (T, 7) in the environment's units over time, from the first step."""
+    actions = check_actions(actions)
+    edges = np.arange(len(actions) + 1) / schema.CONTROL_HZ  # seconds
+    fig = new_figure(8, 5.2)
+    move, turn, grip = fig.subplots(3, sharex=True, height_ratios=(3, 3, 1))
+    for dim in range(schema.ARM_DIM):
+        axes = move if dim < 3 else turn
+        axes.stairs(actions[:, dim], edges, baseline=None, color=PALETTE[dim % 3], linewidth=1.5,
+                    label=schema.ACTION_NAMES[dim])
+    for axes, label in ((move, "translation\n(1 asks for 0.05 m)"),
+                        (turn, "rotation\n(1 asks for 0.5 rad)")):
+        axes.set(ylabel=label, ylim=(-1.1, 1.1))
+        axes.axhline(0, color=GREY, linewidth=0.6)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    grip.stairs(actions[:, schema.GRIPPER_INDEX], edges, baseline=None, color="black",
+                linewidth=1.5)
+    grip.set(ylabel="gripper", ylim=(-1.3, 1.3), xlabel="time (s)",
+             yticks=(schema.GRIPPER_OPEN, schema.GRIPPER_CLOSED), yticklabels=("open", "closed"))
+    fig.suptitle(title)
+    return fig
+
+
+@styled
+def plot_alignment(name: str, evidence: Mapping) -> Figure:
+    """What `validate.measure_alignment` returned: when the stored observations were seen."""
+    fig = new_figure(8, 3.8)
+    by_joints, by_delay = fig.subplots(2)
+    zones = {"raw": BLUE, "shift": ORANGE, "unknown": GREY}
+    low, high = MIDDLE_DELAY - DELAY_MARGIN, MIDDLE_DELAY + DELAY_MARGIN
+    panels = (
+        (by_joints, "fraction", {"raw": (-1, HALF_SUBSTEP), "shift": (HALF_SUBSTEP, 1)},
+         "by joint angles: when obs[t] was taken, from choosing actions[t] (control steps)"),
+        (by_delay, "delay", {"shift": (-1, low), "unknown": (low, high), "raw": (high, 2.5)},
+         "by motion: delay from actions[t] to the arm's displacement after obs[t] (control steps)"),
+    )
+    for axes, key, spans, label in panels:
+        for zone, (start, end) in spans.items():
+            axes.axvspan(start, end, color=zones[zone], alpha=0.25, linewidth=0)
+            axes.text((start + end) / 2, 0.85, zone, ha="center", va="top")
+        value = evidence[key]
+        edges = [edge for span in spans.values() for edge in span]
+        axes.set(xlim=(min(edges), max(edges)), ylim=(0, 1), yticks=[], xlabel=label)
+        if value is None:
+            axes.text(sum(axes.get_xlim()) / 2, 0.35, "could not be measured", ha="center",
+                      bbox={"facecolor": "white", "edgecolor": "none"})
+        else:
+            axes.axvline(value, color="black", linewidth=2)
+            axes.annotate(f"{value:+.2f} ", (value, 0.3), ha="right")
+    meaning = {
+        "raw": "obs[t] was seen before actions[t] was executed: learn obs[t] -> actions[t]",
+        "shift": "obs[t] was seen after actions[t] was executed: learn obs[t] -> actions[t+1]",
+        "unknown": "the file does not tell: set the alignment by hand",
+    }[name]
+    fig.suptitle(f"Alignment: {name}, judged by the {evidence['method']}\n{meaning}")
+    return fig
+
+
+@styled
+def plot_augmentation(original, augmented) -> Figure:
+    """The same images (n, H, W, 3) without and with augmentation."""
+    columns = [f"sample {i + 1}" for i in range(len(original))]
+    rows = {"original": upright(original), "augmented": upright(augmented)}
+    return _image_grid(rows, columns, "Augmentation, drawn anew for every sample and epoch")
+
+
+@styled
+def plot_places(images, places, things: Sequence[str]) -> Figure:
+    """Images (n, H, W, 3) and where each thing is taken to be in them, (n, K, 2) from 0 to 1."""
+    fig = new_figure(2.4 * len(images) + 0.4, 3.4)
+    for axes, image, found in zip(fig.subplots(1, len(images), squeeze=False)[0], upright(images),
+                                  np.asarray(places), strict=True):
+        show_image(axes, image)
+        height, width = image.shape[:2]
+        for index, ((column, row), thing) in enumerate(zip(found, things, strict=True)):
+            axes.plot(column * width - 0.5, (1 - row) * height - 0.5, linestyle="",
+                      marker="o^s"[index // len(PALETTE) % 3], markersize=7,
+                      markerfacecolor="none", markeredgewidth=1.6,
+                      color=PALETTE[index % len(PALETTE)], label=thing.replace("_", " "))
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
+               ncols=min(len(things), 4))
+    fig.suptitle("Where the policy takes things to be in the agent view")
+    return fig
+
+
+@styled
+def plot_batch(batch: Mapping, count: int = 6) -> Figure:
+    """First samples of a batch: what each camera sees and the first action to learn, normalised."""
+    cameras = [key for key in batch["observations"] if key in schema.CAMERAS]
+    size = len(batch["actions"])
+    actions = np.asarray(batch["actions"]).reshape(size, -1, schema.ACTION_DIM)[:, 0]
+    count = min(count, size)
+    fig = new_figure(1.9 * count + 0.8, 1.9 * len(cameras) + 2.1)
+    grid = fig.subplots(len(cameras) + 1, count, squeeze=False)
+    for line, camera in zip(grid, cameras, strict=False):
+        for axes, images in zip(line, batch["observations"][camera], strict=False):
+            show_image(axes, upright(images[0]))
+        line[0].set_ylabel(schema.CAMERA_TITLES[camera])
+    limit = 1.1 * max(1.0, np.abs(actions[:count]).max())
+    for i, axes in enumerate(grid[-1]):
+        axes.barh(schema.ACTION_NAMES, actions[i], color=BLUE)
+        axes.axvline(0, color=GREY, linewidth=0.6)
+        axes.set(xlim=(-limit, limit), xlabel="normalised action")
+        axes.invert_yaxis()
+        axes.tick_params(labelleft=i == 0)
+        grid[0, i].set_title(f"sample {i + 1}")
+    fig.suptitle(f"The first {count} of {size} samples in a batch, each at its first step")
+    return fig
+
+
+# --- training and search -------------------------------------------------------------------------
+@styled
+def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
+    """Rows of a run's ``metrics.jsonl``: ``epoch, train_loss, val_loss, lr, seconds``."""
+    if not metrics:
+        raise ValueError("metrics is empty; expected one row per epoch")
+    epoch, train, val, lr = (
+        [row[key] for row in metrics] for key in ("epoch", "train_loss", "val_loss", "lr")
+    )
+    # the rule of the trainer: successes in rollouts first, where there were some
+    best = max(range(len(metrics)), key=lambda i: (metrics[i].get("success_rate", -1.0), -val[i]))
+    fig = new_figure(10, 3.6)
+    losses, rates = fig.subplots(1, 2, width_ratios=(3, 2))
+    marker = "o" if len(metrics) == 1 else None
+    losses.plot(epoch, train, marker=marker, label="training")
+    losses.plot(epoch, val, marker=marker, label="validation")
+    losses.plot(epoch[best], val[best], "*", color="black", markersize=11, linestyle="none",
+                label=f"best: epoch {epoch[best]}, {val[best]:.4g}")
+    losses.set(xlabel="epoch", ylabel="loss (log scale)", title="Loss")
+    losses.legend()
+    rates.plot(epoch, lr, marker=marker, color=GREEN)
+    rates.set(xlabel="epoch", ylabel="learning rate (log scale)", title="Learning rate")
+    for axes in (losses, rates):
+        log_axis(axes.yaxis)
+        count_axis(axes.xaxis)
+    minutes = sum(row["seconds"] for row in metrics) / 60
+    fig.suptitle(f"Training: {len(metrics)} epochs in {minutes:.1f} minutes")
+    return fig
+
+
+@styled
+def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure:
+    """Time of one decision against the number of recursions."""
+    fig = new_figure(6, 3.2)
+    axes = fig.subplots()
+    axes.plot(depths, milliseconds, marker="o")
+    axes.set(xlabel="recursions", ylabel="milliseconds per decision", ylim=(0, None),
+             title="What a decision costs (one observation, median)")
+    count_axis(axes.xaxis)
+    return fig
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+@styled
+def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
+    """Success rate per task with 95 % Wilson intervals, for each policy by name.
+
+    Values are summaries of `stats.summarize_episodes`; with several tasks a last group of bars
+    holds all of them together.
+    """
+    groups = {name: {f"{task['suite'].removeprefix('libero_')} {task['task_id']}": task
+                     for task in summary["tasks"]} for name, summary in summaries.items()}
+    labels = list(dict.fromkeys(label for tasks in groups.values() for label in tasks))
+    if len(labels) > 1:
+        labels.append("all")
+        for name, summary in summaries.items():
+            groups[name]["all"] = summary
+    width = 0.8 / len(groups)
+    bars = len(labels) * len(groups)
+    crowded = bars > 16  # then the counts stand upright
+    fig = new_figure(np.clip(0.65 * bars + 1.6, 4.8, 12), 4.2 if crowded else 3.8)
+    axes = fig.subplots()
+    for number, (name, tasks) in enumerate(groups.items()):
+        places = [i for i, label in enumerate(labels) if label in tasks]
+        results = [tasks[labels[i]] for i in places]
+        rate = np.array([result["success_rate"] for result in results])
+        error = [rate - [result["wilson_low"] for result in results],
+                 [result["wilson_high"] for result in results] - rate]
+        x = np.array(places) + (number - (len(groups) - 1) / 2) * width
+        axes.bar(x, 100 * rate, 0.9 * width, label=name, alpha=0.85,
+                 yerr=100 * np.clip(error, 0, None), capsize=3, error_kw={"linewidth": 1})
+        for place, result in zip(x, results, strict=True):
+            axes.text(place, 103, f"{result['successes']}/{result['episodes']}", ha="center",
+                      fontsize=8, rotation=90 if crowded else 0)
+    axes.set(xticks=range(len(labels)), xticklabels=labels, xlim=(-0.8, len(labels) - 0.2),
+             xlabel="suite and task", ylim=(0, 126 if crowded else 112), yticks=range(0, 101, 20),
+             ylabel="success rate (%)",
+             title="Success rate with 95 % Wilson interval\n(above: successes/episodes)")
+    if len(groups) > 1:
+        fig.legend(loc="outside lower center", ncols=3)
+    return fig
+
+
+@styled
+def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
+    """Histogram of episode lengths by outcome, from rows with ``steps`` and ``success``."""
+    lengths = [[row["steps"] for row in rows if bool(row["success"]) is outcome]
+               for outcome in (True, False)]
+    fig = new_figure(6, 3.2)
+    axes = fig.subplots()
+    axes.hist(lengths, bins=20, stacked=True, color=[BLUE, ORANGE], rwidth=0.9,
+              label=[f"succeeded ({len(lengths[0])})", f"failed ({len(lengths[1])})"])
+    if horizon:
+        axes.axvline(horizon, color="black", linestyle=":", label=f"horizon {horizon}")
+    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)",
+             ylabel="episodes", title=f"How long the {len(rows)} episodes took")
+    count_axis(axes.yaxis)
+    axes.legend()
+    return fig
+
+
+@styled
+def plot_rollout_strip(frames, steps: Sequence[int], outcome: str) -> Figure:
+    """Upright frames (n, H, W, 3) of an episode at its ``steps``; ``outcome`` is the title."""
+    columns = [f"step {step} ({step / schema.CONTROL_HZ:.1f} s)" for step in steps]
+    return _image_grid({"": np.asarray(frames)}, columns, outcome)
