@@ -51,10 +51,10 @@ def small_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "software_versions", dict)
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
 
-    def make(name="small", resume=False, **settings):
+    def make(name="small", resume=False, roll_out=None, **settings):
         config = from_flat("tiny", **{**SMALL, **settings})
         run = runs.create_run(config, name, resume)
-        return BehaviorCloningTrainer.from_config(config, {0: file}, run)
+        return BehaviorCloningTrainer.from_config(config, {0: file}, run, roll_out)
 
     return make
 

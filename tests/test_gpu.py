@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from demo_files import write_demo_file
-from test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
+from training.test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
 
 from trm_helpers import schema
 from trm_helpers.data.dataset import LIBERODataset
@@ -135,7 +135,7 @@ def test_every_rule_and_head_trains_and_acts(small_run, device, settings):
 @pytest.mark.gpu
 @pytest.mark.sim
 def test_lazy_frames_equal_eager_ones_on_the_gpus_renderer():
-    from test_sim import MOVES, SUITE, TASK, played
+    from sim.test_env import MOVES, SUITE, TASK, played
 
     from trm_helpers.sim.env import LiberoEnv
     from trm_helpers.software import renderer

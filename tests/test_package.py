@@ -36,7 +36,7 @@ def test_a_process_has_one_thread_unless_the_environment_says_otherwise(variable
     environment = {**os.environ, "OMP_NUM_THREADS": variable or ""}
     if variable is None:
         del environment["OMP_NUM_THREADS"]
-    code = ("import os, trm_helpers.layers, torch; "
+    code = ("import os, trm_helpers.policy.layers, torch; "
             "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])")
     found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert found.split() == [str(threads)] * 2  # what it starts has as many
@@ -105,7 +105,7 @@ def test_all_extras_and_the_build_back_end_are_pinned():
 def test_every_mark_is_on_a_test():
     """pytest ignores one on a helper or a fixture: what it was meant for goes unmarked."""
     marked = 0
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", ())]
             if any(each.startswith("pytest.mark.") for each in decorators):

@@ -349,7 +349,7 @@ def test_libraries_are_installed_only_as_root(monkeypatch, user, installs):
 
 
 def test_a_gpu_that_does_not_draw_is_a_warning(monkeypatch):
-    monkeypatch.setattr(software, "configure_gl", lambda: {
+    monkeypatch.setattr(preflight_module, "configure_gl", lambda: {
         "renderer": "llvmpipe (LLVM 15)", "ms": 40.0, "failures": ["NVIDIA: a reason"],
         "settings": {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "1"}})
     monkeypatch.setattr(preflight_module, "_has_gpu", lambda: True)

@@ -19,7 +19,7 @@ from trm_helpers.data.observations import read_batch
 from trm_helpers.demos.demo_files import DemoFileError
 from trm_helpers.files import digest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOTH = ("agentview_rgb", "eye_in_hand_rgb")
 
 

@@ -96,7 +96,8 @@ QUICK = """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from trm_helpers import collect, schema
+from trm_helpers import schema
+from trm_helpers.demos import collect
 
 def record(env, generator, disturb, placement):
     values = generator.uniform(-1, 1, (5, 7))
@@ -183,7 +184,7 @@ def test_a_killed_parent_leaves_no_process_and_loses_no_attempt(quick, tmp_path,
     for mark in quick.trouble.iterdir():
         mark.unlink()
     script = tmp_path / "script.py"  # without a guard
-    script.write_text("import quick\nfrom trm_helpers import collect\n"
+    script.write_text("import quick\nfrom trm_helpers.demos import collect\n"
                       "collect._attempt = quick.attempt\n"
                       "collect._problem_name = lambda _: 'problem'\n"
                       f"collect.collect_demonstrations('libero_object', 0, 4, "

@@ -326,10 +326,12 @@ def test_a_missing_piece_of_a_run_costs_no_results(bounded, piece):
     assert "2 of 2 episodes" in write_report(bounded).read_text()
 
 
-@pytest.mark.parametrize("line", ['{"suite": "libero_object"}', "[1]", "7"])
-def test_a_line_that_is_no_episode_is_named(run, line):
+@pytest.mark.parametrize(("line", "problem"), [
+    ('{"suite": "libero_object"}', "no episode; expected suite, t"), ("[1]", "list; expected"),
+    ("7", "int; expected")])
+def test_a_line_that_is_no_episode_is_named(run, line, problem):
     (run / "episodes.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match="episodes.jsonl, line 1 is .*; expected"):
+    with pytest.raises(ValueError, match=f"episodes.jsonl, line 1 is {problem}"):
         evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))
 
 

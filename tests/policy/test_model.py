@@ -162,7 +162,7 @@ def test_block_mixes_several_tokens():
 
 
 def test_block_refuses_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match=r"\(5, 5, 16\) and x_cond \(5, 16\)"):
+    with pytest.raises(ValueError, match=r"\(5, 5, 16\) and x \(5, 16\)"):
         RecursiveBlock(16, 4)(torch.randn(5, 5, 16), torch.randn(5, 16))
 
 
@@ -384,7 +384,7 @@ def test_loss_refuses_what_it_cannot_use():
     config = small()
     policy = TRMPolicy(config)
     batch = make_batch(config, 2)
-    with pytest.raises(ValueError, match="loss='huber'.*mse, l1, mix"):
+    with pytest.raises(ValueError, match="loss='huber'.*'mse', 'l1', 'mix'"):
         policy.loss(batch, "huber")
     with pytest.raises(ValueError, match="expected 2 observations with chunk=1"):
         policy.loss({**batch, "actions": torch.zeros(3, 1, 7), "mask": torch.ones(3, 1)})

@@ -341,12 +341,12 @@ def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend, monke
     url = f"sqlite:///{tmp_path}/study.db" if database else ""
     code = f"""
         import os, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
         from pathlib import Path
         from test_search import search
-        from trm_helpers import studies, trials
+        from trm_helpers.search import optuna_study, trials
         from pretend_training import train_into
-        studies._HEARTBEAT, studies._GRACE = 1, 4
+        optuna_study._HEARTBEAT, optuna_study._GRACE = 1, 4
         ran = []
         def run_notebook(notebook, given, *, run_dir, **_):
             ran.append(run_dir.name)

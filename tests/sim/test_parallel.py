@@ -188,7 +188,7 @@ def test_what_cannot_be_interrupted_in_this_process_is_shown(capfd):
         ((_, result, error),) = pool.submit(lambda: list(run_jobs(
             lambda item: time.sleep(item) or "done", [0.5], workers=0, limit=0.1))).result()
     assert result == "done" and not error
-    assert "test_fanout.py" in capfd.readouterr().err
+    assert "test_parallel.py" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,6 +10,7 @@ import torch
 from trm_helpers import files, paths
 from trm_helpers.config import from_flat, local_settings, settings_by_part
 from trm_helpers.files import append_jsonl, only_one
+from trm_helpers.policy import model
 from trm_helpers.training import runs
 from trm_helpers.training.runs import (
     TRAINING_LOCK,
@@ -198,14 +199,14 @@ def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
 
 
 def test_the_digest_is_of_the_bytes_that_were_loaded(trained, monkeypatch):
-    file, load = trained / "best.safetensors", runs.load
+    file, load = trained / "best.safetensors", model.load
     content = file.read_bytes()
 
     def replaced_meanwhile(given):
         file.write_bytes(b"other weights")
         return load(given)
 
-    monkeypatch.setattr(runs, "load", replaced_meanwhile)
+    monkeypatch.setattr(model, "load", replaced_meanwhile)
     assert load_policy(trained).sha256 == hashlib.sha256(content).hexdigest()[:16]
 
 

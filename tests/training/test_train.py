@@ -201,14 +201,13 @@ def test_rollouts_choose_the_best_weights(small_run, monkeypatch):
     losses = iter([0.1, 0.6, 0.2, 0.5, 0.2, 0.4, 0.3])
     asked = []
 
-    def roll_out(run, config):
-        asked.append(load_file(run / "last.safetensors"))
+    def roll_out():
+        asked.append(load_file(trainer.run / "last.safetensors"))
         return rates[2 * len(asked) if len(asked) < 4 else 7]
 
-    monkeypatch.setattr(train, "_success_rate", roll_out)
     monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
                         lambda _: {"loss": next(losses), "action": 0.0})
-    trainer = small_run(epochs=7, patience=0, rollout_every=2)
+    trainer = small_run(epochs=7, patience=0, rollout_every=2, roll_out=roll_out)
     rows = trainer.fit()
     assert {row["epoch"]: row["success_rate"] for row in rows if "success_rate" in row} == rates
     best = load_file(trainer.run / "best.safetensors")  # 0.8 twice; the lower loss decides
@@ -218,10 +217,9 @@ def test_rollouts_choose_the_best_weights(small_run, monkeypatch):
 
 def test_patience_looks_at_the_validation_loss_also_where_rollouts_choose(small_run, monkeypatch):
     losses = iter([0.9, 0.8, 0.7, 0.6, 0.65, 0.66, 0.67])
-    monkeypatch.setattr(train, "_success_rate", lambda run, config: 0.5)
     monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
                         lambda _: {"loss": next(losses), "action": 0.0})
-    rows = small_run(epochs=7, patience=2, rollout_every=7).fit()
+    rows = small_run(epochs=7, patience=2, rollout_every=7, roll_out=lambda: 0.5).fit()
     assert len(rows) == 6  # two epochs after the fourth
 
 
