@@ -184,6 +184,8 @@ def digest(content: bytes) -> str:
 def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = ()) -> Any:
     """What a JSON file holds, which has to be a ``kind`` and to have the ``keys``.
 
+    A key ``a.b`` is the key ``b`` of the object under ``a``.
+
     Raises ``FileNotFoundError`` where there is none, and ``ValueError`` for a damaged one.
     """
     try:
@@ -193,9 +195,13 @@ def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = 
     if not isinstance(value, kind):
         raise ValueError(f"{path} is damaged: it holds {type(value).__name__}; expected "
                          f"{kind.__name__}")
-    if missing := [key for key in keys if key not in value]:
+    if missing := [key for key in keys if not _has(value, *key.split("."))]:
         raise ValueError(f"{path} is damaged: it holds no {', '.join(missing)}")
     return value
+
+
+def _has(value: Any, key: str, *below: str) -> bool:
+    return isinstance(value, dict) and key in value and (not below or _has(value[key], *below))
 
 
 def append_jsonl(path: str | os.PathLike, row: dict) -> None:

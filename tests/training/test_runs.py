@@ -9,6 +9,7 @@ import torch
 
 from trm_helpers import files, paths
 from trm_helpers.config import from_flat, local_settings, settings_by_part
+from trm_helpers.demos.collect import demonstrations_of
 from trm_helpers.files import append_jsonl, only_one
 from trm_helpers.policy import model
 from trm_helpers.training import runs
@@ -266,6 +267,16 @@ def test_a_full_disk_is_named_and_keeps_what_was_saved_before(trained, monkeypat
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
 
+def test_a_full_disk_is_named_with_the_size_of_a_run_that_is_copied(trained, tmp_path, monkeypatch):
+    attached = tmp_path / "input" / "theirs"
+    shutil.copytree(trained, attached)
+    size = sum(path.stat().st_size for path in attached.iterdir()) / 2**20
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: os.write(os.open("/dev/full", 1), b"a"))
+    with pytest.raises(files.DiskFullError, match=f"theirs needs {size:.1f} MiB, in"):
+        find_run(attached, to_write=True)
+    assert not (paths.artifacts_dir() / "theirs").exists()
+
+
 def test_others_may_read_what_the_umask_lets_them(trained):
     modes = {path.name: path.stat().st_mode & 0o777 for path in trained.iterdir() if path.is_file()}
     allowed = modes.pop("metrics.jsonl")
@@ -292,6 +303,33 @@ def test_a_damaged_file_is_named(trained, name, content, call):
     (trained / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"small/{name}"):
         call(trained)
+
+
+@pytest.mark.parametrize("trained_on", [{}, [], None])
+def test_a_description_without_its_files_is_named(trained, trainer, trained_on):
+    described = json.loads((trained / "policy.json").read_text())
+    (trained / "policy.json").write_text(json.dumps({**described, "trained_on": trained_on}))
+    for call in (lambda: runs.refuse_other_data(trained, trainer.train_data),
+                 lambda: demonstrations_of(trained, load_config(trained))):
+        with pytest.raises(ValueError, match=r"small/policy.json is damaged"):
+            call()
+
+
+def test_a_trained_run_that_has_lost_its_settings_is_not_begun_anew(trained):
+    config = load_config(trained)
+    (trained / "config.json").unlink()
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="small is trained but has no config.json"):
+            create_run(config, "small", resume)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize("state", [{}, {"a": 1}, [1], torch.zeros(2)])
+def test_another_file_in_place_of_the_training_state_is_named(trained, state):
+    torch.save(state, trained / "training_state.pt")
+    with pytest.raises(ValueError, match="training_state.pt is damaged"):
+        load_training_state(trained)
 
 
 def test_a_truncated_training_state_is_named(trained):

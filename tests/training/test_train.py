@@ -300,6 +300,19 @@ def test_metrics_are_healed_from_the_training_state(small_run, damage, epochs):
     assert read_jsonl(metrics) == again
 
 
+def test_lost_weights_are_healed_or_named(small_run):
+    run = small_run("run").run
+    small_run("run", True).fit()
+    last, best = run / "last.safetensors", run / "best.safetensors"
+    before = last.read_bytes()
+    last.unlink()
+    small_run("run", True).fit()
+    assert last.read_bytes() == before
+    best.unlink()
+    with pytest.raises(ValueError, match="best.safetensors does not exist; expected .* 2 epochs"):
+        small_run("run", True).fit()
+
+
 def test_metrics_that_an_older_training_state_does_not_hold_are_named(small_run):
     trainer = small_run("run")
     rows = trainer.fit()

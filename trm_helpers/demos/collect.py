@@ -199,7 +199,8 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
     if given and not config.data.demo_dir:
         raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
                                 "the folder that holds these demonstrations here")
-    trained_on = read_json(run / "policy.json")["trained_on"]["files"]
+    trained_on = read_json(run / "policy.json",
+                           keys=["trained_on.files"])["trained_on"]["files"]
     if {file["source"] for file in trained_on} == {"scripted"}:  # human ones may lie there now
         config = config.replace(demos="scripted")
     return ensure_demonstrations(config)

@@ -42,14 +42,18 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
     Raises:
         FileExistsError: the run is trained and ``resume`` is off.
         ValueError: the name is not usable; the run to be resumed was made with other settings of
-            data, model or training (they are listed).
+            data, model or training (they are listed), or does not say with which.
         RuntimeError: another process trains into the folder.
     """
     run = paths.run_dir(run_name or f"{config.data.suite}-{config.model.variant}-"
                                     f"s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     with only_writer(run):
         made = (run / "config.json").exists()
-        if made and _has_epoch(run):
+        if _has_epoch(run):
+            if not made:
+                raise ValueError(f"{run} is trained but has no config.json; expected the settings "
+                                 "it was trained with. Put the file back, or choose another "
+                                 "run_name")
             if not resume:
                 raise FileExistsError(f"{run} exists already; choose another run_name, remove it, "
                                       "or resume it (resume=True)")
@@ -119,7 +123,7 @@ def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
 
 def _described(run: Path) -> dict:
     return read_json(run / "policy.json",
-                     keys=("model", "normalizer", "proprio_stats", "trained_on"))
+                     keys=("model", "normalizer", "proprio_stats", "trained_on.files"))
 
 
 def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
@@ -180,14 +184,14 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
 
 def _copy_run(run: Path, home: Path) -> None:
     """Without hidden files, searches, and what links point to; with this user's file modes."""
-    with replacing(home) as temporary:
-        for source in run.rglob("*"):
-            place = source.relative_to(run)
-            hidden = any(part.startswith(".") for part in place.parts)
-            if source.is_file() and not hidden and place.parts[0] != "search" and (
-                    len(place.parts) == 1 or not source.is_symlink()):
-                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, temporary / place)
+    places = [source.relative_to(run) for source in visible(run, "**/*") if source.is_file()]
+    chosen = [place for place in places if place.parts[0] != "search" and (
+        len(place.parts) == 1 or not (run / place).is_symlink())]
+    size = sum((run / place).stat().st_size for place in chosen)
+    with replacing(home, size) as temporary:
+        for place in chosen:
+            (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run / place, temporary / place)
 
 
 def shipped_policies() -> list[str]:
@@ -293,7 +297,10 @@ def load_training_state(run: str | Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"epoch", "policy", "optimizer"} <= state.keys():
+            raise EOFError("it holds something else")
+        return state
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or holds more than tensors and numbers; "
                          "remove it to train from the start") from error

@@ -377,6 +377,8 @@ class BehaviorCloningTrainer:
             if state[name]:  # a scaler has a state in fp16 only
                 getattr(self, name).load_state_dict(state[name])
         _set_generators(state["generator"], state["cuda_generators"])
+        if self.epoch and self.team.leads:
+            self._restore_weights()
         before = state.get("precision", self.precision)
         if before != self.precision and self.team.leads:
             print(f"{self.run} was trained in {before} so far and goes on in {self.precision}: the "
@@ -401,6 +403,15 @@ class BehaviorCloningTrainer:
         if self.team.leads and (not path.exists() or path.read_text() != lines):
             with replacing(path) as temporary:
                 temporary.write_text(lines)
+
+    def _restore_weights(self) -> None:
+        """Write lost ``last`` weights again; ``ValueError`` for ``best``, which no state holds."""
+        if not (best := self.run / "best.safetensors").exists():
+            raise ValueError(f"{best} does not exist; expected the best weights of {self.epoch} "
+                             "epochs. Put them back, or remove training_state.pt to train from the "
+                             "start")
+        if not (self.run / "last.safetensors").exists():
+            save_weights(self.run, self._averaged.state_dict(), "last")
 
     def _progress(self) -> tqdm:
         return tqdm(total=self._last_epoch * self.steps_per_epoch, desc="training", unit="step",
