@@ -202,6 +202,15 @@ def test_preflight_tells_by_its_exit_code(monkeypatch, capsys):
         assert f"{status:4}  mujoco" in capsys.readouterr().out
 
 
+def test_a_lack_of_memory_is_a_message(monkeypatch, capsys):
+    def too_much(*_):
+        raise MemoryError("the frames need 9 MiB")
+
+    monkeypatch.setattr("trm_helpers.report.write_report", too_much)
+    assert main(["report", "run"]) == 1
+    assert capsys.readouterr().err == "error: the frames need 9 MiB\n"
+
+
 def test_interrupted_says_how_to_go_on(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -129,7 +129,9 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(gripper_weight=-0.1), "gripper_weight"),
     (dict(max_minutes=-1.0), "max_minutes"),
     (dict(num_threads=-1), "num_threads"),
+    (dict(num_threads=1025), "num_threads=1025 .*at most 1024"),
     (dict(seed=-1), "seed"),
+    (dict(seed=2**63), "seed=9223372036854775808 .*at most 9223372036854775807"),
     (dict(patience=-1), "patience"),
     (dict(ema_decay=1.0), "ema_decay"),
     (dict(loss="huber"), "loss='huber'"),
@@ -316,7 +318,9 @@ def test_more_settings_are_checked_and_given_once():
 
 @pytest.mark.parametrize("url", [
     "postgresql://u:PASSWORD@h/db", "postgresql+psycopg2://u:PASSWORD@h:5432/db", "u:PASSWORD@h",
-    "mysql//u:PASSWORD@h/db", "postgresql://h/db?user=u&password=PASSWORD", "redis://:PASSWORD@h"])
+    "mysql//u:PASSWORD@h/db", "postgresql://h/db?user=u&password=PASSWORD", "redis://:PASSWORD@h",
+    "postgresql://u:PASS WORD PASSWORD@h/db", "mysql://h/db?user=u&PWD=PASSWORD",
+    "https://h/db?auth_token=PASSWORD"])
 def test_a_password_belongs_into_the_environment_and_is_not_repeated(url):
     with pytest.raises(ValueError, match="TRM_SEARCH_STORAGE") as refused:
         from_flat(search_storage=url)

@@ -31,9 +31,9 @@ def test_import_loads_neither_torch_nor_the_simulator():
     assert not heavy.intersection(loaded)
 
 
-@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), (" ", 1), ("2", 2)])
 def test_a_process_has_one_thread_unless_the_environment_says_otherwise(variable, threads):
-    environment = {**os.environ, "OMP_NUM_THREADS": variable or ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(variable)}
     if variable is None:
         del environment["OMP_NUM_THREADS"]
     code = ("import os, trm_helpers.policy.layers, torch; "

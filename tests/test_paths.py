@@ -9,7 +9,7 @@ import pytest
 from trm_helpers import paths
 
 
-@pytest.mark.parametrize("name", ["a", "tiny-2.s_1", "0", "20240101", "A" * 100])
+@pytest.mark.parametrize("name", ["a", "tiny-2.s_1", "expert-like", "0", "20240101", "A" * 100])
 def test_a_run_name_is_a_folder_in_artifacts(name):
     assert paths.run_dir(name) == paths.artifacts_dir() / name
     assert not paths.artifacts_dir().exists()
@@ -21,7 +21,9 @@ def test_a_name_of_digits_that_arrives_as_a_number_is_text():
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "/abs", "a b", "-x", "_x",
                                   ".hidden", "a\n", "a\\b", "ä", "A" * 101, None, True, 1.5, -3,
-                                  ["a"], "expert", "random", "no-op", "pretrained"])
+                                  ["a"], "expert", "random", "no-op", "pretrained",
+                                  "notebooks", "expert-libero_spatial",
+                                  "no-op-libero_spatial_swap"])
 def test_another_name_is_refused(name):
     with pytest.raises(ValueError, match="run_name=.* is not valid; expected"):
         paths.run_dir(name)
@@ -39,8 +41,11 @@ def test_folders_from_the_environment(variable, folder, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", child], check=True)
     monkeypatch.setenv(variable, "~/x")
     assert folder() == tmp_path.__class__(os.path.expanduser("~/x"))
-    monkeypatch.setenv(variable, "")
     monkeypatch.setattr(paths, "on_kaggle", lambda: False)
-    unset = folder()
+    unset = []
+    for empty in ("", " "):
+        monkeypatch.setenv(variable, empty)
+        unset.append(folder())
     monkeypatch.delenv(variable)
-    assert unset == folder() == paths.repo_root() / folder.__name__.split("_")[0]
+    assert unset == [folder()] * 2
+    assert folder() == paths.repo_root() / folder.__name__.split("_")[0]

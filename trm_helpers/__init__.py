@@ -12,7 +12,8 @@ import os
 
 # One thread per process, as libraries read when they are loaded: on a busy machine several threads
 # that wait for each other take ten times as long, and small networks gain little from them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not os.environ.get("OMP_NUM_THREADS", "").strip():  # an empty variable is none
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 __version__ = "0.1.0"
 

@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv)
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result, lines, well = command()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

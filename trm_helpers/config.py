@@ -224,6 +224,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 <= self.stop_epoch <= self.epochs, "stop_epoch", self.stop_epoch,
                  f"0 to epochs={self.epochs}")
+        for name, most in (("seed", 2**63 - 1), ("num_threads", 1024)):  # what PyTorch takes
+            _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.rollout_episodes >= 1, "rollout_episodes", self.rollout_episodes, ">= 1")
 
@@ -269,7 +271,8 @@ class EvalConfig:
         return range(self.first_init_state, self.first_init_state + self.episodes)
 
 
-_PASSWORD = re.compile(r":(?!//)[^@\s]*@|(?i:pass(word|wd)?=)")  # in a URL, also a malformed one
+# in a URL, also a malformed one
+_PASSWORD = re.compile(r":(?!//)[^@]*@|(?i:(pass(word|wd)?|pwd|token|secret)=)")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from . import schema
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_WORKING = Path("/kaggle/working")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = (*schema.BASELINES, "pretrained")
+_RESERVED = {"notebooks", "pretrained", *schema.BASELINES,  # and folders of baselines' results
+             *(f"{name}-{suite}" for name in schema.BASELINES for suite in schema.SUITES)}
 
 
 def on_kaggle() -> bool:
@@ -34,7 +35,7 @@ def absolute(path: str | os.PathLike) -> Path:
 
 
 def _folder(variable: str, name: str) -> Path:
-    if given := os.environ.get(variable):  # an empty variable is none
+    if given := os.environ.get(variable, "").strip():  # an empty variable is none
         os.environ[variable] = str(absolute(given))  # for processes that start elsewhere
         return Path(os.environ[variable])
     return (KAGGLE_WORKING if on_kaggle() else repo_root()) / name
@@ -73,6 +74,6 @@ def run_dir(run_name: str | int) -> Path:
         raise ValueError(f"run_name={run_name!r} is not valid; expected text of 1 to 100 letters, "
                          "digits, '._-', beginning with a letter or digit")
     if name in _RESERVED:
-        raise ValueError(f"run_name={run_name!r} is not valid; expected another name than "
-                         f"{', '.join(_RESERVED)}, which mean something else")
+        raise ValueError(f"run_name={run_name!r} is not valid; expected a name that does not mean "
+                         "something else")
     return artifacts_dir() / name

@@ -152,6 +152,16 @@ def test_verdicts_change_at_their_limits(write, check, verdict, settings, change
     assert row["verdict"] == verdict, row
 
 
+@pytest.mark.parametrize(("said", "verdict"), [
+    ('{"language_instruction": ["pick ", "it"]}', "good"), ("{}", "look"), ("{bad", "bad"),
+    ('{"language_instruction": 5}', "bad"), (["a", "b"], "bad")])
+def test_an_instruction_that_training_refuses_is_bad(write, said, verdict):
+    path = write()
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = said
+    assert verdicts(path)["instruction"]["verdict"] == verdict
+
+
 def test_alignment_that_contradicts_the_attribute_is_bad(write):
     path = write("shift")
     with h5py.File(path, "r+") as file:

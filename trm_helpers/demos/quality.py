@@ -19,6 +19,7 @@ from .demo_files import (
     check_demo_file,
     demo_names,
     finger_motion,
+    instruction_of,
     measure_alignment,
     open_demo_file,
     text_attribute,
@@ -67,7 +68,7 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
                  _ranges(demos), _lengths(demos, horizon)]
         if env is not None:
             rows += [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
-    rows.append(_alignment(path))
+    rows += [_alignment(path), _instruction(path)]
     rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
     if env is not None:
         rows.append(_replays(path, env, replays))
@@ -209,6 +210,15 @@ def _alignment(path: str | Path) -> dict:
     return _row("alignment", f"{name} (measured: {how})",
                 f"{said}, as the file says" if said else "raw or shift",
                 name == said if said else name != "unknown")
+
+
+def _instruction(path: str | Path) -> dict:
+    try:
+        said = instruction_of(path)
+    except DemoFileError as error:
+        return _row("instruction", str(error), "text", BAD)
+    return _row("instruction", said or "none", "text, for policies that are told it", bool(said),
+                LOOK)
 
 
 def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
