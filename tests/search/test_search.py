@@ -212,6 +212,26 @@ def test_if_every_trial_fails_so_does_the_search(tmp_path, pretend, method):
         search(tmp_path, search_method=method, max_configs=2)
 
 
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_a_search_in_which_nothing_was_trained_may_be_begun_with_other_settings(tmp_path, pretend,
+                                                                              method):
+    def fail(name, stop):
+        raise RuntimeError("a split needs at least 2")
+
+    settings = dict(search_method=method, max_configs=2)
+    pretend.act = fail
+    with pytest.raises(RuntimeError):
+        search(tmp_path, max_demos_per_task=1, **settings)
+    pretend.act = lambda name, stop: None
+    rows = search(tmp_path, max_demos_per_task=4, **settings)
+    assert [row["state"] for row in rows] == ["complete"] * 2
+    for row in rows:
+        given = read_trial(tmp_path / "run" / "search" / row["trial"])["parameters"]
+        assert given["max_demos_per_task"] == 4
+    with pytest.raises(ValueError, match="max_demos_per_task: 4 there, 1 now"):
+        search(tmp_path, max_demos_per_task=1, **settings)
+
+
 def test_shards_make_one_search(tmp_path, pretend):
     assert len(search(tmp_path, search_shard="1/2")) == 2
     assert len(search(tmp_path, search_shard="2/2")) == 4  # those in the folder

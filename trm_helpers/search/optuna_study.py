@@ -32,6 +32,7 @@ from .space import (
 )
 from .trials import read_trial
 
+STUDY = "study.jsonl"  # in the folder of a search: a study without a database
 _HEARTBEAT = 30  # seconds between a trial's signs of life in a database
 _GRACE = 120  # seconds without one after which its machine is taken for dead
 _RETRIES = 2  # of a trial whose process died
@@ -183,7 +184,7 @@ def _within(point: dict, search: SearchConfig) -> bool:
 
 def _storage(url: str, folder: Path) -> BaseStorage:
     if not url:
-        return JournalStorage(JournalFileBackend(str(folder / "study.jsonl")))
+        return JournalStorage(JournalFileBackend(str(folder / STUDY)))
     waits = {"connect_args": {"timeout": _SQLITE_WAITS}} if url.startswith("sqlite") else None
     renamed = hasattr(optuna.storages, "RetryHeartbeatStaleTrialCallback")  # not in Optuna 4.5
     retry = (optuna.storages.RetryHeartbeatStaleTrialCallback if renamed

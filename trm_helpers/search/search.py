@@ -28,7 +28,7 @@ from ..config import Config
 from ..files import read_json, replacing, visible, write_json
 from ..notebooks import notebook_parameters
 from ..stats import detectable, paired_mcnemar
-from .optuna_study import Study
+from .optuna_study import STUDY, Study
 from .space import (
     axes,
     check_points,
@@ -104,15 +104,21 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
 def claim(config: Config, run: str | Path) -> Path:
     """The folder of a run's search, with its ``search.json``; nothing is trained.
 
-    Raises ``ValueError`` for one that was begun with other settings, and for a bad search space.
+    A folder without a trained epoch is begun anew. Raises ``ValueError`` for one that was trained
+    in with other settings, and for a bad search space.
     """
     check_points(config)
     folder = Path(run).resolve() / "search"
     path = folder / "search.json"
-    if not path.exists():
-        write_json(path, config.replace(search_storage="").to_dict())  # no password
-        return folder
-    refuse_others(folder, common_settings(searched(folder)), common_settings(config))
+    if path.exists():
+        before, now = common_settings(searched(folder)), common_settings(config)
+        if any(metrics.stat().st_size for metrics in visible(folder, "*/metrics.jsonl")):
+            refuse_others(folder, before, now)
+        if before == now:
+            return folder
+        for record in (folder / STUDY, *visible(folder, "*/trial.json")):
+            record.unlink(missing_ok=True)
+    write_json(path, config.replace(search_storage="").to_dict())  # no password
     return folder
 
 
