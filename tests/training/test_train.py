@@ -266,6 +266,17 @@ def test_a_second_training_into_the_same_folder_is_refused_at_once(small_run, tm
     assert len(small_run("run", resume=True, epochs=3).fit()) == 3
 
 
+def test_a_folder_that_another_start_has_taken_over_meanwhile_is_refused(small_run, tmp_path):
+    """While the demonstrations of the first are collected there is no epoch yet."""
+    first = from_flat("tiny", **{**SMALL, "lr": 0.5})
+    run = create_run(first, "run")
+    second = small_run("run", lr=0.25)
+    for train_it in (lambda: None, second.fit):
+        train_it()
+        with pytest.raises(ValueError, match="other settings .lr: 0.25 there, 0.5 now"):
+            train.BehaviorCloningTrainer.from_config(first, {0: tmp_path / "soup_demo.hdf5"}, run)
+
+
 def removed(path):
     path.unlink()
 

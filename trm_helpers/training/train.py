@@ -24,6 +24,7 @@ from .runs import (
     load_training_state,
     only_writer,
     refuse_other_data,
+    refuse_other_settings,
     save_description,
     save_training_state,
     save_weights,
@@ -106,7 +107,11 @@ class BehaviorCloningTrainer:
     def from_data(cls, config: Config, train_data: LIBERODataset, val_data: LIBERODataset,
                   run: str | Path,
                   roll_out: Callable[[], float] | None = None) -> BehaviorCloningTrainer:
-        """A seeded policy and the trainer of a :class:`Config` for data read before."""
+        """A seeded policy and the trainer of a :class:`Config` for data read before.
+
+        Raises ``ValueError`` where the run has other settings, by another start meanwhile.
+        """
+        refuse_other_settings(Path(run), config)
         torch.manual_seed(config.train.seed)
         model = config.model
         if config.data.scenes:
