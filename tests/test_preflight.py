@@ -266,6 +266,18 @@ def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tm
     assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(file)
 
 
+def test_processes_that_draw_share_the_temporary_cache_of_the_one_that_asks(
+        gl_environment, monkeypatch, tmp_path):
+    """They end without clean-up, whatever a driver does while it is unloaded."""
+    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    monkeypatch.setattr(software, "_writable", lambda folder: False)
+    monkeypatch.setattr(software, "_cache_folder", lambda: tmp_path / "temporary")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/numba")
+    configure_gl()
+    used = {child["NUMBA_CACHE_DIR"] for child in started()}
+    assert used == {str(tmp_path / "temporary" / "numba")}
+
+
 @pytest.mark.sim
 def test_the_simulator_plays_where_other_users_variables_and_configurations_are_in_the_way(
         gl_environment, monkeypatch, tmp_path):

@@ -189,6 +189,7 @@ def configure_gl() -> dict:
         found = json.loads(os.environ[_RENDERER])
         if all(os.environ.get(name) == value for name, value in found["settings"].items()):
             return found
+    _find_home_and_cache()
     failures: list[str] = []
     for settings in _gl_settings():
         found = _first_drawing(settings, failures)
@@ -384,11 +385,7 @@ def simulator_imports() -> Iterator[None]:
     is not the installed, pinned one.
     """
     os.environ["LIBERO_CONFIG_PATH"] = os.devnull  # read at every look-up of a path
-    try:
-        Path.home()
-    except RuntimeError:  # LIBERO asks for it
-        os.environ["HOME"] = str(_cache_folder())
-    _give_numba_a_cache()
+    _find_home_and_cache()
     visible, file_handler = os.environ.pop("CUDA_VISIBLE_DEVICES", None), logging.FileHandler
     logging.FileHandler = lambda *_, **__: logging.NullHandler()
     try:
@@ -415,7 +412,15 @@ def _refuse_other_modules() -> None:
                                "remove its folder from PYTHONPATH")
 
 
-def _give_numba_a_cache() -> None:
+def _find_home_and_cache() -> None:
+    """A home for LIBERO and a cache for numba, temporary ones where there are none.
+
+    Child processes inherit them: what numba has compiled is there, and is removed with this one.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(_cache_folder())
     robosuite = importlib.util.find_spec("robosuite")
     folders = [Path(folder) / "utils" / "__pycache__"
                for folder in (robosuite.submodule_search_locations if robosuite else [])]
