@@ -74,6 +74,6 @@ def run_dir(run_name: str | int) -> Path:
         raise ValueError(f"run_name={run_name!r} is not valid; expected text of 1 to 100 letters, "
                          "digits, '._-', beginning with a letter or digit")
     if name in _RESERVED:
-        raise ValueError(f"run_name={run_name!r} is not valid; expected a name that does not mean "
-                         "something else")
+        raise ValueError(f"run_name={run_name!r} is not valid; expected a name that is not "
+                         "reserved for a baseline or for notebooks")
     return artifacts_dir() / name

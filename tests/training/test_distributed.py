@@ -74,12 +74,19 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
         assert sum(part["mask"].sum() for part in parts) == whole["mask"].sum()
 
 
-def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(("variables", "missing"), [
+    ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    (dict(WORLD_SIZE="2", RANK="x", LOCAL_RANK="-1", MASTER_ADDR="h", MASTER_PORT="1.5"),
+     "RANK, LOCAL_RANK, MASTER_PORT"),
+    (dict(WORLD_SIZE="two", RANK="0", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1"),
+     "WORLD_SIZE")])
+def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys, variables, missing):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     team = Team("cpu")
     assert team.size == 1 and team.leads
     team.wait()  # for nobody
-    assert "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in (
+    assert f"WORLD_SIZE={variables['WORLD_SIZE']} without a valid {missing}: not" in (
         capsys.readouterr().out)
 
 

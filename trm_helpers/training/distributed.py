@@ -28,11 +28,12 @@ class Team:
         self.size, self.rank = 1, 0
         self.device = torch.device(device)
         size = os.environ.get("WORLD_SIZE", "1")
-        missing = [name for name in _SET_BY_TORCHRUN if not os.environ.get(name)]
+        missing = [name for name in _SET_BY_TORCHRUN if not os.environ.get(name)
+                   or name != "MASTER_ADDR" and not os.environ[name].isdecimal()]
         if size in ("", "1") or missing:
             if size not in ("", "1"):
-                print(f"WORLD_SIZE={size} without {', '.join(missing)}: not started by torchrun; "
-                      "training in this process alone")
+                print(f"WORLD_SIZE={size} without a valid {', '.join(missing)}: not started by "
+                      "torchrun; training in this process alone")
             return
         self.size, self.rank = int(size), int(os.environ["RANK"])
         if device == "cuda":
