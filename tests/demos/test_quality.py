@@ -1,5 +1,7 @@
 """The quality card: each defect is found and named, sound files pass, human ones too."""
 
+import json
+
 import h5py
 import numpy as np
 import pytest
@@ -180,6 +182,8 @@ def real(tmp_path_factory):
         with h5py.File(path, "w") as file:
             collect._write_demo(file.create_group("data/demo_0"), record)
             file["data"].attrs[schema.ALIGNMENT_ATTR] = "raw"
+            file["data"].attrs["problem_info"] = json.dumps(
+                {"language_instruction": env.task.language})
         yield path, env
 
 
@@ -189,6 +193,18 @@ def test_a_real_demonstration_is_good_in_everything(real):
     card = verdicts(path, env=env, horizon=env.horizon)
     assert [(name, row) for name, row in card.items() if row["verdict"] != "good"] == []
     assert "1 of 1 succeed" in card["replay"]["found"] and "orientation, wrist camera" in card
+
+
+@pytest.mark.sim
+def test_states_that_are_missing_or_of_another_task_are_bad(real, write, tmp_path):
+    path, env = real
+    for states in (None, lambda values, demo: values):  # 110 numbers, of no task
+        card = verdicts(write(states=states), env=env)
+        assert card["states"]["verdict"] == "bad" and "replay" not in card
+        assert env.task.name in card["states"]["expected"]
+    assert "replay" not in (card := verdicts(path, env=env, replays=0)) and "states" not in card
+    with pytest.raises(ValueError, match="replays=-1 is not valid; expected >= 0"):
+        quality_card(path, env, replays=-1)
 
 
 @pytest.mark.sim
@@ -226,6 +242,7 @@ def test_the_files_of_the_authors_are_good_too(real, tmp_path):
                 theirs[name] = np.concatenate([values[1:], values[-1:]]) if later else values[()]
         theirs["actions"][...] = demo["executed_actions"][()]
         theirs.attrs.update(demo.attrs)
+        file["data"].attrs["problem_info"] = source["data"].attrs["problem_info"]
     card = verdicts(tmp_path / "theirs.hdf5", env=env, horizon=env.horizon)
     assert card["alignment"]["found"].startswith("shift")
     assert [(name, row) for name, row in card.items() if row["verdict"] != "good"] == []

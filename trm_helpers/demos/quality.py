@@ -50,11 +50,14 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
 
     Args:
         env: the file's task in the simulator; without it orientation and replay are left out.
-        replays: demonstrations to replay.
+        replays: demonstrations to replay; 0 leaves the replay out.
         horizon: steps that the benchmark allows; 0 leaves the comparison out.
 
-    A file that breaks LIBERO's layout has one row, with what is wrong.
+    A file that breaks LIBERO's layout has one row, with what is wrong. Raises ``ValueError`` for
+    ``replays`` below 0.
     """
+    if replays < 0:
+        raise ValueError(f"replays={replays} is not valid; expected >= 0")
     try:
         check_demo_file(path)
     except DemoFileError as error:
@@ -66,12 +69,13 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
         rows += [_frames(demos, camera) for camera in schema.CAMERAS]
         rows += [_gripper_sign(demos), _gripper_switches(demos), _no_ops(demos),
                  _ranges(demos), _lengths(demos, horizon)]
-        if env is not None:
-            rows += [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
     rows += [_alignment(path), _instruction(path)]
     rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
     if env is not None:
-        rows.append(_replays(path, env, replays))
+        try:
+            rows += _in_simulator(path, env, replays)
+        except (KeyError, ValueError) as error:  # no states, or those of another task
+            rows.append(_row("states", str(error), f"those of {env.task.name}", BAD))
     return rows
 
 
@@ -231,10 +235,15 @@ def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
                 best == first and distances[best] < CLOSE_RENDER)
 
 
-def _replays(path: str | Path, env: LiberoEnv, replays: int) -> dict:
+def _in_simulator(path: str | Path, env: LiberoEnv, replays: int) -> list[dict]:
     with open_demo_file(path) as file:
-        chosen = demo_names(file)[:replays]
-        results = [replay_demonstration(env, file[schema.DATA_GROUP][name]) for name in chosen]
+        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
+        rows = [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
+        return rows + ([_replays(env, demos[:replays])] if replays else [])
+
+
+def _replays(env: LiberoEnv, demos: list[h5py.Group]) -> dict:
+    results = [replay_demonstration(env, demo) for demo in demos]
     successes = sum(result["success"] for result in results)
     divergence = max(max(result["divergence"]) for result in results)
     return _row("replay", f"{successes} of {len(results)} succeed again; states differ by at most "
