@@ -76,9 +76,14 @@ def libero_loop(vector, policies: list, suite: str, task_id: int, init_states: l
 
 def our_loop(run: Path, suite: str, task_id: int, init_states: list[int], workers: int,
              folder: Path) -> list[tuple]:
-    job = functools.partial(_play, TrainedPolicy(run, "best", ""), EvalConfig(num_videos=0), folder)
+    policy = TrainedPolicy(run, "best", load_policy(run).sha256)
+    job = functools.partial(_play, policy, EvalConfig(num_videos=0), folder)
     episodes = [Episode(suite, task_id, init_state) for init_state in init_states]
-    rows = [row for _, row, _ in run_jobs(job, episodes, workers=workers, keep=True)]
+    rows = []
+    for _, row, error in run_jobs(job, episodes, workers=workers, keep=True):
+        if error:
+            raise error
+        rows.append(row)
     return sorted((row["init_state"], row["success"], row["steps"]) for row in rows)
 
 

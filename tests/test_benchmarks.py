@@ -5,11 +5,13 @@ simulators run in the real one. ``peers_read.py`` needs the peers, see test_data
 """
 
 import contextlib
+import functools
 import json
 import os
 import runpy
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import types
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 from demo_files import write_demo_file
 
 from trm_helpers import paths, schema
+from trm_helpers.config import EvalConfig
 from trm_helpers.files import append_jsonl
 from trm_helpers.paths import repo_root
 from trm_helpers.stats import summarize_episodes
@@ -206,7 +209,8 @@ def test_both_loops_of_evaluation_show_a_policy_the_same(script, small_run, monk
     trainer = small_run(suite="libero_object", task_ids=(0,))
     trainer.fit()
     monkeypatch.setitem(schema.HORIZONS, "libero_object", 4)
-    lines = script("rollouts", trainer.run, "--episodes", 1, "--rounds", 1, "--workers", 1)
+    lines = script("rollouts", trainer.run, "--episodes", 1, "--rounds", 1, "--workers", 1,
+                   EvalConfig=functools.partial(EvalConfig, horizon=4))
     assert any(line.endswith("reached the policy in 1 episodes; 0 differ") for line in lines)
     assert [row[0] for row in table(lines)] == ["LIBERO's loop", "ours"]
 
@@ -218,10 +222,10 @@ def test_both_ways_of_collecting_make_the_same_episode(script):
     assert lines[0].startswith("1 episodes, ") and len(table(lines)) == 3
 
 
-def run(*arguments, **variables) -> str:
+def run(*arguments, source=FOLDER.parent, **where) -> str:
     """What a Python process prints; its messages are shown when it fails."""
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(repo_root()), **variables})
+                          env={**os.environ, "PYTHONPATH": str(source)}, **where)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -247,11 +251,12 @@ def test_an_episode_is_played_from_what_is_packed(tmp_path):
     for part in parts:
         with tarfile.open(part) as archive:
             archive.extractall(bare, filter="data")
-    assert run("-c", "import robosuite, trm_helpers; "
-               "print(robosuite.__file__, trm_helpers.__file__, sep='\\n')",
-               PYTHONPATH=str(bare)).splitlines()[-2:] == [
-        str(bare / name / "__init__.py") for name in ("robosuite", "trm_helpers")]
-    told = run("-m", "trm_helpers", "evaluate", "expert", "--suite", "libero_object",
+    others = tmp_path / "others"  # what is installed, without the simulator and the package
+    others.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(("libero", "robosuite", "bddl", "trm_helpers", "__editable__")):
+            (others / path.name).symlink_to(path)
+    told = run("-S", "-m", "trm_helpers", "evaluate", "expert", "--suite", "libero_object",
                "--task-ids", 0, "--num-episodes", 1, "--num-videos", 0, "--horizon", 3,
-               PYTHONPATH=str(bare))
+               source=f"{bare}:{others}", cwd=tmp_path)
     assert "0 of 1 episodes" in told
