@@ -135,13 +135,12 @@ def test_a_suite_goes_in_stages_and_goes_on(script, played, tmp_path):
     names = runpy.run_path(str(FOLDER / "suite" / "stages.py"))
     settings = names["settings"]
 
-    def without_a_task(given, minutes):
-        return settings(given, minutes).replace(conditioning="none")
+    def lasting(minutes):
+        return {**played, "settings": lambda given, _: settings(given, minutes).replace(
+            conditioning="none")}
 
-    given = {**played, "settings": without_a_task}
-    assert script("suite/stages", *arguments, "--minutes", 0.51, code=3, **given)[-1] == (
-        "call again")
-    lines = script("suite/stages", *arguments, "--minutes", 5, code=0, **given)
+    assert script("suite/stages", *arguments, code=3, **lasting(1e-6))[-1] == "call again"
+    lines = script("suite/stages", *arguments, code=0, **lasting(5))
     assert lines[-1] == "complete" and "2 of 3 episodes" in lines[-2]
     brought = {path.name for path in (tmp_path / "out" / "staged").iterdir()}
     assert {"best.safetensors", "metrics.jsonl", "episodes.jsonl"} <= brought

@@ -33,7 +33,8 @@ def test_import_loads_neither_torch_nor_the_simulator():
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), (" ", 1), ("2", 2)])
 def test_a_process_has_one_thread_unless_the_environment_says_otherwise(variable, threads):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(variable)}
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.endswith("_NUM_THREADS")} | {"OMP_NUM_THREADS": str(variable)}
     if variable is None:
         del environment["OMP_NUM_THREADS"]
     code = ("import os, trm_helpers.policy.layers, torch; "
