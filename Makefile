@@ -38,7 +38,7 @@ test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not sim and not notebooks"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --dist worksteal -m "not sim and not notebooks"
 
 # A virtual environment for each Python, 3 to 7 GB; PYTHONS="3.12 3.13" chooses.
 PYTHONS ?= 3.10 3.11 3.12 3.13
