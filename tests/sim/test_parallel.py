@@ -148,6 +148,20 @@ def test_a_killed_worker_is_noticed_within_seconds(job, marks):
     assert outcomes["hangs once"][0]["attempt"] == 1 and outcomes["good"][0]["attempt"] == 0
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_closed_standard_streams_cost_no_job(tmp_path, closed):
+    """As of a program that a service starts; a pipe would otherwise take a stream's number."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom trm_helpers.sim.parallel import run_jobs\n"
+        "def job(item):\n    print('noise', flush=True)\n    return item + 1\n"
+        "for workers in (0, 2):\n"
+        "    print([result for _, result, _ in run_jobs(job, [1], workers=workers)])\n")
+    done = subprocess.run(["sh", "-c", f'exec "$0" "$1" {closed}', sys.executable, str(script)],
+                          stdout=subprocess.PIPE, text=True, timeout=60)
+    assert [line for line in done.stdout.splitlines() if line != "noise"] == ["[2]", "[2]"]
+
+
 def test_fewer_than_no_workers_are_refused():
     with pytest.raises(ValueError, match="workers=-1 is not valid; expected at least 0"):
         list(run_jobs(abs, [1], workers=-1))

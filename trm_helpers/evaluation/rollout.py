@@ -105,7 +105,7 @@ def _ask(call: Callable, *given) -> tuple[Any, str]:
     """What a policy answers, or how it failed; faults of the machine are raised."""
     try:
         return call(*given), ""
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, _MACHINE_FAULTS) or type(error).__name__ == "OutOfMemoryError":
             raise
         return None, f"{type(error).__name__}: {error}"

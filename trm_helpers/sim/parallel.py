@@ -141,7 +141,7 @@ def _watched(job: Callable, limit: float, end: bool, item: Any) -> Any:
 
     From a thread that Python's lock does not hold up, as the simulator may. 0 is no limit.
     """
-    if limit:
+    if limit and sys.__stderr__:  # None where it was closed
         faulthandler.dump_traceback_later(limit, exit=end, file=sys.__stderr__)
     try:
         return job(item)
@@ -173,6 +173,9 @@ def start_process(function: Callable, *arguments, environment: Mapping[str, str]
     Returns:
         the process, and the other end of its ``connection``.
     """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a standard stream was closed
+        os.set_inheritable(opened, True)
+    os.close(opened)
     ours, theirs = multiprocessing.Pipe()
     with theirs:
         process = subprocess.Popen(
