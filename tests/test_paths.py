@@ -41,6 +41,8 @@ def test_folders_from_the_environment(variable, folder, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", child], check=True)
     monkeypatch.setenv(variable, "~/x")
     assert folder() == tmp_path.__class__(os.path.expanduser("~/x"))
+    monkeypatch.setenv(variable, "~nobody-of-this-name/x")  # a folder like any other
+    assert folder() == paths.Path.cwd() / "~nobody-of-this-name" / "x"
     monkeypatch.setattr(paths, "on_kaggle", lambda: False)
     unset = []
     for empty in ("", " "):

@@ -156,6 +156,16 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
     assert "MUJOCO_EGL_DEVICE_ID" not in os.environ and len(started()) == 2
 
 
+@pytest.mark.parametrize("damaged", [
+    "", "[]", "null", '{"renderer": "x"}', '{"settings": null}',
+    '{"settings": {"MUJOCO_GL": null}}',
+    '{"renderer": "x", "ms": 1, "failures": [], "settings": {}}'])
+def test_a_choice_that_says_nothing_is_made_again(gl_environment, monkeypatch, tmp_path, damaged):
+    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    monkeypatch.setenv("TRM_RENDERER", damaged)
+    assert renderer() == "llvmpipe" and len(started()) == 1
+
+
 def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
         gl_environment, monkeypatch, tmp_path):
     """EGL has a software device 0, a GPU as device 1 and a broken device 2."""
@@ -270,7 +280,7 @@ def test_processes_that_draw_share_the_temporary_cache_of_the_one_that_asks(
         gl_environment, monkeypatch, tmp_path):
     """They end without clean-up, whatever a driver does while it is unloaded."""
     started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
-    monkeypatch.setattr(software, "_writable", lambda folder: False)
+    monkeypatch.setattr(software, "writable", lambda folder: False)
     monkeypatch.setattr(software, "_cache_folder", lambda: tmp_path / "temporary")
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/numba")
     configure_gl()
@@ -289,8 +299,8 @@ import builtins, json, logging, os, sys
 from pathlib import Path
 from trm_helpers import software
 assert "numba" not in sys.modules
-writable = software._writable
-software._writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
+writable = software.writable
+software.writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
 opened = logging.FileHandler._open
 logging.FileHandler._open = lambda self: sys.exit(f"opened {self.baseFilename}")
 from trm_helpers.sim.env import LiberoEnv
@@ -395,6 +405,14 @@ def test_a_full_disk_fails(monkeypatch):
     checks = {check.name: check for check in preflight(quick=True)}
     assert checks["disk of data"].status == "fail"
     assert "TRM_DATA_DIR" in checks["disk of data"].hint
+
+
+@pytest.mark.parametrize("folder", ["/proc/1/data", "/dev/null/data"])
+def test_a_folder_that_cannot_be_written_fails(monkeypatch, folder):
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", folder)
+    check = {check.name: check for check in preflight(quick=True)}["disk of artifacts"]
+    assert check.status == "fail" and f"{folder} cannot be written" in check.found
+    assert "TRM_ARTIFACTS_DIR" in check.hint
 
 
 @pytest.mark.parametrize("broken", [

@@ -31,7 +31,7 @@ def absolute(path: str | os.PathLike) -> Path:
 
     Every path is made absolute where it is read: notebooks, workers and trials run elsewhere.
     """
-    return Path(path).expanduser().resolve()
+    return Path(os.path.expanduser(path)).resolve()  # an unknown user's stays as it is
 
 
 def _folder(variable: str, name: str) -> Path:

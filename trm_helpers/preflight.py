@@ -26,6 +26,7 @@ from .software import (
     free_memory,
     installed_version,
     pip_command,
+    writable,
 )
 
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest supported
@@ -190,6 +191,9 @@ def _check_memory() -> Check:
 
 def _check_disk(name: str, folder: Path) -> Check:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not writable(folder):
+        return Check(f"disk of {name}", "fail", f"{folder} cannot be written",
+                     f"set TRM_{name.upper()}_DIR to a folder of yours")
     free = shutil.disk_usage(existing).free / _GB
     return Check(f"disk of {name}", "ok" if free > 3 else "warn" if free > 1 else "fail",
                  f"{free:.0f} GB free at {folder}",

@@ -185,9 +185,11 @@ def configure_gl() -> dict:
         RuntimeError: nothing draws, with each reason and the command that installs libraries.
         ValueError: ``MUJOCO_GL`` is none that robosuite knows.
     """
-    with contextlib.suppress(KeyError, ValueError, TypeError):  # decided in a parent process?
-        found = json.loads(os.environ[_RENDERER])
-        if all(os.environ.get(name) == value for name, value in found["settings"].items()):
+    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
+        found = json.loads(os.environ[_RENDERER])  # decided in a parent process
+        settings = found["settings"]
+        if {"renderer", "ms", "failures"} <= found.keys() and settings["MUJOCO_GL"] and all(
+                os.environ.get(name) == value for name, value in settings.items()):
             return found
     _find_home_and_cache()
     failures: list[str] = []
@@ -427,13 +429,14 @@ def _find_home_and_cache() -> None:
     folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba")
     if "NUMBA_CACHE_DIR" in os.environ:
         folders.append(Path(os.environ["NUMBA_CACHE_DIR"]))
-    if not any(map(_writable, folders)):
+    if not any(map(writable, folders)):
         os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder() / "numba")
         if "numba" in sys.modules:  # has read its environment already
             sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made where there is none yet."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
@@ -443,7 +446,7 @@ def _cache_folder() -> Path:
     """The user's cache folder; where it cannot be written, one until this process ends."""
     with contextlib.suppress(RuntimeError):  # no home is known
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trm_helpers"
-        if _writable(folder):
+        if writable(folder):
             return folder
     folder = Path(tempfile.mkdtemp(prefix="trm_helpers-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
