@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -181,6 +182,13 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Content of a regular file; ``ValueError`` for pipes and devices, whose end may never come."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a regular file; expected one")
+    return Path(path).read_bytes()
+
+
 def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = ()) -> Any:
     """What a JSON file holds, which has to be a ``kind`` and to have the ``keys``.
 
@@ -188,9 +196,10 @@ def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = 
 
     Raises ``FileNotFoundError`` where there is none, and ``ValueError`` for a damaged one.
     """
+    content = read_bytes(path)
     try:
-        value = json.loads(Path(path).read_bytes().decode())
-    except ValueError as error:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; expected JSON") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} is damaged: it holds {type(value).__name__}; expected "
@@ -233,10 +242,10 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
         try:
             row = json.loads(line.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is {type(row).__name__}; expected an object")

@@ -222,6 +222,7 @@ class Failing(CountingPolicy):
     (lambda: np.zeros(6), "expected 7 finite numbers"),
     (lambda: None, "expected 7 finite numbers"),
     (lambda: ["up"] * 7, "ValueError"),
+    (lambda: sys.exit("no gripper"), "SystemExit: no gripper"),
 ])
 def test_an_episode_in_which_the_policy_fails_is_a_failure(run, monkeypatch, capsys, how, said):
     monkeypatch.setattr(evaluate, "load_policy", lambda *_: Failing(how))
@@ -335,7 +336,7 @@ def test_a_line_that_is_no_episode_is_named(run, line, problem):
         evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))
 
 
-@pytest.mark.parametrize("where", ["absolute", "dots", "link", "folder", "number"])
+@pytest.mark.parametrize("where", ["absolute", "dots", "link", "folder", "number", "no text"])
 def test_a_film_outside_of_the_run_is_not_shown(run, tmp_path, capsys, where):
     config = EvalConfig(num_episodes=2, horizon=4, num_videos=2)
     evaluate_run(run, config)
@@ -343,13 +344,15 @@ def test_a_film_outside_of_the_run_is_not_shown(run, tmp_path, capsys, where):
     secret = tmp_path / "secret.mp4"
     shutil.copy(run / "videos" / mine[0], secret)
     named = {"absolute": str(secret), "dots": "../" * 9 + str(secret).lstrip("/"),
-             "link": "success/link.mp4", "folder": "outside/secret.mp4", "number": 7}[where]
+             "link": "success/link.mp4", "folder": "outside/secret.mp4", "number": 7,
+             "no text": "\ud800"}[where]
     (run / "videos" / "success" / "link.mp4").symlink_to(secret)
     (run / "videos" / "outside").symlink_to(tmp_path)
     rows = read_jsonl(run / "episodes.jsonl")
     rows[0]["video"] = named
     assert list(evaluate.films_of(rows, run)) == [run / "videos" / mine[1]]
-    assert "1 film(s) are not in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 film(s) are not in" in said and said.encode()  # a terminal can show it
     (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (grid,) = (run / "videos").glob("*.mp4")
     grid.unlink()

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,11 @@ def test_what_a_runs_file_says_about_the_machine_is_not_used(trained):
     assert load_config(trained) == config
     assert load_config(trained).local() == from_flat("reference").local()
     assert load_config(trained, "demo").eval.eval_workers == 2  # the caller's preset
+    for name, part in settings_by_part().items():  # nor has it to make sense here
+        written[part].update({name: ["no", "such"]} if name in LOCAL else {})
+    written["search"]["search_storage"] = "postgresql://them:secret@db/theirs"
+    (trained / "config.json").write_text(json.dumps(written))
+    assert load_config(trained) == config
     mine = from_flat("tiny", **{**config.changes(), "num_threads": 3})
     assert create_run(mine, "small", resume=True) == trained  # refused for none of these
 
@@ -133,12 +139,13 @@ def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, n
         load_policy("pretrained/cup")
 
 
-def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path):
+def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path, capsys):
     attached, secret = tmp_path / "input" / "theirs", tmp_path / "secret"
     secret.write_text("not theirs")
     shutil.copytree(trained, attached)
     (attached / "videos").mkdir(exist_ok=True)
     (attached / "videos" / "a.mp4").symlink_to(secret)
+    (attached / "notes.md").symlink_to(secret)
     (attached / ".lock").touch()
     for path in [*attached.rglob("*"), attached]:
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -146,12 +153,34 @@ def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path
     assert copy == paths.artifacts_dir() / "theirs"
     assert copy.stat().st_mode & 0o200 and (copy / "config.json").stat().st_mode & 0o200
     assert not (copy / "videos" / "a.mp4").exists() and not (copy / ".lock").exists()
+    assert not (copy / "notes.md").exists()
+    assert "not copied from" in (said := capsys.readouterr().out) and "notes.md, videos/a" in said
     assert load_config(copy) == load_config(attached)
     (attached / "policy.json").chmod(0o644)
     (attached / "policy.json").write_text((trained / "policy.json").read_text() + " ")
     assert find_run(attached) == attached  # another run by now
     with pytest.raises(FileExistsError, match="artifacts/theirs holds another run than .*input"):
         find_run(attached, to_write=True)
+
+
+def test_a_run_in_the_hubs_cache_is_copied_through_its_links(trained, tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc" / "bowl"
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    for number, path in enumerate(path for path in trained.iterdir() if path.is_file()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../../blobs") / str(number))
+    copy = find_run(snapshot, to_write=True)
+    assert copy == paths.artifacts_dir() / "bowl" and not (copy / "policy.json").is_symlink()
+    assert load_policy(copy).sha256 == load_policy(trained).sha256
+
+
+@pytest.mark.parametrize("name", ["expert-libero_spatial", "notebooks", ".hidden", "a b"])
+def test_a_run_elsewhere_gets_no_copy_under_a_name_that_no_run_may_have(trained, tmp_path, name):
+    shutil.copytree(trained, tmp_path / "input" / name)
+    assert find_run(tmp_path / "input" / name) == tmp_path / "input" / name  # to read
+    with pytest.raises(ValueError, match=f"run_name='{name}' is not valid"):
+        find_run(tmp_path / "input" / name, to_write=True)
+    assert [path.name for path in paths.artifacts_dir().iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize("name", ["../repo", "small/../small", "/tmp/../tmp"])
@@ -297,12 +326,44 @@ def test_others_may_read_what_the_umask_lets_them(trained):
      load_policy),
     ("policy.json", b'{"model": {"depth": 3}, "normalizer": {}, "proprio_stats": {}, '
                     b'"trained_on": {}}', load_policy),
+    ("config.json", b"[" * 99999, load_config), ("policy.json", b"[" * 99999, load_policy),
     ("best.safetensors", b"", load_policy), ("best.safetensors", b"{}" * 100, load_policy),
 ])
 def test_a_damaged_file_is_named(trained, name, content, call):
     (trained / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"small/{name}"):
         call(trained)
+
+
+@pytest.mark.parametrize(("name", "call"), [
+    ("config.json", load_config), ("policy.json", load_policy), ("best.safetensors", load_policy),
+    ("training_state.pt", load_training_state)])
+@pytest.mark.parametrize("other", [
+    os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_regular_file_is_named_and_never_waited_for(trained, name, call, other):
+    (trained / name).unlink(missing_ok=True)
+    other(trained / name)
+    with pytest.raises(ValueError, match=f"small/{name} is not a regular file"):
+        call(trained)
+
+
+@pytest.mark.parametrize(("part", "name", "value", "problem"), [
+    ("normalizer", "offset", [0.0, 0.0], "offset=.*; expected 6 finite numbers"),
+    ("normalizer", "offset", None, "offset=None is not valid; expected 6"),
+    ("normalizer", "scale", [float("nan")] * 6, "scale=.*; expected 6 finite"),
+    ("normalizer", "scale", ["1"] * 6, "scale=.*; expected 6 finite"),
+    ("proprio_stats", "mean", "twelve", "mean=twelve is not valid; expected 12"),
+    ("proprio_stats", "mean", [float("inf")] * 12, "mean=.*; expected 12 finite"),
+    ("proprio_stats", "std", [1.0], "std=.*; expected 12 finite"),
+    ("proprio_stats", "std", [1.0] * 11 + [0.0], "std=.*; expected numbers > 0"),
+])
+def test_damaged_statistics_are_refused_before_an_episode_fails_by_them(trained, part, name, value,
+                                                                        problem):
+    described = json.loads((trained / "policy.json").read_text())
+    described[part] = {**described[part], name: value}
+    (trained / "policy.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"small/policy.json describes no policy: .*{problem}"):
+        load_policy(trained)
 
 
 @pytest.mark.parametrize("trained_on", [{}, [], None])

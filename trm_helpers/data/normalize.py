@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -74,8 +75,17 @@ class ActionNormalizer:
     def from_dict(cls, values: Mapping) -> ActionNormalizer:
         """Inverse of :meth:`to_dict`."""
         normalizer = cls(values["mode"])
-        normalizer.offset, normalizer.scale = values["offset"], values["scale"]
+        normalizer.offset, normalizer.scale = (
+            _finite(name, values[name], schema.ARM_DIM) for name in ("offset", "scale"))
         return normalizer
+
+
+def _finite(name: str, values, count: int) -> list[float]:
+    """``values`` of a file; ``ValueError`` unless they are ``count`` finite numbers."""
+    if not isinstance(values, list) or len(values) != count or not all(
+            isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise ValueError(f"{name}={str(values)[:80]} is not valid; expected {count} finite numbers")
+    return values
 
 
 def _row(arm: list[float], gripper: float, like):
@@ -94,6 +104,16 @@ def fit_proprio(proprio: torch.Tensor) -> dict[str, list[float]]:
     std = values.std(dim=0, correction=0)
     std[std < EPSILON] = 1.0
     return {"mean": values.mean(dim=0).tolist(), "std": std.tolist()}
+
+
+def read_proprio(stats: Mapping | None) -> dict[str, list[float]] | None:
+    """What :func:`fit_proprio` gave, back from a file; ``ValueError`` where it is damaged."""
+    if stats is None:
+        return None
+    checked = {name: _finite(name, stats[name], schema.PROPRIO_DIM) for name in ("mean", "std")}
+    if min(checked["std"]) <= 0:
+        raise ValueError(f"std={checked['std']} is not valid; expected numbers > 0")
+    return checked
 
 
 def normalize_proprio(proprio: torch.Tensor, stats: Mapping) -> torch.Tensor:

@@ -399,7 +399,7 @@ def films_of(rows: Iterable[Mapping], folder: Path) -> dict[Path, Mapping]:
     missing = [str(row["video"]) for row, path in named if path is None]
     if missing:
         print(f"{len(missing)} film(s) are not in {folder / 'videos'}, and left out; the first: "
-              f"{missing[0]}")
+              f"{missing[0]!r}")
     return {path: row for row, path in named if path is not None}
 
 
@@ -529,4 +529,4 @@ def _refuse_unknown_numbers(trained: Config, suite: str, task_ids: tuple[int, ..
 
 
 def digest(path: Path) -> str:
-    return files.digest(path.read_bytes())
+    return files.digest(files.read_bytes(path))

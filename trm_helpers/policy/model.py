@@ -21,7 +21,7 @@ from .. import schema
 from ..config import ModelConfig
 from ..data.normalize import ActionNormalizer
 from ..data.observations import prepare_observation, read_batch
-from ..files import digest
+from ..files import digest, read_bytes
 from .layers import (
     STYLE_DIM,
     ActionHead,
@@ -388,7 +388,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
     Raises ``ValueError`` for a damaged file.
     """
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         return load(content), digest(content)
     except SafetensorError as error:

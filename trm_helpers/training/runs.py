@@ -22,8 +22,17 @@ from safetensors.torch import save
 from .. import paths, schema
 from ..config import Config, ModelConfig, from_flat, local_settings
 from ..data.dataset import LIBERODataset
-from ..data.normalize import ActionNormalizer
-from ..files import only_one, read_json, replacing, visible, write_bytes, write_json
+from ..data.normalize import ActionNormalizer, read_proprio
+from ..files import (
+    inside,
+    only_one,
+    read_bytes,
+    read_json,
+    replacing,
+    visible,
+    write_bytes,
+    write_json,
+)
 from ..policy.model import TRMPolicy, read_weights
 from ..software import software_versions
 
@@ -171,6 +180,8 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
     home = paths.artifacts_dir() / ("pretrained" if shipped else "") / run.name
     if not home.exists():
         if to_write:
+            if not shipped:
+                paths.run_dir(run.name)  # refuses what no run may be called
             _copy_run(run, home)
         return home if to_write else run
     if all((home / path.name).exists() and filecmp.cmp(path, home / path.name, shallow=False)
@@ -183,10 +194,16 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
 
 
 def _copy_run(run: Path, home: Path) -> None:
-    """Without hidden files, searches, and what links point to; with this user's file modes."""
+    """Without hidden files, searches, and links that leave the run; with this user's file modes.
+
+    The Hugging Face hub's cache is made of links to its own folder ``blobs``.
+    """
+    own = [run, *(folder.parent / "blobs" for folder in run.parents if folder.name == "snapshots")]
     places = [source.relative_to(run) for source in visible(run, "**/*") if source.is_file()]
-    chosen = [place for place in places if place.parts[0] != "search" and (
-        len(place.parts) == 1 or not (run / place).is_symlink())]
+    places = [place for place in places if place.parts[0] != "search"]
+    chosen = [place for place in places if any(inside(folder, run / place) for folder in own)]
+    if left_out := [str(place) for place in places if place not in chosen]:
+        print(f"not copied from {run}, since they are links out of it: {', '.join(left_out)}")
     size = sum((run / place).stat().st_size for place in chosen)
     with replacing(home, size) as temporary:
         for place in chosen:
@@ -210,8 +227,11 @@ def load_config(run: str | Path, preset: str = "reference") -> Config:
         raise FileNotFoundError(f"{path} does not exist; expected a run folder")
     values = read_json(path, keys=("data", "model", "train"))
     values.pop("software", None)
+    own = local_settings()
     try:
-        config = Config.from_dict(values)
+        config = Config.from_dict({
+            part: {name: value for name, value in given.items() if name not in own}
+            if isinstance(given, dict) else given for part, given in values.items()})
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
     return config.replace(**from_flat(preset).local())
@@ -255,7 +275,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     try:
         policy = TRMPolicy(ModelConfig(**described["model"]),
                            ActionNormalizer.from_dict(described["normalizer"]),
-                           described["proprio_stats"])
+                           read_proprio(described["proprio_stats"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run / 'policy.json'} describes no policy: "
                          f"{type(error).__name__}: {error}") from error
@@ -296,8 +316,9 @@ def load_training_state(run: str | Path) -> dict | None:
     path = Path(run) / "training_state.pt"
     if not path.exists():
         return None
+    content = io.BytesIO(read_bytes(path))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(content, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"epoch", "policy", "optimizer"} <= state.keys():
             raise EOFError("it holds something else")
         return state
