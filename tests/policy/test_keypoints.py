@@ -52,6 +52,17 @@ def test_maps_have_half_the_pictures_size(size):
     assert KeypointEncoder(16, 3)(torch.rand(2, size, size, 3)).shape == (2, 16)
 
 
+def test_keypoints_enter_the_policy_as_columns_and_rows_from_minus_four_to_four():
+    encoder = KeypointEncoder(16, 2)
+    maps = torch.full((1, 2, 4, 8), -100.0)
+    maps[0, 0, 1, 6] = 0.0  # column 6.5 / 8, row 1.5 / 4
+    maps[0, 1, 3, 0] = maps[0, 1, 3, 1] = 0.0  # column 1 / 8, row 3.5 / 4
+    encoder.locator.forward = lambda images, task: maps
+    encoder.project = torch.nn.Identity()
+    torch.testing.assert_close(encoder(torch.rand(1, 8, 16, 3)),
+                               torch.tensor([[2.5, -1.0, -3.0, 3.0]]))
+
+
 def test_what_is_looked_for_depends_on_the_task():
     """Two squares alike: the first task is about the one on the left, the second the other's."""
     frames, places = squares(200)
