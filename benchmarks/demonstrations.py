@@ -12,6 +12,7 @@ reach (but for the bowl of LIBERO-Spatial, which is told by where it is), ``calm
 """
 
 import argparse
+import functools
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from trm_helpers import BehaviorCloningTrainer, paths, schema
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value
 from trm_helpers.demos.collect import collect_demonstrations
 from trm_helpers.evaluation.robustness import PLAIN, rate_in_short, robustness_card
+from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.training.runs import create_run
 
 KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
@@ -72,7 +74,8 @@ def main() -> None:
             words = re.findall(r"[\w.]+", " ".join([given.policy, *sum(given.set, [])]))
             run = create_run(config, f"demonstrations-{given.suite}-{'-'.join(words)}-{kind}-"
                                      f"{demos}-s{given.seed}", resume=True)
-            BehaviorCloningTrainer.from_config(config, files, run).fit()
+            localizer = functools.partial(trained_localizer, run, config)
+            BehaviorCloningTrainer.from_config(config, files, run, localizer=localizer).fit()
             card = robustness_card(run, evaluation, only=given.changes)
             rows = {row["name"]: row for row in card["rows"]}
             cells = [rate_in_short(rows[name]) if name in rows else "" for name in columns]

@@ -10,6 +10,7 @@ call that was interrupted goes on.
 """
 
 import argparse
+import functools
 import time
 
 import numpy as np
@@ -20,6 +21,7 @@ from trm_helpers.config import Config, EvalConfig, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.evaluation.evaluate import evaluate_run
 from trm_helpers.files import read_jsonl
+from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.stats import detectable, paired_mcnemar
 from trm_helpers.training.runs import create_run
 
@@ -54,7 +56,9 @@ def train_and_evaluate(name: str, settings: dict, given: argparse.Namespace, see
         conditioning="task_id" if len(given.tasks) > 1 else "none", **settings)
     words = "-".join(name.replace(",", "").split())
     run = create_run(config, f"policies-{given.suite}-{words}-s{seed}", resume=True)
-    trainer = BehaviorCloningTrainer.from_config(config, ensure_demonstrations(config), run)
+    trainer = BehaviorCloningTrainer.from_config(
+        config, ensure_demonstrations(config), run,
+        localizer=functools.partial(trained_localizer, run, config))
     trainer.fit()
     evaluation = EvalConfig(num_episodes=given.episodes, first_init_state=given.first_init_state,
                             num_videos=0, eval_workers=given.workers)

@@ -11,6 +11,7 @@ collected first, where there are none, and not timed.
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import platform
@@ -24,6 +25,7 @@ import torch
 
 from trm_helpers.config import Config, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.search.search import run_search
 from trm_helpers.search.space import grid, trial_settings
 from trm_helpers.training.runs import create_run
@@ -50,7 +52,8 @@ def training_seconds(config: Config, files: dict) -> float:
         for number, point in enumerate(grid(config.search)):
             trial = trial_settings(config, point, config.train.seed)
             run = create_run(trial, f"trial{number}")
-            BehaviorCloningTrainer.from_config(trial, files, run).fit()
+            BehaviorCloningTrainer.from_config(
+                trial, files, run, localizer=functools.partial(trained_localizer, run, trial)).fit()
     return time.perf_counter() - begun
 
 

@@ -64,12 +64,15 @@ more = {}  # type: dict; any other settings by name, such as {"ema_decay": 0.999
 resume = True  # type: bool; go on with a run folder that exists; False refuses it
 
 # %%
+from functools import partial
+
 import pandas as pd
 
 from trm_helpers import BehaviorCloningTrainer
 from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.evaluation.evaluate import selection_rate, selection_success
+from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.stats import format_success
 from trm_helpers.training.runs import create_run
 from trm_helpers.visuals import plots
@@ -99,7 +102,8 @@ files = ensure_demonstrations(config)
 # losses.
 
 # %%
-trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config))
+trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),
+                                             partial(trained_localizer, run, config))
 print(f"{len(trainer.train_data)} training samples, {trainer.precision} on {trainer.device}")
 metrics = trainer.fit()
 

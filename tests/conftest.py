@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -45,6 +47,7 @@ def small_run(tmp_path, monkeypatch):
     from demo_files import write_demo_file
 
     from trm_helpers.config import from_flat
+    from trm_helpers.policy.keypoints import trained_localizer
     from trm_helpers.training import runs
     from trm_helpers.training.train import BehaviorCloningTrainer
 
@@ -54,7 +57,8 @@ def small_run(tmp_path, monkeypatch):
     def make(name="small", resume=False, roll_out=None, **settings):
         config = from_flat("tiny", **{**SMALL, **settings})
         run = runs.create_run(config, name, resume)
-        return BehaviorCloningTrainer.from_config(config, {0: file}, run, roll_out)
+        return BehaviorCloningTrainer.from_config(config, {0: file}, run, roll_out,
+                                                  partial(trained_localizer, run, config))
 
     return make
 

@@ -73,6 +73,13 @@ def test_no_import_points_upward():
     assert upward(graph) == []
 
 
+def test_a_trainer_is_given_its_localizer_and_rollouts():
+    targets = {target for name, targets in imports(PACKAGE).items()
+               if name.startswith("training.") for target in targets}
+    assert "policy.model" in targets and "policy.keypoints" not in targets
+    assert not any(target.startswith(("sim.", "demos.", "evaluation.")) for target in targets)
+
+
 def test_no_imports_form_a_circle():
     tuple(TopologicalSorter(imports(PACKAGE)).static_order())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import sys
@@ -71,6 +72,7 @@ class Train:
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
         from .evaluation.evaluate import selection_rate
+        from .policy.keypoints import trained_localizer
         from .training.distributed import Team
         from .training.runs import create_run
         from .training.train import BehaviorCloningTrainer, choose_device
@@ -85,7 +87,8 @@ class Train:
         if team.leads:
             team.wait()
         rows = BehaviorCloningTrainer.from_config(
-            self.config, files, run, selection_rate(run, self.config)).fit()
+            self.config, files, run, selection_rate(run, self.config),
+            functools.partial(trained_localizer, run, self.config)).fit()
         if not team.leads:
             return None, [], True
         line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"

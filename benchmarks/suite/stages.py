@@ -8,6 +8,7 @@ then goes on, and what is complete is not done again. Policies are those of benc
 """
 
 import argparse
+import functools
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_value  # noqa: E402
 from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
 from trm_helpers.evaluation.evaluate import evaluate_run  # noqa: E402
+from trm_helpers.policy.keypoints import trained_localizer  # noqa: E402
 from trm_helpers.preflight import preflight, table  # noqa: E402
 from trm_helpers.schema import PROTOCOLS  # noqa: E402
 from trm_helpers.software import ensure_gl  # noqa: E402
@@ -64,7 +66,8 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
     words = "-".join(given.policy.replace(",", "").split())
     run = create_run(config, given.run_name or f"{given.suite}-{words}-s{given.seed}", resume=True)
     given.run = run
-    trainer = BehaviorCloningTrainer.from_config(config, files, run)
+    trainer = BehaviorCloningTrainer.from_config(
+        config, files, run, localizer=functools.partial(trained_localizer, run, config))
     rows = trainer.fit()
     print(f"{run}: {len(rows)} of {given.epochs} epochs, validation loss "
           f"{rows[-1]['val_loss']:.4f}", flush=True)

@@ -26,6 +26,7 @@ from trm_helpers.policy.keypoints import (
 )
 from trm_helpers.policy.layers import KeypointEncoder, Locator
 from trm_helpers.sim.env import LiberoEnv, load_task
+from trm_helpers.training.train import BehaviorCloningTrainer
 
 NAN = float("nan")
 
@@ -258,6 +259,12 @@ def test_scenes_need_states_and_the_model(tmp_path, change):
     with pytest.raises(DemoFileError, match="soup_demo.hdf5, demo_1: scenes need the data set "
                                             "states and the attribute model_file"):
         draw_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
+
+
+def test_scenes_without_a_localizer_are_refused_before_the_run_is_touched(trainer):
+    config = from_flat("tiny", cameras=[schema.STILL_CAMERA], scenes=20)
+    with pytest.raises(ValueError, match="scenes=20 needs a localizer; expected localizer"):
+        BehaviorCloningTrainer.from_data(config, trainer.train_data, trainer.val_data, trainer.run)
 
 
 def test_a_run_that_goes_on_is_not_taught_again(small_run, drawn, monkeypatch):

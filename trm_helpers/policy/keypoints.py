@@ -237,9 +237,9 @@ def _floats(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return frames.to(device).float() / 255
 
 
-def taught_locator(run: str | Path, config: Config, trained_on: Mapping, measured_on: Mapping, *,
-                   device: torch.device | str = "cpu",
-                   precision: str = "fp32") -> tuple[tuple[str, ...], Locator]:
+def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, measured_on: Mapping, *,
+                      device: torch.device | str = "cpu",
+                      precision: str = "fp32") -> tuple[tuple[str, ...], Locator]:
     """The things that a run's policy is to find, and a locator of them.
 
     It is taught once for a run and kept in ``locator.safetensors``; ``scenes.json`` says how well

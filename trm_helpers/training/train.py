@@ -96,34 +96,44 @@ class BehaviorCloningTrainer:
 
     @classmethod
     def from_config(cls, config: Config, files: dict[int, Path], run: str | Path,
-                    roll_out: Callable[[], float] | None = None) -> BehaviorCloningTrainer:
-        """Data, a seeded policy and the trainer of a :class:`Config`.
+                    roll_out: Callable[[], float] | None = None,
+                    localizer: Callable | None = None) -> BehaviorCloningTrainer:
+        """Load the data, then :meth:`from_data`.
 
         ``files`` is one demonstration file per task id, as ``collect.ensure_demonstrations`` gives.
         """
-        return cls.from_data(config, *LIBERODataset.from_config(files, config), run, roll_out)
+        data = LIBERODataset.from_config(files, config)
+        return cls.from_data(config, *data, run, roll_out, localizer)
 
     @classmethod
     def from_data(cls, config: Config, train_data: LIBERODataset, val_data: LIBERODataset,
-                  run: str | Path,
-                  roll_out: Callable[[], float] | None = None) -> BehaviorCloningTrainer:
-        """A seeded policy and the trainer of a :class:`Config` for data read before.
+                  run: str | Path, roll_out: Callable[[], float] | None = None,
+                  localizer: Callable | None = None) -> BehaviorCloningTrainer:
+        """Trainer of a seeded policy on loaded data.
 
-        Raises ``ValueError`` where the run has other settings, by another start meanwhile.
+        Args:
+            localizer: needed where ``config.data.scenes`` is set; called with the descriptions of
+                both splits, ``device`` and ``precision``, it returns the keypoints' names and a
+                trained :class:`Locator`, for example
+                ``partial(keypoints.trained_localizer, run, config)``.
+
+        Raises:
+            ValueError: ``scenes`` without ``localizer``; another process has since stored other
+                settings in the run folder.
         """
+        if config.data.scenes and localizer is None:
+            raise ValueError(f"scenes={config.data.scenes} needs a localizer; expected localizer, "
+                             "for example partial(keypoints.trained_localizer, run, config)")
         refuse_other_settings(Path(run), config)
         torch.manual_seed(config.train.seed)
         model = config.model
         if config.data.scenes:
-            from ..policy.keypoints import taught_locator
-
             torch.set_num_threads(config.train.num_threads or torch.get_num_threads())
             device = choose_device(config.train.device)
-            things, locator = taught_locator(
-                run, config, train_data.describe(), val_data.describe(), device=device,
+            names, locator = localizer(
+                train_data.describe(), val_data.describe(), device=device,
                 precision=choose_precision(config.train.precision, device))
-            model = dataclasses.replace(model, keypoints=things,
-                                        keypoint_tasks=len(locator.known))
+            model = dataclasses.replace(model, keypoints=names, keypoint_tasks=len(locator.known))
         policy = TRMPolicy(model, train_data.normalizer, train_data.proprio_stats)
         if config.data.scenes:
             policy.encoders[schema.STILL_CAMERA].locator = locator.requires_grad_(False)
