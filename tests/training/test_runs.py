@@ -62,6 +62,25 @@ def test_resuming_with_other_settings_lists_them_and_changes_nothing():
     assert (run / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["last.safetensors", "metrics.jsonl"])
+def test_weights_or_metrics_alone_make_a_folder_a_trained_run(name):
+    run = create_run(from_flat("tiny"), "a-run")
+    (run / name).write_text('{"epoch": 1}\n')
+    (run / "training_state.pt").write_bytes(b"of the first epoch")
+    with pytest.raises(FileExistsError, match="a-run exists already"):
+        create_run(from_flat("tiny"), "a-run")
+    with pytest.raises(ValueError, match="other settings .lr: 0.001 there, 0.5 now"):
+        create_run(from_flat("tiny", lr=0.5), "a-run", resume=True)
+    assert (run / "training_state.pt").exists()
+
+
+def test_an_empty_metrics_file_is_no_epoch():
+    run = create_run(from_flat("tiny"), "a-run")
+    (run / "metrics.jsonl").touch()
+    other = from_flat("tiny", lr=0.5)
+    assert create_run(other, "a-run") == run and load_config(run) == other
+
+
 def test_the_name_is_made_from_suite_variant_seed_and_time():
     run = create_run(from_flat("tiny", seed=4))
     assert run.name.startswith("libero_object-block-s4-2") and len(run.name.split("-")) == 5
