@@ -77,8 +77,8 @@ fig
 # %%
 if policy.config.keypoints:
     looked = data.batch([len(data) * share // 8 for share in (1, 3, 5, 7)])["observations"]
-    fig = plots.plot_places(looked["agentview_rgb"][:, 0], keypoints.found_places(policy, looked),
-                            policy.config.keypoints)
+    fig = plots.plot_places(looked["agentview_rgb"][:, 0],
+                            keypoints.predicted_keypoints(policy, looked), policy.config.keypoints)
     plots.save_figure(fig, run / "figures" / "07_places.png")
     display(fig)
 

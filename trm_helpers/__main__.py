@@ -78,18 +78,18 @@ class Train:
         from .training.train import BehaviorCloningTrainer, choose_device
 
         team = Team(choose_device(self.config.train.device).type)
-        if not team.leads:
-            team.wait()  # the first one finds or collects demonstrations and makes the folder
+        if not team.is_main:
+            team.barrier()  # the first one finds or collects demonstrations and makes the folder
         run = paths.run_dir(self.run_name)
-        if team.leads:
+        if team.is_main:
             create_run(self.config, self.run_name, resume=True)
         files = ensure_demonstrations(self.config)
-        if team.leads:
-            team.wait()
+        if team.is_main:
+            team.barrier()
         rows = BehaviorCloningTrainer.from_config(
             self.config, files, run, selection_rate(run, self.config),
             functools.partial(trained_localizer, run, self.config)).fit()
-        if not team.leads:
+        if not team.is_main:
             return None, [], True
         line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"
         return {"run": str(run), **rows[-1]}, [line], True

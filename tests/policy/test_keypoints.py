@@ -1,4 +1,4 @@
-"""Scenes drawn around demonstrations, and a locator that learns from them where things are."""
+"""Scenes rendered around demonstrations, and a localizer trained on them."""
 
 import dataclasses
 import json
@@ -18,38 +18,38 @@ from trm_helpers.demos.demo_files import DemoFileError, demo_names, open_demo_fi
 from trm_helpers.policy import keypoints
 from trm_helpers.policy.keypoints import (
     cross_entropy,
-    draw_scenes,
-    errors,
-    read_scenes,
-    teach,
-    things_in,
+    load_scenes,
+    localization_errors,
+    render_scenes,
+    train_localizer,
+    visible_keypoints,
 )
-from trm_helpers.policy.layers import KeypointEncoder, Locator
+from trm_helpers.policy.layers import KeypointEncoder, Localizer
 from trm_helpers.sim.env import LiberoEnv, load_task
 from trm_helpers.training.train import BehaviorCloningTrainer
 
 NAN = float("nan")
 
 
-# --- the locator -----------------------------------------------------------------------------
-def test_a_place_is_the_mean_of_the_softmax():
+# --- the localizer -----------------------------------------------------------------------------
+def test_a_keypoint_is_the_mean_of_the_softmax():
     maps = torch.full((1, 2, 4, 8), -100.0)
     maps[0, 0, 1, 6] = 0.0  # one cell: its centre
     maps[0, 1, 3, 0] = maps[0, 1, 3, 1] = 5.0  # two: between them
-    torch.testing.assert_close(Locator.points(maps)[0],
+    torch.testing.assert_close(Localizer.points(maps)[0],
                                torch.tensor([[6.5 / 8, 1.5 / 4], [1 / 8, 3.5 / 4]]))
 
 
-def test_places_are_as_exact_in_training_as_in_control():
+def test_autocast_does_not_round_keypoints():
     maps = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = Locator.points(maps)
-    torch.testing.assert_close(mixed, Locator.points(maps), atol=1e-6, rtol=0)
+        mixed = Localizer.points(maps)
+    torch.testing.assert_close(mixed, Localizer.points(maps), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [36, 64])
-def test_maps_have_half_the_pictures_size(size):
-    assert Locator(3)(torch.rand(2, size, size, 3)).shape == (2, 3, size // 2, size // 2)
+def test_maps_have_half_the_image_size(size):
+    assert Localizer(3)(torch.rand(2, size, size, 3)).shape == (2, 3, size // 2, size // 2)
     assert KeypointEncoder(16, 3)(torch.rand(2, size, size, 3)).shape == (2, 16)
 
 
@@ -64,7 +64,7 @@ def test_keypoints_enter_the_policy_as_columns_and_rows_from_minus_four_to_four(
                                torch.tensor([[2.5, -1.0, -3.0, 3.0]]))
 
 
-def test_what_is_looked_for_depends_on_the_task():
+def test_the_keypoint_depends_on_the_task():
     """Two squares alike: the first task is about the one on the left, the second the other's."""
     frames, places = squares(200)
     frames[frames[..., 1] == 200] = torch.tensor([200, 30, 30], dtype=torch.uint8)  # green to red
@@ -76,44 +76,45 @@ def test_what_is_looked_for_depends_on_the_task():
     chosen = torch.where(tasks[:, 0] == 1, left, 1 - left)
     places = places[torch.arange(len(places)), chosen].unsqueeze(1)
     torch.manual_seed(0)
-    told, untold = Locator(1, 2, 2), Locator(1)
-    told.known.copy_(torch.eye(2))
+    conditioned, unconditioned = Localizer(1, 2, 2), Localizer(1)
+    conditioned.known.copy_(torch.eye(2))
     new = torch.arange(len(frames)) % 10 == 0
-    teach(told, frames[~new], places[~new], tasks[~new], steps=120)
-    teach(untold, frames[~new], places[~new], steps=60)
-    assert errors(told, frames[new], places[new], tasks[new]).median() < 0.05
-    assert errors(untold, frames[new], places[new]).median() > 0.1
+    train_localizer(conditioned, frames[~new], places[~new], tasks[~new], steps=120)
+    train_localizer(unconditioned, frames[~new], places[~new], steps=60)
+    assert localization_errors(
+        conditioned, frames[new], places[new], tasks[new]).median() < 0.05
+    assert localization_errors(unconditioned, frames[new], places[new]).median() > 0.1
 
 
-def test_instructions_are_told_apart_also_in_other_words():
-    def told(suite):
+def test_instructions_are_assigned_to_their_task_also_when_rephrased():
+    def instructions(suite):
         return torch.stack([torch.from_numpy(embed_instruction(load_task(suite, task).language))
                             for task in range(10)])
 
-    locator = Locator(1, 10, schema.LANGUAGE_DIM)
-    locator.known.copy_(told("libero_spatial"))
+    localizer = Localizer(1, 10, schema.LANGUAGE_DIM)
+    localizer.known.copy_(instructions("libero_spatial"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert locator.which(locator.known).diagonal().min() > 0.95
-    same = locator.which(told("libero_spatial_lan")).argmax(1) == torch.arange(10)
+        assert localizer.which(localizer.known).diagonal().min() > 0.95
+    same = localizer.which(instructions("libero_spatial_lan")).argmax(1) == torch.arange(10)
     assert same.sum() >= 8
 
 
-def test_a_policy_asks_its_locator_with_what_it_is_told():
+def test_a_policy_conditions_its_localizer_on_its_task():
     policy = TRMPolicy(from_flat(
         "tiny", cameras=[schema.STILL_CAMERA], keypoints=["object"], image_size=36,
         keypoint_tasks=3, conditioning="task_id", num_tasks=3, proprioception=False).model)
-    locator = policy.encoders[schema.STILL_CAMERA].locator
-    locator.known.copy_(torch.eye(3))
+    localizer = policy.encoders[schema.STILL_CAMERA].locator
+    localizer.known.copy_(torch.eye(3))
     seen = {schema.STILL_CAMERA: torch.rand(1, 36, 36, 3).expand(2, -1, -1, -1),
             "task_id": torch.tensor([0, 1])}
-    first, second = keypoints.found_places(policy, seen)
+    first, second = keypoints.predicted_keypoints(policy, seen)
     assert not np.allclose(first, second, atol=1e-5)
-    maps = locator(seen[schema.STILL_CAMERA], F.one_hot(torch.tensor([0, 1]), 3).float())
+    maps = localizer(seen[schema.STILL_CAMERA], F.one_hot(torch.tensor([0, 1]), 3).float())
     torch.testing.assert_close(torch.from_numpy(np.stack([first, second])),
-                               locator.points(maps).detach())
+                               localizer.points(maps).detach())
 
 
-def test_cross_entropy_is_shared_by_the_cells_around_a_place():
+def test_cross_entropy_is_shared_by_the_cells_around_a_position():
     maps = torch.zeros(1, 1, 2, 4)
     maps[0, 0, 0, 1] = np.log(3.0)  # shares: 0.3 there, 0.1 in the seven others
     at = {"its centre": ([1.5 / 4, 0.25], -np.log(0.3)),
@@ -126,7 +127,7 @@ def test_cross_entropy_is_shared_by_the_cells_around_a_place():
         assert found.item() == pytest.approx(expected, abs=1e-5), name
 
 
-def test_what_is_not_in_the_picture_teaches_nothing():
+def test_a_keypoint_outside_the_frame_has_no_gradient():
     maps = torch.randn(1, 2, 2, 4, requires_grad=True)
     cross_entropy(maps, torch.tensor([[[0.4, 0.4], [NAN, NAN]]])).backward()
     assert maps.grad[0, 0].abs().sum() > 0 and (maps.grad[0, 1] == 0).all()
@@ -134,7 +135,7 @@ def test_what_is_not_in_the_picture_teaches_nothing():
 
 
 def squares(count, seed=0, size=36):
-    """Grey pictures with a red and a green square, and their centres; of every fifth, no green."""
+    """Grey frames with a red and a green square, and the centres; every fifth has no green."""
     generator = np.random.default_rng(seed)
     frames = np.full((count, size, size, 3), 90, dtype=np.uint8)
     corners = generator.integers(0, size - 5, (count, 2, 2))
@@ -148,40 +149,40 @@ def squares(count, seed=0, size=36):
 
 
 @pytest.fixture(scope="module")
-def taught():
+def trained_on_squares():
     torch.manual_seed(0)
-    locator = Locator(2)
-    teach(locator, *squares(300), steps=120)
-    return locator
+    localizer = Localizer(2)
+    train_localizer(localizer, *squares(300), steps=120)
+    return localizer
 
 
-def test_what_it_has_learned_it_finds_in_new_pictures(taught):
-    distance = errors(taught, *squares(100, seed=1))
+def test_a_trained_localizer_finds_the_squares_of_new_frames(trained_on_squares):
+    distance = localization_errors(trained_on_squares, *squares(100, seed=1))
     assert distance[:, 0].median() < 0.03  # a pixel of 36; by chance it would be 0.3
     assert distance[:, 1].nanmedian() < 0.03 and distance[::5, 1].isnan().all()
 
 
-def test_errors_are_those_of_control_which_has_frames_from_0_to_1():
+def test_errors_are_measured_on_frames_scaled_as_in_control():
     torch.manual_seed(0)
-    locator, (frames, places) = Locator(2), squares(20, seed=2)
+    localizer, (frames, places) = Localizer(2), squares(20, seed=2)
     with torch.no_grad():
-        locator.maps[-1].weight *= 1000  # maps that depend on what is seen
-    points = locator.points(locator(frames.float() / 255)).detach()
-    torch.testing.assert_close(errors(locator, frames, places), (points - places).norm(dim=-1),
-                               equal_nan=True)
+        localizer.maps[-1].weight *= 1000  # maps that depend on what is seen
+    points = localizer.points(localizer(frames.float() / 255)).detach()
+    torch.testing.assert_close(localization_errors(localizer, frames, places),
+                               (points - places).norm(dim=-1), equal_nan=True)
 
 
-def test_teaching_again_gives_the_same_weights(taught):
+def test_the_same_seed_gives_the_same_weights(trained_on_squares):
     torch.manual_seed(0)
-    again = Locator(2)
-    teach(again, *squares(300), steps=120)
-    for name, weight in taught.state_dict().items():
+    again = Localizer(2)
+    train_localizer(again, *squares(300), steps=120)
+    for name, weight in trained_on_squares.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
 # --- scenes as files, and a run --------------------------------------------------------------
-def test_places_are_those_of_the_stored_frame_upside_down():
-    """Pixel centres of a 128 x 128 picture, as a person sees it; the last one is outside of it."""
+def test_image_positions_are_of_the_stored_frame_upside_down():
+    """Pixel centres of an upright 128 x 128 image; the last one is outside of it."""
     class Camera:
         image_size = 128
 
@@ -190,7 +191,7 @@ def test_places_are_those_of_the_stored_frame_upside_down():
             return positions[:, :2].copy()
 
     pixels = np.array([[0.0, 0.0, 9], [31.5, 95.5, 9], [63.5, 10.5, 9], [20.0, 130.0, 9]])
-    places = keypoints._places(Camera(), pixels)
+    places = keypoints._image_positions(Camera(), pixels)
     half = 0.5 / 128
     np.testing.assert_allclose(places, [[half, 1 - half], [0.25, 0.25], [0.5, 1 - 11 / 128],
                                         [NAN, NAN]])
@@ -207,8 +208,8 @@ def test_scenes_of_several_tasks_are_read_together(tmp_path):
     second = write_scenes(tmp_path / "b.npz", frames, places.flip(1), ("blue", "red"))
     never = np.full((3, 1, 2), NAN)
     third = write_scenes(tmp_path / "c.npz", frames, never, ("behind",))
-    assert things_in({0: [first], 1: [second, third]}) == ["blue", "green", "red"]
-    together, where = read_scenes([first, second], ["blue", "green", "red"], 18)
+    assert visible_keypoints({0: [first], 1: [second, third]}) == ["blue", "green", "red"]
+    together, where = load_scenes([first, second], ["blue", "green", "red"], 18)
     assert together.shape == (6, 18, 18, 3) and together.dtype == torch.uint8
     torch.testing.assert_close(where[:3, 1:], places.flip(1), equal_nan=True)
     assert where[:3, 0].isnan().all() and where[3:, 1].isnan().all()
@@ -216,8 +217,8 @@ def test_scenes_of_several_tasks_are_read_together(tmp_path):
 
 
 @pytest.fixture
-def drawn(tmp_path, monkeypatch):
-    """In place of the simulator: squares, and a short teaching; the demonstrations asked for."""
+def rendered(tmp_path, monkeypatch):
+    """Squares in place of the simulator and short training; the list of calls."""
     asked = []
 
     def draw(suite, task_id, demos, per_demo):
@@ -225,18 +226,19 @@ def drawn(tmp_path, monkeypatch):
         path = tmp_path / f"{len(asked)}.npz"
         return [write_scenes(path, *squares(60, seed=len(asked[-1][3])))]
 
-    monkeypatch.setattr(keypoints, "draw_scenes", draw)
-    monkeypatch.setattr(teach, "__kwdefaults__", {**teach.__kwdefaults__, "steps": 30})
+    monkeypatch.setattr(keypoints, "render_scenes", draw)
+    monkeypatch.setattr(train_localizer, "__kwdefaults__",
+                        {**train_localizer.__kwdefaults__, "steps": 30})
     return asked
 
 
-def test_a_run_learns_first_where_things_are(small_run, drawn):
+def test_a_run_trains_its_localizer_first(small_run, rendered):
     trainer = small_run(scenes=20)
     encoder = trainer.policy.encoders[schema.STILL_CAMERA]
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     trainer.fit()
-    assert [ask[:3] for ask in drawn] == [("libero_object", 0, 20)] * 2
-    train, val = ({name for name in ask[3]} for ask in drawn)
+    assert [ask[:3] for ask in rendered] == [("libero_object", 0, 20)] * 2
+    train, val = ({name for name in ask[3]} for ask in rendered)
     assert len(train) == 4 and len(val) == 1 and not train & val
     for name, weight in encoder.state_dict().items():
         assert torch.equal(weight, before[name]) == name.startswith("locator"), name
@@ -258,7 +260,7 @@ def test_scenes_need_states_and_the_model(tmp_path, change):
         change(file["data/demo_1"])
     with pytest.raises(DemoFileError, match="soup_demo.hdf5, demo_1: scenes need the data set "
                                             "states and the attribute model_file"):
-        draw_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
+        render_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
 
 
 def test_scenes_without_a_localizer_are_refused_before_the_run_is_touched(trainer):
@@ -267,14 +269,14 @@ def test_scenes_without_a_localizer_are_refused_before_the_run_is_touched(traine
         BehaviorCloningTrainer.from_data(config, trainer.train_data, trainer.val_data, trainer.run)
 
 
-def test_a_run_that_goes_on_is_not_taught_again(small_run, drawn, monkeypatch):
+def test_a_resumed_run_keeps_its_localizer(small_run, rendered, monkeypatch):
     whole = small_run("whole", scenes=20).fit()
     small_run("parts", scenes=20, max_minutes=1e-9).fit()
 
     def again(*_, **__):
-        raise AssertionError("taught twice")
+        raise AssertionError("trained twice")
 
-    monkeypatch.setattr(keypoints, "teach", again)
+    monkeypatch.setattr(keypoints, "train_localizer", again)
     rows = small_run("parts", resume=True, scenes=20).fit()
     assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in whole]
 
@@ -287,49 +289,49 @@ def demonstration(tmp_path_factory):
 
 
 @pytest.mark.sim
-def test_scenes_show_the_objects_elsewhere_and_say_where(demonstration, capsys):
+def test_scenes_show_randomised_layouts_with_image_positions(demonstration, capsys):
     with open_demo_file(demonstration) as file:
         names = demo_names(file)
-    [path] = draw_scenes("libero_object", 0, {str(demonstration): names}, 8, workers=1)
+    [path] = render_scenes("libero_object", 0, {str(demonstration): names}, 8, workers=1)
     written = path.stat().st_mtime_ns
     with np.load(path) as scenes:
         frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
     assert frames.shape == (8, 128, 128, 3) and frames.dtype == np.uint8
-    assert things == ["object", "target", "hand"]  # the goal's, not what else is there
+    assert things == ["object", "target", "hand"]  # the goal's objects, no others
     with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
         env.reset()
         demo = file[schema.DATA_GROUP][names[0]]
         env.set_fixtures(demo.attrs["model_file"])
         env.set_state(demo["states"][0])
-        [basket] = keypoints._places(env, env.object_position("basket_1")[None])
+        [basket] = keypoints._image_positions(env, env.object_position("basket_1")[None])
     shift = np.linalg.norm(places[:, things.index("target")] - basket, axis=1)
-    as_shown = shift < 0.005  # of the picture's side
-    assert 0 < as_shown.sum() < len(shift)  # in half of them it is where the demonstration has it
+    as_shown = shift < 0.005  # of the frame's side
+    assert 0 < as_shown.sum() < len(shift)  # about half keep the layout of the demonstration
     assert shift[~as_shown].max() > 0.05
-    assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
+    assert render_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
     assert path.stat().st_mtime_ns == written
     assert "version" not in capsys.readouterr().out
     with np.load(path) as scenes:
         kept = {name: scenes[name] for name in scenes if name != "version"}
     np.savez(path, **kept)  # as the code before versions wrote it
     written = path.stat().st_mtime_ns
-    assert draw_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
-    assert f"{path.name} drawn by another version" in capsys.readouterr().out
-    other = draw_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
+    assert render_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
+    assert f"{path.name} rendered by another version" in capsys.readouterr().out
+    other = render_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
     assert other != [path] and path.stat().st_mtime_ns == written
 
 
 @pytest.mark.sim
-def test_a_place_is_where_the_picture_changes_without_the_object():
+def test_an_image_position_is_where_the_frame_changes_without_the_object():
     with LiberoEnv("libero_object", 0) as env:
         there = env.reset(init_state=0)[schema.STILL_CAMERA].astype(int)
-        [place] = keypoints._places(env, env.object_position("cream_cheese_1")[None])
+        [place] = keypoints._image_positions(env, env.object_position("cream_cheese_1")[None])
         joint = env.raw.get_object("cream_cheese_1").joints[-1]
         position = env.sim.data.get_joint_qpos(joint).copy()
         position[2] -= 5
         env.sim.data.set_joint_qpos(joint, position)
         gone = env.set_state(env.state())[schema.STILL_CAMERA].astype(int)
-        [below] = keypoints._places(env, env.object_position("cream_cheese_1")[None])
+        [below] = keypoints._image_positions(env, env.object_position("cream_cheese_1")[None])
     rows, columns = np.nonzero(np.abs(there - gone).sum(-1) > 30)
     assert len(rows) > 20
     centre = np.array([np.median(columns) + 0.5, np.median(rows) + 0.5]) / 128
@@ -338,8 +340,8 @@ def test_a_place_is_where_the_picture_changes_without_the_object():
 
 
 @pytest.mark.sim
-def test_what_the_robot_has_moved_stays_in_its_hand(demonstration):
-    """In scenes around the last steps, the soup is where the basket was: it is not drawn again."""
+def test_objects_that_the_robot_has_moved_stay_in_place(demonstration):
+    """In the last steps the soup is in the basket and keeps its position."""
     with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
         env.reset()
         demo = file[schema.DATA_GROUP][demo_names(file)[0]]
@@ -354,7 +356,7 @@ def test_what_the_robot_has_moved_stays_in_its_hand(demonstration):
         assert np.linalg.norm(env.object_position("basket_1") - basket) > 0.01
 
 
-def test_keypoints_need_the_camera_that_sees_them():
+def test_keypoints_need_the_agent_view():
     with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them with scenes"):
         from_flat("tiny", scenes=2, cameras=["eye_in_hand_rgb"])
     with pytest.raises(ValueError, match="image_size=66.*multiple of 4 with keypoints"):

@@ -10,7 +10,7 @@ from trm_helpers import schema
 from trm_helpers.config import ModelConfig
 from trm_helpers.policy.layers import (
     STYLE_DIM,
-    Locator,
+    Localizer,
     TokenEncoder,
     TransformerLayer,
     VisualEncoder,
@@ -125,8 +125,8 @@ def test_tokens_are_told_where_their_patch_is():
     assert torch.equal(tokens, encoder.position.expand(3, 4, 16)) and tokens.abs().max() > 0
 
 
-def test_a_task_without_scale_and_shift_leaves_the_locator_as_it_is():
-    plain, conditioned = Locator(2), Locator(2, num_tasks=3, task_dim=4)
+def test_a_task_without_scale_and_shift_leaves_the_localizer_unchanged():
+    plain, conditioned = Localizer(2), Localizer(2, num_tasks=3, task_dim=4)
     missing, unknown = conditioned.load_state_dict(
         {name: weight for name, weight in plain.state_dict().items() if name != "known"}, False)
     assert set(missing) == {"known", "task.weight", "task.bias"} and not unknown
@@ -446,6 +446,17 @@ def test_acts_style_is_drawn_in_training_and_zero_in_control():
     kl = torch.distributions.kl_divergence(given, torch.distributions.Normal(0, 1)).sum(-1).mean()
     torch.testing.assert_close(parts["kl"], kl)
     torch.testing.assert_close(total, error + 2.0 * kl)
+
+
+def test_a_sample_without_valid_actions_has_no_divergence():
+    """As in the share of a batch of which a process gets nothing."""
+    policy, batch = act(), make_batch()
+    policy.training = True
+    batch["mask"][1:3] = 0
+    divergence = policy.style.divergence(*policy.style(batch["actions"][:, 0], batch["mask"][:, 0]))
+    expected = (divergence[0] + divergence[3]) / 2
+    assert abs(expected - divergence.mean()) > 1e-6
+    torch.testing.assert_close(policy.loss(batch, "l1")[1]["kl"], expected.detach())
 
 
 def test_acts_style_leaves_out_actions_that_do_not_exist():

@@ -84,8 +84,8 @@ def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys, variable
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     team = Team("cpu")
-    assert team.size == 1 and team.leads
-    team.wait()  # for nobody
+    assert team.size == 1 and team.is_main
+    team.barrier()  # for nobody
     assert f"WORLD_SIZE={variables['WORLD_SIZE']} without a valid {missing}: not" in (
         capsys.readouterr().out)
 
@@ -97,9 +97,9 @@ def test_a_rendezvous_to_which_nobody_comes_ends(monkeypatch, rank):
     for name, value in dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=str(port)).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "_MEET_WITHIN", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "_RENDEZVOUS_TIMEOUT", timedelta(seconds=2))
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the other processes did not come.*"
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the other processes did not connect.*"
                                            "within 2 s; unset WORLD_SIZE"):
         Team("cpu")
     assert time.monotonic() - began < 20
@@ -116,4 +116,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_one_process_is_a_team_of_its_own():
     team = Team("cpu")
-    assert team.leads and team.agree(0.5) == 0.5 and team.share_of(torch.tensor(3.0)) == 1.0
+    assert team.is_main and team.broadcast(0.5) == 0.5
+    assert team.loss_weight(torch.tensor(3.0)) == 1.0
+    assert team.any(True) and not team.any(False)

@@ -548,7 +548,8 @@ def test_all_processes_stop_by_the_validation_loss_of_one(small_run, monkeypatch
     """Each has one that differs in the last digits, by which patience would end them apart."""
     trainer = small_run(epochs=5, patience=2)
     said = iter([0.5, 0.25, 0.26, 0.27])
-    monkeypatch.setattr(trainer.team, "agree", lambda value: next(said) if 0 < value < 1 else value)
+    monkeypatch.setattr(trainer.team, "broadcast",
+                        lambda value: next(said) if 0 < value < 1 else value)
     monkeypatch.setattr(train.BehaviorCloningTrainer, "_loss", lambda trainer, compute, batch: (
         torch.tensor(0.9, requires_grad=True), {"final": torch.tensor(0.9)}))
     monkeypatch.setattr(trainer.optimizer, "step", lambda *_: None)

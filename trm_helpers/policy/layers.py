@@ -95,7 +95,7 @@ class TokenEncoder(nn.Module):
         return self.norm(self.project(patches)) + self.position
 
 
-class Locator(nn.Module):
+class Localizer(nn.Module):
     """Images (B, H, W, 3) in [0, 1] to where in them each of K things is.
 
     Convolutions to maps (B, K, H / 2, W / 2): fine ones of half the picture's size, for the place,
@@ -150,7 +150,7 @@ class KeypointEncoder(nn.Module):
 
     def __init__(self, hidden_dim: int, count: int, num_tasks: int = 0, task_dim: int = 0):
         super().__init__()
-        self.locator = Locator(count, num_tasks, task_dim)
+        self.locator = Localizer(count, num_tasks, task_dim)
         self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
                                      nn.Linear(hidden_dim, hidden_dim))
 

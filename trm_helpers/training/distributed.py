@@ -1,4 +1,4 @@
-"""Several processes that train one policy: ``torchrun`` starts them, each takes a share of a batch.
+"""Data-parallel training: ``torchrun`` starts the processes, and each takes its share of a batch.
 
     torchrun --nproc_per_node 2 -m trm_helpers train trm --run-name two-gpus
 """
@@ -12,16 +12,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_PATIENCE = timedelta(hours=6)  # the others wait while the first collects demonstrations
-_MEET_WITHIN = timedelta(minutes=2)  # torchrun starts all of them at once
+_TIMEOUT = timedelta(hours=6)  # the others wait while the main process collects demonstrations
+_RENDEZVOUS_TIMEOUT = timedelta(minutes=2)
 _SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Team:
-    """The processes of a ``torchrun``, each with a GPU of its own; without one, this process alone.
+    """The processes started by ``torchrun``, one GPU each; otherwise this process alone.
+
+    Gradients are averaged here rather than by ``DistributedDataParallel``: a process's mean counts
+    by its number of valid actions, and ``torch.compile`` wraps the loss, not the forward pass.
 
     Args:
-        device: ``cuda`` or ``cpu``: what the processes compute on.
+        device: type of the device to compute on, ``cuda`` or ``cpu``.
     """
 
     def __init__(self, device: str):
@@ -44,65 +47,58 @@ class Team:
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            self._meet()
+            self._join()
 
-    def _meet(self) -> None:
+    def _join(self) -> None:
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=_MEET_WITHIN))
+            store, rank, size = next(dist.rendezvous("env://", timeout=_RENDEZVOUS_TIMEOUT))
         except dist.DistError as error:
             raise RuntimeError(
-                f"WORLD_SIZE={self.size}, but the other processes did not come to "
+                f"WORLD_SIZE={self.size}, but the other processes did not connect to "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
-                f"{_MEET_WITHIN.seconds} s; unset WORLD_SIZE to train in one process") from error
+                f"{_RENDEZVOUS_TIMEOUT.seconds} s; unset WORLD_SIZE to train in one process"
+            ) from error
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size,
-                                timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
     @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes files and talks."""
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until all have come here."""
+    def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    def agree(self, value: float) -> float:
-        """The leader's value."""
+    def broadcast(self, value: float) -> float:
+        """The main process's value."""
         if self.size == 1:
             return value
-        said = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(said, src=0)
-        return said.item()
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return shared.item()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so for at least one."""
-        if self.size == 1:
-            return flag
-        said = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        return bool(said.item())
-
-    def share_of(self, weight: torch.Tensor) -> torch.Tensor | float:
-        """What this process's mean counts in the mean over all, times their number."""
-        if self.size == 1:
-            return 1.0
-        total = weight.detach().clone()
-        dist.all_reduce(total)
-        return weight * self.size / total.clamp(min=1)
+        """Whether the flag is set in at least one process."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Of all."""
+        """Sum over the processes."""
         if self.size > 1:
-            value = value.clone()
+            value = value.detach().clone()
             dist.all_reduce(value)
         return value
 
+    def loss_weight(self, count: torch.Tensor) -> torch.Tensor | float:
+        """Factor of this process's mean, so that averaging over processes gives the batch's mean.
+
+        ``count`` is the number of valid actions in this process's share.
+        """
+        return 1.0 if self.size == 1 else count * self.size / self.sum(count).clamp(min=1)
+
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        if self.size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.size
+        if self.size > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.size

@@ -114,7 +114,7 @@ class BehaviorCloningTrainer:
         Args:
             localizer: needed where ``config.data.scenes`` is set; called with the descriptions of
                 both splits, ``device`` and ``precision``, it returns the keypoints' names and a
-                trained :class:`Locator`, for example
+                trained :class:`Localizer`, for example
                 ``partial(keypoints.trained_localizer, run, config)``.
 
         Raises:
@@ -156,11 +156,11 @@ class BehaviorCloningTrainer:
                 epoch was finite. The run folder keeps the last complete epoch, and a training
                 state from before the breakdown.
         """
-        self.team.wait()
+        self.team.barrier()
         self._began = self._saved = time.perf_counter()
-        with only_writer(self.run) if self.team.leads else contextlib.nullcontext():
+        with only_writer(self.run) if self.team.is_main else contextlib.nullcontext():
             self._resume()
-            if self.team.leads:
+            if self.team.is_main:
                 save_description(self.run, self.policy, self.train_data)
             with self._tracker() as tracker, self._progress() as bar:
                 while not self.finished:
@@ -168,11 +168,11 @@ class BehaviorCloningTrainer:
                         break
                     self._rows.append(self._end_epoch(bar))
                     self._save_weights(self._rows[-1])
-                    if self.team.leads:
+                    if self.team.is_main:
                         append_jsonl(self.run / "metrics.jsonl", self._rows[-1])
                     self._save_state()
                     tracker.log(self._rows[-1])
-            self.team.wait()
+            self.team.barrier()
         return list(self._rows)
 
     @property
@@ -203,7 +203,7 @@ class BehaviorCloningTrainer:
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0.0) + weight * float(value)
         # the same in all processes, which decide by it when to stop
-        return {name: self.team.agree(total / actions) for name, total in totals.items()}
+        return {name: self.team.broadcast(total / actions) for name, total in totals.items()}
 
     @property
     def _averaged(self) -> TRMPolicy:
@@ -231,7 +231,7 @@ class BehaviorCloningTrainer:
                 if self._time_is_up():
                     self._save_state()
                     return False
-                if self.team.agree(time.perf_counter() - self._saved) > _SAVE_EVERY:
+                if self.team.broadcast(time.perf_counter() - self._saved) > _SAVE_EVERY:
                     self._save_state()
         self._seconds = time.perf_counter() - started
         return True
@@ -264,7 +264,7 @@ class BehaviorCloningTrainer:
     def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One update; objective, norm of the gradient before clipping, and the final answer's loss.
         """
-        share = self.team.share_of(batch["mask"].sum())
+        share = self.team.loss_weight(batch["mask"].sum())
         objective, parts = self._backward(batch, share)
         self.team.average_gradients(self.policy.parameters())
         self.scaler.unscale_(self.optimizer)
@@ -331,7 +331,7 @@ class BehaviorCloningTrainer:
     # --- run folder -------------------------------------------------------------------------------
 
     def _time_is_up(self) -> bool:
-        minutes = self.team.agree((time.perf_counter() - self._began) / 60)
+        minutes = self.team.broadcast((time.perf_counter() - self._began) / 60)
         return self.epoch > 0 and 0 < self.config.max_minutes <= minutes
 
     def _patience_is_over(self) -> bool:
@@ -340,22 +340,22 @@ class BehaviorCloningTrainer:
     def _save_weights(self, row: dict) -> None:
         """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
         weights = self._averaged.state_dict()
-        if self.team.leads:
+        if self.team.is_main:
             save_weights(self.run, weights, "last")
         every = self.config.rollout_every
         if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
-            row["success_rate"] = self.team.agree(self.roll_out() if self.team.leads else 0.0)
+            row["success_rate"] = self.team.broadcast(self.roll_out() if self.team.is_main else 0.0)
         if row["val_loss"] < self.lowest_loss:
             self.lowest_loss, self.lowest_epoch = row["val_loss"], self.epoch
         score = (row.get("success_rate", -1.0), -row["val_loss"])
         if score > self.best_score:
             self.best_score = score
-            if self.team.leads:
+            if self.team.is_main:
                 save_weights(self.run, weights, "best")
 
     def _save_state(self) -> None:
         self._saved = time.perf_counter()
-        if not self.team.leads:
+        if not self.team.is_main:
             return
         save_training_state(self.run, {
             "epoch": self.epoch, "best_score": self.best_score,
@@ -375,7 +375,7 @@ class BehaviorCloningTrainer:
         if state:
             refuse_other_data(self.run, self.train_data)
         self._restore_rows(state)
-        self.team.wait()
+        self.team.barrier()
         if not state:
             return
         self.epoch = state["epoch"]
@@ -392,10 +392,10 @@ class BehaviorCloningTrainer:
             if state[name]:  # a scaler has a state in fp16 only
                 getattr(self, name).load_state_dict(state[name])
         _set_generators(state["generator"], state["cuda_generators"])
-        if self.epoch and self.team.leads:
+        if self.epoch and self.team.is_main:
             self._restore_weights()
         before = state.get("precision", self.precision)
-        if before != self.precision and self.team.leads:
+        if before != self.precision and self.team.is_main:
             print(f"{self.run} was trained in {before} so far and goes on in {self.precision}: the "
                   "losses are not exactly those of an uninterrupted training")
 
@@ -415,7 +415,7 @@ class BehaviorCloningTrainer:
                                  "expected one line each. Put it back, or remove "
                                  "training_state.pt to train from the start")
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)
-        if self.team.leads and (not path.exists() or path.read_text() != lines):
+        if self.team.is_main and (not path.exists() or path.read_text() != lines):
             with replacing(path) as temporary:
                 temporary.write_text(lines)
 
@@ -431,12 +431,12 @@ class BehaviorCloningTrainer:
     def _progress(self) -> tqdm:
         return tqdm(total=self._last_epoch * self.steps_per_epoch, desc="training", unit="step",
                     initial=self.epoch * self.steps_per_epoch + len(self._measured),
-                    disable=not self.team.leads)
+                    disable=not self.team.is_main)
 
     @contextlib.contextmanager
     def _tracker(self) -> Iterator[Tracker]:
         settings = {**vars(self.policy.config), **vars(self.config)}
-        mode = self.config.wandb_mode if self.team.leads else "disabled"
+        mode = self.config.wandb_mode if self.team.is_main else "disabled"
         tracker = Tracker(mode, {"project": self.config.wandb_project, "name": self.run.name,
                                  "dir": str(self.run), "config": settings})
         try:
