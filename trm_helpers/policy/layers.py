@@ -1,9 +1,4 @@
-"""What policies are made of: encoders, the blocks that are applied over and over, action heads.
-
-Every block has the same three methods, so that one loop in ``model.py`` serves all of them:
-``start(x)`` gives the first state, ``forward(state, x)`` the next one, ``answer(state)`` the
-features that the action head reads: (B, D), or (B, K, D) with one token per future action. A
-state is one tensor with B in front.
+"""Layers of the policies: image encoders, localizer, transformer layer and action head.
 
 Shape letters: B batch, K chunk, H W image, N tokens, D hidden, P proprioception.
 """
@@ -21,8 +16,8 @@ from ..config import ModelConfig
 CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
 TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))  # ..., stride, padding
 STYLE_DIM = 32  # of ACT's latent
-TASK_TEMPERATURE = 0.001  # of the locator: instructions of a suite are alike to 0.995
-TOKEN_STRIDE = 8  # pixels per cell of the map that image tokens are cut from
+TASK_TEMPERATURE = 0.001  # of the localizer: cosine similarity within a suite reaches 0.995
+TOKEN_STRIDE = 8  # pixels per cell of the feature map
 
 
 # --- images --------------------------------------------------------------------------------------
@@ -36,9 +31,9 @@ class Centre(nn.Module):
 def convolutional(sizes, activation: str) -> nn.Sequential:
     """Convolutions of (channels, kernel, stride, padding), each followed by the activation.
 
-    ``"relu"`` of images in [0, 1] is what the reference documents. A camera that does not move
-    shows nearly the same picture always, so that one step too large can switch a unit off for all
-    of them, and for good. ``"silu"`` of images centred on 0 has no such units.
+    ``"relu"`` on images in [0, 1] is the reference's. The frames of a fixed camera differ so little
+    that one large update can leave a ReLU inactive for all of them; ``"silu"`` on images centred on
+    0 avoids this.
     """
     layers, channels = ([Centre()] if activation == "silu" else []), 3
     for out_channels, kernel, stride, padding in sizes:
@@ -75,9 +70,9 @@ class VisualEncoder(nn.Module):
 class TokenEncoder(nn.Module):
     """Images (B, H, W, 3) in [0, 1] to spatial tokens (B, grid * grid, D), row by row.
 
-    Three convolutions to a map (64, H / 8, W / 8), which is cut into ``grid`` x ``grid`` patches,
-    each flattened, projected to D and normalised. Nothing is pooled: a token knows where in its
-    patch a thing is.
+    Three convolutions give a map (64, H / 8, W / 8), cut into ``grid`` x ``grid`` patches; each is
+    flattened, projected to D and normalised. Without pooling, a token keeps positions inside its
+    patch.
     """
 
     def __init__(self, hidden_dim: int, image_size: int, grid: int, activation: str = "relu"):
@@ -96,13 +91,13 @@ class TokenEncoder(nn.Module):
 
 
 class Localizer(nn.Module):
-    """Images (B, H, W, 3) in [0, 1] to where in them each of K things is.
+    """Images (B, H, W, 3) in [0, 1] to the image positions of K keypoints.
 
-    Convolutions to maps (B, K, H / 2, W / 2): fine ones of half the picture's size, for the place,
-    beside coarse ones of a quarter of it, for what is there. H and W are multiples of 4. What is
-    looked for is a part in the task, as the object of the goal: which of the ``known`` tasks
-    (T, ``task_dim``) it is told scales and shifts the coarse maps (FiLM, arXiv 1709.07871). It is
-    the one most alike, for instructions differ by little and come in other words.
+    Convolutional maps of half the image size for the position and of a quarter for the identity;
+    H and W are multiples of 4. A keypoint is a part in the task, such as the goal's object: the
+    task scales and shifts the coarse maps (FiLM, arXiv 1709.07871). It is assigned to the most
+    similar of the ``known`` tasks (T, ``task_dim``), because instructions differ by little and may
+    be rephrased.
     """
 
     def __init__(self, count: int, num_tasks: int = 0, task_dim: int = 0):
@@ -119,7 +114,7 @@ class Localizer(nn.Module):
         self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
 
     def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, K, H / 2, W / 2): a softmax over the last two says where a thing is."""
+        """Logits (B, K, H / 2, W / 2); their softmax over the image is a keypoint's position."""
         fine = self.fine(rearrange(images, "b h w c -> b c h w"))
         coarse = self.coarse(fine)
         if self.task is not None:
@@ -129,27 +124,28 @@ class Localizer(nn.Module):
         return self.maps(torch.cat([fine, coarse], dim=1)).float()
 
     def which(self, task: torch.Tensor) -> torch.Tensor:
-        """(B, T): how much it takes a task to be each of those that it knows."""
-        # no product of matrices, which autocast would round
+        """Soft assignment (B, T) of each task embedding to the known tasks."""
+        # not a matrix product, which autocast would round
         alike = F.cosine_similarity(task.unsqueeze(1), self.known, dim=-1)
         return (alike / TASK_TEMPERATURE).softmax(-1)
 
     @staticmethod
     def points(maps: torch.Tensor) -> torch.Tensor:
-        """(B, K, 2): column and row of each thing, from 0 to 1 across the picture."""
+        """(B, K, 2): column and row of each keypoint, from 0 to 1 across the image."""
         height, width = maps.shape[-2:]
         shares = maps.flatten(2).softmax(-1).unflatten(2, (height, width))
         columns = (torch.arange(width, device=maps.device) + 0.5) / width
         rows = (torch.arange(height, device=maps.device) + 0.5) / height
-        # sums, not products of matrices, which autocast would round to half a pixel of 128
+        # sums, not matrix products, which autocast would round to half a pixel of 128
         return torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], -1)
 
 
 class KeypointEncoder(nn.Module):
-    """Images (B, H, W, 3) in [0, 1] to features (B, D), of nothing but where K things are."""
+    """Images (B, H, W, 3) in [0, 1] to features (B, D) of the positions of K keypoints alone."""
 
     def __init__(self, hidden_dim: int, count: int, num_tasks: int = 0, task_dim: int = 0):
         super().__init__()
+        # `locator` in the weights of trained policies
         self.locator = Localizer(count, num_tasks, task_dim)
         self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
                                      nn.Linear(hidden_dim, hidden_dim))
@@ -161,7 +157,7 @@ class KeypointEncoder(nn.Module):
 
 # --- blocks --------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """With its weight in the type of what comes in: under autocast PyTorch's own is slow."""
+    """RMSNorm with the weight cast to the input's type; PyTorch's is slow under autocast."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(values.dtype)
@@ -169,9 +165,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and SwiGLU over tokens (B, N, D), each with a residual and RMSNorm after it.
+    """Self-attention and SwiGLU over tokens (B, N, D), each followed by a residual and RMSNorm.
 
-    As in TRM's network: no biases, normalised after the residual so that states keep their size
+    As in TRM's network, there are no biases, and normalisation after the residual bounds the state
     over many applications.
     """
 
@@ -197,16 +193,16 @@ class TransformerLayer(nn.Module):
 
 # --- actions -------------------------------------------------------------------------------------
 class ActionHead(nn.Module):
-    """Features to normalised actions (B, K, 7) and, of a gripper with its own loss, its logits.
+    """Features to normalised actions (B, K, 7) and the logits of a gripper with its own loss.
 
-    Features (B, D) become K actions at once; of features (B, K, D) each becomes one, with shared
-    weights. Linear D-D, ReLU, linear. The gripper is the seventh number of that last layer, or
+    Features (B, D) give K actions at once, features (B, K, D) one action each with shared weights:
+    linear D-D, ReLU, linear. The gripper is the seventh output or the expected value, in (-1, 1),
 
-    - ``"classifier"``: a softmax over (open, closed), logits (B, K, 2);
-    - ``"binary"``: a sigmoid, the probability of closed, logits (B, K, 1);
+    - ``"classifier"``: of a softmax over (open, closed), logits (B, K, 2);
+    - ``"binary"``: of a sigmoid for closed, logits (B, K, 1).
 
-    whose expected value in (-1, 1) becomes the seventh number. ``"mixture"`` has ``num_experts``
-    last layers and sums them with the weights of a softmax gate on the features.
+    ``"mixture"`` sums ``num_experts`` last layers with the weights of a softmax gate on the
+    features.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,4 +1,4 @@
-"""The policy: images to tokens or one vector, one shared block applied over and over, actions.
+"""The policy: encoders, a shared block applied repeatedly, and an action head.
 
 Shape letters: B batch, T time, K chunk, H W image, N tokens, D hidden, P proprioception.
 """
@@ -22,13 +22,7 @@ from ..config import ModelConfig
 from ..data.normalize import ActionNormalizer
 from ..data.observations import prepare_observation, read_batch
 from ..files import digest, read_bytes
-from .layers import (
-    STYLE_DIM,
-    ActionHead,
-    KeypointEncoder,
-    TokenEncoder,
-    VisualEncoder,
-)
+from .layers import STYLE_DIM, ActionHead, KeypointEncoder, TokenEncoder, VisualEncoder
 from .recursion import (
     Convergence,
     LearnedHalting,
@@ -44,7 +38,7 @@ ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 t
 
 
 def task_dim(config: ModelConfig) -> int:
-    """How many numbers tell the task; 0: it is not told."""
+    """Size of the task vector; 0 without conditioning."""
     return {"language": schema.LANGUAGE_DIM, "task_id": config.num_tasks, "none": 0}[
         config.conditioning]
 
@@ -52,17 +46,18 @@ def task_dim(config: ModelConfig) -> int:
 class TRMPolicy(nn.Module):
     """Observations to actions: encoders, the shared block ``num_recursions`` times, action head.
 
-    ``variant="block"``: ``x_cond`` is one vector. With one camera and nothing else it is the
-    encoder's output. Several cameras (separate weights), proprioception and task are concatenated,
-    then a linear layer and LayerNorm. ``"trm"`` and the baselines ``"transformer"`` and ``"act"``:
-    ``x_cond`` is a sequence of tokens: those of each camera, one of proprioception, one of the
-    task, for ``"act"`` one of the style, and a learned query for each of the K actions.
+    With ``variant="block"``, ``x_cond`` is one vector: the encoder's output for a single camera
+    alone; otherwise the features of all cameras (separate weights), proprioception and task are
+    concatenated and fused by a linear layer and LayerNorm. With ``"trm"`` and the baselines
+    ``"transformer"`` and ``"act"`` it is a sequence of tokens: those of each camera, one for
+    proprioception, one for the task, for ``"act"`` one for the style, and a learned query for each
+    of the K actions.
 
     Args:
         config: sizes and options.
-        normalizer: an ``ActionNormalizer`` that ``act`` undoes; None for unscaled actions.
-        proprio_stats: ``mean`` and ``std`` (P floats each) that ``act`` applies; None for raw
-            proprioception. Batches bring theirs z-scored.
+        normalizer: inverted by ``act``; None for unscaled actions.
+        proprio_stats: ``mean`` and ``std`` (P floats each) applied by ``act``; None for raw
+            proprioception. Batches are z-scored already.
     """
 
     def __init__(
@@ -107,11 +102,11 @@ class TRMPolicy(nn.Module):
             # sigmoid(w h) as documented for the remainder, sigmoid(w h + b) in Graves' paper
             self.halt = nn.Linear(dim, 1, bias=config.halting != "remainder")
         if config.halting == "learned":
-            nn.init.zeros_(self.halt.weight)  # starts by going on, as TRM's does
+            nn.init.zeros_(self.halt.weight)  # halting is improbable at first, as in TRM
             nn.init.constant_(self.halt.bias, -5.0)
         self.head = ActionHead(config)
         self.last_depth: torch.Tensor | None = None  # (B,) of the last forward pass
-        self.sha256 = ""  # digest of the weights file it was loaded from
+        self.sha256 = ""  # digest of the weights file
         self.last_recursions = 0  # of the last decision in act
         self.reset()
 
@@ -146,7 +141,7 @@ class TRMPolicy(nn.Module):
         return torch.cat([*parts, queries], dim=1)
 
     def task(self, observations: Mapping) -> torch.Tensor | None:
-        """What the policy is told of the task, (B, :func:`task_dim`): language, or one of many."""
+        """Task vector (B, :func:`task_dim`): language embedding or one-hot; None without one."""
         if self.config.conditioning == "language":
             return read_batch(observations, "language", (schema.LANGUAGE_DIM,))
         if self.config.conditioning == "task_id":
@@ -157,13 +152,12 @@ class TRMPolicy(nn.Module):
                 carry: torch.Tensor | None = None) -> Recursion:
         """Apply the block up to ``num_recursions`` times (None: as configured).
 
-        ``config.halting`` chooses how it ends, see :mod:`recursion`. ``learned`` and
-        ``convergence`` end early in evaluation mode only: training takes all steps, and ``learned``
-        then grades its halting head (see :meth:`loss`). For tokens, halting heads read the mean
-        over the K answers.
+        ``config.halting`` selects the function of :mod:`recursion`. ``learned`` and ``convergence``
+        exit early in evaluation mode only; training takes all steps. For tokens, halting heads read
+        the mean over the K answers.
 
         Args:
-            carry: the block's state to start from; None starts anew.
+            carry: initial state of the block; None for its own.
         """
         config = self.config
         limit = config.num_recursions if num_recursions is None else num_recursions
@@ -199,11 +193,11 @@ class TRMPolicy(nn.Module):
             observations: each camera float (B, H, W, 3) in [0, 1]; where configured, ``proprio``
                 (B, P) z-scored, ``task_id`` (B,) int64 or ``language`` (B, 384); all with or all
                 without T after B.
-            num_recursions: another depth than the one configured.
+            num_recursions: depth; None as configured.
             return_all_states: return ``(actions, [h0 ... hn])``, each (B, D), or (B, K, D).
 
-        ``last_depth`` (B,) then holds the recursions each sample used. Raises ``ValueError`` for
-        a missing key and for a wrong shape.
+        Sets ``last_depth`` (B,), the recursions used per sample. Raises ``ValueError`` for a
+        missing key or a wrong shape.
         """
         recursion = self.recurse(self.encode(observations), num_recursions)
         actions, _ = self.head(recursion.output)
@@ -217,18 +211,17 @@ class TRMPolicy(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch (``observations``, normalised ``actions``, ``mask``) and its parts.
 
-        ``action``: mean over the seven numbers (of a gripper with its own loss, the six of the
-        arm) and over the actions that the mask says exist. ``gripper``: cross-entropy over the
-        same actions, times ``gripper_weight``. ``ponder`` (ACT): mean of N + R, times the
-        configured ``ponder_cost``. ``final``: the weighted sum of these for the final answer, which
-        training and evaluation mode have in common. The parts are detached and, but for ``final``,
-        unweighted. ``"mix"`` is the mean of ``"mse"`` and ``"l1"``.
+        ``action``: mean over valid actions and their seven numbers (the arm's six where the gripper
+        has its own loss). ``gripper``: mean cross-entropy, times ``gripper_weight``. ``ponder``
+        (``halting="act"``): mean of N + R, times ``ponder_cost``. ``final``: the weighted sum of
+        these for the final answer, comparable between training and evaluation mode. The parts are
+        detached and, except ``final``, unweighted. ``"mix"`` is the mean of ``"mse"`` and ``"l1"``.
 
-        In training, ``deep_supervision`` grades the answer after every step and takes the mean,
-        and ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary
-        cross-entropy of the head at every step against whether that answer's mean absolute error
-        is within ``halting_tolerance``. ACT draws its style from what its encoder makes of the
-        actions, and adds ``kl``, times ``kl_weight``.
+        In training, ``deep_supervision`` takes the mean over the answers of all steps;
+        ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary cross-entropy
+        of the head at every step against whether the answer's mean absolute error is within
+        ``halting_tolerance``; ``variant="act"`` samples its style from the encoder of the actions
+        and adds ``kl``, times ``kl_weight``.
         """
         schema.check_option("loss", loss, schema.LOSSES)
         target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
@@ -236,7 +229,7 @@ class TRMPolicy(nn.Module):
         style = None
         if self.style is not None and self.training:
             mean, log_variance = self.style(target, mask)
-            noise = torch.randn(mean.shape).to(mean)  # of the CPU's generator, as all others
+            noise = torch.randn(mean.shape).to(mean)  # from the CPU's generator, like all others
             style = mean + (0.5 * log_variance).exp() * noise
         recursion = self.recurse(self.encode(batch["observations"], style))
         count = len(recursion.output)
@@ -267,7 +260,7 @@ class TRMPolicy(nn.Module):
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _grade(self, predicted, logits, target, mask, loss: str) -> dict[str, torch.Tensor]:
-        """``action`` and, with logits, ``gripper`` losses of one answer's actions (B, K, 7)."""
+        """``action`` and, with logits, ``gripper`` loss of one answer's actions (B, K, 7)."""
         width = schema.ACTION_DIM if logits is None else schema.ARM_DIM
         error = predicted[..., :width] - target[..., :width]
         errors = {"mse": error.square(), "l1": error.abs()}
@@ -284,7 +277,6 @@ class TRMPolicy(nn.Module):
         return parts
 
     def _grade_halting(self, answers, target, mask) -> torch.Tensor:
-        """Cross-entropy of the halting head against "this answer is within the tolerance"."""
         terms = []
         for answer in answers:
             with torch.no_grad():
@@ -299,7 +291,7 @@ class TRMPolicy(nn.Module):
 
     @property
     def execution_horizon(self) -> int:
-        """Actions executed per decision, as ``config`` has it; may be set at any time."""
+        """Actions executed per decision; may be set at any time."""
         return self.config.execution_horizon
 
     @execution_horizon.setter
@@ -307,11 +299,11 @@ class TRMPolicy(nn.Module):
         self.config = dataclasses.replace(self.config, execution_horizon=steps)
 
     def reset(self) -> None:
-        """Start an episode: forget what is left of the last chunk, older chunks and the carry."""
+        """Start an episode: discard planned actions, older chunks and the carry."""
         self._planned: deque[np.ndarray] = deque()
-        # for ensembling, the oldest first: the step a chunk (K, 7) begins at, and the chunk
+        # for ensembling, oldest first: first step and actions (K, 7) of a chunk
         self._chunks: deque[tuple[int, np.ndarray]] = deque()
-        self._steps = 0  # planned so far, of ensembling
+        self._steps = 0  # planned so far, for ensembling
         self._carry: torch.Tensor | None = None
         self.last_chunk: np.ndarray | None = None  # (K, 7) of the last decision, before rounding
 
@@ -320,10 +312,9 @@ class TRMPolicy(nn.Module):
 
         ``observation`` is unbatched: each camera uint8 (H, W, 3), resized as in training; where
         configured, the raw arrays of ``schema.PROPRIO_KEYS``, ``task_id``, and the instruction as
-        ``language``. It is read when a new chunk is needed, once in ``execution_horizon`` calls,
-        so that a simulator which draws frames on demand draws no others. Raises ``ValueError`` for
-        a missing or malformed entry, ``RuntimeError`` when the network returns a number that is
-        not finite.
+        ``language``. It is read once per ``execution_horizon`` calls, when a new chunk is needed,
+        so that a simulator renders only the frames used. Raises ``ValueError`` for a missing or
+        malformed entry, ``RuntimeError`` for output that is not finite.
         """
         if not self._planned:
             self._planned.extend(self._plan(observation))
@@ -336,7 +327,7 @@ class TRMPolicy(nn.Module):
 
     @torch.inference_mode()
     def _plan(self, observation: Mapping) -> np.ndarray:
-        """(execution_horizon, 7): the actions to execute before the next look."""
+        """Actions (execution_horizon, 7) until the next observation is read."""
         recursion = self.recurse(self.encode(self.prepare(observation)), carry=self._carry)
         if self.config.carry_over:
             self._carry = recursion.carry
@@ -361,20 +352,20 @@ class TRMPolicy(nn.Module):
         return planned.clip(-1, 1)
 
     def _ensemble(self, chunk: np.ndarray) -> np.ndarray:
-        """(horizon, 7): what this chunk (K, 7) and the older ones say of the steps now due.
+        """Temporal ensembling (ACT, arXiv 2304.13705) of this chunk (K, 7) and older ones.
 
-        Zhao et al. 2023 (ACT, arXiv 2304.13705): an average with weights exp(-decay * i), i = 0
-        for the oldest prediction.
+        Returns (execution_horizon, 7): the average with weights exp(-decay * i), i = 0 for the
+        oldest prediction.
         """
         self._chunks.append((self._steps, chunk))
-        while self._chunks[0][0] + len(chunk) <= self._steps:  # does not reach this far
+        while self._chunks[0][0] + len(chunk) <= self._steps:  # ends before this step
             self._chunks.popleft()
         planned = []
         for step in range(self._steps, self._steps + self.execution_horizon):
-            said = [older[step - begun] for begun, older in self._chunks
-                    if step - begun < len(older)]
-            weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(said), dtype=np.float32))
-            planned.append(np.average(said, axis=0, weights=weights))
+            predictions = [older[step - first] for first, older in self._chunks
+                           if step - first < len(older)]
+            weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(predictions), dtype=np.float32))
+            planned.append(np.average(predictions, axis=0, weights=weights))
         self._steps += len(planned)
         return np.stack(planned).astype(np.float32)
 
@@ -384,7 +375,7 @@ def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Weights and the digest of what was read, whoever writes meanwhile.
+    """Weights and the digest of the bytes they were read from.
 
     Raises ``ValueError`` for a damaged file.
     """

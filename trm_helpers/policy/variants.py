@@ -1,4 +1,4 @@
-"""Baselines without recursion, and which block a variant has.
+"""Baselines without recursion, and the block of each variant.
 
 A block has the three methods of :mod:`recursion`: ``initial_state``, ``forward`` and ``readout``.
 """
@@ -16,7 +16,7 @@ from .recursion import RecursiveBlock, TRMBlock
 
 
 class TransformerBlock(nn.Module):
-    """Layers with weights of their own, applied once: the baseline without recursion."""
+    """Baseline without recursion: layers with separate weights, applied once."""
 
     def __init__(self, dim: int, num_heads: int, num_layers: int, chunk: int):
         super().__init__()
@@ -34,9 +34,9 @@ class TransformerBlock(nn.Module):
 
 
 class ActBlock(nn.Module):
-    """Encoder and decoder of ACT (Zhao et al. 2023, arXiv 2304.13705), applied once: a baseline.
+    """Baseline: encoder and decoder of ACT (Zhao et al. 2023, arXiv 2304.13705), applied once.
 
-    The action queries look at the other tokens, which have looked at each other.
+    The encoder reads the observation's tokens; the action queries are decoded.
     """
 
     def __init__(self, dim: int, num_heads: int, num_layers: int, chunk: int):
@@ -56,10 +56,10 @@ class ActBlock(nn.Module):
 
 
 class StyleEncoder(nn.Module):
-    """ACT's conditional VAE: which of several good ways the demonstrator took, as one token.
+    """Encoder of ACT's conditional VAE: the demonstrator's style as one token.
 
-    The encoder reads the demonstrated actions (B, K, 7) and gives mean and logarithm of the
-    variance of the style z, (B, STYLE_DIM) each. It is there for training only: in control z is 0.
+    Demonstrated actions (B, K, 7) and their mask (B, K) to the mean and log-variance of the style
+    z, (B, STYLE_DIM) each. Used in training only; in control z is 0.
     """
 
     def __init__(self, dim: int, num_heads: int, num_layers: int, chunk: int):
@@ -74,13 +74,13 @@ class StyleEncoder(nn.Module):
     def forward(self, actions: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first = actions.new_zeros(len(actions), 1, self.position.shape[-1])
         tokens = torch.cat([first, self.action(actions)], dim=1) + self.position
-        missing = F.pad(mask == 0, (1, 0))  # the first token is always there
+        missing = F.pad(mask == 0, (1, 0))  # the summary token is never masked
         summary = self.net(tokens, src_key_padding_mask=missing)[:, 0]
         return self.moments(summary).float().chunk(2, dim=-1)
 
     @staticmethod
     def divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-        """Of N(mean, variance) from N(0, 1): (B,), summed over the numbers of z."""
+        """KL divergence (B,) of N(mean, variance) from N(0, 1), summed over z."""
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
 
 
