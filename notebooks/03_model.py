@@ -11,10 +11,10 @@
 # %% [markdown]
 # # 03 The recursive policy
 #
-# Instead of many layers, one small block is applied again and again to its own output, and is
-# shown the encoded picture each time. More steps of thought cost time but no parameters. This
-# notebook walks through the network and checks that the recursion does something at all: in
-# several public attempts every step after the first gave the same output, and nobody noticed.
+# A recursive policy applies one small block repeatedly to its own output and to the encoded image.
+# More recursions cost time but no parameters. This notebook walks through the network and checks
+# that the recursion has an effect: in several public implementations every step after the first
+# gave the same output, unnoticed.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
@@ -46,9 +46,9 @@ config.model
 # %% [markdown]
 # ## Where the parameters are
 #
-# Most sit in the encoders, where pictures become vectors. The block is small, and used again in
-# each of the `num_recursions` recursions: once by the `block`, `cycles * (latent_updates + 1)`
-# times by the `trm`, whose recursions are the paper's supervision steps.
+# Most parameters are in the image encoders. The block is small and shared by all `num_recursions`
+# recursions. A recursion applies the network once in `block` and `cycles * (latent_updates + 1)`
+# times in `trm`, where it is one of the paper's supervision steps.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")
@@ -56,12 +56,12 @@ print(f"{parts.sum():,} parameters in all")
 parts.to_frame()
 
 # %% [markdown]
-# ## Shapes on the way through
+# ## Shapes
 #
-# A batch of two random observations: pictures -> one vector `x_cond` of width `D` -> the same
-# width after every application of the block -> seven numbers per future action. With
-# `variant="trm"`, `x_cond` is a sequence of such vectors: tokens of the pictures, the arm, the
-# task, and one for each future action, where the answer is read.
+# A batch of two random observations: images -> one vector `x_cond` of width `D` -> a state of the
+# same width after every recursion -> seven numbers per future action. With `variant="trm"`,
+# `x_cond` is a sequence of tokens: those of the images, the proprioception, the task, and one per
+# future action, from which the answer is read.
 
 # %%
 size = config.model.image_size
@@ -75,38 +75,38 @@ print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[
       "| actions", tuple(actions.shape))
 
 # %% [markdown]
-# ## Does the recursion do anything?
+# ## Does the recursion have an effect?
 #
-# Four checks, each of which would fail for a loop that does nothing:
+# Four checks of the loop:
 #
-# 1. one application and eight give different actions;
-# 2. the number of parameters does not depend on the number of applications;
-# 3. the picture still reaches the last application: its gradient there is not zero;
-# 4. far more applications than planned stay finite.
+# 1. one recursion and eight give different actions;
+# 2. the number of parameters does not depend on the number of recursions;
+# 3. the image reaches the last recursion: its gradient there is not zero;
+# 4. the actions stay finite far beyond the configured depth.
 
 # %%
 with torch.inference_mode():
     once, often, far = (policy(observations, num_recursions=n) for n in (1, 8, 64))
 deeper = TRMPolicy(config.replace(num_recursions=4 * config.model.num_recursions).model)
 x = x_cond.detach().requires_grad_()
-carry = policy.recurse(x_cond).carry.detach()  # the state, as if it had been thought already
+carry = policy.recurse(x_cond).carry.detach()  # the final state, as a constant
 policy.recurse(x, 1, carry=carry).output[..., 0].sum().backward()  # one of the D numbers
 
 # %%
 change = (once - often).abs().max().item()
 more = sum(count_parameters(deeper).values()) - parts.sum()
 gradient = x.grad.abs().max().item()
-print(f"1. largest change of an action from 1 to 8 applications: {change:.3g}")
-print(f"2. parameters added by four times the applications: {more}")
-print(f"3. largest gradient of the picture at the last application: {gradient:.3g}")
-print(f"4. largest action after 64 applications: {far.abs().max().item():.3g}")
+print(f"1. largest change of an action from 1 to 8 recursions: {change:.3g}")
+print(f"2. parameters added by four times the recursions: {more}")
+print(f"3. largest gradient of the image at the last recursion: {gradient:.3g}")
+print(f"4. largest action after 64 recursions: {far.abs().max().item():.3g}")
 assert change > 1e-6 and more == 0 and gradient > 1e-3 and far.isfinite().all()
 
 # %% [markdown]
-# ## What a step of thought costs
+# ## Time per recursion
 #
-# Milliseconds per decision (one observation), median of 20. The encoder is paid once; each
-# further application of the block adds a little.
+# Milliseconds per decision (one observation), median of 20. The encoder runs once; each further
+# recursion adds a little.
 
 # %%
 single = {name: value[:1] for name, value in observations.items()}
@@ -126,4 +126,4 @@ plots.save_figure(fig, folder / "figures" / "03_latency.png")
 fig
 
 # %% [markdown]
-# Next: `04_train` gives the weights a meaning.
+# Next: `04_train` trains the policy.

@@ -11,18 +11,18 @@
 # %% [markdown]
 # # 04 Behaviour cloning
 #
-# The policy is shown what the demonstrator saw and corrected towards what the demonstrator did.
-# After every epoch the run folder is complete: weights, settings, one line of measurements. Start
-# the notebook again with the same `run_name` and it goes on where it was. Without a name the preset
-# as it is goes to the folder of its name, and one with other settings to a new folder, named after
-# suite, network, seed and time.
+# Behaviour cloning trains the policy to reproduce the demonstrators' actions from the same
+# observations. The run folder is complete after every epoch: weights, settings and one line of
+# metrics. Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged
+# preset is stored under its own name, and other settings in a new folder named after suite,
+# network, seed and time.
 #
-# A low loss is not the goal. It says that the policy agrees with the demonstrator on the
-# demonstrator's own path; whether it can *do* the task only the simulator tells (`06_eval`).
+# A low loss is not the goal. It measures agreement with the demonstrator along demonstrated
+# trajectories; success at the task is measured in the simulator (`06_eval`).
 #
-# What `05_search` found best can be used here: `papermill 04_train.ipynb -f .../best.yaml`. A list
-# is given as YAML on the command line: `-y "task_ids: [0, 1]"`. With two GPUs, train outside of the
-# notebook, each process on one of them, and open this one afterwards for the curves:
+# To train with the best settings of `05_search`, run `papermill 04_train.ipynb -f .../best.yaml`.
+# Pass lists as YAML: `-y "task_ids: [0, 1]"`. To use two GPUs, train from the command line and open
+# this notebook afterwards for the curves:
 # `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run`.
 
 # %% tags=["parameters"]
@@ -34,7 +34,7 @@ demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
-scenes = None  # type: int; drawn around each demonstration, to learn first where things are
+scenes = None  # type: int; rendered per demonstration to train a localizer first; None: preset
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, brightness, colour, reference, shift or cutout
@@ -96,10 +96,9 @@ files = ensure_demonstrations(config)
 # %% [markdown]
 # ## Train
 #
-# Each update shows the policy a batch, measures how far its actions are from the demonstrator's
-# (`loss`), and moves the weights a little against the gradient. The learning rate falls along a
-# cosine, from `lr` to almost nothing. The bar counts updates; behind it stand the last epoch's
-# losses.
+# Each update computes the `loss` between predicted and demonstrated actions of a batch and takes
+# one AdamW step. The learning rate follows a cosine from `lr` to `min_lr`. The progress bar counts
+# updates and shows the losses of the last epoch.
 
 # %%
 trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),
@@ -110,15 +109,14 @@ metrics = trainer.fit()
 # %% [markdown]
 # ## Curves
 #
-# Both losses are of the final answer, so that they can be compared; what training minimises
-# (`objective` below) adds the terms of deep supervision, learned halting and ACT's style. The
-# training loss is measured on augmented samples, before each update.
+# Both losses are of the final answer and comparable. The minimised `objective` adds the terms of
+# deep supervision, learned halting and ACT's style. The training loss is measured on augmented
+# samples before each update.
 #
-# Both losses should fall and the validation loss should level out rather than rise. A training
-# loss that falls far below it says that the demonstrations are being learned by heart: more
-# demonstrations or more augmentation help, more epochs do not. The star is the epoch whose weights
-# are kept as `best`: that of the lowest validation loss or, with `rollout_every`, of the most
-# successes.
+# Both losses should fall, and the validation loss should level out rather than rise. A training
+# loss far below it indicates overfitting: more demonstrations or stronger augmentation help, more
+# epochs do not. The star marks the epoch of the `best` weights: the lowest validation loss or, with
+# `rollout_every`, the highest success rate.
 
 # %%
 fig = plots.plot_training_curves(metrics)
@@ -126,8 +124,7 @@ plots.save_figure(fig, run / "figures" / "04_training.png")
 fig
 
 # %% [markdown]
-# The last epochs in numbers. `grad_norm` is the gradient's length before it is clipped to 1: when
-# it jumps, lower `lr`.
+# The last epochs. `grad_norm` is the gradient norm before clipping; if it jumps, lower `lr`.
 
 # %%
 pd.DataFrame(metrics).tail().round(6)
@@ -135,8 +132,8 @@ pd.DataFrame(metrics).tail().round(6)
 # %% [markdown]
 # ## Does it succeed?
 #
-# With `selection_episodes` the last weights act in the simulator, from placements that are drawn:
-# the official init states are left to `06_eval`, which reports. A search ranks by this.
+# With `selection_episodes`, the last weights are rolled out from sampled layouts. A search ranks
+# trials by this success rate. The official init states are reserved for `06_eval`.
 
 # %%
 if selection_episodes and trainer.finished:
@@ -144,10 +141,10 @@ if selection_episodes and trainer.finished:
                                            ledger=run / "selection.jsonl")))
 
 # %% [markdown]
-# ## What there is now
+# ## The run folder
 #
-# Everything that the next notebooks need is in the run folder: settings, weights (`best`, `last`),
-# measurements per epoch, and `training_state.pt`, from which training goes on.
+# The next notebooks read the run folder: settings, weights (`best`, `last`), metrics per epoch and
+# `training_state.pt`, from which training resumes.
 
 # %%
 print(run)
@@ -155,5 +152,4 @@ pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
               for path in sorted(run.iterdir()) if path.is_file()])
 
 # %% [markdown]
-# Next: `05_search` asks whether other settings would have done better, `06_eval` lets the policy
-# act.
+# Next: `05_search` compares other settings; `06_eval` evaluates the policy in the simulator.

@@ -409,7 +409,7 @@ def test_a_run_goes_on_in_another_precision_and_says_so(small_run, monkeypatch, 
     trainer = small_run("run", True, **settings)
     rows = trainer.fit()
     assert [row["precision"] for row in rows] == [before, after, after]
-    assert f"trained in {before} so far and goes on in {after}" in capsys.readouterr().out
+    assert f"trained in {before} and resumes in {after}" in capsys.readouterr().out
     straight = small_run("straight", **settings | {"precision": "fp32"}).fit()
     assert np.allclose(losses(rows), losses(straight), rtol=0.05)
 

@@ -1,7 +1,7 @@
-"""Run folders: the one way to make, find, save and load them.
+"""Run folders: create, find, save and load.
 
 Weights are safetensors and everything else is JSON, so that loading a policy runs no code from the
-file; the optimizer's state goes through ``torch.load(weights_only=True)``.
+file; the training state is loaded with ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ TRAINING_LOCK = ".training.lock"
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
-    """Make ``artifacts/<run_name>`` with its ``config.json``, or go on with one.
+    """Create or resume ``artifacts/<run_name>`` with its ``config.json``.
 
-    A folder without a complete epoch holds nothing to go on with, and is begun anew.
+    A folder without a complete epoch is overwritten when the settings differ.
 
     Args:
         run_name: see :func:`paths.run_dir`; empty gives ``<suite>-<variant>-s<seed>-<date-time>``.
-        resume: use the folder if it exists; without it a trained one is refused.
+        resume: allow a trained folder.
 
     Raises:
-        FileExistsError: the run is trained and ``resume`` is off.
-        ValueError: the name is not usable; the run to be resumed was made with other settings of
-            data, model or training (they are listed), or does not say with which.
+        FileExistsError: the run is trained and ``resume`` is False.
+        ValueError: the name is not valid; the trained run has other data, model or training
+            settings (they are listed), or no ``config.json``.
         RuntimeError: another process trains into the folder.
     """
     run = paths.run_dir(run_name or f"{config.data.suite}-{config.model.variant}-"
@@ -74,9 +74,9 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
 
 
 def only_writer(run: Path) -> contextlib.AbstractContextManager:
-    """Train into a run folder alone; ``RuntimeError``, at once, while another process does.
+    """Lock of a run folder for training; ``RuntimeError`` while another process holds it.
 
-    Readers need no lock: each file is complete whenever it is read.
+    Readers need no lock, because files are replaced whole.
     """
     return only_one(run, wait=False, lock=TRAINING_LOCK)
 
@@ -87,7 +87,7 @@ def _has_epoch(run: Path) -> bool:
 
 
 def refuse_other_settings(run: Path, config: Config) -> None:
-    """Raise ``ValueError`` that lists how a run's data, model or training settings differ."""
+    """Raise ``ValueError`` listing the data, model and training settings that differ."""
     if different := _other_settings(run, config):
         raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
                          "choose another name or the same settings")
@@ -101,10 +101,10 @@ def _other_settings(run: Path, config: Config) -> list[str]:
 
 
 def refuse_other_data(run: Path, data: LIBERODataset) -> None:
-    """Raise ``ValueError`` where a run was trained on other demonstrations than ``data``.
+    """Raise ``ValueError`` if a run was trained on other demonstrations than ``data``.
 
-    Their content decides, wherever the files lie. Frames are allowed to differ, because another
-    machine renders the same scene with other pixels; a line says so.
+    Compares contents, not locations. Different frames are only reported, because another renderer
+    gives other pixels.
     """
     before, now = ({Path(file["file"]).name: file for file in described["files"]}
                    for described in (_described(run)["trained_on"], data.describe()))
@@ -126,7 +126,7 @@ def refuse_other_data(run: Path, data: LIBERODataset) -> None:
 
 def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
              policy: TRMPolicy) -> LIBERODataset:
-    """:meth:`LIBERODataset.held_out` of a run's policy: demonstrations that it has not seen."""
+    """Demonstrations that a run's policy was not trained on, see :meth:`LIBERODataset.held_out`."""
     return LIBERODataset.held_out(files, config, policy, _described(Path(run))["trained_on"])
 
 
@@ -136,17 +136,16 @@ def _described(run: Path) -> dict:
 
 
 def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
-    """The folder of a trained run by name or path; the newest one for an empty name.
+    """Folder of a trained run by name or path; the newest run for an empty name.
 
-    A run elsewhere than in ``artifacts/`` (``pretrained/<name>``, which comes with the repository,
-    an attached data set) is only read. What is made with it goes to a copy in ``artifacts/``, which
-    is found in its place from then on.
+    Runs outside ``artifacts/`` (``pretrained/<name>``, an attached data set) are read-only. Results
+    go to a copy in ``artifacts/``, which takes precedence once it exists.
 
     Args:
-        to_write: make the copy.
+        to_write: create the copy.
 
     Raises:
-        FileNotFoundError: no such run; lists the runs there are.
+        FileNotFoundError: no such run; lists the existing ones.
         FileExistsError: the copy's folder holds another run.
         ValueError: a path with ``..``.
     """
@@ -175,7 +174,7 @@ def _trained_runs(root: Path) -> list[Path]:
 
 
 def _in_artifacts(run: Path, to_write: bool) -> Path:
-    """The copy of a run from elsewhere; the run itself where there is none and none is needed."""
+    """Copy of a run from elsewhere; the run itself if there is none and ``to_write`` is False."""
     shipped = run.is_relative_to(paths.shipped("pretrained"))
     home = paths.artifacts_dir() / ("pretrained" if shipped else "") / run.name
     if not home.exists():
@@ -212,15 +211,15 @@ def _copy_run(run: Path, home: Path) -> None:
 
 
 def shipped_policies() -> list[str]:
-    """``pretrained/<name>`` of each policy that comes with the repository."""
+    """``pretrained/<name>`` of each policy in the repository."""
     described = paths.shipped("pretrained").glob("*/policy.json")
     return sorted(f"pretrained/{path.parent.name}" for path in described)
 
 
 def load_config(run: str | Path, preset: str = "reference") -> Config:
-    """The :class:`Config` a run was made with, but for :func:`config.local` settings.
+    """The :class:`Config` of a run; settings of the machine come from ``preset`` instead.
 
-    Those belong to the machine, so they are this package's ``preset``'s, whatever the file says.
+    See :func:`config.local_settings`.
     """
     path = Path(run) / "config.json"
     if not path.exists():
@@ -238,7 +237,7 @@ def load_config(run: str | Path, preset: str = "reference") -> Config:
 
 
 def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) -> None:
-    """Write ``policy.json``: all that :func:`load_policy` needs beside the weights."""
+    """Write ``policy.json``, which :func:`load_policy` needs beside the weights."""
     write_json(Path(run) / "policy.json", {
         "model": dataclasses.asdict(policy.config),
         "normalizer": policy.normalizer.to_dict(),
@@ -248,13 +247,13 @@ def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) ->
 
 
 def save_weights(run: str | Path, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Write ``<name>.safetensors`` (``best`` or ``last``), whole or not at all."""
+    """Write ``<name>.safetensors`` (``best`` or ``last``) atomically."""
     write_bytes(Path(run) / f"{name}.safetensors", save(
         {key: value.detach().cpu().contiguous() for key, value in weights.items()}))
 
 
 def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> TRMPolicy:
-    """Rebuild a policy, its normalisers and its observation mapping from a run folder alone.
+    """Rebuild a policy with its normalisers from a run folder alone, in evaluation mode.
 
     Args:
         run: folder, or name of a folder in ``artifacts/``, or ``pretrained/<name>``.
@@ -262,7 +261,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
             ``last``.
 
     Returns:
-        the policy; its ``sha256`` is the digest of the weights file as it was read.
+        the policy; ``sha256`` is the digest of the weights file.
 
     Raises:
         FileNotFoundError: no such run or weights.
@@ -301,17 +300,17 @@ def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
 
 
 def save_training_state(run: str | Path, state: dict) -> None:
-    """Write ``training_state.pt``: what an exact continuation needs."""
+    """Write ``training_state.pt``, from which training resumes exactly."""
     content = io.BytesIO()
     torch.save(state, content)
     write_bytes(Path(run) / "training_state.pt", content.getbuffer())
 
 
 def load_training_state(run: str | Path) -> dict | None:
-    """Inverse of :func:`save_training_state`; ``None`` when there is nothing to continue.
+    """Inverse of :func:`save_training_state`; None without a file.
 
-    Raises ``ValueError`` for a damaged file, and for one that holds more than tensors and numbers:
-    such a file could run code.
+    Raises ``ValueError`` for a damaged file and for one with more than tensors and numbers, which
+    could run code.
     """
     path = Path(run) / "training_state.pt"
     if not path.exists():

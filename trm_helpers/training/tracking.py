@@ -1,7 +1,7 @@
-"""Weights & Biases from a process of its own, which can neither delay nor end a training.
+"""Weights & Biases in a separate process, so that it can neither delay nor end training.
 
-The trainer writes one line of JSON per epoch to the process's standard input and never waits for
-it. Everything of W&B (import, login, network, upload) happens over there.
+The trainer writes one JSON line per epoch to the process's standard input without waiting. Import,
+login, network and upload of W&B happen in that process.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 _MODES = ("disabled", "offline", "online")
 _CONNECT_WITHIN = 3.0  # seconds, to W&B's server
 _LOGIN_WITHIN = 10.0  # seconds
-_FINISH_WITHIN = 15.0  # seconds after the last epoch; what is not uploaded then is on the disk
+_FINISH_WITHIN = 15.0  # seconds after the last epoch; `wandb sync` uploads the rest
 
 
 class Tracker:
-    """Rows for W&B, one per epoch; closed, it waits up to 15 seconds for the upload to finish.
+    """Log one row per epoch to W&B; :meth:`close` waits up to 15 seconds for the upload.
 
     Args:
         mode: ``disabled``, ``offline`` or ``online``; ``$WANDB_MODE`` can only restrict it.
@@ -38,7 +38,7 @@ class Tracker:
             return
         home = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-        try:  # out of reach of a terminal's Ctrl-C, which the trainer answers to
+        try:  # a new session: Ctrl-C in the terminal reaches the trainer only
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__], start_new_session=True, text=True,
                 env={**os.environ, "PYTHONPATH": path},
@@ -58,9 +58,9 @@ class Tracker:
             print(line, end="", flush=True)
 
     def log(self, row: Mapping) -> None:
-        """Hand over a row; it is dropped where the process has ended or does not read."""
+        """Send a row; dropped if the process has ended or its pipe is full."""
         if self.process is not None:
-            with contextlib.suppress(OSError):  # a line fits into the pipe whole or not at all
+            with contextlib.suppress(OSError):  # a line is written whole or not at all
                 os.write(self.process.stdin.fileno(), json.dumps(row).encode() + b"\n")
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class Tracker:
 
 
 def allowed_mode(asked: str) -> str:
-    """The mode asked for, or the one in ``$WANDB_MODE`` where that does less."""
+    """The requested mode, or ``$WANDB_MODE`` if more restrictive."""
     given = os.environ.get("WANDB_MODE", "").strip().lower()
     given = {"": "online", "run": "online", "dryrun": "offline"}.get(given, given)
     if given not in _MODES:
@@ -87,7 +87,7 @@ def allowed_mode(asked: str) -> str:
 
 
 def main() -> None:
-    """Log the rows of standard input: online if that works within seconds, otherwise offline."""
+    """Log rows from standard input, online if login succeeds within seconds, otherwise offline."""
     given = json.loads(sys.stdin.readline())
     import wandb
 
@@ -100,7 +100,7 @@ def main() -> None:
             _connect(os.environ.get("WANDB_BASE_URL") or settings.base_url)
             run = wandb.init(mode="online", settings=settings, **given)
             print(f"W&B: {run.url}", flush=True)
-        except (Exception, SystemExit) as error:  # whatever W&B raises, or its network
+        except (Exception, SystemExit) as error:  # of any type, from W&B or the network
             reason = str(error).strip().splitlines() or [type(error).__name__]
             print(f"W&B logs offline ({reason[0]}); `wandb sync` uploads it later", flush=True)
     if run is None:
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def _connect(url: str) -> None:
-    """Raise ``ConnectionError`` where nothing answers there within three seconds."""
+    """Raise ``ConnectionError`` if the host does not accept a connection in three seconds."""
     address = urlsplit(url)
     port = address.port or {"http": 80}.get(address.scheme, 443)
     reached = threading.Event()
@@ -126,7 +126,7 @@ def _connect(url: str) -> None:
             socket.create_connection((address.hostname, port), _CONNECT_WITHIN).close()
             reached.set()
 
-    # in a thread, because resolving a name has no time limit of its own
+    # in a thread, because name resolution has no timeout
     threading.Thread(target=connect, daemon=True).start()
     if not reached.wait(_CONNECT_WITHIN):
         raise ConnectionError(f"{address.hostname} cannot be reached")

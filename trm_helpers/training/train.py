@@ -1,4 +1,4 @@
-"""Behaviour cloning: bring the policy's actions close to the demonstrator's."""
+"""Behaviour cloning: regression of a policy onto the demonstrators' actions."""
 
 from __future__ import annotations
 
@@ -32,30 +32,28 @@ from .runs import (
 from .tracking import Tracker
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_CHECK_EVERY = 16  # steps between looks at the clock and at the loss
+_CHECK_EVERY = 16  # steps between checks of the clock and the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
-_DIVERGED = 100.0  # times the loss of the first step: no update leads back from there
+_DIVERGED = 100.0  # times the loss of the first step
 
 
 class BehaviorCloningTrainer:
-    """Trains a policy on demonstrations and keeps its run folder complete after every epoch.
+    """Train a policy on demonstrations; the run folder is complete after every epoch.
 
     AdamW, gradient clipping, cosine annealing over all steps down to ``min_lr``, early stopping on
-    the validation loss. ``best`` and ``last`` weights are the moving average's where one is used.
-    Calling :meth:`fit` on a folder that holds a training state goes on from it, also in the middle
-    of an epoch; with the same data, settings and machine the losses equal those of an uninterrupted
-    run. Started by
-    ``torchrun``, each process takes its share of every batch, so that the settings mean the same
-    with several GPUs as with one.
+    the validation loss. ``best`` and ``last`` hold averaged weights where ``ema_decay`` is set.
+    :meth:`fit` resumes from the folder's training state, also within an epoch; with the same data,
+    settings and machine the losses equal those of an uninterrupted run. Under ``torchrun`` each
+    process takes its share of every batch, so settings do not depend on the number of GPUs.
 
     Args:
-        policy: to be trained, in place.
+        policy: trained in place.
         train_data, val_data: the two splits, from :meth:`LIBERODataset.train_val`.
         config: a :class:`TrainConfig`.
-        run: folder from :func:`checkpoint.create_run`.
-        roll_out: success rate of the run's ``last`` weights; needed for ``rollout_every``, after
-            which ``best`` is the highest success rate, and among equals the lowest validation
-            loss.
+        run: folder from :func:`runs.create_run`.
+        roll_out: success rate of the run's ``last`` weights, required by ``rollout_every``; the
+            ``best`` weights then have the highest success rate and, among equals, the lowest
+            validation loss.
     """
 
     def __init__(self, policy: TRMPolicy, train_data: LIBERODataset, val_data: LIBERODataset,
@@ -86,13 +84,13 @@ class BehaviorCloningTrainer:
             self.optimizer, config.epochs * self.steps_per_epoch, eta_min=config.min_lr)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
                                            enabled=self.precision == "fp16")
-        self.epoch = 0  # epochs done
+        self.epoch = 0  # complete epochs
         self._rows: list[dict] = []  # of metrics.jsonl
-        self._measured: list[tuple[torch.Tensor, ...]] = []  # by _step, in the epoch begun
+        self._measured: list[tuple[torch.Tensor, ...]] = []  # results of _step in the current epoch
         self._seconds = 0.0  # spent on them
         self._first_loss: float | None = None  # before the first update
         self.best_score = (-1.0, -math.inf)  # success rate, -validation loss
-        self.lowest_loss, self.lowest_epoch = math.inf, 0  # of validation: what patience looks at
+        self.lowest_loss, self.lowest_epoch = math.inf, 0  # of validation, for patience
 
     @classmethod
     def from_config(cls, config: Config, files: dict[int, Path], run: str | Path,
@@ -140,21 +138,21 @@ class BehaviorCloningTrainer:
         return cls(policy, train_data, val_data, config.train, run, roll_out)
 
     def fit(self) -> list[dict]:
-        """Train until the epochs, the patience or the minutes are used up.
+        """Train until ``epochs``, ``patience`` or ``max_minutes`` is reached.
 
-        Within an epoch the state is saved every five minutes. When the minutes are over it is saved
-        at once, except that the first epoch is always completed: there are weights then.
+        The training state is saved every five minutes, after every epoch and when the time is up.
+        The first epoch is always completed, so that the run has weights.
 
         Returns:
             the rows of ``metrics.jsonl``: epoch, train_loss and val_loss (of the final answer, see
-            :meth:`TRMPolicy.loss`), objective (what training minimises), the validation loss's
-            parts, lr, grad_norm (mean, before clipping), precision, seconds, samples_per_second.
+            :meth:`TRMPolicy.loss`), objective (minimised in training), the parts of the validation
+            loss, lr, grad_norm (mean, before clipping), precision, seconds, samples_per_second.
 
         Raises:
-            RuntimeError: another process writes into the run folder; the loss or a weight is not
-                finite, the loss is a hundred times that of the first step, or no gradient of an
-                epoch was finite. The run folder keeps the last complete epoch, and a training
-                state from before the breakdown.
+            RuntimeError: another process writes into the run folder, or training diverged: the
+                loss or a weight is not finite, the loss is a hundred times that of the first step,
+                or no gradient of an epoch was finite. The run folder keeps the last complete epoch
+                and an earlier training state.
         """
         self.team.barrier()
         self._began = self._saved = time.perf_counter()
@@ -177,7 +175,7 @@ class BehaviorCloningTrainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the epochs (of them ``stop_epoch``, where set) or the patience are used up."""
+        """Whether the last epoch (``stop_epoch`` where set) or the patience is reached."""
         return self.epoch >= self._last_epoch or self._patience_is_over()
 
     @property
@@ -186,9 +184,9 @@ class BehaviorCloningTrainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss and parts over the validation split, with the averaged weights if any.
+        """Mean loss and parts over the valid actions of the validation split.
 
-        The mean is over the actions that exist, however they fall into batches.
+        With averaged weights where ``ema_decay`` is set.
         """
         model = self._averaged.eval()
         totals: dict[str, float] = {}
@@ -202,18 +200,18 @@ class BehaviorCloningTrainer:
             actions += weight
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0.0) + weight * float(value)
-        # the same in all processes, which decide by it when to stop
+        # the main process's value, so that all processes stop at the same epoch
         return {name: self.team.broadcast(total / actions) for name, total in totals.items()}
 
     @property
     def _averaged(self) -> TRMPolicy:
-        """The policy that is validated and kept."""
+        """The policy to validate and save."""
         return self.ema.module if self.ema else self.policy
 
     # --- one epoch --------------------------------------------------------------------------------
 
     def _run_steps(self, bar: tqdm) -> bool:
-        """The updates of an epoch that are still to do; whether they were all done."""
+        """Run the remaining updates of the epoch; False if the time is up before the last."""
         self.policy.train()
         done = len(self._measured)
         batches = self.train_data.batches(self.config.batch_size, self.config.seed, self.epoch,
@@ -262,8 +260,7 @@ class BehaviorCloningTrainer:
         }
 
     def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One update; objective, norm of the gradient before clipping, and the final answer's loss.
-        """
+        """One update; returns objective, gradient norm before clipping and final answer's loss."""
         share = self.team.loss_weight(batch["mask"].sum())
         objective, parts = self._backward(batch, share)
         self.team.average_gradients(self.policy.parameters())
@@ -278,18 +275,19 @@ class BehaviorCloningTrainer:
         return whole[0] / self.team.size, norm.detach(), whole[1] / self.team.size
 
     def _backward(self, batch: dict, share: torch.Tensor | float):
-        """:meth:`TRMPolicy.loss`, its gradient left in the parameters.
+        """Compute :meth:`TRMPolicy.loss` and its gradient.
 
-        ``torch.compile`` compiles the backward pass when it is first needed: what fails in either
-        is done again without it, with the same random numbers.
+        ``torch.compile`` compiles the backward pass on first use; if either pass fails, both are
+        repeated without it, with the same random numbers.
         """
         if self._compiled is not None:
             generators = _generators()
             try:
                 return self._backward_through(self._compiled, batch, share)
-            except Exception as error:  # whatever the compiler or its C++ toolchain raises
+            except Exception as error:  # of any type, from the compiler or its C++ toolchain
                 reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-                print(f"torch.compile failed ({type(error).__name__}: {reason}); going on without")
+                print(f"torch.compile failed ({type(error).__name__}: {reason}); "
+                      "continuing without it")
                 self._compiled = None
                 _set_generators(*generators)
         return self._backward_through(self.policy.loss, batch, share)
@@ -308,7 +306,7 @@ class BehaviorCloningTrainer:
             return compute(batch, self.config.loss, self.config.gripper_weight)
 
     def _stop_if_broken(self) -> None:
-        """Raise, in every process, before a state is saved that training cannot come back from."""
+        """Raise in every process before a diverged state is saved."""
         recent = torch.stack([step[0] for step in self._measured[-_CHECK_EVERY:]]).mean().item()
         finite = math.isfinite(recent) and not self._broken_weights()
         if self.team.any(not finite or recent > _DIVERGED * self._first_loss):
@@ -322,7 +320,7 @@ class BehaviorCloningTrainer:
 
     def _diagnosis(self, problem: str) -> str:
         norms = torch.stack([step[1] for step in self._measured])
-        return (f"training broke down in epoch {self.epoch + 1}: {problem} (largest gradient norm "
+        return (f"training diverged in epoch {self.epoch + 1}: {problem} (largest gradient norm "
                 f"{norms.max():.3g}; weights that are not finite: "
                 f"{', '.join(self._broken_weights()[:3]) or 'none'}). Lower "
                 f"lr={self.config.lr:g} or use precision='fp32'; {self.run} keeps the last "
@@ -338,7 +336,7 @@ class BehaviorCloningTrainer:
         return bool(self.config.patience) and self.epoch - self.lowest_epoch >= self.config.patience
 
     def _save_weights(self, row: dict) -> None:
-        """``last`` and ``best``; adds ``success_rate`` to the row where there are rollouts."""
+        """Save ``last`` and ``best``; a row of an epoch with rollouts gets ``success_rate``."""
         weights = self._averaged.state_dict()
         if self.team.is_main:
             save_weights(self.run, weights, "last")
@@ -381,7 +379,7 @@ class BehaviorCloningTrainer:
         self.epoch = state["epoch"]
         self.lowest_loss, self.lowest_epoch = state["lowest_loss"], state["lowest_epoch"]
         self.best_score = tuple(state["best_score"])
-        # states of older versions hold no third number, the final answer's loss
+        # states of older versions lack the third number, the final answer's loss
         self._measured = [tuple(torch.tensor(value, device=self.device)
                                 for value in (*step, step[0])[:3]) for step in state["measured"]]
         self._seconds, self._first_loss = state["seconds"], state["first_loss"]
@@ -396,18 +394,16 @@ class BehaviorCloningTrainer:
             self._restore_weights()
         before = state.get("precision", self.precision)
         if before != self.precision and self.team.is_main:
-            print(f"{self.run} was trained in {before} so far and goes on in {self.precision}: the "
-                  "losses are not exactly those of an uninterrupted training")
+            print(f"{self.run} was trained in {before} and resumes in {self.precision}; losses "
+                  "will not equal those of an uninterrupted run exactly")
 
     def _restore_rows(self, state: dict | None) -> None:
-        """Bring ``metrics.jsonl`` to where the training state is, whatever happened to the file.
-
-        Cut off between a row and its state, that epoch runs again.
+        """Restore ``metrics.jsonl`` from the training state; an epoch without a state is repeated.
         """
         path = self.run / "metrics.jsonl"
         if state and "rows" in state:
             self._rows = state["rows"]
-        else:  # the state of an older version does not hold them
+        else:  # state of an older version
             done = state["epoch"] if state else 0
             self._rows = read_jsonl(path)[:done]
             if len(self._rows) < done:
@@ -420,7 +416,7 @@ class BehaviorCloningTrainer:
                 temporary.write_text(lines)
 
     def _restore_weights(self) -> None:
-        """Write lost ``last`` weights again; ``ValueError`` for ``best``, which no state holds."""
+        """Write missing ``last`` weights; ``ValueError`` for ``best``, which no state holds."""
         if not (best := self.run / "best.safetensors").exists():
             raise ValueError(f"{best} does not exist; expected the best weights of {self.epoch} "
                              "epochs. Put them back, or remove training_state.pt to train from the "
@@ -446,28 +442,28 @@ class BehaviorCloningTrainer:
 
 
 def _generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The states of PyTorch's generators, of the CPU and of each GPU."""
+    """States of PyTorch's CPU generator and of each GPU's."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
 
 def _set_generators(cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
     torch.set_rng_state(cpu)
     for device, generator in zip(range(torch.cuda.device_count()), cuda,
-                                 strict=False):  # there may be fewer GPUs than before, or more
+                                 strict=False):  # the number of GPUs may differ
         torch.cuda.set_rng_state(generator, device)
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """``auto`` takes a CUDA GPU when there is one. ``ValueError`` for a GPU that is not there."""
+    """``auto``: a CUDA GPU if available. ``ValueError`` for ``cuda`` without one."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' was asked for; PyTorch finds no CUDA GPU here")
+        raise ValueError("device='cuda' is not valid here; PyTorch finds no CUDA GPU")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """``auto``: bf16 where the hardware has it, else fp16 on a GPU (a T4) and fp32 on a CPU."""
+    """``auto``: bf16 with hardware support, otherwise fp16 on a GPU and fp32 on a CPU."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
