@@ -91,7 +91,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     Args:
         num_demos: successful demonstrations in the file.
         seed: of the placements, the demonstrator's style and the disturbances.
-        workers: see :func:`fanout.run_jobs`.
+        workers: see :func:`parallel.run_jobs`.
         disturb: push the arm about (see :class:`Disturbance`).
         placement: of the objects: ``benchmark`` or ``wide``, see :func:`layouts.reset`.
 
