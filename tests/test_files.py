@@ -11,9 +11,9 @@ import pytest
 from trm_helpers.files import (
     DiskFullError,
     append_jsonl,
+    atomic_path,
     read_json,
     read_jsonl,
-    replacing,
     short_name,
     visible,
     write_bytes,
@@ -24,7 +24,7 @@ from trm_helpers.files import (
 def test_a_file_appears_whole_and_the_old_one_stays_until_then(tmp_path):
     path = tmp_path / "sub" / "a.json"
     write_json(path, {"x": 1})
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text("new")
         assert json.loads(path.read_text()) == {"x": 1} and temporary.suffix == ".json"
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
@@ -33,7 +33,7 @@ def test_a_file_appears_whole_and_the_old_one_stays_until_then(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = write_json(tmp_path / "a.json", [1])
     with pytest.raises(DiskFullError, match=f"disk is full: a.json needs 1.0 MiB, in {tmp_path}, "
-                       r"where [\d,.]+ MiB are free; what was"), replacing(path) as temporary:
+                       r"where [\d,.]+ MiB are free; what was"), atomic_path(path) as temporary:
         temporary.write_bytes(bytes(2**20))
         raise OSError(errno.ENOSPC, "No space left on device")
     assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
@@ -67,13 +67,13 @@ def _hdf5():  # as h5py words it
 @pytest.mark.parametrize("write", [_wrapped, _torch, _safetensors, _hdf5])
 def test_a_full_disk_is_known_in_the_words_of_each_library(tmp_path, write):
     with pytest.raises(DiskFullError, match="the disk is full: a.pt in"), \
-            replacing(tmp_path / "a.pt"):
+            atomic_path(tmp_path / "a.pt"):
         write()
     assert not list(tmp_path.iterdir())
 
 
 def test_another_error_stays_what_it_is(tmp_path):
-    with pytest.raises(PermissionError), replacing(tmp_path / "a"):
+    with pytest.raises(PermissionError), atomic_path(tmp_path / "a"):
         raise PermissionError(errno.EACCES, "no")
 
 
@@ -87,9 +87,9 @@ def test_a_full_disk_is_named_where_a_line_is_appended(tmp_path, monkeypatch):
 
 
 def _killed_while_writing(path):
-    """What a process leaves that is killed within :func:`replacing`."""
-    script = ("import os, sys; from trm_helpers.files import replacing\n"
-              "with replacing(sys.argv[1]) as temporary:\n"
+    """What a process leaves that is killed within :func:`atomic_path`."""
+    script = ("import os, sys; from trm_helpers.files import atomic_path\n"
+              "with atomic_path(sys.argv[1]) as temporary:\n"
               "    temporary.write_text('half'); print(temporary); os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
     return Path(done.stdout.strip())
@@ -109,7 +109,7 @@ def test_the_next_writer_removes_what_killed_ones_left_and_nothing_else(tmp_path
         path.touch()
     assert dead.exists() and other.exists()
     assert visible(tmp_path, "*") == [tmp_path / "a.7.part"]
-    with replacing(tmp_path / "b.json") as mine:
+    with atomic_path(tmp_path / "b.json") as mine:
         mine.write_text("1")
         write_json(tmp_path / "04_train.ipynb", 1)
         assert mine.exists()

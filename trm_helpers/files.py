@@ -36,7 +36,7 @@ class DiskFullError(OSError):
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it becomes ``path``, else it is removed.
 
     For a file or a whole folder. What stood at ``path`` stays untouched until the new one is
@@ -150,7 +150,7 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
 
 def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
     """Write ``content``, whole or not at all. Modes follow the umask: others may read it."""
-    with replacing(path, len(content)) as temporary:
+    with atomic_path(path, len(content)) as temporary:
         temporary.write_bytes(content)
     return Path(path)
 
@@ -254,7 +254,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 @contextlib.contextmanager
-def only_one(folder: str | Path, stop: threading.Event | None = None,
+def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
              wait: bool = True, lock: str = ".lock") -> Iterator[None]:
     """Work in a folder alone: others wait, until ``stop`` is set, or get a ``RuntimeError``.
 

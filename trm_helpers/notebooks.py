@@ -21,7 +21,7 @@ from typing import Any
 
 from . import paths
 from .config import PRESETS, Config, Parameters, check_parameters, from_flat, settings_by_part
-from .files import read_json, replacing, visible, write_json
+from .files import atomic_path, read_json, visible, write_json
 from .schema import did_you_mean
 from .sim.parallel import start_process
 
@@ -83,7 +83,7 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
         output = Path(run_dir or folder) / "notebooks" / source.name
     output = Path(output).resolve()
     failed = output.with_suffix(".failed.ipynb")
-    with replacing(output) as temporary:
+    with atomic_path(output) as temporary:
         if _in_own_process(stop, log, environment, source, temporary, parameters) != 0:
             if not temporary.exists():
                 raise RuntimeError(f"{source.name} did not start; see "

@@ -8,7 +8,7 @@ from pathlib import Path
 from .evaluation.depth import depth_rows
 from .evaluation.evaluate import stale
 from .evaluation.robustness import card_notes, card_rows, tasks_in_short
-from .files import inside, read_json, read_jsonl, replacing, visible
+from .files import atomic_path, inside, read_json, read_jsonl, visible
 from .search.search import verdict
 from .stats import comparison_rows, format_success
 from .training.runs import find_run, load_config
@@ -40,7 +40,7 @@ def write_report(run: str | Path) -> Path:
             title = piece.__name__.strip("_").capitalize()
             sections.append(f"## {title}\n\nCould not be read: {type(error).__name__}: {error}")
     path = run / "report.md"
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
     return path
 

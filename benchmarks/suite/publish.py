@@ -41,7 +41,7 @@ from trm_helpers.evaluation.robustness import (
     rate_in_short,
     tasks_in_short,
 )
-from trm_helpers.files import read_json, read_jsonl, replacing, write_json  # noqa: E402
+from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 from trm_helpers.training.runs import find_run, load_config  # noqa: E402
@@ -137,7 +137,7 @@ def strip(name: str, folder: Path) -> None:
     first, *rest = [frame.resize(size, Image.Resampling.LANCZOS).quantize(64)
                     for frame in frames]
     milliseconds = 1000 * _STRIP_EVERY // FPS
-    with replacing(DOCS / "images" / f"{name}.gif") as temporary:
+    with atomic_path(DOCS / "images" / f"{name}.gif") as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=rest, loop=0,
                    duration=[milliseconds] * len(rest) + [2500])
 
@@ -163,7 +163,7 @@ def write() -> None:
                 sys.exit(f"{page} has no mark <!-- {group.name} --> for {group}")
             if fig is not None:
                 plots.save_figure(fig, DOCS / "images" / f"{group.name}.png")
-        with replacing(page) as temporary:
+        with atomic_path(page) as temporary:
             temporary.write_text(text)
 
 

@@ -22,7 +22,7 @@ from trm_helpers.demos.collect import _run_attempts, _successes, collect_demonst
 from trm_helpers.demos.demo_files import check_demo_file, measure_alignment
 from trm_helpers.demos.experts import Style
 from trm_helpers.demos.quality import quality_card
-from trm_helpers.files import only_one
+from trm_helpers.files import exclusive_lock
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.parallel import WorkerDied
 
@@ -327,7 +327,7 @@ def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch)
     task = collected.name.removesuffix("_demo.hdf5")
     monkeypatch.setattr(collect, "_collect", lambda path, *_: path)
     with ThreadPoolExecutor(1) as pool:
-        with only_one(collected.parent, lock=f".{task}.lock"):
+        with exclusive_lock(collected.parent, lock=f".{task}.lock"):
             assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
             call = pool.submit(collect_demonstrations, "libero_object", 5, 99, collected.parent)
             with pytest.raises(TimeoutError):

@@ -22,7 +22,7 @@ from trm_helpers.demos.experts import PickPlaceExpert
 from trm_helpers.evaluation import baselines, evaluate
 from trm_helpers.evaluation.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.evaluation.robustness import robustness_card
-from trm_helpers.files import only_one, read_jsonl
+from trm_helpers.files import exclusive_lock, read_jsonl
 from trm_helpers.report import write_report
 from trm_helpers.sim.env import LiberoEnv, Observation
 from trm_helpers.stats import format_success
@@ -771,7 +771,7 @@ def test_a_malformed_action_is_named(env, action):
 
 
 def test_one_process_at_a_time_evaluates_into_a_folder(run):
-    with only_one(run, lock=".evaluation.lock"), \
+    with exclusive_lock(run, lock=".evaluation.lock"), \
             pytest.raises(RuntimeError, match="another process works in"):
         evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))
     assert not (run / "episodes.jsonl").exists()

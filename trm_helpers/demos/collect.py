@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import paths, schema
 from ..config import Config
-from ..files import only_one, read_json, replacing
+from ..files import atomic_path, exclusive_lock, read_json
 from ..sim import layouts
 from ..sim.env import LiberoEnv, load_task
 from ..sim.parallel import run_jobs
@@ -115,7 +115,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
                 "observations": "what env.step returned", **schema.PINNED}
     if _complete(path, settings, num_demos):  # no waiting for who extends it
         return path
-    with only_one(path.parent, lock=f".{task.name}.lock"):  # a second call waits, and finds it done
+    with exclusive_lock(path.parent, lock=f".{task.name}.lock"):  # a second call waits
         return _collect(path, task, settings, num_demos, workers)
 
 
@@ -141,7 +141,7 @@ def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | No
                initial=min(len(_successes(attempts)), num_demos))
     with bar:
         _run_attempts(attempt, attempts, num_demos, workers, bar, task.name)
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         _assemble(temporary, task, settings, attempts, num_demos)
         check_demo_file(temporary)
     for part in parts.iterdir():
@@ -275,7 +275,7 @@ def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str,
         (parts / f"attempt_{number:05d}.failed").touch()
         return None
     path = parts / f"attempt_{number:05d}.hdf5"
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         demo = file.create_group("demo")
         _write_demo(demo, record)
         demo.attrs["attempt"] = number

@@ -13,7 +13,15 @@ from tqdm.auto import tqdm
 
 from .. import files, schema
 from ..config import Config, EvalConfig
-from ..files import append_jsonl, dispensable, inside, only_one, read_jsonl, short_name, write_json
+from ..files import (
+    append_jsonl,
+    dispensable,
+    exclusive_lock,
+    inside,
+    read_jsonl,
+    short_name,
+    write_json,
+)
 from ..preflight import check_settling
 from ..schema import PROTOCOLS, EvalProtocol
 from ..sim.env import LiberoEnv
@@ -324,7 +332,7 @@ class Evaluation(NamedTuple):
 
         Raises ``RuntimeError`` while another process evaluates in the folder.
         """
-        with only_one(self.folder, wait=False, lock=".evaluation.lock"):
+        with exclusive_lock(self.folder, wait=False, lock=".evaluation.lock"):
             results = _play_missing(self)
             write_json(self.folder / self.results_name, results)
         return results

@@ -25,7 +25,7 @@ from ..config import Config
 from ..data.augment import augment_images, resize_images
 from ..data.language import embed_instruction
 from ..demos.demo_files import DemoFileError, open_demo_file
-from ..files import only_one, read_json, replacing, write_bytes, write_json
+from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_json
 from ..sim.env import LiberoEnv, load_task
 from ..sim.layouts import place_widely
 from ..sim.parallel import run_jobs
@@ -65,7 +65,7 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
                                         "attribute model_file")
                 seed = zlib.crc32(demo["states"][()].tobytes())
                 jobs[folder / f"{seed:08x}-{per_demo}.npz"] = (file, name, seed)
-    with only_one(folder):  # a concurrent call waits and then finds the files
+    with exclusive_lock(folder):  # a concurrent call waits and then finds the files
         missing = {path: job for path, job in jobs.items() if not path.exists()}
         old = [path.name for path in set(jobs) - set(missing) if _version(path) !=
                schema.COLLECTION_VERSION]
@@ -121,7 +121,7 @@ def _render(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, st
             frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
             places.append(_image_positions(env, np.array([*positions(goal.values()),
                                                           env.end_effector()])))
-    with replacing(path) as temporary, open(temporary, "wb") as out:
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
                             things=np.array([*goal, HAND]), version=schema.COLLECTION_VERSION)
 
@@ -249,7 +249,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
     """
     path, report = Path(run) / "locator.safetensors", Path(run) / "scenes.json"
-    with only_one(run, lock=".locator.lock"):  # one of several processes trains
+    with exclusive_lock(run, lock=".locator.lock"):  # one of several processes trains
         if not path.exists():
             scenes, other_scenes = (_scenes_of(split, config)
                                     for split in (trained_on, measured_on))

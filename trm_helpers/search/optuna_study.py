@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from ..config import Config, SearchConfig
-from ..files import only_one, visible
+from ..files import exclusive_lock, visible
 from .space import (
     REDUCTION,
     all_points,
@@ -68,7 +68,7 @@ class Study:
         url = config.search.search_storage or os.environ.get("TRM_SEARCH_STORAGE", "")
         with contextlib.ExitStack() as stack:
             if not url:
-                stack.enter_context(only_one(folder, wait=False))
+                stack.enter_context(exclusive_lock(folder, wait=False))
             with _named(url), warnings.catch_warnings():
                 # heartbeats: their interface may change, so its release is pinned
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

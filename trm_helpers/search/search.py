@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .. import paths
 from ..config import Config
-from ..files import read_json, replacing, visible, write_json
+from ..files import atomic_path, read_json, visible, write_json
 from ..notebooks import notebook_parameters
 from ..stats import detectable, paired_mcnemar
 from .optuna_study import STUDY, Study
@@ -320,6 +320,6 @@ def _write(config: Config, folder: Path, ranked: list[dict]) -> None:
     if best["state"] == "complete":
         point = {name: best[name] for name in axes(config.search)}
         known = notebook_parameters(paths.notebooks_dir() / "04_train.ipynb")
-        with replacing(folder / "best.yaml") as temporary:
+        with atomic_path(folder / "best.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(
                 parameters(config.replace(**point), point, known), sort_keys=False))

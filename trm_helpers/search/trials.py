@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..evaluation.evaluate import selection_rows
-from ..files import only_one, read_json, read_jsonl, write_json
+from ..files import exclusive_lock, read_json, read_jsonl, write_json
 from ..notebooks import run_notebook
 from ..stats import EPISODE_KEYS, wilson_interval
 
@@ -43,7 +43,7 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
     """
     run_dir = Path(run_dir).resolve()
     wanted = parameters.get("stop_epoch") or parameters["epochs"]
-    with only_one(run_dir, stop):
+    with exclusive_lock(run_dir, stop):
         before = read_trial(run_dir) or {"rungs": []}
         for found in before["rungs"]:
             if found["epochs"] == wanted:

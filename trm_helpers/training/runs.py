@@ -24,11 +24,11 @@ from ..config import Config, ModelConfig, from_flat, local_settings
 from ..data.dataset import LIBERODataset
 from ..data.normalize import ActionNormalizer, read_proprio
 from ..files import (
+    atomic_path,
+    exclusive_lock,
     inside,
-    only_one,
     read_bytes,
     read_json,
-    replacing,
     visible,
     write_bytes,
     write_json,
@@ -78,7 +78,7 @@ def only_writer(run: Path) -> contextlib.AbstractContextManager:
 
     Readers need no lock, because files are replaced whole.
     """
-    return only_one(run, wait=False, lock=TRAINING_LOCK)
+    return exclusive_lock(run, wait=False, lock=TRAINING_LOCK)
 
 
 def _has_epoch(run: Path) -> bool:
@@ -204,7 +204,7 @@ def _copy_run(run: Path, home: Path) -> None:
     if left_out := [str(place) for place in places if place not in chosen]:
         print(f"not copied from {run}, since they are links out of it: {', '.join(left_out)}")
     size = sum((run / place).stat().st_size for place in chosen)
-    with replacing(home, size) as temporary:
+    with atomic_path(home, size) as temporary:
         for place in chosen:
             (temporary / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / place, temporary / place)

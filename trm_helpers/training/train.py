@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .. import schema
 from ..config import Config, TrainConfig
 from ..data.dataset import LIBERODataset
-from ..files import append_jsonl, read_jsonl, replacing
+from ..files import append_jsonl, atomic_path, read_jsonl
 from ..policy.model import TRMPolicy
 from .distributed import Team
 from .runs import (
@@ -412,7 +412,7 @@ class BehaviorCloningTrainer:
                                  "training_state.pt to train from the start")
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)
         if self.team.is_main and (not path.exists() or path.read_text() != lines):
-            with replacing(path) as temporary:
+            with atomic_path(path) as temporary:
                 temporary.write_text(lines)
 
     def _restore_weights(self) -> None:

@@ -18,7 +18,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import schema
-from ..files import replacing
+from ..files import atomic_path
 from .plots import GREEN, ORANGE, RED, SKY
 
 FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
@@ -96,7 +96,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int 
         raise ValueError(f"path={str(path)!r} is not valid; expected a name that ends in .mp4")
     settings = dict(codec="libx264", pixelformat="yuv420p", quality=8, macro_block_size=2,
                     ffmpeg_params=["-movflags", "+faststart"])
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         # closing: the writer's own context leaves ffmpeg running, and its file, after an error
         with contextlib.closing(imageio.get_writer(temporary, fps=fps, **settings)) as writer:
             for number, frame in enumerate(frames):

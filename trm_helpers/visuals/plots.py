@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .. import schema
 from ..demos.demo_files import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
-from ..files import replacing
+from ..files import atomic_path
 
 # Okabe and Ito's colours, told apart with every common colour vision
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -70,7 +70,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
     """Write ``fig`` as PNG, whole or not at all, and return the path."""
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         fig.savefig(temporary, dpi=DPI, format="png")
     return Path(path)
 
