@@ -95,7 +95,7 @@ SETTLE_STEPS = 10  # objects start a few centimetres above their support
 
 # --- options of settings, each list the only one -------------------------------------------------
 DEMOS = ("auto", "human", "scripted")
-PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; see place_widely
+PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; see randomise_layout
 NORMALIZATIONS = ("zscore", "minmax", "none")
 AUGMENTATIONS = ("none", "brightness", "colour", "reference", "shift", "cutout")
 STORAGES = ("ram", "mmap", "gpu")

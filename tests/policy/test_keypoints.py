@@ -349,9 +349,9 @@ def test_objects_that_the_robot_has_moved_stay_in_place(demonstration):
         env.set_state(demo["states"][-1])
         soup, basket = (env.object_position(name).copy() for name in ("alphabet_soup_1",
                                                                       "basket_1"))
-        from trm_helpers.sim.layouts import place_widely
+        from trm_helpers.sim.layouts import randomise_layout
 
-        place_widely(env, np.random.default_rng(0), {"alphabet_soup_1"})
+        randomise_layout(env, np.random.default_rng(0), {"alphabet_soup_1"})
         np.testing.assert_allclose(env.object_position("alphabet_soup_1"), soup)
         assert np.linalg.norm(env.object_position("basket_1") - basket) > 0.01
 

@@ -16,7 +16,7 @@ from trm_helpers.sim.layouts import (
     _in_sight,
     _move,
     _overlap,
-    place_widely,
+    randomise_layout,
 )
 
 pytestmark = pytest.mark.sim
@@ -151,4 +151,4 @@ def test_what_cannot_be_is_refused(env):
     with pytest.raises(ValueError, match="placement='far'.*'benchmark', 'wide'"):
         layouts.reset(env, placement="far")
     with pytest.raises(ValueError, match="init_state=3 is not to be rearranged"):
-        env.reset(init_state=3, arrange=place_widely)
+        env.reset(init_state=3, arrange=randomise_layout)

@@ -98,7 +98,7 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
         apart: write into :func:`robustness_folder`, as perturbed episodes and those of another
             suite always are, and leave what the run has alone.
         wide: in place of the official init states, which are one scene a task, as many placements
-            as :func:`placement.place_widely` draws; also apart.
+            as :func:`layouts.randomise_layout` draws; also apart.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions

@@ -72,8 +72,8 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     while not (success or policy_error) and steps < horizon:
         asked = time.perf_counter()
         action, policy_error = _ask(lambda seen: check_action(policy.act(seen)), observation)
-        drawing = getattr(observation, "drawing_seconds", 0.0)  # a plain dict draws nothing
-        took.append(1000 * (time.perf_counter() - asked - drawing))
+        rendering = getattr(observation, "rendering_seconds", 0.0)  # a plain dict renders nothing
+        took.append(1000 * (time.perf_counter() - asked - rendering))
         if policy_error:
             break
         recursions.append(getattr(policy, "last_recursions", None))

@@ -27,7 +27,7 @@ from ..data.language import embed_instruction
 from ..demos.demo_files import DemoFileError, open_demo_file
 from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_json
 from ..sim.env import LiberoEnv, load_task
-from ..sim.layouts import place_widely
+from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
 from .layers import Localizer
 from .model import read_weights, task_dim
@@ -99,7 +99,7 @@ def _worker_env(suite: str, task_id: int) -> LiberoEnv:
 def _render(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, str, int]]) -> None:
     path, (file, name, seed) = job
     env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
-    objects, goal = sorted(env.raw.obj_body_id), env.goal_things()
+    objects, goal = sorted(env.raw.obj_body_id), env.goal_parts()
 
     def positions(names: Sequence[str]) -> np.ndarray:
         return np.array([env.object_position(name) for name in names])
@@ -117,7 +117,7 @@ def _render(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, st
             staying = set(np.array(objects)[moved])
             if generator.random() < _GOAL_UNMOVED:
                 staying.update(goal.values())
-            place_widely(env, generator, staying)
+            randomise_layout(env, generator, staying)
             frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
             places.append(_image_positions(env, np.array([*positions(goal.values()),
                                                           env.end_effector()])))

@@ -95,13 +95,13 @@ class Observation(Mapping):
     Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3),
     upside down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
     ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, ``task_id``, and the
-    instruction as ``language``. ``drawing_seconds`` is what drawing has taken so far.
+    instruction as ``language``. ``rendering_seconds`` is what drawing has taken so far.
     """
 
     def __init__(self, values: dict, renderers: dict):
         self._values = values
         self._renderers = renderers
-        self.drawing_seconds = 0.0
+        self.rendering_seconds = 0.0
 
     def __getitem__(self, key: str):
         if key not in self._values and key in self._renderers:
@@ -110,7 +110,7 @@ class Observation(Mapping):
                 self._values[key] = self._renderers[key]()
             except Exception as error:  # of a driver, whatever it raises; not of the reader
                 raise SimulatorError(f"rendering {key} failed: {error!r}") from error
-            self.drawing_seconds += time.perf_counter() - began
+            self.rendering_seconds += time.perf_counter() - began
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -183,7 +183,7 @@ class LiberoEnv:
             seed: of that draw. NumPy's global generator, which robosuite draws from, is left as
                 it was found.
             arrange: moves the objects of a sampled layout before they settle, as
-                :func:`layouts.place_widely` does; gets a generator seeded with ``seed``.
+                :func:`layouts.randomise_layout` does; gets a generator seeded with ``seed``.
 
         Returns:
             the observation of the last settle step.
@@ -330,7 +330,7 @@ class LiberoEnv:
                  for name in predicate[1:])
         return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
 
-    def goal_things(self) -> dict[str, str]:
+    def goal_parts(self) -> dict[str, str]:
         """Objects and fixtures that the goal is about, itself or a region of theirs, by their part.
 
         The parts are ``object`` and ``target``, of a second predicate ``object 2`` and so on.

@@ -22,12 +22,12 @@ _ROUNDS = 50
 
 
 def reset(env: LiberoEnv, seed: int = 0, placement: str = "benchmark") -> Observation:
-    """Start an episode from a sampled layout: LIBERO's own, or that of :func:`place_widely`."""
+    """Start an episode from a sampled layout: LIBERO's own, or that of :func:`randomise_layout`."""
     schema.check_option("placement", placement, schema.PLACEMENTS)
-    return env.reset(seed=seed, arrange=place_widely if placement == "wide" else None)
+    return env.reset(seed=seed, arrange=randomise_layout if placement == "wide" else None)
 
 
-def place_widely(env: LiberoEnv, generator: np.random.Generator,
+def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
                  staying: Collection[str] = ()) -> None:
     """Move what stands on the task's table or floor to free places that the arm can reach.
 
@@ -47,7 +47,7 @@ def place_widely(env: LiberoEnv, generator: np.random.Generator,
         RuntimeError: no free places found.
     """
     low, high = _area(env)
-    goal = env.goal_things().values()
+    goal = env.goal_parts().values()
     names = [name for name in _free_to_move(env) if name not in staying
              and (name in goal or generator.random() >= _AT_HOME)]
     obstacles = [_footprint(env, name) for name in env.raw.obj_body_id if name not in names]
