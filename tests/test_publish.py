@@ -44,6 +44,7 @@ def test_the_page_is_what_its_results_say(written, page):
 PAGES = sorted({*(repo_root() / "docs").glob("*.md"), *(repo_root() / "pretrained").glob("*/*.md"),
                 repo_root() / "README.md"})
 TABLE = re.compile(r"^\|( ?-{3,} ?\|)+$", re.MULTILINE)
+MOST_COLUMNS = 6
 GENERATED = re.compile(r"<!-- [\w-]+ -->\n.*?<!-- end -->", re.DOTALL)
 SOURCES = ("*Typed by hand", "*As published", "<!-- no measurement -->")
 
@@ -62,6 +63,14 @@ def test_every_table_is_generated_or_says_where_it_is_from(page):
             assert (page.parent / link).exists()
         else:
             assert source.startswith(SOURCES), f"{page}: {text[table.start() - 80:table.start()]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(repo_root())))
+def test_tables_are_narrow_enough_to_read(page):
+    rules = [rule[0] for rule in TABLE.finditer(page.read_text())]
+    measured_per_task = page.parent.name == "spatial-trm"  # ten tasks side by side
+    assert all(rule.count("|") - 1 <= (11 if measured_per_task else MOST_COLUMNS)
+               for rule in rules)
 
 
 def test_the_card_of_the_shipped_policy_says_what_its_results_say():
@@ -126,20 +135,26 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
 
     text, fig = publish["show_cards"]([stored("10 with", 12), stored("5 with", 9),
                                        stored("5 without", 7)])
-    assert text.splitlines()[2:] == ["| without | 7 of 20 (30 to 80 %) |  |",
-                                     "| with | 9 of 20 (30 to 80 %) | 12 of 20 (30 to 80 %) |"]
+    assert text.splitlines()[2:] == ["| without | 7 of 20 (30 to 80 %) | — |",
+                                     "| with | 9 of 20 (30 to 80 %) | 12 of 20 (30 to 80 %) |",
+                                     "", "—: not played."]
     (axes,) = fig.axes
     assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
     assert axes.get_title().endswith("libero_goal, task 1, 3: 10 episodes of each")
 
 
-def test_depth_cards_of_several_policies_make_one_table(publish):
+def test_depth_cards_of_several_policies_share_their_tables(publish):
     path = next((repo_root() / "docs" / "recursion" / "depth-spatial").glob("*.json"))
     one = json.loads(path.read_text())
     text, fig = publish["show_cards"]([one, {**one, "label": "other"}])
-    names = [line.split(" | ")[0] for line in text.splitlines()[2:]]
-    assert names[0] == "| trm, as trained" and "| other, fixed 1" in names
-    assert len(names) == 2 * len(one["card"]["rows"])
+    success, cost = text.split("\n\n")  # no demonstrations were left to measure an action error
+    for table in (success, cost):
+        names = [line.split(" | ")[0] for line in table.splitlines()[2:]]
+        assert names[0] == "| trm, as trained" and "| other, fixed 1" in names
+        assert len(names) == 2 * len(one["card"]["rows"])
+    assert "| trm, as trained | 57 of 60 | 86 to 98 | reference | 108 |" in success
+    assert "| trm, fixed 1 | 59 of 60 | 91 to 100 | +3, p = 0.5 | 104 |" in success
+    assert "| trm, fixed 4 | 4.0 | 4.0 / 4.0 / 4.0 / 4.0 | 4.7 |" in cost
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
     assert labels[:4] == ["trm", "other", "as trained", "another depth"]
     assert labels.count("another depth") == 1 and "fixed 1" not in labels

@@ -35,12 +35,13 @@ from policies import POLICIES  # noqa: E402
 
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.evaluation.depth import depth_rows, plot_depth_cards  # noqa: E402
-from trm_helpers.evaluation.robustness import (
+from trm_helpers.evaluation.robustness import (  # noqa: E402
     failures_in_short,
     plot_cards,
     rate_in_short,
     tasks_in_short,
 )
+from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
@@ -50,6 +51,8 @@ from trm_helpers.visuals.films import FPS, write_grid
 
 DOCS = repo_root() / "docs"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
+MISSING = "—"  # a cell without a measurement; zero is 0
+REFERENCE = "reference"  # the row that the others are compared with
 _NUMBERED = re.compile(r"(\d+) (.+)")  # a label that begins with a number of demonstrations
 _MOST_TASKS = 3  # that get a column each
 _STRIP_COLUMNS, _STRIP_EVERY, _STRIP_SCALE = 5, 3, 0.75
@@ -186,20 +189,46 @@ def show_cards(stored: list[dict]):
     kind = stored[0]["kind"]
     cards = {each["label"]: each["card"] for each in stored}
     if kind == "robustness" and all(_NUMBERED.fullmatch(label) for label in cards):
-        return markdown(efficiency_lines(cards)), plot_efficiency(cards)
+        return compared(efficiency_lines(cards)), plot_efficiency(cards)
     if kind == "robustness":
-        return markdown(robustness_lines(cards)), plot_cards(cards)
+        return compared(robustness_lines(cards)), plot_cards(cards)
     if kind == "depth":
-        before = {label: f"{label}, " if len(cards) > 1 else "" for label in cards}
-        rows = [{**row, "recursion": before[label] + row["recursion"]}
-                for label, card in cards.items() for row in depth_rows(card)]
-        return markdown([list(rows[0]), *(list(row.values()) for row in rows)]), \
-            plot_depth_cards(cards)
+        return depth_tables(cards), plot_depth_cards(cards)
     (only,) = cards.values()  # of probes one to a group
     lines = [["state", *only["quantities"]]]
     lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
                                for middle, low, high in row["explained"])] for row in only["rows"]]
     return markdown(lines), plot_probes(only)
+
+
+def depth_tables(cards: dict[str, dict]) -> str:
+    """Success of each way to recurse, then its cost."""
+    success = [["recursion", "successes", "95 % Wilson interval (%)",
+                "against as trained: gap (points), paired p", "mean length, steps"]]
+    cost = [["recursion", "mean recursions", f"in {' / '.join(PHASES)}", "ms per action",
+             "action error"]]
+    for label, card in cards.items():
+        for row in depth_rows(card):
+            name = f"{label}, {row['recursion']}" if len(cards) > 1 else row["recursion"]
+            against = f"{row['gap (points)']}, p = {row['paired p']}"
+            success.append([name, row["successes"], row["95 % Wilson interval (%)"],
+                            against if row["paired p"] else REFERENCE, row["length"]])
+            cost.append([name, row["mean recursions"],
+                         " / ".join(row[f"in {phase}"] for phase in PHASES), row["ms per action"],
+                         row.get("action error") or MISSING])
+    if all(line[-1] == MISSING for line in cost[1:]):  # the demonstrations were not there
+        return f"{markdown(success)}\n{markdown([line[:-1] for line in cost])}"
+    return f"{markdown(success)}\n{markdown(cost)}" + missing("not measured")
+
+
+def missing(meaning: str) -> str:
+    """A line that says what a cell without a number means."""
+    return f"\n{MISSING}: {meaning}.\n"
+
+
+def compared(lines: list[list]) -> str:
+    gaps = any(MISSING in line for line in lines)
+    return markdown(lines) + missing("not played") * gaps
 
 
 def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
@@ -211,8 +240,7 @@ def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
 
 def cell(row: dict | None) -> str:
     """Rate with its interval, and how the failures failed where that is known."""
-    told = [rate_in_short(row), failures_in_short(row)] if row else []
-    return "; ".join(filter(None, told))
+    return "; ".join(filter(None, [rate_in_short(row), failures_in_short(row)])) if row else MISSING
 
 
 def by_kind(cards: dict[str, dict]) -> dict[str, dict[int, dict]]:
@@ -228,7 +256,7 @@ def efficiency_lines(cards: dict[str, dict]) -> list[list]:
     kinds = by_kind(cards)
     numbers = sorted({number for rows in kinds.values() for number in rows})
     return [["demonstrations of each task", *numbers]] + [
-        [kind, *(rate_in_short(rows[number]) if number in rows else "" for number in numbers)]
+        [kind, *(rate_in_short(rows[number]) if number in rows else MISSING for number in numbers)]
         for kind, rows in kinds.items()]
 
 
@@ -288,7 +316,7 @@ def show_results(rows: list[dict]):
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
         fig = plots.plot_success({label(row, rows): row["results"] for row in rows})
-    return f"{markdown(table(rows))}\n{detectable(rows[0]['results'])}.\n", fig
+    return f"{tables(rows)}\n{detectable(rows[0]['results'])}.\n", fig
 
 
 def label(row: dict, rows: list[dict]) -> str:
@@ -296,34 +324,37 @@ def label(row: dict, rows: list[dict]) -> str:
     return f"{row['policy']}, seed {row['seed']}" if several else row["policy"]
 
 
-def table(rows: list[dict]) -> list[list[str]]:
-    """A line per policy, the first of its seed being what it is compared with."""
+def tables(rows: list[dict]) -> str:
+    """Success of each policy, compared with the first of its seed; then size and training."""
     first = {row["seed"]: row for row in reversed(rows)}
     tasks = [task["task_id"] for task in rows[0]["results"]["tasks"]]
-    columns = ([f"task {task}" for task in tasks] if len(tasks) <= _MOST_TASKS
-               else ["worst task", "95 %, tasks resampled"])
-    lines = [["policy", "parameters", *columns, "together", "95 % interval",
-              "against the first: gap, p", "length", "best epoch", "minutes of training"]]
+    columns = ([f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) <= _MOST_TASKS
+               else ["95 %, tasks resampled", "worst task"])
+    success = [["policy", "successes", "95 % Wilson interval", *columns,
+                f"against {rows[0]['policy']}: gap, paired p"]]
+    training = [["policy", "parameters", "mean length, steps", "best epoch",
+                 "training time, minutes"]]
     for row in rows:
         results = row["results"]
         if len(tasks) <= _MOST_TASKS:
-            values = [task["successes"] for task in results["tasks"]]
+            values = [" / ".join(str(task["successes"]) for task in results["tasks"])]
         else:
             worst = min(results["tasks"], key=lambda task: task["success_rate"])
-            values = [f"{worst['successes']} of {worst['episodes']} (task {worst['task_id']})",
-                      f"{100 * results['task_low']:.0f} to {100 * results['task_high']:.0f} %"]
-        against = ""
+            values = [f"{100 * results['task_low']:.0f} to {100 * results['task_high']:.0f} %",
+                      f"task {worst['task_id']}: {worst['successes']} of {worst['episodes']}"]
+        against = REFERENCE
         if row is not first[row["seed"]]:
             test = paired_mcnemar(first[row["seed"]]["episodes"], row["episodes"])
             p_value = test["p_value"]
             against = (f"{100 * test['difference']:+.0f} points, "
                        f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.2g}'}")
-        lines.append([label(row, rows), f"{row['parameters'] / 1e6:.1f} M", *values,
-                      f"{results['successes']} of {results['episodes']}",
-                      f"{100 * results['wilson_low']:.0f} to {100 * results['wilson_high']:.0f} %",
-                      against, f"{results['mean_length']:.0f}",
-                      f"{row['best_epoch']} of {row['epochs']}", f"{row['minutes']:.0f}"])
-    return lines
+        low, high = 100 * results["wilson_low"], 100 * results["wilson_high"]
+        success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",
+                        f"{low:.0f} to {high:.0f} %", *values, against])
+        training.append([label(row, rows), f"{row['parameters'] / 1e6:.1f} M",
+                         f"{results['mean_length']:.0f}", f"{row['best_epoch']} of {row['epochs']}",
+                         f"{row['minutes']:.0f}"])
+    return f"{markdown(success)}\n{markdown(training)}"
 
 
 def main() -> None:
