@@ -318,14 +318,14 @@ def test_a_worker_without_work_ends_by_itself():
 
 
 def _work_briefly(connection):
-    parallel._KEPT = 0.1
+    parallel._IDLE_SECONDS = 0.1
     parallel._work(connection)
 
 
 # --- a cluster -----------------------------------------------------------------------------------
 def test_no_cluster_is_told_with_its_address(job, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(parallel, "_ANSWER_WITHIN", 1.0)
+    monkeypatch.setattr(parallel, "_CONNECT_SECONDS", 1.0)
     with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
         list(run_jobs(job, [1], cluster="tcp://127.0.0.1:9"))
     with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'nonsense'"):
@@ -367,10 +367,12 @@ def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, dask_cluste
     assert isinstance(outcomes["raises"][1], ZeroDivisionError) and attempts(marks, "raises") == 2
     assert outcomes["dies"][0] is None and isinstance(outcomes["dies"][1], WorkerDied)
     assert attempts(marks, "dies") == 4  # Dask's own setting
+    # a cluster that is closed while a nanny starts a worker fails to join it
+    dask_cluster.wait_for_workers(2, timeout=60)
 
 
 def test_a_cluster_that_goes_away_is_told(job, marks, dask_cluster, monkeypatch):
-    monkeypatch.setattr(parallel, "_WORKERS_WITHIN", 1.0)
+    monkeypatch.setattr(parallel, "_NO_WORKER_SECONDS", 1.0)
     jobs = run_jobs(job, [("good", str(marks)), ("hangs", str(marks))],
                     cluster=dask_cluster.scheduler_address)
     assert next(jobs)[1]["name"] == "good"

@@ -1,7 +1,7 @@
-"""Jobs over processes of this machine or a Dask cluster, each settled once; processes of our own.
+"""Run jobs in processes of this machine or on a Dask cluster; start processes of our own.
 
-A process started here never runs the caller's main module, whatever that is (a script without a
-guard, a notebook, standard input), and ends with its parent, however that ends.
+A process started here never runs the caller's main module (a script without a guard, a notebook,
+standard input), and ends with its parent, however the parent ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,12 @@ from urllib.parse import urlsplit
 import cloudpickle
 
 _ATTEMPTS = 2
-_LOOK_EVERY = 1.0  # seconds between looks at whether workers live
-_KEPT = 120.0  # seconds for which an idle worker waits for another call
-_ANSWER_WITHIN = 15.0  # seconds, for a cluster's address
-_WORKERS_WITHIN = 60.0  # seconds without any worker after which a cluster is given up
+_POLL_SECONDS = 1.0
+_IDLE_SECONDS = 120.0  # for which a worker waits for another job
+_CONNECT_SECONDS = 15.0  # for a scheduler to answer
+_NO_WORKER_SECONDS = 60.0  # after which a cluster without workers is given up
+_START_CLUSTER = ("start one with `dask scheduler --host 127.0.0.1` and workers with "
+                  "`dask worker ADDRESS --nthreads 1`")
 
 
 class WorkerDied(RuntimeError):
@@ -44,90 +46,62 @@ class WorkerDied(RuntimeError):
 def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None = None,
              cluster: str = "", limit: float = 900.0, keep: bool = False
              ) -> Iterator[tuple[Any, Any, Exception | None]]:
-    """Yield ``(item, job(item), None)`` as they end, or ``(item, None, error)``.
+    """Yield ``(item, job(item), None)`` or ``(item, None, error)`` as the jobs end.
 
-    A job that raises, takes longer than ``limit`` or loses its process is tried once more before
-    that is its error: what it raised, ``TimeoutError`` or :class:`WorkerDied`.
+    A job that raises, exceeds ``limit`` or loses its process is run once more. Its second error is
+    final: what the job raised, ``TimeoutError`` or :class:`WorkerDied`.
 
     Args:
-        job: pickled by cloudpickle, so that functions of a script or a notebook are fine too.
-        items: the caller may append to a list while it takes the results.
-        workers: processes on this machine, with one thread each; ``None`` is one per CPU core, at
-            most 8, and 0 works in this process.
-        cluster: address of a Dask scheduler, which then has its own number of workers and, for a
-            job that loses its process, its own number of attempts
-            (``distributed.scheduler.allowed-failures``).
-        limit: seconds for a job, the start of its process included; 0 is none. In this process a
-            job that hangs outside of Python goes on, and a traceback shows where it is.
-        keep: let the processes wait for the next call, for up to two minutes.
+        job: pickled with cloudpickle, so it may be defined in a script or a notebook.
+        items: may be appended to while the results are consumed.
+        workers: single-threaded processes on this machine. ``None`` is one per CPU core, at most
+            8; 0 runs the jobs in this process.
+        cluster: address of a Dask scheduler. The cluster sets the number of workers and how often
+            a job that loses its process is run (``distributed.scheduler.allowed-failures``).
+        limit: seconds per job, including the start of its process; 0 means no limit. In this
+            process a job that hangs outside of Python is not stopped, only its traceback printed.
+        keep: keep the processes for the next call, for up to two minutes.
 
     Raises:
-        ValueError: fewer than 0 workers.
-        ConnectionError: no cluster answers at its address, or it has lost all its workers.
-        RuntimeError: the cluster's package is not installed.
+        ValueError: ``workers`` is negative.
+        ConnectionError: no scheduler answers at ``cluster``, or all workers are lost.
+        RuntimeError: Dask is not installed.
     """
     if workers is not None and workers < 0:
         raise ValueError(f"workers={workers} is not valid; expected at least 0, or None")
     if cluster:
-        crew = _Dask(job, cluster, limit)
+        yield from _on_cluster(job, items, cluster, limit)
     elif workers == 0:
-        crew = _ThisProcess(job, limit)
+        yield from _in_this_process(job, items, limit)
     else:
-        crew = _Processes(job, workers or min(len(os.sched_getaffinity(0)), 8), limit, keep)
-    waiting: collections.deque[int] = collections.deque()
-    begun, known = collections.Counter(), 0
-    try:
-        while True:
-            waiting.extend(range(known, len(items)))
-            known = len(items)
-            while waiting and len(crew.running) < crew.size:
-                index = waiting.popleft()
-                begun[index] += 1
-                crew.begin(index, items[index])
-            if not crew.running:
-                return
-            for index, result, error in crew.ended():
-                if error and begun[index] < crew.attempts:
-                    waiting.append(index)
-                else:
-                    yield items[index], result, error
-    finally:
-        crew.close()
+        workers = workers or min(len(os.sched_getaffinity(0)), 8)
+        yield from _in_processes(job, items, workers, limit, keep)
 
 
-class _ThisProcess:
-    attempts, size = _ATTEMPTS, 1
-
-    def __init__(self, job: Callable, limit: float):
-        self.job, self.limit, self.running = job, limit, []
-
-    def begin(self, index: int, item: Any) -> None:
-        self.running.append((index, item))
-
-    def ended(self) -> Iterator[tuple]:
-        index, item = self.running.pop()
-        try:
-            with _interrupted(self.limit):
-                result = _watched(self.job, 2 * self.limit, False, item)
-            yield index, result, None
-        except Exception as error:  # whatever a policy or the simulator raises
-            yield index, None, error
-
-    def close(self) -> None:
-        pass
+def _in_this_process(job: Callable, items: Sequence, limit: float) -> Iterator[tuple]:
+    for item in items:
+        for _ in range(_ATTEMPTS):
+            result, error = None, None
+            try:
+                with _interrupt_after(limit):
+                    result = _call_watched(job, 2 * limit, False, item)
+                break
+            except Exception as raised:  # whatever a policy or the simulator raises
+                error = raised
+        yield item, result, error
 
 
 @contextlib.contextmanager
-def _interrupted(limit: float) -> Iterator[None]:
-    """Raise ``TimeoutError`` after ``limit`` seconds, in the main thread and where Python runs."""
+def _interrupt_after(limit: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` after ``limit`` seconds, in Python code of the main thread."""
     if not limit or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def late(*_) -> None:
+    def interrupt(*_) -> None:
         raise TimeoutError(f"a job took longer than {limit:g} s")
 
-    handler = signal.signal(signal.SIGALRM, late)
+    handler = signal.signal(signal.SIGALRM, interrupt)
     timer = signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
@@ -136,10 +110,10 @@ def _interrupted(limit: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
-def _watched(job: Callable, limit: float, end: bool, item: Any) -> Any:
-    """``job(item)``; after ``limit`` seconds a traceback shows where it is, and may end it there.
+def _call_watched(job: Callable, limit: float, end: bool, item: Any) -> Any:
+    """``job(item)``; after ``limit`` seconds print its traceback and, with ``end``, exit.
 
-    From a thread that Python's lock does not hold up, as the simulator may. 0 is no limit.
+    faulthandler's thread needs no GIL, which a simulator that hangs may hold.
     """
     if limit and sys.__stderr__:  # None where it was closed
         faulthandler.dump_traceback_later(limit, exit=end, file=sys.__stderr__)
@@ -162,16 +136,16 @@ _begin(connection, int(sys.argv[2]))
 
 def start_process(function: Callable, *arguments, environment: Mapping[str, str] | None = None,
                   output=None) -> tuple[subprocess.Popen, Connection]:
-    """Call ``function(connection, *arguments)`` in a Python process of its own.
+    """Call ``function(connection, *arguments)`` in a new Python process.
 
-    Ctrl-C does not reach it. When the thread that starts it ends, the system kills it.
+    Ctrl-C does not reach the process. The system kills it when the thread that started it ends.
 
     Args:
-        environment: variables for it alone, beside those of this process.
-        output: a file for what it prints, instead of where this process prints.
+        environment: variables to add to those of this process.
+        output: file for standard output and error; by default those of this process.
 
     Returns:
-        the process, and the other end of its ``connection``.
+        the process, and this end of its ``connection``.
     """
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a standard stream was closed
         os.set_inheritable(opened, True)
@@ -182,7 +156,7 @@ def start_process(function: Callable, *arguments, environment: Mapping[str, str]
             [sys.executable, "-c", _START, str(theirs.fileno()), str(os.getpid())],
             env={**os.environ, **(environment or {})}, pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-    with contextlib.suppress(OSError):  # it ended at once, which its exit code tells
+    with contextlib.suppress(OSError):  # it ended at once; its exit code tells
         ours.send(sys.path)
         ours.send_bytes(cloudpickle.dumps((function, arguments)))
     return process, ours
@@ -190,38 +164,102 @@ def start_process(function: Callable, *arguments, environment: Mapping[str, str]
 
 def _begin(connection: Connection, parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent ended before that call
         os._exit(1)
     os.set_inheritable(connection.fileno(), False)
     function, arguments = pickle.loads(connection.recv_bytes())
     function(connection, *arguments)
 
 
-class _Worker:
-    """A process that works on one job after another."""
+def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep: bool
+                  ) -> Iterator[tuple]:
+    idle, running = _Worker.take_idle(size), []
+    waiting: collections.deque[int] = collections.deque()
+    attempts, known = collections.Counter(), 0
+    try:
+        while True:
+            waiting.extend(range(known, len(items)))
+            known = len(items)
+            while waiting and len(running) < size:
+                worker = idle.pop() if idle else _Worker()
+                running.append(worker)
+                worker.begin(waiting[0], job, items[waiting[0]], limit)
+                attempts[waiting.popleft()] += 1
+            if not running:
+                return
+            for worker, result, error in _Worker.ended(running):
+                running.remove(worker)
+                if worker.process.poll() is None:
+                    idle.append(worker)
+                if error and attempts[worker.index] < _ATTEMPTS:
+                    waiting.append(worker.index)
+                else:
+                    yield items[worker.index], result, error
+    finally:
+        if keep:
+            _Worker.idle += idle
+        for worker in running if keep else running + idle:
+            worker.end()
 
-    idle: list[_Worker] = []  # those that wait for another call
+
+class _Worker:
+    """A process that runs one job after another."""
+
+    idle: list[_Worker] = []  # kept for the next call
 
     def __init__(self):
-        self.surroundings = _surroundings()
-        self.process, self.connection = start_process(
-            _work, environment={"OMP_NUM_THREADS": "1"})
+        self.inherited = _inherited()
+        self.process, self.connection = start_process(_work, environment={"OMP_NUM_THREADS": "1"})
 
-    def begin(self, index: int, call: bytes, limit: float) -> None:
-        self.index, self.until = index, time.monotonic() + (limit or math.inf)
-        with contextlib.suppress(OSError):  # it has died, which `ended` finds out
+    @classmethod
+    def take_idle(cls, most: int) -> list[_Worker]:
+        """Workers kept by an earlier call in the same surroundings; the others are ended."""
+        kept, cls.idle[:] = list(cls.idle), []
+        usable = [worker for worker in kept
+                  if worker.process.poll() is None and worker.inherited == _inherited()][:most]
+        for worker in kept:
+            if worker not in usable:
+                worker.end()
+        return usable
+
+    def begin(self, index: int, job: Callable, item: Any, limit: float) -> None:
+        self.index, self.limit = index, limit
+        self.deadline = time.monotonic() + (limit or math.inf)
+        call = cloudpickle.dumps((job, item))
+        with contextlib.suppress(OSError):  # the process has died; `ended` notices
             self.connection.send_bytes(call)
 
+    @staticmethod
+    def ended(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, Any, Exception | None]]:
+        """Wait up to a second; each worker whose job has ended, its result and its error."""
+        remaining = min(worker.deadline for worker in workers) - time.monotonic()
+        answered = wait([worker.connection for worker in workers],
+                        max(0.0, min(remaining, _POLL_SECONDS)))
+        for worker in list(workers):
+            if worker.connection in answered:
+                yield worker, *worker.answer()
+            elif worker.process.poll() is not None:
+                yield worker, None, worker.cause_of_death()
+            elif time.monotonic() >= worker.deadline:
+                worker.process.send_signal(signal.SIGUSR1)  # it prints its traceback
+                time.sleep(0.2)
+                worker.end()
+                yield worker, None, TimeoutError(f"a job took longer than {worker.limit:g} s")
+
     def answer(self) -> tuple[Any, Exception | None]:
-        result, error, told = self.connection.recv()
+        try:
+            result, error, trace = self.connection.recv()
+        except (EOFError, OSError):
+            return None, self.cause_of_death()
         if error:
-            error.__cause__ = RuntimeError(f"in a worker:\n{told}")
+            error.__cause__ = RuntimeError(f"in a worker:\n{trace}")
         return result, error
 
-    def death(self) -> WorkerDied:
+    def cause_of_death(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_LOOK_EVERY)  # its end of the connection closes a little earlier
+            self.process.wait(_POLL_SECONDS)  # the connection closes a little earlier
         code = self.process.poll() or 0
+        self.end()
         if code >= 0:
             return WorkerDied(f"a worker process ended with exit code {code}; see its messages")
         memory = ", as when memory runs out" if -code == signal.SIGKILL else ""
@@ -233,72 +271,18 @@ class _Worker:
         self.connection.close()
 
 
-def _surroundings() -> tuple:
-    """What a process takes over when it starts."""
+def _inherited() -> tuple:
+    """What a process takes over from its parent when it starts."""
     return dict(os.environ), os.getcwd(), list(sys.path)
 
 
-class _Processes:
-    attempts = _ATTEMPTS
-
-    def __init__(self, job: Callable, workers: int, limit: float, keep: bool):
-        self.job, self.size, self.limit, self.keep = job, workers, limit, keep
-        self.running: list[_Worker] = []
-        self.idle: list[_Worker] = []
-        surroundings = _surroundings()
-        while _Worker.idle:
-            worker = _Worker.idle.pop()
-            fits = worker.process.poll() is None and worker.surroundings == surroundings
-            if fits and len(self.idle) < workers:
-                self.idle.append(worker)
-            else:
-                worker.end()
-
-    def begin(self, index: int, item: Any) -> None:
-        call = cloudpickle.dumps((self.job, item))
-        self.running.append(self.idle.pop() if self.idle else _Worker())
-        self.running[-1].begin(index, call, self.limit)
-
-    def ended(self) -> Iterator[tuple]:
-        remaining = min(worker.until for worker in self.running) - time.monotonic()
-        ready = wait([worker.connection for worker in self.running],
-                     max(0.0, min(remaining, _LOOK_EVERY)))
-        for worker in list(self.running):
-            result, lost = None, None
-            try:
-                if worker.connection in ready:
-                    result, error = worker.answer()
-                elif worker.process.poll() is not None:
-                    raise EOFError
-                elif time.monotonic() < worker.until:
-                    continue
-                else:
-                    worker.process.send_signal(signal.SIGUSR1)  # it shows where it is
-                    time.sleep(0.2)
-                    lost = TimeoutError(f"a job took longer than {self.limit:g} s")
-            except (EOFError, OSError):
-                lost = worker.death()
-            self.running.remove(worker)
-            if lost:
-                worker.end()
-            else:
-                self.idle.append(worker)
-            yield worker.index, result, lost or error
-
-    def close(self) -> None:
-        for worker in self.running + (self.idle if not self.keep else []):
-            worker.end()
-        if self.keep:
-            _Worker.idle += self.idle
-
-
 def _work(connection: Connection) -> None:
-    """In a worker: one job after another, until the parent has had none for a while."""
-    with contextlib.suppress(OSError):  # where memory runs out, rather this process than its parent
+    """In a worker: one job after another, until none has come for a while."""
+    with contextlib.suppress(OSError):  # out of memory, this process is killed before its parent
         Path("/proc/self/oom_score_adj").write_text("500")
-    os.dup2(2, 1)  # standard output is the caller's, who may print JSON there
+    os.dup2(2, 1)  # standard output is the caller's, which may print JSON
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
-    while connection.poll(_KEPT):
+    while connection.poll(_IDLE_SECONDS):
         try:
             call = connection.recv_bytes()
         except (EOFError, OSError):
@@ -307,76 +291,75 @@ def _work(connection: Connection) -> None:
             job, item = pickle.loads(call)
             answer = cloudpickle.dumps((job(item), None, ""))
         except Exception as error:
-            told = traceback.format_exc()
+            trace = traceback.format_exc()
             try:
-                answer = cloudpickle.dumps((None, error, told))
+                answer = cloudpickle.dumps((None, error, trace))
                 pickle.loads(answer)
-            except Exception:  # some errors cannot be made again from what they hold
+            except Exception:  # not every exception can be pickled and rebuilt
                 error = RuntimeError(f"{type(error).__name__}: {error}")
-                answer = pickle.dumps((None, error, told))
+                answer = pickle.dumps((None, error, trace))
         connection.send_bytes(answer)
 
 
 # --- a cluster -----------------------------------------------------------------------------------
-class _Dask:
-    attempts = 1  # Dask makes the others
-
-    def __init__(self, job: Callable, address: str, limit: float):
-        try:
-            from distributed import Client
-        except ImportError as error:
-            raise RuntimeError(f"a cluster needs a package that is not installed ({error}); "
-                               "expected it from pip install 'trm-helpers[dask]'") from error
-        _warn_if_open(address)
-        self.job, self.address, self.limit, self.running = job, address, limit, {}
-        # no more jobs than threads: a worker that dies takes those that wait for it along
-        self.size, self.since = 1, time.monotonic()  # when it was last known
-        try:
-            self.client = Client(address, timeout=_ANSWER_WITHIN)
-        except (OSError, ValueError, TypeError) as error:
-            raise ConnectionError(f"no Dask scheduler answers at {address!r} ({error}); {_HOW}"
-                                  ) from error
-
-    def begin(self, index: int, item: Any) -> None:
-        future = self.client.submit(_watched, self.job, self.limit, True, item, pure=False,
-                                    retries=_ATTEMPTS - 1)
-        self.running[future] = index
-
-    def ended(self) -> Iterator[tuple]:
-        from distributed import CancelledError, KilledWorker, wait
-
-        done = ()
-        try:
-            threads = sum(self.client.nthreads().values())
-            with contextlib.suppress(TimeoutError):
-                done, _ = wait(list(self.running), timeout=_LOOK_EVERY,
-                               return_when="FIRST_COMPLETED")
-        except (CancelledError, OSError) as error:
-            raise ConnectionError(f"the Dask scheduler at {self.address!r} is lost; "
-                                  "what has ended is kept, and the same call continues") from error
-        if threads:
-            self.size, self.since = threads, time.monotonic()
-        elif time.monotonic() > self.since + _WORKERS_WITHIN:
-            raise ConnectionError(f"the Dask scheduler at {self.address!r} has had no worker for "
-                                  f"{_WORKERS_WITHIN:g} s; {_HOW}")
-        for future in done:
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                error = WorkerDied("a job lost one worker after another, or took longer "
-                                   f"than {self.limit:g} s")
-            yield self.running.pop(future), None if error else future.result(), error
-
-    def close(self) -> None:
-        self.client.close(timeout=_ANSWER_WITHIN)  # the cluster drops what nobody waits for
+def _on_cluster(job: Callable, items: Sequence, address: str, limit: float) -> Iterator[tuple]:
+    client, running = _connect(address), {}
+    begun, threads, seen = 0, 1, time.monotonic()  # seen: when there was a worker
+    try:
+        while running or begun < len(items):
+            # never more jobs than threads: a worker that dies takes its queued jobs along
+            while begun < len(items) and len(running) < threads:
+                future = client.submit(_call_watched, job, limit, True, items[begun], pure=False,
+                                       retries=_ATTEMPTS - 1)
+                running[future] = items[begun]
+                begun += 1
+            now, done = _poll(client, address, list(running))
+            if now:
+                threads, seen = now, time.monotonic()
+            elif time.monotonic() > seen + _NO_WORKER_SECONDS:
+                raise ConnectionError(f"the Dask scheduler at {address!r} has had no worker for "
+                                      f"{_NO_WORKER_SECONDS:g} s; {_START_CLUSTER}")
+            for future in done:
+                error = future.exception()
+                if type(error).__name__ == "KilledWorker":
+                    error = WorkerDied("a job lost one worker after another, or took longer "
+                                       f"than {limit:g} s")
+                yield running.pop(future), None if error else future.result(), error
+    finally:
+        client.close(timeout=_CONNECT_SECONDS)  # the cluster drops what nobody waits for
 
 
-_HOW = ("start one with `dask scheduler --host 127.0.0.1` and workers with "
-        "`dask worker ADDRESS --nthreads 1`")
+def _connect(address: str):
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RuntimeError(f"a cluster needs a package that is not installed ({error}); "
+                           "expected it from pip install 'trm-helpers[dask]'") from error
+    _warn_if_open(address)
+    try:
+        return Client(address, timeout=_CONNECT_SECONDS)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConnectionError(f"no Dask scheduler answers at {address!r} ({error}); "
+                              f"{_START_CLUSTER}") from error
 
 
-@functools.cache  # once for each
+def _poll(client, address: str, futures: Sequence) -> tuple[int, Iterable]:
+    """Threads of the cluster now, and the futures that are done, after up to a second."""
+    import distributed
+
+    try:
+        threads, done = sum(client.nthreads().values()), ()
+        with contextlib.suppress(distributed.TimeoutError):
+            done, _ = distributed.wait(futures, _POLL_SECONDS, "FIRST_COMPLETED")
+        return threads, done
+    except (distributed.CancelledError, OSError) as error:
+        raise ConnectionError(f"the Dask scheduler at {address!r} is lost; what has ended is "
+                              "kept, and the same call continues") from error
+
+
+@functools.cache  # one warning per address
 def _warn_if_open(address: str) -> None:
-    """Dask's scheduler runs what anybody sends it, and its answers run here."""
+    """Warn of a scheduler that runs whatever anybody sends it, and whose answers run here."""
     scheme, _, place = address.rpartition("://")
     host = urlsplit(f"//{place}").hostname or ""
     with contextlib.suppress(ValueError):  # a name
