@@ -37,7 +37,7 @@ from trm_helpers import ActionNormalizer, LIBERODataset, paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.data.augment import augment_images
 from trm_helpers.demos.collect import ensure_demonstrations
-from trm_helpers.training.train import choose_device
+from trm_helpers.training.devices import choose_device
 from trm_helpers.visuals import plots
 
 # %%

@@ -2,7 +2,7 @@
 
 import torch
 
-from trm_helpers.training.train import choose_device
+from trm_helpers.training.devices import choose_device
 
 
 def test_tests_that_are_not_for_a_gpu_see_none(trainer):

@@ -73,9 +73,10 @@ class Train:
         from .demos.collect import ensure_demonstrations
         from .evaluation.evaluate import selection_rate
         from .policy.keypoints import trained_localizer
+        from .training.devices import choose_device
         from .training.distributed import Team
         from .training.runs import create_run
-        from .training.train import BehaviorCloningTrainer, choose_device
+        from .training.train import BehaviorCloningTrainer
 
         team = Team(choose_device(self.config.train.device).type)
         if not team.is_main:

@@ -266,7 +266,7 @@ def test_scenes_need_states_and_the_model(tmp_path, change):
 def test_scenes_without_a_localizer_are_refused_before_the_run_is_touched(trainer):
     config = from_flat("tiny", cameras=[schema.STILL_CAMERA], scenes=20)
     with pytest.raises(ValueError, match="scenes=20 needs a localizer; expected localizer"):
-        BehaviorCloningTrainer.from_data(config, trainer.train_data, trainer.val_data, trainer.run)
+        BehaviorCloningTrainer.from_config(config, {}, trainer.run)
 
 
 def test_a_resumed_run_keeps_its_localizer(small_run, rendered, monkeypatch):

@@ -1,11 +1,8 @@
 """Two real processes train one policy: as one process does, and writing its files once."""
 
 import os
-import socket
 import subprocess
 import sys
-import time
-from datetime import timedelta
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from demo_files import write_demo_file
 
 from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.files import read_jsonl
-from trm_helpers.training import distributed
 from trm_helpers.training.distributed import Team
 
 SETTINGS = dict(
@@ -74,40 +70,25 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
         assert sum(part["mask"].sum() for part in parts) == whole["mask"].sum()
 
 
-@pytest.mark.parametrize(("variables", "missing"), [
-    ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-    (dict(WORLD_SIZE="2", RANK="x", LOCAL_RANK="-1", MASTER_ADDR="h", MASTER_PORT="1.5"),
-     "RANK, LOCAL_RANK, MASTER_PORT"),
-    (dict(WORLD_SIZE="two", RANK="0", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1"),
-     "WORLD_SIZE")])
-def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys, variables, missing):
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2"},
+    dict(WORLD_SIZE="2", RANK="x", LOCAL_RANK="-1", MASTER_ADDR="h", MASTER_PORT="1.5"),
+    dict(WORLD_SIZE="two", RANK="0", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1"),
+    dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")])
+def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys, variables):
+    """Also where the other variables are left over: nobody would come to the rendezvous."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     team = Team("cpu")
     assert team.size == 1 and team.is_main
     team.barrier()  # for nobody
-    assert f"WORLD_SIZE={variables['WORLD_SIZE']} without a valid {missing}: not" in (
+    assert f"WORLD_SIZE={variables['WORLD_SIZE']} is ignored: torchrun did not start" in (
         capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rendezvous_to_which_nobody_comes_ends(monkeypatch, rank):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    for name, value in dict(WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT=str(port)).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "_RENDEZVOUS_TIMEOUT", timedelta(seconds=2))
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but the other processes did not connect.*"
-                                           "within 2 s; unset WORLD_SIZE"):
-        Team("cpu")
-    assert time.monotonic() - began < 20
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1",
-                            MASTER_PORT="1").items():
+                            MASTER_PORT="1", TORCHELASTIC_RUN_ID="a").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="LOCAL_RANK=1 .*this machine has 1"):
@@ -118,4 +99,4 @@ def test_one_process_is_a_team_of_its_own():
     team = Team("cpu")
     assert team.is_main and team.broadcast(0.5) == 0.5
     assert team.loss_weight(torch.tensor(3.0)) == 1.0
-    assert team.any(True) and not team.any(False)
+    assert team.sum(torch.tensor([1.0, 0.0])).tolist() == [1.0, 0.0]

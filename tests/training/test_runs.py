@@ -406,7 +406,9 @@ def test_a_trained_run_that_has_lost_its_settings_is_not_begun_anew(trained):
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
-@pytest.mark.parametrize("state", [{}, {"a": 1}, [1], torch.zeros(2)])
+@pytest.mark.parametrize("state", [
+    {}, {"a": 1}, [1], torch.zeros(2),
+    {"epoch": 1, "policy": {}, "optimizer": {}}])  # without the rows of metrics.jsonl
 def test_another_file_in_place_of_the_training_state_is_named(trained, state):
     torch.save(state, trained / "training_state.pt")
     with pytest.raises(ValueError, match="training_state.pt is damaged"):

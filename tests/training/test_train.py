@@ -1,7 +1,6 @@
 import dataclasses
 import errno
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -19,8 +18,8 @@ from trm_helpers.config import from_flat
 from trm_helpers.files import DiskFullError, read_jsonl
 from trm_helpers.report import write_report
 from trm_helpers.training import train
+from trm_helpers.training.devices import choose_device, choose_precision
 from trm_helpers.training.runs import create_run, load_policy
-from trm_helpers.training.train import choose_device, choose_precision
 
 
 def losses(rows):
@@ -324,19 +323,6 @@ def test_lost_weights_are_healed_or_named(small_run):
         small_run("run", True).fit()
 
 
-def test_metrics_that_an_older_training_state_does_not_hold_are_named(small_run):
-    trainer = small_run("run")
-    rows = trainer.fit()
-    state = train.load_training_state(trainer.run)
-    del state["rows"], state["precision"]
-    train.save_training_state(trainer.run, state)
-    shortened(trainer.run / "metrics.jsonl")
-    with pytest.raises(ValueError, match="metrics.jsonl holds 1 of the 2 epochs trained"):
-        small_run("run", True).fit()
-    (trainer.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert small_run("run", True).fit() == rows
-
-
 @pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])
 def test_a_disk_that_fills_up_keeps_the_last_complete_state(small_run, monkeypatch, name):
     """In the second epoch; with room again, training ends as if there always had been."""
@@ -578,7 +564,7 @@ def test_averaged_weights_are_what_is_validated_and_saved(small_run):
     best = load_file(trainer.run / "best.safetensors")
     assert all(torch.equal(best[name], saved[name]) for name in saved)
     trainer.policy.load_state_dict(saved)
-    trainer.ema = None
+    trainer.averaged = trainer.policy
     assert trainer.validate()["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
 
 

@@ -37,6 +37,7 @@ from ..policy.model import TRMPolicy, read_weights
 from ..software import software_versions
 
 TRAINING_LOCK = ".training.lock"
+_STATE_KEYS = {"epoch", "rows", "policy", "optimizer"}
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
@@ -318,9 +319,9 @@ def load_training_state(run: str | Path) -> dict | None:
     content = io.BytesIO(read_bytes(path))
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"epoch", "policy", "optimizer"} <= state.keys():
+        if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
             raise EOFError("it holds something else")
         return state
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or holds more than tensors and numbers; "
-                         "remove it to train from the start") from error
+        raise ValueError(f"{path} is damaged, of another version of the code, or holds more than "
+                         "tensors and numbers; remove it to train from the start") from error

@@ -1,0 +1,37 @@
+"""Device, precision and random state of a training process."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """``auto``: a CUDA GPU if available. ``ValueError`` for ``cuda`` without one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' is not valid here; PyTorch finds no CUDA GPU")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """``auto``: bf16 with hardware support, otherwise fp16 on a GPU and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if has_bf16 else "fp32"
+
+
+def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """States of PyTorch's CPU generator and of each GPU's."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def set_random_state(cpu: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    """Inverse of :func:`random_state`; the number of GPUs may differ."""
+    torch.set_rng_state(cpu)
+    for device, generator in zip(range(torch.cuda.device_count()), cuda, strict=False):
+        torch.cuda.set_rng_state(generator, device)
