@@ -244,12 +244,14 @@ def test_suite_started_again_does_nothing_again(tiny):
 
 
 def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Blocks of the README, then of docs/commands.md, which it refers to."""
+    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/commands.md")]
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(pages), re.DOTALL)
 
 
 def readme_commands() -> list[str]:
     lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith(("cd ", "git clone "))]
+    return [line for line in lines if line and not line.startswith(("cd ", "git ", "source "))]
 
 
 def test_readme_has_the_two_commands_and_papermill():
@@ -288,6 +290,8 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
         if "libero_spatial" in small:  # the expert, on all ten tasks
             small[small.index("libero_spatial")] = "libero_object"
             small += ["--task-ids", "0"]
+        if small[1].startswith("pretrained/"):
+            small += ["--task-ids", "2"]
         return words[:3] + small, ROOT
     if "--help-notebook" not in words:
         words += ["-p", "preset", "tiny"]
