@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from papermill.cli import papermill
+from test_structure import PACKAGE, ROOMS, modules
 
 from trm_helpers.__main__ import COMMANDS, parse
 from trm_helpers.config import PRESETS, check_parameters, parse_parameter
@@ -198,3 +199,14 @@ def test_the_glossary_is_short_and_linked():
                       re.MULTILINE)
     assert 10 < len(rows) <= 20 and rows == sorted(rows, key=lambda term: term.lower().strip("`"))
     assert "docs/glossary.md" in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_rooms_lists_every_module_from_the_bottom_up():
+    section = (ROOT / "docs" / "design.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    listed = [room + "." * (room != "") + file
+              for room, files in re.findall(r"^\| (`\w+`|root) \| (.+?) \|", section, re.MULTILINE)
+              for room in [room.strip("`").replace("root", "")] for file in SPAN.findall(files)]
+    assert sorted(listed) == sorted(name for name, path in modules(PACKAGE).items()
+                                    if path.name != "__init__.py")
+    rooms = list(dict.fromkeys(file.split(".")[0] for file in listed))
+    assert rooms == list(ROOMS)
