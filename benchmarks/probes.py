@@ -91,8 +91,7 @@ def samples(run, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]
         with LiberoEnv(config.data.suite, task_id) as env, open_demo_file(path) as file:
             env.reset()
             names = demo_names(file)[:config.data.max_demos_per_task or None]
-            _, unseen = split_demonstrations(names, path, config.data.train_fraction,
-                                             config.data.data_seed)
+            _, unseen = split_demonstrations(names, path)
             for name in unseen[:demos]:
                 demo = file[schema.DATA_GROUP][name]
                 known = positions(env, demo)

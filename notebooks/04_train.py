@@ -97,7 +97,7 @@ files = ensure_demonstrations(config)
 # ## Train
 #
 # Each update computes the `loss` between predicted and demonstrated actions of a batch and takes
-# one AdamW step. The learning rate follows a cosine from `lr` to `min_lr`. The progress bar counts
+# one AdamW step. The learning rate follows a cosine from `lr` to 1e-6. The progress bar counts
 # updates and shows the losses of the last epoch.
 
 # %%

@@ -38,8 +38,7 @@ search_space = None  # type: str; further axes as YAML; None keeps the preset's
 max_configs = None  # type: int; trials; 0 is as many as the grid has points; None: the preset's
 search_epochs = None  # type: int; epochs per trial; None keeps the preset's
 search_episodes = None  # type: int; rollouts per task and trial; None keeps the preset's
-search_replicates = None  # type: int; seeds for each of the best; None keeps the preset's
-search_finalists = None  # type: int; how many of the best; None keeps the preset's
+search_replicates = None  # type: int; seeds for each of the three best; None keeps the preset's
 search_shard = None  # type: str; "2/4": every fourth point from the second on; None: the preset's
 search_workers = None  # type: int; trials at once; 0 is one for each GPU; None keeps the preset's
 search_minutes = None  # type: float; end cleanly after so long, 0 never; None keeps the preset's
@@ -63,9 +62,8 @@ config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
     placement=placement, search_method=search_method, search_space=search_space,
     max_configs=max_configs, search_epochs=search_epochs, search_episodes=search_episodes,
-    search_replicates=search_replicates, search_finalists=search_finalists,
-    search_shard=search_shard, search_workers=search_workers, search_minutes=search_minutes,
-    search_storage=search_storage)
+    search_replicates=search_replicates, search_shard=search_shard, search_workers=search_workers,
+    search_minutes=search_minutes, search_storage=search_storage)
 names = list(axes(config.search))
 print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.search))} points, "
       f"{config.search.search_epochs} epochs each")

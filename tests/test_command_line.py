@@ -230,11 +230,10 @@ def test_a_run_from_elsewhere_chooses_no_cluster_and_no_workers(trained):
     """A cluster's scheduler could run code here: it comes from the caller alone."""
     file = trained / "config.json"
     settings = json.loads(file.read_text())
-    settings["eval"] |= {"cluster": "tcp://theirs:8786", "eval_workers": 64, "episode_limit": 1e9,
-                         "horizon": 17}
+    settings["eval"] |= {"cluster": "tcp://theirs:8786", "eval_workers": 64, "horizon": 17}
     file.write_text(json.dumps(settings))
     for command in ("evaluate", "robustness", "depth"):
         given = parse([command, "small"]).eval
-        assert (given.cluster, given.eval_workers, given.episode_limit) == ("", 1, 900.0)
+        assert (given.cluster, given.eval_workers) == ("", 1)
         assert given.horizon == 17  # the run's own
         assert parse([command, "small", "--cluster", "tcp://mine:1"]).eval.cluster == "tcp://mine:1"

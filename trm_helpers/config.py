@@ -89,14 +89,12 @@ class DataConfig:
     num_demos: int = 50  # demonstrations to collect per task when scripted ones are needed
     placement: Literal[schema.PLACEMENTS] = "benchmark"  # of objects in scripted ones
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
-    train_fraction: float = 0.8  # split by demonstration, within each task
     sequence_length: int = 1  # T: consecutive steps in one sample
     alignment: Literal[("auto", *schema.ALIGNMENTS)] = "auto"  # auto: the file's, else measured
     normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # never applied to the gripper
     augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # of training images
     scenes: int = 0  # drawn around each demonstration, to learn first where things are; 0: none
     storage: Literal[schema.STORAGES] = local("ram")  # of the frames; mmap: read when needed
-    data_seed: int = 0  # split and collection
 
     def __post_init__(self):
         schema.check_training_suite(self.suite)
@@ -108,9 +106,8 @@ class DataConfig:
             schema.check_task_id(self.suite, task_id)
         _different("task_ids", self.task_ids)
         _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
-        for name in ("max_demos_per_task", "scenes", "data_seed"):
+        for name in ("max_demos_per_task", "scenes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        _require(0 < self.train_fraction < 1, "train_fraction", self.train_fraction, "in (0, 1)")
         _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
 
 
@@ -121,22 +118,16 @@ class ModelConfig:
     variant: Literal[schema.VARIANTS] = "block"  # the reference; trm: the paper's, on tokens
     hidden_dim: int = 256  # D
     num_recursions: int = 8  # applications of the shared block; of trm, supervision steps (N_sup)
-    num_heads: int = 4
     num_layers: int = 2  # of trm's network, which is shared, of the transformer, of act's three
     latent_updates: int = 6  # of trm: n, updates of z before each of y
     cycles: int = 3  # of trm: T, of which the last has a gradient
     image_grid: int = 4  # of all but block: image_grid x image_grid tokens per camera
-    kl_weight: float = 10.0  # of act: weight of its style's divergence in the loss
     deep_supervision: bool = False  # grade the answer after every recursion, each on its own
     halting: Literal[schema.HALTING] = "fixed"  # see TRMPolicy.recurse
-    halting_threshold: float = 0.01  # of remainder and act: what is left when a sample stops
     ponder_cost: float = 0.01  # weight of ACT's expected depth in the loss
-    halting_tolerance: float = 0.05  # learned: largest mean absolute error of a right answer
-    halting_weight: float = 0.5  # weight of the learned halting head's loss
     convergence_threshold: float = 1e-3  # squared change of an action that counts as none
     carry_over: bool = False  # in control, begin each decision from the last one's state
     gripper: Literal[schema.GRIPPERS] = "continuous"  # the head of its command
-    num_experts: int = 4  # of the mixture head
     cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE
     image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: of images centred on 0
@@ -151,22 +142,19 @@ class ModelConfig:
 
     def __post_init__(self):
         _convert_types(self)
-        for name in ("hidden_dim", "num_recursions", "num_heads", "num_layers", "latent_updates",
-                     "cycles", "image_grid", "num_experts", "num_tasks", "chunk"):
+        for name in ("hidden_dim", "num_recursions", "num_layers", "latent_updates", "cycles",
+                     "image_grid", "num_tasks", "chunk"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        _require(self.hidden_dim % self.num_heads == 0, "hidden_dim", self.hidden_dim,
-                 f"a multiple of num_heads={self.num_heads}")
+        _require(self.hidden_dim % schema.NUM_HEADS == 0, "hidden_dim", self.hidden_dim,
+                 f"a multiple of {schema.NUM_HEADS}, the number of attention heads")
         _require(not self.deep_supervision or self.halting not in ("remainder", "act"),
                  "deep_supervision", self.deep_supervision,
                  f"False with halting={self.halting!r}, which weighs all steps together")
         _require(self.variant in ("block", "trm") or self.num_recursions == 1, "num_recursions",
                  self.num_recursions, f"1 for variant={self.variant!r}, which does not recurse")
-        _require(0 < self.halting_threshold < 1, "halting_threshold", self.halting_threshold,
-                 "in (0, 1)")
-        for name in ("ponder_cost", "halting_weight", "kl_weight"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        for name in ("halting_tolerance", "convergence_threshold"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        _require(self.ponder_cost >= 0, "ponder_cost", self.ponder_cost, ">= 0")
+        _require(self.convergence_threshold > 0, "convergence_threshold",
+                 self.convergence_threshold, "> 0")
         _require(len(self.cameras) > 0, "cameras", self.cameras, "at least one camera")
         _different("cameras", self.cameras)
         _different("keypoints", self.keypoints)
@@ -193,15 +181,11 @@ class TrainConfig:
     epochs: int = 50
     batch_size: int = 64
     lr: float = 3e-4
-    min_lr: float = 1e-6  # where cosine annealing ends
     weight_decay: float = 1e-4
-    grad_clip: float = 1.0
     loss: Literal[schema.LOSSES] = "mse"  # mix: the mean of both
-    gripper_weight: float = 0.1  # of the classifier's cross-entropy beside the arm's loss
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
     patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
     rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
-    rollout_episodes: int = 10  # of each task, from drawn placements: reports use the init states
     max_minutes: float = local(0.0)  # save and end cleanly after so long; 0 is no limit
     stop_epoch: int = local(0)  # end cleanly after so many of the epochs; 0 trains all
     precision: Literal[schema.PRECISIONS] = "auto"
@@ -210,24 +194,20 @@ class TrainConfig:
     num_threads: int = local(0)  # CPU threads; 0: $OMP_NUM_THREADS, or one
     seed: int = 0
     wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # without a key, online is offline
-    wandb_project: str = local("trm-libero")
 
     def __post_init__(self):
         _convert_types(self)
         for name in ("epochs", "batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("lr", "min_lr", "grad_clip"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        _require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"at most lr={self.lr!r}")
-        for name in ("weight_decay", "gripper_weight", "patience", "rollout_every", "max_minutes",
-                     "num_threads", "seed"):
+        _require(self.lr > 0, "lr", self.lr, "> 0")
+        for name in ("weight_decay", "patience", "rollout_every", "max_minutes", "num_threads",
+                     "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _require(0 <= self.stop_epoch <= self.epochs, "stop_epoch", self.stop_epoch,
                  f"0 to epochs={self.epochs}")
         for name, most in (("seed", 2**63 - 1), ("num_threads", 1024)):  # what PyTorch takes
             _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(self.rollout_episodes >= 1, "rollout_episodes", self.rollout_episodes, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -243,7 +223,6 @@ class EvalConfig:
     bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
     eval_workers: int = local(1)  # simulator processes
     cluster: str = local("")  # address of a Dask scheduler whose workers play the episodes
-    episode_limit: float = local(900.0)  # seconds after which a worker's episode is taken for hung
 
     def __post_init__(self):
         _convert_types(self)
@@ -252,7 +231,6 @@ class EvalConfig:
         last = schema.NUM_INIT_STATES - self.episodes
         _require(0 <= self.first_init_state <= last, "first_init_state", self.first_init_state,
                  f"0 to {last} with {self.episodes} episodes")
-        _require(self.episode_limit > 0, "episode_limit", self.episode_limit, "> 0")
         for name in ("horizon", "num_videos"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         most = schema.NUM_INIT_STATES - self.first_init_state
@@ -287,8 +265,7 @@ class SearchConfig:
     search_epochs: int = 10
     max_configs: int = 0  # 0 is as many as the grid has points; of it, so many are spread over it
     search_episodes: int = 0  # rollouts per task and trial; 0 ranks by validation loss alone
-    search_replicates: int = 1  # seeds for each of the finalists
-    search_finalists: int = 3
+    search_replicates: int = 1  # seeds for each of the three best
     search_shard: str = ""  # "2/4": every fourth point of the grid from the second on
     search_workers: int = local(0)  # trials at once; 0 is one for each GPU, or one
     search_minutes: float = local(0.0)  # end trials after so long, to go on later; 0: no limit
@@ -305,7 +282,7 @@ class SearchConfig:
             values = getattr(self, name)
             _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
             _different(name, values)
-        for name in ("search_epochs", "search_replicates", "search_finalists"):
+        for name in ("search_epochs", "search_replicates"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("max_configs", "search_episodes", "search_workers", "search_minutes"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -363,10 +340,13 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
-        """Inverse of :meth:`to_dict`; raises ``ValueError`` for a key that is not a setting."""
+        """Inverse of :meth:`to_dict`, also of older versions, see :func:`migrate`.
+
+        Raises ``ValueError`` for a key that is not a setting.
+        """
         parts = {}
         for name, kind in PARTS.items():
-            part = dict(values.get(name, {}))
+            part = migrate(values.get(name, {}))
             check_names(part, [f.name for f in dataclasses.fields(kind)], f"{name} setting")
             parts[name] = kind(**part)
         check_names(values, ["preset", *PARTS], "part of a configuration")
@@ -405,6 +385,27 @@ def local_settings() -> set[str]:
     """The names of all settings of the machine and the call, see :func:`local`."""
     return {f.name for kind in PARTS.values() for f in dataclasses.fields(kind)
             if f.metadata.get("local")}
+
+
+# Former settings and the constants that they became; None: of the machine, any value is ignored.
+REMOVED = {
+    "train_fraction": 0.8, "data_seed": 0, "num_heads": 4, "kl_weight": 10.0,
+    "halting_threshold": 0.01, "halting_tolerance": 0.05, "halting_weight": 0.5, "num_experts": 4,
+    "min_lr": 1e-6, "grad_clip": 1.0, "gripper_weight": 0.1, "rollout_episodes": 10,
+    "wandb_project": None, "episode_limit": None, "search_finalists": 3,
+}
+
+
+def migrate(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings written by any version of the package, as today's.
+
+    Raises ``ValueError`` for a former setting whose value is not the constant that replaced it.
+    """
+    for name, constant in REMOVED.items():
+        value = settings.get(name, constant)
+        _require(constant is None or value == constant, name, value,
+                 f"{constant!r}, which is a constant today and no setting")
+    return {name: value for name, value in settings.items() if name not in REMOVED}
 
 
 def check_names(given, known: list[str], what: str) -> None:
@@ -456,7 +457,7 @@ def from_flat(preset: str = "reference", more: Mapping[str, Any] | None = None,
     """
     schema.check_option("preset", preset, PRESETS)
     given = {name: value for name, value in settings.items() if value is not None}
-    more = convert("more", {} if more is None else more, dict)
+    more = migrate(convert("more", {} if more is None else more, dict))
     twice = ", ".join(map(str, given.keys() & more.keys()))
     _require(not twice, "more", more, f"no setting that is given by itself as well ({twice})")
     check_names(more, list(settings_by_part()), "setting")

@@ -50,6 +50,7 @@ LOW_DIM = {  # name in the file and its width; `sim.py` fills the same names fro
 PROPRIO_KEYS = ("joint_states", "gripper_states", "ee_pos")
 PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 12
 
+NUM_HEADS = 4  # of every attention layer of a policy
 LANGUAGE_DIM = 384  # sentence embeddings of the instructions, all-MiniLM-L6-v2
 
 # --- HDF5 layout ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 from trm_helpers import schema
 from trm_helpers.config import ModelConfig
+from trm_helpers.policy import model
 from trm_helpers.policy.layers import (
     STYLE_DIM,
     Localizer,
@@ -19,7 +20,7 @@ from trm_helpers.policy.model import TRMPolicy
 from trm_helpers.policy.recursion import TRMBlock
 from trm_helpers.policy.variants import StyleEncoder, make_block
 
-SIZES = dict(hidden_dim=16, num_heads=2, image_size=32, image_grid=2, chunk=3)
+SIZES = dict(hidden_dim=16, image_size=32, image_grid=2, chunk=3)
 
 
 @pytest.fixture(autouse=True)
@@ -325,9 +326,9 @@ def test_halting_heads_read_the_mean_over_the_answers():
     torch.testing.assert_close(policy._halting_logit(answers), expected)
 
 
-def test_learned_halting_is_trained_on_the_tolerance():
-    policy = trm(halting="learned", deep_supervision=True, halting_tolerance=0.5,
-                 halting_weight=1.0).train()
+def test_learned_halting_is_trained_on_the_tolerance(monkeypatch):
+    monkeypatch.setattr(model, "HALTING_TOLERANCE", 0.5)
+    policy = trm(halting="learned", deep_supervision=True).train()
     batch = make_batch(8)
     _, parts = policy.loss(batch, "l1")
     expected = []
@@ -340,8 +341,10 @@ def test_learned_halting_is_trained_on_the_tolerance():
     assert parts["halting"] > 0
 
 
-def test_learned_halting_looks_at_the_actions_that_exist_and_has_its_weight():
-    policy = trm(halting="learned", halting_tolerance=1.0, halting_weight=0.3).train()
+def test_learned_halting_looks_at_the_actions_that_exist_and_has_its_weight(monkeypatch):
+    monkeypatch.setattr(model, "HALTING_TOLERANCE", 1.0)
+    monkeypatch.setattr(model, "HALTING_WEIGHT", 0.3)
+    policy = trm(halting="learned").train()
     batch = make_batch(4)
     with torch.no_grad():
         policy.halt.bias.fill_(1.0)
@@ -365,9 +368,10 @@ def test_deep_supervision_cuts_the_gradient_between_steps(supervised):
     assert (gradient is None) == supervised
 
 
-def test_learned_halting_learns_to_stop():
-    policy = trm(halting="learned", deep_supervision=True, halting_tolerance=0.2, hidden_dim=32,
-                 latent_updates=1, cycles=1).train()
+def test_learned_halting_learns_to_stop(monkeypatch):
+    monkeypatch.setattr(model, "HALTING_TOLERANCE", 0.2)
+    policy = trm(halting="learned", deep_supervision=True, hidden_dim=32, latent_updates=1,
+                 cycles=1).train()
     batch = make_batch(4)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     for _ in range(200):
@@ -397,7 +401,7 @@ def test_blocks_share_weights_but_the_transformer_does_not():
         block = make_block(ModelConfig(**{**SIZES, "num_recursions": 1, **settings}))
         return sum(parameter.numel() for parameter in block.parameters())
 
-    layer = sum(parameter.numel() for parameter in TransformerLayer(16, 2).parameters())
+    layer = sum(parameter.numel() for parameter in TransformerLayer(16, 4).parameters())
     assert count(variant="trm", latent_updates=6, cycles=3) == count(variant="trm") == 2 * layer
     assert count(variant="transformer", num_layers=14) == 14 * layer
 
@@ -428,8 +432,9 @@ def test_acts_queries_look_at_the_other_tokens_and_not_the_other_way_round():
     assert (policy.recurse(nearer).output - policy.recurse(x).output).abs().max() > 1e-3
 
 
-def test_acts_style_is_drawn_in_training_and_zero_in_control():
-    policy, batch = act(kl_weight=2.0), make_batch()
+def test_acts_style_is_drawn_in_training_and_zero_in_control(monkeypatch):
+    monkeypatch.setattr(model, "KL_WEIGHT", 2.0)
+    policy, batch = act(), make_batch()
     zero = policy.encode(batch["observations"], torch.zeros(4, STYLE_DIM))
     assert torch.equal(policy.encode(batch["observations"]), zero)
     assert "kl" not in policy.loss(batch, "l1")[1]

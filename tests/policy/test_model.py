@@ -12,6 +12,7 @@ import torch
 from trm_helpers import schema
 from trm_helpers.config import ModelConfig
 from trm_helpers.data.normalize import ActionNormalizer
+from trm_helpers.policy import layers, model
 from trm_helpers.policy.layers import VisualEncoder
 from trm_helpers.policy.model import TRMPolicy, count_parameters
 from trm_helpers.policy.recursion import RecursiveBlock
@@ -214,8 +215,9 @@ def test_depth_must_be_positive():
         (0.01, [1, 0.99, 0.99**2, 0.99**3, 0.99**4, 0.99**5]),  # never: all six steps
     ],
 )
-def test_remainder_is_the_documented_sum(probability, weights):
-    policy = TRMPolicy(small(halting="remainder", halting_threshold=0.1, num_recursions=6))
+def test_remainder_is_the_documented_sum(probability, weights, monkeypatch):
+    monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.1)
+    policy = TRMPolicy(small(halting="remainder", num_recursions=6))
     set_halting(policy, probability)
     recursion = policy.recurse(torch.randn(2, 16))
     torch.testing.assert_close(recursion.weights, torch.tensor([weights] * 2))
@@ -226,8 +228,9 @@ def test_remainder_is_the_documented_sum(probability, weights):
     assert len(recursion.states) == len(weights) + 1
 
 
-def test_remainder_stops_with_the_slowest_sample_and_counts_each():
-    policy = TRMPolicy(small(halting="remainder", halting_threshold=0.1, num_recursions=20))
+def test_remainder_stops_with_the_slowest_sample_and_counts_each(monkeypatch):
+    monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.1)
+    policy = TRMPolicy(small(halting="remainder", num_recursions=20))
     # states that differ: h is x_cond itself, whose first number is the halting logit
     policy.block = _Repeat()
     with torch.no_grad():
@@ -255,8 +258,9 @@ class _Repeat(RecursiveBlock):
         (0.1, [0.1, 0.1, 0.1, 0.1, 0.6]),  # the last step allowed gets all that is left
     ],
 )
-def test_act_weights_and_ponder_cost(probability, weights):
-    policy = TRMPolicy(small(halting="act", halting_threshold=0.05, num_recursions=5))
+def test_act_weights_and_ponder_cost(probability, weights, monkeypatch):
+    monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.05)
+    policy = TRMPolicy(small(halting="act", num_recursions=5))
     set_halting(policy, probability)
     recursion = policy.recurse(torch.randn(2, 16))
     torch.testing.assert_close(recursion.weights, torch.tensor([weights] * 2))
@@ -292,8 +296,9 @@ def test_halting_learns_from_the_loss(halting):
     assert policy.halt.weight.grad.abs().max() > 0
 
 
-def test_ponder_cost_enters_the_loss():
-    config = small(halting="act", halting_threshold=0.05, num_recursions=5, ponder_cost=0.5)
+def test_ponder_cost_enters_the_loss(monkeypatch):
+    monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.05)
+    config = small(halting="act", num_recursions=5, ponder_cost=0.5)
     policy = TRMPolicy(config)
     set_halting(policy, 0.4)
     batch = make_batch(config, 2)
@@ -328,8 +333,9 @@ def test_classifier_gripper_is_the_expected_value():
     torch.testing.assert_close(action, torch.tensor([[0.0] * 6 + [0.5]]))
 
 
-def test_mixture_weights_its_experts_with_the_gate():
-    policy = TRMPolicy(small(gripper="mixture", num_experts=2))
+def test_mixture_weights_its_experts_with_the_gate(monkeypatch):
+    monkeypatch.setattr(layers, "NUM_EXPERTS", 2)
+    policy = TRMPolicy(small(gripper="mixture"))
     set_output(policy, [1.0] * 7 + [5.0] * 7)
     with torch.no_grad():
         policy.head.gate.weight.zero_()
@@ -360,8 +366,9 @@ def test_masked_loss_worked_out_by_hand(loss, expected):
     ("classifier", [0.0, math.log(3), 0.0, math.log(1.5)]),  # (open, closed) of steps 1 and 2
     ("binary", [math.log(3), math.log(1.5)]),
 ])
-def test_gripper_entropy_worked_out_by_hand(gripper, bias):
+def test_gripper_entropy_worked_out_by_hand(gripper, bias, monkeypatch):
     """p(closed) is 3/4 in step 1, closed both times, and 3/5 in step 2, open and masked."""
+    monkeypatch.setattr(model, "GRIPPER_WEIGHT", 0.5)
     config = small(gripper=gripper, chunk=2)
     policy = TRMPolicy(config)
     set_output(policy, [1.0] * 12)
@@ -374,7 +381,7 @@ def test_gripper_entropy_worked_out_by_hand(gripper, bias):
     batch["mask"] = torch.tensor([[[1.0, 1.0]], [[1.0, 0.0]]])
     entropy = -(2 * math.log(3 / 4) + math.log(2 / 5)) / 3
     for loss in ("mse", "l1"):
-        total, parts = policy.loss(batch, loss, gripper_weight=0.5)
+        total, parts = policy.loss(batch, loss)
         assert parts["action"].item() == pytest.approx(1.0)  # the arm alone
         assert parts["gripper"].item() == pytest.approx(entropy)
         assert total.item() == pytest.approx(1.0 + 0.5 * entropy)
@@ -567,7 +574,7 @@ def test_carry_over_begins_where_the_last_decision_ended():
     ],
 )
 def test_gripper_at_execution(gripper, positive, negative):
-    config = small(gripper=gripper, num_experts=2, chunk=2, execution_horizon=2)
+    config = small(gripper=gripper, chunk=2, execution_horizon=2)
     policy = TRMPolicy(config)
     if gripper in ("classifier", "binary"):
         set_output(policy, [0.0] * 12)
@@ -576,14 +583,15 @@ def test_gripper_at_execution(gripper, positive, negative):
             policy.head.gripper.weight.zero_()
             policy.head.gripper.bias.copy_(torch.tensor(logits))
     else:
-        experts = 2 if gripper == "mixture" else 1
+        experts = 4 if gripper == "mixture" else 1
         set_output(policy, ([0.0] * 6 + [0.3] + [0.0] * 6 + [-0.2]) * experts)
     grippers = [policy.act(CountingObservation())[6] for _ in range(2)]
     assert grippers == pytest.approx([positive, negative])
 
 
-def test_act_reports_the_recursions_used():
-    policy = TRMPolicy(small(halting="remainder", halting_threshold=0.1, num_recursions=9))
+def test_act_reports_the_recursions_used(monkeypatch):
+    monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.1)
+    policy = TRMPolicy(small(halting="remainder", num_recursions=9))
     set_halting(policy, 0.5)
     policy.act(CountingObservation())
     assert policy.last_recursions == 4

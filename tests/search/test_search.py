@@ -22,6 +22,7 @@ from trm_helpers import paths
 from trm_helpers.config import from_flat
 from trm_helpers.files import append_jsonl, exclusive_lock, read_jsonl
 from trm_helpers.search import optuna_study, trials
+from trm_helpers.search import search as searches
 from trm_helpers.search.search import rank_trials, run_search, verdict, worker_environments
 from trm_helpers.search.trials import read_trial, success_of
 
@@ -273,10 +274,11 @@ def test_a_time_budget_ends_cleanly_and_the_next_call_goes_on(tmp_path, pretend,
     assert pretend[2][0] == interrupted
 
 
-def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend):
+def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend, monkeypatch):
+    monkeypatch.setattr(searches, "FINALISTS", 2)
     pretend.successes = {point_name(0.1, 1): 4, point_name(0.2, 1): 3,
                          point_name(0.2, 1, "-seed1"): 4, point_name(0.2, 1, "-seed2"): 3}
-    settings = dict(search_episodes=4, search_replicates=3, search_finalists=2)
+    settings = dict(search_episodes=4, search_replicates=3)
     rows = search(tmp_path, **settings)
     assert len(pretend) == 4 + 2 * 2
     assert names(rows)[:2] == [point_name(0.2, 1), point_name(0.1, 1)]  # 10 of 12, 4 of 12
@@ -290,8 +292,9 @@ def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend):
     assert len(pretend) == 8
 
 
-def test_a_better_trial_found_later_becomes_a_finalist(tmp_path, pretend):
-    settings = dict(search_replicates=2, search_finalists=1)
+def test_a_better_trial_found_later_becomes_a_finalist(tmp_path, pretend, monkeypatch):
+    monkeypatch.setattr(searches, "FINALISTS", 1)
+    settings = dict(search_replicates=2)
     assert search(tmp_path, **settings, search_lrs=(0.2,))[0]["seeds"] == [0, 1]
     rows = search(tmp_path, **settings)
     assert [(row["lr"], row["seeds"]) for row in rows] == [

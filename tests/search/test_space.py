@@ -79,7 +79,7 @@ def test_what_changes_the_loss_is_compared_by_rollouts():
 
 def test_values_that_do_not_go_together_are_refused_for_every_method():
     for method in ("grid", "tpe"):
-        with pytest.raises(ValueError, match="hidden_dim=18.*multiple of num_heads"):
+        with pytest.raises(ValueError, match="hidden_dim=18.*a multiple of 4"):
             check_points(from_flat("tiny", search_hidden_dims=(16, 18), search_method=method))
 
 

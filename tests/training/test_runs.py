@@ -101,8 +101,8 @@ def test_a_folder_without_a_complete_epoch_is_begun_anew():
 
 
 LOCAL = dict(demo_dir="/theirs", storage="mmap", max_minutes=3.0, stop_epoch=1, device="cuda",
-             num_threads=64, wandb_mode="online", wandb_project="theirs", eval_workers=64,
-             cluster="tcp://theirs:8786", episode_limit=1e6, search_workers=64, search_minutes=5.0,
+             num_threads=64, wandb_mode="online", eval_workers=64,
+             cluster="tcp://theirs:8786", search_workers=64, search_minutes=5.0,
              search_storage="postgresql://theirs/db")
 
 
@@ -228,6 +228,23 @@ def test_the_policies_that_come_with_the_repository_load_and_act(name):
                          "language": "pick up the black bowl from table center and place it on "
                                      "the plate"})
     assert action.shape == (7,) and np.isfinite(action).all() and np.abs(action).max() <= 1
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_former_settings_of_a_run_are_accepted_at_their_constant_values(name, tmp_path):
+    source = paths.shipped("pretrained").parent / name
+    run = Path(shutil.copytree(source, tmp_path / "run"))
+    described, written = (json.loads((run / file).read_text())
+                          for file in ("policy.json", "config.json"))
+    assert described["model"]["num_heads"] == 4 and written["train"]["grad_clip"] == 1.0
+    assert load_config(run).model.hidden_dim == load_policy(run).config.hidden_dim
+    described["model"]["num_heads"], written["train"]["grad_clip"] = 8, 2.0
+    (run / "policy.json").write_text(json.dumps(described))
+    (run / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="policy.json.*num_heads=8 is not valid; expected 4"):
+        load_policy(run)
+    with pytest.raises(ValueError, match="config.json.*grad_clip=2.0 is not valid; expected 1.0"):
+        load_config(run)
 
 
 def test_no_name_means_the_newest_trained_run(small_run):

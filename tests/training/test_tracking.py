@@ -65,12 +65,14 @@ def seen(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_every_row_is_logged_with_the_settings(small_run, seen, mode, capfd):
-    trainer = small_run(wandb_mode=mode, wandb_project="a-project")
+def test_every_row_is_logged_with_the_settings(small_run, seen, mode, capfd, monkeypatch):
+    project = {"online": "a-project", "offline": ""}[mode]  # an empty variable is none
+    monkeypatch.setenv("WANDB_PROJECT", project)
+    trainer = small_run(wandb_mode=mode)
     rows = trainer.fit()
     asked = [row for row in seen() if "mode" in row]
     assert [(row["mode"], row["project"], row["name"], row["dir"]) for row in asked] == [
-        (mode, "a-project", "small", str(trainer.run))]
+        (mode, project or "trm-libero", "small", str(trainer.run))]
     assert asked[0]["config"]["lr"] == 1e-3 and asked[0]["config"]["hidden_dim"] == 16
     assert [row for row in seen() if "step" in row] == [
         {"step": 1, "row": rows[0]}, {"step": 2, "row": rows[1]}]

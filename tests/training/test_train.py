@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from trm_helpers.config import from_flat
 from trm_helpers.files import DiskFullError, read_jsonl
+from trm_helpers.policy import model
 from trm_helpers.report import write_report
 from trm_helpers.training import train
 from trm_helpers.training.devices import choose_device, choose_precision
@@ -145,7 +146,7 @@ def test_ended_early_it_goes_on_as_if_it_had_not(small_run):
 
 
 def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
-    trainer = small_run(epochs=4, lr=1e-3, min_lr=1e-6)
+    trainer = small_run(epochs=4, lr=1e-3)
     rates = [row["lr"] for row in trainer.fit()]
     # of the way from 1e-3 to 1e-6, (1 + cos) / 2 of 45, 90, 135 and 180 degrees is left
     left = np.array([0.8535534, 0.5, 0.1464466, 0])
@@ -153,16 +154,16 @@ def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])  # of fp16's the scale is taken out first
-def test_gradients_are_clipped_to_the_norm(small_run, precision):
+def test_gradients_are_clipped_to_the_norm(small_run, precision, monkeypatch):
     exact = small_run("exact", batch_size=40)
-    loss, _ = exact.policy.loss(next(exact.train_data.batches(40, 0, 0)), exact.config.loss,
-                                exact.config.gripper_weight)
+    loss, _ = exact.policy.loss(next(exact.train_data.batches(40, 0, 0)), exact.config.loss)
     loss.backward()
     expected = torch.stack([p.grad.norm() for p in exact.policy.parameters()
                             if p.grad is not None]).norm().item()
     norms, used = {}, {}
     for clip in (1e-3, 1e3):
-        trainer = small_run(f"clip{clip}", grad_clip=clip, batch_size=40, precision=precision)
+        monkeypatch.setattr(train, "GRAD_CLIP", clip)
+        trainer = small_run(f"clip{clip}", batch_size=40, precision=precision)
         norms[clip] = trainer._step(next(trainer.train_data.batches(40, 0, 0)))[1].item()
         gradients = [p.grad.norm() for p in trainer.policy.parameters() if p.grad is not None]
         used[clip] = torch.stack(gradients).norm().item()
@@ -489,7 +490,7 @@ def test_weight_decay_shrinks_the_weights_beside_the_gradients_step(small_run):
 
 
 def test_each_step_has_the_gradient_of_its_batch_alone(small_run):
-    trainer = small_run(lr=1e-12, min_lr=1e-12, weight_decay=0.0, augmentation="none")
+    trainer = small_run(lr=1e-12, weight_decay=0.0, augmentation="none")
     norms = [trainer._step(next(trainer.train_data.batches(8, 0, 0)))[1].item() for _ in range(3)]
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
@@ -504,25 +505,25 @@ def test_a_gradient_that_overflows_is_left_out_and_the_scale_halved(small_run):
     assert trainer.scaler.get_scale() == 2.0**39
 
 
-def test_the_loss_is_the_configured_one(small_run):
+def test_the_loss_is_the_configured_one(small_run, monkeypatch):
     found = {loss: small_run(loss, loss=loss, gripper="continuous").validate()["loss"]
              for loss in ("mse", "l1", "mix")}
     assert found["mix"] == pytest.approx((found["mse"] + found["l1"]) / 2, rel=1e-5)
     assert found["mse"] != pytest.approx(found["l1"], rel=1e-2)
-    values = small_run("heavy", gripper="classifier", gripper_weight=0.7).validate()
+    monkeypatch.setattr(model, "GRIPPER_WEIGHT", 0.7)
+    values = small_run("heavy", gripper="classifier").validate()
     assert values["loss"] == pytest.approx(values["action"] + 0.7 * values["gripper"], rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [
     dict(), dict(halting="act", ponder_cost=0.1), dict(halting="remainder"),
     dict(variant="trm", image_size=64, deep_supervision=True, halting="learned",
-         halting_weight=1.0, gripper="classifier"),
+         gripper="classifier"),
     dict(variant="trm", image_size=64, deep_supervision=True, cycles=1, latent_updates=1),
 ])
 def test_training_and_validation_loss_are_the_same_quantity(small_run, settings):
     """On the same samples, with weights that do not move, the two are equal."""
-    trainer = small_run(lr=1e-12, min_lr=1e-12, batch_size=40, epochs=1, augmentation="none",
-                        **settings)
+    trainer = small_run(lr=1e-12, batch_size=40, epochs=1, augmentation="none", **settings)
     trainer.val_data = trainer.train_data
     (row,) = trainer.fit()
     assert row["train_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
@@ -628,11 +629,11 @@ def test_a_breakdown_within_an_epoch_is_not_saved(small_run, monkeypatch, after,
             small_run("straight", epochs=3).fit())
 
 
-def test_an_explosion_within_the_first_epoch_stops_it(small_run):
+def test_an_explosion_within_the_first_epoch_stops_it(small_run, monkeypatch):
     """Every loss is finite, so that nothing else would."""
+    monkeypatch.setattr(train, "GRAD_CLIP", 1e6)
     with pytest.raises(RuntimeError, match="epoch 1: the training loss went from"):
-        small_run("run", epochs=2, lr=1e6, normalize_actions="zscore", grad_clip=1e6,
-                  loss="mse").fit()
+        small_run("run", epochs=2, lr=1e6, normalize_actions="zscore", loss="mse").fit()
 
 
 def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_run):

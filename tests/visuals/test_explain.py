@@ -284,7 +284,7 @@ def test_the_real_policy_and_data_set(tmp_path, halting):
     config = ModelConfig(
         hidden_dim=16, num_recursions=6, image_size=36, cameras=cameras, chunk=2,
         proprioception=True, conditioning="task_id", num_tasks=5, gripper="classifier",
-        halting=halting, halting_threshold=0.2,
+        halting=halting,
     )
     dataset = LIBERODataset(
         write_demo_file(tmp_path / "soup_demo.hdf5", (5, 7)), sequence_length=2, image_size=36,

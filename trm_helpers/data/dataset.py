@@ -149,8 +149,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         Of files that were collected by ``num_demos`` no more than so many demonstrations are read,
         also where another run has asked for more since.
         """
-        return cls.train_val(list(files.values()), train_fraction=config.data.train_fraction,
-                             seed=config.data.data_seed, **_settings(files, config))
+        return cls.train_val(list(files.values()), **_settings(files, config))
 
     @classmethod
     def held_out(cls, files: Mapping[int, Path], config: Config, policy,

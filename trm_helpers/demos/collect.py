@@ -181,8 +181,7 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
                              if data.demos == "auto" else ""))
     for task_id in missing:
         found[tasks[task_id].name] = collect_demonstrations(
-            data.suite, task_id, data.num_demos, folder, seed=data.data_seed,
-            placement=data.placement)
+            data.suite, task_id, data.num_demos, folder, placement=data.placement)
     files = {task_id: found[task.name] for task_id, task in tasks.items()}
     for note in version_notes(files.values()):
         print(note)

@@ -35,6 +35,7 @@ from .rollout import Policy, record_episode, run_episode
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
 WIDE_SEED = 2**31  # of the first wide placement; demonstrations draw theirs below it
+ROLLOUT_EPISODES = 10  # per task, of the rollouts that choose the best weights
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
 
 
@@ -201,7 +202,7 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
 def selection_rate(run: str | Path, config: Config) -> Callable[[], float]:
     """What a trainer takes as ``roll_out``: success of the run's ``last`` weights, whenever called.
     """
-    return lambda: selection_success(run, config, config.train.rollout_episodes)["success_rate"]
+    return lambda: selection_success(run, config, ROLLOUT_EPISODES)["success_rate"]
 
 
 def selection_rows(run: str | Path, ledger: str | Path, weights: str = "last") -> list[dict]:
@@ -479,7 +480,7 @@ def _play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode])
     workers = 0 if config.eval_workers == 1 else config.eval_workers
     try:
         for episode, row, error in run_jobs(job, episodes, workers=workers, keep=True,
-                                            cluster=config.cluster, limit=config.episode_limit):
+                                            cluster=config.cluster):
             yield episode, row, f"{type(error).__name__}: {error}" if error else ""
     finally:  # in this process nobody plays on; a worker's simulator ends with it
         _POLICIES.clear()

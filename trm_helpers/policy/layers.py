@@ -15,6 +15,7 @@ from ..config import ModelConfig
 
 CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
 TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))  # ..., stride, padding
+NUM_EXPERTS = 4  # of the mixture head
 STYLE_DIM = 32  # of ACT's latent
 TASK_TEMPERATURE = 0.001  # of the localizer: cosine similarity within a suite reaches 0.995
 TOKEN_STRIDE = 8  # pixels per cell of the feature map
@@ -201,7 +202,7 @@ class ActionHead(nn.Module):
     - ``"classifier"``: of a softmax over (open, closed), logits (B, K, 2);
     - ``"binary"``: of a sigmoid for closed, logits (B, K, 1).
 
-    ``"mixture"`` sums ``num_experts`` last layers with the weights of a softmax gate on the
+    ``"mixture"`` sums ``NUM_EXPERTS`` last layers with the weights of a softmax gate on the
     features.
     """
 
@@ -217,7 +218,7 @@ class ActionHead(nn.Module):
             width = schema.ARM_DIM
             self.gripper = nn.Linear(dim, self.chunk * (2 if config.gripper == "classifier" else 1))
         elif config.gripper == "mixture":
-            self.num_experts = config.num_experts
+            self.num_experts = NUM_EXPERTS
             self.gate = nn.Linear(dim, self.num_experts)
         self.output = nn.Linear(dim, self.num_experts * self.chunk * width)
 

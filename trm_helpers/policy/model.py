@@ -34,6 +34,11 @@ from .recursion import (
 )
 from .variants import StyleEncoder, make_block
 
+HALTING_THRESHOLD = 0.01  # of remainder and ACT: the weight left when a sample stops
+HALTING_TOLERANCE = 0.05  # of learned halting: largest mean absolute error of a right answer
+HALTING_WEIGHT = 0.5  # of the learned halting head's loss
+GRIPPER_WEIGHT = 0.1  # of the gripper's cross-entropy beside the arm's loss
+KL_WEIGHT = 10.0  # of the style's divergence in the loss of ACT's network
 ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 the oldest (ACT)
 
 
@@ -97,7 +102,7 @@ class TRMPolicy(nn.Module):
         self.block = make_block(config)
         self.style = None
         if config.variant == "act":
-            self.style = StyleEncoder(dim, config.num_heads, config.num_layers, config.chunk)
+            self.style = StyleEncoder(dim, schema.NUM_HEADS, config.num_layers, config.chunk)
         if config.halting in ("remainder", "act", "learned"):
             # sigmoid(w h) as documented for the remainder, sigmoid(w h + b) in Graves' paper
             self.halt = nn.Linear(dim, 1, bias=config.halting != "remainder")
@@ -167,7 +172,7 @@ class TRMPolicy(nn.Module):
         if config.halting in ("remainder", "act"):
             weighted = recurse_remainder if config.halting == "remainder" else recurse_act
             return weighted(self.block, x_cond, state, limit, self._halting_logit,
-                            config.halting_threshold)
+                            HALTING_THRESHOLD)
         if self.training or config.halting == "fixed":
             return recurse_fixed(self.block, x_cond, state, limit,
                                  detach=self.training and config.deep_supervision)
@@ -207,21 +212,21 @@ class TRMPolicy(nn.Module):
         return (actions, recursion.states) if return_all_states else actions
 
     def loss(
-        self, batch: Mapping, loss: str = "mse", gripper_weight: float = 0.1
+        self, batch: Mapping, loss: str = "mse"
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch (``observations``, normalised ``actions``, ``mask``) and its parts.
 
         ``action``: mean over valid actions and their seven numbers (the arm's six where the gripper
-        has its own loss). ``gripper``: mean cross-entropy, times ``gripper_weight``. ``ponder``
+        has its own loss). ``gripper``: mean cross-entropy, times ``GRIPPER_WEIGHT``. ``ponder``
         (``halting="act"``): mean of N + R, times ``ponder_cost``. ``final``: the weighted sum of
         these for the final answer, comparable between training and evaluation mode. The parts are
         detached and, except ``final``, unweighted. ``"mix"`` is the mean of ``"mse"`` and ``"l1"``.
 
         In training, ``deep_supervision`` takes the mean over the answers of all steps;
-        ``halting="learned"`` adds ``halting``, times ``halting_weight``: the binary cross-entropy
+        ``halting="learned"`` adds ``halting``, times ``HALTING_WEIGHT``: the binary cross-entropy
         of the head at every step against whether the answer's mean absolute error is within
-        ``halting_tolerance``; ``variant="act"`` samples its style from the encoder of the actions
-        and adds ``kl``, times ``kl_weight``.
+        ``HALTING_TOLERANCE``; ``variant="act"`` samples its style from the encoder of the actions
+        and adds ``kl``, times ``KL_WEIGHT``.
         """
         schema.check_option("loss", loss, schema.LOSSES)
         target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
@@ -243,7 +248,7 @@ class TRMPolicy(nn.Module):
         graded = recursion.states[1:] if every_step else [recursion.output]
         grades = [self._grade(*self.head(answer), target, mask, loss) for answer in graded]
         parts = {name: torch.stack([grade[name] for grade in grades]).mean() for name in grades[0]}
-        total, final = (grade["action"] + gripper_weight * grade.get("gripper", 0.0)
+        total, final = (grade["action"] + GRIPPER_WEIGHT * grade.get("gripper", 0.0)
                         for grade in (parts, grades[-1]))
         if self.config.halting == "act":
             parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
@@ -253,10 +258,10 @@ class TRMPolicy(nn.Module):
         if style is not None:
             divergence = self.style.divergence(mean, log_variance)
             parts["kl"] = _masked_mean(divergence, mask.amax(dim=1))
-            total = total + self.config.kl_weight * parts["kl"]
+            total = total + KL_WEIGHT * parts["kl"]
         if self.config.halting == "learned" and self.training:
             parts["halting"] = self._grade_halting(recursion.states[1:], target, mask)
-            total = total + self.config.halting_weight * parts["halting"]
+            total = total + HALTING_WEIGHT * parts["halting"]
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _grade(self, predicted, logits, target, mask, loss: str) -> dict[str, torch.Tensor]:
@@ -282,7 +287,7 @@ class TRMPolicy(nn.Module):
             with torch.no_grad():
                 error = (self.head(answer)[0] - target).abs().mean(-1)  # (B, K)
                 error = (error * mask).sum(1) / mask.sum(1).clamp(min=1)
-                right = (error <= self.config.halting_tolerance).float()
+                right = (error <= HALTING_TOLERANCE).float()
             terms.append(F.binary_cross_entropy_with_logits(self._halting_logit(answer), right,
                                                             reduction="none"))
         return _masked_mean(torch.stack(terms).mean(0), mask.amax(dim=1))

@@ -87,8 +87,8 @@ class StyleEncoder(nn.Module):
 def make_block(config: ModelConfig) -> nn.Module:
     """The block of ``config.variant``."""
     if config.variant == "block":
-        return RecursiveBlock(config.hidden_dim, config.num_heads)
-    sizes = (config.hidden_dim, config.num_heads, config.num_layers, config.chunk)
+        return RecursiveBlock(config.hidden_dim, schema.NUM_HEADS)
+    sizes = (config.hidden_dim, schema.NUM_HEADS, config.num_layers, config.chunk)
     if config.variant in ("transformer", "act"):
         return (TransformerBlock if config.variant == "transformer" else ActBlock)(*sizes)
     return TRMBlock(*sizes, config.latent_updates, config.cycles)

@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
-from ..config import Config, SearchConfig
+from ..config import Config, SearchConfig, migrate
 from ..files import exclusive_lock, visible
 from .space import (
     REDUCTION,
@@ -80,7 +80,7 @@ class Study:
                         n_startup_trials=_RANDOM_TRIALS, constant_liar=True))
                 common = common_settings(config)
                 refuse_others(f"the study {study.study_name}",
-                              study.user_attrs.get("settings", common), common)
+                              migrate(study.user_attrs.get("settings", common)), common)
                 study.set_user_attr("settings", common)
                 if url:
                     optuna.storages.fail_stale_trials(study)

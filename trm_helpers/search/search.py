@@ -45,6 +45,7 @@ from .trials import read_trial, run_trial, success_of
 
 _SAME_LOSS = 1.01  # losses this close count as equal, and the next criterion decides
 _SIGNIFICANT = 0.05
+FINALISTS = 3  # trained with `search_replicates` seeds each
 
 
 def run_search(config: Config, run: str | Path) -> list[dict]:
@@ -91,7 +92,7 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
             _run_points([(point, config.train.seed) for point in grid(search)], train,
                         environments, stop, "search")
         if idle and search.search_replicates > 1:
-            finalists = ranking(config, folder, records)[:search.search_finalists]
+            finalists = ranking(config, folder, records)[:FINALISTS]
             seeds = range(config.train.seed + 1, config.train.seed + search.search_replicates)
             _run_points([({name: row[name] for name in axes(search)}, seed)
                          for seed in seeds for row in finalists if row["state"] == "complete"],
@@ -218,7 +219,7 @@ def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict
     complete, stopped, failed = ([row for row in rows if row["state"] == state]
                                  for state in ("complete", "stopped", "failed"))
     complete = rank_trials(complete)
-    count = config.search.search_finalists if config.search.search_replicates > 1 else 0
+    count = FINALISTS if config.search.search_replicates > 1 else 0
     finalists = [_row(row["trial"], points[row["trial"]], config) for row in complete[:count]]
     stopped.sort(key=lambda row: (-row["epochs"], value_of(row)))
     return rank_trials(finalists) + complete[count:] + stopped + failed

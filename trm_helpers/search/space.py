@@ -25,15 +25,13 @@ from ..files import short_name
 _LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
           "num_recursions": "search_num_recursions"}
 # change what the validation loss means or is taken on, so that only rollouts compare
-_CHANGE_THE_LOSS = {"loss", "gripper", "gripper_weight", "normalize_actions", "chunk", "halting",
-                    "halting_weight", "ponder_cost", "kl_weight", "deep_supervision", "alignment",
-                    "sequence_length", "max_demos_per_task"}
+_CHANGE_THE_LOSS = {"loss", "gripper", "normalize_actions", "chunk", "halting", "ponder_cost",
+                    "deep_supervision", "alignment", "sequence_length", "max_demos_per_task"}
 # no axes: what the search decides by itself, and which task is learned
-_FIXED = {*_LISTS, *local_settings(), "epochs", "patience", "rollout_every", "rollout_episodes",
-          "seed", "suite", "task_ids", "demos", "num_demos", "placement", "train_fraction",
-          "data_seed"}
+_FIXED = {*_LISTS, *local_settings(), "epochs", "patience", "rollout_every", "seed",
+          "suite", "task_ids", "demos", "num_demos", "placement"}
 # of the evaluation's, those that selection rollouts go by
-_ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster", "episode_limit"}
+_ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster"}
 REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
 _RUNGS = 3
 

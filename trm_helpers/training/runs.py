@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from .. import paths, schema
-from ..config import Config, ModelConfig, from_flat, local_settings
+from ..config import Config, ModelConfig, from_flat, local_settings, migrate
 from ..data.dataset import LIBERODataset
 from ..data.normalize import ActionNormalizer, read_proprio
 from ..files import (
@@ -273,7 +273,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     run = find_run(str(run))
     described = _described(run)
     try:
-        policy = TRMPolicy(ModelConfig(**described["model"]),
+        policy = TRMPolicy(ModelConfig(**migrate(described["model"])),
                            ActionNormalizer.from_dict(described["normalizer"]),
                            read_proprio(described["proprio_stats"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ from .runs import (
 )
 from .tracking import Tracker
 
+MIN_LR = 1e-6  # where cosine annealing ends
+GRAD_CLIP = 1.0  # norm of the gradient
+WANDB_PROJECT = "trm-libero"  # unless $WANDB_PROJECT names another
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 16  # steps between checks of the clock and the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
@@ -48,7 +52,7 @@ _OBJECTS = ("policy", "ema", "optimizer", "scheduler", "scaler")
 class BehaviorCloningTrainer:
     """Train a policy on demonstrations; the run folder is complete after every epoch.
 
-    AdamW, gradient clipping, cosine annealing over all steps down to ``min_lr``, early stopping on
+    AdamW, gradient clipping, cosine annealing over all steps down to 1e-6, early stopping on
     the validation loss. ``best`` and ``last`` hold averaged weights where ``ema_decay`` is set.
     :meth:`fit` resumes from the folder's training state, also within an epoch; with the same data,
     settings and machine the losses equal those of an uninterrupted run. Under ``torchrun`` each
@@ -87,7 +91,7 @@ class BehaviorCloningTrainer:
                                            weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, config.epochs * self.steps_per_epoch, eta_min=config.min_lr)
+            self.optimizer, config.epochs * self.steps_per_epoch, eta_min=min(MIN_LR, config.lr))
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
                                            enabled=self.precision == "fp16")
         self.last_epoch = config.stop_epoch or config.epochs
@@ -162,7 +166,8 @@ class BehaviorCloningTrainer:
                             initial=self.epoch * self.steps_per_epoch + len(self.measured),
                             unit="step", disable=not self.team.is_main)
             tracker = Tracker(self.config.wandb_mode if self.team.is_main else "disabled", {
-                "project": self.config.wandb_project, "name": self.run.name, "dir": str(self.run),
+                "project": os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
+                "name": self.run.name, "dir": str(self.run),
                 "config": {**vars(self.policy.config), **vars(self.config)}})
             with progress, contextlib.closing(tracker):
                 while not self.finished and not self._time_is_up():
@@ -236,7 +241,7 @@ class BehaviorCloningTrainer:
         objective, parts = self._backward(batch, share)
         self.team.average_gradients(self.policy.parameters())
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), GRAD_CLIP)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -270,7 +275,7 @@ class BehaviorCloningTrainer:
     def _loss(self, compute: Callable, batch: dict):
         with torch.autocast(self.device.type, _AUTOCAST.get(self.precision),
                             enabled=self.precision in _AUTOCAST):
-            return compute(batch, self.config.loss, self.config.gripper_weight)
+            return compute(batch, self.config.loss)
 
     # --- validation -------------------------------------------------------------------------------
 
