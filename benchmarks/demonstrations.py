@@ -19,7 +19,7 @@ from pathlib import Path
 from policies import POLICIES
 
 from trm_helpers import BehaviorCloningTrainer, paths, schema
-from trm_helpers.config import Config, EvalConfig, from_flat, parse_value
+from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter
 from trm_helpers.demos.collect import collect_demonstrations
 from trm_helpers.evaluation.robustness import PLAIN, rate_in_short, robustness_card
 from trm_helpers.policy.keypoints import trained_localizer
@@ -43,7 +43,7 @@ def settings(kind: str, demos: int, given: argparse.Namespace) -> Config:
         max_demos_per_task=demos, placement=KINDS[kind].get("placement", "benchmark"),
         epochs=max(round(given.epochs * 30 / demos), 1), num_threads=given.threads,
         seed=given.seed, **{"conditioning": "language", **POLICIES[given.policy],
-                            **{name: parse_value(value) for name, value in given.set}})
+                            **{name: parse_parameter(name, value) for name, value in given.set}})
 
 
 def main() -> None:

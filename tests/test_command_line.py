@@ -25,7 +25,8 @@ def test_every_command_has_help_with_the_settings_comments(capsys):
     with pytest.raises(SystemExit):
         parse(["train", "trm", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--latent-updates INT of trm: n, updates of z before each of y (default: 2)" in said
+    assert "--latent-updates INT of trm: n, updates of z before each update of y (default: 2)" \
+        in said
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["-h"], 0), ([], 2), (["trian"], 2)])

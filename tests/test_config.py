@@ -44,7 +44,7 @@ def test_protocols_are_the_published_ones(protocol, episodes, horizons, settle):
 def test_every_preset_survives_json(preset):
     config = from_flat(preset)
     assert config.preset == preset
-    assert Config.from_dict(json.loads(config.to_json())) == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_reference_preset_is_the_documented_architecture():
@@ -74,7 +74,7 @@ def test_a_former_setting_is_accepted_at_its_constant_value_alone():
     values["model"] |= {"num_heads": 4}
     assert Config.from_dict(values) == from_flat("demo", {"min_lr": 1e-6}, lr=0.5)
     values["model"]["num_heads"] = 8
-    with pytest.raises(ValueError, match="num_heads=8 is not valid; expected 4, which is a const"):
+    with pytest.raises(ValueError, match="num_heads=8 is not valid; expected 4, now a constant"):
         Config.from_dict(values)
     with pytest.raises(ValueError, match="min_lr=0.1 is not valid; expected 1e-06"):
         from_flat("demo", {"min_lr": 0.1})
@@ -96,7 +96,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(suite="libero"), "unknown suite 'libero'.*libero_spatial"),
     (dict(suite="libero_goal_swap"), "'libero_goal_swap' measures robustness.*one of libero_spat"),
     (dict(task_ids=[10]), "task_id 10 is not in libero_spatial; expected 0 to 9"),
-    (dict(task_ids=[]), "at least one task id"),
+    (dict(task_ids=[]), "task_ids=.. .*at least one value"),
     (dict(task_ids=[1, 1]), "task_ids=.1, 1. .*no value twice"),
     (dict(task_ids=3), "task_ids=3 .*expected a list of int"),
     (dict(task_ids=[0.5]), "a list of int"),
@@ -116,7 +116,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(halting="never"), "halting"),
     (dict(ponder_cost=-1.0), "ponder_cost"),
     (dict(gripper="soft"), "gripper='soft'.*'mixture'"),
-    (dict(cameras=[]), "at least one camera"),
+    (dict(cameras=[]), "cameras=.. .*at least one value"),
     (dict(cameras="agentview_rgb"), "expected a list of names"),
     (dict(cameras=["agentview_rgb"] * 2), "no value twice"),
     (dict(proprioception="false"), "proprioception='false' .*expected bool"),

@@ -1,8 +1,8 @@
 """Frozen settings for data, model, training, evaluation and search, and the presets built on them.
 
 A setting lives in exactly one dataclass, so that a notebook's flat parameters
-(``lr=1e-3, hidden_dim=128``) name it without a prefix: see :func:`from_flat`. Its type says which
-values there are (``Literal``), and whether it belongs to the run or to the machine (:func:`local`).
+(``lr=1e-3, hidden_dim=128``) need no prefix: see :func:`from_flat`. Its type lists its options
+(``Literal``); :func:`local` marks settings of the machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import json
 import math
 import numbers
 import re
@@ -22,33 +21,50 @@ from typing import Any, Literal
 from . import paths, schema
 from .schema import PROTOCOLS
 
+# Change these first: help and notebooks list them before the others
+COMMON = ("suite", "task_ids", "num_demos", "variant", "num_recursions", "epochs", "lr", "seed")
+
+# Numbers that have to be above 0; no other number may be below 0
+_POSITIVE = {
+    "sequence_length", "hidden_dim", "num_recursions", "num_layers", "latent_updates", "cycles",
+    "image_grid", "convergence_threshold", "num_tasks", "chunk", "execution_horizon", "epochs",
+    "batch_size", "lr", "eval_workers", "search_lrs", "search_hidden_dims",
+    "search_num_recursions", "search_epochs", "search_replicates",
+}
+
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
 
 
-def _different(name: str, values: tuple) -> None:
-    _require(len(set(values)) == len(values), name, values, "no value twice")
-
-
 def local(default: Any) -> Any:
     """A setting of the machine and the call: where, how fast and how far, never what.
 
-    It may differ when a run is resumed, and what a run's file says about it is never used: reading
-    somebody's run must not choose this machine's folders, databases or processes.
+    It may differ when a run is resumed, and its value in a run's file is ignored: a run from
+    elsewhere must not choose this machine's folders, databases or processes.
     """
     return field(default=default, metadata={"local": True})
 
 
-def _convert_types(part) -> None:
-    """Give each setting the type of its annotation, or raise ``ValueError``.
-
-    Whole numbers serve as floats and lists as tuples. Notebooks and YAML files bring other types:
-    YAML reads ``1e-3`` as a string and ``1.0e-3`` as a number.
+class _Part:
+    """Base of the dataclasses below: converts each setting to its annotated type, checks its range.
     """
-    for name, kind in types_of(type(part)).items():
-        object.__setattr__(part, name, convert(name, getattr(part, name), kind))
+
+    def __post_init__(self):
+        for name, kind in types_of(type(self)).items():
+            value = convert(name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+            values = value if isinstance(value, tuple) else (value,)
+            self.require(name, len(values) > 0 or name == "keypoints", "at least one value")
+            self.require(name, len(set(values)) == len(values), "no value twice")
+            for number in values:
+                if isinstance(number, (int, float)):
+                    in_range = number > 0 if name in _POSITIVE else number >= 0
+                    self.require(name, in_range, "> 0" if name in _POSITIVE else ">= 0")
+
+    def require(self, name: str, condition: bool, expected: str) -> None:
+        _require(condition, name, getattr(self, name), expected)
 
 
 @functools.cache
@@ -58,7 +74,11 @@ def types_of(kind: type) -> dict[str, Any]:
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as the type ``kind``; raises ``ValueError``, with ``name``, where it is another."""
+    """``value`` as the type ``kind``; raises ``ValueError`` with ``name`` for any other value.
+
+    Integers serve as floats and lists as tuples. Text is never read as a number, although YAML
+    takes ``1e-3`` for text and ``1.0e-3`` for a number.
+    """
     if typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
         options = typing.get_args(kind)
@@ -79,11 +99,11 @@ def _is_a(value: Any, kind: type) -> bool:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which demonstrations are used, and how they become samples."""
+class DataConfig(_Part):
+    """Demonstrations and how they become samples."""
 
-    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"
-    task_ids: tuple[int, ...] = (0,)
+    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite
+    task_ids: tuple[int, ...] = (0,)  # task indices in the suite
     demos: Literal[schema.DEMOS] = "auto"  # auto: human ones if found, else scripted
     demo_dir: str = local("")  # a folder with *_demo.hdf5; "": data/ and Kaggle's input
     num_demos: int = 50  # demonstrations to collect per task when scripted ones are needed
@@ -93,159 +113,134 @@ class DataConfig:
     alignment: Literal[("auto", *schema.ALIGNMENTS)] = "auto"  # auto: the file's, else measured
     normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # never applied to the gripper
     augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # of training images
-    scenes: int = 0  # drawn around each demonstration, to learn first where things are; 0: none
+    scenes: int = 0  # rendered per demonstration to train a localizer first; 0: no localizer
     storage: Literal[schema.STORAGES] = local("ram")  # of the frames; mmap: read when needed
 
     def __post_init__(self):
         schema.check_training_suite(self.suite)
-        _convert_types(self)
+        super().__post_init__()
         if self.demo_dir:
             object.__setattr__(self, "demo_dir", str(paths.absolute(self.demo_dir)))
-        _require(len(self.task_ids) > 0, "task_ids", self.task_ids, "at least one task id")
         for task_id in self.task_ids:
             schema.check_task_id(self.suite, task_id)
-        _different("task_ids", self.task_ids)
-        _require(self.num_demos >= 2, "num_demos", self.num_demos, "at least 2, to split")
-        for name in ("max_demos_per_task", "scenes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
+        self.require("num_demos", self.num_demos >= 2, "at least 2, to split")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The network, and what it sees and returns: all that is needed to rebuild it."""
+class ModelConfig(_Part):
+    """The network and its inputs and outputs: all that is needed to rebuild it."""
 
     variant: Literal[schema.VARIANTS] = "block"  # the reference; trm: the paper's, on tokens
     hidden_dim: int = 256  # D
     num_recursions: int = 8  # applications of the shared block; of trm, supervision steps (N_sup)
-    num_layers: int = 2  # of trm's network, which is shared, of the transformer, of act's three
-    latent_updates: int = 6  # of trm: n, updates of z before each of y
+    num_layers: int = 2  # of trm's shared network, of the transformer, of each of act's three
+    latent_updates: int = 6  # of trm: n, updates of z before each update of y
     cycles: int = 3  # of trm: T, of which the last has a gradient
     image_grid: int = 4  # of all but block: image_grid x image_grid tokens per camera
-    deep_supervision: bool = False  # grade the answer after every recursion, each on its own
-    halting: Literal[schema.HALTING] = "fixed"  # see TRMPolicy.recurse
+    deep_supervision: bool = False  # a loss on the answer of every recursion
+    halting: Literal[schema.HALTING] = "fixed"  # when to stop, see TRMPolicy.recurse
     ponder_cost: float = 0.01  # weight of ACT's expected depth in the loss
     convergence_threshold: float = 1e-3  # squared change of an action that counts as none
-    carry_over: bool = False  # in control, begin each decision from the last one's state
-    gripper: Literal[schema.GRIPPERS] = "continuous"  # the head of its command
+    carry_over: bool = False  # in control, start each decision from the previous one's state
+    gripper: Literal[schema.GRIPPERS] = "continuous"  # head of the gripper's command
     cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
-    image_size: int = schema.IMAGE_SIZE
+    image_size: int = schema.IMAGE_SIZE  # pixels
     image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: of images centred on 0
-    keypoints: tuple[str, ...] = ()  # all the agent view says: where these things are; see `scenes`
-    keypoint_tasks: int = 0  # that are known to what finds them
+    keypoints: tuple[str, ...] = ()  # objects whose positions replace the agent view: see `scenes`
+    keypoint_tasks: int = 0  # tasks that the localizer was trained on
     proprioception: bool = False  # joint angles, finger positions, end-effector position
-    conditioning: Literal[schema.CONDITIONING] = "none"  # how the policy is told its task
+    conditioning: Literal[schema.CONDITIONING] = "none"  # on the task: its number or instruction
     num_tasks: int = 10  # size of the task embedding
     chunk: int = 1  # K: future actions predicted at once
-    execution_horizon: int = 1  # how many of them are executed before the next look
-    temporal_ensembling: bool = False  # average what overlapping chunks say of a step
+    execution_horizon: int = 1  # actions of a chunk executed before the next decision
+    temporal_ensembling: bool = False  # average the predictions of overlapping chunks
 
     def __post_init__(self):
-        _convert_types(self)
-        for name in ("hidden_dim", "num_recursions", "num_layers", "latent_updates", "cycles",
-                     "image_grid", "num_tasks", "chunk"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        _require(self.hidden_dim % schema.NUM_HEADS == 0, "hidden_dim", self.hidden_dim,
-                 f"a multiple of {schema.NUM_HEADS}, the number of attention heads")
-        _require(not self.deep_supervision or self.halting not in ("remainder", "act"),
-                 "deep_supervision", self.deep_supervision,
-                 f"False with halting={self.halting!r}, which weighs all steps together")
-        _require(self.variant in ("block", "trm") or self.num_recursions == 1, "num_recursions",
-                 self.num_recursions, f"1 for variant={self.variant!r}, which does not recurse")
-        _require(self.ponder_cost >= 0, "ponder_cost", self.ponder_cost, ">= 0")
-        _require(self.convergence_threshold > 0, "convergence_threshold",
-                 self.convergence_threshold, "> 0")
-        _require(len(self.cameras) > 0, "cameras", self.cameras, "at least one camera")
-        _different("cameras", self.cameras)
-        _different("keypoints", self.keypoints)
+        super().__post_init__()
+        self.require("hidden_dim", self.hidden_dim % schema.NUM_HEADS == 0,
+                     f"a multiple of {schema.NUM_HEADS}, the number of attention heads")
+        if self.halting in ("remainder", "act"):
+            self.require("deep_supervision", not self.deep_supervision,
+                         f"False with halting={self.halting!r}, which weights all steps together")
+        if self.variant not in ("block", "trm"):
+            self.require("num_recursions", self.num_recursions == 1,
+                         f"1 for variant={self.variant!r}, which does not recurse")
         if self.keypoints:
-            _require(schema.STILL_CAMERA in self.cameras, "cameras", self.cameras,
-                     f"{schema.STILL_CAMERA} among them with keypoints, which are seen there")
-            _require(self.image_size % 4 == 0, "image_size", self.image_size,
-                     "a multiple of 4 with keypoints")
+            self.require("cameras", schema.STILL_CAMERA in self.cameras,
+                         f"{schema.STILL_CAMERA} among them, where keypoints are located")
+            self.require("image_size", self.image_size % 4 == 0, "a multiple of 4 with keypoints")
         if self.variant == "block":
-            _require(self.image_size >= 36, "image_size", self.image_size,
-                     ">= 36, what the three convolutions need")
+            self.require("image_size", self.image_size >= 36,
+                         ">= 36, required by the three convolutions")
         else:
             step = 8 * self.image_grid  # pixels
-            _require(self.image_size % step == 0, "image_size", self.image_size,
-                     f"a multiple of {step} with image_grid={self.image_grid}")
-        _require(1 <= self.execution_horizon <= self.chunk, "execution_horizon",
-                 self.execution_horizon, f"1 to chunk={self.chunk}")
+            self.require("image_size", self.image_size % step == 0,
+                         f"a multiple of {step} with image_grid={self.image_grid}")
+        self.require("execution_horizon", self.execution_horizon <= self.chunk,
+                     f"1 to chunk={self.chunk}")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Part):
     """Behaviour cloning."""
 
-    epochs: int = 50
-    batch_size: int = 64
-    lr: float = 3e-4
+    epochs: int = 50  # passes over the training samples
+    batch_size: int = 64  # samples per update
+    lr: float = 3e-4  # learning rate at the start; cosine annealing ends at 1e-6
     weight_decay: float = 1e-4
     loss: Literal[schema.LOSSES] = "mse"  # mix: the mean of both
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
     patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
     rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
-    max_minutes: float = local(0.0)  # save and end cleanly after so long; 0 is no limit
-    stop_epoch: int = local(0)  # end cleanly after so many of the epochs; 0 trains all
+    max_minutes: float = local(0.0)  # save and end cleanly after this time; 0 is no limit
+    stop_epoch: int = local(0)  # end cleanly after this epoch; 0 trains all
     precision: Literal[schema.PRECISIONS] = "auto"
-    compile: bool = False  # torch.compile; goes on without it where it fails
+    compile: bool = False  # torch.compile; continues without it if it fails
     device: Literal[schema.DEVICES] = local("auto")
     num_threads: int = local(0)  # CPU threads; 0: $OMP_NUM_THREADS, or one
-    seed: int = 0
+    seed: int = 0  # initial weights and order of the samples
     wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # without a key, online is offline
 
     def __post_init__(self):
-        _convert_types(self)
-        for name in ("epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        _require(self.lr > 0, "lr", self.lr, "> 0")
-        for name in ("weight_decay", "patience", "rollout_every", "max_minutes", "num_threads",
-                     "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        _require(0 <= self.stop_epoch <= self.epochs, "stop_epoch", self.stop_epoch,
-                 f"0 to epochs={self.epochs}")
-        for name, most in (("seed", 2**63 - 1), ("num_threads", 1024)):  # what PyTorch takes
-            _require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most}")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        super().__post_init__()
+        self.require("stop_epoch", self.stop_epoch <= self.epochs, f"0 to epochs={self.epochs}")
+        for name, most in (("seed", 2**63 - 1), ("num_threads", 1024)):  # PyTorch's limits
+            self.require(name, getattr(self, name) <= most, f"at most {most}")
+        self.require("ema_decay", self.ema_decay < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Part):
     """Rollouts in the simulator on the official init states."""
 
     protocol: Literal[tuple(PROTOCOLS)] = "quick"  # see schema.PROTOCOLS
-    num_episodes: int = 0  # per task; 0 takes the protocol's
+    num_episodes: int = 0  # per task; 0: the protocol's
     first_init_state: int = 0  # episodes use init states first, first + 1, ...
-    horizon: int = 0  # steps allowed; 0 takes the protocol's for the suite
+    horizon: int = 0  # steps allowed; 0: the protocol's for the suite
     perturbation: Literal[schema.PERTURBATIONS] = "none"  # see evaluation/perturbations.py
     num_videos: int = 3  # episodes per task filmed
     bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
     eval_workers: int = local(1)  # simulator processes
-    cluster: str = local("")  # address of a Dask scheduler whose workers play the episodes
+    cluster: str = local("")  # address of a Dask scheduler whose workers run the episodes
 
     def __post_init__(self):
-        _convert_types(self)
-        _require(0 <= self.num_episodes <= schema.NUM_INIT_STATES, "num_episodes",
-                 self.num_episodes, f"0 to {schema.NUM_INIT_STATES}, the official init states")
-        last = schema.NUM_INIT_STATES - self.episodes
-        _require(0 <= self.first_init_state <= last, "first_init_state", self.first_init_state,
-                 f"0 to {last} with {self.episodes} episodes")
-        for name in ("horizon", "num_videos"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        most = schema.NUM_INIT_STATES - self.first_init_state
-        _require(0 <= self.bound_episodes <= most, "bound_episodes", self.bound_episodes,
-                 f"0 to {most} with first_init_state={self.first_init_state}")
-        _require(self.eval_workers >= 1, "eval_workers", self.eval_workers, ">= 1")
+        super().__post_init__()
+        for name, most, given in (
+                ("num_episodes", schema.NUM_INIT_STATES, "the official init states"),
+                ("first_init_state", schema.NUM_INIT_STATES - self.episodes,
+                 f"with {self.episodes} episodes"),
+                ("bound_episodes", schema.NUM_INIT_STATES - self.first_init_state,
+                 f"with first_init_state={self.first_init_state}")):
+            self.require(name, getattr(self, name) <= most, f"0 to {most} {given}")
 
     @property
     def episodes(self) -> int:
-        """Of each task: ``num_episodes``, or the protocol's number."""
+        """Per task: ``num_episodes``, or the protocol's number."""
         return self.num_episodes or PROTOCOLS[self.protocol].episodes
 
     @property
     def init_states(self) -> range:
-        """Of each task: the official init states that episodes begin in."""
+        """Per task: the official init states of the episodes."""
         return range(self.first_init_state, self.first_init_state + self.episodes)
 
 
@@ -254,8 +249,8 @@ _PASSWORD = re.compile(r":(?!//)[^@]*@|(?i:(pass(word|wd)?|pwd|token|secret)=)")
 
 
 @dataclass(frozen=True)
-class SearchConfig:
-    """The sixteen-point grid of the reference, part of it, or a guided search between its ends."""
+class SearchConfig(_Part):
+    """The reference's grid of sixteen points, part of it, or a guided search within its bounds."""
 
     search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: through Optuna
     search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: anywhere between
@@ -263,48 +258,40 @@ class SearchConfig:
     search_num_recursions: tuple[int, ...] = (4, 8)
     search_space: str = ""  # further axes, as YAML: "{chunk: [4, 8], loss: [l1, mse]}"
     search_epochs: int = 10
-    max_configs: int = 0  # 0 is as many as the grid has points; of it, so many are spread over it
+    max_configs: int = 0  # trials; of a grid, points spread evenly over it; 0: all its points
     search_episodes: int = 0  # rollouts per task and trial; 0 ranks by validation loss alone
     search_replicates: int = 1  # seeds for each of the three best
     search_shard: str = ""  # "2/4": every fourth point of the grid from the second on
-    search_workers: int = local(0)  # trials at once; 0 is one for each GPU, or one
-    search_minutes: float = local(0.0)  # end trials after so long, to go on later; 0: no limit
+    search_workers: int = local(0)  # trials at once; 0: one for each GPU, or one
+    search_minutes: float = local(0.0)  # end trials after this time, to resume later; 0: no limit
     search_storage: str = local("")  # URL of a database; "": $TRM_SEARCH_STORAGE, or a file
 
     def __post_init__(self):
-        _convert_types(self)
+        super().__post_init__()
         if _PASSWORD.search(self.search_storage):  # without the value, which would be printed
             raise ValueError("search_storage holds a password; expected a URL without one. "
                              "Parameters are stored in notebooks and files: put the URL into the "
                              "environment variable TRM_SEARCH_STORAGE instead, and remove the "
                              "executed notebook that holds it")
-        for name in ("search_lrs", "search_hidden_dims", "search_num_recursions"):
-            values = getattr(self, name)
-            _require(len(values) > 0 and min(values) > 0, name, values, "positive values")
-            _different(name, values)
-        for name in ("search_epochs", "search_replicates"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("max_configs", "search_episodes", "search_workers", "search_minutes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        _require(not self.search_shard or self.search_method == "grid", "search_shard",
-                 self.search_shard, "none but with search_method='grid', whose points are fixed")
-        _require(not self.search_shard or self.search_replicates == 1, "search_replicates",
-                 self.search_replicates, "1 in a shard: finalists are known when all have ended")
+        if self.search_shard:
+            self.require("search_shard", self.search_method == "grid",
+                         "none except with search_method='grid', whose points are fixed")
+            self.require("search_replicates", self.search_replicates == 1,
+                         "1 in a shard: the best are known when all have ended")
         _ = self.shard  # refuses a bad one
 
     @property
     def shard(self) -> tuple[int, int]:
-        """Which of how many, from 0: (1, 4) for ``search_shard="2/4"``; (0, 1) for all."""
+        """Index from 0, and number of shards: (1, 4) for ``search_shard="2/4"``; (0, 1) for all."""
         found = re.fullmatch(r"(\d+)/(\d+)", self.search_shard or "1/1")
         which, count = map(int, found.groups()) if found else (0, 0)
-        _require(1 <= which <= count, "search_shard", self.search_shard,
-                 "which of how many, from '1/4' to '4/4'")
+        self.require("search_shard", 1 <= which <= count, "'1/4' to '4/4', of any number of shards")
         return which - 1, count
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is made from; written to its ``config.json``."""
+    """All settings of a run; written to its ``config.json``."""
 
     preset: str = "reference"
     data: DataConfig = field(default_factory=DataConfig)
@@ -316,27 +303,29 @@ class Config:
     def __post_init__(self):
         if self.model.conditioning == "task_id":
             highest = max(self.data.task_ids)
-            _require(highest < self.model.num_tasks, "num_tasks", self.model.num_tasks,
-                     f"more than the highest task id, {highest}")
-        _require(not self.data.scenes or schema.STILL_CAMERA in self.model.cameras, "cameras",
-                 self.model.cameras, f"{schema.STILL_CAMERA} among them with scenes, for it")
-        _require(not self.data.scenes or not self.model.keypoints, "keypoints",
-                 self.model.keypoints, "none with scenes, which say what there is")
+            self.model.require("num_tasks", highest < self.model.num_tasks,
+                               f"more than the highest task id, {highest}")
+        if self.data.scenes:
+            self.model.require("cameras", schema.STILL_CAMERA in self.model.cameras,
+                               f"{schema.STILL_CAMERA} among them, which the localizer reads")
+            self.model.require("keypoints", not self.model.keypoints,
+                               "none with scenes, from which training derives them")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def flat(self) -> dict[str, Any]:
-        """Every setting by its name, without the part it belongs to; not the preset."""
+        """Every setting by its flat name, without the preset."""
         return {name: value for part in PARTS for name, value in vars(getattr(self, part)).items()}
 
     def changes(self) -> dict[str, Any]:
-        """The settings that are not the preset's: ``from_flat(preset, **changes)`` is this one."""
+        """Settings that differ from the preset: ``from_flat(preset, **changes)`` equals this."""
         usual = from_flat(self.preset).flat()
         return {name: value for name, value in self.flat().items() if value != usual[name]}
+
+    def local(self) -> dict[str, Any]:
+        """The settings of the machine and the call, see :func:`local`."""
+        return {name: value for name, value in self.flat().items() if name in local_settings()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
@@ -344,50 +333,27 @@ class Config:
 
         Raises ``ValueError`` for a key that is not a setting.
         """
-        parts = {}
-        for name, kind in PARTS.items():
-            part = migrate(values.get(name, {}))
-            check_names(part, [f.name for f in dataclasses.fields(kind)], f"{name} setting")
-            parts[name] = kind(**part)
         check_names(values, ["preset", *PARTS], "part of a configuration")
-        return cls(preset=values.get("preset", "reference"), **parts)
-
-    def local(self) -> dict[str, Any]:
-        """The settings of the machine and the call, see :func:`local`."""
-        return {name: value for name, value in self.flat().items() if name in local_settings()}
+        parts = {name: migrate(values.get(name, {})) for name in PARTS}
+        for name, kind in PARTS.items():
+            check_names(parts[name], list(types_of(kind)), f"{name} setting")
+        return cls(preset=values.get("preset", "reference"),
+                   **{name: kind(**parts[name]) for name, kind in PARTS.items()})
 
     def replace(self, **settings) -> Config:
         """A copy with the named settings changed, whichever part they belong to."""
         owners = settings_by_part()
         check_names(settings, list(owners), "setting")
-        parts = {}
-        for name in PARTS:
-            mine = {key: value for key, value in settings.items() if owners[key] == name}
-            parts[name] = dataclasses.replace(getattr(self, name), **mine)
+        parts = {name: dataclasses.replace(getattr(self, name), **{
+            key: value for key, value in settings.items() if owners[key] == name})
+            for name in PARTS}
         return dataclasses.replace(self, **parts)
 
 
-PARTS = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "search": SearchConfig,
-}
+PARTS = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig, "eval": EvalConfig,
+         "search": SearchConfig}
 
-
-def settings_by_part() -> dict[str, str]:
-    """Every flat setting name with the part of :class:`Config` that holds it."""
-    return {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
-
-
-def local_settings() -> set[str]:
-    """The names of all settings of the machine and the call, see :func:`local`."""
-    return {f.name for kind in PARTS.values() for f in dataclasses.fields(kind)
-            if f.metadata.get("local")}
-
-
-# Former settings and the constants that they became; None: of the machine, any value is ignored.
+# Former settings and the constants that replaced them; None: of the machine, any value is ignored
 REMOVED = {
     "train_fraction": 0.8, "data_seed": 0, "num_heads": 4, "kl_weight": 10.0,
     "halting_threshold": 0.01, "halting_tolerance": 0.05, "halting_weight": 0.5, "num_experts": 4,
@@ -397,15 +363,26 @@ REMOVED = {
 
 
 def migrate(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings written by any version of the package, as today's.
+    """Settings of any version of the package as current ones.
 
     Raises ``ValueError`` for a former setting whose value is not the constant that replaced it.
     """
     for name, constant in REMOVED.items():
         value = settings.get(name, constant)
         _require(constant is None or value == constant, name, value,
-                 f"{constant!r}, which is a constant today and no setting")
+                 f"{constant!r}, now a constant and no longer a setting")
     return {name: value for name, value in settings.items() if name not in REMOVED}
+
+
+def settings_by_part() -> dict[str, str]:
+    """Every flat setting name with the part of :class:`Config` that holds it."""
+    return {name: part for part, kind in PARTS.items() for name in types_of(kind)}
+
+
+def local_settings() -> set[str]:
+    """The names of all settings of the machine and the call, see :func:`local`."""
+    return {f.name for kind in PARTS.values() for f in dataclasses.fields(kind)
+            if f.metadata.get("local")}
 
 
 def check_names(given, known: list[str], what: str) -> None:
@@ -420,7 +397,7 @@ _CONTROL = dict(
     cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64, image_activation="silu",
     proprioception=True, chunk=8, execution_horizon=4, gripper="classifier",
 )
-# One task learned and evaluated on two CPU cores in minutes.
+# One task trained and evaluated on two CPU cores in minutes.
 _DEMO = dict(
     _CONTROL, suite="libero_spatial", task_ids=(2,), num_demos=30,
     num_recursions=4, epochs=70, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
@@ -450,10 +427,11 @@ def from_flat(preset: str = "reference", more: Mapping[str, Any] | None = None,
               **settings) -> Config:
     """A preset with flat settings on top.
 
-    Raises ``ValueError`` for an unknown preset or setting (naming the valid ones) and for a value
-    that its dataclass rejects. Settings given as ``None`` keep the preset's value, so that a
-    notebook can list a parameter without deciding it. ``more`` holds settings too, which may not be
-    given twice.
+    Settings given as ``None`` keep the preset's value, so that a notebook can list a parameter
+    without deciding it. ``more`` holds further settings, none of which may be given twice.
+
+    Raises ``ValueError`` for an unknown preset or setting (with the valid ones) and for a value
+    that its dataclass rejects.
     """
     schema.check_option("preset", preset, PRESETS)
     given = {name: value for name, value in settings.items() if value is not None}
@@ -461,32 +439,23 @@ def from_flat(preset: str = "reference", more: Mapping[str, Any] | None = None,
     twice = ", ".join(map(str, given.keys() & more.keys()))
     _require(not twice, "more", more, f"no setting that is given by itself as well ({twice})")
     check_names(more, list(settings_by_part()), "setting")
-    config = Config(preset=preset)
-    return config.replace(**{**PRESETS[preset], **given, **more})
+    return Config(preset=preset).replace(**{**PRESETS[preset], **given, **more})
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """What notebooks are given beside settings, and settings that mean something else there."""
-
-    preset: Literal[tuple(PRESETS)] = "demo"
-    run_name: str = ""
-    baseline_run: str = ""
-    weights: Literal[schema.WEIGHTS] = "best"
-    suite: Literal[tuple(schema.SUITES)] = "libero_spatial"  # of an evaluation: LIBERO-PRO's too
-    replays: int = 2
-    num_samples: int = 256
-    selection_episodes: int = 0
-    robustness_episodes: int = 0
-    depth_episodes: int = 0
-    more: dict = field(default_factory=dict)
-    resume: bool = True
+# Types of notebooks' parameters that are no settings, or have other options there
+_PARAMETERS = {
+    "preset": Literal[tuple(PRESETS)], "run_name": str, "baseline_run": str, "resume": bool,
+    "weights": Literal[schema.WEIGHTS], "more": dict,
+    "suite": Literal[tuple(schema.SUITES)],  # of an evaluation: LIBERO-PRO's too
+    "replays": int, "num_samples": int,
+    "selection_episodes": int, "robustness_episodes": int, "depth_episodes": int,
+}
 
 
 def parameter_type(name: str) -> Any:
-    """The type of a notebook's parameter; None for one that is not the suite's."""
-    owner = settings_by_part().get(name)
-    return types_of(Parameters).get(name) or (types_of(PARTS[owner])[name] if owner else None)
+    """The type of a notebook's parameter; None for a name unknown to the suite."""
+    known = [_PARAMETERS, *map(types_of, PARTS.values())]
+    return next((types[name] for types in known if name in types), None)
 
 
 def check_parameters(**given) -> dict[str, Any]:
@@ -508,14 +477,10 @@ def check_parameters(**given) -> dict[str, Any]:
 
 
 def parse_parameter(name: str, text: str) -> Any:
-    """The value of a notebook's parameter from the text on a command line."""
+    """A parameter's value from a command line: text, or ``1e-3``, ``[0, 1]`` ... as in Python."""
     kind = parameter_type(name)
-    is_text = kind is str or typing.get_origin(kind) is Literal
-    return text if is_text and text != "None" else parse_value(text)
-
-
-def parse_value(text: str) -> Any:
-    """``1e-3``, ``True`` or ``[0, 1]`` of a command line as Python reads them; else a string."""
+    if (kind is str or typing.get_origin(kind) is Literal) and text != "None":
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

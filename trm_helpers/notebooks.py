@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import paths
-from .config import PRESETS, Config, Parameters, check_parameters, from_flat, settings_by_part
+from .config import PRESETS, Config, check_parameters, from_flat, settings_by_part
 from .files import atomic_path, read_json, visible, write_json
 from .schema import did_you_mean
 from .sim.parallel import start_process
@@ -166,7 +166,7 @@ def _configuration(parameters: Mapping) -> Config:
     """What a notebook makes of its parameters."""
     names = {"preset", "more", *settings_by_part()}
     given = {name: value for name, value in parameters.items() if name in names}
-    return from_flat(**{"preset": Parameters.preset, **given})
+    return from_flat(**{"preset": "demo", **given})
 
 
 def _in_own_process(stop: threading.Event | None, log: str | os.PathLike | None,

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
 
 from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
-from trm_helpers.config import Config, EvalConfig, from_flat, parse_value  # noqa: E402
+from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter  # noqa: E402
 from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
 from trm_helpers.evaluation.evaluate import evaluate_run  # noqa: E402
 from trm_helpers.policy.keypoints import trained_localizer  # noqa: E402
@@ -48,7 +48,7 @@ def settings(given: argparse.Namespace, minutes: float) -> Config:
         "demo", suite=given.suite, task_ids=given.tasks, num_demos=given.demos,
         epochs=given.epochs, seed=given.seed, conditioning="task_id", num_threads=given.threads,
         max_minutes=minutes, **POLICIES[given.policy],
-        **{name: parse_value(value) for name, value in given.set})
+        **{name: parse_parameter(name, value) for name, value in given.set})
 
 
 def run_stages(given: argparse.Namespace, deadline: float) -> bool:

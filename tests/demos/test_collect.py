@@ -340,7 +340,7 @@ def made(tmp_path, monkeypatch):
     """What was collected, in place of the simulator; no network and a Kaggle folder of its own."""
     asked = []
 
-    def collect_demonstrations(suite, task_id, num_demos, folder, *, seed, placement):
+    def collect_demonstrations(suite, task_id, num_demos, folder, *, seed=0, placement):
         asked.append((suite, task_id, num_demos, folder.parent.name, seed, placement))
         path = folder / f"{collect.load_task(suite, task_id).name}_demo.hdf5"
         return write_demo_file(path, image_size=4, collection={"by": "a test"})
