@@ -1,6 +1,7 @@
 """``python -m trm_helpers``: what is given reaches the functions; exit codes; JSON."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from demo_files import write_demo_file
 
 from trm_helpers import notebooks, paths, preflight
 from trm_helpers.__main__ import COMMANDS, main, parse
-from trm_helpers.config import from_flat
+from trm_helpers.config import COMMON, from_flat
 from trm_helpers.demos import collect
 from trm_helpers.evaluation import evaluate, robustness
 from trm_helpers.preflight import Check
@@ -24,7 +25,11 @@ def test_every_command_has_help_with_the_settings_comments(capsys):
         assert f"python -m trm_helpers {name}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse(["train", "trm", "--help"])
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    page = capsys.readouterr().out
+    first = re.findall(r"^  --(\S+) .*\(default: (.+)\)$", page.partition("╭")[0], re.M)
+    assert [name.replace("-", "_") for name, _ in first] == list(COMMON) and len(COMMON) == 8
+    assert dict(first)["epochs"] == "70" and dict(first)["task-ids"] == "2"
+    said = " ".join(page.replace("│", " ").split())
     assert "--latent-updates INT of trm: n, updates of z before each update of y (default: 2)" \
         in said
 
@@ -138,12 +143,12 @@ def test_a_robustness_card_from_the_command_line(trained, monkeypatch, capsys):
     monkeypatch.setattr(robustness, "robustness_card", robustness_card)
     assert main(["robustness", trained.name, "--num-episodes", "7", "--task-ids", "3"]) == 0
     assert "nothing changed    1 of 2              50.0" in capsys.readouterr().out
-    assert main(["robustness", trained.name, "--only", "swap,noise", "shift"]) == 3
+    assert main(["robustness", trained.name, "--only", "swap", "noise", "shift"]) == 3
     assert "could not be played: objects: hung" in capsys.readouterr().out
     (run, config, *given), (*_, only) = asked
-    assert run == trained.name and given == ["best", (3,), []]
+    assert run == trained.name and given == ["best", (3,), ()]
     assert (config.num_episodes, config.horizon, config.num_videos) == (7, 24, 0)  # the run's own
-    assert only == ["swap", "noise", "shift"]
+    assert only == ("swap", "noise", "shift")
 
 
 def test_a_card_with_a_bad_verdict_is_told_by_the_exit_code(tmp_path, capsys):
@@ -218,7 +223,7 @@ def test_interrupted_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(notebooks, "run_suite", interrupt)
     assert main(["run", "demo"]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_it_starts_as_a_module():

@@ -1,11 +1,13 @@
-"""The command line: ``python -m trm_helpers COMMAND``; what the notebooks do, without them."""
+"""The command line, ``python -m trm_helpers COMMAND``: the notebooks' steps without notebooks."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -15,16 +17,18 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from . import config as settings
 from . import paths, schema
-from .config import PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_parameter
+from .config import COMMON, PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_parameter
 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
 Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
+Pairs = Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction]
 
 
 @dataclass
 class Collect:
-    """Find or collect the demonstrations of the tasks, as 01_explore and the others do."""
+    """Find the demonstrations of the tasks, or collect scripted ones."""
 
     data: OmitArgPrefixes[DataConfig]
 
@@ -37,11 +41,11 @@ class Collect:
 
 @dataclass
 class Validate:
-    """The quality card of a demonstration file: one verdict for each thing that spoils learning."""
+    """Print the quality card of a demonstration file: a verdict on each known fault."""
 
-    file: Positional[Path]
-    suite: str = ""  # of the file's task: with it pictures and replays are checked in the simulator
-    task_id: int = 0
+    file: Positional[Path]  # *_demo.hdf5
+    suite: str = ""  # of the file's task: also checks frames and replays in the simulator
+    task_id: int = 0  # index of the task in the suite
     replays: int = 3  # demonstrations to replay
 
     def __call__(self) -> Result:
@@ -61,12 +65,12 @@ class Validate:
 
 @dataclass
 class Train:
-    """Train a policy into artifacts/RUN_NAME, or go on there, as 04_train does.
+    """Train a policy into artifacts/RUN_NAME, or resume there, as 04_train does.
 
-    With torchrun in front (`torchrun --nproc_per_node 2 -m trm_helpers train ...`) on several GPUs.
+    On several GPUs: `torchrun --nproc_per_node 2 -m trm_helpers train ...`.
     """
 
-    run_name: str
+    run_name: str  # folder under artifacts/
     config: OmitArgPrefixes[Config]
 
     def __call__(self) -> Result:
@@ -80,7 +84,7 @@ class Train:
 
         team = Team(choose_device(self.config.train.device).type)
         if not team.is_main:
-            team.barrier()  # the first one finds or collects demonstrations and makes the folder
+            team.barrier()  # the main process makes the folder and the demonstrations
         run = paths.run_dir(self.run_name)
         if team.is_main:
             create_run(self.config, self.run_name, resume=True)
@@ -98,11 +102,11 @@ class Train:
 
 @dataclass
 class Search:
-    """Hyper-parameter search into artifacts/RUN_NAME/search, as 05_search does."""
+    """Search hyper-parameters into artifacts/RUN_NAME/search, as 05_search does."""
 
-    run_name: str
+    run_name: str  # folder under artifacts/
     config: OmitArgPrefixes[Config]
-    export_sweep: str = ""  # only write a W&B sweep of the same trials, into this YAML file
+    export_sweep: str = ""  # only write a W&B sweep of the same trials to this YAML file
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
@@ -113,53 +117,57 @@ class Search:
         if self.export_sweep:
             file = export_sweep(self.config, folder, self.export_sweep)
             return {"sweep": str(file)}, [f"wandb sweep {file}"], True
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
         claim(self.config, folder)  # refuses other settings before anything is collected
         ensure_demonstrations(self.config)
         trials = run_search(self.config, folder)
-        lines = [f"{place}. {trial['trial']}: {_told(trial)}"
+        lines = [f"{place}. {trial['trial']}: {_summary(trial)}"
                  for place, trial in enumerate(trials, 1)]
-        well = all(trial["state"] != "failed" for trial in trials)
-        return trials, [*lines, verdict(trials)], well
+        ok = all(trial["state"] != "failed" for trial in trials)
+        return trials, [*lines, verdict(trials)], ok
 
 
 @dataclass
 class Trial:
-    """One trial of a search that was begun, as an agent of a W&B sweep runs it."""
+    """Run one trial of an existing search, as the agent of a W&B sweep does."""
 
-    run_name: Positional[str]
+    run_name: Positional[str]  # folder under artifacts/
     point: Positional[str]  # the settings searched over, as JSON: {"lr": 1e-3, ...}
-    setting: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction,
-                       tyro.conf.arg(metavar="NAME VALUE", aliases=["-s"])] = ()
-    # ... of this machine, such as device cpu; may be given more than once
+    setting: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-s"])] = ()
+    # ... of this machine, such as device cpu; may be repeated
 
     def __call__(self) -> Result:
         from .search.sweeps import run_sweep_trial
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         found = run_sweep_trial(paths.run_dir(self.run_name), self.point,
                                 {name: parse_parameter(name, text) for name, text in self.setting})
-        return found, [_told({"state": "complete", **found})], True
+        return found, [_summary({"state": "complete", **found})], True
 
 
 @dataclass
-class Evaluate:
-    """Success of a run, or of a baseline, on the official init states, as 06_eval does."""
-
-    run: Positional[str]  # a run under artifacts/; or expert, random, no-op, which need --suite
+class _Rollouts:
+    run: Positional[str]  # a run under artifacts/
     eval: OmitArgPrefixes[EvalConfig]
-    weights: Literal[schema.WEIGHTS] = "best"  # of a run
-    suite: str = ""  # another one than the run's; those of LIBERO-PRO too
-    task_ids: tuple[int, ...] = ()  # others than the run's; of a baseline, none is all of the suite
-    demo_dir: str = ""  # of a run that was given one: where its demonstrations are, to replay
-    against: str = ""  # another run, evaluated before: the two are compared episode by episode
+    weights: Literal[schema.WEIGHTS] = "best"  # of the run
+    task_ids: tuple[int, ...] = ()  # other tasks than the run's
+
+
+@dataclass
+class Evaluate(_Rollouts):
+    """Measure a run's success on the official init states, as 06_eval does.
+
+    RUN may also be expert, random or no-op, with a suite and, by default, all its tasks.
+    """
+
+    suite: str = ""  # another suite than the run's, also one of LIBERO-PRO
+    demo_dir: str = ""  # the run's demonstrations, to replay, if it was given a folder
+    against: str = ""  # another evaluated run to compare with, episode by episode
 
     def __call__(self) -> Result:
         from .evaluation.baselines import BASELINES, plan_baseline, plan_bounds
         from .evaluation.evaluate import comparable, compare_runs, plan_run, stale_episodes
         from .stats import detectable, format_comparison, format_success
 
-        # all of it is known and checked before the first episode
+        # everything is checked before the first episode
         if self.run in BASELINES:
             if self.against:
                 raise ValueError(f"against={self.against!r} compares trained runs; "
@@ -190,7 +198,7 @@ class Evaluate:
 
 @dataclass
 class Report:
-    """One page on a run, report.md in its folder, as 07_visualize writes it."""
+    """Write report.md, one page on a run, into its folder, as 07_visualize does."""
 
     run: Positional[str]  # a run under artifacts/
 
@@ -202,38 +210,29 @@ class Report:
 
 
 @dataclass
-class Robustness:
-    """What is left of a run's success when something changes: one card, beside its results."""
+class Robustness(_Rollouts):
+    """Measure a run's success under changes: a card beside its results."""
 
-    run: Positional[str]  # a run under artifacts/
-    eval: OmitArgPrefixes[EvalConfig]
-    weights: Literal[schema.WEIGHTS] = "best"
-    task_ids: tuple[int, ...] = ()  # others than the run's
-    only: tuple[str, ...] = ()  # these changes alone, e.g. swap,brightness
+    only: tuple[str, ...] = ()  # only these changes, such as swap brightness
 
     def __call__(self) -> Result:
         import pandas as pd
 
         from .evaluation.robustness import card_notes, card_rows, robustness_card
 
-        only = [name for given in self.only for name in given.split(",")]
-        card = robustness_card(self.run, self.eval, self.weights, self.task_ids, only)
-        well = not card["failed"] and not any(row["errors"] for row in card["rows"])
+        card = robustness_card(self.run, self.eval, self.weights, self.task_ids, self.only)
+        ok = not card["failed"] and not any(row["errors"] for row in card["rows"])
         table = pd.DataFrame(card_rows(card)).to_string(index=False)
-        return card, [table, *card_notes(card)], well
+        return card, [table, *card_notes(card)], ok
 
 
 @dataclass
-class Depth:
-    """Does thinking longer help? A run's success by the recursions used, in the simulator."""
+class Depth(_Rollouts):
+    """Measure a run's success by the number of recursions used."""
 
-    run: Positional[str]  # a run under artifacts/
-    eval: OmitArgPrefixes[EvalConfig]
-    weights: Literal[schema.WEIGHTS] = "best"
-    task_ids: tuple[int, ...] = ()  # others than the run's
-    depths: tuple[int, ...] = ()  # none: 1, half, once and twice the trained one
+    depths: tuple[int, ...] = ()  # none: 1, half, once and twice the training depth
     thresholds: tuple[float, ...] = (1e-4, 1e-3)  # of the convergence rule
-    only: tuple[str, ...] = ()  # these rows alone beside the policy as trained, e.g. "fixed 1"
+    only: tuple[str, ...] = ()  # only these rows beside the policy as trained, such as "fixed 1"
 
     def __call__(self) -> Result:
         import pandas as pd
@@ -244,24 +243,22 @@ class Depth:
         card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
                           self.task_ids, self.only)
         table = pd.DataFrame(depth_rows(card)).to_string(index=False)
-        well = not any(row["errors"] for row in card["rows"])
-        return card, [table, detectable(card["rows"][0])], well
+        ok = not any(row["errors"] for row in card["rows"])
+        return card, [table, detectable(card["rows"][0])], ok
 
 
 @dataclass
 class Run:
-    """All notebooks of the suite with a preset, or one notebook such as 04_train."""
+    """Run all notebooks with a preset, or one notebook such as 04_train."""
 
-    what: Positional[str]
+    what: Positional[str]  # a preset, a notebook of the suite, or the path of an .ipynb
     run_name: str = ""  # folder under artifacts/
-    parameter: Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction,
-                         tyro.conf.arg(metavar="NAME VALUE", aliases=["-p"])] = ()
-    # ... of the notebooks; may be given more than once
+    parameter: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-p"])] = ()
+    # ... of the notebooks; may be repeated
 
     def __call__(self) -> Result:
         from .notebooks import run_notebook, run_suite
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C: kernels too
         parameters = {name: parse_parameter(name, text) for name, text in self.parameter}
         if self.what in PRESETS:
             folder = run_suite(self.what, self.run_name or None, parameters)
@@ -275,11 +272,11 @@ class Run:
 
 @dataclass
 class Preflight:
-    """Is everything there? Versions, OpenGL and a timed frame, settling objects, disk, memory."""
+    """Check this machine: versions, OpenGL, a timed frame, settling objects, disk and memory."""
 
-    quick: bool = False  # without the simulator
-    gl: bool = False  # only see that OpenGL draws; as root, install what is missing
-    selftest: bool = False  # only seed twelve faults of evaluations and see that each is found
+    quick: bool = False  # skip the simulator
+    gl: bool = False  # only check that OpenGL renders; as root, install missing packages
+    selftest: bool = False  # only check that twelve seeded faults of evaluations are detected
 
     def __call__(self) -> Result:
         from .preflight import preflight, table
@@ -304,43 +301,60 @@ COMMANDS = {kind.__name__.lower(): kind
 
 
 def parse(argv: list[str]) -> Any:
-    """The command with its arguments; ends the program with a message where they are wrong."""
+    """The command with its arguments; exits with a message on wrong usage."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(_list_commands())
+        sys.exit(0)
     if not argv or argv[0] not in COMMANDS:
-        asked = argv[:1] in (["-h"], ["--help"])
-        if argv and not asked:
-            print(f"unknown command {argv[0]!r}{schema.did_you_mean(argv[0], COMMANDS)}\n",
-                  file=sys.stderr)
-        known = "\n".join(f"  {name:10} {kind.__doc__.splitlines()[0]}"
-                          for name, kind in COMMANDS.items())
-        print(f"{__doc__}\n\n{known}\n\n`COMMAND --help` lists its settings; --json prints the "
-              "result as JSON.", file=sys.stdout if asked or not argv else sys.stderr)
-        sys.exit(0 if asked else 2)
-    kind, rest = COMMANDS[argv[0]], argv[1:]
-    settings: dict[str, Any] = {}
+        _exit_with_usage(_list_commands(*argv[:1]))
+    name, *rest = argv
+    kind, given, description = COMMANDS[name], {}, None
     if kind in (Collect, Train, Search):
-        preset = "demo"
-        if rest and not rest[0].startswith("-"):
-            preset, rest = rest[0], rest[1:]
+        preset = rest.pop(0) if rest and not rest[0].startswith("-") else "demo"
         config = from_flat(preset)
-        settings = {"data": config.data} if kind is Collect else {"config": config}
-    elif kind in (Evaluate, Robustness, Depth):
+        given = {"data": config.data} if kind is Collect else {"config": config}
+        description = f"{inspect.getdoc(kind)}\n\n{_common_settings(kind, config)}"
+    elif issubclass(kind, _Rollouts):
         if rest and rest[0].startswith("-") and not {"-h", "--help"} & set(rest):
-            print(f"give the run before its settings, which are those it was made with: python -m "
-                  f"trm_helpers {argv[0]} RUN {rest[0]} ...", file=sys.stderr)
-            sys.exit(2)
-        config = _settings_of(rest[0]) if rest else EvalConfig()
-        if kind is not Evaluate:  # films of a dozen evaluations are for those who ask for them
-            config = dataclasses.replace(config, num_videos=0, perturbation="none")
-        settings = {"eval": config}
-    default = None
-    if settings:
-        given = {part.name: tyro.MISSING for part in dataclasses.fields(kind)
-                 if part.default is dataclasses.MISSING}
-        default = kind(**{**given, **settings})
-    return tyro.cli(kind, args=rest, default=default, prog=f"python -m trm_helpers {argv[0]}")
+            _exit_with_usage("give the run before its settings, whose defaults are its own: "
+                             f"python -m trm_helpers {name} RUN {rest[0]} ...")
+        given = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
+        if kind is not Evaluate:
+            given = {"eval": dataclasses.replace(given["eval"], num_videos=0, perturbation="none")}
+    required = {part.name: tyro.MISSING for part in dataclasses.fields(kind)
+                if part.default is dataclasses.MISSING}
+    return tyro.cli(kind, args=rest, default=kind(**{**required, **given}), description=description,
+                    prog=f"python -m trm_helpers {name}")
 
 
-def _told(trial: dict) -> str:
+def _exit_with_usage(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def _list_commands(unknown: str = "") -> str:
+    known = "\n".join(f"  {name:10} {kind.__doc__.splitlines()[0]}"
+                      for name, kind in COMMANDS.items())
+    wrong = f"unknown command {unknown!r}{schema.did_you_mean(unknown, COMMANDS)}\n\n"
+    return (f"{wrong if unknown else ''}{__doc__}\n\n{known}\n\n`COMMAND --help` lists its "
+            "settings; --json prints the result as JSON.")
+
+
+def _common_settings(kind: type, config: Config) -> str:
+    """The settings to change first, with their comments in config.py and their values."""
+    names = COMMON
+    if kind is Collect:
+        names = [name for name in COMMON if hasattr(config.data, name)]
+    elif kind is Search:
+        names = [*COMMON[:4], "search_method", "max_configs", "search_epochs", "search_episodes"]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.M))
+    values = {name: str(value).strip("(,)") for name, value in config.flat().items()}
+    return "\n".join(["Change these first:", *(
+        f"  {'--' + name.replace('_', '-'):17} {comments[name]} (default: {values[name]})"
+        for name in names)])
+
+
+def _summary(trial: dict) -> str:
     """A trial of a search in a line."""
     if trial["state"] == "failed":
         return "failed: " + trial["error"].splitlines()[0]
@@ -355,7 +369,7 @@ def _settings_of(run: str) -> EvalConfig:
 
     try:
         return load_config(find_run(run)).eval
-    except FileNotFoundError:  # a baseline, a flag, or said better by the command
+    except FileNotFoundError:  # a baseline, a flag, or an error that the command reports
         return EvalConfig()
 
 
@@ -365,19 +379,21 @@ def main(argv: list[str] | None = None) -> int:
     argv = [argument for argument in argv if argument != "--json"]
     try:
         command = parse(argv)
+        if isinstance(command, (Search, Trial, Run)):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends kernels as Ctrl-C does
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            result, lines, well = command()
+            result, lines, ok = command()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
         return INTERRUPTED
     if as_json and result is not None:
         print(json.dumps(result, indent=2), flush=True)
     elif lines:
         print("\n".join(lines), flush=True)
-    return DONE if well else BAD_VERDICT
+    return DONE if ok else BAD_VERDICT
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class SearchConfig(_Part):
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)
     search_space: str = ""  # further axes, as YAML: "{chunk: [4, 8], loss: [l1, mse]}"
-    search_epochs: int = 10
+    search_epochs: int = 10  # epochs per trial
     max_configs: int = 0  # trials; of a grid, points spread evenly over it; 0: all its points
     search_episodes: int = 0  # rollouts per task and trial; 0 ranks by validation loss alone
     search_replicates: int = 1  # seeds for each of the three best
