@@ -285,7 +285,7 @@ class SearchConfig(_Part):
         """Index from 0, and number of shards: (1, 4) for ``search_shard="2/4"``; (0, 1) for all."""
         found = re.fullmatch(r"(\d+)/(\d+)", self.search_shard or "1/1")
         which, count = map(int, found.groups()) if found else (0, 0)
-        self.require("search_shard", 1 <= which <= count, "'1/4' to '4/4', of any number of shards")
+        self.require("search_shard", 1 <= which <= count, "a part and a count, '1/4' to '4/4'")
         return which - 1, count
 
 

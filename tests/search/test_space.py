@@ -39,7 +39,7 @@ def test_shards_share_out_the_points():
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0"])
 def test_a_bad_shard_is_refused(shard):
-    with pytest.raises(ValueError, match=f"search_shard='{shard}' is not valid; expected which"):
+    with pytest.raises(ValueError, match=f"search_shard='{shard}' is not valid; expected a part"):
         SearchConfig(search_shard=shard)
 
 
