@@ -166,6 +166,14 @@ def test_a_notebook_has_its_own_environment_and_log(tmp_path):
     assert "2/2" in log.read_text()  # the bar of the cells
 
 
+@pytest.mark.parametrize("content", ["cells = []", "{}", '{"cells": [3], "metadata": {}}', "",
+                                     '{"cells": [], "metadata": {}, "nbformat": 4}'])
+def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
+    (tmp_path / "bad.ipynb").write_text(content)
+    with pytest.raises(ValueError, match="bad.ipynb is not a notebook: ."):
+        run_notebook(tmp_path / "bad.ipynb")
+
+
 def test_missing_notebook_lists_those_there_are(nb_dir):
     with pytest.raises(FileNotFoundError, match="make notebooks"):
         run_notebook("04_train")
@@ -352,13 +360,6 @@ def test_suite_refuses_what_no_notebook_has(suite, monkeypatch):
         run_suite("fast")
     with pytest.raises(ValueError, match="parameter preset='tiny' contradicts 'demo'"):
         run_suite("demo", parameters={"preset": "tiny"})
-    assert ran == []
-
-
-def test_existing_run_is_refused_without_resume(suite, monkeypatch):
-    ran = pretend_runs(monkeypatch)
-    with pytest.raises(FileExistsError, match="artifacts/demo exists"):
-        run_suite("demo", resume=False)
     assert ran == []
 
 
