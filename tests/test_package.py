@@ -31,6 +31,11 @@ def test_import_loads_neither_torch_nor_the_simulator():
     assert not heavy.intersection(loaded)
 
 
+def test_playing_episodes_loads_no_plotting():
+    code = "import sys, trm_helpers.evaluation.evaluate; print('matplotlib' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), (" ", 1), ("2", 2)])
 def test_a_process_has_one_thread_unless_the_environment_says_otherwise(variable, threads):
     environment = {name: value for name, value in os.environ.items()

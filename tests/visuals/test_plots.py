@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from trm_helpers.sim.render import upright
 from trm_helpers.stats import summarize_episodes, wilson_interval
 from trm_helpers.visuals import plots
 
@@ -35,17 +36,17 @@ def bar_heights(axes) -> list[float]:
 # --- pictures ------------------------------------------------------------------------------------
 def test_upright_flips_the_vertical_axis_only():
     images = np.arange(2 * 3 * 4 * 5 * 3).reshape(2, 3, 4, 5, 3)
-    flipped = plots.upright(images)
+    flipped = upright(images)
     assert flipped.shape == images.shape
     for row in range(4):
         np.testing.assert_array_equal(flipped[:, :, row], images[:, :, 3 - row])
-    np.testing.assert_array_equal(plots.upright(flipped), images)
+    np.testing.assert_array_equal(upright(flipped), images)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 4), (3,)])
 def test_upright_refuses_what_is_no_image(shape):
     with pytest.raises(ValueError, match=r"expected \(\.\.\., H, W, 3\)"):
-        plots.upright(np.zeros(shape))
+        upright(np.zeros(shape))
 
 
 def test_frames_are_upright_in_every_figure_of_images():
@@ -56,7 +57,7 @@ def test_frames_are_upright_in_every_figure_of_images():
     figures = [
         plots.plot_frames({"agentview_rgb": stored(), "eye_in_hand_rgb": stored()}, "a task"),
         plots.plot_augmentation(stored() / 255, stored() / 255),
-        plots.plot_rollout_strip(plots.upright(stored()), [0, 30], "success after 31 steps"),
+        plots.plot_rollout_strip(upright(stored()), [0, 30], "success after 31 steps"),
         plots.plot_batch(batch),
     ]
     for figure, count in zip(figures, (4, 4, 2, 2), strict=True):

@@ -21,7 +21,8 @@ from ..files import dispensable, read_json, write_json
 from ..sim.env import LiberoEnv
 from ..stats import paired_mcnemar
 from ..training.runs import find_run, held_out, load_config
-from ..visuals.plots import GREY, PALETTE, count_axis, new_figure, save_figure, styled
+from ..visuals.colours import GREY, PALETTE
+from ..visuals.plots import count_axis, new_figure, save_figure, styled
 from .evaluate import Evaluation, TrainedPolicy, official_episodes
 from .rollout import PHASES, Policy
 

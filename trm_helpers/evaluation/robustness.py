@@ -19,7 +19,8 @@ from ..config import EvalConfig, ModelConfig
 from ..files import dispensable, read_json, write_json
 from ..stats import detectable, paired_mcnemar
 from ..training.runs import find_run, load_config
-from ..visuals.plots import BLUE, GREY, ORANGE, PALETTE, new_figure, save_figure, styled
+from ..visuals.colours import BLUE, GREY, ORANGE, PALETTE
+from ..visuals.plots import new_figure, save_figure, styled
 from .evaluate import Evaluation, plan_run
 from .perturbations import PERTURBATIONS, why_unused
 

@@ -13,8 +13,8 @@ import numpy as np
 from .. import schema
 from ..sim import layouts
 from ..sim.env import LiberoEnv, Observation, SimulatorError, check_action
+from ..sim.render import upright
 from ..visuals.films import FPS, caption_frame, draw_path, enlarge, intended_path, write_video
-from ..visuals.plots import upright
 
 PHASES = ("reach", "grasp", "carry", "place")
 _GRASPING = 8  # steps, from the command to close the gripper on

@@ -15,7 +15,8 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from ..visuals.plots import BLUE, GREY, RED, count_axis, log_axis, new_figure, styled
+from ..visuals.colours import BLUE, GREY, RED
+from ..visuals.plots import count_axis, log_axis, new_figure, styled
 from .space import value_of
 
 _SHORT = {"hidden_dim": "D", "num_recursions": "N"}

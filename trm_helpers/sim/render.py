@@ -19,6 +19,14 @@ _MARGIN = 0.005  # metres around a geom
 _CORNERS = np.array(list(itertools.product((-1, 1), repeat=3)))  # (8, 3) of a box
 
 
+def upright(images) -> np.ndarray:
+    """Stored images (..., H, W, 3), which are upside down, as a person sees them."""
+    images = np.asarray(images)
+    if images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(f"images have shape {images.shape}; expected (..., H, W, 3)")
+    return np.flip(images, axis=-3)
+
+
 class Scene:
     """The scene as it was when robosuite sampled a camera."""
 

@@ -13,20 +13,10 @@ from captum.attr import IntegratedGradients, Saliency
 from matplotlib.figure import Figure
 
 from .. import schema
+from ..sim.render import upright
 from ..stats import wilson_interval
-from .plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PALETTE,
-    RED,
-    count_axis,
-    new_figure,
-    show_image,
-    styled,
-    upright,
-)
+from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
+from .plots import count_axis, new_figure, show_image, styled
 
 BATCH = 64
 CONVERGED = 0.05  # last change, as a share of the state's norm

@@ -1,6 +1,6 @@
 """Films of episodes: captions, the path that the policy intends, MP4 files, a grid of films.
 
-All frames here are upright already (`plots.upright`).
+All frames here are upright already (`sim.render.upright`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import schema
 from ..files import atomic_path
-from .plots import GREEN, ORANGE, RED, SKY
+from .colours import GREEN, ORANGE, RED, SKY
 
 FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
 # metres that the arm moves in a control step for a command of 1: a quarter of where the controller
@@ -69,6 +68,8 @@ def caption_frame(frame: np.ndarray, lines: Sequence[str]) -> np.ndarray:
         raise ValueError(
             f"frame has shape {frame.shape} and type {frame.dtype}; expected (H, W, 3) and uint8"
         )
+    from matplotlib.font_manager import findfont  # slow to import, and only captions need it
+
     height, width = frame.shape[:2]
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), _FONT_SIZE)  # comes with matplotlib
     margin, line_height = 8, 19

@@ -22,11 +22,9 @@ from matplotlib.ticker import MaxNLocator
 from .. import schema
 from ..demos.demo_files import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..files import atomic_path
+from ..sim.render import upright
+from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
 
-# Okabe and Ito's colours, told apart with every common colour vision
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#8C8C8C"
-PALETTE = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -73,14 +71,6 @@ def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
     with atomic_path(path) as temporary:
         fig.savefig(temporary, dpi=DPI, format="png")
     return Path(path)
-
-
-def upright(images) -> np.ndarray:
-    """Stored images (..., H, W, 3), upside down, as a person sees them. The one place of flips."""
-    images = np.asarray(images)
-    if images.ndim < 3 or images.shape[-1] != 3:
-        raise ValueError(f"images have shape {images.shape}; expected (..., H, W, 3)")
-    return np.flip(images, axis=-3)
 
 
 def show_image(axes, image) -> None:
