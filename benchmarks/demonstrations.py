@@ -17,11 +17,12 @@ import re
 from pathlib import Path
 
 from policies import POLICIES
+from suite.cards import rate_in_short
 
 from trm_helpers import BehaviorCloningTrainer, paths, schema
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter
 from trm_helpers.demos.collect import collect_demonstrations
-from trm_helpers.evaluation.robustness import PLAIN, rate_in_short, robustness_card
+from trm_helpers.evaluation.robustness import PLAIN, robustness_card
 from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.training.runs import create_run
 

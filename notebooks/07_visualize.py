@@ -34,7 +34,7 @@ from IPython.display import Markdown, display
 from trm_helpers import analyze_model_predictions, load_policy, visualize_recursive_states
 from trm_helpers.config import check_parameters
 from trm_helpers.demos.collect import demonstrations_of
-from trm_helpers.evaluation.depth import depth_card, depth_rows, plot_depth_cards
+from trm_helpers.evaluation.depth import depth_card, depth_rows, plot_depth_card
 from trm_helpers.evaluation.evaluate import stale
 from trm_helpers.evaluation.robustness import plot_card
 from trm_helpers.files import write_json
@@ -135,7 +135,7 @@ for path in run.glob("depth.json"):
     card = json.loads(path.read_text())
     if marked := stale(run, card):
         print(marked)
-    display(pd.DataFrame(depth_rows(card)), plot_depth_cards({card["run"]: card}))
+    display(pd.DataFrame(depth_rows(card)), plot_depth_card(card))
 
 # %% [markdown]
 # ## What is left when something changes?

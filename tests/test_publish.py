@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 
+import numpy as np
 import pytest
 
 from trm_helpers.paths import repo_root
@@ -141,6 +142,25 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
     (axes,) = fig.axes
     assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
     assert axes.get_title().endswith("libero_goal, task 1, 3: 10 episodes of each")
+
+
+def test_cards_of_several_policies_side_by_side(publish):
+    def card(**successes):
+        return {"suite": "libero_goal", "task_ids": [1], "num_episodes": 4, "rows": [
+            {"name": name, "title": name, "successes": count, "episodes": 4,
+             "success_rate": count / 4, "wilson_low": count / 8, "wilson_high": 1.0}
+            for name, count in successes.items()]}
+
+    fig = publish["plot_cards"]({"one": card(plain=4, delay=2),
+                                 "the other": card(plain=4, delay=2, swap=1)})
+    (axes,) = fig.axes
+    bars = axes.containers[1::2]
+    assert [[bar.get_width() for bar in row] for row in bars] == [[100, 50], [100, 50, 25]]
+    places = [[bar.get_y() + bar.get_height() / 2 for bar in row] for row in bars]
+    np.testing.assert_allclose(places[0], [-0.2, 0.8])
+    np.testing.assert_allclose(places[1], [0.2, 1.2, 2.2])
+    assert axes.get_legend_handles_labels()[1] == ["one", "the other"]
+    assert [text.get_text() for text in axes.texts] == ["4/4", "2/4", "4/4", "2/4", "1/4"]
 
 
 def test_depth_cards_of_several_policies_share_their_tables(publish):

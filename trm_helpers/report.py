@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .evaluation.cards import tasks_in_short
 from .evaluation.depth import depth_rows
 from .evaluation.evaluate import stale
-from .evaluation.robustness import card_notes, card_rows, tasks_in_short
+from .evaluation.robustness import card_notes, card_rows
 from .files import atomic_path, inside, read_json, read_jsonl, visible
 from .search.search import verdict
 from .stats import comparison_rows, format_success

@@ -32,15 +32,16 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
-
-from trm_helpers.config import ModelConfig  # noqa: E402
-from trm_helpers.evaluation.depth import depth_rows, plot_depth_cards  # noqa: E402
-from trm_helpers.evaluation.robustness import (  # noqa: E402
+from suite.cards import (  # noqa: E402
     failures_in_short,
     plot_cards,
+    plot_depth_cards,
     rate_in_short,
-    tasks_in_short,
 )
+
+from trm_helpers.config import ModelConfig  # noqa: E402
+from trm_helpers.evaluation.cards import tasks_in_short  # noqa: E402
+from trm_helpers.evaluation.depth import depth_rows, plot_depth_card  # noqa: E402
 from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
@@ -193,7 +194,8 @@ def show_cards(stored: list[dict]):
     if kind == "robustness":
         return compared(robustness_lines(cards)), plot_cards(cards)
     if kind == "depth":
-        return depth_tables(cards), plot_depth_cards(cards)
+        fig = plot_depth_cards(cards) if len(cards) > 1 else plot_depth_card(*cards.values())
+        return depth_tables(cards), fig
     (only,) = cards.values()  # of probes one to a group
     lines = [["state", *only["quantities"]]]
     lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
@@ -266,10 +268,9 @@ def plot_efficiency(cards: dict[str, dict]):
     fig = plots.new_figure(7, 4)
     axes = fig.subplots()
     for number, (kind, rows) in enumerate(by_kind(cards).items()):
-        rate, low, high = 100 * np.array([[row["success_rate"], row["wilson_low"],
-                                           row["wilson_high"]] for row in rows.values()]).T
-        axes.errorbar(list(rows), rate, np.clip([rate - low, high - rate], 0, None), capsize=3,
-                      color=plots.PALETTE[number], marker="os^D"[number % 4], label=kind)
+        rate, whiskers = plots.success_rates(list(rows.values()))
+        axes.errorbar(list(rows), rate, whiskers, capsize=3, color=plots.PALETTE[number],
+                      marker="os^D"[number % 4], label=kind)
     plots.count_axis(axes.xaxis)
     axes.set(xlabel="demonstrations of each task, of which a fifth chooses the epoch",
              ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104),

@@ -17,8 +17,8 @@ from trm_helpers.evaluation.depth import (
     action_errors,
     depth_card,
     depth_rows,
-    plot_depth_cards,
-    ways_to_think,
+    plot_depth_card,
+    recursion_settings,
 )
 from trm_helpers.evaluation.rollout import phases
 from trm_helpers.training.runs import held_out, load_policy
@@ -67,8 +67,8 @@ def test_phases_are_read_from_the_gripper():
     assert phases([]) == []
 
 
-def test_ways_to_think():
-    ways = ways_to_think(ModelConfig(num_recursions=4, halting="learned"), [1, 4, 8], [1e-3])
+def test_recursion_settings():
+    ways = recursion_settings(ModelConfig(num_recursions=4, halting="learned"), [1, 4, 8], [1e-3])
     assert ways == {
         "as trained": {}, "fixed 1": {"halting": "fixed", "num_recursions": 1},
         "fixed 4": {"halting": "fixed", "num_recursions": 4},
@@ -77,7 +77,7 @@ def test_ways_to_think():
             "halting": "convergence", "num_recursions": 8, "convergence_threshold": 1e-3},
         "as trained, state carried over": {"carry_over": True}}
     # their answer is a sum over the steps: nothing else can be asked of the same weights
-    assert list(ways_to_think(ModelConfig(num_recursions=4, halting="act"), [2])) == [
+    assert list(recursion_settings(ModelConfig(num_recursions=4, halting="act"), [2])) == [
         "as trained", "act 2", "as trained, state carried over"]
 
 
@@ -98,8 +98,8 @@ def test_a_card_counts_and_compares(run):
     assert depth_rows(card)[1]["successes"] == "2 of 4"
     assert depth_rows(card)[3]["in carry"] == ""
     assert [row["action error"] for row in depth_rows(card)] == ["0.2000", "0.4000", "", "", ""]
-    left, _, error, right = plot_depth_cards({"one": card}).axes
-    assert right.get_title() == "Where does it think longer?"
+    left, _, error, right = plot_depth_card(card).axes
+    assert right.get_title() == "Recursions by phase"
     assert (len(left.containers), len(error.containers)) == (5, 2)
     assert imageio.imread(run / "figures" / "depth_in_control.png").std() > 5
     assert not (run / "episodes.jsonl").exists()
@@ -107,7 +107,7 @@ def test_a_card_counts_and_compares(run):
 
 def test_action_errors_are_of_what_each_way_answers(trained):
     config = depth.load_config(trained)
-    ways = ways_to_think(config.model, [1, 4], [1e-3])
+    ways = recursion_settings(config.model, [1, 4], [1e-3])
     source = evaluate.TrainedPolicy.load(trained, "best")
     found = action_errors(source, config, ways)
     assert list(found) == ["as trained", "fixed 1", "fixed 4", "convergence below 0.001, at most 4"]
@@ -164,7 +164,7 @@ def test_some_ways_alone(run):
 def test_bad_input(run, monkeypatch):
     with pytest.raises(ValueError, match=r"depths=\(0,\) is not valid"):
         depth_card(run, [0])
-    with pytest.raises(ValueError, match="only='fixed 7' is not valid; expected one of as"):
+    with pytest.raises(ValueError, match="only='fixed 7' is not valid; expected one of 'as"):
         depth_card(run, [1], [], CONFIG, only=["fixed 7"])
     config = depth.load_config(run)
     flat = dataclasses.replace(config, model=ModelConfig(variant="transformer", num_recursions=1))

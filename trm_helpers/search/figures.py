@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from ..visuals.colours import BLUE, GREY, RED
-from ..visuals.plots import count_axis, log_axis, new_figure, styled
+from ..visuals.plots import count_axis, log_axis, new_figure, styled, success_bars
 from .space import value_of
 
 _SHORT = {"hidden_dim": "D", "num_recursions": "N"}
@@ -35,16 +35,11 @@ def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figu
     losses = [trial["final_val_loss"] for trial in trials]
     labels = [_label(trial, names) for trial in trials]
     if all("success_rate" in trial for trial in trials):
-        rates = [100 * trial["success_rate"] for trial in trials]
-        bars = ranking.barh(labels, rates, color=colours)
-        low, high = ([100 * trial[f"wilson_{end}"] for trial in trials] for end in ("low", "high"))
-        ranking.errorbar(rates, labels, fmt="none", ecolor="black", capsize=2, linewidth=1,
-                         xerr=np.abs([np.subtract(rates, low), np.subtract(high, rates)]))
-        for bar, trial, loss in zip(bars, trials, losses, strict=True):
-            ranking.text(103, bar.get_y() + bar.get_height() / 2, va="center", fontsize=8,
-                         s=f"{trial['successes']} of {trial['episodes']}, loss {loss:.3g}")
-        ranking.set(xlim=(0, 150), xticks=range(0, 101, 20),
-                    xlabel="success rate (%) with 95 % Wilson interval")
+        success_bars(ranking, range(len(trials)), trials, 0.8, color=colours, alpha=1, labels=[
+            f"{trial['successes']} of {trial['episodes']}, loss {trial['final_val_loss']:.3g}"
+            for trial in trials])
+        ranking.set(xlim=(0, 150), xticks=range(0, 101, 20), yticks=range(len(trials)),
+                    yticklabels=labels, xlabel="success rate (%) with 95 % Wilson interval")
     else:
         bars = ranking.barh(labels, losses, color=colours)
         ranking.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3, fontsize=8)

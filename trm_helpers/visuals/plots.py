@@ -92,6 +92,35 @@ def log_axis(axis) -> None:
     axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
 
 
+def success_rates(results: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
+    """Success rates (n,) in percent, and their distances (2, n) to the Wilson interval's ends."""
+    rate, low, high = 100 * np.array([[result["success_rate"], result["wilson_low"],
+                                       result["wilson_high"]] for result in results]).T
+    return rate, np.clip([rate - low, high - rate], 0, None)
+
+
+def success_bars(axes, places, results: Sequence[Mapping], thickness: float, *,
+                 vertical: bool = False, labels: Sequence[str] = (), text: Mapping = {},
+                 **look) -> None:
+    """Bars of success rates (%) with their Wilson intervals, each with its counts beyond 100 %.
+
+    Args:
+        results: summaries of `stats.summarize_episodes`.
+        labels: in place of the counts.
+        text: how those are written, as ``axes.text`` takes it.
+        look: how bars are drawn, as ``axes.bar`` takes it.
+    """
+    rate, whiskers = success_rates(results)
+    draw, error = (axes.bar, "yerr") if vertical else (axes.barh, "xerr")
+    draw(places, rate, thickness, **{error: whiskers}, capsize=3, error_kw={"linewidth": 1},
+         **{"alpha": 0.85, **look})
+    labels = labels or [f"{result['successes']}/{result['episodes']}" for result in results]
+    for place, label in zip(places, labels, strict=True):
+        at, aligned = ((place, 103), {"ha": "center"}) if vertical else (
+            (103, place), {"va": "center"})
+        axes.text(*at, label, **{"fontsize": 8, **aligned, **text})
+
+
 def check_actions(actions) -> np.ndarray:
     """``actions`` as an array (T, 7); raises ``ValueError`` for another shape or no action."""
     actions = np.asarray(actions)
@@ -338,16 +367,9 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
     axes = fig.subplots()
     for number, (name, tasks) in enumerate(groups.items()):
         places = [i for i, label in enumerate(labels) if label in tasks]
-        results = [tasks[labels[i]] for i in places]
-        rate = np.array([result["success_rate"] for result in results])
-        error = [rate - [result["wilson_low"] for result in results],
-                 [result["wilson_high"] for result in results] - rate]
-        x = np.array(places) + (number - (len(groups) - 1) / 2) * width
-        axes.bar(x, 100 * rate, 0.9 * width, label=name, alpha=0.85,
-                 yerr=100 * np.clip(error, 0, None), capsize=3, error_kw={"linewidth": 1})
-        for place, result in zip(x, results, strict=True):
-            axes.text(place, 103, f"{result['successes']}/{result['episodes']}", ha="center",
-                      fontsize=8, rotation=90 if crowded else 0)
+        success_bars(axes, np.array(places) + (number - (len(groups) - 1) / 2) * width,
+                     [tasks[labels[i]] for i in places], 0.9 * width, vertical=True, label=name,
+                     text={"rotation": 90 if crowded else 0})
     axes.set(xticks=range(len(labels)), xticklabels=labels, xlim=(-0.8, len(labels) - 0.2),
              xlabel="suite and task", ylim=(0, 126 if crowded else 112), yticks=range(0, 101, 20),
              ylabel="success rate (%)",
