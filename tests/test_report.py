@@ -48,7 +48,8 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
     assert capsys.readouterr().out.strip() == str(trained / "report.md")
     text = (trained / "report.md").read_text()
     for expected in (
-        "18 of 20 episodes", "Protocol quick (openvla with ten episodes): 10 episodes a task",
+        "18 of 20 episodes",
+        "Protocol quick (openvla with ten episodes): 10 episodes per task from official init",
         "| libero_object 1 | 9 of 10 | 90.0 | 60 to 98 | 90.0 |",
         "| all | 18 of 20 | 90.0 | 70 to 97 | 90.0 |", "| no-op | 0 of 10 | 0.0 | 0 to 28 | 90.0 |",
         "| actions 0.1 s late | 6 of 10 | 60.0 | 31 to 83 | -30 | 0.25 | 0 |",
@@ -57,8 +58,8 @@ def test_what_the_folder_holds_is_on_the_page(trained, capsys):
         "best is not distinguishable from the next, since another seed moves a loss too. "
         "Best of 2 configurations:\n\n```yaml\nlr: 0.001\n```",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
-        "![06_success.png](figures/06_success.png)",
-        "libero_object, task 0, 3: 10 episodes of each per row. Perturbed episodes begin in",
+        "![figures/06_success.png](figures/06_success.png)",
+        "libero_object, task 0, 3: 10 episodes of each per row. Perturbed episodes start from",
     ):
         assert expected in text
     assert text.count(".mp4](") == 2  # neither a link out of the folder nor half of a film
@@ -79,10 +80,26 @@ def test_a_piece_that_cannot_be_read_costs_no_other(trained, tmp_path):
     assert "nobody's business" not in text
 
 
+def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
+    trained = trained.rename(trained.with_name("a<b>|`"))
+    name = "<b>a|`b`&c](x).mp4"
+    (trained / "videos").mkdir()
+    (trained / "videos" / name).touch()
+    write_json(trained / "bounds" / "<i>|`" / "results.json", results(0))
+    write_json(trained / "results.json", {**results(9), "errors": [{"error": "<script> | `x`"}]})
+    write_json(trained / "explain.json", {"sentences": ["a <b> & [c](d)"]})
+    text = write_report(trained).read_text()
+    for expected in (
+        r"# a\<b\>\|\`",
+        r"- [videos/\<b\>a\|\`b\`\&c\](x).mp4](videos/%3Cb%3Ea%7C%60b%60%26c%5D%28x%29.mp4)",
+        r"| \<i\>\|\` | 0 of 10 |", r"the first: \<script\> \| \`x\`", r"- a \<b\> \& \[c\](d)",
+    ):
+        assert expected in text
+
 
 def test_errors_are_told_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
-    assert "1 episode(s) could not be run and do not count; the first: it hung" \
+    assert "1 episode(s) could not be run and are excluded; the first: it hung" \
         in write_report(trained).read_text()
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever stands under a final name."""
+"""Files that are never half-written: atomic writes, locks, JSON that names its damage, digests."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-_ASK_EVERY = 0.5  # seconds between looks at whether a folder is free
+_LOCK_POLL = 0.5  # seconds
 _TEMPORARY = re.compile(r"\..+?(?:\.(?P<machine>[0-9a-f]{8}))?\.(?P<pid>\d+)\.part(?:\.\w+)?")
-_LEFT_OVER = 24 * 3600.0  # seconds after which a temporary file is nobody's any more
+_ABANDONED = 24 * 3600.0  # seconds after which another machine's temporary file is removed
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded",
-               "inline_container.cc")  # PyTorch, whose writer says no more than that
+               "inline_container.cc")  # PyTorch's writer gives no other hint
 
 
 class DiskFullError(OSError):
-    """No space is left for a file; what was complete before is kept."""
+    """No space is left for a file; files completed before are intact."""
 
     def __str__(self) -> str:
         return self.strerror
@@ -37,16 +37,15 @@ class DiskFullError(OSError):
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success it becomes ``path``, else it is removed.
+    """Yield a temporary path that replaces ``path`` on success and is removed on failure.
 
-    For a file or a whole folder. What stood at ``path`` stays untouched until the new one is
-    complete. What killed processes left beside it is removed first.
+    For a file or a folder. Leftovers of killed processes beside it are removed first.
 
     Args:
-        needed: bytes, where they are known, for the message of a full disk.
+        needed: size in bytes if known, for the message about a full disk.
 
     Raises:
-        DiskFullError: whatever the writer raised for a lack of space.
+        DiskFullError: for any error that means a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,33 +58,29 @@ def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     except Exception as error:
         needed = needed or _size(temporary)
         _remove(temporary)
-        raise_if_disk_is_full(error, path, needed)
+        _raise_if_disk_is_full(error, path, needed)
         raise
     finally:
         _remove(temporary)
 
 
-def raise_if_disk_is_full(error: BaseException, path: Path, needed: int = 0) -> None:
-    """Raise :class:`DiskFullError` where ``error`` means that, in whatever words a library has.
-
-    Args:
-        path: the file that could not be written.
-        needed: its size in bytes; 0 where that is not known.
-    """
-    told: BaseException | None = error
-    while told is not None and not isinstance(told, DiskFullError):
-        if getattr(told, "errno", None) in _FULL or any(text in str(told) for text in _FULL_TEXTS):
+def _raise_if_disk_is_full(error: BaseException, path: Path, needed: int) -> None:
+    """Raise :class:`DiskFullError` if ``error``, or a cause of it, means a full disk."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DiskFullError):
+        named = any(text in str(cause) for text in _FULL_TEXTS)
+        if named or getattr(cause, "errno", None) in _FULL:
             free = shutil.disk_usage(path.parent).free
             need = f" needs {needed / 2**20:,.1f} MiB," if needed else ""
             raise DiskFullError(
                 errno.ENOSPC, f"the disk is full: {path.name}{need} in {path.parent}, where "
                 f"{free / 2**20:,.1f} MiB are free; what was complete before is kept") from error
-        told = told.__cause__ or told.__context__
+        cause = cause.__cause__ or cause.__context__
 
 
 @functools.cache
 def _machine() -> str:
-    """Of the processes whose numbers can be compared: the machine, or the container on it."""
+    """The machine, or the container on it, whose process numbers can be compared."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -94,15 +89,12 @@ def _machine() -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes of this machine that no longer run.
-
-    Of other machines, whose processes cannot be asked, those untouched for a day.
-    """
+    """Remove temporary files of ended processes here, and of other machines after a day."""
     for path in folder.iterdir():
         found = _TEMPORARY.fullmatch(path.name)
         with contextlib.suppress(OSError):  # another process removes it too
             if found and (
-                    time.time() - path.stat().st_mtime > _LEFT_OVER
+                    time.time() - path.stat().st_mtime > _ABANDONED
                     or found["machine"] in (None, _machine()) and not _runs(int(found["pid"]))):
                 _remove(path)
 
@@ -129,83 +121,113 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
+                   wait: bool = True, lock: str = ".lock") -> Iterator[None]:
+    """Hold the file ``lock`` in ``folder`` alone; the system releases it when the process ends.
+
+    Args:
+        stop: when set, waiting ends with ``KeyboardInterrupt``.
+        wait: ``False`` raises ``RuntimeError`` if another process holds the lock.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    guard = FileLock(folder / lock)
+    while not guard.is_locked:
+        try:
+            guard.acquire(timeout=_LOCK_POLL if wait else 0)
+        except Timeout:
+            if not wait:
+                raise RuntimeError(f"another process works in {folder}; wait until it has ended, "
+                                   "or choose another name") from None
+            if stop and stop.is_set():
+                raise KeyboardInterrupt from None
+    try:
+        yield
+    finally:
+        guard.release()
+
+
 def visible(folder: str | os.PathLike, pattern: str) -> list[Path]:
-    """Sorted paths below ``folder`` that match a glob ``pattern``, without hidden ones."""
+    """Sorted paths below ``folder`` that match a glob ``pattern``, hidden ones excluded."""
     folder = Path(folder)
     return sorted(path for path in folder.glob(pattern)
                   if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
+def inside(folder: str | os.PathLike, path: str | os.PathLike) -> Path | None:
+    """``path``, relative to ``folder``, resolved; ``None`` unless it is a file in that folder.
+
+    A run from elsewhere must not name other files of this machine, by ``..``, a link or an absolute
+    path.
+    """
+    try:
+        found = (Path(folder) / path).resolve()
+        return found if found.is_relative_to(Path(folder).resolve()) and found.is_file() else None
+    except (TypeError, ValueError, OSError, RuntimeError):  # not a path, or circular links
+        return None
+
+
 def short_name(name: str, longest: int = 100) -> str:
-    """``name``, its end replaced by a digest where it is too long for a file system's names."""
-    if len(name) <= longest:
-        return name
-    return f"{name[:longest - 17]}-{digest(name.encode())}"
+    """``name``, with a digest in place of its end if it is too long for a file system."""
+    return name if len(name) <= longest else f"{name[:longest - 17]}-{digest(name.encode())}"
 
 
-def write_json(path: str | os.PathLike, value: Any) -> Path:
-    """Write ``value`` as indented JSON, whole or not at all. NaN is refused (``ValueError``)."""
-    return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
-    """Write ``content``, whole or not at all. Modes follow the umask: others may read it."""
-    with atomic_path(path, len(content)) as temporary:
-        temporary.write_bytes(content)
-    return Path(path)
+def digest(content: bytes) -> str:
+    """First 16 hexadecimal digits of the SHA-256, by which results name weights and code."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def dispensable(what: str) -> Iterator[None]:
-    """For films, figures and pages: a failure is printed and costs nothing else."""
+    """For films, figures and pages: report a failure and go on."""
     try:
         yield
     except Exception as error:  # of ffmpeg, fonts, a disk, whatever
         print(f"{what} could not be made: {type(error).__name__}: {error}", flush=True)
 
 
-def inside(folder: str | os.PathLike, path: str | os.PathLike) -> Path | None:
-    """``path``, relative to ``folder``, where it is a file in it; None for any other.
-
-    A path that leaves the folder, by ``..``, a link or from the root, may name any file of this
-    machine: none may be shown because a run that came from elsewhere says so.
-    """
-    try:
-        found = (Path(folder) / path).resolve()
-        return found if found.is_relative_to(Path(folder).resolve()) and found.is_file() else None
-    except (TypeError, ValueError, OSError, RuntimeError):  # no path, or links in a circle
-        return None
-
-
-def digest(content: bytes) -> str:
-    """First 16 hexadecimal digits of the SHA-256: what results name weights and code by."""
-    return hashlib.sha256(content).hexdigest()[:16]
+# --- reading and writing -------------------------------------------------------------------------
+def write_bytes(path: str | os.PathLike, content: bytes | memoryview) -> Path:
+    """Write a file atomically, with the permissions of the umask."""
+    with atomic_path(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+    return Path(path)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a regular file; ``ValueError`` for pipes and devices, whose end may never come."""
+    """Content of a regular file; ``ValueError`` for pipes and devices, which may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is not a regular file; expected one")
     return Path(path).read_bytes()
 
 
+def write_json(path: str | os.PathLike, value: Any) -> Path:
+    """Write ``value`` as indented JSON, atomically. NaN raises ``ValueError``."""
+    return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
 def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = ()) -> Any:
-    """What a JSON file holds, which has to be a ``kind`` and to have the ``keys``.
+    """The content of a JSON file: a ``kind`` with the ``keys``.
 
     A key ``a.b`` is the key ``b`` of the object under ``a``.
 
-    Raises ``FileNotFoundError`` where there is none, and ``ValueError`` for a damaged one.
+    Raises ``FileNotFoundError`` for a missing file, ``ValueError`` for a damaged one.
     """
-    content = read_bytes(path)
+    value = _parse(path, read_bytes(path), kind)
+    if missing := [key for key in keys if not _has(value, *key.split("."))]:
+        raise ValueError(f"{path} is damaged: it holds no {', '.join(missing)}")
+    return value
+
+
+def _parse(where: Any, content: bytes, kind: type) -> Any:
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; expected JSON") from error
+        raise ValueError(f"{where} is damaged: {error}; expected JSON") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path} is damaged: it holds {type(value).__name__}; expected "
+        raise ValueError(f"{where} is damaged: it holds {type(value).__name__}; expected "
                          f"{kind.__name__}")
-    if missing := [key for key in keys if not _has(value, *key.split("."))]:
-        raise ValueError(f"{path} is damaged: it holds no {', '.join(missing)}")
     return value
 
 
@@ -214,10 +236,10 @@ def _has(value: Any, key: str, *below: str) -> bool:
 
 
 def append_jsonl(path: str | os.PathLike, row: dict) -> None:
-    """Append one line and flush it to the disk, so that a kill loses nothing that was reported.
+    """Append a line and flush it to the disk, so that a kill loses no reported row.
 
-    A last line that a kill or a full disk had cut off is removed first. NaN is refused
-    (``ValueError``), a full disk named (:class:`DiskFullError`).
+    A last line cut off by a kill or a full disk is removed first. NaN raises ``ValueError``, a full
+    disk :class:`DiskFullError`.
     """
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
     try:
@@ -228,54 +250,15 @@ def append_jsonl(path: str | os.PathLike, row: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise_if_disk_is_full(error, Path(path), len(line))
+        _raise_if_disk_is_full(error, Path(path), len(line))
         raise
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Rows of a JSON-lines file; none where there is no file.
+    """Rows of a JSON-lines file; none for a missing file.
 
-    A last line without its newline was cut off, and is left out. Raises ``ValueError`` with the
-    number of a line that is not a JSON object.
+    A last line without its newline was cut off and is ignored. ``ValueError`` gives the number of a
+    line that is not a JSON object.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is {type(row).__name__}; expected an object")
-        rows.append(row)
-    return rows
-
-
-@contextlib.contextmanager
-def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
-             wait: bool = True, lock: str = ".lock") -> Iterator[None]:
-    """Work in a folder alone: others wait, until ``stop`` is set, or get a ``RuntimeError``.
-
-    ``lock`` is the file in it that stands for the work: other work may go on beside it. The system
-    lets go when the process ends, however it does.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    guard = FileLock(folder / lock)
-    while True:
-        try:
-            guard.acquire(timeout=0)
-            break
-        except Timeout:
-            if not wait:
-                raise RuntimeError(f"another process works in {folder}; wait until it has ended, "
-                                   "or choose another name") from None
-            if stop and stop.is_set():
-                raise KeyboardInterrupt from None
-            time.sleep(_ASK_EVERY)
-    try:
-        yield
-    finally:
-        guard.release()
+    lines = read_bytes(path).split(b"\n")[:-1] if Path(path).exists() else []
+    return [_parse(f"{path}, line {number}", line, dict) for number, line in enumerate(lines, 1)]

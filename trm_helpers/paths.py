@@ -1,4 +1,4 @@
-"""Where the repository, the demonstrations and the run folders are, here and on Kaggle."""
+"""Folders of the repository, the demonstrations and the runs, here and on Kaggle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import schema
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_WORKING = Path("/kaggle/working")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = {"notebooks", "pretrained", *schema.BASELINES,  # and folders of baselines' results
+_RESERVED = {"notebooks", "pretrained", *schema.BASELINES,
              *(f"{name}-{suite}" for name in schema.BASELINES for suite in schema.SUITES)}
 
 
@@ -27,18 +27,16 @@ def repo_root() -> Path:
 
 
 def absolute(path: str | os.PathLike) -> Path:
-    """A path that means the same in another working folder; ``~`` is the user's home.
-
-    Every path is made absolute where it is read: notebooks, workers and trials run elsewhere.
-    """
-    return Path(os.path.expanduser(path)).resolve()  # an unknown user's stays as it is
+    """An absolute path, because notebooks and workers run in other folders; ``~`` is the home."""
+    return Path(os.path.expanduser(path)).resolve()  # an unknown user's ~ stays as it is
 
 
 def _folder(variable: str, name: str) -> Path:
-    if given := os.environ.get(variable, "").strip():  # an empty variable is none
-        os.environ[variable] = str(absolute(given))  # for processes that start elsewhere
-        return Path(os.environ[variable])
-    return (KAGGLE_WORKING if on_kaggle() else repo_root()) / name
+    given = os.environ.get(variable, "").strip()
+    if not given:
+        return (KAGGLE_WORKING if on_kaggle() else repo_root()) / name
+    os.environ[variable] = str(absolute(given))  # for processes that start in another folder
+    return Path(os.environ[variable])
 
 
 def data_dir() -> Path:
@@ -52,24 +50,21 @@ def artifacts_dir() -> Path:
 
 
 def shipped(folder: str) -> Path:
-    """``notebooks`` or ``pretrained``: inside the package in a wheel, beside it in a checkout."""
+    """``notebooks`` or ``pretrained``: in the package of a wheel, in the root of a checkout."""
     inside = Path(__file__).resolve().parent / "shipped" / folder
     return inside if inside.is_dir() else repo_root() / folder
 
 
 def notebooks_dir() -> Path:
-    """The eight notebooks."""
     return shipped("notebooks")
 
 
-# --- names of runs -------------------------------------------------------------------------------
 def run_dir(run_name: str | int) -> Path:
-    """``artifacts/<run_name>``: the one place where a name becomes a folder. Nothing is made.
+    """``artifacts/<run_name>``, not created; ``ValueError`` for an invalid name.
 
-    Raises ``ValueError`` for a name that is not 1 to 100 letters, digits, ``._-``, the first a
-    letter or a digit. papermill gives a name of digits as a number.
+    A name is 1 to 100 letters, digits and ``._-``, the first a letter or digit.
     """
-    name = str(run_name) if type(run_name) is int else run_name
+    name = str(run_name) if type(run_name) is int else run_name  # papermill makes 2024 a number
     if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
         raise ValueError(f"run_name={run_name!r} is not valid; expected text of 1 to 100 letters, "
                          "digits, '._-', beginning with a letter or digit")

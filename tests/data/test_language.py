@@ -191,7 +191,7 @@ def test_training_and_evaluation_are_told_the_same(files, conditioning, added):
     seen = Observation({
         "agentview_rgb": np.zeros((36, 36, 3), np.uint8), "joint_states": np.zeros(7),
         "gripper_states": np.zeros(2), "ee_pos": np.zeros(3), "task_id": 7, "language": STOVE,
-    }, {})
+    })
     prepared = TRMPolicy(config.model, train.normalizer, train.proprio_stats).prepare(seen)
     assert prepared.keys() == sample.keys()
     if added:

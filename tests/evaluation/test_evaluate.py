@@ -250,7 +250,7 @@ class Dark(Observation):
     """Whose frames the driver refuses."""
 
     def __init__(self):
-        super().__init__({}, dict.fromkeys(schema.CAMERAS, lambda: 1 / 0))
+        super().__init__(dict.fromkeys(schema.CAMERAS, lambda: 1 / 0))
 
 
 @pytest.mark.parametrize("fault", ["renderer", "memory", "disk"])

@@ -55,7 +55,7 @@ class SlowlyDrawnRoad(StraightRoad):
             time.sleep(0.2)
             return frame
 
-        return Observation(values, {CAMERA: draw})
+        return Observation({**values, CAMERA: draw})
 
 
 class LookingPolicy(CountingPolicy):

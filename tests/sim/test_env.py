@@ -28,7 +28,7 @@ def played(env, observation, moves):
     return [{key: np.array(each[key]) for key in each} for each in seen]
 
 
-def test_frames_drawn_on_demand_equal_frames_drawn_in_every_step_to_the_bit(env):
+def test_lazy_frames_equal_frames_rendered_in_every_step_bit_for_bit(env):
     lazy = played(env, env.reset(init_state=3), MOVES)
     with LiberoEnv(SUITE, TASK, lazy=False) as eager_env:
         eager = played(eager_env, eager_env.reset(init_state=3), MOVES)
@@ -41,7 +41,7 @@ def test_frames_drawn_on_demand_equal_frames_drawn_in_every_step_to_the_bit(env)
     assert min(moving) > 0  # the arm was in motion throughout
 
 
-def test_an_episode_in_the_same_model_equals_one_in_a_model_built_anew_to_the_bit(env):
+def test_an_episode_in_the_same_model_equals_one_in_a_rebuilt_model_bit_for_bit(env):
     env.reset(seed=4)
     built = played(env, env.reset(init_state=3), MOVES)
     model, state = env.sim.model, env.state()
@@ -57,7 +57,7 @@ def test_an_episode_in_the_same_model_equals_one_in_a_model_built_anew_to_the_bi
 
 
 def test_collection_sees_what_control_sees_while_the_arm_moves(env, monkeypatch):
-    """A placement drawn for collection, and the same one set as an init state: equal to the bit."""
+    """A sampled layout, and the same layout set as an init state: equal bit for bit."""
     placements = []
     set_state = env._env.set_init_state
     monkeypatch.setattr(env._env, "set_init_state",
@@ -71,7 +71,7 @@ def test_collection_sees_what_control_sees_while_the_arm_moves(env, monkeypatch)
 
 
 def test_an_observation_is_not_the_current_state(env):
-    """It is what robosuite sampled on the way; at rest there is no difference."""
+    """robosuite samples it during the step; at rest there is no difference."""
     observation = env.reset(init_state=0)
     assert np.allclose(observation["ee_pos"], env.end_effector(), atol=1e-4)
     for _ in range(4):
@@ -80,7 +80,7 @@ def test_an_observation_is_not_the_current_state(env):
 
 
 def test_an_episode_begins_in_the_benchmarks_order(env, monkeypatch):
-    env.reset(seed=0)  # after which an init state needs its own fixtures
+    env.reset(seed=0)  # the next init state then needs its own fixtures
     calls = []
 
     def spy(owner, name, note):
@@ -133,8 +133,8 @@ def test_a_malformed_action_is_refused(env, action):
         env.step(action)
 
 
-def test_what_does_not_exist_is_named(env):
-    with pytest.raises(ValueError, match="init_state 50 .* expected 0 to 49"):
+def test_unknown_names_and_indices_are_refused(env):
+    with pytest.raises(ValueError, match="init_state=50 is not valid .* expected 0 to 49"):
         env.reset(init_state=50)
     with pytest.raises(ValueError, match="no object 'teapot'.*alphabet_soup_1"):
         env.object_position("teapot")
@@ -146,7 +146,7 @@ def test_what_does_not_exist_is_named(env):
         load_task(SUITE, 10)
 
 
-def test_a_placement_that_is_never_found_ends_in_an_error(env, monkeypatch):
+def test_a_layout_that_is_never_found_ends_in_an_error(env, monkeypatch):
     from robosuite.utils.errors import RandomizationError
 
     tries = []
@@ -156,7 +156,7 @@ def test_a_placement_that_is_never_found_ends_in_an_error(env, monkeypatch):
         raise RandomizationError("no room")
 
     monkeypatch.setattr(env.raw, "reset", fail)
-    with pytest.raises(RuntimeError, match="no collision-free placement of the objects in 20"):
+    with pytest.raises(RuntimeError, match="no collision-free layout of the objects in 20"):
         env.reset(seed=0)
     assert len(tries) == 20
 
@@ -170,7 +170,7 @@ def test_another_mujoco_is_refused(monkeypatch):
         load_task(SUITE, TASK)
 
 
-def test_a_seed_gives_one_placement_however_many_resets_came_before():
+def test_a_seed_gives_one_layout_however_many_resets_came_before():
     with LiberoEnv("libero_spatial", 4) as env:  # a drawer that begins open
         env.reset(seed=5)
         first = env.state(), env.model_xml()
@@ -181,8 +181,7 @@ def test_a_seed_gives_one_placement_however_many_resets_came_before():
         assert env.model_xml() == first[1]  # fixtures are placed in the model
 
 
-def test_points_are_projected_to_where_they_are_seen(env):
-    """Against robosuite's projection, for the cameras as they stand."""
+def test_points_are_projected_as_robosuite_projects_them(env):
     from robosuite.utils.camera_utils import (
         get_camera_transform_matrix,
         project_points_from_world_to_camera,

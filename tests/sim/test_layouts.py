@@ -12,8 +12,8 @@ from trm_helpers.sim.layouts import (
     _STRETCH,
     _area,
     _footprint,
-    _free_to_move,
     _in_sight,
+    _movable,
     _move,
     _overlap,
     randomise_layout,
@@ -40,7 +40,7 @@ def test_liberos_own_places_are_among_those_that_are_drawn():
         low, high = _area(env)
         for init_state in range(0, 50, 10):
             env.reset(init_state=init_state)
-            for name in _free_to_move(env):
+            for name in _movable(env):
                 position = env.object_position(name)
                 assert (low < position[:2]).all() and (position[:2] < high).all()
                 assert overreach(env, position) < _STRETCH + 0.01
@@ -48,7 +48,7 @@ def test_liberos_own_places_are_among_those_that_are_drawn():
 
 def test_objects_are_spread_and_stand_free_within_reach(env):
     env.reset(seed=0)
-    names = _free_to_move(env)
+    names = _movable(env)
     heights = {name: env.object_position(name)[2] for name in names}
     low, high = _area(env)
     assert len(names) == 7 and "basket_1" in names
@@ -77,9 +77,9 @@ def test_what_the_goal_is_about_always_moves_and_all_else_in_half_of_the_scenes(
         places = []
         for placement in ("benchmark", "wide"):
             layouts.reset(env, seed, placement)
-            places.append([env.object_position(name)[:2] for name in _free_to_move(env)])
+            places.append([env.object_position(name)[:2] for name in _movable(env)])
         moved.append(np.linalg.norm(np.diff(places, axis=0)[0], axis=1) > 0.01)
-    goal = np.isin(_free_to_move(env), ["alphabet_soup_1", "basket_1"])
+    goal = np.isin(_movable(env), ["alphabet_soup_1", "basket_1"])
     moved = np.array(moved)
     assert goal.sum() == 2 and moved[:, goal].all()
     assert 0.3 < moved[:, ~goal].mean() < 0.7
@@ -124,7 +124,7 @@ def test_on_a_table_with_furniture_too():
     """LIBERO-Goal: a cabinet, a stove and a rack stay where they are."""
     with LiberoEnv("libero_goal", 8) as env:
         env.reset(seed=0)
-        names = _free_to_move(env)
+        names = _movable(env)
         fixtures = [name for name in env.raw.obj_body_id if name not in env.raw.objects_dict]
         assert {"akita_black_bowl_1", "plate_1"} <= set(names) and len(fixtures) >= 3
         before = [env.object_position(name) for name in fixtures]
@@ -141,7 +141,7 @@ def test_the_bowl_that_is_told_by_its_place_keeps_it():
             layouts.reset(env, seed, "wide")
             bowls.append([env.object_position(f"akita_black_bowl_{n}")[:2] for n in (1, 2)])
         bowls = np.array(bowls)
-        assert set(_free_to_move(env)) == {"akita_black_bowl_2", "plate_1", "cookies_1",
+        assert set(_movable(env)) == {"akita_black_bowl_2", "plate_1", "cookies_1",
                                            "glazed_rim_porcelain_ramekin_1"}
         assert np.ptp(bowls[:, 0], axis=0).max() < 0.05 < np.ptp(bowls[:, 1], axis=0).max()
         assert solved(env, (100, 101)) >= 1
@@ -150,5 +150,5 @@ def test_the_bowl_that_is_told_by_its_place_keeps_it():
 def test_what_cannot_be_is_refused(env):
     with pytest.raises(ValueError, match="placement='far'.*'benchmark', 'wide'"):
         layouts.reset(env, placement="far")
-    with pytest.raises(ValueError, match="init_state=3 is not to be rearranged"):
+    with pytest.raises(ValueError, match="init_state=3 cannot be combined with arrange"):
         env.reset(init_state=3, arrange=randomise_layout)

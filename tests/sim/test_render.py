@@ -34,7 +34,7 @@ def looking(env, generator) -> Scene:
     return scene
 
 
-def draw_everything(monkeypatch) -> None:
+def render_everything(monkeypatch) -> None:
     monkeypatch.setattr(Scene, "_in_view", lambda self, camera, shown: (shown, shown, None))
 
 
@@ -46,13 +46,13 @@ def test_frames_are_equal_to_those_with_all_geoms_wherever_the_camera_is(env, mo
     some = np.array([(direct | mirrored)[shown].mean() for direct, mirrored, _ in views])
     assert some.min() < 0.5 and (some < 1).mean() > 0.8
     assert 0.2 < np.mean([window is not None for *_, window in views]) < 0.9
-    drawn = []
-    real = Scene._draw
-    monkeypatch.setattr(Scene, "_draw", lambda scene, *given, **more: (
-        drawn.append(more), real(scene, *given, **more))[1])
+    rendered = []
+    real = Scene._render
+    monkeypatch.setattr(Scene, "_render", lambda scene, *given, **more: (
+        rendered.append(more), real(scene, *given, **more))[1])
     few = [scene.render(CAMERA, 128) for scene in scenes]
-    assert drawn.count({"reflections": False}) > 3  # with the mirror's pixels on their own
-    draw_everything(monkeypatch)
+    assert rendered.count({"reflections": False}) > 3  # with the mirror's pixels on their own
+    render_everything(monkeypatch)
     for scene, frame in zip(scenes, few, strict=True):
         assert np.array_equal(scene.render(CAMERA, 128), frame)
     assert len({frame.tobytes() for frame in few}) == len(few)
@@ -72,7 +72,7 @@ def test_what_a_mirror_shows_is_not_left_out(env, monkeypatch):
     direct, mirrored, _ = scene._in_view(CAMERA, shown)
     assert mirrored[bowl] and not direct[bowl]
     with_bowl = scene.render(CAMERA, 128)
-    draw_everything(monkeypatch)
+    render_everything(monkeypatch)
     assert np.array_equal(scene.render(CAMERA, 128), with_bowl)
     scene.fields["geom_xpos"][bowl] = stove + (5, 0, 0.4)
     assert not np.array_equal(scene.render(CAMERA, 128), with_bowl)

@@ -1,6 +1,6 @@
-"""The LIBERO simulator: episode order, observations under their file names, frames on demand.
+"""The LIBERO simulator: episodes, observations by their file names, frames rendered on demand.
 
-Nothing here is imported from LIBERO, robosuite or MuJoCo before the first environment is built.
+LIBERO, robosuite and MuJoCo are imported when they are first needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .. import schema
 from ..software import check_pinned_versions, configure_gl, simulator_imports
 from .render import Scene
 
-_MAX_PLACEMENT_TRIES = 20  # LIBERO's own reset retries for ever
+_MAX_PLACEMENT_TRIES = 20  # LIBERO itself retries forever
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def _benchmark(suite: str):
 
 
 def load_task(suite: str, task_id: int) -> Task:
-    """Name, instruction and BDDL file of a task. ``ValueError`` lists what there is."""
+    """The task of a suite; ``ValueError`` for an unknown one."""
     task_id = schema.check_task_id(suite, task_id)
     benchmark = _benchmark(suite)
     task = benchmark.get_task(task_id)
     path = str(benchmark.get_task_bddl_file_path(task_id))
-    language = task.language  # the benchmark reads it off the file's name
-    if suite in schema.PRO_SUITES:  # whose files have the names of the tasks that they vary
+    language = task.language  # the benchmark derives it from the file's name
+    if suite in schema.PRO_SUITES:  # whose files are named after the tasks they vary
         base = load_task(schema.base_suite(suite), task_id)
         written = written_instruction(path)
         language = base.language if written == written_instruction(base.bddl_file) else written
@@ -64,7 +64,7 @@ def load_task(suite: str, task_id: int) -> Task:
 
 
 def written_instruction(bddl_file: str) -> str:
-    """The instruction in a BDDL file, which words some tasks otherwise than their names do."""
+    """The instruction in a BDDL file; its wording may differ from that of the file's name."""
     found = re.search(r"\(:language\s+([^)]*)\)", Path(bddl_file).read_text(encoding="utf-8"))
     if not found:
         raise RuntimeError(f"{bddl_file} holds no (:language ...); expected a LIBERO task")
@@ -72,7 +72,7 @@ def written_instruction(bddl_file: str) -> str:
 
 
 def load_init_states(suite: str, task_id: int) -> np.ndarray:
-    """The official init states (50, S), kept for evaluation: never collect from them."""
+    """The official init states (50, S): for evaluation only, never for demonstrations."""
     task_id = schema.check_task_id(suite, task_id)
     return np.asarray(_benchmark(suite).get_task_init_states(task_id))
 
@@ -86,58 +86,60 @@ def check_action(action) -> np.ndarray:
 
 
 class SimulatorError(RuntimeError):
-    """The simulator failed, whoever asked it."""
+    """The simulator failed, not the policy that read from it."""
 
 
 class Observation(Mapping):
-    """What the policy may see: low-dimensional arrays, and frames drawn when first read.
+    """What a policy may see: low-dimensional arrays, and frames rendered when first read.
 
     Keys are those of the HDF5 files: ``agentview_rgb``, ``eye_in_hand_rgb`` (uint8 (H, W, 3),
     upside down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
     ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, ``task_id``, and the
-    instruction as ``language``. ``rendering_seconds`` is what drawing has taken so far.
+    instruction as ``language``. ``rendering_seconds`` is the time spent on rendering so far.
+
+    Args:
+        values: by key; a function in place of a frame renders it.
     """
 
-    def __init__(self, values: dict, renderers: dict):
+    def __init__(self, values: dict):
         self._values = values
-        self._renderers = renderers
         self.rendering_seconds = 0.0
 
     def __getitem__(self, key: str):
-        if key not in self._values and key in self._renderers:
+        value = self._values[key]
+        if callable(value):
             began = time.perf_counter()
             try:
-                self._values[key] = self._renderers[key]()
-            except Exception as error:  # of a driver, whatever it raises; not of the reader
+                self._values[key] = value()
+            except Exception as error:  # whatever a driver raises
                 raise SimulatorError(f"rendering {key} failed: {error!r}") from error
             self.rendering_seconds += time.perf_counter() - began
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._values, **self._renderers})
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(set(self._values) | set(self._renderers))
+        return len(self._values)
 
 
-class LiberoEnv:
+class LiberoEnv(contextlib.AbstractContextManager):
     """One task of a suite in the simulator, reused over episodes.
 
-    Building takes 5 to 10 s on two CPU cores, a draw or the first init state about 2 s.
+    Building takes 5 to 10 s on two CPU cores, a sampled layout or the first init state 2 s.
 
     Args:
         suite: a name in :data:`schema.SUITES`.
         task_id: its index in the suite.
         image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
-        lazy: draw frames only when they are read. ``False`` draws both cameras in every step, as
-            LIBERO does; the frames are equal to the bit.
-        settle_steps, settle_action: how often (at least once) and what a reset sends while the
-            objects come to rest.
+        lazy: render a frame when it is first read. ``False`` renders both cameras in every step,
+            as LIBERO does; the frames are bit-for-bit the same.
+        settle_steps, settle_action: number (at least 1) and action of the steps in which the
+            objects come to rest after a reset.
 
     Raises:
         ValueError: unknown suite or task id.
-        RuntimeError: another version of the simulator than the pinned one, no GL library, or no
-            collision-free placement found.
+        RuntimeError: the simulator is not the pinned version, or OpenGL is missing.
     """
 
     def __init__(self, suite: str, task_id: int, *, image_size: int = schema.IMAGE_SIZE,
@@ -148,8 +150,8 @@ class LiberoEnv:
         self.image_size = image_size
         self.lazy = lazy
         self._init_states: np.ndarray | None = None
-        # while the fixtures are where a reset with seed 0 places them: what the solver, which
-        # begins from its last answer, remembers of that reset
+        # The solver's warm start after a reset with seed 0, while the fixtures are still where
+        # that reset placed them.
         self._official_start: np.ndarray | None = None
         self._scenes: dict[str, Scene] = {}
         configure_gl()
@@ -157,16 +159,16 @@ class LiberoEnv:
             with simulator_imports():
                 from libero.libero.envs import OffScreenRenderEnv
 
-            # A hard reset rebuilds the model in each draw (2 s). A soft one would place objects on
-            # fixtures relative to where the fixture is *and* to where the reset moves it: the bowl
-            # on the stove lands 40 cm beside it. Official init states draw nothing: see _rewind.
+            # Hard resets rebuild the model (2 s). A soft reset places objects on fixtures relative
+            # to where the fixture is *and* to where the reset moves it: the bowl on the stove lands
+            # 40 cm beside it. Official init states need no reset of either kind: see _rewind.
             self._env = OffScreenRenderEnv(
                 bddl_file_name=self.task.bddl_file, camera_heights=image_size,
                 camera_widths=image_size, hard_reset=True, ignore_done=True,
             )
         if lazy:
             self._install_lazy_cameras()
-        self._close_at_exit = weakref.finalize(self, _close, self._env)
+        self._close_at_exit = weakref.finalize(self, self.raw.close)
         atexit.register(self._close_at_exit)  # before EGL's own exit handler
 
     # --- episodes ---------------------------------------------------------------------------------
@@ -177,22 +179,23 @@ class LiberoEnv:
         """Start an episode and let the objects settle.
 
         Args:
-            init_state: index of an official init state, set after a reset with seed 0 (fixtures are
-                placed in the reset and are no part of the state). ``None`` keeps the placement that
-                the reset draws.
-            seed: of that draw. NumPy's global generator, which robosuite draws from, is left as
-                it was found.
+            init_state: index of an official init state, set after a reset with seed 0: the reset
+                places the fixtures, which are not part of the state. ``None`` samples a layout.
+            seed: of the sampled layout. NumPy's global generator, from which robosuite samples, is
+                left as it was found.
             arrange: moves the objects of a sampled layout before they settle, as
-                :func:`layouts.randomise_layout` does; gets a generator seeded with ``seed``.
+                :func:`layouts.randomise_layout` does; receives a generator seeded with ``seed``.
 
         Returns:
             the observation of the last settle step.
 
         Raises:
-            ValueError: an init state that does not exist, or one to be rearranged.
+            ValueError: unknown init state, or an init state together with ``arrange``.
+            RuntimeError: no collision-free layout found.
         """
         if arrange and init_state is not None:
-            raise ValueError(f"init_state={init_state} is not to be rearranged; expected None")
+            raise ValueError(f"init_state={init_state} cannot be combined with arrange; expected "
+                             "init_state=None")
         if init_state is not None and self._official_start is not None:
             self._rewind()
         else:
@@ -200,30 +203,27 @@ class LiberoEnv:
             generator_state = np.random.get_state()
             try:
                 self._env.seed(0 if init_state is not None else seed)
-                self._place()
+                self._sample_layout()
             finally:
                 np.random.set_state(generator_state)
             if init_state is not None:
                 self._official_start = self.sim.data._data.qacc_warmstart.copy()
         if arrange:
             arrange(self, np.random.default_rng(seed))
-        # also a drawn placement is set as a state: robosuite samples observations at an instant
-        # that depends on how often they were forced, and collection is to see what control sees
+        # A sampled layout is set as a state too: when robosuite samples observations depends on how
+        # often they were forced, and collection has to see what control sees.
         self._env.set_init_state(
-            self.state() if init_state is None else self._init_state(init_state)
-        )
+            self.state() if init_state is None else self._init_state(init_state))
         for _ in range(self.settle_steps):
             observation, _ = self.step(self.settle_action)
         return observation
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """Execute one action for 1/20 s.
-
-        Args:
-            action: (7,) OSC_POSE delta and gripper, in [-1, 1].
+        """Execute one action (7,), OSC_POSE delta and gripper in [-1, 1], for 1/20 s.
 
         Returns:
-            what robosuite sampled during the step, and whether the task is solved after it.
+            the observation that robosuite sampled during the step, and whether the task is solved
+            after it.
         """
         values, _, done, _ = self._env.step(check_action(action))
         return self._observe(values), bool(done)
@@ -236,10 +236,9 @@ class LiberoEnv:
         return self._observe(self._env.set_init_state(state))
 
     def set_fixtures(self, model_xml: str) -> None:
-        """Move the fixtures to where they are in a stored model, until the next reset.
+        """Move the fixtures to their places in a stored model, until the next reset.
 
-        Fixtures are placed in the model by a reset and are no part of a state. Raises
-        ``ValueError`` for a model with other bodies than this task's.
+        Raises ``ValueError`` for a model with other bodies than this task's.
         """
         self._official_start = None
         model = self.sim.model
@@ -256,16 +255,13 @@ class LiberoEnv:
         self.sim.forward()
 
     def close(self) -> None:
-        """Free the renderer. Frames that were not read are lost."""
+        """Free the renderer. Unread frames are lost."""
         self._close_at_exit()
-
-    def __enter__(self) -> LiberoEnv:
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
 
-    # --- what demonstrators and data files need ---------------------------------------------------
+    # --- the scene now, beyond what a policy may see ----------------------------------------------
 
     @property
     def raw(self):
@@ -290,13 +286,22 @@ class LiberoEnv:
         return self.sim.model.get_xml()
 
     def end_effector(self) -> np.ndarray:
-        """Position (3,) in metres now, not when the observation was sampled."""
+        """Position (3,) in metres."""
         return np.array(self.sim.data.site_xpos[self.raw.robots[0].eef_site_id])
 
-    def project(self, points: np.ndarray, camera: str) -> np.ndarray:
-        """Columns and rows (n, 2) of points (n, 3), in metres, in a camera's upright frame now.
+    def fingers(self) -> float:
+        """Distance between the fingers in metres; 0.08 is open."""
+        left, right = self.raw.robots[0]._ref_gripper_joint_pos_indexes
+        return float(self.sim.data.qpos[left] - self.sim.data.qpos[right])
 
-        NaN for what is behind the camera; pixels outside of the frame are given as well.
+    def camera_position(self, camera: str) -> np.ndarray:
+        """Position (3,) in metres of a camera."""
+        return np.array(self.sim.data.cam_xpos[self._camera(camera)])
+
+    def project(self, points: np.ndarray, camera: str) -> np.ndarray:
+        """Columns and rows (n, 2) of points (n, 3), in metres, in a camera's upright frame.
+
+        Points outside the frame are projected too; those behind the camera are NaN.
         """
         model, data = self.sim.model, self.sim.data
         index = self._camera(camera)
@@ -304,99 +309,82 @@ class LiberoEnv:
         right, up, back = ((points - data.cam_xpos[index]) @ axes).T
         focal = self.image_size / 2 / np.tan(np.radians(model.cam_fovy[index]) / 2)  # pixels
         depth = np.where(back < 0, -back, np.nan)
-        centre = (self.image_size - 1) / 2  # rows and columns are counted at pixels' centres
+        centre = (self.image_size - 1) / 2  # rows and columns count from pixel centres
         return np.stack([centre + focal * right / depth, centre - focal * up / depth], axis=1)
 
-    def camera_position(self, camera: str) -> np.ndarray:
-        """Position (3,) in metres now of a camera."""
-        return np.array(self.sim.data.cam_xpos[self._camera(camera)])
-
-    def fingers(self) -> float:
-        """Distance between the fingers in metres: 0.08 is open."""
-        left, right = self.raw.robots[0]._ref_gripper_joint_pos_indexes
-        return float(self.sim.data.qpos[left] - self.sim.data.qpos[right])
-
     def object_position(self, name: str) -> np.ndarray:
-        """Position (3,) in metres now of an object or fixture named in the BDDL file."""
-        return np.array(self.sim.data.body_xpos[self._body(name)])
+        """Position (3,) in metres of an object or fixture named in the BDDL file."""
+        if name not in self.raw.obj_body_id:
+            known = ", ".join(sorted(self.raw.obj_body_id))
+            raise ValueError(f"no object {name!r} in {self.task.name}; expected one of {known}")
+        return np.array(self.sim.data.body_xpos[self.raw.obj_body_id[name]])
 
     def heights(self) -> dict[str, float]:
-        """Height in metres now of every movable object by its name in the BDDL file."""
+        """Height in metres of every movable object."""
         return {name: float(self.object_position(name)[2]) for name in self.raw.objects_dict}
 
     def goal_objects(self) -> list[str]:
-        """The movable objects that the goal is about, what is to be moved before its target."""
+        """Movable objects in the goal, each object to be moved before its target."""
         named = (name for predicate in self.raw.parsed_problem["goal_state"]
                  for name in predicate[1:])
         return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
 
     def goal_parts(self) -> dict[str, str]:
-        """Objects and fixtures that the goal is about, itself or a region of theirs, by their part.
+        """Objects and fixtures in the goal, by their part in it; a region counts as its fixture.
 
         The parts are ``object`` and ``target``, of a second predicate ``object 2`` and so on.
         """
-        things, sites = {}, self.raw.object_sites_dict
+        parts, sites = {}, self.raw.object_sites_dict
         for number, predicate in enumerate(self.raw.parsed_problem["goal_state"], start=1):
             for part, name in zip(("object", "target"), predicate[1:], strict=False):
-                things[part if number == 1 else f"{part} {number}"] = (
+                parts[part if number == 1 else f"{part} {number}"] = (
                     name if name in self.raw.obj_body_id else sites[name].parent_name)
-        return things
-
-    def object_rotation(self, name: str) -> np.ndarray:
-        """Rotation matrix (3, 3) now of an object or fixture named in the BDDL file."""
-        return np.array(self.sim.data.body_xmat[self._body(name)]).reshape(3, 3)
+        return parts
 
     # --- inside -----------------------------------------------------------------------------------
 
     def _camera(self, name: str) -> int:
         return self.sim.model.camera_name2id(schema.CAMERAS[name].removesuffix("_image"))
 
-    def _body(self, name: str) -> int:
-        try:
-            return self.raw.obj_body_id[name]
-        except KeyError:
-            known = ", ".join(sorted(self.raw.obj_body_id))
-            raise ValueError(f"no object {name!r} in {self.task.name}; there are {known}") from None
-
     def _init_state(self, index: int) -> np.ndarray:
         if self._init_states is None:
             self._init_states = load_init_states(self.task.suite, self.task.task_id)
         if not 0 <= index < len(self._init_states):
-            raise ValueError(f"init_state {index} of {self.task.name}; "
+            raise ValueError(f"init_state={index} is not valid for {self.task.name}; "
                              f"expected 0 to {len(self._init_states) - 1}")
         return self._init_states[index]
 
-    def _place(self) -> None:
+    def _sample_layout(self) -> None:
         from robosuite.utils.errors import RandomizationError
 
-        # LIBERO adds the samplers of drawers and knobs once more in each reset and draws from all
-        # of them: the placements after a seed would depend on how many resets there were before
+        # Each reset of LIBERO adds the samplers of drawers and knobs again and samples from all of
+        # them; the layout of a seed would depend on the number of earlier resets.
         self.raw.object_property_initializers.clear()
         for _ in range(_MAX_PLACEMENT_TRIES):
             with contextlib.suppress(RandomizationError):
                 self.raw.reset()
                 return
-        raise RuntimeError(f"{self.task.name}: no collision-free placement of the objects in "
+        raise RuntimeError(f"{self.task.name}: no collision-free layout of the objects in "
                            f"{_MAX_PLACEMENT_TRIES} tries")
 
     def _rewind(self) -> None:
-        """Reset the robot and the clock in the model as it is; 2 s less than building it anew.
+        """Reset the robot and the clock, but keep the model and its fixtures; saves 2 s.
 
-        The fixtures stay. An episode after it equals one after a rebuilt model to the bit.
+        An episode after it equals one after a hard reset bit for bit.
         """
         self.raw.deterministic_reset = True
         try:
             self.raw.reset()
         finally:
             self.raw.deterministic_reset = False
-        for robot in self.raw.robots:  # robosuite leaves this one out of a deterministic reset
+        for robot in self.raw.robots:  # not part of robosuite's deterministic reset
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self.sim.data._data.qacc_warmstart[:] = self._official_start
 
     def _observe(self, values: Mapping) -> Observation:
         from robosuite.utils.transform_utils import quat2axisangle
 
-        low = {
+        seen = {
             "joint_states": np.array(values["robot0_joint_pos"]),
             "gripper_states": np.array(values["robot0_gripper_qpos"]),
             "ee_pos": np.array(values["robot0_eef_pos"]),
@@ -404,26 +392,23 @@ class LiberoEnv:
             "task_id": self.task.task_id,
             "language": self.task.language,
         }
-        low["ee_states"] = np.concatenate([low["ee_pos"], low["ee_ori"]])
-        if not self.lazy:
-            return Observation({**low, **{k: values[v] for k, v in schema.CAMERAS.items()}}, {})
-        renderers = {
-            key: functools.partial(self._scenes[live].render, live.removesuffix("_image"),
-                                   self.image_size)
-            for key, live in schema.CAMERAS.items()
-        }
-        return Observation(low, renderers)
+        seen["ee_states"] = np.concatenate([seen["ee_pos"], seen["ee_ori"]])
+        for key, live in schema.CAMERAS.items():
+            render = functools.partial(Scene.render, self._scenes.get(live),
+                                       live.removesuffix("_image"), self.image_size)
+            seen[key] = render if self.lazy else values[live]
+        return Observation(seen)
 
     def _install_lazy_cameras(self) -> None:
-        """Replace the camera sensors, now and in each reset, by ones that keep the scene.
+        """Replace the camera sensors, now and after each reset, by sensors that store the scene.
 
-        robosuite goes on deciding when they sample, so the instant is the one of eager rendering.
+        robosuite still decides when they sample, so the instant is that of eager rendering.
         """
         raw, scenes = self.raw, self._scenes
 
         def keep_scene(live_name: str, _cache: dict) -> np.ndarray:
             scenes[live_name] = Scene(raw)
-            return np.zeros(2)  # stands in for the frame inside robosuite
+            return np.zeros(2)  # robosuite expects an array
 
         def make_lazy(observables: dict) -> dict:
             for live_name in schema.CAMERAS.values():
@@ -437,14 +422,9 @@ class LiberoEnv:
         make_lazy(raw._observables)
 
 
-def _close(env) -> None:
-    with contextlib.suppress(AttributeError):  # already closed
-        env.env.close()
-
-
 @contextlib.contextmanager
 def _quiet():
-    """Hide the notices that LIBERO and robosuite print and log while they load."""
+    """Suppress what LIBERO and robosuite print, log and warn of while they load."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Where things are in the scene, and whether the gripper has room among them.
+"""Bounding boxes of objects, room for the gripper, and the reach of the arm.
 
 Positions are in metres in the world: x away from the robot's base, y to its left, z up.
 """
@@ -12,13 +12,12 @@ import numpy as np
 from .env import LiberoEnv
 
 UP = np.array([0.0, 0.0, 1.0])
-_ROOM = 0.003  # metres that the gripper keeps from what it must not touch
-# The Panda from its base: the shoulder's height, what the wrist stands above the site of a gripper
-# that points down and beside it (joint 7's offset); the elbow is straight at 0.71 m.
-_SHOULDER_HEIGHT = 0.333
-_WRIST_ABOVE = 0.21
-_WRIST_BESIDE = 0.088
-_COMFORTABLE_REACH = 0.68
+_CLEARANCE = 0.003  # metres between the gripper and what it must not touch
+# The Panda, in metres
+_SHOULDER_HEIGHT = 0.333  # above the base
+_WRIST_ABOVE = 0.21  # the site of a gripper that points down
+_WRIST_BESIDE = 0.088  # that site: joint 7's offset
+_COMFORTABLE_REACH = 0.68  # from shoulder to wrist; the elbow is straight at 0.71
 
 
 def turned(yaw: float) -> np.ndarray:
@@ -29,7 +28,7 @@ def turned(yaw: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes around collision geometries, each in its own axes, where they are now."""
+    """Bounding boxes of collision geometries, each in its own axes, at their positions now."""
 
     centre: np.ndarray  # (G, 3)
     rotation: np.ndarray  # (G, 3, 3)
@@ -49,26 +48,26 @@ class Boxes:
         return self.centre @ frame.T - reach, self.centre @ frame.T + reach
 
     def bounds(self, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest corner (3,) of them all."""
+        """Lowest and highest corner (3,) of all boxes together."""
         low, high = self.corners(yaw)
         return low.min(axis=0), high.max(axis=0)
 
     def share_inside(self, points: np.ndarray) -> float:
-        """Which share of ``points`` (N, 3) is in a box."""
+        """Fraction of ``points`` (N, 3) inside a box."""
         local = np.einsum("gji,ngj->ngi", self.rotation, points[:, None] - self.centre)
         return float((np.abs(local) < self.half).all(axis=-1).any(axis=-1).mean())
 
     def near(self, point: np.ndarray, distance: float) -> Boxes:
-        """Those whose middle and corners may come nearer than ``distance`` to ``point`` (3,)."""
-        size = np.linalg.norm(self.half, axis=1)
-        some = np.linalg.norm(self.centre - point, axis=1) < size + distance
-        return Boxes(self.centre[some], self.rotation[some], self.half[some])
+        """Boxes that may come closer than ``distance`` metres to ``point`` (3,)."""
+        radius = np.linalg.norm(self.half, axis=1)
+        close = np.linalg.norm(self.centre - point, axis=1) < radius + distance
+        return Boxes(self.centre[close], self.rotation[close], self.half[close])
 
     def tops_along(self, start: np.ndarray, end: np.ndarray, corridor: float) -> np.ndarray:
-        """Heights of those nearer than ``corridor`` metres to the straight way between points."""
+        """Top heights of the boxes within ``corridor`` metres of the line between two points."""
         low, high = self.corners()
         path = np.linspace(start[:2], end[:2], 20)[:, None]  # (20, 1, 2)
-        beside = path - np.clip(path, low[:, :2], high[:, :2])  # from the nearest point of each
+        beside = path - np.clip(path, low[:, :2], high[:, :2])  # from each box's nearest point
         return high[np.linalg.norm(beside, axis=-1).min(axis=0) < corridor, 2]
 
 
@@ -83,10 +82,10 @@ def _grid(*axes) -> np.ndarray:
 
 
 def _open_gripper() -> np.ndarray:
-    """Points (N, 3) of the open Panda gripper, in metres from its site, pointing down.
+    """Points (N, 3) of the open Panda gripper pointing down, in metres from its site.
 
-    Axes: along the jaw, the way in which it closes, up. Measured on the collision meshes; 8 mm
-    apart, as drawers have thin walls.
+    Axes: along the jaw, the closing direction, up. Measured on the collision meshes. Points are
+    8 mm apart because drawers have thin walls.
     """
     along = (-0.011, 0.0, 0.011)
     tips = _grid(along, (0.037, 0.045, 0.053), np.arange(-0.009, 0.025, 0.008))
@@ -101,26 +100,23 @@ _GRIPPER = _open_gripper()
 
 
 def crowding(point: np.ndarray, yaw: float, boxes: Boxes) -> float:
-    """Which share of the open gripper's outline would be in boxes with the site at ``point`` (3,).
-
-    Zero: it has room there.
-    """
-    roomy = Boxes(boxes.centre, boxes.rotation, boxes.half + _ROOM)
-    return roomy.share_inside(point + _GRIPPER @ turned(yaw).T)
+    """Fraction of the open gripper inside the boxes, with its site at ``point`` (3,); 0 is free."""
+    enlarged = Boxes(boxes.centre, boxes.rotation, boxes.half + _CLEARANCE)
+    return enlarged.share_inside(point + _GRIPPER @ turned(yaw).T)
 
 
 def way_out(points: np.ndarray, height: float, boxes: Boxes) -> np.ndarray:
-    """The shortest horizontal move (3,) after which ``points`` (N, 3) can go up by ``height``.
+    """The shortest horizontal move (3,) after which ``points`` (N, 3) can rise by ``height``.
 
-    No move when there is nothing above, or no free place within 12 cm.
+    Zero where nothing is above, or where no place within 12 cm is free.
     """
     directions = [turned(angle)[0] for angle in np.radians(np.arange(0, 360, 45))]
     moves = [np.zeros(3)] + [r * way for r in (0.02, 0.04, 0.08, 0.12) for way in directions]
     solid = Boxes(boxes.centre, boxes.rotation, np.maximum(boxes.half, 0.003))  # boards are thin
-    begin = 0.02  # it is lifted off its support, moved, then lifted on
-    up = np.arange(begin, height, 0.005)[:, None, None] * UP  # (L, 1, 3)
+    lift = 0.02  # the object is lifted off its support, moved, and lifted further
+    up = np.arange(lift, height, 0.005)[:, None, None] * UP  # (L, 1, 3)
     for move in moves:
-        aside = begin * UP + np.linspace(0, 1, 10)[:, None, None] * move  # (10, 1, 3)
+        aside = lift * UP + np.linspace(0, 1, 10)[:, None, None] * move  # (10, 1, 3)
         way = np.concatenate([points + aside, points + move + up]).reshape(-1, 3)
         if solid.share_inside(way) == 0:
             return move
@@ -128,7 +124,7 @@ def way_out(points: np.ndarray, height: float, boxes: Boxes) -> np.ndarray:
 
 
 def overreach(env: LiberoEnv, point: np.ndarray) -> float:
-    """Metres by which the arm stretches further than it likes to, pointing down at ``point``."""
+    """Metres beyond the comfortable reach, with the gripper pointing down at ``point``."""
     from_base = point - env.sim.data.body_xpos[env.sim.model.body_name2id("robot0_base")]
     out = np.linalg.norm(from_base[:2]) - _WRIST_BESIDE
     return max(0.0, np.hypot(out, from_base[2] + _WRIST_ABOVE - _SHOULDER_HEIGHT)

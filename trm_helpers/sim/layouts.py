@@ -1,6 +1,6 @@
-"""Wide placements: the goal's objects anywhere within reach, not where the benchmark has them.
+"""Randomised layouts: the goal's objects anywhere within reach, not at the benchmark's places.
 
-A policy that always saw an object in the same five centimetres can succeed without looking at it.
+A policy that has always seen an object in the same five centimetres can succeed without looking.
 """
 
 from __future__ import annotations
@@ -15,45 +15,44 @@ from .env import LiberoEnv, Observation
 from .geometry import Boxes, geoms_of, overreach
 
 _MARGIN = 0.05  # metres beyond the regions that the task itself uses
-_STRETCH = 0.05  # metres beyond the comfortable reach, as far as LIBERO goes
-_AT_HOME = 0.5  # of what the goal is not about: what stands beside its object stands there often
-_TRIES = 200  # positions for one object before all begin anew
+_STRETCH = 0.05  # metres beyond the comfortable reach, as in LIBERO's own layouts
+_STAY_PROBABILITY = 0.5  # of an object outside the goal: it often stands beside the goal's object
+_TRIES = 200  # positions for one object before all are sampled again
 _ROUNDS = 50
 
 
 def reset(env: LiberoEnv, seed: int = 0, placement: str = "benchmark") -> Observation:
-    """Start an episode from a sampled layout: LIBERO's own, or that of :func:`randomise_layout`."""
+    """Start an episode from a sampled layout: LIBERO's own, or a randomised one (``wide``)."""
     schema.check_option("placement", placement, schema.PLACEMENTS)
     return env.reset(seed=seed, arrange=randomise_layout if placement == "wide" else None)
 
 
 def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
-                 staying: Collection[str] = ()) -> None:
-    """Move what stands on the task's table or floor to free places that the arm can reach.
+                     staying: Collection[str] = ()) -> None:
+    """Move objects on the task's table or floor to free places within the arm's reach.
 
-    What the goal is about always moves, each other thing in half of the scenes. The places are
-    drawn uniformly over the rectangle around all of the task's regions. Things may stand side by
-    side, and as far out as in LIBERO's own scenes. Fixtures stay, and so does what lies on or in
-    another thing, with the thing; and an object of the goal that is told from others of its kind by
-    where it is, as the bowl of LIBERO-Spatial, for the others stand elsewhere. Orientations stay
-    too. No thing hides what has been moved of the goal's from the agent view.
+    The goal's objects always move, each other object with probability 0.5. Places are uniform over
+    the rectangle around all of the task's regions, and orientations are kept. Fixtures do not move;
+    nor do objects on or in another object, and objects of the goal that share their kind with
+    another object, because their place is what identifies them (the bowl of LIBERO-Spatial). No
+    object hides a moved object of the goal from the agent view.
 
     Args:
         env: the environment, just reset, before the objects settle.
         generator: of the places.
-        staying: names of objects that are not moved, and may hide others.
+        staying: names of objects that are not moved and may hide others.
 
     Raises:
         RuntimeError: no free places found.
     """
     low, high = _area(env)
     goal = env.goal_parts().values()
-    names = [name for name in _free_to_move(env) if name not in staying
-             and (name in goal or generator.random() >= _AT_HOME)]
+    names = [name for name in _movable(env) if name not in staying
+             and (name in goal or generator.random() >= _STAY_PROBABILITY)]
     obstacles = [_footprint(env, name) for name in env.raw.obj_body_id if name not in names]
     largest_first = sorted(names, key=lambda name: -np.prod(np.diff(_footprint(env, name), axis=0)))
     for _ in range(_ROUNDS):
-        moves = _draw(env, largest_first, obstacles, low, high, generator)
+        moves = _sample_moves(env, largest_first, obstacles, low, high, generator)
         if moves is None:
             continue
         _move(env, moves)
@@ -61,11 +60,28 @@ def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
             return
         _move(env, {name: -move for name, move in moves.items()})
     raise RuntimeError(f"{env.task.name}: no free places for {', '.join(names)} in {_ROUNDS} "
-                       "rounds; expected room for all within the arm's reach, the goal's in sight")
+                       "rounds; expected all within the arm's reach, the goal's in sight")
+
+
+def _sample_moves(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] | None:
+    """A move (2,) in metres for each object, or ``None`` when one finds no place."""
+    taken, moves = list(obstacles), {}
+    for name in names:
+        footprint, height = _footprint(env, name), env.object_position(name)[2]
+        for _ in range(_TRIES):
+            place = generator.uniform(low, high)
+            move = place - footprint.mean(axis=0)
+            reachable = overreach(env, np.array([*place, height])) <= _STRETCH
+            if reachable and not any(_overlap(footprint + move, other) for other in taken):
+                break
+        else:
+            return None
+        taken.append(footprint + move)
+        moves[name] = move
+    return moves
 
 
 def _move(env: LiberoEnv, moves: dict[str, np.ndarray]) -> None:
-    """Move objects by so much (2,) in metres."""
     for name, move in moves.items():
         joint = env.raw.get_object(name).joints[-1]
         position = env.sim.data.get_joint_qpos(joint).copy()
@@ -75,42 +91,12 @@ def _move(env: LiberoEnv, moves: dict[str, np.ndarray]) -> None:
 
 
 def _in_sight(env: LiberoEnv, name: str, ignored: Collection[str]) -> bool:
-    """Whether nothing stands between a thing's middle and the still camera; the robot may."""
+    """Whether no object stands between an object's centre and the agent view; the robot may."""
     others = [other for other in env.raw.obj_body_id if other != name and other not in ignored]
     boxes = Boxes.of_geoms(env, geoms_of(env, *others))
     low, high = Boxes.of_geoms(env, geoms_of(env, name)).bounds()
     way = np.linspace((low + high) / 2, env.camera_position(schema.STILL_CAMERA), 200)
     return boxes.share_inside(way) == 0
-
-
-def _draw(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] | None:
-    """A move (2,) in metres for each object, or ``None`` when one finds no place."""
-    taken, moves = list(obstacles), {}
-    for name in names:
-        footprint, height = _footprint(env, name), env.object_position(name)[2]
-        for _ in range(_TRIES):
-            place = generator.uniform(low, high)
-            move = place - footprint.mean(axis=0)
-            there = footprint + move
-            reachable = overreach(env, np.array([*place, height])) <= _STRETCH
-            if reachable and not any(_overlap(there, other) for other in taken):
-                break
-        else:
-            return None
-        taken.append(there)
-        moves[name] = move
-    return moves
-
-
-def _told_by_place(env: LiberoEnv) -> set[str]:
-    """Objects of the goal of which there are others of the same kind."""
-    kinds = Counter(_kind(name) for name in env.raw.objects_dict)
-    return {name for predicate in env.raw.parsed_problem["goal_state"] for name in predicate[1:]
-            if name in env.raw.objects_dict and kinds[_kind(name)] > 1}
-
-
-def _kind(name: str) -> str:
-    return name.rsplit("_", 1)[0]
 
 
 def _surface_regions(env: LiberoEnv) -> dict[str, dict]:
@@ -129,14 +115,19 @@ def _area(env: LiberoEnv) -> tuple[np.ndarray, np.ndarray]:
             ranges[:, 2:].max(axis=0) + _MARGIN + offset)
 
 
-def _free_to_move(env: LiberoEnv) -> list[str]:
-    """Objects that begin on the table or the floor with nothing on them, and may be moved."""
+def _movable(env: LiberoEnv) -> list[str]:
+    """Objects that start on the table or the floor, carry no other and may change place."""
     placed = {predicate[1]: predicate[2] for predicate in
               env.raw.parsed_problem["initial_state"] if len(predicate) == 3}
-    regions = _surface_regions(env)
-    staying = set(placed.values()) | _told_by_place(env)  # what carries another thing, first
-    return [name for name, place in placed.items()
-            if place in regions and name in env.raw.objects_dict and name not in staying]
+    kinds = Counter(_kind(name) for name in env.raw.objects_dict)
+    identified_by_place = {name for name in env.goal_objects() if kinds[_kind(name)] > 1}
+    regions, carrying = _surface_regions(env), set(placed.values())
+    return [name for name, place in placed.items() if place in regions
+            and name in env.raw.objects_dict and name not in carrying | identified_by_place]
+
+
+def _kind(name: str) -> str:
+    return name.rsplit("_", 1)[0]
 
 
 def _footprint(env: LiberoEnv, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Frames of a moment that has passed, to the bit, without drawing what cannot be in the picture."""
+"""Frames of a past instant, bit for bit, rendered without what cannot be in the frame."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# What mjv_updateScene reads of the moving scene. A copy of these is enough to draw it later.
+# what mjv_updateScene reads of the moving scene; a copy is enough to render it later
 _FIELDS = (
     "geom_xpos", "geom_xmat", "site_xpos", "site_xmat",
     "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
@@ -28,21 +28,24 @@ def upright(images) -> np.ndarray:
 
 
 class Scene:
-    """The scene as it was when robosuite sampled a camera."""
+    """The scene at the instant at which robosuite sampled a camera."""
 
     def __init__(self, raw):
         self.raw = raw
         self.sim = raw.sim
-        data = self.sim.data._data
-        self.fields = {name: getattr(data, name).copy() for name in _FIELDS}
-        self.site_rgba = self.sim.model._model.site_rgba.copy()  # a stove's flame is a site
+        self.fields = {name: array.copy() for name, array in self._live().items()}
+
+    def _live(self) -> dict[str, np.ndarray]:
+        arrays = {name: getattr(self.sim.data._data, name) for name in _FIELDS}
+        return {**arrays, "site_rgba": self.sim.model._model.site_rgba}  # a stove's flame
 
     def render(self, camera: str, size: int) -> np.ndarray:
         """uint8 (size, size, 3) of a camera, upside down as in the files.
 
-        MuJoCo draws every geom that is not hidden, and once more for each mirror in the scene. Here
-        it gets those that may be seen; and where a mirror takes up little of the picture, the
-        rest is drawn without reflections, and the mirror's pixels from what shows in or before it.
+        MuJoCo renders every geom that is not hidden, once for the camera and once more for each
+        mirror. This renders only geoms that may be visible. Where mirrors cover little of the
+        frame, the frame is rendered without reflections, and the mirrors' pixels separately from
+        the geoms that appear in or in front of them.
         """
         if self.raw.sim is not self.sim:
             raise RuntimeError(
@@ -51,28 +54,37 @@ class Scene:
         context = self.sim._render_context_offscreen
         with self._restored():
             context.gl_ctx.make_current()
-            shown = np.asarray(context.vopt.geomgroup, dtype=bool)
-            direct, mirrored, window = self._in_view(camera, shown[self._groups])
+            groups = np.asarray(context.vopt.geomgroup, dtype=bool)
+            direct, mirrored, window = self._in_view(
+                camera, groups[self.sim.model._model.geom_group])
             work = self._faces(direct | mirrored)
             if window is None or self._faces(direct) + 2 * self._faces(mirrored) > 2 * work:
-                return self._draw(camera, size, direct | mirrored)
-            frame = self._draw(camera, size, direct, reflections=False)
+                return self._render(camera, size, direct | mirrored)
+            frame = self._render(camera, size, direct, reflections=False)
             (left, bottom), (right, top) = _pixels(window, size)
-            part = self._draw(camera, size, mirrored)[bottom:top, left:right]
+            part = self._render(camera, size, mirrored)[bottom:top, left:right]
             frame[bottom:top, left:right] = part
             return frame
 
-    @property
-    def _groups(self) -> np.ndarray:
-        return self.sim.model._model.geom_group
+    @contextlib.contextmanager
+    def _restored(self) -> Iterator[None]:
+        """The simulator as it was at this scene's instant, and afterwards as it is now."""
+        live = self._live()
+        now = {name: array.copy() for name, array in live.items()}
+        try:
+            for name, array in live.items():
+                array[:] = self.fields[name]
+            yield
+        finally:
+            for name, array in live.items():
+                array[:] = now[name]
 
-    def _draw(self, camera: str, size: int, drawn: np.ndarray,
-              reflections: bool = True) -> np.ndarray:
-        """The frame with those geoms (ngeom,) alone."""
-        context, groups = self.sim._render_context_offscreen, self._groups
+    def _render(self, camera: str, size: int, visible: np.ndarray,
+                reflections: bool = True) -> np.ndarray:
+        """The frame with the geoms ``visible`` (ngeom,) only."""
+        context, groups = self.sim._render_context_offscreen, self.sim.model._model.geom_group
         kept, kept_flag = groups.copy(), context.scn.flags[_REFLECTION]
-        shown = np.asarray(context.vopt.geomgroup, dtype=bool)
-        groups[~drawn] = int(np.flatnonzero(~shown)[-1])
+        groups[~visible] = np.flatnonzero(np.asarray(context.vopt.geomgroup) == 0)[-1]
         context.scn.flags[_REFLECTION] = kept_flag and reflections
         try:
             return np.array(self.sim.render(camera_name=camera, width=size, height=size))
@@ -80,36 +92,18 @@ class Scene:
             groups[:] = kept
             context.scn.flags[_REFLECTION] = kept_flag
 
-    def _faces(self, drawn: np.ndarray) -> int:
-        """Of the meshes among geoms (ngeom,): what drawing costs where no GPU does it."""
+    def _faces(self, geoms: np.ndarray) -> int:
+        """Mesh faces of geoms (ngeom,) bool: the cost of rendering without a GPU."""
         model = self.sim.model._model
-        return int(model.mesh_facenum[model.geom_dataid[drawn & (model.geom_type == _MESH)]].sum())
-
-    @contextlib.contextmanager
-    def _restored(self) -> Iterator[None]:
-        data, model = self.sim.data._data, self.sim.model._model
-        now = {name: getattr(data, name).copy() for name in _FIELDS}
-        rgba_now = model.site_rgba.copy()
-        self._assign(data, self.fields)
-        model.site_rgba[:] = self.site_rgba
-        try:
-            yield
-        finally:
-            self._assign(data, now)
-            model.site_rgba[:] = rgba_now
-
-    @staticmethod
-    def _assign(data, fields: dict) -> None:
-        for name, value in fields.items():
-            getattr(data, name)[:] = value
+        return int(model.mesh_facenum[model.geom_dataid[geoms & (model.geom_type == _MESH)]].sum())
 
     def _in_view(self, camera: str, shown: np.ndarray
                  ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Geoms (ngeom,) bool that a camera may see, and those that show in or before its mirrors.
+        """Geoms (ngeom,) bool that a camera may see, and geoms in or in front of its mirrors.
 
-        A mirror is a box or plane of a reflecting material. The last value is the window that all
-        mirrors lie in, or None where that is the whole picture. By bounding boxes; LIBERO's lights
-        cast no shadows, where one does everything is drawn.
+        A mirror is a box or plane of a reflecting material. The last value is the window of all
+        mirrors, or ``None`` for the whole frame. Geoms are tested by their bounding boxes. LIBERO's
+        lights cast no shadows; if one does, every geom counts as visible.
         """
         model, index = self.sim.model._model, self.sim.model.camera_name2id(camera)
         if (model.light_castshadow != 0).any():
@@ -139,7 +133,7 @@ class Scene:
         if not windows:
             return direct, mirrored, None
         low, high = np.min(windows, axis=0)[0], np.max(windows, axis=0)[1]
-        mirrored |= _in_window(seen, np.array([low, high]))  # between them, for there are several
+        mirrored |= _in_window(seen, np.array([low, high]))  # also between several mirrors
         small = (low > whole[0]).any() or (high < whole[1]).any()
         return direct, mirrored & shown, np.array([low, high]) / edge if small else None
 
@@ -147,7 +141,7 @@ class Scene:
 def _window(points: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Lowest and highest x / depth and y / depth (2, 2) of points (n, 3), within a window.
 
-    Points are in the camera's coordinates, where depth is -z.
+    Points are in camera coordinates, where depth is -z.
     """
     if (points[:, 2] > -_MARGIN).any():
         return whole
@@ -156,15 +150,15 @@ def _window(points: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _in_window(points: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """(n,) bool: hulls of points (n, 8, 3) that may reach into what is seen through a window."""
+    """(n,) bool: whether the hull of the points (n, 8, 3) may be seen through a window."""
     depth = -points[..., 2:]
     low, high = window
-    above = points[..., :2] - low * depth  # distances from the sides, but for a factor near 1
+    above = points[..., :2] - low * depth  # distances from the sides, up to a factor near 1
     below = high * depth - points[..., :2]
     return (np.concatenate([above, below, depth], axis=-1) > -_MARGIN).any(1).all(1)
 
 
 def _pixels(window: np.ndarray, size: int) -> np.ndarray:
-    """First and last but one column and row (2, 2) that a window, in (-1, 1), reaches into."""
+    """First, and one past the last, column and row (2, 2) of a window in (-1, 1)."""
     low, high = (window + 1) / 2 * size
     return np.clip([np.floor(low) - 1, np.ceil(high) + 1], 0, size).astype(int)
