@@ -93,9 +93,9 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
 
 
 @pytest.mark.parametrize(("setting", "message"), [
-    (dict(suite="libero"), "unknown suite 'libero'.*libero_spatial"),
+    (dict(suite="libero"), "suite='libero' is not valid.*libero_spatial"),
     (dict(suite="libero_goal_swap"), "'libero_goal_swap' measures robustness.*one of libero_spat"),
-    (dict(task_ids=[10]), "task_id 10 is not in libero_spatial; expected 0 to 9"),
+    (dict(task_ids=[10]), "task_id=10 is not in libero_spatial; expected 0 to 9"),
     (dict(task_ids=[]), "task_ids=.. .*at least one value"),
     (dict(task_ids=[1, 1]), "task_ids=.1, 1. .*no value twice"),
     (dict(task_ids=3), "task_ids=3 .*expected a list of int"),

@@ -276,6 +276,24 @@ def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tm
     assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(file)
 
 
+def test_the_temporary_cache_of_a_killed_process_is_removed_by_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = ("import os, sys; from trm_helpers import software\n"
+               "print(software._cache_folder(), flush=True)\n"
+               "if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
+               "print(len(os.listdir(os.environ['TMPDIR'])))")
+
+    def run(how):
+        return subprocess.run([sys.executable, "-c", program, how], capture_output=True,
+                              text=True).stdout.split()
+
+    (left,) = run("killed")
+    assert Path(left).parent == tmp_path and Path(left).is_dir()
+    mine, count = run("ends")
+    assert mine != left and count == "1" and not list(tmp_path.iterdir())
+
+
 def test_processes_that_draw_share_the_temporary_cache_of_the_one_that_asks(
         gl_environment, monkeypatch, tmp_path):
     """They end without clean-up, whatever a driver does while it is unloaded."""

@@ -49,8 +49,8 @@ def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
-    name = f".{short_name(path.name)}.{_machine()}.{os.getpid()}.part{path.suffix}"
+    remove_leftovers(path.parent)
+    name = f".{short_name(path.name)}.{machine()}.{os.getpid()}.part{path.suffix}"
     temporary = path.with_name(name)
     try:
         yield temporary
@@ -79,7 +79,7 @@ def _raise_if_disk_is_full(error: BaseException, path: Path, needed: int) -> Non
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """The machine, or the container on it, whose process numbers can be compared."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
@@ -88,14 +88,17 @@ def _machine() -> str:
     return digest(f"{platform.node()} {processes}".encode())[:8]
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of ended processes here, and of other machines after a day."""
+def remove_leftovers(folder: Path, names: re.Pattern = _TEMPORARY) -> None:
+    """Remove temporary files of ended processes here, and of other machines after a day.
+
+    ``names`` has a group ``pid`` and may have a group ``machine``.
+    """
     for path in folder.iterdir():
-        found = _TEMPORARY.fullmatch(path.name)
-        with contextlib.suppress(OSError):  # another process removes it too
-            if found and (
-                    time.time() - path.stat().st_mtime > _ABANDONED
-                    or found["machine"] in (None, _machine()) and not _runs(int(found["pid"]))):
+        found = names.fullmatch(path.name)
+        with contextlib.suppress(OSError):  # another process removes it too, or another user's
+            if found and (not _runs(int(found["pid"]))
+                          if found.groupdict().get("machine") in (None, machine())
+                          else time.time() - path.stat().st_mtime > _ABANDONED):
                 _remove(path)
 
 

