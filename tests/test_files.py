@@ -33,7 +33,7 @@ def test_a_file_appears_whole_and_the_old_one_stays_until_then(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = write_json(tmp_path / "a.json", [1])
     with pytest.raises(DiskFullError, match=f"disk is full: a.json needs 1.0 MiB, in {tmp_path}, "
-                       r"where [\d,.]+ MiB are free; what was"), atomic_path(path) as temporary:
+                       r"where [\d,.]+ MiB are free; completed"), atomic_path(path) as temporary:
         temporary.write_bytes(bytes(2**20))
         raise OSError(errno.ENOSPC, "No space left on device")
     assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
@@ -95,7 +95,7 @@ def _killed_while_writing(path):
     return Path(done.stdout.strip())
 
 
-def test_the_next_writer_removes_what_killed_ones_left_and_nothing_else(tmp_path):
+def test_the_next_writer_removes_leftovers_of_killed_writers_and_nothing_else(tmp_path):
     dead = _killed_while_writing(tmp_path / "04_train.ipynb")
     *_, machine, pid, _, _ = dead.name.split(".")
     other = tmp_path / f".film.mp4.{machine}.{pid}.part.mp4"

@@ -1,4 +1,4 @@
-"""The page on a run says what its folder holds, and no more."""
+"""The page on a run shows the contents of its folder."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_a_run_that_was_only_trained_says_so(trained):
     assert not any(heading in text for heading in ("## Search", "## Inside", "## Films", "## When"))
 
 
-def test_what_the_folder_holds_is_on_the_page(trained, capsys):
+def test_everything_in_the_folder_is_on_the_page(trained, capsys):
     write_json(trained / "results.json", results(9, tasks=2))
     write_json(trained / "bounds" / "no-op" / "results.json", results(0))
     row = {"title": "actions 0.1 s late", "successes": 6, "episodes": 10, "success_rate": 0.6,
@@ -97,7 +97,7 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
         assert expected in text
 
 
-def test_errors_are_told_apart(trained):
+def test_episodes_with_errors_are_named_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
     assert "1 episode(s) could not be run and are excluded; the first: it hung" \
         in write_report(trained).read_text()

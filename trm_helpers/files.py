@@ -29,7 +29,7 @@ _FULL_TEXTS = ("No space left on device", "Disk quota exceeded",
 
 
 class DiskFullError(OSError):
-    """No space is left for a file; files completed before are intact."""
+    """No space is left for a file; completed files are kept."""
 
     def __str__(self) -> str:
         return self.strerror
@@ -74,7 +74,7 @@ def _raise_if_disk_is_full(error: BaseException, path: Path, needed: int) -> Non
             need = f" needs {needed / 2**20:,.1f} MiB," if needed else ""
             raise DiskFullError(
                 errno.ENOSPC, f"the disk is full: {path.name}{need} in {path.parent}, where "
-                f"{free / 2**20:,.1f} MiB are free; what was complete before is kept") from error
+                f"{free / 2**20:,.1f} MiB are free; completed files are kept") from error
         cause = cause.__cause__ or cause.__context__
 
 
@@ -186,7 +186,7 @@ def dispensable(what: str) -> Iterator[None]:
     """For films, figures and pages: report a failure and go on."""
     try:
         yield
-    except Exception as error:  # of ffmpeg, fonts, a disk, whatever
+    except Exception as error:  # of ffmpeg, fonts, a disk
         print(f"{what} could not be made: {type(error).__name__}: {error}", flush=True)
 
 

@@ -29,7 +29,7 @@ ACTION_MEANING = (
     "gripper: -1 opens, +1 closes",
 )
 CONTROL_HZ = 20
-NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)  # what the benchmark's settle steps send
+NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)  # sent by the benchmark's settle steps
 
 # --- observations: HDF5 name -> name in the live environment ------------------------------------
 IMAGE_SIZE = 128

@@ -1,4 +1,4 @@
-"""The real simulator: what an observation is, and the order of an episode."""
+"""The real simulator: observations, and the order of an episode."""
 
 from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""Wide placements: spread, free of collisions, at rest, within reach, repeatable."""
+"""Randomised layouts: spread, free of collisions, at rest, within reach, repeatable."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_footprints_overlap_or_stand_side_by_side():
     assert not _overlap(box, box + [0.11, 0.0]) and not _overlap(box, box + [0.05, 0.11])
 
 
-def test_liberos_own_places_are_among_those_that_are_drawn():
+def test_liberos_own_places_can_be_sampled():
     """The bowl that task 1 of LIBERO-Spatial is not about stands further out than any other."""
     with LiberoEnv("libero_spatial", 1) as env:
         low, high = _area(env)
@@ -71,7 +71,7 @@ def test_objects_are_spread_and_stand_free_within_reach(env):
     np.testing.assert_allclose(again, places[5], atol=1e-9)
 
 
-def test_what_the_goal_is_about_always_moves_and_all_else_in_half_of_the_scenes(env):
+def test_the_goals_objects_always_move_and_the_others_in_half_of_the_layouts(env):
     moved = []
     for seed in range(8):
         places = []
@@ -85,8 +85,8 @@ def test_what_the_goal_is_about_always_moves_and_all_else_in_half_of_the_scenes(
     assert 0.3 < moved[:, ~goal].mean() < 0.7
 
 
-def test_what_the_goal_is_about_is_in_sight():
-    """A plate behind the cabinet would not be in any picture."""
+def test_the_goals_objects_are_in_sight():
+    """A plate behind the cabinet would be in no frame."""
     with LiberoEnv("libero_spatial", 0) as env:
         env.reset(seed=0)
         assert _in_sight(env, "plate_1", ())
@@ -103,7 +103,7 @@ def test_what_the_goal_is_about_is_in_sight():
 
 
 def solved(env, seeds):
-    """How many of the wide placements the expert solves."""
+    """Number of randomised layouts that the expert solves."""
     count = 0
     for seed in seeds:
         layouts.reset(env, seed, "wide")
@@ -133,7 +133,7 @@ def test_on_a_table_with_furniture_too():
         assert solved(env, (100, 101)) >= 1
 
 
-def test_the_bowl_that_is_told_by_its_place_keeps_it():
+def test_a_bowl_that_its_place_identifies_keeps_it():
     """LIBERO-Spatial: all else moves, the other bowl and the plate too."""
     with LiberoEnv("libero_spatial", 2) as env:
         bowls = []
@@ -147,7 +147,7 @@ def test_the_bowl_that_is_told_by_its_place_keeps_it():
         assert solved(env, (100, 101)) >= 1
 
 
-def test_what_cannot_be_is_refused(env):
+def test_unknown_and_contradicting_arguments_are_refused(env):
     with pytest.raises(ValueError, match="placement='far'.*'benchmark', 'wide'"):
         layouts.reset(env, placement="far")
     with pytest.raises(ValueError, match="init_state=3 cannot be combined with arrange"):

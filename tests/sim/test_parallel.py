@@ -15,7 +15,7 @@ import pytest
 from trm_helpers.sim import parallel
 from trm_helpers.sim.parallel import WorkerDied, run_jobs
 
-# what a worker does with an item: (name, folder for marks)
+# the job of an item: (name, folder for marks)
 JOBS = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
@@ -102,7 +102,7 @@ def alive(pid):
         return False
 
 
-def test_whatever_becomes_of_a_worker_every_job_is_settled_once(job, marks):
+def test_every_job_is_settled_once_even_if_its_worker_hangs_or_dies(job, marks):
     good = [f"good{number}" for number in range(6)]
     bad = {"dies": WorkerDied(KILLED), "hangs": TimeoutError(LATE),
            "raises": ZeroDivisionError("always"), "raises oddly": RuntimeError("Odd: 1 2"),
@@ -125,11 +125,11 @@ def test_whatever_becomes_of_a_worker_every_job_is_settled_once(job, marks):
 
 @pytest.mark.parametrize(("name", "error"), [
     ("hangs once", None), ("holds the lock", LATE), ("stops", LATE)])
-def test_what_hangs_is_ended_and_tried_once_more(job, marks, capfd, name, error):
-    result, told = run_all(job, [name], marks, workers=1, limit=LIMIT)[name]
+def test_a_hanging_job_is_ended_and_tried_once_more(job, marks, capfd, name, error):
+    result, raised = run_all(job, [name], marks, workers=1, limit=LIMIT)[name]
     assert attempts(marks, name) == 2
     if error:
-        assert result is None and isinstance(told, TimeoutError) and str(told) == error
+        assert result is None and isinstance(raised, TimeoutError) and str(raised) == error
     else:
         assert result["attempt"] == 1
     if name != "stops":
@@ -187,7 +187,7 @@ def test_no_workers_are_this_process(job, marks):
     assert isinstance(outcomes["raises"][1], ZeroDivisionError) and attempts(marks, "raises") == 2
 
 
-def test_what_hangs_in_this_process_is_interrupted_and_tried_once_more(job, marks):
+def test_a_hanging_job_in_this_process_is_interrupted_and_tried_once_more(job, marks):
     before = signal.getsignal(signal.SIGALRM)
     outcomes = run_all(job, ["hangs", "hangs once", "good"], marks, workers=0, limit=1.0)
     assert isinstance(outcomes["hangs"][1], TimeoutError) and attempts(marks, "hangs") == 2
@@ -197,7 +197,7 @@ def test_what_hangs_in_this_process_is_interrupted_and_tried_once_more(job, mark
     assert timer == 0 or timer > 60
 
 
-def test_what_cannot_be_interrupted_in_this_process_is_shown(capfd):
+def test_a_job_that_cannot_be_interrupted_in_this_process_prints_its_traceback(capfd):
     with ThreadPoolExecutor(1) as pool:
         ((_, result, error),) = pool.submit(lambda: list(run_jobs(
             lambda item: time.sleep(item) or "done", [0.5], workers=0, limit=0.1))).result()
@@ -232,7 +232,7 @@ def test_workers_are_kept_for_a_call_like_the_last(job, marks, monkeypatch):
     assert not parallel._Worker.idle
 
 
-# --- whatever the main module is -----------------------------------------------------------------
+# --- any main module ------------------------------------------------------------------------------
 MAIN = """
 import os
 from trm_helpers.sim.parallel import run_jobs
@@ -249,7 +249,7 @@ print("done")
 
 
 @pytest.mark.parametrize("main", ["script", "-c", "stdin", "notebook", "cell"])
-def test_processes_start_whatever_the_main_module_is(main, tmp_path):
+def test_processes_start_under_any_main_module(main, tmp_path):
     """A function of the main module, without a guard."""
     script = tmp_path / "script.py"
     script.write_text(MAIN)
@@ -323,7 +323,7 @@ def _work_briefly(connection):
 
 
 # --- a cluster -----------------------------------------------------------------------------------
-def test_no_cluster_is_told_with_its_address(job, monkeypatch):
+def test_an_unreachable_cluster_is_an_error_with_its_address(job, monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(parallel, "_CONNECT_SECONDS", 1.0)
     with pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
@@ -371,7 +371,7 @@ def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, dask_cluste
     dask_cluster.wait_for_workers(2, timeout=60)
 
 
-def test_a_cluster_that_goes_away_is_told(job, marks, dask_cluster, monkeypatch):
+def test_a_cluster_without_workers_is_an_error(job, marks, dask_cluster, monkeypatch):
     monkeypatch.setattr(parallel, "_NO_WORKER_SECONDS", 1.0)
     jobs = run_jobs(job, [("good", str(marks)), ("hangs", str(marks))],
                     cluster=dask_cluster.scheduler_address)
@@ -381,7 +381,7 @@ def test_a_cluster_that_goes_away_is_told(job, marks, dask_cluster, monkeypatch)
         next(jobs)
 
 
-def test_a_cluster_whose_scheduler_ends_is_told(job, marks, dask_cluster, monkeypatch):
+def test_a_cluster_whose_scheduler_ends_is_an_error(job, marks, dask_cluster, monkeypatch):
     import dask
 
     with dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
@@ -389,5 +389,5 @@ def test_a_cluster_whose_scheduler_ends_is_told(job, marks, dask_cluster, monkey
                         cluster=dask_cluster.scheduler_address)
         assert next(jobs)[1]["name"] == "good"
         dask_cluster.close()
-        with pytest.raises(ConnectionError, match="is lost; what has ended is kept"):
+        with pytest.raises(ConnectionError, match="is lost; finished jobs are kept"):
             next(jobs)

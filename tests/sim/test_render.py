@@ -1,4 +1,4 @@
-"""What is left out of a frame changes no pixel."""
+"""Leaving geoms out of a frame changes no pixel."""
 
 import numpy as np
 import pytest
@@ -51,14 +51,14 @@ def test_frames_are_equal_to_those_with_all_geoms_wherever_the_camera_is(env, mo
     monkeypatch.setattr(Scene, "_render", lambda scene, *given, **more: (
         rendered.append(more), real(scene, *given, **more))[1])
     few = [scene.render(CAMERA, 128) for scene in scenes]
-    assert rendered.count({"reflections": False}) > 3  # with the mirror's pixels on their own
+    assert rendered.count({"reflections": False}) > 3  # the mirror's pixels separately
     render_everything(monkeypatch)
     for scene, frame in zip(scenes, few, strict=True):
         assert np.array_equal(scene.render(CAMERA, 128), frame)
     assert len({frame.tobytes() for frame in few}) == len(few)
 
 
-def test_what_a_mirror_shows_is_not_left_out(env, monkeypatch):
+def test_geoms_that_only_a_mirror_shows_are_rendered(env, monkeypatch):
     """The stove's plate reflects what is above it, behind the camera."""
     scene = Scene(env.raw)
     index = env.sim.model.camera_name2id(CAMERA)

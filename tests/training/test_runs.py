@@ -328,7 +328,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_saved_before(trained, monkeypat
     before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     monkeypatch.setattr(os, "replace", lambda *_: shutil.copyfile(trained / name, "/dev/full"))
     with pytest.raises(files.DiskFullError, match=f"the disk is full: {name} needs 1.0 MiB, in "
-                       f"{trained}, where .* MiB are free; what was complete before is kept"):
+                       f"{trained}, where .* MiB are free; completed files are kept"):
         save(trained)
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 

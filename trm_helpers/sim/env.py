@@ -111,7 +111,7 @@ class Observation(Mapping):
             began = time.perf_counter()
             try:
                 self._values[key] = value()
-            except Exception as error:  # whatever a driver raises
+            except Exception as error:  # drivers raise many kinds
                 raise SimulatorError(f"rendering {key} failed: {error!r}") from error
             self.rendering_seconds += time.perf_counter() - began
         return self._values[key]

@@ -12,7 +12,7 @@ import numpy as np
 from .env import LiberoEnv
 
 UP = np.array([0.0, 0.0, 1.0])
-_CLEARANCE = 0.003  # metres between the gripper and what it must not touch
+_CLEARANCE = 0.003  # metres that the gripper keeps from every box
 # The Panda, in metres
 _SHOULDER_HEIGHT = 0.333  # above the base
 _WRIST_ABOVE = 0.21  # the site of a gripper that points down

@@ -34,7 +34,7 @@ def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
     The goal's objects always move, each other object with probability 0.5. Places are uniform over
     the rectangle around all of the task's regions, and orientations are kept. Fixtures do not move;
     nor do objects on or in another object, and objects of the goal that share their kind with
-    another object, because their place is what identifies them (the bowl of LIBERO-Spatial). No
+    another object, because their place identifies them (the bowl of LIBERO-Spatial). No
     object hides a moved object of the goal from the agent view.
 
     Args:

@@ -174,27 +174,24 @@ def _begin(connection: Connection, parent: int) -> None:
 def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep: bool
                   ) -> Iterator[tuple]:
     idle, running = _Worker.take_idle(size), []
-    waiting: collections.deque[int] = collections.deque()
-    attempts, known = collections.Counter(), 0
+    waiting, known = collections.deque(), 0
     try:
         while True:
-            waiting.extend(range(known, len(items)))
+            waiting.extend((item, 1) for item in items[known:])
             known = len(items)
             while waiting and len(running) < size:
-                worker = idle.pop() if idle else _Worker()
-                running.append(worker)
-                worker.begin(waiting[0], job, items[waiting[0]], limit)
-                attempts[waiting.popleft()] += 1
+                running.append(idle.pop() if idle else _Worker())
+                running[-1].begin(job, *waiting.popleft(), limit)
             if not running:
                 return
             for worker, result, error in _Worker.ended(running):
                 running.remove(worker)
                 if worker.process.poll() is None:
                     idle.append(worker)
-                if error and attempts[worker.index] < _ATTEMPTS:
-                    waiting.append(worker.index)
+                if error and worker.attempt < _ATTEMPTS:
+                    waiting.append((worker.item, worker.attempt + 1))
                 else:
-                    yield items[worker.index], result, error
+                    yield worker.item, result, error
     finally:
         if keep:
             _Worker.idle += idle
@@ -222,8 +219,8 @@ class _Worker:
                 worker.end()
         return usable
 
-    def begin(self, index: int, job: Callable, item: Any, limit: float) -> None:
-        self.index, self.limit = index, limit
+    def begin(self, job: Callable, item: Any, attempt: int, limit: float) -> None:
+        self.item, self.attempt, self.limit = item, attempt, limit
         self.deadline = time.monotonic() + (limit or math.inf)
         call = cloudpickle.dumps((job, item))
         with contextlib.suppress(OSError):  # the process has died; `ended` notices
@@ -326,7 +323,7 @@ def _on_cluster(job: Callable, items: Sequence, address: str, limit: float) -> I
                                        f"than {limit:g} s")
                 yield running.pop(future), None if error else future.result(), error
     finally:
-        client.close(timeout=_CONNECT_SECONDS)  # the cluster drops what nobody waits for
+        client.close(timeout=_CONNECT_SECONDS)  # the cluster drops unfinished jobs
 
 
 def _connect(address: str):
@@ -353,13 +350,13 @@ def _poll(client, address: str, futures: Sequence) -> tuple[int, Iterable]:
             done, _ = distributed.wait(futures, _POLL_SECONDS, "FIRST_COMPLETED")
         return threads, done
     except (distributed.CancelledError, OSError) as error:
-        raise ConnectionError(f"the Dask scheduler at {address!r} is lost; what has ended is "
+        raise ConnectionError(f"the Dask scheduler at {address!r} is lost; finished jobs are "
                               "kept, and the same call continues") from error
 
 
 @functools.cache  # one warning per address
 def _warn_if_open(address: str) -> None:
-    """Warn of a scheduler that runs whatever anybody sends it, and whose answers run here."""
+    """Warn of a scheduler that runs code from anybody, and whose answers run code here."""
     scheme, _, place = address.rpartition("://")
     host = urlsplit(f"//{place}").hostname or ""
     with contextlib.suppress(ValueError):  # a name

@@ -1,4 +1,4 @@
-"""Frames of a past instant, bit for bit, rendered without what cannot be in the frame."""
+"""Frames of a past instant, bit for bit, rendered without geoms that cannot be in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# what mjv_updateScene reads of the moving scene; a copy is enough to render it later
+# mjv_updateScene reads these of a moving scene; a copy is enough to render it later
 _FIELDS = (
     "geom_xpos", "geom_xmat", "site_xpos", "site_xmat",
     "cam_xpos", "cam_xmat", "light_xpos", "light_xdir",
