@@ -252,7 +252,8 @@ def test_a_perturbed_frame_drawn_on_demand_equals_one_drawn_before():
         for move in moves:
             plain = observation
             policies[0].act(plain)
-            assert [key for key in schema.CAMERAS if key in plain._values] == ["agentview_rgb"]
+            rendered = [key for key in schema.CAMERAS if not callable(plain._values[key])]
+            assert rendered == ["agentview_rgb"]
             policies[1].act({key: np.array(plain[key]) for key in plain})
             observation, _ = env.step(move)
     for one, other in zip(on_demand.seen, before.seen, strict=True):
