@@ -79,9 +79,9 @@ HORIZONS = {
 }
 # LIBERO-PRO (arXiv 2510.03827) varies four suites in four ways, per task; for evaluation only
 VARIATIONS = {
-    "swap": "objects in exchanged places",
-    "object": "objects that look different",
-    "lan": "the instruction in other words",
+    "swap": "objects exchanged",
+    "object": "objects of different looks",
+    "lan": "instruction in other words",
     "task": "another goal in the same scene",
 }
 PRO_SUITES = {  # name: (suite it varies, variation)

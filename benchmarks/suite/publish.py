@@ -42,6 +42,7 @@ from suite.cards import (  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.evaluation.cards import tasks_in_short  # noqa: E402
 from trm_helpers.evaluation.depth import depth_rows, plot_depth_card  # noqa: E402
+from trm_helpers.evaluation.robustness import WIDE, changes_of  # noqa: E402
 from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
@@ -174,8 +175,8 @@ def write() -> None:
 def provenance(stored: list[dict]) -> str:
     """A line on results that no commit stands for; nothing where there is none."""
     many = sum(map(uncommitted, stored))
-    line = f"\n{many} of {len(stored)} made by code with uncommitted or unknown changes.\n"
-    return line if many else ""
+    share = f"{many} of {len(stored)} results"
+    return f"\n{share} come from code with uncommitted or unknown changes.\n" if many else ""
 
 
 def markdown(lines: list[list]) -> str:
@@ -189,6 +190,8 @@ def show_cards(stored: list[dict]):
     """Table and figure of a group's cards, which are of one kind."""
     kind = stored[0]["kind"]
     cards = {each["label"]: each["card"] for each in stored}
+    if kind == "robustness":
+        cards = {label: titled(card) for label, card in cards.items()}
     if kind == "robustness" and all(_NUMBERED.fullmatch(label) for label in cards):
         return compared(efficiency_lines(cards)), plot_efficiency(cards)
     if kind == "robustness":
@@ -201,6 +204,14 @@ def show_cards(stored: list[dict]):
     lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
                                for middle, low, high in row["explained"])] for row in only["rows"]]
     return markdown(lines), plot_probes(only)
+
+
+def titled(card: dict) -> dict:
+    """A robustness card with the changes' titles of today."""
+    changes = changes_of(card["suite"])
+    changes.pop(WIDE)  # randomised layouts were others when some of the cards were made
+    return {**card, "rows": [{**row, "title": changes[row["name"]].title}
+                             if row["name"] in changes else row for row in card["rows"]]}
 
 
 def depth_tables(cards: dict[str, dict]) -> str:
@@ -236,7 +247,7 @@ def compared(lines: list[list]) -> str:
 def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
     rows = {label: {row["name"]: row for row in card["rows"]} for label, card in cards.items()}
     titles = {row["name"]: row["title"] for card in cards.values() for row in card["rows"]}
-    return [["what is changed", *rows]] + [[title, *(cell(of.get(name)) for of in rows.values())]
+    return [["change", *rows]] + [[title, *(cell(of.get(name)) for of in rows.values())]
                                            for name, title in titles.items()]
 
 
@@ -257,7 +268,7 @@ def by_kind(cards: dict[str, dict]) -> dict[str, dict[int, dict]]:
 def efficiency_lines(cards: dict[str, dict]) -> list[list]:
     kinds = by_kind(cards)
     numbers = sorted({number for rows in kinds.values() for number in rows})
-    return [["demonstrations of each task", *numbers]] + [
+    return [["demonstrations per task", *numbers]] + [
         [kind, *(rate_in_short(rows[number]) if number in rows else MISSING for number in numbers)]
         for kind, rows in kinds.items()]
 
@@ -272,7 +283,7 @@ def plot_efficiency(cards: dict[str, dict]):
         axes.errorbar(list(rows), rate, whiskers, capsize=3, color=plots.PALETTE[number],
                       marker="os^D"[number % 4], label=kind)
     plots.count_axis(axes.xaxis)
-    axes.set(xlabel="demonstrations of each task, of which a fifth chooses the epoch",
+    axes.set(xlabel="demonstrations per task, of which a fifth chooses the epoch",
              ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104),
              title="Success by the number of demonstrations\n"
                    + tasks_in_short(next(iter(cards.values()))))

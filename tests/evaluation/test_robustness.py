@@ -181,7 +181,7 @@ def test_a_card_as_a_table_and_notes(run):
     assert [list(row.values()) for row in card_rows(card)] == [
         ["nothing changed", "4 of 4", 100.0, "51 to 100", "", "", 0, 0, 0, 0],
         ["actions 0.1 s late", "2 of 4", 50.0, "15 to 85", "-50", "0.5", 0, 0, 2, 0],
-        ["LIBERO-PRO: objects in exchanged places", "2 of 4", 50.0, "15 to 85", "-50", "", 0, 0, 2,
+        ["LIBERO-PRO: objects exchanged", "2 of 4", 50.0, "15 to 85", "-50", "", 0, 0, 2,
          0],
     ]
     notes = card_notes(card)
@@ -197,7 +197,7 @@ def test_the_figure_has_a_bar_for_each_row_and_the_plain_rate_as_a_line(run):
     (axes,) = plot_card(card).axes
     assert [bar.get_width() for bars in axes.containers[1::2] for bar in bars] == [100, 50, 50]
     assert [label.get_text() for label in axes.get_yticklabels()] \
-        == ["nothing changed", "actions 0.1 s late", "LIBERO-PRO: objects in exchanged places"]
+        == ["nothing changed", "actions 0.1 s late", "LIBERO-PRO: objects exchanged"]
     assert [text.get_text() for text in axes.texts] == ["4/4", "2/4", "2/4"]
     assert 100 in [line.get_xdata()[0] for line in axes.lines]
 

@@ -235,11 +235,11 @@ def _told_nothing(case: Case) -> dict[str, Replacement]:
 
 PERTURBATIONS = {
     "shift": Perturbation(
-        f"each camera's picture moved by {128 * SHIFT:g} of 128 pixels", _shifted),
+        f"each camera's image shifted by {128 * SHIFT:g} of 128 pixels", _shifted),
     "brightness": Perturbation(
         f"light {100 * BRIGHTNESS:g} % darker or brighter", _lit_otherwise),
     "noise": Perturbation(
-        f"noise in pictures ({PIXEL_NOISE:g} of 255 grey levels) and readings", _noisy),
+        f"noise in images ({PIXEL_NOISE:g} of 255 grey levels) and readings", _noisy),
     **{f"delay_{steps}": Perturbation(f"actions {steps / schema.CONTROL_HZ:g} s late", delay=steps)
        for steps in DELAYS},
     "no_proprioception": Perturbation("arm and gripper readings replaced by their mean",
@@ -247,8 +247,8 @@ PERTURBATIONS = {
     **{f"no_{camera.removesuffix('_rgb')}": Perturbation(
         f"{title} black", functools.partial(_without_camera, camera), needs=camera)
        for camera, title in schema.CAMERA_TITLES.items()},
-    "wrong_instruction": Perturbation("told another task's instruction", _told_another,
+    "wrong_instruction": Perturbation("another task's instruction", _told_another,
                                       needs="language"),
-    "no_instruction": Perturbation("told nothing (empty instruction)", _told_nothing,
+    "no_instruction": Perturbation("empty instruction", _told_nothing,
                                    needs="language"),
 }
