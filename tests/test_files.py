@@ -12,6 +12,7 @@ from trm_helpers.files import (
     DiskFullError,
     append_jsonl,
     atomic_path,
+    differences,
     read_json,
     read_jsonl,
     short_name,
@@ -194,3 +195,11 @@ def test_a_broken_line_is_an_error_that_says_where(tmp_path, text):
     path.write_bytes(text)
     with pytest.raises(ValueError, match="a.jsonl, line 2 is"):
         read_jsonl(path)
+
+
+def test_differences_name_each_entry_once_and_what_is_missing():
+    there, now = {"lr": 0.1, "seed": 0, "loss": "l1"}, {"lr": 0.2, "seed": 0, "chunk": 4}
+    assert differences(there, now) == (
+        "chunk: none there, 4 now; loss: 'l1' there, none now; lr: 0.1 there, 0.2 now")
+    assert differences(there, dict(there)) == ""
+    assert differences({}, {"lr": 1}, missing="any") == "lr: any there, 1 now"

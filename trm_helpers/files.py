@@ -14,7 +14,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,14 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> Path | None:
 def short_name(name: str, longest: int = 100) -> str:
     """``name``, with a digest in place of its end if it is too long for a file system."""
     return name if len(name) <= longest else f"{name[:longest - 17]}-{digest(name.encode())}"
+
+
+def differences(there: Mapping, now: Mapping, missing: str = "none") -> str:
+    """``"lr: 0.001 there, 0.5 now; ..."``: each entry that a file and a call disagree on."""
+    return "; ".join(
+        f"{key}: {repr(there[key]) if key in there else missing} there, "
+        f"{repr(now[key]) if key in now else missing} now"
+        for key in sorted({*there, *now}) if there.get(key) != now.get(key))
 
 
 def digest(content: bytes) -> str:

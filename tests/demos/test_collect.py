@@ -217,9 +217,9 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quic
 
     assert made() == ["0", "1"]
     assert quick("again", 0, num_demos=2) == path and made() == ["0", "1"]
-    with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 asked for"):
+    with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 now"):
         collect_demonstrations("libero_object", 0, 2, path.parent, seed=9)
-    with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' asked for"):
+    with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' now"):
         collect_demonstrations("libero_object", 0, 2, path.parent, placement="wide")
     with pytest.raises(ValueError, match="placement='far' is not valid"):
         collect_demonstrations("libero_object", 0, 2, path.parent, placement="far")

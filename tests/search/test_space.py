@@ -117,7 +117,7 @@ def test_searches_with_other_settings_are_told_apart():
                          (dict(search_epochs=9), "epochs: 1 there, 9 now"),
                          (dict(search_episodes=9), "search_episodes: 0 there, 9 now"),
                          (dict(search_space="{weight_decay: [0.1]}"),
-                          "weight_decay: .* there, 'searched over' now")):
+                          "weight_decay: .* there, searched over now")):
         with pytest.raises(ValueError, match=f"x belongs to a search with other settings.*{said}"):
             refuse_others("x", common_settings(config), common_settings(config.replace(**change)))
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import paths, schema
 from ..config import Config
-from ..files import atomic_path, exclusive_lock, read_json
+from ..files import atomic_path, differences, exclusive_lock, read_json
 from ..sim import layouts
 from ..sim.env import LiberoEnv, load_task
 from ..sim.parallel import run_jobs
@@ -387,9 +387,7 @@ def _refuse_other_settings(path: Path, settings: dict) -> None:
         found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     found.pop("failed_attempts", None)
     found.setdefault("placement", "benchmark")  # files made before there was another
-    different = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
+    different = differences(found, settings)
     if different:
-        detail = "; ".join(f"{k}: {found.get(k)!r} there, {settings.get(k)!r} asked for"
-                           for k in different)
-        raise ValueError(f"{path} was made with other settings ({detail}); "
+        raise ValueError(f"{path} was made with other settings ({different}); "
                          "move it away or collect into another folder")

@@ -199,7 +199,7 @@ def plot_depth_card(card: Mapping) -> Figure:
     for number, row in enumerate(card["rows"]):
         draw_depth_row(panels, row, label=row["name"], color=PALETTE[number % len(PALETTE)],
                        marker=MARKERS[number % len(MARKERS)])
-    fig.suptitle(f"{card['run']} in control: {tasks_in_short(card)}")
+    fig.suptitle(f"{card['run']} in control\n{tasks_in_short(card)}")
     fig.legend(*panels["cost"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return fig
 
@@ -218,8 +218,9 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
     fig = new_figure(4.3 * columns + 0.6, 3.4 * lines + 0.8)
     panels = dict(zip(shown, fig.subplots(lines, columns, squeeze=False).flat, strict=True))
     used = "recursions used, mean over the steps (dotted: trained)"
-    percent = "success rate (%), whiskers: 95 % Wilson interval"
-    labels = {"success": ("Success by recursions used", used, percent),
+    percent = "success rate (%)"
+    labels = {"success": ("Success by recursions used", used,
+                          f"{percent}, whiskers: 95 % Wilson interval"),
               "cost": ("Success by time", "milliseconds per executed action", percent),
               "error": ("Error by recursions used", used,
                         "mean absolute error of the arm's command"),
@@ -230,7 +231,7 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
         if x == used:
             axes.axvline(cards[0]["trained_depth"], color=GREY, linestyle=":")
             count_axis(axes.xaxis)
-        if y == percent:
+        if y.startswith(percent):
             axes.set_ylim(-2, 104)
         if name == "error":
             axes.axhline(0, color=GREY, linewidth=0.6)

@@ -15,6 +15,7 @@ from .. import files, schema
 from ..config import Config, EvalConfig
 from ..files import (
     append_jsonl,
+    differences,
     dispensable,
     exclusive_lock,
     inside,
@@ -314,11 +315,11 @@ class Evaluation(NamedTuple):
                 raise ValueError(f"{self.ledger}, line {number} is no episode; expected "
                                  f"{', '.join(Episode._fields[:4])} in it")
             row = {"perturbation": "none", **row}  # older rows do not say so
-            different = [f"{key}: {row.get(key)!r} there, {value!r} now"
-                         for key, value in self.conditions.items() if row.get(key) != value]
+            conditions = self.conditions
+            different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:
                 raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
-                                 f"({'; '.join(different)}); move it away to evaluate afresh")
+                                 f"({different}); move it away to evaluate afresh")
             if "error" not in row:
                 played[Episode.of(row)] = row
         return played

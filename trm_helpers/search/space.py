@@ -20,7 +20,7 @@ from ..config import (
     local_settings,
     settings_by_part,
 )
-from ..files import short_name
+from ..files import differences, short_name
 
 _LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
           "num_recursions": "search_num_recursions"}
@@ -175,12 +175,10 @@ def common_settings(config: Config) -> dict[str, Any]:
 
 def refuse_others(where: object, before: dict, now: dict) -> None:
     """Raise ``ValueError`` where the :func:`common_settings` of a search are others than before."""
-    different = [f"{name}: {before.get(name, 'searched over')!r} there, "
-                 f"{now.get(name, 'searched over')!r} now"
-                 for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    different = differences(before, now, missing="searched over")
     if different:
         raise ValueError(f"{where} belongs to a search with other settings "
-                         f"({'; '.join(different)}); choose another run_name or the same settings")
+                         f"({different}); choose another run_name or the same settings")
 
 
 def value_of(found: dict) -> float:

@@ -25,6 +25,7 @@ from ..data.dataset import LIBERODataset
 from ..data.normalize import ActionNormalizer, read_proprio
 from ..files import (
     atomic_path,
+    differences,
     exclusive_lock,
     inside,
     read_bytes,
@@ -90,15 +91,14 @@ def _has_epoch(run: Path) -> bool:
 def refuse_other_settings(run: Path, config: Config) -> None:
     """Raise ``ValueError`` listing the data, model and training settings that differ."""
     if different := _other_settings(run, config):
-        raise ValueError(f"{run} was made with other settings ({'; '.join(different)}); "
+        raise ValueError(f"{run} was made with other settings ({different}); "
                          "choose another name or the same settings")
 
 
-def _other_settings(run: Path, config: Config) -> list[str]:
-    before, now = load_config(run).to_dict(), config.to_dict()
-    return [f"{name}: {before[part][name]!r} there, {now[part][name]!r} now"
-            for part in ("data", "model", "train") for name in now[part]
-            if before[part][name] != now[part][name] and name not in local_settings()]
+def _other_settings(run: Path, config: Config) -> str:
+    return differences(*({name: value for part in ("data", "model", "train")
+                          for name, value in each.to_dict()[part].items()
+                          if name not in local_settings()} for each in (load_config(run), config)))
 
 
 def refuse_other_data(run: Path, data: LIBERODataset) -> None:
@@ -289,15 +289,11 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
 
 
 def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
-    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()}
-              for weights in (found, expected)]
-    different = [
-        f"{name}: {shapes[0].get(name, 'none')} there, {shapes[1].get(name, 'none')} expected"
-        for name in sorted({*found, *expected}) if shapes[0].get(name) != shapes[1].get(name)
-    ]
+    different = differences(*({name: tuple(weight.shape) for name, weight in weights.items()}
+                              for weights in (found, expected)))
     if different:
         raise ValueError(f"{path} does not fit the configuration in policy.json; "
-                         f"these weights differ: {'; '.join(different)}")
+                         f"these weights differ: {different}")
 
 
 def save_training_state(run: str | Path, state: dict) -> None:
