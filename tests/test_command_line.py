@@ -180,7 +180,7 @@ def test_search_gives_the_trials_in_order(monkeypatch, capsys):
         "1. a: 1 of 2 episodes, validation loss 0.25", "2. b: validation loss 0.25",
         "3. c: validation loss 0.25, stopped after 3 epochs", "4. d: failed: no GPU",
         "a has a validation loss of 0.25, b has a validation loss of 0.25, from one training each: "
-        "the best is not distinguishable from the next, since another seed moves a loss too."]
+        "no significant difference can be claimed, since another seed changes a loss too."]
     with pytest.raises(SystemExit, match="2"):
         main(["search", "tiny", "--run-name", "s", "--search-shard", "5/4"])
 

@@ -89,20 +89,20 @@ def test_the_verdict_claims_no_more_than_the_episodes_say():
     # 9 of 10 and 4 of 10 on the same placements: five pairs differ, all one way, p = 2 / 2^5
     said = verdict([rolled("a", 9), rolled("b", 4)])
     assert "a succeeds in 9 of 10 episodes (95 % Wilson interval 60 to 98 %)" in said
-    assert "not distinguishable from the next (McNemar over 10 pairs: p = 0.062)" in said
+    assert "difference is not significant at 0.05 (McNemar over 10 pairs: p = 0.062)" in said
     said = verdict([rolled("a", 10), rolled("b", 4)])  # six pairs: 2 / 2^6
-    assert "the best differs from the next (McNemar over 10 pairs: p = 0.031)" in said
-    assert "from one training each, which another seed may turn round. 10 episodes each" in said
+    assert "difference is significant at 0.05 (McNemar over 10 pairs: p = 0.031)" in said
+    assert "from one training each, which another seed may reverse. 10 episodes each" in said
 
 
 def test_with_several_seeds_the_trainings_have_to_agree():
     a, b = rolled("a", 10, seeds=(0, 1, 2)), rolled("b", 4, seeds=(0, 1, 2))
     a["seed_success"], b["seed_success"] = [1.0, 0.9, 0.95], [0.4, 0.5, 0.3]
     said = verdict([a, b])
-    assert "the best differs from the next (McNemar over 30 pairs: p = 7.6e-06, Welch" in said
+    assert "difference is significant at 0.05 (McNemar over 30 pairs: p = 7.6e-06, Welch" in said
     assert "one training" not in said
     a["seed_success"] = [1.0, 0.1, 0.5]  # one lucky seed
-    assert "is not distinguishable" in verdict([a, b])
+    assert "is not significant at 0.05" in verdict([a, b])
 
 
 def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
@@ -111,18 +111,18 @@ def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
          "seed_losses": [0.10, 0.11, 0.09]}
     b = {**a, "trial": "b", "final_val_loss": 0.2, "seed_losses": [0.15, 0.25, 0.20]}
     said = verdict([a, b])
-    assert "not distinguishable from the next (Welch over seeds: p = 0.069)" in said
+    assert "difference is not significant at 0.05 (Welch over seeds: p = 0.069)" in said
 
 
 def test_the_verdict_on_losses_needs_seeds():
     a = {"trial": "a", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
     b = {**a, "trial": "b", "final_val_loss": 0.2}
-    assert "from one training each: the best is not distinguishable" in verdict([a, b])
+    assert "from one training each: no significant difference can be claimed" in verdict([a, b])
     for row, losses in ((a, [0.10, 0.11, 0.09]), (b, [0.20, 0.21, 0.19])):
         row.update(seeds=[0, 1, 2], seed_losses=losses)
-    assert "the best differs from the next (Welch over seeds: p = 0.00026)" in verdict([a, b])
+    assert "difference is significant at 0.05 (Welch over seeds: p = 0.00026)" in verdict([a, b])
     b["seed_losses"] = [0.1, 0.3, 0.05]
-    assert "is not distinguishable" in verdict([a, b])
+    assert "is not significant at 0.05" in verdict([a, b])
     assert verdict([a, {"trial": "c", "state": "failed"}]).startswith("1 trial is complete")
     assert verdict([]) == "No trial is complete: there is nothing to compare."
 
@@ -187,7 +187,7 @@ def test_rollouts_rank_first(tmp_path, pretend):
     rows = search(tmp_path, search_episodes=3)
     assert names(rows)[:2] == [point_name(0.2, 2), point_name(0.1, 2)]
     assert rows[0]["successes"] == 2 and rows[0]["episodes"] == 3
-    assert "not distinguishable from the next (McNemar over 3 pairs: p = 1)" in verdict(rows)
+    assert "difference is not significant at 0.05 (McNemar over 3 pairs: p = 1)" in verdict(rows)
 
 
 def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, pretend):
@@ -454,7 +454,7 @@ def test_a_database_that_goes_away_is_told_and_what_is_complete_is_kept(tmp_path
             file.write_bytes(b"no database any more" * 1000)
 
     pretend.act = act
-    with pytest.raises(ConnectionError, match="study.db' does not answer .*the same call goes on"):
+    with pytest.raises(ConnectionError, match="study.db' does not answer .*the same call resumes"):
         search(tmp_path, **shared)
     assert len(pretend) == 2
     file.write_bytes(kept[0])

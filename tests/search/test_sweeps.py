@@ -116,4 +116,4 @@ def test_settings_of_the_machine_come_from_the_command_and_not_from_the_file(tmp
 
 def test_a_trial_needs_a_search(capsys):
     assert main(["trial", "nobody", "{}"]) == 1
-    assert "search.json does not exist; expected a search that was begun" in capsys.readouterr().err
+    assert "search.json does not exist; expected the folder of a search" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A search guided by Optuna, whose study is a file, or a database that several machines share."""
+"""A search guided by Optuna; the study is a file, or a database shared by several machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import sqlalchemy.exc
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from tqdm.auto import tqdm
 
 from ..config import Config, SearchConfig, migrate
 from ..files import exclusive_lock, visible
@@ -33,34 +32,32 @@ from .space import (
 from .trials import read_trial
 
 STUDY = "study.jsonl"  # in the folder of a search: a study without a database
-_HEARTBEAT = 30  # seconds between a trial's signs of life in a database
-_GRACE = 120  # seconds without one after which its machine is taken for dead
+_HEARTBEAT = 30  # seconds between the heartbeats of a trial in a database
+_GRACE = 120  # seconds without one after which its machine is considered dead
 _RETRIES = 2  # of a trial whose process died
-_SQLITE_WAITS = 60.0  # seconds for a file that another process writes; on a busy disk 5 are too few
+_SQLITE_WAITS = 60.0  # seconds for a locked file; 5, the default, are too few on a busy disk
 _COUNTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-_RANDOM_TRIALS = 8  # before the sampler begins to guess
+_RANDOM_TRIALS = 8  # before the sampler uses a model
 
 
 class Study:
-    """A study of Optuna's and the folder of its trials."""
+    """An Optuna study and the folder of its trials."""
 
     def __init__(self, config: Config, folder: Path, study: optuna.Study):
         self.config, self.folder, self.study = config, folder, study
-        search = config.search
-        self.total = search.max_configs or len(all_points(search))
+        self.total = config.search.max_configs or len(all_points(config.search))
         self._lock, self._beginning = threading.Lock(), 0
-        self._bar = tqdm(desc="search", unit="trial", total=self.total, initial=self._counted())
 
     @classmethod
     @contextlib.contextmanager
     def opened(cls, config: Config, folder: Path) -> Iterator[Study]:
-        """The study of a search, begun or gone on with.
+        """The study of a search, new or continued.
 
-        What was under way when its process died is in line again, and trials in the folder that the
-        study does not know, of a grid for instance, are read into it first.
+        Trials that were running when their process died are queued again, and trials in the folder
+        that the study does not know, for example of a grid, are added first.
 
         Raises:
-            ConnectionError: the database can not be opened, or is lost on the way.
+            ConnectionError: the database cannot be opened, or is lost later.
             RuntimeError: another process uses the file.
             ValueError: the study belongs to a search with other settings.
         """
@@ -84,35 +81,36 @@ class Study:
                 study.set_user_attr("settings", common)
                 if url:
                     optuna.storages.fail_stale_trials(study)
-                else:
-                    _requeue(study)
-                _enqueue_folder(study, config.search, folder)
+                else:  # what was under way when the process that used the file died
+                    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+                        study.tell(trial.number, state=TrialState.FAIL)
+                        study.enqueue_trial(trial.params)
                 opened = cls(config, folder, study)
-                with opened._bar:
-                    yield opened
+                opened._enqueue_folder()
+                yield opened
 
-    def work(self, train: Callable[..., dict], stop: threading.Event, environment: dict) -> None:
-        """Run trials until there are enough; several threads and machines do so at once."""
-        while not stop.is_set():
-            with self._lock:
-                if self._counted() + self._beginning >= self.total:
-                    return
-                self._beginning += 1
-            self.study.optimize(lambda trial: self._objective(trial, train, environment),
-                                n_trials=1, catch=(RuntimeError,))
-            self._bar.update()
+    def next_job(self, train: Callable[..., dict]) -> Callable[..., None] | None:
+        """A function that runs a trial with an environment; ``None`` if there are enough."""
+        with self._lock:
+            if self.counted() + self._beginning >= self.total:
+                return None
+            self._beginning += 1
+        return lambda environment: self.study.optimize(
+            lambda trial: self._objective(trial, train, environment), n_trials=1,
+            catch=(RuntimeError,))
 
     def records(self) -> dict[str, dict]:
-        """The ``trial.json`` of every trial, those of other machines included."""
-        return _records(self.study)
+        """The ``trial.json`` of every trial, also on other machines."""
+        return {trial.user_attrs["record"]["trial"]: trial.user_attrs["record"]
+                for trial in self.study.get_trials(deepcopy=False) if "record" in trial.user_attrs}
 
     def idle(self) -> bool:
         """Whether all trials have ended, here and on other machines."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return not running and self._counted() >= self.total
+        return not running and self.counted() >= self.total
 
-    def _counted(self) -> int:
-        """Trials that ended or run. One that was interrupted is in line again and not counted."""
+    def counted(self) -> int:
+        """Trials that ended or run. An interrupted one is queued again and not counted."""
         return sum(trial.state in _COUNTED or "record" in trial.user_attrs  # failed by itself
                    for trial in self.study.get_trials(deepcopy=False))
 
@@ -140,6 +138,19 @@ class Study:
     def _record(self, trial: optuna.Trial, point: dict) -> None:
         trial.set_user_attr("record", read_trial(self.folder / trial_name(point)))
 
+    def _enqueue_folder(self) -> None:
+        """Queue the complete trials in the folder that the study does not know."""
+        search, known = self.config.search, self.records()
+        for path in visible(self.folder, "*/trial.json"):
+            record = read_trial(path.parent)
+            point, _ = point_of(record["parameters"], search) or ({}, 0)
+            complete = record["rungs"] and record["rungs"][-1]["epochs"] == search.search_epochs
+            name = path.parent.name
+            if complete and name == trial_name(point) and name not in known and all(
+                    min(values) <= point[axis] <= max(values) if axis == "lr"
+                    else point[axis] in values for axis, values in axes(search).items()):
+                self.study.enqueue_trial(point, skip_if_exists=True)
+
 
 def _suggest(trial: optuna.Trial, search: SearchConfig) -> dict:
     """A point: any learning rate between the ends, the other settings from their lists."""
@@ -151,35 +162,6 @@ def _suggest(trial: optuna.Trial, search: SearchConfig) -> dict:
         else:
             point[name] = trial.suggest_categorical(name, values)
     return point
-
-
-def _records(study: optuna.Study) -> dict[str, dict]:
-    return {trial.user_attrs["record"]["trial"]: trial.user_attrs["record"]
-            for trial in study.get_trials(deepcopy=False) if "record" in trial.user_attrs}
-
-
-def _requeue(study: optuna.Study) -> None:
-    """Put in line again what was under way when the process that used the file died."""
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-
-
-def _enqueue_folder(study: optuna.Study, search: SearchConfig, folder: Path) -> None:
-    """Let the study begin with the complete trials in the folder that it does not know."""
-    known = _records(study)
-    for path in visible(folder, "*/trial.json"):
-        record = read_trial(path.parent)
-        point, _ = point_of(record["parameters"], search) or ({}, 0)
-        complete = record["rungs"] and record["rungs"][-1]["epochs"] == search.search_epochs
-        if complete and path.parent.name == trial_name(point) and path.parent.name not in known \
-                and _within(point, search):
-            study.enqueue_trial(point, skip_if_exists=True)
-
-
-def _within(point: dict, search: SearchConfig) -> bool:
-    return all(min(values) <= point[name] <= max(values) if name == "lr" else point[name] in values
-               for name, values in axes(search).items())
 
 
 def _storage(url: str, folder: Path) -> BaseStorage:
@@ -198,21 +180,15 @@ _DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInt
                     ImportError)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came from, what that came from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 @contextlib.contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Say of a database that fails which one it is, without the password in its URL."""
+    """Turn a database error into one that names the database, without the password in its URL."""
     try:
         yield
     except Exception as raised:
-        # Optuna's own clean-up can raise over what went wrong
-        error = next((each for each in _causes(raised) if isinstance(each, _DATABASE_ERRORS)), None)
+        error = raised  # or its cause: Optuna's own clean-up can raise over a database's error
+        while error is not None and not isinstance(error, _DATABASE_ERRORS):
+            error = error.__cause__ or error.__context__
         if error is None:
             raise
         shown, reason = (re.sub(r":(?!//)[^@\s]*@", ":***@", text).partition("?")[0]
@@ -220,4 +196,4 @@ def _named(url: str) -> Iterator[None]:
         raise ConnectionError(
             f"search_storage={shown!r} does not answer ({reason}); expected the "
             "URL of a database, such as sqlite:////shared/study.db or postgresql://user@host/name, "
-            "and its driver. What is complete is kept; the same call goes on") from None
+            "and its driver. What is complete is kept; the same call resumes") from None

@@ -1,12 +1,11 @@
-"""Hyper-parameter search: trials side by side, each a notebook of its own, ranked.
+"""Hyper-parameter search: trials in parallel, each a notebook in its own process, ranked.
 
-The trials of a search have a folder each in ``<run>/search/``, named by their settings. What is
-complete there is read, what was cut off goes on.
+Each trial has a folder in ``<run>/search/``, named by its settings. Complete trials are read,
+interrupted ones resume.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import math
@@ -43,32 +42,32 @@ from .space import (
 )
 from .trials import read_trial, run_trial, success_of
 
-_SAME_LOSS = 1.01  # losses this close count as equal, and the next criterion decides
+_SAME_LOSS = 1.01  # losses within this factor count as equal, and the next criterion decides
 _SIGNIFICANT = 0.05
 FINALISTS = 3  # trained with `search_replicates` seeds each
 
 
 def run_search(config: Config, run: str | Path) -> list[dict]:
-    """Run what is missing of a search, as many trials at once as there are workers, and rank.
+    """Run the missing trials of a search, as many at once as there are workers, and rank all.
 
-    A trial that fails is recorded with its error and the others go on. After ``search_minutes``
-    those under way are ended; the next call goes on with their last checkpoint. The demonstrations
-    should be there (:func:`collect.ensure_demonstrations`), lest each trial collect them.
+    A failed trial is recorded with its error and the others continue. After ``search_minutes``
+    running trials are ended; the next call resumes them from their last checkpoint. Collect the
+    demonstrations before (:func:`collect.ensure_demonstrations`), or each trial collects them.
 
     Writes into ``<run>/search/``: ``search.json`` (the settings), a folder per trial,
-    ``trials.json`` (what this returns) and ``best.yaml``, which
-    ``papermill 04_train.ipynb -f best.yaml`` takes for a full training with the best settings.
+    ``trials.json`` (the returned rows) and ``best.yaml``, with which
+    ``papermill 04_train.ipynb -f best.yaml`` trains in full with the best settings.
 
     Returns:
         the trials, best first: ``trial`` (its name), the settings of its point, ``state``
-        (``complete``, ``stopped`` early by halving, ``failed`` with its ``error``), and of those
-        that ran :func:`trials.measure`, the mean over ``seeds`` where there are several. None
-        where there was no time for any.
+        (``complete``, ``stopped`` early by halving, ``failed`` with its ``error``), and, unless it
+        failed, :func:`trials.measure`, averaged over ``seeds``. Empty if the time sufficed for
+        none.
 
     Raises:
         ValueError: the folder, or the study in the database, belongs to a search with other
-            settings; a search space that is none; values that do not go together.
-        ConnectionError: the database can not be opened.
+            settings; a bad search space; values that do not go together.
+        ConnectionError: the database cannot be opened.
         RuntimeError: every trial failed.
     """
     folder = claim(config, run)
@@ -77,36 +76,41 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
     train = functools.partial(run_point, config, folder, stop=stop)
     timer = threading.Timer(60 * search.search_minutes, stop.set)
     timer.daemon = True
+
+    def run_points(points: list[tuple[dict, int]], title: str) -> None:
+        jobs = iter([functools.partial(train, point, seed=seed) for point, seed in points])
+        in_parallel(lambda: next(jobs, None), environments, stop,
+                    tqdm(desc=title, unit="trial", total=len(points)))
+
     with contextlib.ExitStack() as stack:
-        records, idle = {}, True
-        study = None
+        records, idle, study = {}, True, None
         if search.search_method != "grid":
             study = stack.enter_context(Study.opened(config, folder))
         if search.search_minutes:
             timer.start()
             stack.callback(timer.cancel)
         if study:
-            in_parallel(functools.partial(study.work, train, stop), environments, stop)
+            bar = tqdm(desc="search", unit="trial", total=study.total, initial=study.counted())
+            in_parallel(functools.partial(study.next_job, train), environments, stop, bar)
             records, idle = study.records(), study.idle()
         else:
-            _run_points([(point, config.train.seed) for point in grid(search)], train,
-                        environments, stop, "search")
+            run_points([(point, config.train.seed) for point in grid(search)], "search")
         if idle and search.search_replicates > 1:
-            finalists = ranking(config, folder, records)[:FINALISTS]
-            seeds = range(config.train.seed + 1, config.train.seed + search.search_replicates)
-            _run_points([({name: row[name] for name in axes(search)}, seed)
-                         for seed in seeds for row in finalists if row["state"] == "complete"],
-                        train, environments, stop, "seeds of the best")
+            finalists = [row for row in ranking(config, folder, records)[:FINALISTS]
+                         if row["state"] == "complete"]
+            run_points([({name: row[name] for name in axes(search)}, config.train.seed + number)
+                        for number in range(1, search.search_replicates) for row in finalists],
+                       "seeds of the best")
     ranked = ranking(config, folder, records)
     _write(config, folder, ranked)
     return ranked
 
 
 def claim(config: Config, run: str | Path) -> Path:
-    """The folder of a run's search, with its ``search.json``; nothing is trained.
+    """Prepare the folder of a run's search with its ``search.json``.
 
-    A folder without a trained epoch is begun anew. Raises ``ValueError`` for one that was trained
-    in with other settings, and for a bad search space.
+    A folder without a trained epoch is overwritten. Raises ``ValueError`` for trials with other
+    settings, and for a bad search space.
     """
     check_points(config)
     folder = Path(run).resolve() / "search"
@@ -127,7 +131,7 @@ def searched(folder: Path) -> Config:
     """The settings in the ``search.json`` of a search's folder."""
     path = folder / "search.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a search that was begun there")
+        raise FileNotFoundError(f"{path} does not exist; expected the folder of a search")
     return Config.from_dict(read_json(path))
 
 
@@ -136,7 +140,7 @@ def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = N
               stop: threading.Event | None = None) -> dict:
     """:func:`trials.run_trial` of a point of the search in ``folder``.
 
-    ``epochs`` and ``episodes`` (per task) are those of a rung; without them, of the last one.
+    ``epochs`` and ``episodes`` (per task) of a rung; by default of the last one.
     """
     seed = config.train.seed if seed is None else seed
     trial = trial_settings(config, point, seed)
@@ -151,40 +155,32 @@ def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = N
 # --- side by side --------------------------------------------------------------------------------
 
 
-def in_parallel(work: Callable[[dict], None], environments: Sequence[dict],
-                stop: threading.Event) -> None:
-    """Call ``work`` with each of the environments, in threads; an error in one ends the others."""
+def in_parallel(next_job: Callable[[], Callable[..., object] | None],
+                environments: Sequence[dict], stop: threading.Event, bar: tqdm) -> None:
+    """Run jobs until there is none, in a thread for each of the environments.
 
-    def until_stopped(environment: dict) -> None:
+    A ``RuntimeError`` is a failed trial; any other error, or Ctrl-C, ends all threads.
+    """
+    lock = threading.Lock()
+
+    def work(environment: dict) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # how a notebook ends when `stop` is set
-            work(environment)
+            while not stop.is_set():
+                with lock:
+                    job = next_job()
+                if job is None:
+                    return
+                with contextlib.suppress(RuntimeError):  # recorded in its folder
+                    job(environment=environment)
+                bar.update()
 
-    with ThreadPoolExecutor(len(environments)) as pool:
-        futures = [pool.submit(until_stopped, environment) for environment in environments]
+    with bar, ThreadPoolExecutor(len(environments)) as pool:
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(work, one) for one in environments]):
                 future.result()
         except BaseException:  # Ctrl-C too
             stop.set()
             raise
-
-
-def _run_points(points: list[tuple[dict, int]], train: Callable[..., dict],
-                environments: Sequence[dict], stop: threading.Event, title: str) -> None:
-    waiting = collections.deque(points)
-    with tqdm(total=len(points), desc=title, unit="trial") as bar:
-
-        def work(environment: dict) -> None:
-            while not stop.is_set():
-                try:
-                    point, seed = waiting.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                with contextlib.suppress(RuntimeError):  # recorded in its folder
-                    train(point, seed=seed, environment=environment)
-                bar.update()
-
-        in_parallel(work, environments, stop)
 
 
 def worker_environments(config: Config) -> list[dict[str, str]]:
@@ -200,10 +196,10 @@ def worker_environments(config: Config) -> list[dict[str, str]]:
 
 
 def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict]:
-    """The trials in a search's folder, and of ``records`` those of other machines, best first.
+    """The trials in a search's folder and in ``records``, of other machines, best first.
 
-    The finalists come first, ranked by all their seeds, then the others that are complete, those
-    that halving stopped, and those that failed.
+    The order is: finalists, by all their seeds; other complete trials; those that halving stopped;
+    failed ones.
     """
     found = dict(records)
     for path in visible(folder, "*/trial.json"):
@@ -245,7 +241,7 @@ def _row(name: str, records: dict[int, dict], config: Config) -> dict:
         row[key] = statistics.fmean(one[key] for one in found.values())
     row["seed_losses"] = [one["final_val_loss"] for one in found.values()]
     if all("rollouts" in one for one in found.values()):
-        # drawn placements have no init state; here it tells the seeds of the trainings apart
+        # sampled layouts have no init state; here it distinguishes the seeds of the trainings
         row |= success_of([{**episode, "init_state": seed} for seed, one in found.items()
                            for episode in one["rollouts"]])
         row["seed_success"] = [one["success_rate"] for one in found.values()]
@@ -255,7 +251,7 @@ def _row(name: str, records: dict[int, dict], config: Config) -> dict:
 def rank_trials(trials: list[dict]) -> list[dict]:
     """Best first: success rate where measured, final validation loss, convergence, stability.
 
-    Losses that fall into the same step of 1 % count as equal.
+    Losses in the same step of 1 % count as equal.
     """
     def key(trial: dict) -> tuple:
         loss = max(trial["final_val_loss"], sys.float_info.min)  # 0 has no logarithm
@@ -267,11 +263,11 @@ def rank_trials(trials: list[dict]) -> list[dict]:
 
 
 def verdict(ranked: Sequence[dict]) -> str:
-    """A sentence on whether the best trial can be told from the next.
+    """A sentence on whether the best trial differs significantly from the next.
 
-    With one training each: exact McNemar on the same placements, where there are rollouts; losses
-    of one training each decide nothing. With several seeds each: Welch's t test over the trainings
-    as well. Both have to agree.
+    With rollouts: exact McNemar on the same sampled layouts. With several seeds: Welch's t test
+    over the trainings; if both apply, both have to be significant. Losses of one training each
+    decide nothing.
     """
     complete = [row for row in ranked if row["state"] == "complete"]
     if len(complete) < 2:
@@ -281,32 +277,32 @@ def verdict(ranked: Sequence[dict]) -> str:
     rollouts = "rollouts" in best and "rollouts" in second
     p_values = {}
     if rollouts:
-        told = [f"{row['trial']} succeeds in {row['successes']} of {row['episodes']} episodes "
+        both = [f"{row['trial']} succeeds in {row['successes']} of {row['episodes']} episodes "
                 f"(95 % Wilson interval {100 * row['wilson_low']:.0f} to "
                 f"{100 * row['wilson_high']:.0f} %)" for row in (best, second)]
         test = paired_mcnemar(best["rollouts"], second["rollouts"])
         p_values[f"McNemar over {test['pairs']} pairs"] = test["p_value"]
     else:
-        told = [f"{row['trial']} has a validation loss of {row['final_val_loss']:.4g}"
+        both = [f"{row['trial']} has a validation loss of {row['final_val_loss']:.4g}"
                 for row in (best, second)]
     if several:
         measured = "seed_success" if rollouts else "seed_losses"
         p_values["Welch over seeds"] = _welch(best[measured], second[measured])
-    tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in p_values.items())
-    told = f"{told[0]}, {told[1]}"
-    able = f" {detectable(best)}." if rollouts else ""
+    said = ", ".join(both)
     if not p_values:
-        return (f"{told}, from one training each: the best is not distinguishable from the next, "
-                "since another seed moves a loss too.")
+        return (f"{said}, from one training each: no significant difference can be claimed, since "
+                "another seed changes a loss too.")
+    tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in p_values.items())
+    able = f" {detectable(best)}." if rollouts else ""
     if max(p_values.values()) >= _SIGNIFICANT:
-        return f"{told}: the best is not distinguishable from the next ({tests}).{able}"
-    caution = "" if several else ", from one training each, which another seed may turn round"
-    return f"{told}: the best differs from the next ({tests}){caution}.{able}"
+        return f"{said}: the difference is not significant at 0.05 ({tests}).{able}"
+    caution = "" if several else ", from one training each, which another seed may reverse"
+    return f"{said}: the difference is significant at 0.05 ({tests}){caution}.{able}"
 
 
 def _welch(a: Sequence[float], b: Sequence[float]) -> float:
     if len({*a, *b}) == 1:
-        return 1.0  # where the statistic is 0 / 0
+        return 1.0  # the statistic is 0 / 0
     return float(ttest_ind(a, b, equal_var=False).pvalue)
 
 

@@ -1,8 +1,7 @@
-"""What a search goes through: its axes, the points of its grid, and a trial's parameters."""
+"""The space of a search: its axes, the points of its grid, and a trial's parameters."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -12,11 +11,9 @@ import yaml
 
 from ..config import (
     Config,
-    DataConfig,
-    ModelConfig,
     SearchConfig,
-    TrainConfig,
     check_names,
+    from_flat,
     local_settings,
     settings_by_part,
 )
@@ -24,14 +21,13 @@ from ..files import differences, short_name
 
 _LISTS = {"lr": "search_lrs", "hidden_dim": "search_hidden_dims",
           "num_recursions": "search_num_recursions"}
-# change what the validation loss means or is taken on, so that only rollouts compare
+# change the meaning or the samples of the validation loss, so that only rollouts compare
 _CHANGE_THE_LOSS = {"loss", "gripper", "normalize_actions", "chunk", "halting", "ponder_cost",
                     "deep_supervision", "alignment", "sequence_length", "max_demos_per_task"}
-# no axes: what the search decides by itself, and which task is learned
-_FIXED = {*_LISTS, *local_settings(), "epochs", "patience", "rollout_every", "seed",
-          "suite", "task_ids", "demos", "num_demos", "placement"}
-# of the evaluation's, those that selection rollouts go by
-_ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster"}
+_ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster"}  # of selection rollouts
+# no axes: set by the search itself, or part of the task
+_FIXED = {*_LISTS, *local_settings(), *_ROLLOUT_SETTINGS, "epochs", "patience", "rollout_every",
+          "seed", "suite", "task_ids", "demos", "num_demos", "placement"}
 REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
 _RUNGS = 3
 
@@ -40,12 +36,11 @@ def axes(search: SearchConfig) -> dict[str, tuple]:
     """The values of each setting that is searched over.
 
     Raises ``ValueError`` for a ``search_space`` that is no mapping from settings to lists, for a
-    setting that does not exist or is no axis (with the valid ones), and for one after which the
-    validation losses of two trials mean different things where they would be compared.
+    name that cannot be searched over (with the valid ones), and for a setting that makes the
+    compared validation losses of two trials mean different things.
     """
     further = _further_axes(search)
-    known = [field.name for kind in (DataConfig, ModelConfig, TrainConfig)
-             for field in dataclasses.fields(kind) if field.name not in _FIXED]
+    known = [name for name in _training_settings(from_flat()) if name not in _FIXED]
     for name in further:
         if name in _LISTS:
             raise ValueError(f"search_space={search.search_space!r} is not valid; expected no "
@@ -75,16 +70,13 @@ def _further_axes(search: SearchConfig) -> dict[str, tuple]:
 
 
 def all_points(search: SearchConfig) -> list[dict]:
-    """Learning rate x width x recursions (x further axes)."""
+    """Every combination of the values of all :func:`axes`."""
     values = axes(search)
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
 
 def grid(search: SearchConfig) -> list[dict]:
-    """The points of the grid, or ``max_configs`` of them; in a shard, every n-th of these.
-
-    A part of the grid is spread evenly over it, first and last point included.
-    """
+    """All points, or ``max_configs`` spread evenly from first to last; in a shard, every n-th."""
     points = all_points(search)
     count = search.max_configs
     if count == 1:
@@ -96,10 +88,10 @@ def grid(search: SearchConfig) -> list[dict]:
 
 
 def rungs(search: SearchConfig) -> list[tuple[int, int]]:
-    """(epochs, episodes per task) after which a trial is measured; the last one is all of them.
+    """(epochs, episodes per task) at which a trial is measured; the last one is all of them.
 
-    Successive halving measures at a ninth and a third of the epochs too: the validation loss alone
-    first, then a third of the episodes.
+    Successive halving measures at a ninth and a third of the epochs too: first the validation loss
+    alone, then a third of the episodes.
     """
     if search.search_method != "halving":
         return [(search.search_epochs, search.search_episodes)]
@@ -112,10 +104,9 @@ def rungs(search: SearchConfig) -> list[tuple[int, int]]:
 
 
 def trial_name(point: dict, seed: int | None = None) -> str:
-    """``lr0.001-hidden_dim128-num_recursions4``, the name of a trial and of its folder.
+    """Name and folder of a trial, ``lr0.001-hidden_dim128-num_recursions4``.
 
-    A trial is its settings: whoever finds the same point finds the same trial. ``seed`` marks a
-    replicate.
+    Every method of search thus finds the same trial for the same point. ``seed`` marks a replicate.
     """
     name = "-".join(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
                     for key, value in point.items())
@@ -123,37 +114,35 @@ def trial_name(point: dict, seed: int | None = None) -> str:
 
 
 def trial_settings(config: Config, point: dict, seed: int) -> Config:
-    """What a trial trains with. ``ValueError`` for values that do not go together."""
+    """The settings of a trial. ``ValueError`` for values that do not go together."""
     return config.replace(**point, seed=seed, epochs=config.search.search_epochs, stop_epoch=0,
                           patience=0, max_minutes=0.0, wandb_mode="disabled")
 
 
 def check_points(config: Config) -> None:
-    """Refuse (``ValueError``) points whose values do not go together, before any is trained."""
+    """Raise ``ValueError`` for points whose values do not go together."""
     search = config.search
     for point in grid(search) if search.search_method == "grid" else all_points(search):
         trial_settings(config, point, config.train.seed)
 
 
 def parameters(config: Config, point: dict, known: Iterable[str]) -> dict[str, Any]:
-    """The settings that make a training, as the parameters of a notebook.
+    """Parameters of the training notebook for ``config`` with ``point``.
 
-    They are its preset, what is not the preset's, the seed and the point. Settings that the
-    notebook has no parameter for, as ``known``, go into its ``more``.
+    They are the preset, what differs from it, the seed and the point. Settings that the notebook
+    has no parameter for (``known``) are in its ``more``.
     """
-    part = settings_by_part()
-    changes = {name: value for name, value in config.changes().items()
-               if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS}
+    usual = _training_settings(from_flat(config.preset))
+    changes = {name: value for name, value in _training_settings(config).items()
+               if value != usual[name]}
     values = {"preset": config.preset, **changes, "seed": config.train.seed, **point}
-    values = {name: list(value) if isinstance(value, tuple) else value
-              for name, value in values.items()}
     more = {name: value for name, value in values.items() if name not in known}
     return {**{name: value for name, value in values.items() if name in known},
             **({"more": more} if more else {})}
 
 
 def point_of(given: dict, search: SearchConfig) -> tuple[dict, int] | None:
-    """The point and the seed in what :func:`parameters` gave; ``None`` for one without the axes."""
+    """Point and seed of :func:`parameters`; ``None`` if an axis is missing."""
     values = {**given, **given.get("more", {})}
     names = axes(search)
     if not values.keys() >= {*names, "seed"}:
@@ -162,19 +151,23 @@ def point_of(given: dict, search: SearchConfig) -> tuple[dict, int] | None:
 
 
 def common_settings(config: Config) -> dict[str, Any]:
-    """What all trials of a search share, on every machine: only such trials can be compared."""
+    """Settings that all trials of a search share on every machine, so that they compare."""
+    own = {*local_settings(), *axes(config.search)}
+    settings = _training_settings(trial_settings(config, {}, config.train.seed))
+    return {**{name: value for name, value in settings.items() if name not in own},
+            "search_episodes": config.search.search_episodes}
+
+
+def _training_settings(config: Config) -> dict[str, Any]:
+    """Settings of data, model, training and selection rollouts, with lists as in JSON."""
     part = settings_by_part()
-    settings = trial_settings(config, {}, config.train.seed).flat()
-    names = [name for name in settings
-             if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS]
-    shared = {name: list(settings[name]) if isinstance(settings[name], tuple) else settings[name]
-              for name in names
-              if name not in local_settings() and name not in axes(config.search)}
-    return {**shared, "search_episodes": config.search.search_episodes}
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in config.flat().items()
+            if part[name] in ("data", "model", "train") or name in _ROLLOUT_SETTINGS}
 
 
 def refuse_others(where: object, before: dict, now: dict) -> None:
-    """Raise ``ValueError`` where the :func:`common_settings` of a search are others than before."""
+    """Raise ``ValueError`` if the :func:`common_settings` of a search differ from earlier ones."""
     different = differences(before, now, missing="searched over")
     if different:
         raise ValueError(f"{where} belongs to a search with other settings "
@@ -182,9 +175,9 @@ def refuse_others(where: object, before: dict, now: dict) -> None:
 
 
 def value_of(found: dict) -> float:
-    """What a guided search lowers: the validation loss or, where there were rollouts, the failures.
+    """The quantity that a guided search minimises: validation loss or, with rollouts, failures.
 
-    Of trials with equally many failures the loss decides, as a number below 1.
+    The loss, mapped to (0, 1), breaks ties between equal numbers of failures.
     """
     loss = found["final_val_loss"]
     if "episodes" not in found:

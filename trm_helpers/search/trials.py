@@ -1,4 +1,4 @@
-"""One trial of a search: a training notebook in its own process, and what its files say of it."""
+"""One trial of a search: a training notebook in its own process, measured by its files."""
 
 from __future__ import annotations
 
@@ -12,43 +12,39 @@ from ..notebooks import run_notebook
 from ..stats import EPISODE_KEYS, wilson_interval
 
 RECORD = "trial.json"
-_SPIKE = 1.2  # a validation loss this many times the lowest before it
+_SPIKE = 1.2  # a validation loss above this multiple of the lowest before it
 _CONVERGED = 0.9  # of the way from the first validation loss to the lowest
 
 
 def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
               environment: Mapping[str, str] | None = None,
               stop: threading.Event | None = None) -> dict:
-    """Train in a notebook as far as its parameters say, and read from the files how it went.
+    """Train with a notebook in its own process; returns :func:`measure` of the folder.
 
-    The notebook runs in a process of its own, trains into ``run_dir`` by the ``run_name`` that it
-    is given, and goes on where it was. What it prints is in ``<run_dir>/notebooks/``. What was
-    measured before at the same epoch is not run again. ``trial.json`` holds the ``parameters``,
-    the measures at each epoch that was asked for (``rungs``), and the ``error`` of one that failed.
+    The trial resumes, and an epoch that was measured before is not run again. ``trial.json`` holds
+    the ``parameters``, the measures at each epoch asked for (``rungs``), and the ``error`` of a
+    failed trial; ``notebooks/output.log`` holds the output.
 
     Args:
         notebook: with the parameters ``run_name``, ``epochs``, ``stop_epoch`` and
             ``selection_episodes``, such as ``04_train``.
         parameters: of the notebook. Training ends after ``stop_epoch`` epochs, or all ``epochs``.
-        environment: variables for its process, such as the GPU that it sees.
-        stop: ends the notebook, see :func:`runs.run_notebook`.
-
-    Returns:
-        :func:`measure` of the folder.
+        environment: additional variables of its process, such as its GPU.
+        stop: ends the notebook, see :func:`notebooks.run_notebook`.
 
     Raises:
         KeyboardInterrupt: ``stop`` was set.
         ValueError: a parameter that the notebook does not have; nothing was run.
-        RuntimeError: the notebook failed, or did not train as far as it was asked.
+        RuntimeError: the notebook failed, or trained for another number of epochs.
     """
     run_dir = Path(run_dir).resolve()
     wanted = parameters.get("stop_epoch") or parameters["epochs"]
     with exclusive_lock(run_dir, stop):
-        before = read_trial(run_dir) or {"rungs": []}
-        for found in before["rungs"]:
+        rungs = (read_trial(run_dir) or {"rungs": []})["rungs"]
+        for found in rungs:
             if found["epochs"] == wanted:
                 return found
-        record = {"trial": run_dir.name, "parameters": parameters, "rungs": before["rungs"]}
+        record = {"trial": run_dir.name, "parameters": parameters, "rungs": rungs}
         log = run_dir / "notebooks" / "output.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -62,13 +58,13 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
         except RuntimeError as error:
             write_json(run_dir / RECORD, {**record, "error": str(error)})
             raise
-        record["rungs"].append(found)
+        rungs.append(found)
         write_json(run_dir / RECORD, record)
         return found
 
 
 def read_trial(run_dir: str | Path) -> dict | None:
-    """The ``trial.json`` of a folder; ``None`` where there is none."""
+    """The ``trial.json`` of a folder; ``None`` without one."""
     path = Path(run_dir) / RECORD
     return read_json(path, keys=("trial", "parameters", "rungs")) if path.exists() else None
 
@@ -77,9 +73,9 @@ def measure(run_dir: str | Path) -> dict:
     """The criteria of a trial from the files in its folder.
 
     Returns:
-        ``epochs``, :func:`measure_curve` of ``metrics.jsonl``, ``val_losses`` per epoch,
-        ``minutes`` of training; where ``selection.jsonl`` has episodes of the present weights,
-        :func:`success_of` them.
+        ``epochs``, :func:`measure_curve` of ``metrics.jsonl``, ``val_losses`` per epoch, and
+        ``minutes`` of training; also :func:`success_of` the episodes of the current weights in
+        ``selection.jsonl``, if any.
 
     Raises:
         RuntimeError: no epoch is in ``metrics.jsonl``.
@@ -89,18 +85,18 @@ def measure(run_dir: str | Path) -> dict:
     if not rows:
         raise RuntimeError(f"{run_dir / 'metrics.jsonl'} holds no epoch; expected at least one")
     losses = [row["val_loss"] for row in rows]
-    found = {"epochs": len(rows), **measure_curve(losses), "val_losses": losses,
-             "minutes": round(sum(row["seconds"] for row in rows) / 60, 3)}
     ledger = run_dir / "selection.jsonl"
-    played = selection_rows(run_dir, ledger) if ledger.exists() else []
-    return {**found, **(success_of(played) if played else {})}
+    episodes = selection_rows(run_dir, ledger) if ledger.exists() else []
+    return {"epochs": len(rows), **measure_curve(losses), "val_losses": losses,
+            "minutes": round(sum(row["seconds"] for row in rows) / 60, 3),
+            **(success_of(episodes) if episodes else {})}
 
 
 def measure_curve(val_losses: list[float]) -> dict:
     """The criteria of a trial from its validation losses per epoch.
 
-    ``final_val_loss``; ``epochs_to_converge``: the first epoch (from 1) that has come 90 % of the
-    way from the first loss to the lowest; ``spikes``: epochs above 1.2 times the lowest before.
+    ``final_val_loss``; ``epochs_to_converge``: the first epoch (from 1) within 10 % of the lowest
+    loss, measured from the first; ``spikes``: epochs above 1.2 times the lowest loss before them.
     """
     if not val_losses:
         raise ValueError("val_losses is empty; expected one per epoch")
@@ -112,8 +108,7 @@ def measure_curve(val_losses: list[float]) -> dict:
 
 
 def success_of(rows: list[dict]) -> dict:
-    """``success_rate`` of ``episodes`` with its 95 % Wilson interval; the ``rollouts`` themselves.
-    """
+    """``success_rate`` over ``episodes`` with its 95 % Wilson interval, and the ``rollouts``."""
     successes = sum(bool(row["success"]) for row in rows)
     low, high = wilson_interval(successes, len(rows))
     return {"success_rate": successes / len(rows), "successes": successes, "episodes": len(rows),
