@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from .. import paths, schema
-from ..config import Config, ModelConfig, from_flat, local_settings, migrate
+from ..config import PARTS, Config, ModelConfig, from_flat, local_settings, migrate
 from ..data.dataset import LIBERODataset
 from ..data.normalize import ActionNormalizer, read_proprio
 from ..files import (
@@ -154,24 +154,18 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     if ".." in Path(name).parts:
         raise ValueError(f"run={name!r} is not valid; expected the name of a run in {root}, or the "
                          "path of its folder without '..'")
-    if not name:
-        trained = _trained_runs(root)
-        if trained:
-            return trained[-1]
-    else:
+    described = sorted(visible(root, "*/policy.json"), key=lambda path: path.stat().st_mtime)
+    trained = [path.parent for path in described]
+    if not name and trained:
+        return trained[-1]
+    if name:
         beside = paths.shipped("pretrained").parent
         for run in (root / name, beside / name, paths.absolute(name)):
             if (run / "policy.json").exists():
                 return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
-    names = [run.name for run in _trained_runs(root)] + shipped_policies()
+    names = [run.name for run in trained] + shipped_policies()
     raise FileNotFoundError(f"no trained run {name!r} in {root}; "
                             f"there are: {', '.join(names) or 'none'}. 04_train makes one")
-
-
-def _trained_runs(root: Path) -> list[Path]:
-    """Oldest first."""
-    described = visible(root, "*/policy.json")
-    return [path.parent for path in sorted(described, key=lambda path: path.stat().st_mtime)]
 
 
 def _in_artifacts(run: Path, to_write: bool) -> Path:
@@ -227,19 +221,19 @@ def load_config(run: str | Path, preset: str = "reference") -> Config:
         raise FileNotFoundError(f"{path} does not exist; expected a run folder")
     values = read_json(path, keys=("data", "model", "train"))
     values.pop("software", None)
-    own = local_settings()
     try:
-        config = Config.from_dict({
-            part: {name: value for name, value in given.items() if name not in own}
-            if isinstance(given, dict) else given for part, given in values.items()})
+        for name in local_settings():
+            for part in PARTS:
+                values.get(part, {}).pop(name, None)
+        config = Config.from_dict(values)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
     return config.replace(**from_flat(preset).local())
 
 
-def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) -> None:
+def save_description(run: Path, policy: TRMPolicy, data: LIBERODataset) -> None:
     """Write ``policy.json``, which :func:`load_policy` needs beside the weights."""
-    write_json(Path(run) / "policy.json", {
+    write_json(run / "policy.json", {
         "model": dataclasses.asdict(policy.config),
         "normalizer": policy.normalizer.to_dict(),
         "proprio_stats": policy.proprio_stats,
@@ -247,26 +241,25 @@ def save_description(run: str | Path, policy: TRMPolicy, data: LIBERODataset) ->
     })
 
 
-def save_weights(run: str | Path, weights: dict[str, torch.Tensor], name: str) -> None:
+def save_weights(run: Path, weights: dict[str, torch.Tensor], name: str) -> None:
     """Write ``<name>.safetensors`` (``best`` or ``last``) atomically."""
-    write_bytes(Path(run) / f"{name}.safetensors", save(
+    write_bytes(run / f"{name}.safetensors", save(
         {key: value.detach().cpu().contiguous() for key, value in weights.items()}))
 
 
 def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> TRMPolicy:
     """Rebuild a policy with its normalisers from a run folder alone, in evaluation mode.
 
+    Its ``sha256`` is the digest of the weights file.
+
     Args:
-        run: folder, or name of a folder in ``artifacts/``, or ``pretrained/<name>``.
+        run: see :func:`find_run`.
         weights: ``best`` (lowest validation loss or, where rollouts chose, most successes) or
             ``last``.
 
-    Returns:
-        the policy; ``sha256`` is the digest of the weights file.
-
     Raises:
         FileNotFoundError: no such run or weights.
-        ValueError: the weights are damaged, or belong to another configuration than
+        ValueError: a file is damaged, or the weights belong to another configuration than
             ``policy.json`` (the differences are listed).
     """
     schema.check_option("weights", weights, schema.WEIGHTS)
@@ -283,33 +276,27 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
     state, policy.sha256 = read_weights(path)
-    _refuse_other_weights(path, state, policy.state_dict())
-    policy.load_state_dict(state)
+    try:
+        policy.load_state_dict(state)
+    except RuntimeError as error:  # lists missing and unexpected weights and other shapes
+        raise ValueError(f"{path} does not fit the configuration in policy.json: {error}") from None
     return policy.to(device).eval()
 
 
-def _refuse_other_weights(path: Path, found: dict, expected: dict) -> None:
-    different = differences(*({name: tuple(weight.shape) for name, weight in weights.items()}
-                              for weights in (found, expected)))
-    if different:
-        raise ValueError(f"{path} does not fit the configuration in policy.json; "
-                         f"these weights differ: {different}")
-
-
-def save_training_state(run: str | Path, state: dict) -> None:
+def save_training_state(run: Path, state: dict) -> None:
     """Write ``training_state.pt``, from which training resumes exactly."""
     content = io.BytesIO()
     torch.save(state, content)
-    write_bytes(Path(run) / "training_state.pt", content.getbuffer())
+    write_bytes(run / "training_state.pt", content.getbuffer())
 
 
-def load_training_state(run: str | Path) -> dict | None:
+def load_training_state(run: Path) -> dict | None:
     """Inverse of :func:`save_training_state`; None without a file.
 
     Raises ``ValueError`` for a damaged file and for one with more than tensors and numbers, which
     could run code.
     """
-    path = Path(run) / "training_state.pt"
+    path = run / "training_state.pt"
     if not path.exists():
         return None
     content = io.BytesIO(read_bytes(path))
