@@ -30,7 +30,7 @@ from ..sim.env import LiberoEnv, load_task
 from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
 from .layers import Localizer
-from .model import read_weights, task_dim
+from .model import read_weights
 
 HAND = "hand"  # keypoint between the fingers
 _MOVED = 0.01  # metres; an object further from its start was moved by the robot and stays in place
@@ -67,9 +67,8 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
                 jobs[folder / f"{seed:08x}-{per_demo}.npz"] = (file, name, seed)
     with exclusive_lock(folder):  # a concurrent call waits and then finds the files
         missing = {path: job for path, job in jobs.items() if not path.exists()}
-        old = [path.name for path in set(jobs) - set(missing) if _version(path) !=
-               schema.COLLECTION_VERSION]
-        if old:
+        if old := [path.name for path in set(jobs) - set(missing)
+                   if np.load(path).get("version", 0) != schema.COLLECTION_VERSION]:
             print(f"{folder}: {', '.join(sorted(old))} rendered by another version of the code "
                   f"than {schema.COLLECTION_VERSION}; remove them to render them again")
         if missing:
@@ -82,11 +81,6 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
                         raise error
                     bar.update(per_demo)
     return list(jobs)
-
-
-def _version(path: Path) -> int:
-    with np.load(path) as scenes:
-        return int(scenes["version"]) if "version" in scenes else 0
 
 
 @functools.cache
@@ -180,7 +174,7 @@ def train_localizer(localizer: Localizer, frames: torch.Tensor, places: torch.Te
                               enabled=precision == "bf16")
     for _ in tqdm(range(steps), desc="training the localizer", unit="step"):
         chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
-        images = augment_images(_floats(frames[chosen], device), "colour", generator)
+        images = augment_images(frames[chosen].to(device).float() / 255, "colour", generator)
         with autocast:
             maps = localizer(images, None if tasks is None else tasks[chosen].to(device))
         optimizer.zero_grad()
@@ -218,7 +212,8 @@ def localization_errors(localizer: Localizer, frames: torch.Tensor, places: torc
     predicted = []
     for some in torch.arange(len(frames)).split(256):
         task = None if tasks is None else tasks[some].to(device)
-        predicted.append(localizer.points(localizer(_floats(frames[some], device), task)).cpu())
+        maps = localizer(frames[some].to(device).float() / 255, task)
+        predicted.append(localizer.points(maps).cpu())
     return (torch.cat(predicted) - places).norm(dim=-1)
 
 
@@ -229,10 +224,6 @@ def predicted_keypoints(policy, observations: Mapping) -> np.ndarray:
     images = observations[schema.STILL_CAMERA]
     images = images.reshape(-1, *images.shape[-3:]).to(next(localizer.parameters()))
     return localizer.points(localizer(images, policy.task(observations))).cpu().numpy()
-
-
-def _floats(frames: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return frames.to(device).float() / 255
 
 
 # --- a run's localizer ---------------------------------------------------------------------------
@@ -249,17 +240,21 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
     """
     path, report = Path(run) / "locator.safetensors", Path(run) / "scenes.json"
+    tasks, seed = _task_vectors(config), config.train.seed
     with exclusive_lock(run, lock=".locator.lock"):  # one of several processes trains
         if not path.exists():
-            scenes, other_scenes = (_scenes_of(split, config)
-                                    for split in (trained_on, measured_on))
-            names, seed = visible_keypoints(scenes), config.train.seed
+            scenes, other_scenes = (
+                {task_id: render_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
+                                        config.data.scenes)
+                 for task_id, file in zip(config.data.task_ids, split["files"], strict=True)}
+                for split in (trained_on, measured_on))
+            names = visible_keypoints(scenes)
             with torch.random.fork_rng():  # the policy's initial weights do not depend on this
                 torch.manual_seed(seed)
-                localizer = _localizer(names, config).to(device)
-            data = _load_with_tasks(scenes, names, config)
+                localizer = _localizer(names, tasks).to(device)
+            data = _load_with_tasks(scenes, names, tasks, config)
             train_localizer(localizer, *data, seed=seed, device=device, precision=precision)
-            held_out = _load_with_tasks(other_scenes, names, config)
+            held_out = _load_with_tasks(other_scenes, names, tasks, config)
             distance = localization_errors(localizer, *held_out, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
             write_json(report, {
@@ -270,43 +265,35 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
             write_bytes(path, save({name: weight.cpu().contiguous()
                                     for name, weight in localizer.state_dict().items()}))
     names = tuple(read_json(report, keys=["things"])["things"])
-    localizer = _localizer(names, config)
+    localizer = _localizer(names, tasks)
     localizer.load_state_dict(read_weights(path)[0])
     return names, localizer
 
 
-def _localizer(names: Sequence[str], config: Config) -> Localizer:
-    """With random weights; conditioned on the run's tasks where the policy is."""
-    if config.model.conditioning == "none":
-        return Localizer(len(names))
-    tasks = [_task_vector(task_id, config) for task_id in config.data.task_ids]
-    localizer = Localizer(len(names), len(tasks), task_dim(config.model))
-    localizer.known.copy_(torch.stack(tasks))
-    return localizer
-
-
-def _task_vector(task_id: int, config: Config) -> torch.Tensor | None:
-    """(task_dim,), as :meth:`TRMPolicy.task` gives it; None without conditioning."""
+def _task_vectors(config: Config) -> torch.Tensor | None:
+    """(T, task_dim), as :meth:`TRMPolicy.task` gives them; None without conditioning."""
     if config.model.conditioning == "language":
-        return torch.from_numpy(embed_instruction(load_task(config.data.suite, task_id).language))
+        tasks = [load_task(config.data.suite, task_id) for task_id in config.data.task_ids]
+        return torch.tensor(np.stack([embed_instruction(task.language) for task in tasks]))
     if config.model.conditioning == "task_id":
-        return F.one_hot(torch.tensor(task_id), config.model.num_tasks).float()
+        return F.one_hot(torch.tensor(config.data.task_ids), config.model.num_tasks).float()
     return None
 
 
-def _scenes_of(split: Mapping, config: Config) -> dict[int, list[Path]]:
-    return {task_id: render_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
-                                   config.data.scenes)
-            for task_id, file in zip(config.data.task_ids, split["files"], strict=True)}
+def _localizer(names: Sequence[str], tasks: torch.Tensor | None) -> Localizer:
+    """With random weights; conditioned on the run's tasks where the policy is."""
+    if tasks is None:
+        return Localizer(len(names))
+    localizer = Localizer(len(names), *tasks.shape)
+    localizer.known.copy_(tasks)
+    return localizer
 
 
-def _load_with_tasks(scenes: Mapping[int, Sequence[Path]], names: Sequence[str], config: Config):
+def _load_with_tasks(scenes: Mapping[int, Sequence[Path]], names: Sequence[str],
+                     tasks: torch.Tensor | None, config: Config):
     """Frames, image positions and task vectors (None without conditioning)."""
-    loaded, tasks = [], []
-    for task_id, files in scenes.items():
-        loaded.append(load_scenes(files, names, config.model.image_size))
-        task = _task_vector(task_id, config)
-        if task is not None:
-            tasks.append(task.expand(len(loaded[-1][0]), -1))
+    loaded = [load_scenes(files, names, config.model.image_size) for files in scenes.values()]
     frames, places = map(torch.cat, zip(*loaded, strict=True))
-    return frames, places, torch.cat(tasks) if tasks else None
+    if tasks is not None:
+        tasks = tasks.repeat_interleave(torch.tensor([len(part) for part, _ in loaded]), dim=0)
+    return frames, places, tasks
