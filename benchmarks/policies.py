@@ -35,16 +35,16 @@ POLICIES = {
     "trm": _TRM,
     "trm, one step, one cycle, one update": dict(_TRM, latent_updates=1, cycles=1,
                                                  num_recursions=1),
-    "transformer, equal parameters": dict(_TOKENS, variant="transformer", num_recursions=1),
+    "transformer, equal parameters": dict(_TOKENS, variant="transformer"),
     # at the learning rate of the others, 1e-3, so deep a network stays at the mean action
-    "transformer, equal depth, untied": dict(_TOKENS, variant="transformer", num_recursions=1,
+    "transformer, equal depth, untied": dict(_TOKENS, variant="transformer",
                                              num_layers=_LAYERS, lr=1e-4),
     # the reference's image encoders: many of their units die
     "block, depth 4, relu": dict(variant="block", num_recursions=4, image_activation="relu"),
     "trm, relu": dict(_TRM, image_activation="relu"),
     "trm, one step, one cycle, one update, relu": dict(
         _TRM, latent_updates=1, cycles=1, num_recursions=1, image_activation="relu"),
-    "ACT-style": dict(_TOKENS, variant="act", num_recursions=1),
+    "ACT-style": dict(_TOKENS, variant="act"),
 }
 
 

@@ -22,7 +22,7 @@ run_name = ""  # type: str; folder under artifacts/; empty takes the preset's na
 variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
 num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
-halting = None  # type: str; fixed, remainder, act, learned or convergence; None: the preset's
+halting = None  # type: str; fixed, remainder, adaptive, learned or convergence; None keeps it
 
 # %%
 import time

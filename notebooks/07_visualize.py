@@ -154,8 +154,8 @@ for path in run.glob("robustness.json"):
 # ## Where does it stop?
 #
 # With `halting="fixed"` every sample uses all steps. With `learned` and `convergence` each stops
-# for itself, and is computed no further. `remainder` and `act` weigh the answers of all steps:
-# what is shown is when a sample has spent its weight, and a batch goes on until the last one has.
+# for itself, and is computed no further. `remainder` and `adaptive` weight the answers of all
+# steps: shown is when a sample has spent its weight, and a batch goes on until the last has.
 
 # %%
 fig = explain.plot_halting(explain.halting_profile(policy, data, num_samples))

@@ -81,6 +81,20 @@ def test_a_former_setting_is_accepted_at_its_constant_value_alone():
     assert not REMOVED.keys() & settings_by_part().keys()
 
 
+def test_a_variant_without_recursion_is_applied_once():
+    for variant in ("transformer", "act"):
+        config = from_flat("demo", variant=variant)
+        assert config.model.num_recursions == 1 and Config.from_dict(config.to_dict()) == config
+    assert from_flat("demo", variant="trm").model.num_recursions == 4
+
+
+def test_a_former_option_is_read_as_its_new_name():
+    values = from_flat("demo").to_dict()
+    values["model"]["halting"] = "act"
+    assert Config.from_dict(values) == from_flat("demo", halting="adaptive")
+    assert from_flat("demo", {"halting": "act"}) == from_flat("demo", halting="adaptive")
+
+
 def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     with pytest.raises(ValueError, match="preset='big' .*'reference', 'demo', 'trm', 'tiny'"):
         from_flat("big")
@@ -182,8 +196,6 @@ def test_what_is_not_the_presets_makes_a_configuration_again():
 
 # --- options -------------------------------------------------------------------------------------
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = {  # what else has to be given with an option
-    ("variant", "transformer"): dict(num_recursions=1), ("variant", "act"): dict(num_recursions=1)}
 
 
 def options():
@@ -201,7 +213,7 @@ WITH_OPTIONS = {name: [option for known, option in options() if known == name] f
 
 def accepted(name, option):
     value = [option] if name == "cameras" else option
-    config = from_flat(**{name: value}, **NEEDS.get((name, option), {}))
+    config = from_flat(**{name: value})
     return config.flat()[name]
 
 

@@ -111,11 +111,12 @@ def test_a_run_trains_from_frames_on_the_gpu_as_from_memory(small_run, kind):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", [
     *(dict(variant="trm", image_size=64, halting=halting,
-           deep_supervision=halting not in ("remainder", "act")) for halting in schema.HALTING),
+           deep_supervision=halting not in ("remainder", "adaptive"))
+      for halting in schema.HALTING),
     *(dict(halting=halting) for halting in schema.HALTING),
     *(dict(gripper=gripper) for gripper in schema.GRIPPERS),
-    dict(variant="transformer", image_size=64, num_recursions=1),
-    dict(variant="act", image_size=64, num_recursions=1),
+    dict(variant="transformer", image_size=64),
+    dict(variant="act", image_size=64),
     dict(conditioning="task_id"), dict(carry_over=True), dict(temporal_ensembling=True),
 ], ids=str)
 def test_every_rule_and_head_trains_and_acts(small_run, device, settings):

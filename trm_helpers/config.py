@@ -132,14 +132,14 @@ class ModelConfig(_Part):
 
     variant: Literal[schema.VARIANTS] = "block"  # the reference; trm: the paper's, on tokens
     hidden_dim: int = 256  # D
-    num_recursions: int = 8  # applications of the shared block; of trm, supervision steps (N_sup)
+    num_recursions: int = 8  # of trm, supervision steps (N_sup); of transformer and act, 1
     num_layers: int = 2  # of trm's shared network, of the transformer, of each of act's three
     latent_updates: int = 6  # of trm: n, updates of z before each update of y
     cycles: int = 3  # of trm: T, of which the last has a gradient
     image_grid: int = 4  # of all but block: image_grid x image_grid tokens per camera
     deep_supervision: bool = False  # a loss on the answer of every recursion
     halting: Literal[schema.HALTING] = "fixed"  # when to stop, see TRMPolicy.recurse
-    ponder_cost: float = 0.01  # weight of ACT's expected depth in the loss
+    ponder_cost: float = 0.01  # weight of the adaptive rule's expected depth in the loss
     convergence_threshold: float = 1e-3  # squared change of an action that counts as none
     carry_over: bool = False  # in control, start each decision from the previous one's state
     gripper: Literal[schema.GRIPPERS] = "continuous"  # head of the gripper's command
@@ -159,12 +159,11 @@ class ModelConfig(_Part):
         super().__post_init__()
         self.require("hidden_dim", self.hidden_dim % schema.NUM_HEADS == 0,
                      f"a multiple of {schema.NUM_HEADS}, the number of attention heads")
-        if self.halting in ("remainder", "act"):
+        if self.halting in ("remainder", "adaptive"):
             self.require("deep_supervision", not self.deep_supervision,
                          f"False with halting={self.halting!r}, which weights all steps together")
-        if self.variant not in ("block", "trm"):
-            self.require("num_recursions", self.num_recursions == 1,
-                         f"1 for variant={self.variant!r}, which does not recurse")
+        if self.variant not in schema.RECURSIVE:
+            object.__setattr__(self, "num_recursions", 1)
         if self.keypoints:
             self.require("cameras", schema.STILL_CAMERA in self.cameras,
                          f"{schema.STILL_CAMERA} among them, where keypoints are located")
@@ -360,6 +359,7 @@ REMOVED = {
     "min_lr": 1e-6, "grad_clip": 1.0, "gripper_weight": 0.1, "rollout_episodes": 10,
     "wandb_project": None, "episode_limit": None, "search_finalists": 3,
 }
+RENAMED = {"halting": {"act": "adaptive"}}  # former options of settings
 
 
 def migrate(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,7 +371,8 @@ def migrate(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = settings.get(name, constant)
         _require(constant is None or value == constant, name, value,
                  f"{constant!r}, now a constant and no longer a setting")
-    return {name: value for name, value in settings.items() if name not in REMOVED}
+    return {name: RENAMED.get(name, {}).get(str(value), value)
+            for name, value in settings.items() if name not in REMOVED}
 
 
 def settings_by_part() -> dict[str, str]:

@@ -77,8 +77,8 @@ def test_recursion_settings():
             "halting": "convergence", "num_recursions": 8, "convergence_threshold": 1e-3},
         "as trained, state carried over": {"carry_over": True}}
     # their answer is a sum over the steps: nothing else can be asked of the same weights
-    assert list(recursion_settings(ModelConfig(num_recursions=4, halting="act"), [2])) == [
-        "as trained", "act 2", "as trained, state carried over"]
+    assert list(recursion_settings(ModelConfig(num_recursions=4, halting="adaptive"), [2])) == [
+        "as trained", "adaptive 2", "as trained, state carried over"]
 
 
 def test_a_card_counts_and_compares(run):
@@ -167,7 +167,7 @@ def test_bad_input(run, monkeypatch):
     with pytest.raises(ValueError, match="only='fixed 7' is not valid; expected one of 'as"):
         depth_card(run, [1], [], CONFIG, only=["fixed 7"])
     config = depth.load_config(run)
-    flat = dataclasses.replace(config, model=ModelConfig(variant="transformer", num_recursions=1))
+    flat = dataclasses.replace(config, model=ModelConfig(variant="transformer"))
     monkeypatch.setattr(depth, "load_config", lambda _: flat)
     with pytest.raises(ValueError, match="variant='transformer', which is applied once"):
         depth_card(run)

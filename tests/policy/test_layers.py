@@ -320,7 +320,7 @@ def between_changes(policy, x) -> float:
 
 
 def test_halting_heads_read_the_mean_over_the_answers():
-    policy = trm(halting="act")
+    policy = trm(halting="adaptive")
     answers = torch.randn(4, 3, 16)
     expected = answers.mean(dim=1) @ policy.halt.weight[0] + policy.halt.bias
     torch.testing.assert_close(policy._halting_logit(answers), expected)
@@ -407,7 +407,7 @@ def test_blocks_share_weights_but_the_transformer_does_not():
 
 
 def test_transformer_is_its_layers_once():
-    policy = trm(variant="transformer", num_recursions=1, num_layers=3)
+    policy = trm(variant="transformer", num_layers=3)
     x = policy.encode(seen())
     expected = x
     for layer in policy.block.net:
@@ -417,7 +417,7 @@ def test_transformer_is_its_layers_once():
 
 
 def act(**settings) -> TRMPolicy:
-    return trm(variant="act", num_recursions=1, **settings)
+    return trm(variant="act", **settings)
 
 
 def test_acts_queries_look_at_the_other_tokens_and_not_the_other_way_round():
@@ -475,10 +475,10 @@ def test_acts_style_leaves_out_actions_that_do_not_exist():
 
 
 @pytest.mark.parametrize("settings", [
-    dict(variant="act", num_recursions=1),
+    dict(variant="act"),
     dict(variant="trm", deep_supervision=True), dict(variant="trm", gripper="binary"),
-    dict(variant="trm", halting="act"), dict(variant="trm", gripper="mixture"),
-    dict(variant="transformer", num_recursions=1), dict(variant="block", gripper="binary"),
+    dict(variant="trm", halting="adaptive"), dict(variant="trm", gripper="mixture"),
+    dict(variant="transformer"), dict(variant="block", gripper="binary"),
     dict(variant="block", deep_supervision=True), dict(variant="block", halting="learned"),
 ])
 def test_variants_learn_a_batch_by_heart(settings):

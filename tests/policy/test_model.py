@@ -260,7 +260,7 @@ class _Repeat(RecursiveBlock):
 )
 def test_act_weights_and_ponder_cost(probability, weights, monkeypatch):
     monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.05)
-    policy = TRMPolicy(small(halting="act", num_recursions=5))
+    policy = TRMPolicy(small(halting="adaptive", num_recursions=5))
     set_halting(policy, probability)
     recursion = policy.recurse(torch.randn(2, 16))
     torch.testing.assert_close(recursion.weights, torch.tensor([weights] * 2))
@@ -270,7 +270,7 @@ def test_act_weights_and_ponder_cost(probability, weights, monkeypatch):
 
 
 def test_act_halts_each_sample_on_its_own_and_weights_sum_to_one():
-    policy = TRMPolicy(small(halting="act", num_recursions=6))
+    policy = TRMPolicy(small(halting="adaptive", num_recursions=6))
     policy.block = _Repeat()
     with torch.no_grad():
         policy.halt.weight.zero_()
@@ -287,7 +287,7 @@ def test_act_halts_each_sample_on_its_own_and_weights_sum_to_one():
     torch.testing.assert_close(recursion.ponder[0], torch.tensor(2.5))
 
 
-@pytest.mark.parametrize("halting", ["remainder", "act"])
+@pytest.mark.parametrize("halting", ["remainder", "adaptive"])
 def test_halting_learns_from_the_loss(halting):
     config = small(halting=halting)
     policy = TRMPolicy(config)
@@ -298,7 +298,7 @@ def test_halting_learns_from_the_loss(halting):
 
 def test_ponder_cost_enters_the_loss(monkeypatch):
     monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.05)
-    config = small(halting="act", num_recursions=5, ponder_cost=0.5)
+    config = small(halting="adaptive", num_recursions=5, ponder_cost=0.5)
     policy = TRMPolicy(config)
     set_halting(policy, 0.4)
     batch = make_batch(config, 2)
@@ -400,7 +400,7 @@ def test_loss_refuses_what_it_cannot_use():
 @pytest.mark.parametrize(
     "settings",
     [dict(), dict(gripper="classifier", chunk=4, proprioception=True),
-     dict(gripper="mixture", halting="act", ponder_cost=0.0), dict(halting="remainder")],
+     dict(gripper="mixture", halting="adaptive", ponder_cost=0.0), dict(halting="remainder")],
 )
 def test_overfits_one_batch(settings):
     config = small(hidden_dim=32, **settings)
@@ -416,7 +416,7 @@ def test_overfits_one_batch(settings):
 
 
 def test_loss_is_finite_and_trains_in_bfloat16():
-    config = small(gripper="classifier", chunk=2, halting="act", proprioception=True)
+    config = small(gripper="classifier", chunk=2, halting="adaptive", proprioception=True)
     policy = TRMPolicy(config)
     batch = make_batch(config, 4)
     exact, _ = policy.loss(batch)

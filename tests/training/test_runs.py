@@ -247,6 +247,17 @@ def test_former_settings_of_a_run_are_accepted_at_their_constant_values(name, tm
         load_config(run)
 
 
+def test_a_run_with_a_former_option_loads_and_resumes(small_run):
+    small_run("older", halting="adaptive", epochs=3, max_minutes=1e-9).fit()
+    run = find_run("older")
+    for name in ("config.json", "policy.json"):
+        text = (run / name).read_text()
+        assert text.count('"halting": "adaptive"') == 1
+        (run / name).write_text(text.replace('"halting": "adaptive"', '"halting": "act"'))
+    assert load_config(run).model.halting == load_policy(run).config.halting == "adaptive"
+    assert len(small_run("older", True, halting="adaptive", epochs=3).fit()) == 3
+
+
 def test_no_name_means_the_newest_trained_run(small_run):
     for age, name in ((0, "new"), (100, "old")):
         run = small_run(name, epochs=1).run
@@ -291,7 +302,7 @@ def test_damaged_and_foreign_weights_are_refused(trained):
     with pytest.raises(ValueError, match=r"(?s)does not fit .*policy.json.*size mismatch for "
                                          r"proprio_mlp.0.weight: .*\[16, 12\].* is .*\[64, 12\]"):
         load_policy(trained)
-    described["model"] |= {"hidden_dim": 16, "halting": "act"}
+    described["model"] |= {"hidden_dim": 16, "halting": "adaptive"}
     (trained / "policy.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match=r'Missing key\(s\).*"halt.weight", "halt.bias"\. $'):
         load_policy(trained)

@@ -106,9 +106,9 @@ RESUMED = dict(ema_decay=0.9, epochs=4, augmentation="shift")
     (out_of_time_in_an_epoch, RESUMED), (out_of_time_after_an_epoch, RESUMED),
     # what has a state of its own: the scaler, the halting heads, the carry, the gripper's head
     (killed_in_an_epoch, RESUMED | dict(precision="fp16")),
-    (killed_in_an_epoch, RESUMED | dict(halting="act", gripper="binary")),
+    (killed_in_an_epoch, RESUMED | dict(halting="adaptive", gripper="binary")),
     # draws from PyTorch's own generator: dropout, and the style
-    (killed_in_an_epoch, RESUMED | dict(variant="act", image_size=64, num_recursions=1)),
+    (killed_in_an_epoch, RESUMED | dict(variant="act", image_size=64)),
     (killed_in_an_epoch, RESUMED | dict(variant="trm", image_size=64, deep_supervision=True,
                                         halting="learned")),
     (killed_in_an_epoch, RESUMED | dict(normalize_actions="zscore", loss="mix",
@@ -438,7 +438,7 @@ class _FailsBackward(torch.autograd.Function):
 
 def test_training_goes_on_where_compiling_the_backward_pass_fails(small_run, monkeypatch, capsys):
     """With the same random numbers, and no half gradients: the losses are those of eager mode."""
-    settings = dict(variant="act", image_size=64, num_recursions=1)
+    settings = dict(variant="act", image_size=64)
     expected = losses(small_run("eager", **settings).fit())
 
     def broken(function):
@@ -516,7 +516,7 @@ def test_the_loss_is_the_configured_one(small_run, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(halting="act", ponder_cost=0.1), dict(halting="remainder"),
+    dict(), dict(halting="adaptive", ponder_cost=0.1), dict(halting="remainder"),
     dict(variant="trm", image_size=64, deep_supervision=True, halting="learned",
          gripper="classifier"),
     dict(variant="trm", image_size=64, deep_supervision=True, cycles=1, latent_updates=1),
@@ -651,7 +651,8 @@ def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_r
 @pytest.mark.parametrize("settings", [
     dict(loss="mse"), dict(loss="l1"), dict(loss="mix"),
     dict(gripper="continuous"), dict(gripper="threshold"), dict(gripper="classifier"),
-    dict(gripper="mixture"), dict(halting="fixed"), dict(halting="remainder"), dict(halting="act"),
+    dict(gripper="mixture"), dict(halting="fixed"), dict(halting="remainder"),
+    dict(halting="adaptive"),
     dict(proprioception=False), dict(conditioning="task_id"), dict(chunk=1),
     dict(sequence_length=3), dict(variant="trm", image_size=64),
     dict(precision="bf16"), dict(precision="fp16"), dict(normalize_actions="minmax"),

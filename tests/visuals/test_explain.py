@@ -33,7 +33,7 @@ class FakePolicy(nn.Module):
     def __init__(self, chunk: int = 1, normalizer: ActionNormalizer | None = None):
         super().__init__()
         self.config = SimpleNamespace(
-            chunk=chunk, cameras=(CAMERA,), num_recursions=2, halting="act"
+            chunk=chunk, cameras=(CAMERA,), num_recursions=2, halting="adaptive"
         )
         self.normalizer = normalizer
         self.weight = nn.Parameter(torch.ones(()))
@@ -233,7 +233,7 @@ def test_prediction_by_depth_is_the_first_samples():
 def test_halting_profile_counts_every_sample():
     profile = explain.halting_profile(FakePolicy(), FakeDataset(8))  # 0.6 and 0.7 go on to 2
     assert sorted(profile.pop("depths")) == [1] * 6 + [2] * 2
-    assert profile == {"mean": 1.25, "limit": 2, "halting": "act"}
+    assert profile == {"mean": 1.25, "limit": 2, "halting": "adaptive"}
     axes = explain.plot_halting(profile | {"depths": [1] * 6 + [2] * 2}).axes[0]
     assert [bar.get_height() for bar in axes.patches] == [75, 25]
 
@@ -277,7 +277,7 @@ def test_saliency_refuses_another_method():
 
 
 # --- the real policy and data set ----------------------------------------------------------------
-@pytest.mark.parametrize("halting", ["fixed", "act"])
+@pytest.mark.parametrize("halting", ["fixed", "adaptive"])
 def test_the_real_policy_and_data_set(tmp_path, halting):
     torch.manual_seed(0)
     cameras = ("agentview_rgb", "eye_in_hand_rgb")

@@ -30,7 +30,6 @@ from .rollout import PHASES, Policy
 AS_TRAINED = "as trained"
 THRESHOLDS = (1e-4, 1e-3)  # of the convergence rule: 1e-3 is the published one
 MARKERS = "osD^vPX*"
-_RECURSIVE = ("block", "trm")
 _SAMPLES = 2048  # of the held-out demonstrations
 
 
@@ -51,8 +50,8 @@ def recursion_settings(trained: ModelConfig, depths: Sequence[int],
                        thresholds: Sequence[float] = THRESHOLDS) -> dict[str, dict]:
     """The settings that each row of a card changes, by its name; as trained first."""
     deepest = max([*depths, trained.num_recursions])
-    # "remainder" and "act" sum over the steps: the same weights allow no other rule
-    sums = trained.halting in ("remainder", "act")
+    # "remainder" and "adaptive" sum over the steps: the same weights allow no other rule
+    sums = trained.halting in ("remainder", "adaptive")
     rule = {} if sums else {"halting": "fixed"}
     name = rule.get("halting", trained.halting)
     settings: dict[str, dict] = {AS_TRAINED: {}}
@@ -118,9 +117,9 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     """
     run = find_run(run, to_write=True)
     trained = load_config(run)
-    if trained.model.variant not in _RECURSIVE:
+    if trained.model.variant not in schema.RECURSIVE:
         raise ValueError(f"{run} has variant={trained.model.variant!r}, which is applied once; "
-                         f"expected one of {', '.join(_RECURSIVE)}")
+                         f"expected one of {', '.join(schema.RECURSIVE)}")
     depth = trained.model.num_recursions
     depths = tuple(depths) or (1, max(depth // 2, 1), depth, 2 * depth)
     if min(depths) < 1:

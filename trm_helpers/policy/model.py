@@ -27,14 +27,14 @@ from .recursion import (
     Convergence,
     LearnedHalting,
     Recursion,
-    recurse_act,
+    recurse_adaptive,
     recurse_fixed,
     recurse_remainder,
     recurse_with_early_exit,
 )
 from .variants import StyleEncoder, make_block
 
-HALTING_THRESHOLD = 0.01  # of remainder and ACT: the weight left when a sample stops
+HALTING_THRESHOLD = 0.01  # of remainder and adaptive: the weight left when a sample stops
 HALTING_TOLERANCE = 0.05  # of learned halting: largest mean absolute error of a right answer
 HALTING_WEIGHT = 0.5  # of the learned halting head's loss
 GRIPPER_WEIGHT = 0.1  # of the gripper's cross-entropy beside the arm's loss
@@ -103,7 +103,7 @@ class TRMPolicy(nn.Module):
         self.style = None
         if config.variant == "act":
             self.style = StyleEncoder(dim, schema.NUM_HEADS, config.num_layers, config.chunk)
-        if config.halting in ("remainder", "act", "learned"):
+        if config.halting in ("remainder", "adaptive", "learned"):
             # sigmoid(w h) as documented for the remainder, sigmoid(w h + b) in Graves' paper
             self.halt = nn.Linear(dim, 1, bias=config.halting != "remainder")
         if config.halting == "learned":
@@ -169,8 +169,8 @@ class TRMPolicy(nn.Module):
         if limit < 1:
             raise ValueError(f"num_recursions={limit} is not valid; expected >= 1")
         state = self.block.initial_state(x_cond) if carry is None else carry
-        if config.halting in ("remainder", "act"):
-            weighted = recurse_remainder if config.halting == "remainder" else recurse_act
+        if config.halting in ("remainder", "adaptive"):
+            weighted = recurse_remainder if config.halting == "remainder" else recurse_adaptive
             return weighted(self.block, x_cond, state, limit, self._halting_logit,
                             HALTING_THRESHOLD)
         if self.training or config.halting == "fixed":
@@ -218,9 +218,10 @@ class TRMPolicy(nn.Module):
 
         ``action``: mean over valid actions and their seven numbers (the arm's six where the gripper
         has its own loss). ``gripper``: mean cross-entropy, times ``GRIPPER_WEIGHT``. ``ponder``
-        (``halting="act"``): mean of N + R, times ``ponder_cost``. ``final``: the weighted sum of
-        these for the final answer, comparable between training and evaluation mode. The parts are
-        detached and, except ``final``, unweighted. ``"mix"`` is the mean of ``"mse"`` and ``"l1"``.
+        (``halting="adaptive"``): mean of N + R, times ``ponder_cost``. ``final``: the weighted sum
+        of these for the final answer, comparable between training and evaluation mode. The parts
+        are detached and, except ``final``, unweighted. ``"mix"`` is the mean of ``"mse"`` and
+        ``"l1"``.
 
         In training, ``deep_supervision`` takes the mean over the answers of all steps;
         ``halting="learned"`` adds ``halting``, times ``HALTING_WEIGHT``: the binary cross-entropy
@@ -250,7 +251,7 @@ class TRMPolicy(nn.Module):
         parts = {name: torch.stack([grade[name] for grade in grades]).mean() for name in grades[0]}
         total, final = (grade["action"] + GRIPPER_WEIGHT * grade.get("gripper", 0.0)
                         for grade in (parts, grades[-1]))
-        if self.config.halting == "act":
+        if self.config.halting == "adaptive":
             parts["ponder"] = _masked_mean(recursion.ponder, mask.amax(dim=1))
             total = total + self.config.ponder_cost * parts["ponder"]
             final = final + self.config.ponder_cost * parts["ponder"]

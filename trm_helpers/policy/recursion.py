@@ -9,14 +9,14 @@ Two blocks recurse. :class:`RecursiveBlock` refines one vector per observation.
 :class:`TRMBlock`, the recursion of Tiny Recursive Models (arXiv 2510.04871), refines an answer y
 and a latent z over tokens. Four functions repeat a block and differ in when they stop:
 
-===========================  ======================================  ============================
-function                     setting ``halting``                     output
-===========================  ======================================  ============================
-:func:`recurse_fixed`        ``fixed``                               the last answer
-:func:`recurse_remainder`    ``remainder``                           weighted sum of all answers
-:func:`recurse_act`          ``act``                                 weighted mean of all answers
-:func:`recurse_with_early_exit`  ``learned``, ``convergence``        each sample's last answer
-===========================  ======================================  ============================
+===============================  ============================  ============================
+function                         setting ``halting``           output
+===============================  ============================  ============================
+:func:`recurse_fixed`            ``fixed``                     the last answer
+:func:`recurse_remainder`        ``remainder``                 weighted sum of all answers
+:func:`recurse_adaptive`         ``adaptive``                  weighted mean of all answers
+:func:`recurse_with_early_exit`  ``learned``, ``convergence``  each sample's last answer
+===============================  ============================  ============================
 
 Shape letters: B batch, K chunk, N tokens, D hidden.
 """
@@ -120,7 +120,7 @@ class Recursion(NamedTuple):
     states: list[torch.Tensor]  # features after 0 ... n steps; those of a halted sample repeat
     weights: torch.Tensor  # (B, n): output is the sum of weights[:, i] * states[i + 1]
     depth: torch.Tensor  # (B,) int64, steps that each sample used before it halted
-    ponder: torch.Tensor  # (B,) Graves' N + R; without ACT, the depth
+    ponder: torch.Tensor  # (B,) Graves' N + R; for other rules, the depth
     carry: torch.Tensor  # (B, ...) the block's last state, from which another recursion can start
 
 
@@ -162,7 +162,7 @@ def recurse_remainder(block: nn.Module, x: torch.Tensor, state: torch.Tensor, li
     return _weighted_sum(states, weights, depth, depth.float(), state)
 
 
-def recurse_act(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
+def recurse_adaptive(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
                 halting_logit: Callable, threshold: float) -> Recursion:
     """Adaptive computation time (Graves 2016, arXiv 1603.08983, section 2).
 
