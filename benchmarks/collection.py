@@ -1,13 +1,13 @@
-"""Demonstrations per minute beside LIBERO's way of making them: the table in docs/loading.md.
+"""Collection speed, in demonstrations per minute, compared with LIBERO's: docs/loading.md.
 
     python benchmarks/collection.py --task 2 --rounds 5
 
-LIBERO records an episode as states and actions (``scripts/collect_demonstration.py``), then plays
-the actions again in an environment that draws every camera in every step and writes what it sees
+LIBERO records an episode as states and actions (``scripts/collect_demonstration.py``), then replays
+the actions in an environment that renders every camera in every step, and writes the observations
 (``scripts/create_dataset.py``: a reset, the episode's own model, its first state, its actions).
-Here the frames are drawn while the expert acts. Both ways make the same episodes, one after the
-other in one process, taking turns; the frames are compared. Then two processes collect episodes.
-Building environments is left out of the first two rows, writing files is not.
+Here frames are rendered while the expert acts. Both ways make the same episodes, taking turns in
+one process, and their frames are compared. Then two processes collect episodes. The first two rows
+include writing files, but not building environments.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def collect(env: LiberoEnv, seed: int, path: Path) -> None:
 
 
 def record_states(env: LiberoEnv, seed: int) -> dict:
-    """The same episode as LIBERO records it: nothing is drawn."""
+    """The same episode as LIBERO records it, without rendering."""
     generator = np.random.default_rng(seed)
     env.reset(seed=int(generator.integers(2**31)))
     expert = make_expert(env, Style.sample(generator))
@@ -63,7 +63,7 @@ def play_again(libero, recorded: dict, path: Path) -> None:
 def frame_difference(ours: Path, theirs: Path) -> tuple[int, float]:
     """Frames of both cameras in ours; largest mean difference in grey values of a frame.
 
-    LIBERO's frame t is drawn after action t, ours before: they are compared one step apart.
+    LIBERO's frame t is rendered after action t, ours before: they are compared one step apart.
     """
     worst, count = 0.0, 0
     with h5py.File(ours) as a, h5py.File(theirs) as b:
@@ -104,7 +104,7 @@ def main() -> None:
     print(f"{given.rounds} episodes, {frames} frames; mean difference of a frame between the two "
           f"at most {max(differences):.2f} of 255")
     print("| way | processes | demonstrations per minute | ratio to LIBERO's |\n|---|---|---|---|")
-    print(f"| LIBERO's: record, play again | 1 | {60 / statistics.mean(theirs_took):.1f} | "
+    print(f"| LIBERO's: record, replay | 1 | {60 / statistics.mean(theirs_took):.1f} | "
           "1 |")
     print(f"| ours | 1 | {60 / statistics.mean(ours_took):.1f} | "
           f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")

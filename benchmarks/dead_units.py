@@ -1,12 +1,11 @@
-"""How much of its image encoders a policy uses.
+"""How much of its image encoders a policy uses: docs/results.md.
 
     python benchmarks/dead_units.py RUN RUN ...
 
-For each camera of each run, over 512 observations it was trained on: how many channels of the
-last convolution are off (within 0.001 of zero) everywhere in every picture; how much the encoder's
-answer differs between pictures (its standard deviation, relative to its root mean square); and how
-much the action changes when the observations exchange the pictures of this camera (mean absolute
-change of the arm's commands, which lie in -1 to 1).
+For each camera of each run, over 512 training observations: channels of the last convolution that
+are off (within 0.001 of zero) everywhere in every image; the spread of the encoding between images
+(standard deviation divided by root mean square); and the mean absolute change of the arm's
+commands, which lie in -1 to 1, when observations exchange this camera's images.
 """
 
 import argparse
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print("| run | camera | channels that are always off | spread of the answer "
+    print("| run | camera | channels always off | spread of the encoding "
           "| change of the action |\n|---|---|---|---|---|")
     for run in given.runs:
         print(*lines(run), sep="\n", flush=True)

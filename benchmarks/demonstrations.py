@@ -1,14 +1,14 @@
-"""What the demonstrations are worth: their number, how objects are placed, and recoveries.
+"""Success by number of demonstrations, layout and recoveries: docs/recursion.md.
 
     python benchmarks/demonstrations.py --kinds benchmark wide --demos 20 --epochs 14
     python benchmarks/demonstrations.py --kinds benchmark calm --demos 10 25 50
 
-Trains one policy for each kind and number of demonstrations, all on as many samples and told their
-task in words, and plays it on the official init states and in LIBERO-PRO's suites: the tables in
-docs/recursion.md. Kinds: ``benchmark`` draws placements as LIBERO does, ``wide`` anywhere within
-reach (but for the bowl of LIBERO-Spatial, which is told by where it is), ``calm`` as
-``benchmark`` but without the pushes that the expert recovers from. Each run, in
-``artifacts/demonstrations-...``, gets its robustness card; a call that was interrupted goes on.
+Trains one policy per kind and number of demonstrations, all on the same number of samples and
+conditioned on the instruction, and plays it on the official init states and in LIBERO-PRO's suites.
+Kinds: ``benchmark`` samples layouts as LIBERO does; ``wide`` randomises them within reach (except
+the bowl of LIBERO-Spatial, whose location defines the task); ``calm`` is ``benchmark`` without the
+pushes from which the expert recovers. Each run, in ``artifacts/demonstrations-...``, gets its
+robustness card. The same command resumes an interrupted call.
 """
 
 import argparse
@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--suite", default="libero_object", choices=schema.SUITES)
     parser.add_argument("--tasks", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--kinds", nargs="+", default=["benchmark", "wide"], choices=KINDS)
-    parser.add_argument("--demos", type=int, nargs="+", default=[30], help="of each task")
-    parser.add_argument("--epochs", type=int, default=40, help="over 30 demonstrations a task")
-    parser.add_argument("--episodes", type=int, default=20, help="of each task")
+    parser.add_argument("--demos", type=int, nargs="+", default=[30], help="per task")
+    parser.add_argument("--epochs", type=int, default=40, help="over 30 demonstrations per task")
+    parser.add_argument("--episodes", type=int, default=20, help="per task")
     parser.add_argument("--changes", nargs="+", default=["swap", "object", "lan", "task"],
                         help="rows of the robustness card")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +66,7 @@ def main() -> None:
     given = parser.parse_args()
     evaluation = EvalConfig(num_episodes=given.episodes, num_videos=0, eval_workers=given.workers)
     columns = list(dict.fromkeys([PLAIN, *given.changes]))
-    print("| demonstrations | of each task | " + " | ".join(columns) + " |")
+    print("| demonstrations | per task | " + " | ".join(columns) + " |")
     print("|" + "---|" * (2 + len(columns)))
     for kind in given.kinds:
         files = collected(kind, given)

@@ -1,11 +1,11 @@
-"""Success of the scripted expert: the table in docs/experts.md.
+"""Success of the scripted expert: docs/experts.md.
 
     python benchmarks/experts.py --suite libero_spatial --episodes 10
     python benchmarks/experts.py --suite libero_object --episodes 10 --init-states
     python benchmarks/experts.py --suite libero_object --episodes 10 --placement wide
 
-Without ``--init-states`` the placements are drawn by resets with seeds 1000, 1001, ...; with it
-they are the official init states 0, 1, ..., used to test the expert and never to collect.
+Without ``--init-states``, resets with seeds 1000, 1001, ... sample the layouts; with it episodes
+begin in the official init states 0, 1, ..., which are never used for collection.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--init-states", action="store_true")
     parser.add_argument("--placement", default="benchmark", choices=schema.PLACEMENTS,
-                        help="of the draws")
+                        help="of the sampled layouts")
     parser.add_argument("--disturb", action="store_true", help="push the arm as in collection")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()

@@ -1,11 +1,11 @@
-"""What a recursion costs and what ending early saves: the table in docs/results.md.
+"""Time of a decision by the number of recursions, with and without early exit: docs/results.md.
 
     python benchmarks/latency.py
 
-Milliseconds of a decision (encoders, recursion, head) on one thread, of the presets ``demo``
-(block) and ``trm``, against the number of recursions: fixed, and with a learned halting rule made
-to stop there although 8 are allowed. The last row has 64 samples: one half stops after 1, the
-other after 8. Random weights; rows take turns, medians over the rounds.
+Milliseconds per decision (encoders, recursion, head) on one thread, for the presets ``demo``
+(block) and ``trm``: with a fixed depth, and with a learned halting rule made to stop at that depth
+although 8 are allowed. In the last row one half of 64 samples stops after 1, the other after 8.
+Random weights; rows take turns, medians over the rounds.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def make_policy(preset: str, halting: str) -> TRMPolicy:
 
 def make_observations(policy: TRMPolicy, count: int) -> dict:
     size = policy.config.image_size
-    pictures = {camera: torch.rand(count, size, size, 3) for camera in policy.config.cameras}
-    return {**pictures, "proprio": torch.randn(count, 12)}
+    images = {camera: torch.rand(count, size, size, 3) for camera in policy.config.cameras}
+    return {**images, "proprio": torch.randn(count, 12)}
 
 
 def stop_at(policy: TRMPolicy, depths: list[int]) -> None:

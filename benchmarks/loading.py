@@ -1,12 +1,12 @@
-"""Samples per second and memory of the loaders: the tables in docs/loading.md.
+"""Speed and memory of data loaders: docs/loading.md.
 
     python benchmarks/loading.py data/scripted/libero_spatial/NAME_demo.hdf5
     python benchmarks/loading.py FILE_demo.hdf5 --peer-python build/peers/bin/python --repeats 7
 
-Ours and others' (robomimic, LIBERO, LeRobot), batches of 64, shuffled, two cameras and
-proprioception, one process and one thread each. Loaders take turns, each in a new process, and the
-rounds are repeated: a ratio compares two loaders of the same round. Without ``--peer-python`` the
-peers are installed into an environment of their own in build/peers.
+Our loader and others (robomimic, LIBERO, LeRobot): batches of 64, shuffled, two cameras and
+proprioception, one process and one thread each. Loaders take turns, each in a new process, so a
+ratio compares two loaders of the same round. Without ``--peer-python`` the others are installed
+into a separate environment, build/peers.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def measure(name: str, path: str, seconds: float) -> dict:
     torch.set_num_threads(1)
     before, began = own_memory(), time.perf_counter()
     batches = our_batches(path, OURS[name]) if name in OURS else peer_batches(path, PEERS[name])
-    for _ in range(3):  # what the first batches set up is no cost of the others
+    for _ in range(3):  # set-up in the first batches is not timed
         next(batches)
     ready = time.perf_counter() - began
     count, wall, cpu = 0, time.perf_counter(), time.process_time()
@@ -137,12 +137,12 @@ def measure(name: str, path: str, seconds: float) -> dict:
 
 # --- all of them ---------------------------------------------------------------------------------
 def run_one(python: str, name: str, given, **variables) -> dict | None:
-    """One measurement in a new process; None, and why, where the loader does not run."""
+    """One measurement in a new process; prints the reason for None, a loader that does not run."""
     command = [python, __file__, given.file, "--only", name, "--seconds", str(given.seconds)]
     done = subprocess.run(command, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
     if done.returncode:
-        print(f"{name}: left out ({(done.stderr.strip().splitlines() or ['no reason'])[-1]})")
+        print(f"{name}: excluded ({(done.stderr.strip().splitlines() or ['no reason'])[-1]})")
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -182,7 +182,7 @@ def print_tables(rows: dict[str, list[dict]]) -> None:
         print(f"| {whose}{name} | {spread(columns['samples_per_s'])} | "
               f"{spread(columns['samples_per_cpu_s'])} | {rest[0]:,.0f} | {rest[1]:,.0f} | "
               f"{rest[2]:.1f} |")
-    print("\n| ours | against | of the same kind? | ratio of samples/s | per CPU second |\n"
+    print("\n| ours | against | samples compared | ratio of samples/s | per CPU second |\n"
           "|---|---|---|---|---|")
     for ours, peer, alike in RATIOS:
         if not (rows.get(ours) and rows.get(peer)):

@@ -1,13 +1,13 @@
-"""Other projects' loaders on our demonstration files: do they read what is in them?
+"""Whether other projects' loaders read our demonstration files correctly.
 
     python -m venv build/peers && python benchmarks/peers_read.py --install build/peers
     build/peers/bin/python benchmarks/peers_read.py FILE_demo.hdf5
 
-The first line puts robomimic, LIBERO's training code and LeRobot into an environment of their own,
-beside the PyTorch that runs the script. The second reads a file there with robomimic's
-``SequenceDataset`` and LIBERO's ``get_dataset``, compares every sample with the file as h5py gives
-it and ends with code 1 where one differs; with ``--out read.npz`` it writes what they return, which
-``tests/test_data.py`` compares with ours. LeRobot reads only its own format.
+The first line installs robomimic, LIBERO's training code and LeRobot into a separate environment,
+with the PyTorch that runs the script. The second reads a file there with robomimic's
+``SequenceDataset`` and LIBERO's ``get_dataset``, compares every sample with the file as h5py reads
+it, and ends with code 1 if any differs. ``--out read.npz`` writes the samples, which
+``tests/data/test_dataset.py`` compares with ours. LeRobot reads only its own format.
 ``benchmarks/loading.py`` times all of them.
 """
 

@@ -1,12 +1,12 @@
-"""What recursion earns: the tables in docs/results.md.
+"""Success and speed of policies with and without recursion: docs/results.md.
 
     python benchmarks/policies.py --tasks 2 --demos 30 --epochs 70 --episodes 50
 
 Trains every policy on the same demonstrations for the same epochs, evaluates it on the same
 official init states, and prints a table: success with its 95 % Wilson interval, the paired McNemar
 test against the first policy, parameters, training samples per second (taking turns) and
-milliseconds per executed action, both on one thread. Runs are kept in ``artifacts/policies-...``; a
-call that was interrupted goes on.
+milliseconds per executed action, both on one thread. Runs are kept in ``artifacts/policies-...``;
+the same command resumes an interrupted call.
 """
 
 import argparse
@@ -106,8 +106,8 @@ def milliseconds_per_action(run, config: Config, actions: int = 64) -> float:
 
 
 def print_table(rows: list[dict]) -> None:
-    print("| policy | seed | parameters | success | 95 % interval | against the first: gap, p | "
-          "length | training samples/s | ms per action |")
+    print(f"| policy | seed | parameters | successes | 95 % interval | against {rows[0]['name']}: gap, "
+          "paired p | length | training samples/s | ms per action |")
     print("|---|---|---|---|---|---|---|---|---|")
     speeds = training_speeds([row["trainer"] for row in rows])
     for row, speed in zip(rows, speeds, strict=True):

@@ -1,18 +1,18 @@
-"""What a linear probe reads from a policy's state at each depth: the table in docs/recursion.md.
+"""What a linear probe reads from a policy's state after each recursion: docs/recursion.md.
 
     python benchmarks/probes.py RUN
 
 Writes probes.json into the run's folder and prints it as a table.
 
-Takes demonstrations that the run was not trained on, up to the step in which the object begins to
-move (after it, where the object is says the hand), computes the policy's state after each recursion
-on their observations, and fits ridge regressions from it (averaged over the tokens; the answer y,
-and of a TRM the latent z) to where the object and the target are, to their distances from the hand
-and from each other, and to whether the gripper is closed 8 steps later. Fitted on every other
-demonstration and scored on the rest: the share of variance explained, for the median of draws with
-replacement from the demonstrations scored, with its 95 % interval. ``input`` is the same for what
-the recursion is given, ``proprioception`` for the joints and the hand alone. Positions are taken
-within a task: knowing which task it is explains nothing.
+Uses held-out demonstrations, up to the step in which the object begins to move (afterwards the
+hand's position is the object's). Computes the policy's state after each recursion on their
+observations, and fits ridge regressions from it (averaged over tokens; the answer y, and of a TRM
+the latent z) to the positions of object and target, to the vectors between hand, object and target,
+and to whether the gripper is closed 8 steps later. Every other demonstration is fitted, the rest
+scored: the share of variance explained, as the median over bootstrap samples of the scored
+demonstrations, with its 95 % interval. ``input`` is the same for the input of the recursion,
+``proprioception`` for joints and hand alone. Positions are centred within a task, so that knowing
+the task explains nothing.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _PENALTIES = 10.0 ** np.arange(-2, 8)  # of the ridge, chosen on the last fifth 
 
 
 def positions(env: LiberoEnv, demo: h5py.Group) -> dict[str, np.ndarray]:
-    """By name, (T, n): where object and target are, as the demonstration's states say."""
+    """Positions (T, n) of object, target and hand by name, from the demonstration's states."""
     name, target = pick_place_goal(env)
     env.set_fixtures(demo.attrs["model_file"])
     found = {"object": [], "target": [], "hand": []}

@@ -1,14 +1,13 @@
-"""Episodes per minute beside LIBERO's own evaluation loop: the table in docs/results.md.
+"""Evaluation speed, in episodes per minute, compared with LIBERO's loop: docs/results.md.
 
     python benchmarks/rollouts.py RUN --episodes 8 --rounds 3
 
 Both loops play the same policy from the same official init states with the same number of
 processes, taking turns. LIBERO's (``libero/lifelong/metric.py``) steps a ``SubprocVectorEnv``,
-whose environments draw every camera in every step, until the last episode of the batch has ended,
-with the policy in the parent. Here it is given the settle steps and the order of reset of our
-protocol, so that the episodes are the same: their outcomes and lengths are compared, and of one
-episode every observation that reaches the policy, to the bit. Building the environments is timed
-apart.
+whose environments render every camera in every step until the last episode of the batch has ended,
+with the policy in the parent. Here it gets the settle steps and the order of reset of our protocol,
+so that the episodes are the same: their outcomes and lengths are compared, and in one episode every
+observation that reaches the policy, bit for bit. The time to build environments is reported apart.
 """
 
 import argparse
@@ -129,7 +128,7 @@ def main() -> None:
     suite, task_id = data.suite, data.task_ids[0]
     init_states = list(range(given.episodes - given.episodes % given.workers))
     horizon = schema.HORIZONS[suite]
-    began = time.perf_counter()  # before anything draws here: these processes are forked
+    began = time.perf_counter()  # before this process renders: these processes are forked
     vector = SubprocVectorEnv([functools.partial(make_libero_env, suite, task_id)] * given.workers)
     policies = [load_policy(run) for _ in range(given.workers)]
     built = [time.perf_counter() - began]

@@ -1,12 +1,11 @@
-"""Trials per hour with two workers against one, and what a notebook costs a trial.
+"""Speed of a search with two workers against one, and the cost of a notebook per trial.
 
     python benchmarks/search.py --rounds 3
 
-The same grid is searched with one worker and with two, into fresh folders, taking turns. Its trials
-are trained once more in this process, as a search without notebooks would, which is the training
-alone: what a trial takes longer in its own process is papermill, the kernel and its imports. On a
-machine without a GPU two workers have half the cores each, one has all. Demonstrations are
-collected first, where there are none, and not timed.
+The same grid is searched with one worker and with two, into new folders, taking turns. Its trials
+are also trained in this process, as a search without notebooks would; the difference is the cost of
+papermill, the kernel and its imports. On a machine without a GPU two workers have half the cores
+each, one has all. Missing demonstrations are collected first and not timed.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""Training speed on one CPU thread beside others' policies: the table in docs/results.md.
+"""Training speed on one CPU thread compared with other projects' policies: docs/results.md.
 
     python benchmarks/training.py
 
 Samples per second of forward and backward passes and milliseconds per executed action, on random
-pictures of two cameras, proprioception and chunks of actions. Policies take turns in one process,
-round after round: a ratio compares two of the same round. Without ``--peer-python`` the peers are
-installed into an environment of their own in build/peers. LIBERO's own BC-Transformer is not among
-them: its packages on the index (hf-libero 0.1.4, libero 0.1.1) lack ``lifelong.models.modules``,
-which it is built from; robomimic's stands in.
+images of two cameras, proprioception and chunks of actions. Policies take turns in one process, so
+a ratio compares two policies of the same round. Without ``--peer-python`` the others are installed
+into a separate environment, build/peers. LIBERO's own BC-Transformer is excluded: its packages on
+the index (hf-libero 0.1.4, libero 0.1.1) lack ``lifelong.models.modules``; robomimic's stands in.
 """
 
 import argparse
@@ -38,8 +37,8 @@ def ours(preset: str, **settings) -> tuple[torch.nn.Module, Callable, Callable]:
     policy, size = TRMPolicy(config), config.image_size
 
     def observations(count: int) -> dict:
-        pictures = {camera: torch.rand(count, size, size, 3) for camera in config.cameras}
-        return {**pictures, "proprio": torch.randn(count, 12)}
+        images = {camera: torch.rand(count, size, size, 3) for camera in config.cameras}
+        return {**images, "proprio": torch.randn(count, 12)}
 
     def loss() -> torch.Tensor:
         batch = {"observations": observations(BATCH),
@@ -55,7 +54,7 @@ def ours(preset: str, **settings) -> tuple[torch.nn.Module, Callable, Callable]:
 
 
 def lerobot_act(size: int, chunk: int = 10) -> tuple[torch.nn.Module, Callable, Callable]:
-    """LeRobot's ACT as it comes (ResNet-18, 512 wide), without the download of its weights."""
+    """LeRobot's ACT as it comes (ResNet-18, width 512), without the download of its weights."""
     import lerobot
     from peers_read import import_torchvision
 
@@ -76,8 +75,8 @@ def lerobot_act(size: int, chunk: int = 10) -> tuple[torch.nn.Module, Callable, 
         chunk_size=chunk, n_action_steps=chunk, pretrained_backbone_weights=None))
 
     def observations(count: int) -> dict:
-        pictures = {name: torch.rand(count, 3, size, size) for name in names}
-        return {**pictures, "observation.state": torch.randn(count, 12)}
+        images = {name: torch.rand(count, 3, size, size) for name in names}
+        return {**images, "observation.state": torch.randn(count, 12)}
 
     def loss() -> torch.Tensor:
         return policy({**observations(BATCH), "action": torch.rand(BATCH, chunk, 7),
@@ -115,8 +114,8 @@ def robomimic_transformer(size: int, context: int = 10) -> tuple[torch.nn.Module
     algorithm = algo_factory("bc", config, shapes, 7, torch.device("cpu"))
 
     def observations(count: int) -> dict:
-        pictures = {camera: torch.rand(count, context, 3, size, size) for camera in CAMERAS}
-        return {**pictures, "proprio": torch.randn(count, context, 12)}
+        images = {camera: torch.rand(count, context, 3, size, size) for camera in CAMERAS}
+        return {**images, "proprio": torch.randn(count, context, 12)}
 
     def loss() -> torch.Tensor:
         batch = {"obs": observations(BATCH), "goal_obs": None,

@@ -1,7 +1,7 @@
 """The scripts in benchmarks/, each at a tiny size.
 
-Where a script plays episodes, a made-up ledger stands in for the simulator; scripts that compare
-simulators run in the real one. ``peers_read.py`` needs the peers, see test_data.py.
+Scripts that play episodes get a made-up ledger instead of the simulator; scripts that compare
+simulators use the real one. ``peers_read.py`` needs the peers, see data/test_dataset.py.
 """
 
 import contextlib

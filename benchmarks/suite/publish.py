@@ -1,20 +1,20 @@
-"""Results of runs as committed files, and the tables and figures of docs/ made from those.
+"""Committed result files, and the tables and figures of docs/ made from them.
 
     python benchmarks/suite/publish.py add spatial-all RUN RUN ...
-    python benchmarks/suite/publish.py card look-or-remember "wide placements" RUN/robustness.json
+    python benchmarks/suite/publish.py card look-or-remember "wide, 128 pixels" RUN/robustness.json
     python benchmarks/suite/publish.py ship spatial-trm RUN
     python benchmarks/suite/publish.py strip spatial FOLDER
     python benchmarks/suite/publish.py write
 
-``add`` writes ``docs/results/<group>/<run>.json``, ``card`` a run's depth.json, robustness.json or
-probes.json to ``docs/recursion/<group>/<label>.json``. Both refuse results of code with uncommitted
-changes; ``--dirty`` takes them, and the page says how many there are. ``ship`` writes a policy for
-``load_policy`` to ``pretrained/<name>``, ``strip`` a success of each task side by side, from a
-folder with results.json and videos, as a GIF that plays within a page, to
-``docs/images/<name>.gif``. ``write`` makes what stands between the marks ``<!-- <group> -->`` and
-``<!-- end -->`` of docs/results.md and docs/recursion.md, and ``docs/images/<group>.png``. Cards
-whose labels begin with a number, "10 with recoveries", are of as many demonstrations and drawn
-against that number.
+``add`` writes ``docs/results/<group>/<run>.json``; ``card`` copies a run's depth.json,
+robustness.json or probes.json to ``docs/recursion/<group>/<label>.json``. Both refuse results of
+code with uncommitted changes; ``--dirty`` accepts them, and the page says how many there are.
+``ship`` writes a policy for ``load_policy`` to ``pretrained/<name>``. ``strip`` writes one success
+per task side by side, from a folder with results.json and videos, as a GIF that plays within a
+page, to ``docs/images/<name>.gif``. ``write`` replaces the text between the marks
+``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and writes
+``docs/images/<group>.png``. Cards whose labels begin with a number, "10 with recoveries", are
+plotted against that number of demonstrations.
 """
 
 import argparse
@@ -56,7 +56,7 @@ _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
 MISSING = "—"  # a cell without a measurement; zero is 0
 REFERENCE = "reference"  # the row that the others are compared with
 _NUMBERED = re.compile(r"(\d+) (.+)")  # a label that begins with a number of demonstrations
-_MOST_TASKS = 3  # that get a column each
+_MOST_TASKS = 3  # listed one by one
 _STRIP_COLUMNS, _STRIP_EVERY, _STRIP_SCALE = 5, 3, 0.75
 
 
@@ -173,21 +173,21 @@ def write() -> None:
 
 
 def provenance(stored: list[dict]) -> str:
-    """A line on results that no commit stands for; nothing where there is none."""
+    """A line about results of uncommitted code; empty if there are none."""
     many = sum(map(uncommitted, stored))
     share = f"{many} of {len(stored)} results"
     return f"\n{share} come from code with uncommitted or unknown changes.\n" if many else ""
 
 
 def markdown(lines: list[list]) -> str:
-    """A table, its head first."""
+    """A table; its first line is the head."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 # --- docs/recursion.md ---------------------------------------------------------------------------
 def show_cards(stored: list[dict]):
-    """Table and figure of a group's cards, which are of one kind."""
+    """Tables and figure of a group's cards, all of one kind."""
     kind = stored[0]["kind"]
     cards = {each["label"]: each["card"] for each in stored}
     if kind == "robustness":
@@ -252,7 +252,7 @@ def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
 
 
 def cell(row: dict | None) -> str:
-    """Rate with its interval, and how the failures failed where that is known."""
+    """Rate with its interval and failure modes."""
     return "; ".join(filter(None, [rate_in_short(row), failures_in_short(row)])) if row else MISSING
 
 
@@ -294,7 +294,7 @@ def plot_efficiency(cards: dict[str, dict]):
 
 @plots.styled
 def plot_probes(probes: dict):
-    """What is known of each quantity by depth."""
+    """Variance that the probe explains of each quantity, by depth."""
     rows = {row["state"]: np.array(row["explained"]) for row in probes["rows"]}
     fig = plots.new_figure(9.5, 4)
     axes = fig.subplots()
@@ -323,7 +323,7 @@ def plot_probes(probes: dict):
 
 # --- docs/results.md -----------------------------------------------------------------------------
 def show_results(rows: list[dict]):
-    """Table of a group's runs, and where tasks are many a figure."""
+    """Table of a group's runs, and for many tasks a figure."""
     rows.sort(key=lambda row: (list(POLICIES).index(row["policy"]), row["seed"]))
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:

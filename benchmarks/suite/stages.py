@@ -1,10 +1,10 @@
-"""A policy for a whole suite, from nothing to its success rate, a few minutes at a time.
+"""A policy for a whole suite, from no data to its success rate, a few minutes per call.
 
     python benchmarks/suite/stages.py "trm" --suite libero_spatial --minutes 9 --out brought
 
 Checks the renderer, collects demonstrations, trains, evaluates on the official init states, and
-copies what is worth keeping to a folder. Ends with code 3 when the time is up: the same command
-then goes on, and what is complete is not done again. Policies are those of benchmarks/policies.py.
+copies the files worth keeping to a folder. Ends with code 3 when the time is up; the same command
+then resumes. Policies are those of benchmarks/policies.py.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _LEFT_FOR_THE_REST = 0.5  # minutes that training leaves for its last epoch and 
 
 
 class TimeIsUp(KeyboardInterrupt):
-    """Ends collection and evaluation as Ctrl-C does: what is done is kept."""
+    """Ends collection and evaluation as Ctrl-C does: complete work is kept."""
 
 
 def end(*_) -> None:
@@ -80,7 +80,7 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
 
 
 def bring(run: Path, out: Path) -> None:
-    """The files of a run that are worth keeping, and a film of each task."""
+    """Copy the files of a run worth keeping, and one film per task."""
     kept = [run / name for name in KEPT] + sorted(run.glob("videos/*/*.mp4"))
     for path in kept:
         if path.exists():
@@ -94,10 +94,10 @@ def main() -> int:
     parser.add_argument("policy", choices=POLICIES)
     parser.add_argument("--suite", default="libero_spatial", choices=schema.SUITES)
     parser.add_argument("--tasks", type=int, nargs="*", help="task ids; all of the suite")
-    parser.add_argument("--demos", type=int, default=50, help="demonstrations of each task")
+    parser.add_argument("--demos", type=int, default=50, help="demonstrations per task")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--protocol", default="quick", choices=PROTOCOLS)
-    parser.add_argument("--episodes", type=int, default=50, help="of each task")
+    parser.add_argument("--episodes", type=int, default=50, help="per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, in training")
     parser.add_argument("--workers", type=int, default=2, help="processes that evaluate")
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="any other setting")
     parser.add_argument("--run-name", default="")
-    parser.add_argument("--out", type=Path, help="folder that gets what is worth keeping")
+    parser.add_argument("--out", type=Path, help="folder for the files worth keeping")
     given = parser.parse_args()
     given.tasks = given.tasks or list(range(schema.SUITES[given.suite]))
     given.run = None
