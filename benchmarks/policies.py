@@ -107,7 +107,7 @@ def milliseconds_per_action(run, config: Config, actions: int = 64) -> float:
 
 def print_table(rows: list[dict]) -> None:
     print("| policy | seed | parameters | successes | 95 % interval | "
-          f"against {rows[0]['name']}: gap, paired p | length | training samples/s | ms per action |")
+          f"against {rows[0]['name']}: gap, paired p | length | samples/s | ms per action |")
     print("|---|---|---|---|---|---|---|---|---|")
     speeds = training_speeds([row["trainer"] for row in rows])
     for row, speed in zip(rows, speeds, strict=True):

@@ -204,7 +204,7 @@ def test_mcnemar_refuses_pairs_of_different_protocols(condition, other):
 def test_what_can_be_told_apart_in_a_line():
     # 2.80 sqrt(2 * 0.8 * 0.2 / 50) = 0.224
     assert detectable({"episodes": 50, "success_rate": 0.8}).startswith(
-        "50 episodes each are likely to tell rates apart that differ by 22 points")
+        "With 50 episodes per policy you will usually (80 %) detect a difference of 22 points")
     assert "17 points" in detectable({"episodes": 50, "success_rate": 1.0})  # as of 90 %
 
 

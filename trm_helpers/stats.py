@@ -250,11 +250,12 @@ def format_comparison(test: Mapping, name: str, other: str) -> str:
 
 
 def detectable(summary: Mapping) -> str:
-    """One line on what as many episodes as in a summary can tell apart."""
+    """The gap between success rates that this number of episodes usually reveals, in one line."""
     rate = min(max(summary["success_rate"], 0.1), 0.9)
     gap = minimum_detectable_difference(summary["episodes"], rate)
-    return (f"{summary['episodes']} episodes each are likely to tell rates apart that differ by "
-            f"{100 * gap:.0f} points (80 % power; pairs of the same episodes see smaller gaps)")
+    return (f"With {summary['episodes']} episodes per policy you will usually (80 %) detect a "
+            f"difference of {100 * gap:.0f} points; comparing on the same episodes detects "
+            "smaller ones")
 
 
 def minimum_detectable_difference(

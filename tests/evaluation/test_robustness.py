@@ -185,7 +185,7 @@ def test_a_card_as_a_table_and_notes(run):
          0],
     ]
     notes = card_notes(card)
-    assert notes[0].startswith("4 episodes each are likely to tell rates apart that differ by 59")
+    assert notes[0].startswith("With 4 episodes per policy") and "of 59 points" in notes[0]
     assert len(notes) == 1 + len(UNUSED) + 1
     assert notes[1] == ("not used by this policy: wrist camera black: it does not see through the "
                         "wrist camera")
