@@ -110,7 +110,7 @@ class DataConfig(_Part):
     placement: Literal[schema.PLACEMENTS] = "benchmark"  # of objects in scripted ones
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
     sequence_length: int = 1  # T: consecutive steps in one sample
-    alignment: Literal[("auto", *schema.ALIGNMENTS)] = "auto"  # auto: the file's, else measured
+    alignment: Literal[schema.ALIGNMENT_OPTIONS] = "auto"  # auto: the file's, else measured
     normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # never applied to the gripper
     augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # of training images
     scenes: int = 0  # rendered per demonstration to train a localizer first; 0: no localizer
@@ -198,7 +198,7 @@ class TrainConfig(_Part):
     device: Literal[schema.DEVICES] = local("auto")
     num_threads: int = local(0)  # CPU threads; 0: $OMP_NUM_THREADS, or one
     seed: int = 0  # initial weights and order of the samples
-    wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # without a key, online is offline
+    wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # project: $WANDB_PROJECT
 
     def __post_init__(self):
         super().__post_init__()

@@ -61,6 +61,7 @@ EXECUTED_ACTIONS = "executed_actions"  # ours: the disturbed actions; `actions` 
 COLLECTION_VERSION = 1  # raise it when a seed gives other demonstrations or scenes
 ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none and are "shift"
 ALIGNMENTS = ("raw", "shift")
+ALIGNMENT_OPTIONS = ("auto", *ALIGNMENTS)
 
 # --- suites: number of tasks; steps allowed per episode (OpenVLA's protocol, 400 for LIBERO-90) --
 SUITES = {

@@ -105,9 +105,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
-    if placement not in schema.PLACEMENTS:
-        raise ValueError(f"placement={placement!r} is not valid; expected one of "
-                         f"{', '.join(schema.PLACEMENTS)}")
+    schema.check_option("placement", placement, schema.PLACEMENTS)
     task = load_task(schema.check_training_suite(suite), task_id)
     path = Path(folder) / f"{task.name}{schema.DEMO_FILE_SUFFIX}"
     settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,

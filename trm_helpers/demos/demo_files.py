@@ -579,8 +579,7 @@ def resolve_alignment(path: str | Path, setting: str = "auto") -> str:
     ``ValueError`` for another setting, and :class:`DemoFileError` when the attribute or the joints
     contradict the setting (or each other), or when ``auto`` finds nothing to go by.
     """
-    if setting not in ("auto", *schema.ALIGNMENTS):
-        raise ValueError(f"alignment={setting!r} is not valid; expected auto, raw or shift")
+    schema.check_option("alignment", setting, schema.ALIGNMENT_OPTIONS)
     with open_demo_file(path) as file:
         attribute = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR) or None
     if attribute is not None and attribute not in schema.ALIGNMENTS:

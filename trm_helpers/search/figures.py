@@ -1,7 +1,7 @@
-"""Figures of a search: the ranking, what mattered, and every trial across its settings.
+"""Figures of a search: the ranking, each setting's importance, and every trial's settings.
 
-All take the rows of `search.run_search`, best first, and the names of what was searched over
-(`space.axes`); they draw the trials that are complete.
+All take the rows of `search.run_search`, best first, and the names of the settings searched over
+(`space.axes`); they show the complete trials.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..visuals.plots import count_axis, log_axis, new_figure, styled, success_ba
 from .space import value_of
 
 _SHORT = {"hidden_dim": "D", "num_recursions": "N"}
-_BEST = 1 / 3  # importance: for being among so many
-_LEAST = 15  # trials, so that five are among the best third, which PED-ANOVA's authors advise
-_SPREAD = 0.06  # of an axis' height, over which lines through one value are spread
+_BEST = 1 / 3  # importance is for being in this part of the ranking
+_LEAST = 15  # trials: PED-ANOVA's authors advise five in the best third
+_SPREAD = 0.06  # share of an axis' height over which lines through one value are spread
 
 
 @styled
 def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figure:
-    """Success rates with their intervals, or final validation losses; curves in their colours."""
+    """Success rates with intervals, or final validation losses, beside the loss curves."""
     trials = _complete(trials)
     fig = new_figure(11, max(3.2, 0.28 * len(trials) + 1.4))
     ranking, curves = fig.subplots(1, 2)
@@ -61,17 +61,19 @@ def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figu
 
 
 def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, float] | str:
-    """Share of each setting in being among the best third, by Optuna's PED-ANOVA.
+    """Importance of each setting for being in the best third, by Optuna's PED-ANOVA.
 
-    A sentence instead where there are too few trials for that, or less than two settings vary.
+    A sentence instead if there are too few trials, or fewer than two settings vary.
     """
     trials = _complete(trials)
     varied = [name for name in names if len({trial[name] for trial in trials}) > 1]
     if len(trials) < _LEAST or len(varied) < 2:
-        return (f"What mattered is not told: {len(trials)} complete trials in which "
-                f"{len(varied)} settings vary; {_LEAST} and 2 are needed.")
-    distributions = {name: _distribution(name, [trial[name] for trial in trials])
-                     for name in varied}
+        return (f"The importance of the settings cannot be estimated: {len(trials)} complete "
+                f"trials in which {len(varied)} settings vary; {_LEAST} and 2 are needed.")
+    distributions = {
+        name: FloatDistribution(min(values), max(values), log=True) if name == "lr"
+        else CategoricalDistribution(sorted(set(values)))
+        for name, values in ((name, [trial[name] for trial in trials]) for name in varied)}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
     study.add_trials([optuna.create_trial(params={name: trial[name] for name in varied},
@@ -86,7 +88,7 @@ def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, flo
 
 @styled
 def plot_search_importance(shares: Mapping[str, float], trials: Sequence[Mapping]) -> Figure:
-    """What :func:`importance` found, the most important setting first."""
+    """The shares of :func:`importance`, the most important setting first."""
     shares = dict(sorted(shares.items(), key=lambda entry: -entry[1]))
     fig = new_figure(6, 0.35 * len(shares) + 1.4)
     axes = fig.subplots()
@@ -94,30 +96,31 @@ def plot_search_importance(shares: Mapping[str, float], trials: Sequence[Mapping
     axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 110), xlabel="share of the importance (%)")
-    fig.suptitle(f"What decides about being among the best third of {len(_complete(trials))} "
-                 "trials (PED-ANOVA)")
+    fig.suptitle("Importance for being in the best third of "
+                 f"{len(_complete(trials))} trials (PED-ANOVA)")
     return fig
 
 
 @styled
 def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> Figure:
-    """A line per trial across its settings to its result, the best in red and in front."""
+    """A line per trial through its settings to its result, the best in red and in front."""
     trials = _complete(trials)
     result = "success_rate" if all("success_rate" in t for t in trials) else "final_val_loss"
     title = {"success_rate": "success rate (%)", "final_val_loss": "final validation loss"}[result]
     fig = new_figure(1.9 * len(names) + 3.0, 4.0)
     axes = fig.subplots()
-    # spread by rank, so that lines through the same values can be told apart
+    # spread by rank, to separate lines through the same values
     spread = _SPREAD * np.linspace(0.5, -0.5, len(trials)) if len(trials) > 1 else np.zeros(1)
     heights = []
     for place, name in enumerate([*names, result]):
         values = [trial[name] for trial in trials]
-        measured = name == result
-        height, ticks = (_continuous(values, name == "lr") if measured or name == "lr"
-                         else _discrete(values))
-        heights.append(np.asarray(height) + (0 if measured else spread))
+        height = _heights(values, "log" if name == "lr" else "" if name == result else "rank")
+        ticks = dict(zip(values, height, strict=True))
+        if len(ticks) > 5 and name in ("lr", result):
+            ticks = {value: ticks[value] for value in (min(values), max(values))}
+        heights.append(height + (0 if name == result else spread))
         axes.axvline(place, color=GREY, linewidth=1, zorder=0)
-        for at, value in ticks:
+        for value, at in ticks.items():
             text = f"{100 * value:.0f}" if name == "success_rate" else (
                 f"{value:.3g}" if isinstance(value, float) else str(value))
             axes.text(place + 0.04, at, text, va="center", fontsize=8, zorder=4,
@@ -148,25 +151,10 @@ def _label(trial: Mapping, names: Sequence[str]) -> str:
                      for name, value in zip(names, values, strict=True))
 
 
-def _distribution(name: str, values: list) -> FloatDistribution | CategoricalDistribution:
-    if name == "lr":
-        return FloatDistribution(min(values), max(values), log=True)
-    return CategoricalDistribution(sorted(set(values)))
-
-
-def _continuous(values: list[float], log: bool) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Heights in [0, 1], and (height, value) of ticks: all values if they are few, else the ends.
-    """
-    scaled = np.log(values) if log else np.asarray(values)
-    low, extent = scaled.min(), np.ptp(scaled)
-    heights = (scaled - low) / extent if extent else np.full(len(values), 0.5)
-    ticks = dict(zip(values, heights, strict=True))
-    if len(ticks) > 5:
-        ticks = {value: ticks[value] for value in (min(values), max(values))}
-    return heights, [(height, float(value)) for value, height in ticks.items()]
-
-
-def _discrete(values: list) -> tuple[np.ndarray, list[tuple[float, object]]]:
+def _heights(values: list, scale: str) -> np.ndarray:
+    """Heights in [0, 1] on a linear or ``log`` scale, or by the values' ``rank``."""
     kinds = sorted(set(values))
-    at = dict(zip(kinds, np.linspace(0, 1, len(kinds)) if len(kinds) > 1 else [0.5], strict=True))
-    return np.asarray([at[value] for value in values]), [(at[kind], kind) for kind in kinds]
+    scaled = np.log(values) if scale == "log" else np.asarray(
+        [kinds.index(value) for value in values] if scale == "rank" else values)
+    extent = np.ptp(scaled)
+    return (scaled - scaled.min()) / extent if extent else np.full(len(values), 0.5)

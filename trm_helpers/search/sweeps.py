@@ -1,4 +1,4 @@
-"""A search as a sweep of Weights & Biases, whose runs are the same trials in the same folders."""
+"""A search as a Weights & Biases sweep that runs the same trials in the same folders."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from ..files import atomic_path
 from .search import claim, run_point, searched
 from .space import axes
 
-_TOLD = ("final_val_loss", "success_rate")  # of a trial, to the sweep
+_CRITERIA = ("final_val_loss", "success_rate")  # of a trial, logged to the sweep
 
 
 def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
-    """Write the search of a run as a sweep: ``wandb sweep FILE`` and ``wandb agent`` run it.
+    """Write the search of a run as a sweep for ``wandb sweep FILE`` and ``wandb agent``.
 
-    The sweep is a grid or, for a guided search, bayes. Agents need the run folder, whose
-    ``search/search.json`` holds the other settings; rank what they ran with the search itself.
+    The method is grid or, for a guided search, bayes. Agents need the run folder, whose
+    ``search/search.json`` holds the other settings; the search itself ranks their trials.
     """
     folder = claim(config, run)
     guided = config.search.search_method != "grid"
-    metric = ({"name": "success_rate", "goal": "maximize"} if config.search.search_episodes
-              else {"name": "final_val_loss", "goal": "minimize"})
+    usual = from_flat().local()
+    local = {name: value for name, value in config.local().items()
+             if value != usual[name] and settings_by_part()[name] != "search"}
     sweep = {
-        "program": "trm_helpers",  # W&B wants one; what runs is the command
+        "program": "trm_helpers",  # required by W&B, replaced by the command
         "method": "bayes" if guided else "grid",
-        "metric": metric,
+        "metric": ({"name": "success_rate", "goal": "maximize"} if config.search.search_episodes
+                   else {"name": "final_val_loss", "goal": "minimize"}),
         "parameters": {
             name: {"distribution": "log_uniform_values", "min": min(values), "max": max(values)}
             if guided and name == "lr" and len(values) > 1 else {"values": list(values)}
             for name, values in axes(config.search).items()},
         "command": ["${env}", "${interpreter}", "-m", "trm_helpers", "trial", folder.parent.name,
-                    "${args_json}", *(word for name, value in _of_machine(config).items()
+                    "${args_json}", *(word for name, value in local.items()
                                       for word in ("-s", name, str(value)))],
     }
     with atomic_path(file) as temporary:
@@ -44,22 +46,15 @@ def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
     return Path(file)
 
 
-def _of_machine(config: Config) -> dict:
-    """The local settings that trials need and that are not the default."""
-    usual = from_flat().local()
-    return {name: value for name, value in config.local().items()
-            if value != usual[name] and settings_by_part()[name] != "search"}
-
-
 def run_sweep_trial(run: str | Path, point: str, settings: Mapping | None = None) -> dict:
-    """One trial of a run's search by its point, as JSON; what it measured.
+    """One trial of a run's search; returns its measures and logs them to the agent's sweep.
 
-    ``settings`` are those of this machine (:func:`config.local`); the file says the others.
+    Args:
+        point: as JSON.
+        settings: of this machine (:func:`config.local`); the others are those of the search.
 
-    Under an agent of a sweep its criteria go to the sweep too.
-
-    Raises ``ValueError`` for a point that is none of the search's, ``FileNotFoundError`` for a run
-    without a search, and what :func:`trials.run_trial` raises.
+    Raises ``ValueError`` for a point with other axes than the search, ``FileNotFoundError`` for a
+    run without a search, and the errors of :func:`trials.run_trial`.
     """
     folder = Path(run).resolve() / "search"
     check_names(settings or {}, sorted(local_settings()), "setting of the machine")
@@ -78,5 +73,5 @@ def run_sweep_trial(run: str | Path, point: str, settings: Mapping | None = None
         import wandb
 
         with wandb.init() as tracked:
-            tracked.log({name: found[name] for name in _TOLD if name in found})
+            tracked.log({name: found[name] for name in _CRITERIA if name in found})
     return found
