@@ -290,12 +290,15 @@ class SearchConfig(_Part):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; written to its ``config.json``."""
+    """All settings of a run; written to its ``config.json``.
+
+    Parts marked ``fixed`` cannot change when a run is resumed, except for :func:`local` settings.
+    """
 
     preset: str = "reference"
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig, metadata={"fixed": True})
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"fixed": True})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"fixed": True})
     eval: EvalConfig = field(default_factory=EvalConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
@@ -325,6 +328,12 @@ class Config:
     def local(self) -> dict[str, Any]:
         """The settings of the machine and the call, see :func:`local`."""
         return {name: value for name, value in self.flat().items() if name in local_settings()}
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a run keeps when it is resumed."""
+        parts = [part.name for part in dataclasses.fields(self) if part.metadata.get("fixed")]
+        return {name: value for part in parts for name, value in vars(getattr(self, part)).items()
+                if name not in local_settings()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:

@@ -25,8 +25,8 @@ from ..files import digest, read_bytes
 from .layers import STYLE_DIM, ActionHead, KeypointEncoder, TokenEncoder, VisualEncoder
 from .recursion import (
     Convergence,
-    LearnedHalting,
     Recursion,
+    learned_halting,
     recurse_adaptive,
     recurse_fixed,
     recurse_remainder,
@@ -40,12 +40,6 @@ HALTING_WEIGHT = 0.5  # of the learned halting head's loss
 GRIPPER_WEIGHT = 0.1  # of the gripper's cross-entropy beside the arm's loss
 KL_WEIGHT = 10.0  # of the style's divergence in the loss of ACT's network
 ENSEMBLE_DECAY = 0.01  # of temporal ensembling: weight exp(-decay * i), i = 0 the oldest (ACT)
-
-
-def task_dim(config: ModelConfig) -> int:
-    """Size of the task vector; 0 without conditioning."""
-    return {"language": schema.LANGUAGE_DIM, "task_id": config.num_tasks, "none": 0}[
-        config.conditioning]
 
 
 class TRMPolicy(nn.Module):
@@ -65,12 +59,8 @@ class TRMPolicy(nn.Module):
             proprioception. Batches are z-scored already.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        normalizer: ActionNormalizer | None = None,
-        proprio_stats: Mapping | None = None,
-    ):
+    def __init__(self, config: ModelConfig, normalizer: ActionNormalizer | None = None,
+                 proprio_stats: Mapping | None = None):
         super().__init__()
         self.config = config
         self.normalizer = normalizer
@@ -83,8 +73,9 @@ class TRMPolicy(nn.Module):
             for camera in config.cameras
         })
         if config.keypoints:
+            task_dim = {"language": schema.LANGUAGE_DIM, "task_id": config.num_tasks, "none": 0}
             self.encoders[schema.STILL_CAMERA] = KeypointEncoder(
-                dim, len(config.keypoints), config.keypoint_tasks, task_dim(config))
+                dim, len(config.keypoints), config.keypoint_tasks, task_dim[config.conditioning])
         parts = len(config.cameras)
         if config.proprioception:
             parts += 1
@@ -146,7 +137,7 @@ class TRMPolicy(nn.Module):
         return torch.cat([*parts, queries], dim=1)
 
     def task(self, observations: Mapping) -> torch.Tensor | None:
-        """Task vector (B, :func:`task_dim`): language embedding or one-hot; None without one."""
+        """Task vector (B, 384 or num_tasks): language embedding or one-hot; None without one."""
         if self.config.conditioning == "language":
             return read_batch(observations, "language", (schema.LANGUAGE_DIM,))
         if self.config.conditioning == "task_id":
@@ -176,7 +167,7 @@ class TRMPolicy(nn.Module):
         if self.training or config.halting == "fixed":
             return recurse_fixed(self.block, x_cond, state, limit,
                                  detach=self.training and config.deep_supervision)
-        is_done = (LearnedHalting(self._halting_logit) if config.halting == "learned" else
+        is_done = (learned_halting(self._halting_logit) if config.halting == "learned" else
                    Convergence(lambda answers: self.head(answers)[0],
                                config.convergence_threshold))
         return recurse_with_early_exit(self.block, x_cond, state, limit, is_done)
@@ -186,12 +177,8 @@ class TRMPolicy(nn.Module):
         pooled = answer.mean(dim=1) if answer.ndim == 3 else answer
         return self.halt(pooled).float().squeeze(-1)
 
-    def forward(
-        self,
-        observations: Mapping,
-        num_recursions: int | None = None,
-        return_all_states: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, observations: Mapping, num_recursions: int | None = None,
+                return_all_states: bool = False):
         """Normalised actions (B, 7), or (B, K, 7) for a chunk; T folds into B.
 
         Args:
@@ -211,9 +198,8 @@ class TRMPolicy(nn.Module):
         self.last_depth = recursion.depth
         return (actions, recursion.states) if return_all_states else actions
 
-    def loss(
-        self, batch: Mapping, loss: str = "mse"
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: Mapping,
+             loss: str = "mse") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a batch (``observations``, normalised ``actions``, ``mask``) and its parts.
 
         ``action``: mean over valid actions and their seven numbers (the arm's six where the gripper
@@ -240,11 +226,9 @@ class TRMPolicy(nn.Module):
         recursion = self.recurse(self.encode(batch["observations"], style))
         count = len(recursion.output)
         if len(target) != count or len(mask) != count:
-            raise ValueError(
-                f"actions have shape {tuple(batch['actions'].shape)} and mask "
-                f"{tuple(batch['mask'].shape)}; expected {count} observations with "
-                f"chunk={self.config.chunk} actions each"
-            )
+            raise ValueError(f"actions have shape {tuple(batch['actions'].shape)} and mask "
+                             f"{tuple(batch['mask'].shape)}; expected {count} observations with "
+                             f"chunk={self.config.chunk} actions each")
         every_step = self.training and self.config.deep_supervision
         graded = recursion.states[1:] if every_step else [recursion.output]
         grades = [self._grade(*self.head(answer), target, mask, loss) for answer in graded]
@@ -339,10 +323,8 @@ class TRMPolicy(nn.Module):
             self._carry = recursion.carry
         actions = self.head(recursion.output)[0].squeeze(0)  # (K, 7)
         if not actions.isfinite().all():
-            raise RuntimeError(
-                f"the policy returned {actions.tolist()}; expected finite numbers. "
-                "Its weights or the observation hold NaN or infinity"
-            )
+            raise RuntimeError(f"the policy returned {actions.tolist()}; expected finite numbers. "
+                               "Its weights or the observation hold NaN or infinity")
         self.last_recursions = int(recursion.depth.max())
         if self.normalizer is not None:
             actions = self.normalizer.denormalize(actions)
@@ -351,10 +333,8 @@ class TRMPolicy(nn.Module):
             planned = self._ensemble(planned)
         planned = planned[: self.execution_horizon].copy()
         if self.config.gripper in ("threshold", "classifier", "binary"):
-            closed = planned[:, schema.GRIPPER_INDEX] > 0
             planned[:, schema.GRIPPER_INDEX] = np.where(
-                closed, schema.GRIPPER_CLOSED, schema.GRIPPER_OPEN
-            )
+                planned[:, schema.GRIPPER_INDEX] > 0, schema.GRIPPER_CLOSED, schema.GRIPPER_OPEN)
         return planned.clip(-1, 1)
 
     def _ensemble(self, chunk: np.ndarray) -> np.ndarray:
@@ -394,10 +374,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
 def count_parameters(module: nn.Module) -> dict[str, int]:
     """Number of parameters of each direct child of ``module``, by name."""
-    return {
-        name: sum(parameter.numel() for parameter in child.parameters())
-        for name, child in module.named_children()
-    }
+    return {name: sum(parameter.numel() for parameter in child.parameters())
+            for name, child in module.named_children()}
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -189,10 +189,10 @@ def recurse_adaptive(block: nn.Module, x: torch.Tensor, state: torch.Tensor, lim
 
 def recurse_with_early_exit(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
                             is_done: Callable[[torch.Tensor], torch.Tensor]) -> Recursion:
-    """Each sample stops when ``is_done`` says so of its answer, and is computed no further.
+    """Each sample stops at the first answer that ``is_done``, and is computed no further.
 
-    ``is_done`` gets the answers of the samples that are still active and returns a mask; see
-    :class:`LearnedHalting` and :class:`Convergence`.
+    ``is_done`` takes the answers of the samples that are still active and returns a mask; see
+    :func:`learned_halting` and :class:`Convergence`.
     """
     answer, carry = block.readout(state), state
     states = [answer]
@@ -220,20 +220,15 @@ def _weighted_sum(states: list, weights: list, depth, ponder, carry) -> Recursio
 
 
 # --- when to stop --------------------------------------------------------------------------------
-class LearnedHalting:
-    """Done with the first answer that the halting head takes for right (logit above 0)."""
-
-    def __init__(self, halting_logit: Callable[[torch.Tensor], torch.Tensor]):
-        self.halting_logit = halting_logit
-
-    def __call__(self, answers: torch.Tensor) -> torch.Tensor:
-        return self.halting_logit(answers) > 0
+def learned_halting(halting_logit: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """Done with the first answer that the halting head judges right (logit above 0)."""
+    return lambda answers: halting_logit(answers) > 0
 
 
 class Convergence:
-    """Done when the actions move by less than ``threshold`` from one step to the next.
+    """Done when the actions change by less than ``threshold`` from one step to the next.
 
-    The distance is squared and taken over the seven numbers of an action; of a chunk, the largest.
+    The change is the squared distance between two actions (7); of a chunk, the largest.
     """
 
     def __init__(self, actions_of: Callable[[torch.Tensor], torch.Tensor], threshold: float):

@@ -33,26 +33,19 @@ class TransformerBlock(nn.Module):
         return state[:, -self.chunk:]
 
 
-class ActBlock(nn.Module):
+class ActBlock(TransformerBlock):
     """Baseline: encoder and decoder of ACT (Zhao et al. 2023, arXiv 2304.13705), applied once.
 
     The encoder reads the observation's tokens; the action queries are decoded.
     """
 
     def __init__(self, dim: int, num_heads: int, num_layers: int, chunk: int):
-        super().__init__()
-        self.chunk = chunk
+        super().__init__(dim, num_heads, 0, chunk)
         self.net = nn.Transformer(dim, num_heads, num_layers, num_layers, 4 * dim,
                                   batch_first=True)
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
     def forward(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.net(x[:, :-self.chunk], x[:, -self.chunk:])
-
-    def readout(self, state: torch.Tensor) -> torch.Tensor:
-        return state[:, -self.chunk:]
 
 
 class StyleEncoder(nn.Module):

@@ -60,7 +60,8 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
                                     f"s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     with only_writer(run):
         made = (run / "config.json").exists()
-        if _has_epoch(run):
+        metrics = run / "metrics.jsonl"
+        if (run / "last.safetensors").exists() or metrics.exists() and metrics.stat().st_size:
             if not made:
                 raise ValueError(f"{run} is trained but has no config.json; expected the settings "
                                  "it was trained with. Put the file back, or choose another "
@@ -69,7 +70,7 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
                 raise FileExistsError(f"{run} exists already; choose another run_name, remove it, "
                                       "or resume it (resume=True)")
             refuse_other_settings(run, config)
-        elif not made or _other_settings(run, config):
+        elif not made or load_config(run).fixed() != config.fixed():
             (run / "training_state.pt").unlink(missing_ok=True)
             write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
     return run
@@ -83,22 +84,11 @@ def only_writer(run: Path) -> contextlib.AbstractContextManager:
     return exclusive_lock(run, wait=False, lock=TRAINING_LOCK)
 
 
-def _has_epoch(run: Path) -> bool:
-    metrics = run / "metrics.jsonl"
-    return (run / "last.safetensors").exists() or (metrics.exists() and metrics.stat().st_size > 0)
-
-
 def refuse_other_settings(run: Path, config: Config) -> None:
-    """Raise ``ValueError`` listing the data, model and training settings that differ."""
-    if different := _other_settings(run, config):
+    """Raise ``ValueError`` listing the fixed settings that differ, see :class:`config.Config`."""
+    if different := differences(load_config(run).fixed(), config.fixed()):
         raise ValueError(f"{run} was made with other settings ({different}); "
                          "choose another name or the same settings")
-
-
-def _other_settings(run: Path, config: Config) -> str:
-    return differences(*({name: value for part in ("data", "model", "train")
-                          for name, value in each.to_dict()[part].items()
-                          if name not in local_settings()} for each in (load_config(run), config)))
 
 
 def refuse_other_data(run: Path, data: LIBERODataset) -> None:
