@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "LIBERODataset": "data.dataset",
     "ActionNormalizer": "data.normalize",
-    "explore_libero_dataset": "demos.demo_files",
+    "explore_libero_dataset": "demos.explore",
     "VisualEncoder": "policy.layers",
     "RecursiveBlock": "policy.recursion",
     "TRMPolicy": "policy.model",

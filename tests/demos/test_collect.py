@@ -18,8 +18,9 @@ from demo_files import write_demo_file
 from trm_helpers import paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.demos import collect
+from trm_helpers.demos.alignment import measure_alignment
 from trm_helpers.demos.collect import _run_attempts, _successes, collect_demonstrations
-from trm_helpers.demos.demo_files import check_demo_file, measure_alignment
+from trm_helpers.demos.demo_files import check_demo_file
 from trm_helpers.demos.experts import Style
 from trm_helpers.demos.quality import quality_card
 from trm_helpers.files import exclusive_lock

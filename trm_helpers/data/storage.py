@@ -14,13 +14,13 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import schema
+from ..demos.alignment import resolve_alignment
 from ..demos.demo_files import (
     DemoFileError,
     check_demo_file,
     check_gripper,
     instruction_of,
     open_demo_file,
-    resolve_alignment,
     source_of,
 )
 from ..software import free_memory

@@ -26,15 +26,13 @@ from .demo_files import (
     VERSION_ATTR,
     check_demo_file,
     demo_names,
-    given_demonstrations,
-    human_demonstrations,
     json_attribute,
     open_demo_file,
     source_of,
-    survey_demonstrations,
     version_notes,
 )
 from .experts import Style, make_expert
+from .find_demos import given_demonstrations, human_demonstrations, survey_demonstrations
 
 _MAX_FAILURES = 20  # more failures than successes and this many: the expert cannot do the task
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import schema
 from ..sim.env import LiberoEnv
+from .alignment import measure_alignment
 from .demo_files import (
     WRONG_FINGERS,
     DemoFileError,
@@ -20,7 +21,6 @@ from .demo_files import (
     demo_names,
     finger_motion,
     instruction_of,
-    measure_alignment,
     open_demo_file,
     text_attribute,
     version_notes,

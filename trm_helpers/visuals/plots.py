@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .. import schema
-from ..demos.demo_files import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
+from ..demos.alignment import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..files import atomic_path
 from ..sim.render import upright
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED

@@ -1,0 +1,184 @@
+"""Finding the demonstration file of each task: attached, on disk or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .. import paths, schema
+from .demo_files import DemoFileError, check_demo_file, source_of
+
+HUMAN_REPOSITORY = "yifengzhu-hf/LIBERO-datasets"  # CC BY 4.0, on the Hugging Face hub
+HUMAN_REVISION = "f13aa24a3da8c43c7225569f28c562979fa0e35a"  # of May 2025
+
+
+def survey_demonstrations(
+    folder: str | Path | Iterable[str | Path],
+    task_names: Sequence[str] | None = None,
+    sources: Sequence[str] = (),
+) -> tuple[dict[str, Path], dict[Path, str]]:
+    """Demonstration files below folders, by task name, and the reason to leave out each other file.
+
+    Links are followed, hidden files and folders ignored. The name of a file,
+    ``<task name>_demo.hdf5``, says its task: no two training suites share one. Of several usable
+    files of a task the first is taken, ordered by ``sources``, folder and name; unusable ones are
+    skipped with a printed line.
+
+    Args:
+        task_names: tasks to find; None finds all.
+        sources: ``human``, ``scripted`` or both; empty takes either without opening the file.
+
+    Raises :class:`DemoFileError` where every file of a task is unusable.
+    """
+    candidates: dict[str, list[Path]] = {}
+    left_out: dict[Path, str] = {}
+    for path in (path for each in _folders(folder) for path in _hdf5_files(Path(each))):
+        task = path.name.removesuffix(schema.DEMO_FILE_SUFFIX)
+        if task == path.name:
+            left_out[path] = f"not named <task name>{schema.DEMO_FILE_SUFFIX}"
+        elif task_names is not None and task not in task_names:
+            left_out[path] = "another task"
+        else:
+            candidates.setdefault(task, []).append(path)
+    found = {}
+    for task, files in candidates.items():
+        chosen, others = _choose(list(dict.fromkeys(files)), sources)
+        left_out |= others
+        if chosen:
+            found[task] = chosen
+    return found, left_out
+
+
+def _choose(files: list[Path], sources: Sequence[str]) -> tuple[Path | None, dict[Path, str]]:
+    """The file to use of one task's, None without any of ``sources``, and why not the others."""
+    ranked, left_out, errors = [], {}, []
+    for path in files:
+        try:
+            source = source_of(path) if sources else ""
+            if len(files) > 1:  # a single file is checked by its reader
+                check_demo_file(path)
+        except DemoFileError as error:
+            errors.append(error)
+            left_out[path] = "unusable" + str(error).removeprefix(str(path))
+            continue
+        if sources and source not in sources:
+            left_out[path] = f"{source}, not {', '.join(sources)}"
+        else:
+            ranked.append((sources.index(source) if sources else 0, path))
+    if len(errors) == len(files):
+        raise DemoFileError("; ".join(map(str, errors)))
+    chosen = min(ranked, key=lambda each: each[0])[1] if ranked else None
+    for error in errors:
+        print(f"skipped {error}" + (f"; {chosen} is used" if chosen else ""))
+    return chosen, left_out | {path: f"{chosen} comes first" for _, path in ranked
+                               if path != chosen}
+
+
+def _folders(folder: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    return [folder] if isinstance(folder, (str, Path)) else list(folder)
+
+
+def _hdf5_files(folder: Path) -> list[Path]:
+    """Sorted; links are followed, but no folder is entered twice."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names
+                  if name.endswith((".hdf5", ".h5")) and not name.startswith(".")]
+    return sorted(files)
+
+
+def find_demonstrations(
+    folder: str | Path | Iterable[str | Path],
+    task_names: Sequence[str] | None = None,
+    *,
+    sources: Sequence[str] = (),
+) -> dict[str, Path]:
+    """:func:`survey_demonstrations`, with an error for a missing task.
+
+    Raises ``FileNotFoundError`` when nothing or not every one of ``task_names`` was found, with the
+    folders and the files left out.
+    """
+    found, left_out = survey_demonstrations(_folders(folder), task_names, sources)
+    _refuse_missing(found, left_out, _folders(folder), task_names, sources)
+    return found
+
+
+def _refuse_missing(found, left_out, folders, task_names, sources) -> None:
+    missing = [name for name in task_names or () if name not in found]
+    if missing or not found:
+        searched = ", ".join(f"{each}{'' if Path(each).exists() else ' (no such folder)'}"
+                             for each in folders)
+        what = f"{' or '.join(sources)} demonstrations".strip()
+        raise FileNotFoundError(
+            f"no {what} for {', '.join(missing) or 'any task'}; "
+            f"looked for *{schema.DEMO_FILE_SUFFIX} below: {searched or 'no folder'}"
+            + (f"; left out: {left_out_text(left_out)}" if left_out else ""))
+
+
+def left_out_text(left_out: dict[Path, str]) -> str:
+    """Files left out, grouped by reason, in one line."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in left_out.items():
+        reasons.setdefault(reason, []).append(str(path))
+    return "; ".join(f"{', '.join(files)} ({reason})" for reason, files in reasons.items())
+
+
+def given_demonstrations(folder: str | Path, task_names: Sequence[str],
+                         sources: Sequence[str]) -> dict[str, Path]:
+    """Task name -> file in the one folder of ``demo_dir``; prints the files left out.
+
+    Raises ``FileNotFoundError`` for a missing folder or a task without a file.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"demo_dir={str(folder)!r} is not a folder; expected one with "
+                                f"<task name>{schema.DEMO_FILE_SUFFIX} files")
+    found, left_out = survey_demonstrations(folder, task_names, sources)
+    _refuse_missing(found, left_out, [folder], task_names, sources)
+    if left_out:
+        print(f"left out: {left_out_text(left_out)}")
+    return found
+
+
+def human_demonstrations(suite: str, task_names: Sequence[str], folders: Iterable[str | Path],
+                         download: bool) -> dict[str, Path]:
+    """Task name -> file of human demonstrations: attached, on disk or from the Hugging Face hub.
+
+    Searches ``folders`` and Kaggle's input folder. With ``download``, missing files are fetched
+    into ``data_dir()/human``. Raises ``FileNotFoundError`` for a task without a file; the message
+    says how to get one.
+    """
+    target = paths.data_dir() / "human"
+    places = [*folders, paths.KAGGLE_INPUT, target]
+    found, left_out = survey_demonstrations(places, task_names, ["human"])
+    missing = [name for name in task_names if name not in found]
+    if missing and download:
+        _download([f"{suite}/{name}{schema.DEMO_FILE_SUFFIX}" for name in missing], target)
+        found, left_out = survey_demonstrations(places, task_names, ["human"])
+    try:
+        _refuse_missing(found, left_out, places, task_names, ["human"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. Attach a data set that holds them, let them be downloaded from "
+            f"{HUMAN_REPOSITORY}, or use scripted demonstrations") from error
+    return found
+
+
+def _download(patterns: list[str], target: Path) -> None:
+    import huggingface_hub
+
+    try:
+        huggingface_hub.snapshot_download(HUMAN_REPOSITORY, repo_type="dataset",
+                                          revision=HUMAN_REVISION, allow_patterns=patterns,
+                                          local_dir=target)
+    except Exception as error:  # the hub's client raises its HTTP library's own types
+        raise FileNotFoundError(
+            f"could not download {', '.join(patterns)} from {HUMAN_REPOSITORY} "
+            f"({type(error).__name__}: {error}). Without internet access, attach a data set that "
+            "holds these files or use scripted demonstrations") from error
