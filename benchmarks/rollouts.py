@@ -22,7 +22,8 @@ import numpy as np
 
 from trm_helpers import load_policy, schema
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluation.evaluate import Episode, TrainedPolicy, _play
+from trm_helpers.evaluation.plan import Episode
+from trm_helpers.evaluation.play import TrainedPolicy, play_episode
 from trm_helpers.evaluation.rollout import run_episode
 from trm_helpers.sim.env import LiberoEnv, load_init_states, load_task
 from trm_helpers.sim.parallel import run_jobs
@@ -76,7 +77,7 @@ def libero_loop(vector, policies: list, suite: str, task_id: int, init_states: l
 def our_loop(run: Path, suite: str, task_id: int, init_states: list[int], workers: int,
              folder: Path) -> list[tuple]:
     policy = TrainedPolicy(run, "best", load_policy(run).sha256)
-    job = functools.partial(_play, policy, EvalConfig(num_videos=0), folder)
+    job = functools.partial(play_episode, policy, EvalConfig(num_videos=0), folder)
     episodes = [Episode(suite, task_id, init_state) for init_state in init_states]
     rows = []
     for _, row, error in run_jobs(job, episodes, workers=workers, keep=True):

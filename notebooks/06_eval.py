@@ -45,14 +45,14 @@ from IPython.display import Video, display
 
 from trm_helpers.config import check_parameters
 from trm_helpers.evaluation.baselines import plan_bounds
-from trm_helpers.evaluation.evaluate import (
+from trm_helpers.evaluation.compare import (
     comparable,
     compare_runs,
     evaluated_episodes,
-    films_of,
-    plan_run,
     stale_episodes,
 )
+from trm_helpers.evaluation.evaluate import plan_run
+from trm_helpers.evaluation.play import films_of
 from trm_helpers.evaluation.robustness import card_notes, card_rows, plot_card, robustness_card
 from trm_helpers.files import dispensable, inside
 from trm_helpers.stats import (

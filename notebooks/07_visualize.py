@@ -34,8 +34,8 @@ from IPython.display import Markdown, display
 from trm_helpers import analyze_model_predictions, load_policy, visualize_recursive_states
 from trm_helpers.config import check_parameters
 from trm_helpers.demos.collect import demonstrations_of
+from trm_helpers.evaluation.compare import stale
 from trm_helpers.evaluation.depth import depth_card, depth_rows, plot_depth_card
-from trm_helpers.evaluation.evaluate import stale
 from trm_helpers.evaluation.robustness import plot_card
 from trm_helpers.files import write_json
 from trm_helpers.policy import keypoints

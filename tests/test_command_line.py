@@ -13,6 +13,7 @@ from trm_helpers.__main__ import COMMANDS, main, parse
 from trm_helpers.config import COMMON, from_flat
 from trm_helpers.demos import collect
 from trm_helpers.evaluation import evaluate, robustness
+from trm_helpers.evaluation.play import Evaluation
 from trm_helpers.preflight import Check
 from trm_helpers.search import search
 
@@ -107,7 +108,7 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
         return {**task, "tasks": [task],
                 "errors": [{"error": "hung"}] if evaluation.suite == "libero_goal" else []}
 
-    monkeypatch.setattr(evaluate.Evaluation, "play", play)
+    monkeypatch.setattr(Evaluation, "play", play)
     assert main(["evaluate", "mine", "--task-ids", "3", "--protocol", "libero"]) == 0
     (given,) = asked
     assert given.source[:2] == (run, "best")

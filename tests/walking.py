@@ -5,7 +5,7 @@ import types
 import numpy as np
 
 from trm_helpers import schema
-from trm_helpers.evaluation import evaluate
+from trm_helpers.evaluation import plan
 
 
 class CountingPolicy:
@@ -41,7 +41,7 @@ class StraightRoad:
 
     def reset(self, init_state=None, seed=None, arrange=None):
         self.picked = False
-        first = evaluate.WIDE_SEED if arrange else evaluate.SELECTION_SEED
+        first = plan.WIDE_SEED if arrange else plan.SELECTION_SEED
         self.left = 1 + (init_state if seed is None else seed - first)
         return self._look()
 

@@ -164,7 +164,8 @@ class Evaluate(_Rollouts):
 
     def __call__(self) -> Result:
         from .evaluation.baselines import BASELINES, plan_baseline, plan_bounds
-        from .evaluation.evaluate import comparable, compare_runs, plan_run, stale_episodes
+        from .evaluation.compare import comparable, compare_runs, stale_episodes
+        from .evaluation.evaluate import plan_run
         from .stats import detectable, format_comparison, format_success
 
         # everything is checked before the first episode

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .evaluation.cards import tasks_in_short
+from .evaluation.compare import stale
 from .evaluation.depth import depth_rows
-from .evaluation.evaluate import stale
 from .evaluation.robustness import card_notes, card_rows
 from .files import atomic_path, inside, read_json, read_jsonl, visible
 from .search.search import verdict

@@ -12,7 +12,7 @@ from walking import CountingPolicy, StraightRoad
 
 from trm_helpers.__main__ import main
 from trm_helpers.config import EvalConfig, ModelConfig
-from trm_helpers.evaluation import depth, evaluate
+from trm_helpers.evaluation import depth, play
 from trm_helpers.evaluation.depth import (
     action_errors,
     depth_card,
@@ -52,11 +52,11 @@ def run(trained, monkeypatch):
     """A run of depth 2 whose episodes are walked: init state n needs n + 1 whole steps of 4."""
     config = depth.load_config(trained).model
     assert config.num_recursions == 2
-    monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_: Thinker(config))
+    monkeypatch.setattr(play, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr(play, "load_policy", lambda *_: Thinker(config))
     errors = {"as trained": [0.2, 0.1, 0.3], "fixed 1": [0.4, 0.3, 0.5]}
     monkeypatch.setattr(depth, "action_errors", lambda *_: errors)
-    monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
+    monkeypatch.setattr(play, "software_versions", lambda: {"mujoco": "3.3.2"})
     return trained
 
 
@@ -108,7 +108,7 @@ def test_a_card_counts_and_compares(run):
 def test_action_errors_are_of_what_each_way_answers(trained):
     config = depth.load_config(trained)
     ways = recursion_settings(config.model, [1, 4], [1e-3])
-    source = evaluate.TrainedPolicy.load(trained, "best")
+    source = play.TrainedPolicy.load(trained, "best")
     found = action_errors(source, config, ways)
     assert list(found) == ["as trained", "fixed 1", "fixed 4", "convergence below 0.001, at most 4"]
     policy = load_policy(trained)
@@ -125,7 +125,7 @@ def test_action_errors_are_of_what_each_way_answers(trained):
 
 def test_what_was_played_is_not_played_again(run, monkeypatch):
     depth_card(run, [1], [], CONFIG)
-    monkeypatch.setattr(evaluate, "run_episode", None)
+    monkeypatch.setattr(play, "run_episode", None)
     card = depth_card(run, [1], [], CONFIG)
     assert [row["episodes"] for row in card["rows"]] == [4, 4, 4]
     assert main(["report", run.name]) == 0
@@ -149,7 +149,7 @@ def test_a_policy_that_fails_at_once_has_a_row(run, monkeypatch):
 
 
 def test_a_way_changes_no_other(trained):
-    source = evaluate.TrainedPolicy.load(trained, "best")
+    source = play.TrainedPolicy.load(trained, "best")
     deep, shallow = (depth.ChangedPolicy(source, (("num_recursions", count),)).make()
                      for count in (7, 1))
     assert [policy.config.num_recursions for policy in (source.make(), deep, shallow)] == [2, 7, 1]

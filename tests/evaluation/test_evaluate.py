@@ -15,18 +15,18 @@ import psutil
 import pytest
 from walking import CountingPolicy, StraightRoad
 
-from trm_helpers import preflight, schema
+from trm_helpers import files, preflight, schema
 from trm_helpers.__main__ import main
 from trm_helpers.config import EvalConfig
 from trm_helpers.demos.experts import PickPlaceExpert
-from trm_helpers.evaluation import baselines, evaluate
+from trm_helpers.evaluation import baselines, compare, evaluate, plan, play
 from trm_helpers.evaluation.evaluate import PolicyEvaluator, evaluate_run
 from trm_helpers.evaluation.robustness import robustness_card
 from trm_helpers.files import exclusive_lock, read_jsonl
 from trm_helpers.report import write_report
 from trm_helpers.sim.env import LiberoEnv, Observation
 from trm_helpers.stats import format_success
-from trm_helpers.training.runs import find_run
+from trm_helpers.training.runs import find_run, load_config
 
 
 def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
@@ -47,9 +47,9 @@ def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
 def run(trained, monkeypatch):
     """A trained run whose simulator is the straight road and whose policy walks it."""
     StraightRoad.made.clear()
-    monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_: CountingPolicy())
-    monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
+    monkeypatch.setattr(play, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr(play, "load_policy", lambda *_: CountingPolicy())
+    monkeypatch.setattr(play, "software_versions", lambda: {"mujoco": "3.3.2"})
     return trained
 
 
@@ -91,7 +91,7 @@ def numbered(small_run, run):
     dict(suite="libero_object_swap", task_ids=[1]), dict(suite="libero_object_task"),
 ])
 def test_a_policy_told_its_task_by_number_is_asked_for_those_it_knows(numbered, asked):
-    with pytest.raises(ValueError, match="by number and knows tasks 0 of libero_object; it cannot"):
+    with pytest.raises(ValueError, match="on task numbers and knows tasks 0 of libero_object"):
         evaluate_run(numbered, **asked)
     assert not (numbered / "episodes.jsonl").exists()
 
@@ -105,15 +105,15 @@ def test_a_variation_keeps_the_numbers_of_its_suite(numbered, variation):
 
 def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     config = EvalConfig(num_episodes=3, horizon=4, num_videos=0)
-    play, played = evaluate.run_episode, []
+    run_episode, played = play.run_episode, []
 
     def interrupt(policy, env, init_state, horizon, **drawn):
         played.append(init_state)
         if played == [0, 1]:
             raise KeyboardInterrupt
-        return play(policy, env, init_state, horizon)
+        return run_episode(policy, env, init_state, horizon)
 
-    monkeypatch.setattr(evaluate, "run_episode", interrupt)
+    monkeypatch.setattr(play, "run_episode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(run, config)
     assert evaluate_run(run, config)["episodes"] == 3 and played == [0, 1, 1, 2]
@@ -124,14 +124,14 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
 def test_others_play_the_same_run_meanwhile(run, monkeypatch):
     """As a training with rollouts does while its run is evaluated."""
     config = EvalConfig(num_episodes=2, horizon=4, num_videos=0)
-    append, selected = evaluate.append_jsonl, []
+    append, selected = play.append_jsonl, []
 
     def and_select(*given):
         append(*given)
         if not selected:
-            selected.append(evaluate.selection_success(run, evaluate.load_config(run), 2))
+            selected.append(evaluate.selection_success(run, load_config(run), 2))
 
-    monkeypatch.setattr(evaluate, "append_jsonl", and_select)
+    monkeypatch.setattr(play, "append_jsonl", and_select)
     before = set(run.iterdir())
     results = evaluate_run(run, config)
     assert results["episodes"] == 2 == selected[0]["episodes"] and not results["errors"]
@@ -152,15 +152,15 @@ def test_the_protocol_decides_and_is_named(run):
 
 
 def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch):
-    play, tried = evaluate.run_episode, []
+    run_episode, tried = play.run_episode, []
 
     def fail(policy, env, init_state, horizon, **drawn):
         tried.append(init_state)
         if init_state == 1 or (init_state == 2 and tried.count(2) == 1):
             raise FloatingPointError("the arm is nowhere")
-        return play(policy, env, init_state, horizon, **drawn)
+        return run_episode(policy, env, init_state, horizon, **drawn)
 
-    monkeypatch.setattr(evaluate, "run_episode", fail)
+    monkeypatch.setattr(play, "run_episode", fail)
     config = EvalConfig(num_episodes=3, horizon=1, num_videos=0)
     results = evaluate_run(run, config)
     assert sorted(tried) == [0, 1, 1, 2, 2]
@@ -171,20 +171,20 @@ def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch)
     (line,) = [row for row in read_jsonl(run / "episodes.jsonl") if "error" in row]
     assert error.items() <= line.items()
 
-    monkeypatch.setattr(evaluate, "run_episode", play)  # whatever it was is repaired
+    monkeypatch.setattr(play, "run_episode", run_episode)  # whatever it was is repaired
     results = evaluate_run(run, config)
     assert (results["episodes"], results["errors"]) == (3, [])
 
 
 def test_an_evaluation_in_which_something_was_played_goes_on(run, monkeypatch):
-    play = evaluate.run_episode
+    run_episode = play.run_episode
 
     def fail(policy, env, init_state, horizon, **drawn):
         if init_state in (1, 2, 3, 4):
             raise FloatingPointError("the arm is nowhere")
-        return play(policy, env, init_state, horizon, **drawn)
+        return run_episode(policy, env, init_state, horizon, **drawn)
 
-    monkeypatch.setattr(evaluate, "run_episode", fail)
+    monkeypatch.setattr(play, "run_episode", fail)
     results = evaluate_run(run, EvalConfig(num_episodes=6, horizon=9, num_videos=0))
     assert (results["episodes"], len(results["errors"])) == (2, 4)
 
@@ -225,7 +225,7 @@ class Failing(CountingPolicy):
     (lambda: sys.exit("no gripper"), "SystemExit: no gripper"),
 ])
 def test_an_episode_in_which_the_policy_fails_is_a_failure(run, monkeypatch, capsys, how, said):
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_: Failing(how))
+    monkeypatch.setattr(play, "load_policy", lambda *_: Failing(how))
     results = evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=0))
     assert (results["successes"], results["episodes"], results["policy_errors"]) == (2, 3, 1)
     assert results["errors"] == [] and results["success_rate"] == pytest.approx(2 / 3)
@@ -233,7 +233,7 @@ def test_an_episode_in_which_the_policy_fails_is_a_failure(run, monkeypatch, cap
     assert (row["success"], row["steps"], "error" in row) == (False, 1, False)
     assert said in row["policy_error"]
     assert "counted as failures: 1 in which the policy raised" in format_success(results)
-    monkeypatch.setattr(evaluate, "run_episode", None)
+    monkeypatch.setattr(play, "run_episode", None)
     assert evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=0)) == results
 
 
@@ -286,7 +286,7 @@ def test_an_episode_whose_film_fails_counts(run, monkeypatch, capsys, broken):
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", f"/bin/{broken}")
     results = evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=2))
     assert (results["successes"], results["episodes"], results["errors"]) == (3, 3, [])
-    assert capsys.readouterr().out.count("2 film(s) could not be made, and count for nothing") == 1
+    assert capsys.readouterr().out.count("2 film(s) could not be made, which costs no episode") == 1
     rows = read_jsonl(run / "episodes.jsonl")
     assert [("video_error" in row, "video" in row) for row in rows] \
         == [(True, False), (True, False), (False, False)]
@@ -294,7 +294,7 @@ def test_an_episode_whose_film_fails_counts(run, monkeypatch, capsys, broken):
 
 
 def test_a_grid_that_fails_costs_no_results(run, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "write_grid", lambda *_: 1 / 0)
+    monkeypatch.setattr(play, "write_grid", lambda *_: 1 / 0)
     results = evaluate_run(run, EvalConfig(num_episodes=2, horizon=4, num_videos=2))
     assert results == json.loads((run / "results.json").read_text())
     assert "the grid of films could not be made: ZeroDivisionError" in capsys.readouterr().out
@@ -318,18 +318,18 @@ def test_films_that_were_removed_are_left_out(run, capsys):
 def test_a_missing_piece_of_a_run_costs_no_results(bounded, piece):
     config = EvalConfig(num_episodes=2, horizon=4, num_videos=2, bound_episodes=1)
     first = evaluate_run(bounded, config)
-    baselines.evaluate_bounds(bounded, config)
+    play_bounds(bounded, config)
     robustness_card(bounded, EvalConfig(num_episodes=2, num_videos=0), only=["swap"])
     gone = bounded / piece
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     assert evaluate_run(bounded, config)["successes"] == first["successes"] == 2
-    assert baselines.evaluate_bounds(bounded, config)["replay"]["successes"] == 1
+    assert play_bounds(bounded, config)["replay"]["successes"] == 1
     assert "2 of 2 episodes" in write_report(bounded).read_text()
 
 
 @pytest.mark.parametrize(("line", "problem"), [
-    ('{"suite": "libero_object"}', "no episode; expected suite, t"), ("[1]", "list; expected"),
-    ("7", "int; expected")])
+    ('{"suite": "libero_object"}', "no episode; expected suite, t"), ("[1]", "damaged: it holds list"),
+    ("7", "damaged: it holds int")])
 def test_a_line_that_is_no_episode_is_named(run, line, problem):
     (run / "episodes.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=f"episodes.jsonl, line 1 is {problem}"):
@@ -350,7 +350,7 @@ def test_a_film_outside_of_the_run_is_not_shown(run, tmp_path, capsys, where):
     (run / "videos" / "outside").symlink_to(tmp_path)
     rows = read_jsonl(run / "episodes.jsonl")
     rows[0]["video"] = named
-    assert list(evaluate.films_of(rows, run)) == [run / "videos" / mine[1]]
+    assert list(play.films_of(rows, run)) == [run / "videos" / mine[1]]
     said = capsys.readouterr().out
     assert "1 film(s) are not in" in said and said.encode()  # a terminal can show it
     (run / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -375,16 +375,20 @@ def bounded(run, monkeypatch):
     return run
 
 
+def play_bounds(*given):
+    return {name: bound.play() for name, bound in baselines.plan_bounds(*given).items()}
+
+
 def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):
     config = EvalConfig(num_episodes=1, bound_episodes=2, num_videos=0)
-    own = baselines.evaluate_bounds(bounded, config)
+    own = play_bounds(bounded, config)
     assert list(own) == ["replay", "no-op"] and own["no-op"]["protocol"]["horizon"] == 280
     replayed = read_jsonl(bounded / "bounds" / "replay" / "episodes.jsonl")
     assert [(row["seed"], row["steps"]) for row in replayed] == [(0, 6), (1, 7)]  # each its own
     kept = {path: path.read_bytes() for path in bounded.glob("bounds/*/results.json")}
     assert len(kept) == 2
     for suite, task_ids in (("libero_object_swap", ()), ("libero_goal", ()), ("", [0, 4])):
-        other = baselines.evaluate_bounds(bounded, config, suite, task_ids)
+        other = play_bounds(bounded, config, suite, task_ids)
         assert list(other) == ["no-op"]
         assert other["no-op"]["protocol"]["suite"] == (suite or "libero_object")
     assert {path: path.read_bytes() for path in kept} == kept
@@ -426,7 +430,7 @@ def test_what_cannot_be_finished_is_refused_before_the_first_episode(bounded, sm
     if wrong == "against":
         evaluate_run(other.run, short)
     else:
-        baselines.evaluate_bounds(bounded, short, *suite[1:])
+        play_bounds(bounded, short, *suite[1:])
     played = len(StraightRoad.made)
     asked = {"against": ["--against", "other"]}.get(wrong, ["--bound-episodes", "1"])
     assert main(["evaluate", bounded.name, "--horizon", "5", *suite, *asked]) == 1
@@ -437,10 +441,10 @@ def test_what_cannot_be_finished_is_refused_before_the_first_episode(bounded, sm
 
 def test_results_of_most_tasks_have_a_name_that_every_disk_takes():
     most = [task_id for task_id in range(90) if task_id not in (3, 40)]
-    names = {evaluate.results_name(tasks, [0]) for tasks in (most, range(90), [0, 4], [4, 0])}
+    names = {plan.results_name(tasks, [0]) for tasks in (most, range(90), [0, 4], [4, 0])}
     assert len(names) == 3 and "results-tasks-0-4.json" in names
     assert max(map(len, names)) < 150
-    assert evaluate.results_name([2, 1], [1, 2]) == "results.json"
+    assert plan.results_name([2, 1], [1, 2]) == "results.json"
 
 
 # --- which weights ------------------------------------------------------------------------------
@@ -453,17 +457,17 @@ def test_rows_carry_the_digest_of_what_was_loaded(run, monkeypatch):
     def load(folder, weights):
         file = folder / f"{weights}.safetensors"
         policy = CountingPolicy()
-        policy.sha256 = evaluate.digest(file)
+        policy.sha256 = files.digest(file.read_bytes())
         file.write_bytes(f"replaced {len(loaded)} times".encode())  # by a training beside it
         loaded.append(policy.sha256)
         return policy
 
-    monkeypatch.setattr(evaluate, "load_policy", load)
-    before = evaluate.digest(run / "best.safetensors")
+    monkeypatch.setattr(play, "load_policy", load)
+    before = files.digest((run / "best.safetensors").read_bytes())
     results = evaluate_run(run, EvalConfig(num_episodes=2, num_videos=0))
     assert loaded == [before] and results["protocol"]["sha256"] == before
     assert {row["sha256"] for row in read_jsonl(run / "episodes.jsonl")} == {before}
-    source = evaluate.TrainedPolicy(run, "best", before)  # as another process gets it
+    source = play.TrainedPolicy(run, "best", before)  # as another process gets it
     with pytest.raises(RuntimeError, match="best.safetensors was replaced while it was evaluated"):
         source.make()
 
@@ -472,12 +476,12 @@ def test_results_of_older_weights_are_marked(run, capsys):
     evaluate_run(run, EvalConfig(num_episodes=2, num_videos=0))
     robustness_card(run, EvalConfig(num_episodes=2, num_videos=0), only=["swap"])
     assert "Stale" not in write_report(run).read_text()
-    assert evaluate.stale_episodes(run) == []
+    assert compare.stale_episodes(run) == []
     (run / "best.safetensors").write_bytes(b"trained further")
     text = write_report(run).read_text()
     success, changed = text.split("## When something changes")
     assert "**Stale: made with other weights" in success and "**Stale" in changed
-    (said,) = evaluate.stale_episodes(run)
+    (said,) = compare.stale_episodes(run)
     assert "best.safetensors has now" in said
 
 
@@ -493,7 +497,7 @@ def test_selection_leaves_the_official_init_states_alone(run, monkeypatch):
     asked, reset = [], StraightRoad.reset
     monkeypatch.setattr(StraightRoad, "reset",
                         lambda road, **where: asked.append(where) or reset(road, **where))
-    config = evaluate.load_config(run)
+    config = load_config(run)
     config = config.replace(horizon=2, perturbation="delay_1")  # of reports alone
     summary = evaluate.selection_success(run, config, episodes=3)
     assert (summary["successes"], summary["episodes"]) == (2, 3)
@@ -502,15 +506,15 @@ def test_selection_leaves_the_official_init_states_alone(run, monkeypatch):
 
 
 def test_errors_in_a_selection_do_not_count_and_are_told(run, monkeypatch, capsys):
-    play = evaluate.run_episode
+    run_episode = play.run_episode
 
     def fail(policy, env, init_state, horizon, **drawn):
-        if drawn["seed"] == evaluate.SELECTION_SEED + 1:
+        if drawn["seed"] == plan.SELECTION_SEED + 1:
             raise FloatingPointError("the arm is nowhere")
-        return play(policy, env, init_state, horizon, **drawn)
+        return run_episode(policy, env, init_state, horizon, **drawn)
 
-    monkeypatch.setattr(evaluate, "run_episode", fail)
-    summary = evaluate.selection_success(run, evaluate.load_config(run), episodes=3)
+    monkeypatch.setattr(play, "run_episode", fail)
+    summary = evaluate.selection_success(run, load_config(run), episodes=3)
     assert summary["episodes"] == 2 and "the arm is nowhere" in summary["errors"][0]
     assert "selection: 1 of 3 episodes ended in an error" in capsys.readouterr().out
 
@@ -519,27 +523,27 @@ def test_two_runs_are_compared_episode_by_episode(run, small_run):
     other = small_run("other", epochs=1)
     other.fit()
     with pytest.raises(FileNotFoundError, match="episodes.jsonl does not exist; .*evaluate small"):
-        evaluate.compare_runs("other", run)
+        compare.compare_runs("other", run)
     evaluate_run(run, EvalConfig(num_episodes=3, horizon=2, num_videos=0))  # solves 0 and 1
     evaluate_run(other.run, EvalConfig(num_episodes=2, first_init_state=1, horizon=2, num_videos=0))
-    test = evaluate.compare_runs("other", run)
+    test = compare.compare_runs("other", run)
     assert (test["pairs"], test["both"], test["neither"], test["unpaired"]) == (2, 1, 1, 1)
     evaluate_run(run, EvalConfig(num_episodes=1, horizon=2, num_videos=0), suite="libero_goal")
     with pytest.raises(FileNotFoundError, match="evaluate other --suite libero_goal"):
-        evaluate.compare_runs("other", run, "libero_goal")
+        compare.compare_runs("other", run, "libero_goal")
     with pytest.raises(ValueError, match="share no suite, task and init state"):
-        evaluate.compare_runs("other", run, task_ids=[3])
+        compare.compare_runs("other", run, task_ids=[3])
 
 
 def test_which_renderers_drew_the_episodes_is_told(run, monkeypatch):
     for episodes, name in ((1, "llvmpipe"), (2, "a GPU"), (2, "another")):
-        monkeypatch.setattr(evaluate, "renderer", lambda name=name: name)
+        monkeypatch.setattr(play, "renderer", lambda name=name: name)
         results = evaluate_run(run, EvalConfig(num_episodes=episodes, horizon=2, num_videos=0))
     assert results["renderers"] == ["a GPU", "llvmpipe"]  # those that drew something
 
 
 def test_selection_goes_on_with_its_ledger(run):
-    config, ledger = evaluate.load_config(run).replace(horizon=2), run / "selection.jsonl"
+    config, ledger = load_config(run).replace(horizon=2), run / "selection.jsonl"
     evaluate.selection_success(run, config, 2, ledger=ledger)
     rows = read_jsonl(ledger)
     assert [row["init_state"] for row in rows] == [None, None]
@@ -553,18 +557,18 @@ def test_selection_goes_on_with_its_ledger(run):
 
 
 def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "LiberoEnv", StraightRoad)
-    monkeypatch.setattr(evaluate, "software_versions", dict)
+    monkeypatch.setattr(play, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr(play, "software_versions", dict)
     config = EvalConfig(num_episodes=2, horizon=3, num_videos=0)
-    results = baselines.evaluate_baseline("no-op", tmp_path, config, "libero_object")
+    results = baselines.plan_baseline("no-op", tmp_path, config, "libero_object").play()
     assert (results["successes"], results["episodes"], len(results["tasks"])) == (0, 20, 10)
     with pytest.raises(ValueError, match="unknown baseline 'hero'; expected one of expert"):
-        baselines.evaluate_baseline("hero", tmp_path, EvalConfig(), "libero_object")
+        baselines.plan_baseline("hero", tmp_path, EvalConfig(), "libero_object")
     with pytest.raises(ValueError, match="'noise' is for trained policies; the baseline 'no-op'"):
-        baselines.evaluate_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"),
+        baselines.plan_baseline("no-op", tmp_path, EvalConfig(perturbation="noise"),
                                     "libero_90")
     with pytest.raises(ValueError, match="suite='libero' is not valid"):
-        baselines.evaluate_baseline("no-op", tmp_path, EvalConfig(), "libero")
+        baselines.plan_baseline("no-op", tmp_path, EvalConfig(), "libero")
 
 
 def test_perturbed_episodes_have_a_ledger_of_their_own(run):
@@ -610,7 +614,7 @@ def test_a_ledger_without_perturbations_goes_on(run):
 
 def test_every_call_loads_the_policy_as_it_is_then(run, monkeypatch):
     loaded = []
-    monkeypatch.setattr(evaluate, "load_policy",
+    monkeypatch.setattr(play, "load_policy",
                         lambda *given: loaded.append(given) or CountingPolicy())
     evaluate_run(run, EvalConfig(num_episodes=2, horizon=4, num_videos=0))
     assert loaded == [(run, "best")]
@@ -625,14 +629,14 @@ def test_other_suites_and_tasks_leave_the_results_of_the_run_alone(run):
     kept = (run / "results.json").read_bytes()
     results = evaluate_run(run, config, suite="libero_goal")
     assert results["protocol"]["horizon"] == 300
-    folder = evaluate.evaluation_folder(run, "libero_goal")
+    folder = plan.evaluation_folder(run, "libero_goal")
     assert folder == run / "robustness" / "libero_goal-none"
     assert json.loads((folder / "results.json").read_text()) == results
-    assert len(evaluate.evaluated_episodes(run, "libero_goal")) == 2
+    assert len(compare.evaluated_episodes(run, "libero_goal")) == 2
     results = evaluate_run(run, config, task_ids=[0, 4])
     assert json.loads((run / "results-tasks-0-4.json").read_text()) == results
     assert (run / "results.json").read_bytes() == kept
-    rows = evaluate.evaluated_episodes(run)  # one ledger: nothing is played twice
+    rows = compare.evaluated_episodes(run)  # one ledger: nothing is played twice
     assert [(row["suite"], row["task_id"]) for row in rows] == [("libero_object", 0)] * 2 + [
         ("libero_object", 4)] * 2
 
@@ -705,11 +709,11 @@ def test_a_shipped_policy_solves_its_task():
 EVALUATION = """
 import sys
 from trm_helpers.config import EvalConfig
-from trm_helpers.evaluation.baselines import evaluate_baseline
+from trm_helpers.evaluation.baselines import plan_baseline
 
 if __name__ == "__main__":
     config = EvalConfig(num_episodes=int(sys.argv[2]), horizon=8, num_videos=0, eval_workers=2)
-    results = evaluate_baseline("no-op", sys.argv[1], config, "libero_object", [0])
+    results = plan_baseline("no-op", sys.argv[1], config, "libero_object", [0]).play()
     assert results["episodes"] == config.episodes and not results["errors"], results["errors"]
 """
 
@@ -756,8 +760,8 @@ def test_a_cluster_that_loses_a_worker_loses_no_episode(tmp_path):
         threading.Thread(target=kill, daemon=True).start()
         config = EvalConfig(num_episodes=8, horizon=8, num_videos=0,
                             cluster=cluster.scheduler_address)
-        results = baselines.evaluate_baseline("no-op", tmp_path / "run", config, "libero_object",
-                                              [0])
+        results = baselines.plan_baseline("no-op", tmp_path / "run", config, "libero_object",
+                                          [0]).play()
     assert results["episodes"] == 8 and not results["errors"]
     assert sorted(row["init_state"] for row in read_jsonl(ledger)) == list(range(8))
 
@@ -789,11 +793,11 @@ def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monk
     monkeypatch.setattr(baselines, "demonstrations_of", lambda *_: {0: file})
     config = EvalConfig(bound_episodes=2, horizon=5, num_episodes=1,
                         perturbation="noise")  # of the policy's episodes alone
-    bounds = baselines.evaluate_bounds(trainer.run, config)
+    bounds = play_bounds(trainer.run, config)
     assert list(bounds) == ["replay", "expert", "random", "no-op"]
     assert [bound["episodes"] for bound in bounds.values()] == [2, 2, 2, 2]
     assert [bound["successes"] for bound in bounds.values()] == [2, 0, 0, 0]  # 5 steps are too few
     replayed = read_jsonl(trainer.run / "bounds" / "replay" / "episodes.jsonl")
     assert all(row["steps"] > 50 and row["divergence"] < 0.01 for row in replayed)
     assert bounds["replay"]["protocol"]["init_states"] == "demonstrations'"
-    assert baselines.evaluate_bounds(trainer.run, EvalConfig()) == {}
+    assert play_bounds(trainer.run, EvalConfig()) == {}

@@ -13,7 +13,7 @@ from walking import CountingPolicy, StraightRoad
 from trm_helpers import paths, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.data import language
-from trm_helpers.evaluation import evaluate, robustness
+from trm_helpers.evaluation import evaluate, play, robustness
 from trm_helpers.evaluation.robustness import (
     card_notes,
     card_rows,
@@ -23,6 +23,7 @@ from trm_helpers.evaluation.robustness import (
 )
 from trm_helpers.files import read_jsonl
 from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.training.runs import load_config
 
 CONFIG = EvalConfig(num_episodes=4, horizon=4, num_videos=0)
 UNUSED = {
@@ -48,9 +49,9 @@ class LongerRoad(StraightRoad):
 @pytest.fixture
 def run(trained, monkeypatch):
     """A run of LIBERO-Object's task 0 whose episodes are walked, init state n in n + 1 steps."""
-    monkeypatch.setattr(evaluate, "LiberoEnv", LongerRoad)
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_: CountingPolicy())
-    monkeypatch.setattr(evaluate, "software_versions", lambda: {"mujoco": "3.3.2"})
+    monkeypatch.setattr(play, "LiberoEnv", LongerRoad)
+    monkeypatch.setattr(play, "load_policy", lambda *_: CountingPolicy())
+    monkeypatch.setattr(play, "software_versions", lambda: {"mujoco": "3.3.2"})
     return trained
 
 
@@ -118,15 +119,15 @@ def test_a_policy_told_in_words_is_asked_for_what_words_change(small_run, run, m
 
 
 def test_an_interrupted_card_goes_on(run, monkeypatch):
-    play, played = evaluate.run_episode, []
+    run_episode, played = play.run_episode, []
 
     def interrupt(policy, env, init_state, horizon, **drawn):
         played.append(init_state)
         if len(played) == 7:
             raise KeyboardInterrupt
-        return play(policy, env, init_state, horizon, **drawn)
+        return run_episode(policy, env, init_state, horizon, **drawn)
 
-    monkeypatch.setattr(evaluate, "run_episode", interrupt)
+    monkeypatch.setattr(play, "run_episode", interrupt)
     chosen = ("delay_1", "swap")
     with pytest.raises(KeyboardInterrupt):
         robustness_card(run, CONFIG, only=chosen)
@@ -206,7 +207,7 @@ def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):
     notebook = nbformat.read(paths.notebooks_dir() / "06_eval.ipynb", as_version=4)
     (cell,) = [cell.source for cell in notebook.cells if "robustness_card(" in cell.source]
     shown = []
-    names = {"run": run, "config": evaluate.load_config(run).replace(horizon=4), "weights": "best",
+    names = {"run": run, "config": load_config(run).replace(horizon=4), "weights": "best",
              "task_ids": None, "dataclasses": dataclasses, "robustness_card": robustness_card,
              "plot_card": plot_card, "card_rows": card_rows, "card_notes": card_notes, "pd": pd,
              "display": lambda *given: shown.extend(given)}
@@ -242,7 +243,7 @@ def test_wide_placements_are_other_scenes_each(trained, monkeypatch):
                                           for name in ("alphabet_soup_1", "basket_1")]))
             return observation
 
-    monkeypatch.setattr(evaluate, "LiberoEnv", Watched)
+    monkeypatch.setattr(play, "LiberoEnv", Watched)
     card = robustness_card(trained, EvalConfig(num_episodes=2, horizon=2, num_videos=0),
                            only=["wide"])
     plain, wide = card["rows"]

@@ -1,4 +1,4 @@
-"""Policies that need no training: what a success rate lies between."""
+"""Policies that need no training, and replayed demonstrations: the bounds of a success rate."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from ..files import digest
 from ..sim import geometry
 from ..sim.env import LiberoEnv
 from ..training.runs import find_run, load_config
-from .evaluate import Episode, Evaluation, evaluation_folder, official_episodes, results_name
+from .plan import Episode, evaluation_folder, official_episodes, results_name
+from .play import Evaluation
 from .rollout import Policy
 
 
 class ExpertPolicy:
-    """The scripted demonstrator: sees where everything is, which no policy does."""
+    """The scripted demonstrator: it reads the simulator's state, which no policy does."""
 
     def __init__(self, env: LiberoEnv):
         self.env = env
@@ -35,13 +36,13 @@ class ExpertPolicy:
         self.expert = None
 
     def act(self, observation) -> np.ndarray:
-        # made here, not in reset(): it looks at the scene as that was reset
+        # made here, not in reset(), because it plans from the scene after the reset
         self.expert = self.expert or experts.make_expert(self.env)
         return self.expert.act()
 
 
 class RandomPolicy:
-    """Uniform commands, the gripper open or closed; the same ones from the same state."""
+    """Uniform commands, with the gripper open or closed; the same ones from the same state."""
 
     def __init__(self, env: LiberoEnv):
         self.env = env
@@ -58,7 +59,7 @@ class RandomPolicy:
 
 
 class NoOpPolicy:
-    """Stays where it is with the gripper open: what solves itself."""
+    """Does not move, with the gripper open: tasks that solve themselves."""
 
     def __init__(self, env: LiberoEnv):
         pass
@@ -81,7 +82,7 @@ class Baseline(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Demonstrations; an episode's seed is the number of one in its task's file."""
+    """Demonstrations; an episode's seed is the index of one in its task's file."""
 
     files: tuple[tuple[int, str], ...]
 
@@ -95,22 +96,16 @@ class Replay(NamedTuple):
                 "seconds": round(time.perf_counter() - began, 3)}
 
 
-def evaluate_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
-                      task_ids: Iterable[int] = ()) -> dict:
-    """:func:`evaluate.evaluate_run` of a policy of :data:`BASELINES`, into any ``folder``.
-
-    Args:
-        task_ids: none takes all tasks of the suite.
-
-    Raises:
-        ValueError: also for a perturbation: baselines read no observation.
-    """
-    return plan_baseline(name, folder, config, suite, task_ids).play()
-
-
 def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
                   task_ids: Iterable[int] = (), results: str = "results.json") -> Evaluation:
-    """:func:`evaluate_baseline`, checked and not played yet."""
+    """Episodes of a policy of :data:`BASELINES`, checked; ``play()`` plays them into ``folder``.
+
+    Args:
+        task_ids: default all tasks of the suite.
+
+    Raises:
+        ValueError: also for a perturbation, because baselines read no observation.
+    """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
     if config.perturbation != "none":
@@ -118,43 +113,37 @@ def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
                          f"baseline {name!r} reads no observation")
     count = schema.SUITES[schema.check_suite(suite)]
     task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
-    return Evaluation(Baseline(name), {"weights": name, "sha256": _source_digest(name)},
-                      Path(folder), config, suite, official_episodes(suite, task_ids, config),
-                      results).checked()
-
-
-def _source_digest(name: str) -> str:
-    """Of the code that decides: the expert's changes, and its old episodes are another policy's."""
+    # a changed expert is another policy: its code is its weights
     modules = (experts, skills, geometry) if name == "expert" else ()
     source = b"".join(Path(module.__file__).read_bytes() for module in modules)
-    return digest(source) if source else ""
+    identity = {"weights": name, "sha256": digest(source) if source else ""}
+    return Evaluation(Baseline(name), identity, Path(folder), config, suite,
+                      official_episodes(suite, task_ids, config), results).checked()
 
 
 def plan_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
                 suite: str, task_ids: Iterable[int] = (),
                 results: str = "results.json") -> Evaluation:
-    """The demonstrations as a policy, checked and not played yet: what a perfect copy would reach.
-
-    The first ``config.episodes`` of each task's file are replayed from where they began.
+    """Replays of the first ``config.episodes`` demonstrations of each task, checked.
 
     Args:
         files: of each task id.
-        task_ids: of them those to replay; none takes all.
+        task_ids: default all of ``files``.
 
     Raises:
         ValueError: ``folder`` holds replays of other demonstrations.
     """
     stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
-    numbers, content = {}, b""
+    counts, content = {}, b""
     for task_id, path in stored.items():
         with open_demo_file(path) as file:
             names = demo_names(file)
-            numbers[task_id] = range(min(config.episodes, len(names)))
-            # its first demonstration stands for a file, which may move, or grow at its end
+            counts[task_id] = min(config.episodes, len(names))
+            # the first demonstration identifies a file, which may move or grow at its end
             content += file[schema.DATA_GROUP][names[0]]["actions"][()].tobytes()
     planned = [Episode(suite, task_id, None, number)
                for task_id in tuple(dict.fromkeys(task_ids)) or stored
-               for number in numbers[task_id]]
+               for number in range(counts[task_id])]
     return Evaluation(Replay(tuple(stored.items())),
                       {"weights": "replay", "sha256": digest(content)}, Path(folder), config,
                       suite, planned, results).checked()
@@ -162,7 +151,12 @@ def plan_replay(files: Mapping[int, str | Path], folder: str | Path, config: Eva
 
 def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
                 task_ids: Iterable[int] = (), demo_dir: str = "") -> dict[str, Evaluation]:
-    """:func:`evaluate_bounds`, checked and not played yet; finds or collects demonstrations."""
+    """The bounds of a run's success, checked: ``replay``, ``expert``, ``random`` and ``no-op``.
+
+    ``config.bound_episodes`` per task in the run's protocol, into ``bounds/<name>/`` of the suite's
+    :func:`plan.evaluation_folder`; none if that is 0. The run's demonstrations, found or collected
+    now, are replayed for its own suite and tasks; a run trained with a ``demo_dir`` needs it again.
+    """
     if not config.bound_episodes:
         return {}
     run = find_run(run, to_write=True)
@@ -181,19 +175,5 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
         else:
             bounds["replay"] = plan_replay(files, folder / "replay", config, suite, task_ids,
                                            results)
-    for name in BASELINES:
-        bounds[name] = plan_baseline(name, folder / name, config, suite, task_ids, results)
-    return bounds
-
-
-def evaluate_bounds(run: str | Path, config: EvalConfig, suite: str = "",
-                    task_ids: Iterable[int] = (), demo_dir: str = "") -> dict[str, dict]:
-    """What a run's success lies between: results of ``replay``, ``expert``, ``random``, ``no-op``.
-
-    ``config.bound_episodes`` a task in the run's protocol, into ``bounds/<name>/`` of the suite's
-    :func:`evaluate.evaluation_folder`; nothing when that is 0. Replayed are the run's
-    demonstrations, so not for a suite it was not trained on, nor where a run that was given a
-    ``demo_dir`` is given none here.
-    """
-    planned = plan_bounds(run, config, suite, task_ids, demo_dir)
-    return {name: bound.play() for name, bound in planned.items()}
+    return bounds | {name: plan_baseline(name, folder / name, config, suite, task_ids, results)
+                     for name in BASELINES}

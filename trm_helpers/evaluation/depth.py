@@ -24,7 +24,8 @@ from ..training.runs import find_run, held_out, load_config
 from ..visuals.colours import GREY, PALETTE
 from ..visuals.plots import count_axis, new_figure, save_figure, styled, success_rates
 from .cards import cells, measured, tasks_in_short
-from .evaluate import Evaluation, TrainedPolicy, official_episodes
+from .plan import official_episodes
+from .play import Evaluation, TrainedPolicy
 from .rollout import PHASES, Policy
 
 AS_TRAINED = "as trained"

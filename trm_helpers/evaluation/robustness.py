@@ -21,8 +21,9 @@ from ..training.runs import find_run, load_config
 from ..visuals.colours import BLUE, GREY, ORANGE
 from ..visuals.plots import new_figure, save_figure, styled, success_bars
 from .cards import cells, measured, tasks_in_short
-from .evaluate import Evaluation, plan_run
+from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused
+from .play import Evaluation
 
 PLAIN = "plain"
 WIDE = "wide"

@@ -1,0 +1,73 @@
+"""Runs that were evaluated before: compared episode by episode, and checked for older weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..files import read_jsonl
+from ..stats import paired_mcnemar
+from ..training.runs import find_run, load_config
+from .plan import evaluation_folder
+from .play import Evaluation, weights_digest
+
+
+def compare_runs(run: str | Path, other: str | Path, suite: str = "",
+                 task_ids: Iterable[int] = ()) -> dict:
+    """:func:`stats.paired_mcnemar` of ``other`` (a) and ``run`` (b), both evaluated before.
+
+    Args:
+        suite, task_ids: of the episodes compared; default the suite of each run and all its tasks.
+
+    Raises:
+        FileNotFoundError: one of them has no episodes yet.
+        ValueError: they share none, or have played them by different protocols.
+    """
+    tasks = set(task_ids)
+    return paired_mcnemar(*([row for row in evaluated_episodes(folder, suite)
+                             if not tasks or row["task_id"] in tasks] for folder in (other, run)))
+
+
+def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
+    """Rows of a run's ledger; ``FileNotFoundError`` if it was not evaluated (on that suite)."""
+    run = find_run(run)
+    suite = suite or load_config(run).data.suite
+    ledger = evaluation_folder(run, suite) / "episodes.jsonl"
+    if not ledger.exists():
+        raise FileNotFoundError(f"{ledger} does not exist; expected a run that was evaluated "
+                                f"(python -m trm_helpers evaluate {run.name} --suite {suite})")
+    return [row for row in read_jsonl(ledger) if row["suite"] == suite]
+
+
+def comparable(planned: Evaluation, other: str | Path) -> None:
+    """Raise ``ValueError`` if none of the planned episodes has a pair among another run's.
+
+    ``FileNotFoundError`` if that run was not evaluated.
+    """
+    if planned.config.perturbation != "none":
+        raise ValueError(f"perturbation={planned.config.perturbation!r} is not valid in a "
+                         "comparison; expected 'none'")
+    rows = [{**episode._asdict(), **planned.conditions, "success": False, "steps": 0}
+            for episode in planned.planned]
+    paired_mcnemar(evaluated_episodes(other, planned.suite), rows)
+
+
+def stale(run: str | Path, made: Mapping) -> str:
+    """A sentence if results are of other weights than the run has now; else empty.
+
+    Args:
+        made: ``weights`` and ``sha256``: a row, a card, or the ``protocol`` of results.
+    """
+    run, weights = Path(run), made.get("weights", "")
+    if not made.get("sha256") or not (run / f"{weights}.safetensors").exists():
+        return ""
+    present = weights_digest(run, weights)
+    return "" if present == made["sha256"] else (
+        f"Stale: made with other weights ({made['sha256']}) than {weights}.safetensors has now "
+        f"({present}); the run was trained further or replaced since.")
+
+
+def stale_episodes(run: str | Path, suite: str = "") -> list[str]:
+    """The sentence of :func:`stale` on :func:`evaluated_episodes`; none if they are fresh."""
+    said = stale(find_run(run), evaluated_episodes(run, suite)[0])
+    return [f"{run}: {said}"] if said else []

@@ -1,0 +1,87 @@
+"""Which episodes an evaluation plays, and the folder that keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import schema
+from ..config import Config, EvalConfig
+from ..files import short_name
+from ..training.runs import load_config
+
+SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
+WIDE_SEED = 2**31  # of the first randomised layout; demonstrations have seeds below it
+
+
+class Episode(NamedTuple):
+    """Where an episode begins: an official init state, or a placement sampled with ``seed``."""
+
+    suite: str
+    task_id: int
+    init_state: int | None
+    seed: int = 0
+    placement: str = "benchmark"
+
+    @classmethod
+    def of(cls, row: Mapping) -> Episode:
+        """The episode of a ledger's row; ``ValueError`` for a row without one."""
+        missing = [key for key in cls._fields[:4] if key not in row]
+        if missing:
+            raise ValueError(f"no episode; expected {', '.join(cls._fields[:4])} in it")
+        return cls(*(row[key] for key in cls._fields[:4]), row.get("placement", "benchmark"))
+
+
+def official_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
+    """The protocol's episodes of each task, from the official init states."""
+    return [Episode(suite, schema.check_task_id(suite, task_id), init_state)
+            for task_id in task_ids for init_state in config.init_states]
+
+
+def wide_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
+    """As many episodes, each in another randomised layout."""
+    return [Episode(suite, task_id, None, WIDE_SEED + number, "wide")
+            for _, task_id, number, *_ in official_episodes(suite, task_ids, config)]
+
+
+def selection_episodes(config: Config, count: int) -> list[Episode]:
+    """``count`` episodes per task from sampled placements, never the official init states."""
+    return [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
+            for task_id in config.data.task_ids for number in range(count)]
+
+
+def results_name(task_ids: Iterable[int], own: Iterable[int]) -> str:
+    """``results.json`` for a run's own tasks; for others their numbers are in the name."""
+    asked = sorted(set(task_ids))
+    if asked == sorted(set(own)):
+        return "results.json"
+    return short_name(f"results-tasks-{'-'.join(map(str, asked))}") + ".json"
+
+
+def evaluation_folder(run: Path, suite: str = "") -> Path:
+    """The folder of an evaluation's ledger and results: the run's own for the suite it trained on.
+    """
+    own = suite in ("", load_config(run).data.suite)
+    return run if own else robustness_folder(run, suite, "none")
+
+
+def robustness_folder(run: Path, suite: str, perturbation: str, wide: bool = False) -> Path:
+    """The folder of other suites, perturbed episodes and all episodes of a robustness card."""
+    return run / "robustness" / f"{suite}-{'wide-' * wide}{perturbation}"
+
+
+def refuse_unknown_tasks(trained: Config, suite: str, task_ids: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` if a policy conditioned on task numbers was not trained on these.
+
+    LIBERO-PRO's variations keep the numbers of the suite they vary, except those with other goals.
+    """
+    known = trained.data
+    if trained.model.conditioning != "task_id" or (
+            schema.base_suite(suite) == known.suite and set(task_ids) <= set(known.task_ids)
+            and not schema.has_other_goals(suite)):
+        return
+    raise ValueError(f"the policy is conditioned on task numbers and knows tasks "
+                     f"{', '.join(map(str, known.task_ids))} of {known.suite}; it cannot be asked "
+                     f"for tasks {', '.join(map(str, task_ids))} of {suite}. "
+                     "Train with conditioning='language' for tasks it has not seen")

@@ -1,0 +1,284 @@
+"""Planned episodes, each played once: in this process, in several, or on a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from .. import files
+from ..config import EvalConfig
+from ..files import (
+    append_jsonl,
+    differences,
+    dispensable,
+    exclusive_lock,
+    inside,
+    read_jsonl,
+    write_json,
+)
+from ..preflight import check_settling
+from ..schema import PROTOCOLS, EvalProtocol
+from ..sim.env import LiberoEnv
+from ..sim.parallel import run_jobs
+from ..software import renderer, software_versions
+from ..stats import summarize_episodes
+from ..training.runs import load_policy
+from ..visuals.films import write_grid
+from .perturbations import PerturbedPolicy
+from .plan import Episode
+from .rollout import Policy, record_episode, run_episode
+
+_HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
+
+
+class TrainedPolicy(NamedTuple):
+    """A run's weights, identified by the digest of what was loaded."""
+
+    run: Path
+    weights: str
+    sha256: str
+
+    @classmethod
+    def load(cls, run: Path, weights: str) -> TrainedPolicy:
+        """Load the policy that plays in this process, and its digest."""
+        _loaded.cache_clear()
+        return cls(run, weights, _loaded(run, weights)[1])
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"weights": self.weights, "sha256": self.sha256}
+
+    def make(self, env: LiberoEnv | None = None) -> Policy:
+        policy, sha256 = _loaded(self.run, self.weights)
+        if sha256 != self.sha256:
+            raise RuntimeError(f"{self.run / self.weights}.safetensors was replaced while it was "
+                               f"evaluated; expected the weights {self.sha256} until the end")
+        return policy
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(run: Path, weights: str) -> tuple[Policy, str]:
+    policy = load_policy(run, weights)
+    return policy, getattr(policy, "sha256", "") or weights_digest(run, weights)
+
+
+def weights_digest(run: Path, weights: str) -> str:
+    return files.digest(files.read_bytes(run / f"{weights}.safetensors"))
+
+
+class Evaluation(NamedTuple):
+    """Episodes that are known before the first is played, and the folder that keeps them.
+
+    Args:
+        source: pickled to workers. ``make(env)`` returns a policy, or ``play(env, episode)`` a row.
+        identity: the policy's part of :attr:`conditions`, ``weights`` and their ``sha256``.
+    """
+
+    source: Any
+    identity: dict
+    folder: Path
+    config: EvalConfig
+    suite: str
+    planned: list[Episode]
+    results_name: str = "results.json"
+
+    @property
+    def conditions(self) -> dict:
+        """Entries that all rows of one ledger share."""
+        protocol = PROTOCOLS[self.config.protocol]
+        return {**self.identity, "protocol": protocol.name,
+                "horizon": self.config.horizon or protocol.horizon(self.suite),
+                "perturbation": self.config.perturbation}
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "episodes.jsonl"
+
+    def checked(self) -> Evaluation:
+        """Itself; ``ValueError`` if its ledger holds episodes under other conditions."""
+        self.finished()
+        return self
+
+    def finished(self) -> dict[Episode, dict]:
+        """Rows of all episodes that were played; ``ValueError`` as in :meth:`checked`."""
+        conditions, played = self.conditions, {}
+        for number, row in enumerate(read_jsonl(self.ledger), start=1):
+            try:
+                episode = Episode.of(row)
+            except ValueError as error:
+                raise ValueError(f"{self.ledger}, line {number} is {error}") from None
+            row = {"perturbation": "none", **row}  # older rows do not say so
+            different = differences({key: row[key] for key in conditions if key in row}, conditions)
+            if different:
+                raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
+                                 f"({different}); move it away to evaluate afresh")
+            if "error" not in row:
+                played[episode] = row
+        return played
+
+    def rows(self) -> list[dict]:
+        """Rows of the planned episodes that were played."""
+        finished = self.finished()
+        return [finished[episode] for episode in self.planned if episode in finished]
+
+    def play(self) -> dict:
+        """Play the missing episodes, and write the files of :func:`evaluate.evaluate_run`.
+
+        Raises ``RuntimeError`` if another process evaluates in the folder.
+        """
+        with exclusive_lock(self.folder, wait=False, lock=".evaluation.lock"):
+            finished = self.finished()
+            missing = [episode for episode in self.planned if episode not in finished]
+            new, errors = collect(
+                play_all(self.source, self.config, self.folder, missing), len(self.planned),
+                len(self.planned) - len(missing), self.ledger, self.conditions, desc="episodes")
+            finished |= new
+            rows = [finished[episode] for episode in self.planned if episode in finished]
+            results = self._results(rows, errors)
+            failed = [row["video_error"] for row in new.values() if "video_error" in row]
+            if failed:
+                print(f"{len(failed)} film(s) could not be made, which costs no episode; the "
+                      f"first: {failed[0]}")
+            with dispensable("the grid of films"):
+                _write_grids(self.folder, rows, bool(missing))
+            write_json(self.folder / self.results_name, results)
+        return results
+
+    def _results(self, rows: list[dict], errors: Mapping[Episode, str]) -> dict:
+        protocol, first = PROTOCOLS[self.config.protocol], self.planned[0]
+        return {
+            **summarize_episodes(rows),
+            "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
+            "protocol": {"suite": self.suite,
+                         "task_ids": sorted({episode.task_id for episode in self.planned}),
+                         **dataclasses.asdict(self.config), **self.conditions,
+                         "num_episodes": self.config.episodes, "source": protocol.source,
+                         "settle_steps": protocol.settle_steps,
+                         "settle_action": list(protocol.settle_action),
+                         "init_states": ("official" if first.init_state is not None
+                                         else "drawn, wide" if first.placement == "wide"
+                                         else "demonstrations'"),
+                         "observations": "what env.step returned"},
+            "software": software_versions(),
+            "renderers": sorted({row["renderer"] for row in rows if row.get("renderer")}),
+        }
+
+
+# --- the one loop --------------------------------------------------------------------------------
+
+
+def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, finished: int = 0,
+            ledger: str | Path | None = None, stamp: Mapping = {}, **bar
+            ) -> tuple[dict[Episode, dict], dict[Episode, str]]:
+    """Rows and errors of episodes, each appended to the ledger the moment it ends.
+
+    Args:
+        outcomes: an episode with its row, or with what went wrong.
+        planned, finished: number of episodes, and of those played before.
+        stamp: further entries of each line in the ledger.
+        bar: how ``tqdm`` shows the progress.
+
+    Raises:
+        RuntimeError: no episode could be played; with the first error.
+    """
+    rows: dict[Episode, dict] = {}
+    errors: dict[Episode, str] = {}
+    with contextlib.closing(outcomes), \
+            tqdm(total=planned, initial=finished, unit="episode", **bar) as progress:
+        for episode, row, error in outcomes:
+            if ledger:
+                append_jsonl(ledger, {**(row or {**episode._asdict(), "error": error}), **stamp})
+            if error:
+                errors[episode] = error
+            else:
+                rows[episode] = row
+            if len(errors) >= _HOPELESS and not rows and not finished:
+                break
+            progress.update()
+            progress.set_postfix(successes=sum(each["success"] for each in rows.values()))
+    if errors and not rows and not finished:
+        raise RuntimeError(f"no episode could be run; the first error: {[*errors.values()][0]}")
+    return rows, errors
+
+
+def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]
+             ) -> Iterator[tuple[Episode, dict | None, str]]:
+    """``(episode, row, error)`` of each, as they end."""
+    job = functools.partial(play_episode, source, config, folder)
+    renderer()  # chosen once: workers inherit it
+    # a simulator of its own costs more to start than to have in this process
+    workers = 0 if config.eval_workers == 1 else config.eval_workers
+    try:
+        for episode, row, error in run_jobs(job, episodes, workers=workers, keep=True,
+                                            cluster=config.cluster):
+            yield episode, row, f"{type(error).__name__}: {error}" if error else ""
+    finally:  # this process plays no more; a worker's simulator ends with it
+        _loaded.cache_clear()
+        _worker_env.cache_clear()
+
+
+def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
+    """The row of one episode; its film, if it has one, is below ``folder``."""
+    protocol = PROTOCOLS[config.protocol]
+    env = _worker_env(episode.suite, episode.task_id, protocol)
+    if hasattr(source, "play"):
+        row = source.play(env, episode)
+    else:
+        policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
+        if config.perturbation != "none":
+            policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
+        number = episode.init_state
+        if number is not None and number - config.first_init_state < config.num_videos:
+            videos = folder / "videos"
+            name = f"{episode.suite}-task{episode.task_id}-init{number:02d}.mp4"
+            row, _ = record_episode(policy, env, number, videos / "{outcome}" / name, horizon)
+            if "video" in row:
+                row["video"] = str(Path(row["video"]).relative_to(videos))
+        else:
+            row = run_episode(policy, env, number, horizon, seed=episode.seed,
+                              placement=episode.placement)
+    return {**row, "renderer": renderer()}
+
+
+@functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
+def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
+    if suite.startswith("libero_spatial"):
+        check_settling()
+    return LiberoEnv(suite, task_id, settle_steps=protocol.settle_steps,
+                     settle_action=protocol.settle_action)
+
+
+# --- films ---------------------------------------------------------------------------------------
+
+
+def films_of(rows: Iterable[Mapping], folder: Path) -> dict[Path, Mapping]:
+    """The films of evaluated episodes with their rows.
+
+    Films that were removed, or that a row places outside of ``folder``, are left out.
+    """
+    named = [(row, inside(folder, Path("videos", str(row["video"])))) for row in rows
+             if row.get("video")]
+    missing = [str(row["video"]) for row, path in named if path is None]
+    if missing:
+        print(f"{len(missing)} film(s) are not in {folder / 'videos'}, and left out; the first: "
+              f"{missing[0]!r}")
+    return {path: row for row, path in named if path is not None}
+
+
+def _write_grids(folder: Path, rows: list[dict], anew: bool) -> None:
+    """``<suite>-task<id>.mp4``: all filmed episodes of a task at once."""
+    filmed = sorted(films_of(rows, folder).items(),
+                    key=lambda film: (film[1]["task_id"], film[1]["init_state"]))
+    for task_id, group in itertools.groupby(filmed, key=lambda film: film[1]["task_id"]):
+        paths, rows = zip(*group, strict=True)
+        path = folder / "videos" / f"{rows[0]['suite']}-task{task_id}.mp4"
+        if len(rows) > 1 and (anew or not path.exists()):
+            write_grid(path, paths, [f"init state {row['init_state']}" for row in rows],
+                       [row["success"] for row in rows])
