@@ -328,8 +328,8 @@ def test_a_missing_piece_of_a_run_costs_no_results(bounded, piece):
 
 
 @pytest.mark.parametrize(("line", "problem"), [
-    ('{"suite": "libero_object"}', "no episode; expected suite, t"), ("[1]", "damaged: it holds list"),
-    ("7", "damaged: it holds int")])
+    ('{"suite": "libero_object"}', "no episode; expected suite, t"),
+    ("[1]", "damaged: it holds list"), ("7", "damaged: it holds int")])
 def test_a_line_that_is_no_episode_is_named(run, line, problem):
     (run / "episodes.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=f"episodes.jsonl, line 1 is {problem}"):
