@@ -1,4 +1,4 @@
-"""``python -m trm_helpers``: what is given reaches the functions; exit codes; JSON."""
+"""``python -m trm_helpers``: arguments reach the functions; exit codes; JSON."""
 
 import json
 import re
@@ -40,10 +40,10 @@ def test_the_commands_are_listed(argv, code, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(argv)
     assert ended.value.code == code
-    told = capsys.readouterr()
-    assert all(f"  {name} " in told.out + told.err for name in COMMANDS)
+    printed = capsys.readouterr()
+    assert all(f"  {name} " in printed.out + printed.err for name in COMMANDS)
     said = "unknown command 'trian'; did you mean 'trial' or 'train'?"
-    assert (said in told.err) == (argv == ["trian"])
+    assert (said in printed.err) == (argv == ["trian"])
 
 
 @pytest.mark.parametrize("name", ["../up", "my run", "a/b", "", ".x"])
@@ -93,8 +93,8 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     settings = ["--demo-dir", str(tmp_path), "--image-size", "36", "--cameras", "agentview_rgb",
                 "--epochs", "1", "--num-videos", "1"]
     assert main(["train", "tiny", "--run-name", "mine", *settings, "--json"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["epoch"] == 1 and "training" in told.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["epoch"] == 1 and "training" in printed.err
     run = paths.artifacts_dir() / "mine"
     assert (run / "best.safetensors").exists()
 
@@ -152,7 +152,7 @@ def test_a_robustness_card_from_the_command_line(trained, monkeypatch, capsys):
     assert only == ("swap", "noise", "shift")
 
 
-def test_a_card_with_a_bad_verdict_is_told_by_the_exit_code(tmp_path, capsys):
+def test_a_bad_verdict_sets_the_exit_code(tmp_path, capsys):
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=36)
     assert main(["validate", str(file), "--json"]) == 3  # its frames are not 128 pixels wide
     card = json.loads(capsys.readouterr().out)
@@ -160,7 +160,7 @@ def test_a_card_with_a_bad_verdict_is_told_by_the_exit_code(tmp_path, capsys):
     assert main(["validate", str(tmp_path / "none_demo.hdf5")]) in (1, 3)
 
 
-def test_search_gives_the_trials_in_order(monkeypatch, capsys):
+def test_search_prints_the_trials_in_order(monkeypatch, capsys):
     def run_search(config, run):
         found = {"state": "complete", "final_val_loss": 0.25, "seeds": [0]}
         rows = [{"trial": "a", "lr": config.search.search_lrs[0], "run": run.name, **found,
@@ -201,7 +201,7 @@ def test_an_unknown_notebook_parameter_is_refused(capsys):
     assert "error: unknown parameter 'rate'" in capsys.readouterr().err
 
 
-def test_preflight_tells_by_its_exit_code(monkeypatch, capsys):
+def test_preflight_reports_by_its_exit_code(monkeypatch, capsys):
     for status, code in (("ok", 0), ("fail", 3)):
         monkeypatch.setattr(preflight, "preflight", lambda quick, status=status: [
             Check("mujoco", status, "3.3.2")])
@@ -218,7 +218,7 @@ def test_a_lack_of_memory_is_a_message(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the frames need 9 MiB\n"
 
 
-def test_interrupted_says_how_to_go_on(monkeypatch, capsys):
+def test_an_interrupted_command_says_how_to_resume(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 

@@ -186,7 +186,7 @@ def test_a_bad_value_is_refused_and_printed(setting, message):
         from_flat("reference", **setting)
 
 
-def test_what_is_not_the_presets_makes_a_configuration_again():
+def test_changes_to_the_preset_make_the_configuration_again():
     assert from_flat("demo").changes() == {}
     config = from_flat("demo", lr=0.5, task_ids=(1,), epochs=70)  # as the preset has it
     assert config.changes() == {"lr": 0.5, "task_ids": (1,)}

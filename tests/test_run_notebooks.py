@@ -123,7 +123,7 @@ def test_killed_kernel_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_command_ends_the_kernel_and_what_it_started(tmp_path, stop):
+def test_a_stopped_command_ends_the_kernel_and_its_children(tmp_path, stop):
     notebook = write_notebook(tmp_path / "a.ipynb", """
         import os, pathlib, time
         from trm_helpers.sim.parallel import run_jobs
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
         run_notebook(tmp_path / "bad.ipynb")
 
 
-def test_missing_notebook_lists_those_there_are(nb_dir):
+def test_a_missing_notebook_lists_the_existing_ones(nb_dir):
     with pytest.raises(FileNotFoundError, match="make notebooks"):
         run_notebook("04_train")
     write_notebook(nb_dir / "00_setup.ipynb")
@@ -307,7 +307,7 @@ def test_each_parameter_goes_to_the_notebooks_that_have_it(suite, monkeypatch):
     assert ran == [("00_setup", {"preset": "demo"}), ("04_train", both), ("06_eval", both)]
 
 
-def test_interrupted_suite_continues_where_it_was(suite, monkeypatch):
+def test_an_interrupted_suite_resumes(suite, monkeypatch):
     ran = pretend_runs(monkeypatch, fail=["04_train"])
     with pytest.raises(RuntimeError, match="04_train failed"):
         run_suite("demo")
@@ -352,7 +352,7 @@ def test_minutes_add_up_over_interruptions(suite, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith("9.5 minutes")
 
 
-def test_suite_refuses_what_no_notebook_has(suite, monkeypatch):
+def test_the_suite_refuses_parameters_that_no_notebook_has(suite, monkeypatch):
     ran = pretend_runs(monkeypatch)
     with pytest.raises(ValueError, match="unknown parameter 'speed' for 00_setup, 04_train, 06"):
         run_suite("demo", parameters={"speed": 1})

@@ -1,8 +1,7 @@
 """Helpers of the Tiny Recursive Model notebooks for robot control in LIBERO.
 
-The public names below are loaded on first use, so that ``import trm_helpers`` loads neither PyTorch
-nor the simulator. Unless ``$OMP_NUM_THREADS`` says otherwise, this process and those that it starts
-compute with one thread each.
+Public names are loaded on first use, so ``import trm_helpers`` loads neither PyTorch nor the
+simulator. Unless ``$OMP_NUM_THREADS`` is set, this process and its children use one thread each.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 
-# One thread per process, as libraries read when they are loaded: on a busy machine several threads
-# that wait for each other take ten times as long, and small networks gain little from them.
-if not os.environ.get("OMP_NUM_THREADS", "").strip():  # an empty variable is none
+# Libraries read this when they are loaded. On a busy machine several threads that wait for each
+# other take ten times as long, and small networks gain little from them.
+if not os.environ.get("OMP_NUM_THREADS", "").strip():  # unset or empty
     os.environ["OMP_NUM_THREADS"] = "1"
 
 __version__ = "0.1.0"

@@ -132,7 +132,7 @@ class ModelConfig(_Part):
 
     variant: Literal[schema.VARIANTS] = "block"  # the reference; trm: the paper's, on tokens
     hidden_dim: int = 256  # D
-    num_recursions: int = 8  # of trm, supervision steps (N_sup); of transformer and act, 1
+    num_recursions: int = 8  # of the block; of trm: supervision steps; transformer, act: 1
     num_layers: int = 2  # of trm's shared network, of the transformer, of each of act's three
     latent_updates: int = 6  # of trm: n, updates of z before each update of y
     cycles: int = 3  # of trm: T, of which the last has a gradient

@@ -57,7 +57,7 @@ def sixteen():
     return sorted(trials, key=lambda trial: trial["final_val_loss"])
 
 
-def test_importance_finds_what_decides():
+def test_importance_finds_the_deciding_setting():
     shares = importance(sixteen(), NAMES)
     assert set(shares) == {"lr", "num_recursions"}  # the width does not vary
     assert shares["lr"] > 0.8 and sum(shares.values()) == pytest.approx(1)
@@ -66,7 +66,7 @@ def test_importance_finds_what_decides():
     assert axes.patches[0].get_width() == pytest.approx(100 * shares["lr"])
 
 
-def test_importance_is_not_told_of_too_little():
+def test_importance_needs_enough_trials():
     assert "14 complete trials in which 2 settings vary; 15 and 2 are needed" in importance(
         sixteen()[:14], NAMES)
     assert "1 settings vary" in importance([row(1e-3 + i * 1e-5) for i in range(20)], NAMES)

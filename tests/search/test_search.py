@@ -85,7 +85,7 @@ def rolled(name, successes, episodes=10, seeds=(0,)):
             "seed_success": [successes / episodes] * len(seeds), **success_of(rows)}
 
 
-def test_the_verdict_claims_no_more_than_the_episodes_say():
+def test_the_verdict_is_significant_only_if_the_episodes_are():
     # 9 of 10 and 4 of 10 on the same placements: five pairs differ, all one way, p = 2 / 2^5
     said = verdict([rolled("a", 9), rolled("b", 4)])
     assert "a succeeds in 9 of 10 episodes (95 % Wilson interval 60 to 98 %)" in said
@@ -95,7 +95,7 @@ def test_the_verdict_claims_no_more_than_the_episodes_say():
     assert "from one training each, which another seed may reverse. 10 episodes each" in said
 
 
-def test_with_several_seeds_the_trainings_have_to_agree():
+def test_with_several_seeds_the_trainings_have_to_differ_too():
     a, b = rolled("a", 10, seeds=(0, 1, 2)), rolled("b", 4, seeds=(0, 1, 2))
     a["seed_success"], b["seed_success"] = [1.0, 0.9, 0.95], [0.4, 0.5, 0.3]
     said = verdict([a, b])
@@ -153,14 +153,14 @@ def test_a_small_learning_rate_survives_yaml(tmp_path, pretend):
     assert from_flat(**best).train.lr == 1e-5
 
 
-def test_what_is_complete_is_not_run_again(tmp_path, pretend):
+def test_complete_trials_are_not_run_again(tmp_path, pretend):
     first = search(tmp_path, max_configs=2)
     assert len(pretend) == 2
     assert search(tmp_path, max_configs=2) == first and len(pretend) == 2
     assert len(search(tmp_path)) == 4 and len(pretend) == 4
 
 
-def test_another_search_is_not_mixed_in(tmp_path, pretend):
+def test_a_folder_with_other_settings_is_refused(tmp_path, pretend):
     search(tmp_path)
     with pytest.raises(ValueError, match="search belongs to.*loss: 'l1' there, 'mse'"):
         search(tmp_path, loss="mse")
@@ -190,7 +190,7 @@ def test_rollouts_rank_first(tmp_path, pretend):
     assert "difference is not significant at 0.05 (McNemar over 3 pairs: p = 1)" in verdict(rows)
 
 
-def test_a_failed_trial_is_told_and_the_others_go_on(tmp_path, pretend):
+def test_a_failed_trial_is_recorded_and_the_others_continue(tmp_path, pretend):
     def fail(name, stop):
         if name.endswith("2"):
             raise RuntimeError(f"{name} is too deep")
@@ -214,7 +214,7 @@ def test_if_every_trial_fails_so_does_the_search(tmp_path, pretend, method):
 
 
 @pytest.mark.parametrize("method", ["grid", "tpe"])
-def test_a_search_in_which_nothing_was_trained_may_be_begun_with_other_settings(tmp_path, pretend,
+def test_a_search_without_a_trained_epoch_accepts_other_settings(tmp_path, pretend,
                                                                               method):
     def fail(name, stop):
         raise RuntimeError("a split needs at least 2")
@@ -249,7 +249,7 @@ def test_two_trials_at_once_each_on_its_gpu(tmp_path, pretend, monkeypatch):
     assert sorted(gpus[:2]) == sorted(gpus[2:]) == ["0", "1"]
 
 
-def test_workers_share_what_there_is(monkeypatch):
+def test_workers_share_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
     assert worker_environments(from_flat("tiny", search_workers=3)) == [
@@ -259,7 +259,7 @@ def test_workers_share_what_there_is(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["grid", "tpe"])
-def test_a_time_budget_ends_cleanly_and_the_next_call_goes_on(tmp_path, pretend, method):
+def test_a_time_budget_ends_cleanly_and_the_next_call_resumes(tmp_path, pretend, method):
     def last_for_ever(name, stop):
         if len(pretend) == 2:
             assert stop.wait(20)
@@ -303,7 +303,7 @@ def test_a_better_trial_found_later_becomes_a_finalist(tmp_path, pretend, monkey
 
 # --- Optuna --------------------------------------------------------------------------------------
 
-def test_a_guided_search_is_gone_on_with(tmp_path, pretend):
+def test_a_guided_search_continues(tmp_path, pretend):
     settings = dict(search_method="tpe", search_lrs=(0.1, 10.0))
     assert len(search(tmp_path, **settings, max_configs=3)) == 3
     rows = search(tmp_path, **settings, max_configs=5)
@@ -313,7 +313,7 @@ def test_a_guided_search_is_gone_on_with(tmp_path, pretend):
     assert losses == sorted(losses)
 
 
-def test_a_guided_search_begins_with_the_trials_there_are(tmp_path, pretend):
+def test_a_guided_search_starts_with_the_existing_trials(tmp_path, pretend):
     settings = dict(search_lrs=(0.1, 10.0), search_num_recursions=(1,))
     search(tmp_path, **settings)
     rows = search(tmp_path, **settings, search_method="tpe", max_configs=3)
@@ -321,7 +321,7 @@ def test_a_guided_search_begins_with_the_trials_there_are(tmp_path, pretend):
     assert {point_name("0.1", 1), point_name("10", 1)} <= set(names(rows))
 
 
-def test_halving_goes_on_from_rung_to_rung(tmp_path, pretend):
+def test_halving_continues_from_rung_to_rung(tmp_path, pretend):
     rows = search(tmp_path, search_method="halving", search_lrs=(0.1,), max_configs=1,
                   search_epochs=9, search_episodes=3)
     name = rows[0]["trial"]
@@ -331,12 +331,12 @@ def test_halving_goes_on_from_rung_to_rung(tmp_path, pretend):
     assert rows[0]["epochs"] == 9 and rows[0]["episodes"] == 3
 
 
-def test_halving_stops_what_is_not_among_the_best_third(tmp_path, pretend):
-    """One at a time, and the first is the best of those that follow: it alone goes on."""
+def test_halving_stops_trials_outside_the_best_third(tmp_path, pretend):
+    """One worker; the first trial beats all later ones, so that it alone continues."""
     folder = tmp_path / "run" / "search"
     losses = iter([0.1, 0.5, 0.4, 0.3])
 
-    def train(name, stop):  # what the first rung writes; the pretended training goes on from it
+    def train(name, stop):  # the first rung; the pretended training continues from it
         if not (folder / name / "metrics.jsonl").exists():
             append_jsonl(folder / name / "metrics.jsonl", {"val_loss": next(losses), "seconds": 1})
 
@@ -360,7 +360,7 @@ def test_halving_ranks_the_stopped_after_the_complete(tmp_path, pretend, monkeyp
 
 
 @pytest.mark.parametrize("database", [False, True])
-def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend, monkeypatch, database):
+def test_a_killed_search_repeats_its_running_trial(tmp_path, pretend, monkeypatch, database):
     url = f"sqlite:///{tmp_path}/study.db" if database else ""
     code = f"""
         import os, sys
@@ -386,7 +386,7 @@ def test_a_killed_search_tries_again_what_was_under_way(tmp_path, pretend, monke
     assert killed.returncode == 9, killed.stderr
     monkeypatch.setattr(optuna_study, "_HEARTBEAT", 1)
     monkeypatch.setattr(optuna_study, "_GRACE", 4)  # on a busy machine a sign of life may be late
-    time.sleep(5.5 if database else 0)  # no sign of life for so long
+    time.sleep(5.5 if database else 0)  # without a heartbeat
     rows = search(tmp_path, search_method="tpe", max_configs=3, search_lrs=(0.1, 9.0),
                   search_storage=url)
     assert len(rows) == 3 and len(pretend) == 2
@@ -407,13 +407,13 @@ def test_a_database_file_that_is_busy_is_waited_for(tmp_path, pretend):
         assert len(call.result(timeout=120)) == 2
 
 
-def test_no_more_trials_are_begun_than_asked_for(tmp_path, pretend):
+def test_no_more_trials_are_started_than_asked_for(tmp_path, pretend):
     rows = search(tmp_path, search_method="tpe", search_lrs=(0.1, 9.0), max_configs=3,
                   search_workers=4)
     assert len(rows) == len(pretend) == 3
 
 
-def test_one_process_has_the_study_file(tmp_path, pretend):
+def test_one_process_at_a_time_has_the_study_file(tmp_path, pretend):
     with exclusive_lock(tmp_path / "run" / "search"), \
             pytest.raises(RuntimeError, match="another process works in"):
         search(tmp_path, search_method="tpe")
@@ -433,7 +433,7 @@ def test_machines_share_a_study_in_a_database(tmp_path, pretend):
 
 @pytest.mark.parametrize("url", ["sqlite:////no/such/folder/study.db", "nonsense",
                                  "postgresql+nodriver://user:secret@localhost/study"])
-def test_a_dead_database_is_told_before_anything_is_trained(tmp_path, pretend, url, monkeypatch):
+def test_a_dead_database_is_reported_before_training(tmp_path, pretend, url, monkeypatch):
     monkeypatch.setenv("TRM_SEARCH_STORAGE", url)
     with pytest.raises(ConnectionError, match="search_storage='.*' does not answer") as error:
         search(tmp_path, search_method="tpe")
@@ -442,7 +442,7 @@ def test_a_dead_database_is_told_before_anything_is_trained(tmp_path, pretend, u
     assert "secret" not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
 
 
-def test_a_database_that_goes_away_is_told_and_what_is_complete_is_kept(tmp_path, pretend):
+def test_a_lost_database_is_reported_and_complete_trials_are_kept(tmp_path, pretend):
     file = tmp_path / "study.db"
     shared = dict(search_method="tpe", search_storage=f"sqlite:///{file}", max_configs=3,
                   search_workers=1)

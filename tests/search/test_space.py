@@ -70,7 +70,7 @@ def test_a_bad_search_space_is_refused(space, said):
         axes(SearchConfig(search_space=space))
 
 
-def test_what_changes_the_loss_is_compared_by_rollouts():
+def test_settings_that_change_the_loss_are_compared_by_rollouts():
     space = "{chunk: [4, 8]}"
     assert "chunk" in axes(SearchConfig(search_space=space, search_episodes=3))
     with pytest.raises(ValueError, match="another search_method than halving"):
@@ -108,7 +108,7 @@ def test_parameters_make_the_trial_again():
     assert point_of({"lr": 0.1}, config.search) is None
 
 
-def test_searches_with_other_settings_are_told_apart():
+def test_searches_with_other_settings_are_refused():
     config = from_flat("tiny")
     same = config.replace(lr=0.5, hidden_dim=64, num_threads=2, demo_dir="elsewhere", device="cpu",
                           search_lrs=(0.1, 0.2))  # what is searched over; of this machine
@@ -122,7 +122,7 @@ def test_searches_with_other_settings_are_told_apart():
             refuse_others("x", common_settings(config), common_settings(config.replace(**change)))
 
 
-def test_a_guided_search_lowers_failures_then_the_loss():
+def test_a_guided_search_minimises_failures_then_the_loss():
     assert value_of({"final_val_loss": 0.3}) == 0.3
     some = dict(episodes=10, successes=7)
     assert value_of({"final_val_loss": 0.0, **some}) == 3.5  # a logistic function of the loss

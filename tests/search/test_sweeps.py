@@ -37,9 +37,9 @@ def test_a_sweep_runs_the_trials_of_the_search(tmp_path, pretend, capsys, monkey
     assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "trm_helpers"]
 
     for recursions in (1, 2):  # what an agent makes of the command
-        drawn = {"lr": 0.1, "hidden_dim": 16, "num_recursions": recursions}
+        sampled = {"lr": 0.1, "hidden_dim": 16, "num_recursions": recursions}
         macros = create_sweep_command_args(
-            {"args": {name: {"value": value} for name, value in drawn.items()}})
+            {"args": {name: {"value": value} for name, value in sampled.items()}})
         (point,) = macros["args_json"]
         argv = [point if part == "${args_json}" else part for part in sweep["command"][4:]]
         assert argv[0] == "trial" and main(argv) == 0
@@ -60,24 +60,24 @@ def test_a_guided_search_is_a_bayesian_sweep(tmp_path, pretend):
                                          "max": 0.1}
 
 
-def test_an_agent_is_told_what_was_measured(tmp_path, pretend, monkeypatch):
-    told = []
+def test_an_agent_logs_the_measures_to_the_sweep(tmp_path, pretend, monkeypatch):
+    logged = []
 
     class Tracked:
         def __enter__(self):
             return self
 
         def __exit__(self, *_):
-            told.append("finished")
+            logged.append("finished")
 
-        log = staticmethod(told.append)
+        log = staticmethod(logged.append)
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Tracked))
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     assert main(["search", "tiny", "--run-name", "s", "--export-sweep", str(tmp_path / "s")]) == 0
     point = {"lr": 0.123456789, "hidden_dim": 32, "num_recursions": 1}
     assert main(["trial", "s", json.dumps(point)]) == 0
-    assert told == [{"final_val_loss": pytest.approx(0.123457 * 32)}, "finished"]
+    assert logged == [{"final_val_loss": pytest.approx(0.123457 * 32)}, "finished"]
     assert (paths.artifacts_dir() / "s/search/lr0.123457-hidden_dim32-num_recursions1").exists()
 
 

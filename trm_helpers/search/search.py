@@ -198,8 +198,8 @@ def worker_environments(config: Config) -> list[dict[str, str]]:
 def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict]:
     """The trials in a search's folder and in ``records``, of other machines, best first.
 
-    The order is: finalists, by all their seeds; other complete trials; those that halving stopped;
-    failed ones.
+    The order is: finalists, by all their seeds; other complete trials; trials stopped by halving;
+    failed trials.
     """
     found = dict(records)
     for path in visible(folder, "*/trial.json"):
