@@ -27,6 +27,7 @@ from trm_helpers.report import write_report
 from trm_helpers.sim.env import LiberoEnv, Observation
 from trm_helpers.stats import format_success
 from trm_helpers.training.runs import find_run, load_config
+from trm_helpers.visuals import films
 
 
 def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
@@ -276,14 +277,18 @@ def _no_font(*_):
     raise OSError("cannot open resource")
 
 
-@pytest.mark.parametrize("broken", ["false", "true", "missing", "fonts", "chunk"])
-def test_an_episode_whose_film_fails_counts(run, monkeypatch, capsys, broken):
+@pytest.mark.parametrize("broken", ["false", "true", "missing", "hanging", "fonts", "chunk"])
+def test_an_episode_whose_film_fails_counts(run, monkeypatch, capsys, tmp_path, broken):
     if broken == "fonts":
         monkeypatch.setattr("PIL.ImageFont.truetype", _no_font)
     elif broken == "chunk":
         monkeypatch.setattr(CountingPolicy, "last_chunk", "not a chunk", raising=False)
     else:
-        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", f"/bin/{broken}")
+        ffmpeg = tmp_path / "hanging" if broken == "hanging" else f"/bin/{broken}"
+        (tmp_path / "hanging").write_text("#!/bin/sh\nexec sleep 600\n")
+        (tmp_path / "hanging").chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+        monkeypatch.setattr(films, "_PATIENCE", 0.5)
     results = evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=2))
     assert (results["successes"], results["episodes"], results["errors"]) == (3, 3, [])
     assert capsys.readouterr().out.count("2 film(s) could not be made, which costs no episode") == 1

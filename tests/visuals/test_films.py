@@ -1,5 +1,7 @@
 """Videos play, with captions and intended paths in them."""
 
+import time
+
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
@@ -119,3 +121,18 @@ case "$last" in *.mp4) truncate --size=900 "$last";; esac
         films.write_video(tmp_path / "videos" / "a.mp4", frames)
     assert [file.name for file in (tmp_path / "videos").iterdir()] == ["a.mp4"]
     assert (tmp_path / "videos" / "a.mp4").read_bytes() == before
+
+
+def test_an_ffmpeg_that_hangs_is_given_up(tmp_path, monkeypatch):
+    hanging = tmp_path / "bin" / "ffmpeg"
+    hanging.parent.mkdir()
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(hanging))
+    monkeypatch.setattr(films, "_PATIENCE", 0.5)
+    frames = [np.zeros((480, 640, 3), np.uint8)] * 10  # more than a pipe takes
+    began = time.monotonic()
+    for given in (frames, frames[:1], [np.zeros((8, 8, 3), np.uint8)]):
+        with pytest.raises(OSError, match="killed, or no frame in 0.5 s"):
+            films.write_video(tmp_path / "videos" / "a.mp4", given)
+    assert time.monotonic() - began < 20 and not list((tmp_path / "videos").iterdir())

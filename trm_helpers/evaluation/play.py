@@ -146,9 +146,9 @@ class Evaluation(NamedTuple):
             if failed:
                 print(f"{len(failed)} film(s) could not be made, which costs no episode; the "
                       f"first: {failed[0]}")
+            write_json(self.folder / self.results_name, results)
             with dispensable("the grid of films"):
                 _write_grids(self.folder, rows, bool(missing))
-            write_json(self.folder / self.results_name, results)
         return results
 
     def _results(self, rows: list[dict], errors: Mapping[Episode, str]) -> dict:

@@ -8,7 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
+import subprocess
+import tempfile
 import textwrap
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,49 +24,52 @@ from .. import schema
 from ..files import atomic_path
 from .colours import GREEN, ORANGE, RED, SKY
 
-FPS = 30  # one frame per control step (20 Hz): half as fast again as in the simulator
+FPS = 30  # one frame per control step (20 Hz): 1.5x speed
 # metres that the arm moves in a control step for a command of 1: a quarter of where the controller
 # aims. Least squares over 8 steps of 30 demonstrations: 0.011, 0.0125, 0.0128 (x, y, z), r >= 0.95
 _STEP = 0.0125
 _TILE = 192  # pixels of an episode in a grid
 _FONT_SIZE = 14
+_PATIENCE = 60.0  # seconds that ffmpeg may take for a frame
+_ENCODING = ("-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-movflags",
+             "+faststart")
 
 
 def intended_path(position: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Where ``actions`` (n, 7) would take an end effector at ``position`` (3,): (n, 3) in metres.
+    """Positions (n, 3) in metres that ``actions`` (n, 7) aim at from ``position`` (3,).
 
-    A straight reckoning, without the arm's inertia and without what it may run into.
+    A straight extrapolation, without inertia or contact.
     """
     return position + _STEP * np.cumsum(np.asarray(actions)[:, :3], axis=0)
 
 
-def draw_path(picture: np.ndarray, pixels: np.ndarray, executed: int) -> np.ndarray:
-    """A picture (H, W, 3) with a dot at each of ``pixels`` (n, 2), column and row.
+def draw_path(image: np.ndarray, pixels: np.ndarray, executed: int) -> np.ndarray:
+    """An image (H, W, 3) with a dot at each of ``pixels`` (n, 2), column and row.
 
-    The first ``executed`` are orange, what is predicted beyond the next look is blue. Pixels that
-    are not finite or outside are left out.
+    The first ``executed`` are orange, the others, predicted beyond the next decision, blue. Pixels
+    that are not finite or outside are left out.
     """
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
-    radius = max(2, round(picture.shape[0] / 128))
+    canvas = Image.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
+    radius = max(2, round(image.shape[0] / 128))
     for number, (column, row) in reversed(list(enumerate(np.asarray(pixels)))):
-        if 0 <= column < picture.shape[1] and 0 <= row < picture.shape[0]:  # false for NaN
+        if 0 <= column < image.shape[1] and 0 <= row < image.shape[0]:  # false for NaN
             draw.ellipse((column - radius, row - radius, column + radius, row + radius),
                          fill=ORANGE if number < executed else SKY, outline="black")
-    return np.asarray(image)
+    return np.asarray(canvas)
 
 
-def enlarge(picture: np.ndarray, scale: int) -> np.ndarray:
-    """A uint8 picture (H, W, 3) as (scale * H, scale * W, 3)."""
-    height, width = scale * picture.shape[0], scale * picture.shape[1]
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    """A uint8 image (H, W, 3) as (scale * H, scale * W, 3)."""
+    height, width = scale * image.shape[0], scale * image.shape[1]
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def caption_frame(frame: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """A uint8 frame (H, W, 3) under a black band that holds ``lines``.
+    """A uint8 frame (H, W, 3) under a black band that holds ``lines``, as (H + band, W, 3).
 
-    Returns uint8 ``(H + band, W, 3)``. Lines too long for the width are wrapped; the band's height
-    follows from their number, so that frames of one video need lines of about the same length.
+    Lines too long for the width are wrapped, which heightens the band: all frames of a video need
+    lines of about the same length.
     """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
         raise ValueError(
@@ -87,19 +94,28 @@ def caption_frame(frame: np.ndarray, lines: Sequence[str]) -> np.ndarray:
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int = FPS) -> Path:
     """Write uint8 frames (H, W, 3) of one size as an MP4 that browsers play.
 
-    H.264 with 4:2:0 colours, whose sides are even: an odd one gets its last row or column twice.
-    The environment runs at 20 Hz, so that 30 frames a second play 1.5 times as fast as life.
-    Raises ``ValueError`` for no frame, another shape or type, and a path that is not ``.mp4``, and
-    ``OSError`` where ffmpeg did not write all of it.
+    H.264 with 4:2:0 colours needs even sides: an odd one gets its last row or column twice.
+
+    Raises:
+        ValueError: no frame, another shape or type, or a path that is not ``.mp4``.
+        OSError: ffmpeg failed, or took no frame for a minute.
     """
-    path, shape = Path(path), None
+    path = Path(path)
     if path.suffix != ".mp4":
         raise ValueError(f"path={str(path)!r} is not valid; expected a name that ends in .mp4")
-    settings = dict(codec="libx264", pixelformat="yuv420p", quality=8, macro_block_size=2,
-                    ffmpeg_params=["-movflags", "+faststart"])
     with atomic_path(path) as temporary:
-        # closing: the writer's own context leaves ffmpeg running, and its file, after an error
-        with contextlib.closing(imageio.get_writer(temporary, fps=fps, **settings)) as writer:
+        written = _encode(temporary, frames, fps)
+        found = _count_frames(temporary)  # ffmpeg may end well on a full disk
+        if found != written:
+            raise OSError(f"{path} has {found} frames of {written}; is the disk full?")
+    return path
+
+
+def _encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> int:
+    """Write the frames through ffmpeg; their number."""
+    process, shape, number = None, None, -1
+    with tempfile.TemporaryFile("w+") as log:
+        try:
             for number, frame in enumerate(frames):
                 shape = shape or frame.shape
                 if frame.shape != shape or frame.ndim != 3 or frame.dtype != np.uint8:
@@ -107,27 +123,66 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int 
                         f"frame {number} has shape {frame.shape} and type {frame.dtype}; expected "
                         f"uint8 (H, W, 3), all of one size (the first is {shape})"
                     )
-                padding = ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0))
-                writer.append_data(np.pad(frame, padding, mode="edge"))
-        if shape is None:
+                frame = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
+                process = process or _ffmpeg(
+                    "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
+                    "-s", f"{frame.shape[1]}x{frame.shape[0]}", "-r", str(fps), "-i", "-",
+                    *_ENCODING, str(path), stdin=subprocess.PIPE, stderr=log)
+                with _killed_if_it_hangs(process):
+                    process.stdin.write(frame.tobytes())
+        except BrokenPipeError:  # ffmpeg has ended: its exit status says why
+            pass
+        except BaseException:
+            if process is not None:
+                process.kill()
+            raise
+        finally:
+            if process is not None:
+                with _killed_if_it_hangs(process), contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+                    process.wait()
+        if process is None:
             raise ValueError("frames is empty; expected at least one")
-        import imageio_ffmpeg  # where it is missing, only films are
+        if process.wait():
+            log.seek(0)
+            raise OSError(f"ffmpeg ended with status {process.returncode}: "
+                          f"{log.read().strip() or f'killed, or no frame in {_PATIENCE:g} s'}")
+    return number + 1
 
-        # the writer says nothing of a disk that is full in the end
-        try:
-            found, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
-        except (RuntimeError, ValueError):
-            found = 0
-        if found != number + 1:
-            raise OSError(f"{path} has {found} frames of {number + 1}; is the disk full?")
-    return path
+
+def _count_frames(path: Path) -> int:
+    """Frames of a video; 0 if it cannot be read."""
+    process = _ffmpeg("-i", str(path), "-map", "0:v:0", "-c", "copy", "-f", "null", "-",
+                      stderr=subprocess.PIPE)
+    with _killed_if_it_hangs(process):
+        said = process.communicate()[1].decode(errors="replace")
+    return int((re.findall(r"frame= *(\d+)", said) or ["0"])[-1])
+
+
+def _ffmpeg(*arguments: str, **streams) -> subprocess.Popen:
+    import imageio_ffmpeg  # without it, only films cannot be made
+
+    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments],
+                            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+                               **streams})
+
+
+@contextlib.contextmanager
+def _killed_if_it_hangs(process: subprocess.Popen) -> Iterator[None]:
+    timer = threading.Timer(_PATIENCE, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
                labels: Sequence[str], successes: Sequence[bool], columns: int = 0) -> Path:
     """Films of `rollout.record_episode` side by side, agent view only, each under its label.
 
-    When one has ended its last frame stays, framed green for a success and red for a failure.
+    A film that has ended keeps its last frame, framed green for a success and red for a failure.
     ``columns`` 0 makes about as many rows as columns.
     """
     columns = columns or math.ceil(math.sqrt(len(films)))
@@ -153,7 +208,7 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
 
 
 def _tiles(reader, label: str, success: bool) -> Iterator[np.ndarray]:
-    """A film's agent view, small; the last frame is framed."""
+    """A film's agent view as a tile of the grid; the last frame is framed."""
     before = None
     for frame in reader.iter_data():
         if before is not None:
