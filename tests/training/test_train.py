@@ -18,7 +18,7 @@ from trm_helpers.config import from_flat
 from trm_helpers.files import DiskFullError, read_jsonl
 from trm_helpers.policy import model
 from trm_helpers.report import write_report
-from trm_helpers.training import train
+from trm_helpers.training import runs, train
 from trm_helpers.training.devices import choose_device, choose_precision
 from trm_helpers.training.runs import create_run, load_policy
 
@@ -52,7 +52,7 @@ def test_one_batch_is_learned_by_heart(small_run):
 
 def killed_between_row_and_state(trainer, monkeypatch):
     """Of epoch 3."""
-    save = train.save_training_state
+    save = runs.save_training_state
 
     def die(run, state):
         if state["epoch"] == 3:
@@ -60,7 +60,7 @@ def killed_between_row_and_state(trainer, monkeypatch):
         save(run, state)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(train, "save_training_state", die)
+        patched.setattr(runs, "save_training_state", die)
         trainer.fit()
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 3
 
@@ -79,7 +79,7 @@ def killed_in_an_epoch(trainer, monkeypatch):
         patched.setattr(train, "_SAVE_EVERY", 0.0)
         patched.setattr(trainer, "_step", die)
         trainer.fit()
-    assert len(train.load_training_state(trainer.run)["measured"]) == 2
+    assert len(runs.load_training_state(trainer.run)["measured"]) == 2
 
 
 def out_of_time_in_an_epoch(trainer, monkeypatch):
@@ -90,7 +90,7 @@ def out_of_time_in_an_epoch(trainer, monkeypatch):
         patched.setattr(trainer, "_time_is_up", lambda: next(calls)
                         > 1 + trainer.steps_per_epoch + 1 + 1)
         assert len(trainer.fit()) == 1
-    assert len(train.load_training_state(trainer.run)["measured"]) == 2
+    assert len(runs.load_training_state(trainer.run)["measured"]) == 2
 
 
 def out_of_time_after_an_epoch(trainer, monkeypatch):
@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up_keeps_the_last_complete_state(small_run, monkeypat
     with monkeypatch.context() as patched, pytest.raises(DiskFullError, match=f"full: {name}"):
         patched.setattr(os, "replace", full)
         trainer.fit()
-    assert train.load_training_state(trainer.run)["epoch"] == 1
+    assert runs.load_training_state(trainer.run)["epoch"] == 1
     assert load_policy("full", "last") and load_policy("full", "best")
     assert losses(small_run("full", True, epochs=3).fit()) == expected
     for weights in ("best", "last"):
@@ -620,7 +620,7 @@ def test_a_breakdown_within_an_epoch_is_not_saved(small_run, monkeypatch, after,
     monkeypatch.setattr(train, "_SAVE_EVERY", 0.0)
     with pytest.raises(RuntimeError, match=f"epoch 2: .*{message}"):
         trainer.fit()
-    state = train.load_training_state(trainer.run)
+    state = runs.load_training_state(trainer.run)
     assert state["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in state["policy"].values())
     if "not finite" in message:  # what exploded but is finite may look sound until the next loss

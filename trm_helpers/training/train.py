@@ -24,17 +24,9 @@ from ..config import Config, TrainConfig
 from ..data.dataset import LIBERODataset
 from ..files import append_jsonl, write_bytes
 from ..policy.model import TRMPolicy
+from . import runs
 from .devices import choose_device, choose_precision, random_state, set_random_state
 from .distributed import Team
-from .runs import (
-    load_training_state,
-    only_writer,
-    refuse_other_data,
-    refuse_other_settings,
-    save_description,
-    save_training_state,
-    save_weights,
-)
 from .tracking import Tracker
 
 MIN_LR = 1e-6  # where cosine annealing ends
@@ -61,7 +53,6 @@ class BehaviorCloningTrainer:
     Args:
         policy: trained in place.
         train_data, val_data: the two splits, from :meth:`LIBERODataset.train_val`.
-        config: a :class:`TrainConfig`.
         run: folder from :func:`runs.create_run`.
         roll_out: success rate of the run's ``last`` weights, required by ``rollout_every``; the
             ``best`` weights then have the highest success rate and, among equals, the lowest
@@ -82,9 +73,9 @@ class BehaviorCloningTrainer:
         self.device = self.team.device
         self.precision = choose_precision(config.precision, self.device)
         self.policy = policy.to(self.device)
-        self.ema = AveragedModel(
-            self.policy, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-        ) if config.ema_decay else None
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.ema = AveragedModel(self.policy, multi_avg_fn=average,
+                                 use_buffers=True) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else self.policy  # to validate and save
         self._compiled = torch.compile(self.policy.loss) if config.compile else None
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr,
@@ -111,19 +102,16 @@ class BehaviorCloningTrainer:
 
         Args:
             files: one demonstration file per task id, from ``collect.ensure_demonstrations``.
-            localizer: needed where ``config.data.scenes`` is set; called with the descriptions of
-                both splits, ``device`` and ``precision``, it returns the keypoints' names and a
-                trained :class:`Localizer`, for example
-                ``partial(keypoints.trained_localizer, run, config)``.
+            localizer: returns the keypoints' names and a trained :class:`Localizer`, given the
+                descriptions of both splits, ``device`` and ``precision``; required by ``scenes``,
+                for example ``partial(keypoints.trained_localizer, run, config)``.
 
-        Raises:
-            ValueError: ``scenes`` without ``localizer``; another process has since stored other
-                settings in the run folder.
+        Raises ``ValueError`` for other settings in the run folder.
         """
         if config.data.scenes and localizer is None:
             raise ValueError(f"scenes={config.data.scenes} needs a localizer; expected localizer, "
                              "for example partial(keypoints.trained_localizer, run, config)")
-        refuse_other_settings(Path(run), config)
+        runs.refuse_other_settings(Path(run), config)
         train_data, val_data = LIBERODataset.from_config(files, config)
         torch.manual_seed(config.train.seed)
         model = config.model
@@ -151,17 +139,16 @@ class BehaviorCloningTrainer:
             loss, lr, grad_norm (mean, before clipping), precision, seconds, samples_per_second.
 
         Raises:
-            RuntimeError: another process writes into the run folder, or training diverged: the
-                loss or a weight is not finite, the loss is a hundred times that of the first step,
-                or no gradient of an epoch was finite. The run folder keeps the last complete epoch
-                and an earlier training state.
+            RuntimeError: another process writes into the run folder, or training diverged: a loss,
+                a weight or all gradients of an epoch are not finite, or the loss is a hundred
+                times that of the first step. The run folder keeps the last complete epoch.
         """
         self.team.barrier()
         self._began = self._saved = time.perf_counter()
-        with only_writer(self.run) if self.team.is_main else contextlib.nullcontext():
+        with runs.only_writer(self.run) if self.team.is_main else contextlib.nullcontext():
             self._resume()
             if self.team.is_main:
-                save_description(self.run, self.policy, self.train_data)
+                runs.save_description(self.run, self.policy, self.train_data)
             progress = tqdm(total=self.last_epoch * self.steps_per_epoch, desc="training",
                             initial=self.epoch * self.steps_per_epoch + len(self.measured),
                             unit="step", disable=not self.team.is_main)
@@ -218,18 +205,14 @@ class BehaviorCloningTrainer:
         grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
         validation = self.validate()
         for name, value in (("validation loss", validation["loss"]), ("gradient", grad_norm)):
-            if not math.isfinite(value):
-                raise RuntimeError(self._diagnosis(f"the {name} is {value}"))
+            self._stop_if(not math.isfinite(value), f"the {name} is {value}")
         seconds, self.measured, self.seconds = self.seconds, [], 0.0
         self.epoch += 1
         return {
             "epoch": self.epoch, "train_loss": train_loss, "val_loss": validation.pop("loss"),
             **{f"val_{name}": value for name, value in validation.items()},
-            "objective": objectives.mean().item(),
-            "lr": self.scheduler.get_last_lr()[0],
-            "grad_norm": grad_norm,
-            "precision": self.precision,
-            "seconds": round(seconds, 3),
+            "objective": objectives.mean().item(), "lr": self.scheduler.get_last_lr()[0],
+            "grad_norm": grad_norm, "precision": self.precision, "seconds": round(seconds, 3),
             "samples_per_second": round(len(self.train_data) / seconds, 1),
         }
 
@@ -308,24 +291,26 @@ class BehaviorCloningTrainer:
         return self.epoch > 0 and 0 < self.config.max_minutes <= minutes
 
     def _stop_if_diverged(self) -> None:
-        """Raise in every process before a diverged state is saved."""
+        """Called before a state is saved."""
         recent = torch.stack([step[0] for step in self.measured[-_CHECK_EVERY:]]).mean().item()
         finite = math.isfinite(recent) and all(weight.isfinite().all()
                                                for weight in self.policy.parameters())
-        diverged = not finite or recent > _DIVERGED * self.first_loss
-        if self.team.sum(torch.tensor(int(diverged), device=self.device)):
-            raise RuntimeError(self._diagnosis(
-                f"the training loss went from {self.first_loss:.3g} in the first step to "
-                f"{recent:.3g}"))
+        self._stop_if(not finite or recent > _DIVERGED * self.first_loss,
+                      f"the training loss went from {self.first_loss:.3g} in the first step to "
+                      f"{recent:.3g}")
 
-    def _diagnosis(self, problem: str) -> str:
+    def _stop_if(self, diverged: bool, problem: str) -> None:
+        """Raise in every process if training diverged in one."""
+        if not self.team.sum(torch.tensor(int(diverged), device=self.device)):
+            return
         norms = torch.stack([step[1] for step in self.measured])
         broken = [name for name, weight in self.policy.named_parameters()
                   if not weight.isfinite().all()]
-        return (f"training diverged in epoch {self.epoch + 1}: {problem} (largest gradient norm "
-                f"{norms.max():.3g}; weights that are not finite: "
-                f"{', '.join(broken[:3]) or 'none'}). Lower lr={self.config.lr:g} or use "
-                f"precision='fp32'; {self.run} keeps the last complete epoch")
+        raise RuntimeError(
+            f"training diverged in epoch {self.epoch + 1}: {problem} (largest gradient norm "
+            f"{norms.max():.3g}; weights that are not finite: {', '.join(broken[:3]) or 'none'}). "
+            f"Lower lr={self.config.lr:g} or use precision='fp32'; {self.run} keeps the last "
+            "complete epoch")
 
     # --- saving and resuming ----------------------------------------------------------------------
 
@@ -333,7 +318,7 @@ class BehaviorCloningTrainer:
         """Save ``last`` and ``best``; a row of an epoch with rollouts gets ``success_rate``."""
         weights = self.averaged.state_dict()
         if self.team.is_main:
-            save_weights(self.run, weights, "last")
+            runs.save_weights(self.run, weights, "last")
         every = self.config.rollout_every
         if every and (self.epoch % every == 0 or self.epoch == self.config.epochs):
             row["success_rate"] = self.team.broadcast(self.roll_out() if self.team.is_main else 0.0)
@@ -343,13 +328,13 @@ class BehaviorCloningTrainer:
         if score > self.best_score:
             self.best_score = score
             if self.team.is_main:
-                save_weights(self.run, weights, "best")
+                runs.save_weights(self.run, weights, "best")
 
     def _save_state(self) -> None:
         self._saved = time.perf_counter()
         if self.team.is_main:
             cpu, cuda = random_state()
-            save_training_state(self.run, {
+            runs.save_training_state(self.run, {
                 **{name: getattr(self, name) for name in _VALUES},
                 **{name: getattr(self, name).state_dict() for name in _OBJECTS
                    if getattr(self, name)},
@@ -358,9 +343,9 @@ class BehaviorCloningTrainer:
 
     def _resume(self) -> None:
         """Load the training state and repair the folder; epochs without a state are repeated."""
-        state = load_training_state(self.run)
+        state = runs.load_training_state(self.run)
         if state:
-            refuse_other_data(self.run, self.train_data)
+            runs.refuse_other_data(self.run, self.train_data)
             for name in _VALUES:
                 setattr(self, name, state[name])
             for name in _OBJECTS:
@@ -380,7 +365,7 @@ class BehaviorCloningTrainer:
                              "epochs. Put them back, or remove training_state.pt to train from the "
                              "start")
         if self.epoch and not (self.run / "last.safetensors").exists():
-            save_weights(self.run, self.averaged.state_dict(), "last")
+            runs.save_weights(self.run, self.averaged.state_dict(), "last")
         if state and state["precision"] != self.precision:
             print(f"{self.run} was trained in {state['precision']} and resumes in "
                   f"{self.precision}; losses will not equal those of an uninterrupted run exactly")
