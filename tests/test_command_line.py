@@ -31,7 +31,7 @@ def test_every_command_has_help_with_the_settings_comments(capsys):
     assert [name.replace("-", "_") for name, _ in first] == list(COMMON) and len(COMMON) == 8
     assert dict(first)["epochs"] == "70" and dict(first)["task-ids"] == "2"
     said = " ".join(page.replace("│", " ").split())
-    assert "--latent-updates INT of trm: n, updates of z before each update of y (default: 2)" \
+    assert "--latent-updates INT trm: n, updates of z before each update of y (default: 2)" \
         in said
 
 

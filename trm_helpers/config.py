@@ -104,17 +104,17 @@ class DataConfig(_Part):
 
     suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite
     task_ids: tuple[int, ...] = (0,)  # task indices in the suite
-    demos: Literal[schema.DEMOS] = "auto"  # auto: human ones if found, else scripted
-    demo_dir: str = local("")  # a folder with *_demo.hdf5; "": data/ and Kaggle's input
-    num_demos: int = 50  # demonstrations to collect per task when scripted ones are needed
-    placement: Literal[schema.PLACEMENTS] = "benchmark"  # of objects in scripted ones
+    demos: Literal[schema.DEMOS] = "auto"  # human or scripted; auto: human ones if found
+    demo_dir: str = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input
+    num_demos: int = 50  # demonstrations to collect per task if scripted ones are needed
+    placement: Literal[schema.PLACEMENTS] = "benchmark"  # layouts of scripted demos; wide: random
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
     sequence_length: int = 1  # T: consecutive steps in one sample
-    alignment: Literal[schema.ALIGNMENT_OPTIONS] = "auto"  # auto: the file's, else measured
-    normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # never applied to the gripper
-    augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # of training images
-    scenes: int = 0  # rendered per demonstration to train a localizer first; 0: no localizer
-    storage: Literal[schema.STORAGES] = local("ram")  # of the frames; mmap: read when needed
+    alignment: Literal[schema.ALIGNMENT_OPTIONS] = "auto"  # auto: by the file, else measured
+    normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # scaling of the arm's actions
+    augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # augmentation of images
+    scenes: int = 0  # scenes rendered per demonstration to train a localizer; 0: no localizer
+    storage: Literal[schema.STORAGES] = local("ram")  # where frames are kept; mmap: in the file
 
     def __post_init__(self):
         schema.check_training_suite(self.suite)
@@ -130,26 +130,26 @@ class DataConfig(_Part):
 class ModelConfig(_Part):
     """The network and its inputs and outputs: all that is needed to rebuild it."""
 
-    variant: Literal[schema.VARIANTS] = "block"  # the reference; trm: the paper's, on tokens
-    hidden_dim: int = 256  # D
-    num_recursions: int = 8  # of the block; of trm: supervision steps; transformer, act: 1
-    num_layers: int = 2  # of trm's shared network, of the transformer, of each of act's three
-    latent_updates: int = 6  # of trm: n, updates of z before each update of y
-    cycles: int = 3  # of trm: T, of which the last has a gradient
-    image_grid: int = 4  # of all but block: image_grid x image_grid tokens per camera
+    variant: Literal[schema.VARIANTS] = "block"  # the reference, the paper's trm, baselines
+    hidden_dim: int = 256  # D, width of the state
+    num_recursions: int = 8  # applications of the block (trm: supervision steps; baselines: 1)
+    num_layers: int = 2  # layers of trm's shared network, the transformer, each network of act
+    latent_updates: int = 6  # trm: n, updates of z before each update of y
+    cycles: int = 3  # trm: T, cycles per step, of which the last has a gradient
+    image_grid: int = 4  # image_grid x image_grid tokens per camera; not for block
     deep_supervision: bool = False  # a loss on the answer of every recursion
-    halting: Literal[schema.HALTING] = "fixed"  # when to stop, see TRMPolicy.recurse
-    ponder_cost: float = 0.01  # weight of the adaptive rule's expected depth in the loss
-    convergence_threshold: float = 1e-3  # squared change of an action that counts as none
+    halting: Literal[schema.HALTING] = "fixed"  # halting rule, see TRMPolicy.recurse
+    ponder_cost: float = 0.01  # adaptive halting: weight of the expected depth in the loss
+    convergence_threshold: float = 1e-3  # convergence: squared change of an action to stop at
     carry_over: bool = False  # in control, start each decision from the previous one's state
     gripper: Literal[schema.GRIPPERS] = "continuous"  # head of the gripper's command
     cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE  # pixels
-    image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: of images centred on 0
-    keypoints: tuple[str, ...] = ()  # objects whose positions replace the agent view: see `scenes`
-    keypoint_tasks: int = 0  # tasks that the localizer was trained on
-    proprioception: bool = False  # joint angles, finger positions, end-effector position
-    conditioning: Literal[schema.CONDITIONING] = "none"  # on the task: its number or instruction
+    image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: images centred on 0
+    keypoints: tuple[str, ...] = ()  # set by training with `scenes`: objects to locate
+    keypoint_tasks: int = 0  # set by training with `scenes`: tasks of the localizer
+    proprioception: bool = False  # observe joint angles, finger positions, end effector
+    conditioning: Literal[schema.CONDITIONING] = "none"  # task number or instruction
     num_tasks: int = 10  # size of the task embedding
     chunk: int = 1  # K: future actions predicted at once
     execution_horizon: int = 1  # actions of a chunk executed before the next decision
@@ -186,16 +186,16 @@ class TrainConfig(_Part):
     epochs: int = 50  # passes over the training samples
     batch_size: int = 64  # samples per update
     lr: float = 3e-4  # learning rate at the start; cosine annealing ends at 1e-6
-    weight_decay: float = 1e-4
-    loss: Literal[schema.LOSSES] = "mse"  # mix: the mean of both
-    ema_decay: float = 0.0  # exponential moving average of the weights; 0 is off
-    patience: int = 10  # epochs without a better validation loss before stopping; 0 never stops
-    rollout_every: int = 0  # epochs between rollouts that choose `best`; 0: by validation loss
-    max_minutes: float = local(0.0)  # save and end cleanly after this time; 0 is no limit
-    stop_epoch: int = local(0)  # end cleanly after this epoch; 0 trains all
-    precision: Literal[schema.PRECISIONS] = "auto"
+    weight_decay: float = 1e-4  # of AdamW
+    loss: Literal[schema.LOSSES] = "mse"  # loss of the actions; mix: the mean of both
+    ema_decay: float = 0.0  # decay of the moving average of the weights; 0 is off
+    patience: int = 10  # epochs without a lower validation loss before stopping; 0 never stops
+    rollout_every: int = 0  # epochs between rollouts that select `best`; 0: by validation loss
+    max_minutes: float = local(0.0)  # save and stop after this time; 0: no limit
+    stop_epoch: int = local(0)  # stop after this epoch; 0 trains all
+    precision: Literal[schema.PRECISIONS] = "auto"  # auto: bf16 or fp16 if supported
     compile: bool = False  # torch.compile; continues without it if it fails
-    device: Literal[schema.DEVICES] = local("auto")
+    device: Literal[schema.DEVICES] = local("auto")  # auto: a CUDA GPU if available
     num_threads: int = local(0)  # CPU threads; 0: $OMP_NUM_THREADS, or one
     seed: int = 0  # initial weights and order of the samples
     wandb_mode: Literal[schema.WANDB_MODES] = local("disabled")  # project: $WANDB_PROJECT
@@ -212,13 +212,13 @@ class TrainConfig(_Part):
 class EvalConfig(_Part):
     """Rollouts in the simulator on the official init states."""
 
-    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # see schema.PROTOCOLS
-    num_episodes: int = 0  # per task; 0: the protocol's
-    first_init_state: int = 0  # episodes use init states first, first + 1, ...
+    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # published protocol, see schema.PROTOCOLS
+    num_episodes: int = 0  # episodes per task; 0: the protocol's
+    first_init_state: int = 0  # official init state of the first episode; the others follow
     horizon: int = 0  # steps allowed; 0: the protocol's for the suite
-    perturbation: Literal[schema.PERTURBATIONS] = "none"  # see evaluation/perturbations.py
-    num_videos: int = 3  # episodes per task filmed
-    bound_episodes: int = 0  # per task of replay, expert, random and no-op, for comparison
+    perturbation: Literal[schema.PERTURBATIONS] = "none"  # of observations, instruction, actions
+    num_videos: int = 3  # films per task
+    bound_episodes: int = 0  # episodes per task of replay, expert, random and no-op, for comparison
     eval_workers: int = local(1)  # simulator processes
     cluster: str = local("")  # address of a Dask scheduler whose workers run the episodes
 
@@ -251,8 +251,8 @@ _PASSWORD = re.compile(r":(?!//)[^@]*@|(?i:(pass(word|wd)?|pwd|token|secret)=)")
 class SearchConfig(_Part):
     """The reference's grid of sixteen points, part of it, or a guided search within its bounds."""
 
-    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: through Optuna
-    search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: anywhere between
+    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: by Optuna
+    search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: any rate between
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)
     search_space: str = ""  # further axes, as YAML: "{chunk: [4, 8], loss: [l1, mse]}"

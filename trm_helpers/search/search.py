@@ -152,7 +152,7 @@ def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = N
     return run_trial(notebook, {**given, **asked}, folder / name, environment, stop)
 
 
-# --- side by side --------------------------------------------------------------------------------
+# --- in parallel ---------------------------------------------------------------------------------
 
 
 def in_parallel(next_job: Callable[[], Callable[..., object] | None],
@@ -184,7 +184,7 @@ def in_parallel(next_job: Callable[[], Callable[..., object] | None],
 
 
 def worker_environments(config: Config) -> list[dict[str, str]]:
-    """For each worker its GPU, where there is one."""
+    """Environment variables of each worker: its GPU, if there is any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = 0 if config.train.device == "cpu" else torch.cuda.device_count()
     gpus = visible.split(",")[:count] if visible else [str(gpu) for gpu in range(count)]
