@@ -23,7 +23,7 @@ from pathlib import Path
 BATCH = 64
 PEER_FOLDER = Path("build/peers")
 
-# name -> what a sample is; ours take settings of LIBERODataset, peers a loader and its settings
+# name -> what a sample is; ours take settings of Config, peers a loader and its settings
 OURS = {
     "ram, 128 px, bytes": dict(storage="ram", image_size=128, as_bytes=True),
     "mmap, 128 px, bytes": dict(storage="mmap", image_size=128, as_bytes=True),
@@ -70,13 +70,14 @@ RATIOS = [
 def our_batches(path: str, settings: dict):
     import torch
 
+    from trm_helpers.config import Config
     from trm_helpers.data.dataset import LIBERODataset
 
-    settings = dict(settings)
+    settings = {"augmentation": "none", **settings}
     as_bytes = settings.pop("as_bytes", False)
     device = "cuda" if settings["storage"] == "gpu" else "cpu"
-    data = LIBERODataset(path, split="all", cameras=("agentview_rgb", "eye_in_hand_rgb"),
-                         proprioception=True, **settings)
+    data = LIBERODataset(path, config=Config().replace(
+        cameras=("agentview_rgb", "eye_in_hand_rgb"), proprioception=True, **settings))
     epoch = 0
     while True:
         for batch in data.batches(BATCH, 0, epoch, device=device, as_bytes=as_bytes):

@@ -8,6 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from trm_helpers.config import Config
+
 RAW_FRACTION, SHIFT_FRACTION = -0.1, 0.9  # where on the step robosuite samples an observation
 
 
@@ -107,3 +109,11 @@ def _write_demo(group: h5py.Group, values: dict, overrides: dict, demo: int) -> 
         change = overrides.get(name.removeprefix("obs/"), lambda array, demo: array)
         if change is not None:
             group[name] = change(array, demo)
+
+
+def data_set(files, image_size: int = 8, **settings):
+    """A ``LIBERODataset`` with these settings; unlike the preset's, it is not augmented."""
+    from trm_helpers.data.dataset import LIBERODataset
+
+    config = Config().replace(**{"augmentation": "none", **settings})
+    return LIBERODataset(files, image_size=image_size, config=config)

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from demo_files import write_demo_file
+from demo_files import data_set, write_demo_file
 from training.test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
 
 from trm_helpers import schema
-from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.training.runs import load_policy
 
 
@@ -85,9 +84,9 @@ def test_compiled_training_is_training(small_run, capsys, settings):
 def test_batches_are_the_same_wherever_the_frames_lie(tmp_path, kind, device, augmentation):
     """Draws are those of the CPU; a GPU's arithmetic may differ in the last digits."""
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=32)
-    settings = dict(image_size=32, cameras=tuple(schema.CAMERAS), chunk=2, split="all",
+    settings = dict(image_size=32, cameras=tuple(schema.CAMERAS), chunk=2,
                     augmentation=augmentation, proprioception=True)
-    ram, other = (LIBERODataset(file, storage=storage, **settings) for storage in ("ram", kind))
+    ram, other = (data_set(file, storage=storage, **settings) for storage in ("ram", kind))
     pairs = list(zip(ram.batches(5, 3, 1), other.batches(5, 3, 1, device=device), strict=True))
     assert len(pairs) == 3
     for expected, found in pairs:

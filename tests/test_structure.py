@@ -80,6 +80,14 @@ def test_a_trainer_is_given_its_localizer_and_rollouts():
     assert not any(target.startswith(("sim.", "demos.", "evaluation.")) for target in targets)
 
 
+def test_training_never_reaches_the_simulator():
+    graph = imports(PACKAGE)
+    reached = {"training.train"}
+    while new := {target for name in reached for target in graph[name]} - reached:
+        reached |= new
+    assert "demos.demo_files" in reached and not any(name.startswith("sim") for name in reached)
+
+
 def test_no_imports_form_a_circle():
     tuple(TopologicalSorter(imports(PACKAGE)).static_order())
 

@@ -8,10 +8,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from demo_files import action_at, grey_at, write_demo_file
+from demo_files import action_at, data_set, grey_at, write_demo_file
 
 from trm_helpers import schema
-from trm_helpers.config import from_flat
+from trm_helpers.config import Config, from_flat
 from trm_helpers.data.augment import augment_images, resize_images
 from trm_helpers.data.dataset import LIBERODataset, split_demonstrations
 from trm_helpers.data.normalize import ActionNormalizer, fit_proprio, normalize_proprio
@@ -29,10 +29,9 @@ def path(tmp_path):
     return write_demo_file(tmp_path / "soup_demo.hdf5", (5, 7), image_size=8)
 
 
-def plain(files, split="all", **settings):
+def plain(files, **settings):
     """A data set with the actions as stored."""
-    defaults = dict(image_size=8, normalize_actions="none", split=split)
-    return LIBERODataset(files, **{**defaults, **settings})
+    return data_set(files, normalize_actions="none", **settings)
 
 
 def grey(observations, camera="agentview_rgb"):
@@ -157,19 +156,17 @@ def test_split_is_80_to_20_and_disjoint(count, train):
     assert sorted(first + second) == sorted(names)
 
 
-def test_split_is_a_function_of_seed_and_file():
+def test_split_is_a_function_of_the_name_of_the_file():
     names = [f"demo_{i}" for i in range(50)]
-    split = split_demonstrations(names, "a/soup_demo.hdf5", seed=3)
-    assert split == split_demonstrations(names, "b/soup_demo.hdf5", seed=3)
-    assert split != split_demonstrations(names, "a/soup_demo.hdf5", seed=4)
-    assert split != split_demonstrations(names, "a/milk_demo.hdf5", seed=3)
+    split = split_demonstrations(names, "a/soup_demo.hdf5")
+    assert split == split_demonstrations(names, "b/soup_demo.hdf5")
+    assert split != split_demonstrations(names, "a/milk_demo.hdf5")
+    assert split_demonstrations(names[:5], "a/soup_demo.hdf5")[1] == ["demo_4"]  # as ever
 
 
 def test_split_refuses(path):
     with pytest.raises(ValueError, match="soup_demo.hdf5: 1 demonstration.*at least 2"):
-        LIBERODataset(path, max_demos_per_task=1)
-    with pytest.raises(ValueError, match="train_fraction=1.0"):
-        LIBERODataset(path, train_fraction=1.0)
+        LIBERODataset(path, max_demos_per_task=1).train_val()
 
 
 @pytest.fixture
@@ -180,27 +177,26 @@ def ten(tmp_path):
     ]
 
 
-def test_train_val_equals_two_data_sets_and_shares_memory_and_statistics(ten):
-    settings = dict(image_size=4, proprioception=True, chunk=2, cameras=BOTH)
-    train, val = LIBERODataset.train_val(ten, seed=5, **settings)
-    alone = LIBERODataset(ten, seed=5, split="train", **settings)
-    alone_val = LIBERODataset(
-        ten, seed=5, split="val", normalizer=alone.normalizer, proprio_stats=alone.proprio_stats,
-        **settings,
-    )
-    for shared, single in ((train, alone), (val, alone_val)):
-        assert len(shared) == len(single)
-        assert shared.describe() == single.describe()
-        indices = range(len(single))
-        assert same(shared.batch(indices), single.batch(indices))
-    assert train._steps is val._steps
+def test_train_and_val_are_the_samples_of_the_whole_and_share_its_memory(ten):
+    whole = data_set(ten, image_size=4, proprioception=True, chunk=2, cameras=BOTH)
+    train, val = whole.train_val()
+    assert whole.split == "all" and len(whole) == len(train) + len(val)
+    whole._use(whole.demos, "all", train.normalizer, train.proprio_stats)
+    for half in (train, val):
+        first = {(demo.file, demo.name): start for demo, start in zip(
+            whole.demos, np.cumsum([0] + [d.end - d.first for d in whole.demos]), strict=False)}
+        indices = [first[demo.file, demo.name] + step for demo in half.demos
+                   for step in range(demo.end - demo.first)]
+        assert same(half.batch(range(len(half))), whole.batch(indices))
+    assert train._steps is val._steps is whole._steps
     for file, other in zip(train.describe()["files"], val.describe()["files"], strict=True):
         assert (len(file["demos"]), len(other["demos"])) == (8, 2)
         assert not set(file["demos"]) & set(other["demos"])
 
 
 def test_val_uses_the_statistics_of_train_alone(ten):
-    train, val = LIBERODataset.train_val(ten, image_size=4, proprioception=True)
+    train, val = data_set(ten, image_size=4, proprioception=True,
+                          normalize_actions="zscore").train_val()
     rows = [
         action_at(t, int(name.removeprefix("demo_")))
         for file in train.describe()["files"] for name in file["demos"]
@@ -219,13 +215,8 @@ def test_val_uses_the_statistics_of_train_alone(ten):
     assert (proprio[:, 7:9] == 0).all()
 
 
-def test_val_alone_needs_statistics(path):
-    with pytest.raises(ValueError, match="split='val' without normalizer and proprio_stats"):
-        LIBERODataset(path, split="val")
-
-
 def test_validation_is_not_augmented(path):
-    train, val = LIBERODataset.train_val(path, image_size=8, augmentation="shift")
+    train, val = LIBERODataset(path, image_size=8, augmentation="shift").train_val()
     assert (train.augmentation, val.augmentation) == ("shift", "none")
 
 
@@ -291,7 +282,8 @@ def test_images_are_resized_once_and_scaled_to_one(path):
 
 def test_proprioception_holds_joints_fingers_position(path):
     stats = {"mean": [0.0] * schema.PROPRIO_DIM, "std": [0.5] * schema.PROPRIO_DIM}
-    data = plain(path, proprioception=True, proprio_stats=stats)
+    data = plain(path, proprioception=True)
+    data._use(data.demos, "all", None, stats)
     with h5py.File(path) as file:
         obs = file["data/demo_0/obs"]
         joints, position = obs["joint_states"][2], obs["ee_pos"][2]
@@ -301,7 +293,7 @@ def test_proprioception_holds_joints_fingers_position(path):
 
 
 def test_task_ids_follow_their_file(ten):
-    data = plain(ten, image_size=4, task_ids=[7, 2], sequence_length=2)
+    data = plain(ten, image_size=4, task_ids=[7, 2], conditioning="task_id", sequence_length=2)
     tasks = data.batch(range(len(data)))["observations"]["task_id"]
     per_file = sum(range(3, 13)) - 10  # two-step windows
     assert tasks.dtype == torch.int64 and tasks.shape == (2 * per_file, 2)
@@ -393,7 +385,8 @@ def read_by_peers(path, tmp_path):
 @needs_peers
 def test_robomimic_and_libero_read_our_files_as_we_do(tmp_path, path):
     stats = {"mean": [0.0] * schema.PROPRIO_DIM, "std": [1.0] * schema.PROPRIO_DIM}
-    data = plain(path, cameras=BOTH, proprioception=True, proprio_stats=stats, chunk=3)
+    data = plain(path, cameras=BOTH, proprioception=True, chunk=3)
+    data._use(data.demos, "all", None, stats)
     ours = data.batch(range(len(data)), as_bytes=True)
     for loader, read in read_by_peers(path, tmp_path).items():
         assert len(read["actions"]) == len(data) == 12
@@ -419,10 +412,8 @@ def test_the_peers_pair_shifted_files_one_step_early(tmp_path):
 
 # --- batches -------------------------------------------------------------------------------------
 def everything(path, augmentation="none"):
-    return LIBERODataset(
-        path, 2, 8, augmentation=augmentation, split="all", cameras=BOTH, proprioception=True,
-        task_ids=[3], chunk=3,
-    )
+    return data_set(path, sequence_length=2, augmentation=augmentation, cameras=BOTH,
+                    proprioception=True, task_ids=[3], conditioning="task_id", chunk=3)
 
 
 def test_one_sample_several_samples_and_a_loader_are_the_batch(path):
@@ -459,7 +450,6 @@ def test_an_epoch_holds_every_sample_once(path):
     assert shuffled != order(seed=0, epoch=1) and shuffled != order(seed=1, epoch=0)
     assert order(seed=0, epoch=1) != order(seed=1, epoch=0)
     assert [len(batch["mask"]) for batch in data.batches(5, 0, 0)] == [5, 5, 2]
-    assert [len(batch["mask"]) for batch in data.batches(5, 0, 0, drop_last=True)] == [5, 5]
     with pytest.raises(ValueError, match="batch_size=0"):
         next(data.batches(0, 0, 0))
 
@@ -599,33 +589,48 @@ def test_observations_are_batches_with_or_without_time(leading):
 
 
 # --- refusals ------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sequence_length": 0}, "sequence_length=0"),
-        ({"chunk": 0}, "chunk=0"),
-        ({"image_size": 0}, "image_size=0"),
-        ({"max_demos_per_task": -1}, "max_demos_per_task='-1'"),
-        ({"max_demos_per_task": [1, 2]}, "max_demos_per_task='1, 2'.*each of 1 files"),
-        ({"normalize_actions": "robust"}, "normalize_actions='robust'.*zscore"),
-        ({"augmentation": "rotate"}, "augmentation='rotate'.*shift"),
-        ({"split": "test"}, "split='test'.*'train', 'val', 'all'"),
-        ({"cameras": ("frontview",)}, "cameras=.*frontview.*agentview_rgb"),
-        ({"cameras": ()}, "cameras="),
-        ({"task_ids": (1, 2)}, r"task_ids=\(1, 2\).*one per file, of 1"),
-        ({"alignment": "late"}, "alignment='late'"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"sequence_length": 0}, "sequence_length=0 .*expected > 0"),
+    ({"sequence_length": "2"}, "sequence_length='2' .*expected int"),
+    ({"image_size": 0}, "image_size=0 .*expected > 0"),
+    ({"image_size": "64"}, "image_size='64' .*expected int"),
+    ({"max_demos_per_task": -1}, "max_demos_per_task=-1 .*expected >= 0"),
+    ({"max_demos_per_task": [1, 2]}, r"max_demos_per_task=\[1, 2\] .*expected int"),
+    ({"normalize_actions": "robust"}, "normalize_actions='robust'.*zscore"),
+    ({"augmentation": "rotate"}, "augmentation='rotate'.*shift"),
+    ({"augmentation": 3}, "augmentation=3 .*expected one of 'none'"),
+    ({"config": {"chunk": 3}}, "config is of type dict; expected a Config"),
+    ({"config": "demo"}, "config is of type str; expected a Config"),
+    ({"config": Config().replace(conditioning="task_id", task_ids=[1, 2])},
+     r"task_ids=\(1, 2\).*one per file, of 1"),
+])
 def test_settings_out_of_range_are_refused(path, settings, message):
     with pytest.raises(ValueError, match=message):
         LIBERODataset(path, **settings)
 
 
+@pytest.mark.parametrize("files", [[], 3, None, [3], b"soup_demo.hdf5", {0: "soup_demo.hdf5"}])
+def test_what_is_no_path_is_refused(files):
+    with pytest.raises(ValueError, match="hdf5_files=.*expected a path or a list of paths"):
+        LIBERODataset(files)
+
+
+def test_without_a_config_all_demonstrations_are_read_plainly(tmp_path):
+    path = write_demo_file(tmp_path / "a_demo.hdf5", (2,) * 60, collection={"by": "us"})
+    data = LIBERODataset(path, 1, 8, False, "brightness", 0)
+    assert len(data.demos) == 60 and data.split == "all"
+    assert (data.augmentation, data.normalizer.mode) == ("brightness", "none")
+    assert len(LIBERODataset(path, image_size=8, config=Config()).demos) == 50
+    few = LIBERODataset(path, image_size=8, max_demos_per_task=3)
+    assert len(few.demos) == 3 and few.augmentation == "none"
+    assert few[0]["actions"].shape == (1, 7) and list(few[0]["observations"]) == ["agentview_rgb"]
+
+
 def test_files_are_checked_before_anything_is_loaded(tmp_path, path):
-    with pytest.raises(ValueError, match="hdf5_files="):
-        LIBERODataset([])
     with pytest.raises(DemoFileError, match="milk_demo.hdf5: not found"):
         LIBERODataset([path, tmp_path / "milk_demo.hdf5"])
+    with pytest.raises(DemoFileError, match="is a folder; expected a LIBERO demonstration file"):
+        LIBERODataset(tmp_path)
     broken = write_demo_file(tmp_path / "x_demo.hdf5", image_size=8, ee_pos=None)
     with pytest.raises(DemoFileError, match="x_demo.hdf5, demo_0: missing obs/ee_pos"):
         LIBERODataset([path, broken])

@@ -1,22 +1,19 @@
 import importlib.util
 import json
+import runpy
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from demo_files import write_demo_file
+from demo_files import data_set, write_demo_file
 
 from trm_helpers import schema
 from trm_helpers.config import ModelConfig, from_flat
 from trm_helpers.data import language
 from trm_helpers.data.dataset import LIBERODataset
-from trm_helpers.data.language import (
-    embed_instruction,
-    embedding_table,
-    libero_instructions,
-    normalize_instruction,
-)
+from trm_helpers.data.language import embed_instruction, embedding_table, normalize_instruction
+from trm_helpers.paths import repo_root
 from trm_helpers.policy.model import TRMPolicy
 from trm_helpers.sim.env import Observation, load_task
 
@@ -59,7 +56,8 @@ def test_table_has_every_task_of_every_suite():
 
     Those are LIBERO-PRO's own; the first is none at all.
     """
-    instructions, aliases = libero_instructions()
+    script = runpy.run_path(str(repo_root() / "benchmarks/embed_instructions.py"))
+    instructions, aliases = script["libero_instructions"]()
     standard = {normalize_instruction(load_task(suite, task_id).language)
                 for suite in schema.HORIZONS for task_id in range(schema.SUITES[suite])}
     assert len(standard) == 112 and len(aliases) == 29
@@ -140,7 +138,7 @@ def test_a_new_instruction_is_embedded_near_its_paraphrase():
 def test_a_missing_table_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(language, "TABLE", tmp_path / "task_embeddings.npz")
     language._table.cache_clear()
-    with pytest.raises(FileNotFoundError, match=r"embeddings.npz.*-m trm_helpers.data.language"):
+    with pytest.raises(FileNotFoundError, match=r"embeddings.npz does not exist; .*install it"):
         embedding_table()
 
 
@@ -161,7 +159,7 @@ def files(tmp_path):
 
 
 def test_samples_hold_the_embedding_of_their_file(files, no_model):
-    data = LIBERODataset(files, image_size=36, split="all", language=True, sequence_length=2)
+    data = data_set(files, conditioning="language", sequence_length=2)
     found = data.batch([0, len(data) - 1])["observations"]["language"]
     assert found.shape == (2, 2, schema.LANGUAGE_DIM) and found.dtype == torch.float32
     table = embedding_table()
@@ -175,7 +173,7 @@ def test_a_file_without_instruction_is_named(files, no_model):
     for text, message in (("", "is empty"), ("juggle", "is not one of the 175")):
         told(files[1], text)
         with pytest.raises(ValueError, match=f"b_demo.hdf5: instruction '{text}' {message}"):
-            LIBERODataset(files, image_size=36, language=True)
+            data_set(files, conditioning="language")
 
 
 @pytest.mark.parametrize(("conditioning", "added"), [

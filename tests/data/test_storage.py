@@ -5,12 +5,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from demo_files import data_set as make_data_set
 from demo_files import grey_at, write_demo_file
 
 from trm_helpers import software
 from trm_helpers.data import storage
 from trm_helpers.data.augment import resize_images
-from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.demos.demo_files import DemoFileError
 
 BOTH = ("agentview_rgb", "eye_in_hand_rgb")
@@ -27,8 +27,8 @@ def files(tmp_path, request):
 
 
 def data_set(files, kind="ram", **settings):
-    defaults = dict(image_size=16, cameras=BOTH, proprioception=True, chunk=3, split="all")
-    return LIBERODataset(files, storage=kind, **{**defaults, **settings})
+    defaults = dict(image_size=16, cameras=BOTH, proprioception=True, chunk=3)
+    return make_data_set(files, storage=kind, **{**defaults, **settings})
 
 
 def assert_same(a, b):
@@ -69,8 +69,7 @@ def test_mapped_files_give_the_augmented_epoch_of_memory(files, augmentation):
 
 
 def test_split_and_limit_hold_when_mapped(files):
-    for ram, mapped in zip(*(LIBERODataset.train_val(files, image_size=8, storage=kind,
-                                                     max_demos_per_task=2)
+    for ram, mapped in zip(*(data_set(files, kind, image_size=8, max_demos_per_task=2).train_val()
                              for kind in ("ram", "mmap")), strict=True):
         assert [demo.name for demo in mapped.demos] == [demo.name for demo in ram.demos]
         assert_same(mapped.batch(range(len(ram))), ram.batch(range(len(ram))))
@@ -353,7 +352,7 @@ def test_a_containers_limit_counts_before_frames_are_read(tmp_path, monkeypatch)
 
 def test_a_gpu_that_is_not_there_is_refused(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="storage='gpu'.*no CUDA GPU.*Expected 'ram' or 'mmap'"):
+    with pytest.raises(ValueError, match="storage='gpu' needs a CUDA GPU.*Expected 'ram'"):
         data_set(files, "gpu")
     with pytest.raises(ValueError, match="storage='disk'.*'ram', 'mmap', 'gpu'"):
         data_set(files, "disk")

@@ -6,7 +6,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from demo_files import grey_at, write_demo_file
+from demo_files import data_set, grey_at, write_demo_file
 
 from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.demos import collect, demo_files
@@ -285,7 +285,7 @@ def test_data_kept_elsewhere_are_refused_by_every_reader(tmp_path, make, message
     path = small(tmp_path / "folder" / "soup_demo.hdf5", collection=SCRIPTED)
     make(path)
     readers = [check_demo_file, source_of, explore_libero_dataset, measure_alignment, frame_size,
-               LIBERODataset, lambda path: LIBERODataset(path, storage="mmap"),
+               LIBERODataset, lambda path: data_set(path, storage="mmap"),
                lambda path: collect._complete(path, {}, 2),
                lambda path: collect._known_attempts(path, path.parent)]
     for read in readers:
@@ -352,7 +352,7 @@ def test_one_demonstration_with_the_opposite_sign_is_found(tmp_path):
 
     settings = dict(lengths=(12,) * 5, gripper_states=closing)
     sound = small(tmp_path / "a_demo.hdf5", **settings)
-    assert len(LIBERODataset(sound, split="all")) == 60
+    assert len(LIBERODataset(sound)) == 60
     path = small(tmp_path / "b_demo.hdf5", actions=inverted_in(3), **settings)
     with pytest.raises(DemoFileError, match="in demo_3 move against them in 5 of 5 steps"):
         LIBERODataset(path)
@@ -383,11 +383,11 @@ def test_fingers_that_slip_now_and_then_are_not_taken_for_another_sign(
 
 def test_a_gripper_command_that_never_changes_is_said(tmp_path, capsys):
     still = small(tmp_path / "a_demo.hdf5", actions=gripper(lambda g: 0 * g + 1))
-    assert len(LIBERODataset(still, split="all")) == 12
+    assert len(LIBERODataset(still)) == 12
     assert "a_demo.hdf5: gripper commands (actions, column 6) are always 1" in \
         capsys.readouterr().out
     sound = small(tmp_path / "b_demo.hdf5", (12, 14), gripper_states=fingers)
-    assert len(LIBERODataset(sound, split="all")) == 26
+    assert len(LIBERODataset(sound)) == 26
     assert "gripper" not in capsys.readouterr().out
 
 
@@ -418,11 +418,11 @@ def test_every_reader_takes_the_demonstrations_there_are_in_natural_order(tmp_pa
     assert (found["num_demos"], found["action_shape"]) == (4, (5, 7))
     assert found["frames"]["agentview_rgb"][0, 0, 0, 0] == grey_at(0)
     for storage in ("ram", "mmap"):
-        data = LIBERODataset(path, image_size=4, split="all", storage=storage)
+        data = data_set(path, image_size=4, storage=storage)
         assert data.describe()["files"][0]["demos"] == names
         greys = (data.batch([0, 5])["observations"]["agentview_rgb"][:, 0, 0, 0, 0] * 255).round()
         assert greys.tolist() == [grey_at(0), grey_at(0, 1)]
-    first = LIBERODataset(path, split="all", max_demos_per_task=1).describe()["files"][0]
+    first = LIBERODataset(path, max_demos_per_task=1).describe()["files"][0]
     assert (first["demos"], first["steps"]) == (names[:1], 5)
     assert {row["check"]: row for row in quality_card(path)}["length"]["found"].startswith("5 to 8")
     assert frame_size(path) == 4

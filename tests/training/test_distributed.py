@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from demo_files import write_demo_file
+from demo_files import data_set, write_demo_file
 
-from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.files import read_jsonl
 from trm_helpers.training.distributed import Team
 
@@ -57,7 +56,7 @@ def test_two_processes_train_as_one_does_and_resume(train):
 
 def test_parts_of_a_batch_are_the_batch(tmp_path):
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=8)
-    data = LIBERODataset(file, split="all", image_size=8, chunk=2)
+    data = data_set(file, chunk=2)
     for whole, *parts in zip(data.batches(5, 3, 1),
                              *(data.batches(5, 3, 1, part=(rank, 4)) for rank in range(4)),
                              strict=True):

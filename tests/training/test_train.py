@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -675,3 +676,24 @@ def test_device_and_precision(monkeypatch):
         assert choose_device("auto") == cpu
         with pytest.raises(ValueError, match="finds no CUDA GPU"):
             choose_device("cuda")
+
+
+def test_training_loads_no_simulator(tmp_path):
+    """Also with instructions, whose embeddings come from the table."""
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8), image_size=36)
+    with h5py.File(file, "a") as content:
+        content["data"].attrs["problem_info"] = '{"language_instruction": "Turn on the stove"}'
+    code = f"""
+import sys
+from trm_helpers.config import from_flat
+from trm_helpers.training import runs, train
+config = from_flat("tiny", conditioning="language", num_demos=3, hidden_dim=16, image_size=36,
+                   cameras=("agentview_rgb",), chunk=2, execution_horizon=1, epochs=1)
+trainer = train.BehaviorCloningTrainer.from_config(config, {{0: {str(file)!r}}},
+                                                   runs.create_run(config, "small"))
+assert len(trainer.fit()) == 1
+simulators = ("trm_helpers.sim", "libero", "robosuite", "mujoco")
+print("loaded:", [name for name in sys.modules if name.startswith(simulators)])
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "loaded: []" in out.stdout

@@ -8,12 +8,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from demo_files import action_at, write_demo_file
+from demo_files import action_at, data_set, write_demo_file
 from torch import nn
 
 from trm_helpers import schema
 from trm_helpers.config import ModelConfig
-from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.data.normalize import ActionNormalizer
 from trm_helpers.policy.model import TRMPolicy
 from trm_helpers.visuals import explain
@@ -286,11 +285,10 @@ def test_the_real_policy_and_data_set(tmp_path, halting):
         proprioception=True, conditioning="task_id", num_tasks=5, gripper="classifier",
         halting=halting,
     )
-    dataset = LIBERODataset(
+    dataset = data_set(
         write_demo_file(tmp_path / "soup_demo.hdf5", (5, 7)), sequence_length=2, image_size=36,
-        augmentation="shift", cameras=cameras, proprioception=True, task_ids=[4], chunk=2,
-        split="all",
-    )
+        augmentation="shift", cameras=cameras, proprioception=True, task_ids=[4],
+        conditioning="task_id", chunk=2)
     policy = TRMPolicy(config, dataset.normalizer, dataset.proprio_stats)
 
     report, _ = explain.analyze_model_predictions(policy, dataset, num_samples=20)

@@ -1,4 +1,4 @@
-"""Where the steps of the demonstrations are held: in memory, mapped from the files, on a GPU."""
+"""Storage of the demonstrations' steps: in memory, mapped from the files, or on a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -26,7 +27,7 @@ from ..demos.demo_files import (
 from ..software import free_memory
 from .augment import resize_images
 
-_KEPT_FREE = 0.1  # share of the free memory that is not to be used
+_KEPT_FREE = 0.1  # share of the free memory that stays free
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class DemoFile:
 
 @dataclass(frozen=True)
 class Demo:
-    """Where a demonstration's steps lie in :class:`Steps`: ``first`` up to ``end``."""
+    """A demonstration's steps in :class:`Steps`: from ``first`` up to ``end``."""
 
     file: int
     name: str
@@ -57,22 +58,22 @@ class Steps:
     actions: torch.Tensor  # (N, 7) float32, environment's units
     proprio: torch.Tensor  # (N, P) float32, m and rad
     file_of_step: torch.Tensor  # (N,) int64
-    pushed_at: torch.Tensor  # (N,) int64, the first step from here on that was disturbed
+    next_push_step: torch.Tensor  # (N,) int64, first disturbed step from here on; large if none
 
 
 class BatchMemory:
-    """Memory for large batches, used again as soon as nobody holds the batch that lies in it.
+    """Memory for large batches, reused once no tensor refers to it.
 
-    The C library gives freed memory of this size back to the system, and to get it page by page
-    for the next batch takes longer than to fill it. A tensor made from an array keeps the array
-    alive, and so does every view of the tensor: memory whose array is gone is free.
+    The C library returns freed memory of this size to the system; getting it back page by page
+    takes longer than filling it. A tensor made from an array keeps the array alive, and so does
+    every view of the tensor: once the array is gone, its memory is free.
     """
 
     KEPT = 4  # the batch being made and the one in use, of two cameras each
-    SMALLEST = 2**20  # bytes; less is kept by the C library itself
+    SMALLEST = 2**20  # bytes; the C library itself keeps smaller blocks
 
     def __init__(self):
-        # the memory, and the array over it that went out as a tensor
+        # the memory, and the array over it that a tensor was made from
         self._kept: deque[tuple[np.ndarray, weakref.ref]] = deque()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -121,23 +122,22 @@ class FramesInMemory:
 
 
 class FramesOnDisk:
-    """Frames read when they are needed, straight from the files' pages, and resized then.
+    """Frames read from the mapped files, and resized, on each use.
 
-    An uncompressed, contiguous HDF5 data set is one run of bytes: the file that holds it, which a
-    link may lead to, is mapped, and a frame is a slice of it. The operating system keeps what is
-    used often and drops what is not. The files must stay as they are. A copy in another process
-    maps them anew.
+    An uncompressed, contiguous HDF5 data set is one run of bytes: its file, which may be the target
+    of a link, is mapped, and a frame is a slice of the map. The operating system caches frequently
+    used pages. The files must not change. A copy in another process maps them again.
 
-    Raises :class:`DemoFileError` for frames that are not one run of bytes, or not all of one
-    shape for a camera.
+    Raises :class:`DemoFileError` for frames in more than one run of bytes, or of several shapes
+    for one camera.
     """
 
     def __init__(self, files: Sequence[DemoFile], demos: Sequence[Demo], cameras: Sequence[str],
                  image_size: int):
         self.image_size, self.device = image_size, torch.device("cpu")
         self.paths: list[Path] = []
-        count = demos[-1].end
-        self.places = {camera: np.empty((count, 2), dtype=np.int64) for camera in cameras}
+        # of each step, the file and the offset of its frame
+        self.places = {camera: np.empty((demos[-1].end, 2), dtype=np.int64) for camera in cameras}
         self.shapes: dict[str, tuple] = {}
         for index, file in enumerate(files):
             with open_demo_file(file.path) as content:
@@ -146,7 +146,7 @@ class FramesOnDisk:
                         self._locate(file.path, demo, content[schema.DATA_GROUP][demo.name], camera)
         self._map()
 
-    def _locate(self, path: Path, demo: Demo, group, camera: str) -> None:
+    def _locate(self, path: Path, demo: Demo, group: h5py.Group, camera: str) -> None:
         dataset = group["obs"][camera]
         offset, shape = dataset.id.get_offset(), dataset.shape[1:]
         if offset is None:
@@ -169,7 +169,7 @@ class FramesOnDisk:
         self.maps = [np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in self.paths]
 
     def __getstate__(self) -> dict:
-        """Without the mappings, which would be pickled as copies of whole files."""
+        """Without the maps, which would be pickled as copies of whole files."""
         return {name: value for name, value in vars(self).items() if name != "maps"}
 
     def __setstate__(self, state: dict) -> None:
@@ -179,29 +179,25 @@ class FramesOnDisk:
     def pick(self, camera: str, steps: torch.Tensor,
              out: torch.Tensor | None = None) -> torch.Tensor:
         """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
-        shape = self.shapes[camera]
-        if shape == (self.image_size, self.image_size, 3):
-            return self._read(camera, steps, out)
-        resized = resize_frames(self._read(camera, steps), self.image_size)
-        return resized if out is None else out.copy_(resized)
-
-    def _read(self, camera: str, steps: torch.Tensor,
-              out: torch.Tensor | None = None) -> torch.Tensor:
-        shape, steps = self.shapes[camera], steps.numpy()
-        size = math.prod(shape)
-        if out is None:
-            out = torch.empty(len(steps), *shape, dtype=torch.uint8)
-        frames = out.flatten(1).numpy()
-        for row, (file, offset) in enumerate(self.places[camera][steps].tolist()):
+        shape, size = self.shapes[camera], math.prod(self.shapes[camera])
+        resized = shape != (self.image_size, self.image_size, 3)
+        stored = out
+        if resized or out is None:
+            stored = torch.empty(len(steps), *shape, dtype=torch.uint8)
+        frames = stored.flatten(1).numpy()
+        for row, (file, offset) in enumerate(self.places[camera][steps.numpy()].tolist()):
             frames[row] = self.maps[file][offset:offset + size]
-        return out
+        if not resized:
+            return stored
+        stored = resize_frames(stored, self.image_size)
+        return stored if out is None else out.copy_(stored)
 
 
 def resize_frames(images: torch.Tensor, size: int) -> torch.Tensor:
-    """What :func:`resize_images` gives, to the bit, three times as fast where sides are halved.
+    """:func:`resize_images` bit for bit, three times as fast where sides are halved or quartered.
 
-    The mean of 4 or 16 bytes is exact in its float arithmetic and in integers alike, and both
-    round a half to the even neighbour.
+    The mean of 4 or 16 bytes is exact in floats and in integers alike, and both round a half to
+    the even neighbour.
     """
     factor = images.shape[1] // size
     if images.shape[1:3] != (size * factor, size * factor) or factor not in (2, 4):
@@ -216,7 +212,7 @@ def resize_frames(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
-    """Check each file and settle its alignment; :class:`DemoFileError` for one not usable."""
+    """Check each file and resolve its alignment; :class:`DemoFileError` for an unusable one."""
     opened = []
     for path in files:
         check_demo_file(path)
@@ -230,9 +226,9 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
                image_size: int, storage: str = "ram") -> Steps:
     """Read the chosen demonstrations of each file.
 
-    The memory that the frames need is printed first. Raises ``MemoryError`` when they do not fit,
-    before any is read, ``ValueError`` for ``storage="gpu"`` without one, and
-    :class:`DemoFileError` for a file that can not be mapped with ``storage="mmap"``.
+    Prints the memory needed for the frames first. Raises ``MemoryError`` when they do not fit,
+    before reading any, ``ValueError`` for ``storage="gpu"`` without a GPU, and
+    :class:`DemoFileError` for a file that cannot be mapped with ``storage="mmap"``.
     """
     demos = _lay_out(files, chosen)
     count = demos[-1].end
@@ -242,20 +238,16 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
         mapped = sum(path.stat().st_size for path in frames.paths)
         print(f"frames need no memory of their own: {mapped / 2**20:,.1f} MiB of files are mapped")
     else:
-        device = _device(storage)
-        _refuse_too_much(count * image_size**2 * 3 * len(cameras), storage, device)
+        device = _reserve(count * image_size**2 * 3 * len(cameras), storage)
         images = {camera: torch.empty(count, image_size, image_size, 3, dtype=torch.uint8,
                                       device=device) for camera in cameras}
         frames = FramesInMemory(images)
     steps = Steps(
-        files=files,
-        demos=demos,
-        frames=frames,
+        files=files, demos=demos, frames=frames,
         actions=torch.empty(count, schema.ACTION_DIM),
         proprio=torch.empty(count, schema.PROPRIO_DIM),
         file_of_step=torch.empty(count, dtype=torch.int64),
-        pushed_at=torch.empty(count, dtype=torch.int64),
-    )
+        next_push_step=torch.empty(count, dtype=torch.int64))
     with tqdm(total=len(demos), desc="loading demonstrations", unit="demo") as progress:
         for index, file in enumerate(files):
             with open_demo_file(file.path) as content:
@@ -265,15 +257,12 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
     return steps
 
 
-def _device(storage: str) -> torch.device:
+def _reserve(needed: int, storage: str) -> torch.device:
+    """The frames' device; prints the bytes needed, ``MemoryError`` when they are not free."""
     if storage == "gpu" and not torch.cuda.is_available():
-        raise ValueError("storage='gpu' was asked for; PyTorch finds no CUDA GPU here. "
+        raise ValueError("storage='gpu' needs a CUDA GPU; PyTorch finds none here. "
                          "Expected 'ram' or 'mmap'")
-    return torch.device("cuda" if storage == "gpu" else "cpu")
-
-
-def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
-    """Print what the frames need; ``MemoryError`` when there is not that much."""
+    device = torch.device("cuda" if storage == "gpu" else "cpu")
     free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" else free_memory()
     print(f"frames need {needed / 2**20:,.1f} MiB of {free / 2**20:,.1f} MiB free ({storage})")
     if needed > (1 - _KEPT_FREE) * free:
@@ -282,10 +271,11 @@ def _refuse_too_much(needed: int, storage: str, device: torch.device) -> None:
             f"{100 * (1 - _KEPT_FREE):.0f} % of the {free / 2**20:,.1f} MiB free. Choose a smaller "
             "image_size, fewer demonstrations (max_demos_per_task), or storage="
             + ("'ram' or 'mmap'" if storage == "gpu" else "'mmap'"))
+    return device
 
 
 def _lay_out(files: list[DemoFile], chosen: list[list[str]]) -> list[Demo]:
-    """Give each chosen demonstration its place; a shift file loses one step to the pairing."""
+    """The place of each chosen demonstration; the pairing costs a shift file one step."""
     demos, first = [], 0
     for index, (file, names) in enumerate(zip(files, chosen, strict=True)):
         with open_demo_file(file.path) as content:
@@ -297,13 +287,13 @@ def _lay_out(files: list[DemoFile], chosen: list[list[str]]) -> list[Demo]:
     return demos
 
 
-def _fill(steps: Steps, demo: Demo, group, images: dict[str, torch.Tensor]) -> None:
+def _fill(steps: Steps, demo: Demo, group: h5py.Group, images: dict[str, torch.Tensor]) -> None:
     """Copy one demonstration, pairing obs[t] with actions[t] (raw) or actions[t+1] (shift)."""
     place, length = slice(demo.first, demo.end), demo.end - demo.first
     late = len(group["actions"]) - length
     steps.actions[place] = torch.from_numpy(group["actions"][late:].astype(np.float32))
     steps.file_of_step[place] = demo.file
-    steps.pushed_at[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
+    steps.next_push_step[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
     parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
     steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
     for camera, stored in images.items():
@@ -311,10 +301,10 @@ def _fill(steps: Steps, demo: Demo, group, images: dict[str, torch.Tensor]) -> N
         stored[place] = resize_frames(frames, stored.shape[1]).to(stored.device)
 
 
-def _next_push(group, first: int) -> np.ndarray:
-    """(T,) the first step from t on whose action was not the one executed; a large number if none.
+def _next_push(group: h5py.Group, first: int) -> np.ndarray:
+    """(T,) the first step from t on whose executed action is another; a large number if none.
 
-    Steps are counted from ``first``. Only this project's files push the arm about.
+    Steps are counted from ``first``. Only this project's files contain pushes.
     """
     pushed = np.full(len(group["actions"]), np.iinfo(np.int64).max)
     if schema.EXECUTED_ACTIONS in group:
