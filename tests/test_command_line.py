@@ -30,6 +30,7 @@ def test_every_command_has_help_with_the_settings_comments(capsys):
     first = re.findall(r"^  --(\S+) .*\(default: (.+)\)$", page.partition("╭")[0], re.M)
     assert [name.replace("-", "_") for name, _ in first] == list(COMMON) and len(COMMON) == 8
     assert dict(first)["epochs"] == "70" and dict(first)["task-ids"] == "2"
+    assert not {"--preset", "--keypoints"} & set(page.split())  # set by a command itself
     said = " ".join(page.replace("│", " ").split())
     assert "--latent-updates INT trm: n, updates of z before each update of y (default: 2)" \
         in said

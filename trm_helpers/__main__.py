@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, SuppressFixed
 
 from . import config as settings
 from . import paths, schema
@@ -71,7 +71,7 @@ class Train:
     """
 
     run_name: str  # folder under artifacts/
-    config: OmitArgPrefixes[Config]
+    config: OmitArgPrefixes[SuppressFixed[Config]]
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
@@ -105,7 +105,7 @@ class Search:
     """Search hyper-parameters into artifacts/RUN_NAME/search, as 05_search does."""
 
     run_name: str  # folder under artifacts/
-    config: OmitArgPrefixes[Config]
+    config: OmitArgPrefixes[SuppressFixed[Config]]
     export_sweep: str = ""  # only write a W&B sweep of the same trials to this YAML file
 
     def __call__(self) -> Result:

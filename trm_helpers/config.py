@@ -16,7 +16,9 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Fixed  # no option of a command
 
 from . import paths, schema
 from .schema import PROTOCOLS
@@ -146,8 +148,8 @@ class ModelConfig(_Part):
     cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE  # pixels
     image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: images centred on 0
-    keypoints: tuple[str, ...] = ()  # set by training with `scenes`: objects to locate
-    keypoint_tasks: int = 0  # set by training with `scenes`: tasks of the localizer
+    keypoints: Annotated[tuple[str, ...], Fixed] = ()  # set by training: objects to locate
+    keypoint_tasks: Annotated[int, Fixed] = 0  # set by training: the localizer's tasks
     proprioception: bool = False  # observe joint angles, finger positions, end effector
     conditioning: Literal[schema.CONDITIONING] = "none"  # task number or instruction
     num_tasks: int = 10  # size of the task embedding
@@ -295,7 +297,7 @@ class Config:
     Parts marked ``fixed`` cannot change when a run is resumed, except for :func:`local` settings.
     """
 
-    preset: str = "reference"
+    preset: Annotated[str, Fixed] = "reference"
     data: DataConfig = field(default_factory=DataConfig, metadata={"fixed": True})
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"fixed": True})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"fixed": True})
