@@ -357,7 +357,7 @@ def test_objects_that_the_robot_has_moved_stay_in_place(demonstration):
 
 
 def test_keypoints_need_the_agent_view():
-    with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them, which the localizer"):
+    with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them, which the"):
         from_flat("tiny", scenes=2, cameras=["eye_in_hand_rgb"])
     with pytest.raises(ValueError, match="image_size=66.*multiple of 4 with keypoints"):
         from_flat("tiny", keypoints=["plate_1"], image_size=66)
