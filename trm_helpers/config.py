@@ -34,6 +34,11 @@ _POSITIVE = {
     "search_num_recursions", "search_epochs", "search_replicates",
 }
 
+# A policy from elsewhere must not exhaust this machine
+_LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
+            "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
+            "keypoint_tasks": 1000, "chunk": 1024}
+
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
@@ -64,6 +69,8 @@ class _Part:
                 if isinstance(number, (int, float)):
                     in_range = number > 0 if name in _POSITIVE else number >= 0
                     self.require(name, in_range, "> 0" if name in _POSITIVE else ">= 0")
+                    largest = _LARGEST.get(name, math.inf)
+                    self.require(name, number <= largest, f"at most {largest}")
 
     def require(self, name: str, condition: bool, expected: str) -> None:
         _require(condition, name, getattr(self, name), expected)
