@@ -585,7 +585,7 @@ def test_perturbed_episodes_have_a_ledger_of_their_own(run):
     assert results == json.loads((folder / "results.json").read_text())
     assert [row["perturbation"] for row in read_jsonl(folder / "episodes.jsonl")] == ["delay_2"] * 2
     assert not (run / "episodes.jsonl").exists() and not (run / "results.json").exists()
-    with pytest.raises(ValueError, match="'no_instruction' cannot matter .* not told an instruct"):
+    with pytest.raises(ValueError, match="'no_instruction' cannot matter .* not conditioned on"):
         evaluate_run(run, EvalConfig(perturbation="no_instruction"))
 
 

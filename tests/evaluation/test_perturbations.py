@@ -168,7 +168,7 @@ def test_without_proprioception_the_network_gets_zeros():
     (seen,) = shown("no_proprioception", stats=stats)
     assert seen["gripper_states"].tolist() == [1.0, 8 / 7]
     assert np.isnan(seen["ee_ori"]).all() and seen["ee_states"].shape == (6,)
-    with pytest.raises(ValueError, match="switched off, and the policy has no proprio_stats"):
+    with pytest.raises(ValueError, match="the policy has no proprio_stats; expected means"):
         PerturbedPolicy(Looking(), "no_proprioception", ENV, KEY)
 
 
@@ -224,9 +224,9 @@ def test_perturbations_that_cannot_matter_are_told():
     unused = {name: why for name in PERTURBATIONS if (why := why_unused(name, blind))}
     assert unused == {
         "no_proprioception": "it has no proprioception",
-        "no_eye_in_hand": "it does not see through the wrist camera",
-        "wrong_instruction": "it is not told an instruction",
-        "no_instruction": "it is not told an instruction",
+        "no_eye_in_hand": "it has no wrist camera",
+        "wrong_instruction": "it is not conditioned on language",
+        "no_instruction": "it is not conditioned on language",
     }
     whole = ModelConfig(cameras=tuple(schema.CAMERAS), proprioception=True, conditioning="language")
     assert not any(why_unused(name, whole) for name in PERTURBATIONS)

@@ -27,9 +27,9 @@ from trm_helpers.training.runs import load_config
 
 CONFIG = EvalConfig(num_episodes=4, horizon=4, num_videos=0)
 UNUSED = {
-    "no_eye_in_hand": "it does not see through the wrist camera",
-    "wrong_instruction": "it is not told an instruction",
-    "no_instruction": "it is not told an instruction",
+    "no_eye_in_hand": "it has no wrist camera",
+    "wrong_instruction": "it is not conditioned on language",
+    "no_instruction": "it is not conditioned on language",
     "lan": "it is not conditioned on language, and nothing else is changed",
     "task": "it is not conditioned on language, and cannot know the goal",
 }
@@ -188,8 +188,7 @@ def test_a_card_as_a_table_and_notes(run):
     notes = card_notes(card)
     assert notes[0].startswith("With 4 episodes per policy") and "of 59 points" in notes[0]
     assert len(notes) == 1 + len(UNUSED) + 1
-    assert notes[1] == ("not used by this policy: wrist camera black: it does not see through the "
-                        "wrist camera")
+    assert notes[1] == "not used by this policy: wrist camera black: it has no wrist camera"
     assert notes[-1].startswith("could not be played: arm and gripper readings replaced by their ")
 
 

@@ -100,6 +100,12 @@ def test_an_episode_begins_in_the_benchmarks_order(env, monkeypatch):
     assert np.allclose(observation["joint_states"], states[7, 1:8], atol=0.05)
     assert np.array_equal(env.set_state(states[3])["joint_states"], states[3, 1:8])
 
+    calls.clear()
+    observation = env.reset(init_state=4)  # in the same model: only the layout is not sampled
+    assert calls == ["reset", ("state", states[4].tolist()), *[settle] * 10]
+    assert np.allclose(observation["joint_states"], states[4, 1:8], atol=0.05)
+    assert np.isclose(env.state()[0], states[4, 0] + 10 / schema.CONTROL_HZ)  # its time
+
 
 def test_reset_is_reproducible_and_leaves_numpys_generator_alone(env):
     np.random.seed(11)

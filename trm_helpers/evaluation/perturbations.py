@@ -1,7 +1,7 @@
-"""Light perturbations of an episode: what a policy sees, is told or sends, without other assets.
+"""Light perturbations of an episode: of observations, instruction or actions, without new assets.
 
-They stand between the policy and the simulator, so that any policy and any suite can have them.
-What is drawn is a function of the episode, not of the order in which things are read.
+They stand between the policy and the simulator, so that they apply to any policy and any suite.
+Random numbers are a function of the episode, not of the order in which entries are read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,28 +23,36 @@ if TYPE_CHECKING:
     from ..sim.env import LiberoEnv
     from .rollout import Policy
 
-SHIFT = 3 / 32  # of a picture's side: 12 of 128 pixels; the augmentation `shift` goes up to 8
+SHIFT = 3 / 32  # of an image's side: 12 of 128 pixels; the augmentation `shift` goes up to 8
 BRIGHTNESS = 0.4  # pixel values times 0.6 or 1.4; the augmentations stay within 0.8 and 1.2
 PIXEL_NOISE = 10.0  # grey levels of 255, standard deviation in each pixel and colour
-PROPRIO_NOISE = {  # standard deviation: rad of a joint and of a turn, m of a finger and a position
+PROPRIO_NOISE = {  # standard deviation: rad for joints and angles, m for fingers and positions
     "joint_states": 0.01,
     "gripper_states": 0.001,
     "ee_pos": 0.005,
     "ee_ori": 0.01,
     "ee_states": (0.005, 0.005, 0.005, 0.01, 0.01, 0.01),
 }
-DELAYS = (1, 2)  # control steps, of 0.05 s each
+DELAYS = (1, 2)  # control steps of 0.05 s
 
-# of an observation's entry: (its reader, the step) -> its value
+# for an entry of an observation: (its reader, the step) -> its value
 Replacement = Callable[[Callable[[], Any], int], Any]
+
+
+class Case(NamedTuple):
+    """The episode that a perturbation applies to; ``key`` identifies it."""
+
+    policy: Policy
+    env: LiberoEnv
+    key: tuple
 
 
 @dataclass(frozen=True)
 class Perturbation:
     """One of :data:`PERTURBATIONS`.
 
-    ``changes`` gives, for an episode, the entries of observations that are replaced. ``needs`` is
-    what a policy must have for it to matter: a camera, ``proprioception``, ``language``.
+    ``changes`` returns the replaced entries of an episode's observations. ``needs`` is what a
+    policy must have for it to matter: a camera, ``proprioception``, ``language``.
     """
 
     title: str
@@ -53,18 +61,8 @@ class Perturbation:
     delay: int = 0  # control steps
 
 
-class Case:
-    """An episode, and what its perturbation may depend on."""
-
-    def __init__(self, policy: Policy, env: LiberoEnv, key: tuple):
-        self.policy, self.env, self.key = policy, env, key
-
-    def draws(self, *what) -> np.random.Generator:
-        return draws(self.key, *what)
-
-
-def draws(key: tuple, *what) -> np.random.Generator:
-    """The generator for ``what``, and for nothing else, in the episode of ``key``."""
+def generator_of(key: tuple, *what) -> np.random.Generator:
+    """The generator for ``what``, and nothing else, in the episode of ``key``."""
     return np.random.default_rng(zlib.crc32(repr((*key, *what)).encode()))
 
 
@@ -72,15 +70,15 @@ class PerturbedPolicy:
     """A policy behind a perturbation, with the same two calls.
 
     Entries of an observation are replaced when the policy reads them: a frame that it does not read
-    is not drawn.
+    is not rendered.
 
     Args:
         name: in :data:`PERTURBATIONS`.
-        env: where the episode takes place.
-        key: of the episode. The same one gives the same perturbation.
+        env: of the episode.
+        key: of the episode; the same key gives the same perturbation.
 
     Raises:
-        ValueError: proprioception is to be switched off and the policy knows no means.
+        ValueError: proprioception is to be removed from a policy without ``proprio_stats``.
     """
 
     def __init__(self, policy: Policy, name: str, env: LiberoEnv, key: tuple):
@@ -90,25 +88,24 @@ class PerturbedPolicy:
 
     def reset(self) -> None:
         self.step = 0
-        self.under_way = deque([np.array(schema.NO_OP)] * self.delay)
+        self.pending = deque([np.array(schema.NO_OP)] * self.delay)
         self.policy.reset()
 
     def act(self, observation: Mapping) -> np.ndarray:
-        action = self.policy.act(PerturbedObservation(observation, self.changes, self.step))
+        self.pending.append(
+            self.policy.act(PerturbedObservation(observation, self.changes, self.step)))
         self.step += 1
-        self.under_way.append(action)
-        return self.under_way.popleft()
+        return self.pending.popleft()
 
     def __getattr__(self, name: str):
-        # what else a policy tells of itself; not how it is copied, and of a copy that is still
-        # being made there is no policy
+        # the policy's other attributes, but not how it is copied: a copy has no policy at first
         if name.startswith("__") or "policy" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
         return getattr(self.policy, name)
 
 
 class PerturbedObservation(Mapping):
-    """An observation of which some entries are replaced, each when it is first read."""
+    """An observation with replaced entries, each computed when it is first read."""
 
     def __init__(self, original: Mapping, changes: dict[str, Replacement], step: int):
         self._original, self._changes, self._step = original, changes, step
@@ -130,20 +127,20 @@ class PerturbedObservation(Mapping):
 
 
 def why_unused(name: str, model: ModelConfig) -> str:
-    """Why a perturbation cannot matter for a policy; empty where it can."""
+    """Why a perturbation cannot matter for a policy; empty if it can."""
     needs = PERTURBATIONS[name].needs
     if needs in schema.CAMERAS and needs not in model.cameras:
-        return f"it does not see through the {schema.CAMERA_TITLES[needs]}"
+        return f"it has no {schema.CAMERA_TITLES[needs]}"
     if needs == "proprioception" and not model.proprioception:
         return "it has no proprioception"
     if needs == "language" and model.conditioning != "language":
-        return "it is not told an instruction"
+        return "it is not conditioned on language"
     return ""
 
 
-# --- what is seen --------------------------------------------------------------------------------
+# --- observations --------------------------------------------------------------------------------
 def shift_image(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """An image (H, W, C) moved by so many pixels; what comes in is the edge, repeated."""
+    """An image (H, W, C) shifted by whole pixels; its edge is repeated."""
     rows, columns = (np.clip(np.arange(size) - by, 0, size - 1)
                      for size, by in zip(image.shape, (down, right), strict=False))
     return image[rows][:, columns]
@@ -154,10 +151,10 @@ def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     return np.clip(np.rint(image * factor), 0, 255).astype(np.uint8)
 
 
-# the functions that replace are the module's, so that a perturbed policy can be copied and pickled
+# replacements are functions of the module, so that a perturbed policy can be copied and pickled
 def _shifted(case: Case) -> dict[str, Replacement]:
-    """Each camera on its own, along a diagonal of the picture that stays for the episode."""
-    return {camera: functools.partial(_shift, case.draws(camera).choice((-1, 1), size=2))
+    """Each camera's image along one of its diagonals, the same for the whole episode."""
+    return {camera: functools.partial(_shift, generator_of(case.key, camera).choice((-1, 1), 2))
             for camera in schema.CAMERAS}
 
 
@@ -167,8 +164,8 @@ def _shift(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
 
 
 def _lit_otherwise(case: Case) -> dict[str, Replacement]:
-    """Darker or brighter, both cameras alike, for the episode."""
-    factor = 1 + case.draws("light").choice((-1, 1)) * BRIGHTNESS
+    """Darker or brighter, the same for both cameras and the whole episode."""
+    factor = 1 + generator_of(case.key, "light").choice((-1, 1)) * BRIGHTNESS
     return dict.fromkeys(schema.CAMERAS, functools.partial(_light, factor))
 
 
@@ -183,7 +180,7 @@ def _noisy(case: Case) -> dict[str, Replacement]:
 
 
 def _add_noise(episode: tuple, key: str, read: Callable, step: int) -> np.ndarray:
-    value, generator = read(), draws(episode, key, step)
+    value, generator = read(), generator_of(episode, key, step)
     if key in schema.CAMERAS:
         noisy = value + generator.normal(0, PIXEL_NOISE, value.shape)
         return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
@@ -200,14 +197,11 @@ def _without_camera(camera: str, case: Case) -> dict[str, Replacement]:
 
 
 def _without_proprioception(case: Case) -> dict[str, Replacement]:
-    """Every reading is the mean of the policy's training data, 0 once it is normalised.
-
-    Readings that it was not trained on have no such mean: they become NaN.
-    """
+    """The mean of the policy's training data, 0 once normalised; NaN where it has no such mean."""
     stats = getattr(case.policy, "proprio_stats", None)
     if stats is None:
-        raise ValueError("proprioception is to be switched off, and the policy has no "
-                         "proprio_stats: it knows no means to put in its place")
+        raise ValueError("the policy has no proprio_stats; expected means to put in the place of "
+                         "proprioception")
     values = {key: np.full(width, np.nan) for key, width in schema.LOW_DIM.items()}
     first = 0
     for key in schema.PROPRIO_KEYS:
@@ -216,20 +210,19 @@ def _without_proprioception(case: Case) -> dict[str, Replacement]:
     return {key: functools.partial(_constant, value) for key, value in values.items()}
 
 
-# --- what is told --------------------------------------------------------------------------------
-def _told_another(case: Case) -> dict[str, Replacement]:
+# --- instruction ---------------------------------------------------------------------------------
+def _another_instruction(case: Case) -> dict[str, Replacement]:
     """The instruction of another task of the suite, the same for the whole episode."""
     from ..sim.env import load_task
 
     task = case.env.task
-    others = [load_task(task.suite, task_id).language
-              for task_id in range(schema.SUITES[task.suite])]
-    others = sorted(set(others) - {task.language})
-    told = str(case.draws("instruction").choice(others))
-    return {"language": functools.partial(_constant, told)}
+    suite = {load_task(task.suite, task_id).language
+             for task_id in range(schema.SUITES[task.suite])}
+    other = generator_of(case.key, "instruction").choice(sorted(suite - {task.language}))
+    return {"language": functools.partial(_constant, str(other))}
 
 
-def _told_nothing(case: Case) -> dict[str, Replacement]:
+def _no_instruction(case: Case) -> dict[str, Replacement]:
     return {"language": functools.partial(_constant, "")}
 
 
@@ -247,8 +240,7 @@ PERTURBATIONS = {
     **{f"no_{camera.removesuffix('_rgb')}": Perturbation(
         f"{title} black", functools.partial(_without_camera, camera), needs=camera)
        for camera, title in schema.CAMERA_TITLES.items()},
-    "wrong_instruction": Perturbation("another task's instruction", _told_another,
+    "wrong_instruction": Perturbation("another task's instruction", _another_instruction,
                                       needs="language"),
-    "no_instruction": Perturbation("empty instruction", _told_nothing,
-                                   needs="language"),
+    "no_instruction": Perturbation("empty instruction", _no_instruction, needs="language"),
 }

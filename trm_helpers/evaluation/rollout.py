@@ -17,19 +17,19 @@ from ..sim.render import upright
 from ..visuals.films import FPS, caption_frame, draw_path, enlarge, intended_path, write_video
 
 PHASES = ("reach", "grasp", "carry", "place")
-_GRASPING = 8  # steps, from the command to close the gripper on
-_LIFTED = 0.02  # metres above where it rested at the start
+_GRASPING = 8  # steps that a grasp takes, from the command to close the gripper
+_LIFTED = 0.02  # metres above an object's height at the start
 _SCALE = 3  # of frames in films
-# of the machine, also while a policy decides; all else that a policy raises is its own failure
+# raised while a policy decides, too; any other error that a policy raises is its own failure
 _MACHINE_FAULTS = (SimulatorError, OSError, MemoryError)
 
 
 class Policy(Protocol):
     """All that evaluation knows of a policy.
 
-    Films show more of a policy that has ``last_recursions``, the number of recursions of its last
-    decision, or ``last_chunk`` (K, 7), all the actions it predicted then, of which it executes
-    ``execution_horizon``.
+    Films also show ``last_recursions``, the number of recursions of the last decision, and
+    ``last_chunk`` (K, 7), the actions it predicted, of which ``execution_horizon`` are executed, if
+    a policy has them.
     """
 
     def reset(self) -> None:
@@ -44,23 +44,23 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
                 placement: str = "benchmark") -> dict:
     """One episode; ends with success, at the horizon, or when the policy fails.
 
-    A policy that raises or returns anything but seven finite numbers has failed the episode. What
-    the machine is to blame for (the simulator, its memory, its disks) is raised.
+    A policy that raises or returns anything but seven finite numbers has failed the episode. Faults
+    of the machine (the simulator, its memory, its disks) are raised.
 
     Args:
-        init_state: an official one; ``None`` draws a placement.
+        init_state: an official one; ``None`` samples a placement.
         horizon: steps allowed; 0 takes the suite's.
-        watch: called with every observation and the number of steps made: when the policy has
-            decided and before the arm moves, and once more at the end.
-        seed, placement: of that draw, see :func:`layouts.reset`.
+        watch: called with each observation and the number of executed steps, after the policy's
+            decision and before the arm moves, and once more at the end.
+        seed, placement: of a sampled placement, see :func:`layouts.reset`.
 
     Returns:
         the episode's row: suite, task_id, init_state, seed, placement, success, steps, return,
         horizon, seconds, action_ms and max_action_ms (time per call of the policy, mean and
-        largest, without drawing the frames it asks for), ``lifted`` (the objects that rose by 2 cm,
-        in that order), ``goal_objects``, and where the policy tells its recursions their mean over
-        the steps, of the whole episode and of each of its :func:`phases`; ``policy_error`` where
-        the policy failed.
+        largest, without rendering), ``lifted`` (the objects that rose by 2 cm, in that order),
+        ``goal_objects``; the mean of the policy's ``last_recursions`` over the steps, as
+        ``mean_recursions`` and by :func:`phases` as ``recursions_by_phase``; and ``policy_error``
+        if the policy failed.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()
@@ -102,7 +102,7 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
 
 
 def _ask(call: Callable, *given) -> tuple[Any, str]:
-    """What a policy answers, or how it failed; faults of the machine are raised."""
+    """What a policy returns, or how it failed; faults of the machine are raised."""
     try:
         return call(*given), ""
     except (Exception, SystemExit) as error:
@@ -112,10 +112,10 @@ def _ask(call: Callable, *given) -> tuple[Any, str]:
 
 
 def phases(closed: Sequence[bool]) -> list[str]:
-    """One of :data:`PHASES` for each step, from whether the gripper was told to be closed.
+    """One of :data:`PHASES` per step, from whether the command closes the gripper.
 
-    ``reach`` until it closes first, ``grasp`` for 8 steps from each closing on, ``carry`` while it
-    then stays closed, ``place`` from when it has opened again.
+    ``reach`` until it first closes, ``grasp`` for 8 steps from each closing, ``carry`` while it
+    then stays closed, ``place`` after it has opened again.
     """
     named, steps, ever = [], 0, False  # steps for which it has been closed
     for now in closed:
@@ -131,16 +131,15 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
                    horizon: int = 0) -> tuple[dict, np.ndarray]:
     """:func:`run_episode` with a film: both cameras, upright, with task, step and outcome.
 
-    A policy that predicts chunks has the rest of its chunk drawn as dots, one for each step: where
-    the arm would go, orange until the next look and blue after it. Its recursions are in the
-    caption.
+    The rest of a policy's chunk is drawn as dots where the arm would go, one per step, orange until
+    the next decision and blue after it. The caption has the policy's recursions.
 
     Args:
         path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
 
     Returns:
-        the episode's row, with the film's path as ``video``, or why there is none as
-        ``video_error``: filming never costs an episode; the agent view (steps + 1, H, W, 3),
+        the episode's row, with the film's path as ``video`` or the reason why there is none as
+        ``video_error``: filming never costs an episode; and the agent view (steps + 1, H, W, 3),
         upright, without dots, as far as it was filmed.
     """
     film = _Film(policy, env)
@@ -158,7 +157,7 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
 
 
 class _Film:
-    """What an episode looked like, kept small: frames are enlarged one at a time at the end."""
+    """An episode's frames, kept small: they are enlarged one at a time at the end."""
 
     def __init__(self, policy: Policy, env: LiberoEnv):
         self.policy, self.env = policy, env
@@ -190,17 +189,17 @@ class _Film:
 
     def frames(self, horizon: int, outcome: str):
         last = len(self.views) - 1
-        for step in [*range(last + 1), *[last] * FPS]:  # the end stands for a second
-            pictures = [enlarge(view, _SCALE) for view in self.views[step]]
+        for step in [*range(last + 1), *[last] * FPS]:  # the last frame stays for a second
+            images = [enlarge(view, _SCALE) for view in self.views[step]]
             pixels, executed = self.paths[step]
             if step < last:  # after it nothing is predicted
-                pictures = [draw_path(picture, _SCALE * points, executed)
-                            for picture, points in zip(pictures, pixels, strict=False)] or pictures
+                images = [draw_path(image, _SCALE * points, executed)
+                          for image, points in zip(images, pixels, strict=False)] or images
             used = self.recursions[step]
-            yield caption_frame(np.concatenate(pictures, axis=1), [
+            yield caption_frame(np.concatenate(images, axis=1), [
                 self.env.task.language,
                 " | ".join(schema.CAMERA_TITLES.values())
-                + (" | dots: where it means to go" if pixels else ""),
+                + (" | dots: predicted path" if pixels else ""),
                 f"step {step:3} of {horizon}"
                 + ("" if used is None else f"  recursions {used:2}")
                 + (f"  {outcome}" if step == last else ""),
