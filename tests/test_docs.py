@@ -1,6 +1,7 @@
 """What the pages say to type is accepted by the real parsers; their links and paths exist."""
 
 import argparse
+import ast
 import re
 import runpy
 import shlex
@@ -21,13 +22,16 @@ PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data" / "R
                 ROOT / "artifacts" / "README.md", *(ROOT / "docs").glob("*.md"),
                 *(ROOT / "pretrained").glob("*/*.md")})
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
+INDENTED = re.compile(r"(?:^    .*\S.*\n)+", re.MULTILINE)
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^(?:make|papermill|%run|torchrun|python|wandb)\b")
 OTHERS = ("git ", "cd ", "cp ", "export ", "source ", "%cd ", "dask ", "ssh ")  # of the system
 PATH = re.compile(r"(?:trm_helpers|tests|notebooks|benchmarks|docs|pretrained)/[\w./-]*\w")
 MAKES = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
 def name(page: Path) -> str:
@@ -39,22 +43,24 @@ def each_page(test):
 
 
 def commands(page: Path) -> list[str]:
-    """Commands of a page, in blocks and in the text, without prompt and environment's folder."""
+    """Commands of a page or of a script's docstring, without the environment's folder."""
     text, found = page.read_text(), []
+    if page.suffix == ".py":
+        text = (ast.get_docstring(ast.parse(text), clean=True) or "") + "\n"
     blocks = [block for language, block in FENCE.findall(text) if language in ("", "bash")]
     text = FENCE.sub("", text)
     blocks += [re.sub("^    ", "", block, flags=re.MULTILINE) for block in INDENTED.findall(text)]
     for block in blocks:
         found += block.replace("\\\n", " ").splitlines()
     found += [" ".join(span.split()) for span in SPAN.findall(INDENTED.sub("", text))]
-    found = [re.sub(r"(?<!\w)\.venv/bin/", "", part).removeprefix("!").split("#")[0].strip()
+    found = [re.sub(r"^\s*(?:\.venv|build/peers)/bin/", "", part).removeprefix("!").split("#")[0].strip()
              for line in found for part in line.split("&&")]
     found = [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command) for command in found]
     return [command for command in dict.fromkeys(found) if COMMAND.match(command)]
 
 
 EVERY = [pytest.param(command, id=f"{page.stem}: {command}")
-         for page in PAGES for command in commands(page)]
+         for page in [*PAGES, *SCRIPTS] for command in commands(page)]
 
 
 def test_commands_are_found_in_blocks_and_in_the_text():
