@@ -53,8 +53,9 @@ def commands(page: Path) -> list[str]:
     for block in blocks:
         found += block.replace("\\\n", " ").splitlines()
     found += [" ".join(span.split()) for span in SPAN.findall(INDENTED.sub("", text))]
-    found = [re.sub(r"^\s*(?:\.venv|build/peers)/bin/", "", part).removeprefix("!").split("#")[0].strip()
+    found = [part.split("#")[0].strip().removeprefix("!")
              for line in found for part in line.split("&&")]
+    found = [re.sub(r"^(?:\.venv|build/peers)/bin/", "", command) for command in found]
     found = [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command) for command in found]
     return [command for command in dict.fromkeys(found) if COMMAND.match(command)]
 
@@ -138,6 +139,9 @@ def accepted_by_papermill(arguments: list[str]) -> None:
 def accepted_by_a_script(words: list[str], monkeypatch) -> None:
     script, parse_args = ROOT / words[0], argparse.ArgumentParser.parse_args
     assert script.exists()
+    if "ArgumentParser" not in script.read_text():
+        assert not words[1:], f"{words[0]} takes no arguments"
+        return
 
     def parsed(self, *arguments, **settings):
         raise Parsed(parse_args(self, *arguments, **settings))
