@@ -1,8 +1,10 @@
 """Tracking by W&B: what is logged, and that nothing of it delays or ends a training."""
 
 import json
+import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +98,18 @@ def test_disabled_starts_nothing(small_run, seen, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert small_run("b", wandb_mode="online").fit()
     assert not seen() and Tracker("online", {}).process is None
+
+
+def test_the_process_runs_the_package_of_its_trainer(monkeypatch, capsys):
+    def popen(command, env, **_):
+        home = Path(env["PYTHONPATH"].split(os.pathsep)[0])
+        module = home / f"{command[-1].replace('.', os.sep)}.py"
+        raise OSError("found" if module.samefile(tracking.__file__) else "another package")
+
+    monkeypatch.setattr(tracking.subprocess, "Popen", popen)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    Tracker("offline", {}).close()
+    assert capsys.readouterr().out == "W&B is off: found\n"
 
 
 def test_without_a_network_it_logs_offline_and_says_so(small_run, seen, monkeypatch, capfd):

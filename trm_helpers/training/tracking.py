@@ -36,7 +36,7 @@ class Tracker:
         mode = allowed_mode(mode)
         if mode == "disabled":
             return
-        home = str(Path(__file__).resolve().parent.parent)
+        home = str(Path(__file__).resolve().parents[2])  # the folder of the package
         path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
         try:  # a new session: Ctrl-C in the terminal reaches the trainer only
             self.process = subprocess.Popen(
