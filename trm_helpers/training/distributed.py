@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -61,14 +60,11 @@ class Team:
         return value
 
     def loss_weight(self, count: torch.Tensor) -> torch.Tensor:
-        """Factor of this process's mean, which was taken over ``count`` valid actions.
-
-        The mean of the weighted means is the mean over the whole batch's valid actions.
-        """
+        """Weight of this process's mean over ``count`` actions in the mean over the batch."""
         return count * self.size / self.sum(count).clamp(min=1)
 
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def average_gradients(self, module: torch.nn.Module) -> None:
         if self.size > 1:
-            for parameter in parameters:
+            for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.sum(parameter.grad) / self.size

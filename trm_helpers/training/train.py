@@ -222,7 +222,7 @@ class BehaviorCloningTrainer:
         """One update; returns objective, gradient norm before clipping and final answer's loss."""
         share = self.team.loss_weight(batch["mask"].sum())
         objective, parts = self._backward(batch, share)
-        self.team.average_gradients(self.policy.parameters())
+        self.team.average_gradients(self.policy)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), GRAD_CLIP)
         self.scaler.step(self.optimizer)
