@@ -1,4 +1,4 @@
-"""Images before they reach the policy: resizing, and per-sample augmentation on their device."""
+"""Image preprocessing for the policy: resizing, and per-sample augmentation on any device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import schema
 BRIGHTNESS = (0.8, 1.2)
 BRIGHTNESS_PROBABILITY = 0.5
 COLOUR_PROBABILITY = 0.5
-HUE = math.pi / 3  # either way: red up to yellow or magenta, and never to green or blue
+HUE = math.pi / 3  # either way: red becomes at most yellow or magenta, never green or blue
 SATURATION = (0.5, 1.5)
 CROP_FRACTION = 0.9  # of the side
 CROP_PROBABILITY = 0.3
@@ -24,15 +24,13 @@ CUTOUT_FRACTION = (0.2, 0.6)  # of the side
 def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
     """Resize uint8 images (N, H, W, 3) to (N, size, size, 3), by area averaging.
 
-    A pixel becomes the mean of the pixels it covers, rounded to the nearest. Images that already
-    have the size are returned as they are. Training and control both use this function. Raises
-    ``ValueError`` for another shape or type.
+    A pixel becomes the mean of the pixels it covers, rounded to the nearest integer. Images of that
+    size are returned unchanged. Training and control share this function. Raises ``ValueError`` for
+    another shape or type.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)} and type {images.dtype}; "
-            "expected (N, H, W, 3) and torch.uint8"
-        )
+        raise ValueError(f"images have shape {tuple(images.shape)} and type {images.dtype}; "
+                         "expected (N, H, W, 3) and torch.uint8")
     if size < 1:
         raise ValueError(f"size={size} is not valid; expected >= 1")
     if tuple(images.shape[1:3]) == (size, size):
@@ -42,48 +40,45 @@ def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
     return resized.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def augment_images(
-    images: torch.Tensor, mode: str, generator: torch.Generator
-) -> torch.Tensor:
+def augment_images(images: torch.Tensor, mode: str, generator: torch.Generator) -> torch.Tensor:
     """Augment float images (B, ..., H, W, 3) in [0, 1]; same shape, range and device.
 
-    Each of the B samples gets its own draws, shared by all its frames (the dimensions ``...``, such
-    as T). Call once per camera for draws that are independent between cameras. The draws are made
-    on the generator's device, so that a CPU generator gives the same ones whatever the images'.
+    Each of the B samples has its own random numbers, shared by all its frames (the dimensions
+    ``...``, such as T). Call once per camera for independent numbers. They are sampled on the
+    generator's device: a CPU generator gives the same ones for images on any device.
 
-    ``none`` returns the images. ``brightness`` multiplies by a number in [0.8, 1.2] with
-    probability 0.5. ``colour`` does and, with probability 0.5, turns all hues by one angle of up to
-    60 degrees and multiplies their saturation by a number in [0.5, 1.5]. ``reference`` changes
-    brightness and, with probability 0.3, enlarges a random crop of 90 % of each side to the full
-    size. ``shift`` has the same brightness and, in place of the crop, a random shift by whole
-    pixels up to 1/16 of the side with the edge repeated (DrQ, arXiv 2004.13649). ``cutout`` is
-    ``shift``, and with probability 0.5 a rectangle of one colour, all at random, covers part of it
-    (RAD, arXiv 2004.14990): something else may stand there. Raises ``ValueError`` for another mode,
-    shape or type.
+    - ``none`` returns the images.
+    - ``brightness`` multiplies by a number in [0.8, 1.2] with probability 0.5.
+    - ``colour`` is ``brightness``, and with probability 0.5 a rotation of all hues by one angle of
+      up to 60 degrees and a saturation multiplied by a number in [0.5, 1.5].
+    - ``reference`` is ``brightness``, and with probability 0.3 a random crop of 90 % of each side,
+      enlarged to the full size.
+    - ``shift`` is ``brightness`` and a random shift by whole pixels, up to 1/16 of the side, with
+      the edge repeated (DrQ, arXiv 2004.13649).
+    - ``cutout`` is ``shift``, and with probability 0.5 a random rectangle of a random colour (RAD,
+      arXiv 2004.14990).
+
+    Raises ``ValueError`` for another mode, shape or type.
     """
     schema.check_option("mode", mode, schema.AUGMENTATIONS)
     if not images.is_floating_point() or images.ndim < 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)} and type {images.dtype}; "
-            "expected (B, ..., H, W, 3) and a floating type"
-        )
+        raise ValueError(f"images have shape {tuple(images.shape)} and type {images.dtype}; "
+                         "expected (B, ..., H, W, 3) and a floating type")
     if mode == "none":
         return images
     frames = images.reshape(len(images), -1, *images.shape[-3:])  # (B, T, H, W, 3)
-    frames = _change_brightness(frames, generator)
-    if mode == "brightness":
-        return frames.reshape(images.shape)
-    if mode == "colour":
-        return _change_colours(frames, generator).reshape(images.shape)
-    frames = _crop(frames, generator) if mode == "reference" else _shift(frames, generator)
-    if mode == "cutout":
-        frames = _cut_out(frames, generator)
+    steps = {"brightness": [], "colour": [_change_colours], "reference": [_crop],
+             "shift": [_shift], "cutout": [_shift, _cut_out]}
+    for change in (_change_brightness, *steps[mode]):
+        frames = change(frames, generator)
     return frames.reshape(images.shape)
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
-    draws = torch.rand(count, generator=generator, device=generator.device)
-    return low + (high - low) * draws
+    return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
+
+
+# The functions below augment frames (B, T, H, W, 3).
 
 
 def _change_brightness(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -94,7 +89,7 @@ def _change_brightness(frames: torch.Tensor, generator: torch.Generator) -> torc
 
 
 def _change_colours(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn and stretch some samples' colours about the grey axis; grey stays as it is."""
+    """Rotate and stretch some samples' colours about the grey axis; grey is unchanged."""
     chosen = _uniform(len(frames), 0, 1, generator) < COLOUR_PROBABILITY
     angle = _uniform(len(frames), -HUE, HUE, generator).view(-1, 1, 1)
     saturation = _uniform(len(frames), *SATURATION, generator).view(-1, 1, 1)
@@ -107,12 +102,12 @@ def _change_colours(frames: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Enlarge a random crop of some samples, bilinearly; changes ``frames`` (B, T, H, W, 3)."""
+    """Enlarge a random crop of some samples, bilinearly, in place."""
     chosen = _uniform(len(frames), 0, 1, generator) < CROP_PROBABILITY
     room = 1 - CROP_FRACTION  # how far the crop's centre can go, in units of half a side
     centre_x = _uniform(len(frames), -room, room, generator)
     centre_y = _uniform(len(frames), -room, room, generator)
-    rows = chosen.nonzero().squeeze(1)  # drawn on the CPU as a rule: no wait for the GPU
+    rows = chosen.nonzero().squeeze(1)  # usually on the CPU: no wait for the GPU
     if len(rows) == 0:
         return frames
     affine = torch.zeros(len(rows), 2, 3, device=rows.device)
@@ -128,7 +123,7 @@ def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _shift(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Move each sample by whole pixels, repeating the edge; ``frames`` is (B, T, H, W, 3)."""
+    """Move each sample by whole pixels, repeating the edge."""
     batch, time, height, width, _ = frames.shape
     rows = _shifted_positions(batch, height, generator).to(frames.device)  # (B, H)
     columns = _shifted_positions(batch, width, generator).to(frames.device)  # (B, W)
@@ -139,25 +134,24 @@ def _shift(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _shifted_positions(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """(batch, size): where each row (or column) of a shifted image is read from."""
+    """(batch, size): the row (or column) of the image read for each one of the shifted image."""
     furthest = max(1, round(SHIFT_FRACTION * size))
-    offset = torch.randint(
-        -furthest, furthest + 1, (batch, 1), generator=generator, device=generator.device
-    )
+    offset = torch.randint(-furthest, furthest + 1, (batch, 1), generator=generator,
+                           device=generator.device)
     return (torch.arange(size, device=generator.device) + offset).clamp(0, size - 1)
 
 
 def _cut_out(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cover a rectangle of some samples with a colour; ``frames`` is (B, T, H, W, 3)."""
+    """Cover a rectangle of some samples with a colour."""
     chosen = _uniform(len(frames), 0, 1, generator) < CUTOUT_PROBABILITY
-    rows, columns = (_around_a_place(len(frames), size, generator) for size in frames.shape[2:4])
+    rows, columns = (_random_interval(len(frames), size, generator) for size in frames.shape[2:4])
     covered = chosen.view(-1, 1, 1) & rows.unsqueeze(2) & columns.unsqueeze(1)  # (B, H, W)
     colour = torch.rand(len(frames), 1, 1, 1, 3, generator=generator, device=generator.device)
     return torch.where(covered[:, None, ..., None].to(frames.device), colour.to(frames), frames)
 
 
-def _around_a_place(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """(batch, size), bool: what a stretch at a random place covers of a side."""
+def _random_interval(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """(batch, size), bool: the pixels of a side inside a random interval."""
     middle = _uniform(batch, 0, size, generator)
     reach = _uniform(batch, *CUTOUT_FRACTION, generator) * size / 2
     pixel = torch.arange(size, device=generator.device) + 0.5

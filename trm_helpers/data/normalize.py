@@ -17,9 +17,9 @@ class ActionNormalizer:
     """Affine scaling of the six arm dimensions; the gripper, -1 or +1, is left as it is.
 
     ``zscore`` maps ``a`` to ``(a - mean) / (std + 1e-6)``, ``minmax`` maps the fitted range to
-    [-1, 1], ``none`` changes nothing. A dimension that never varied in the fitted actions would be
-    divided by (almost) nothing: it becomes 0 whatever its value, and comes back as the constant it
-    was, so that neither an unseen value nor a prediction is blown up.
+    [-1, 1], ``none`` is the identity. A dimension that is constant in the fitted actions, whose
+    scale is (almost) 0, always normalises to 0 and denormalises to the constant, so that neither an
+    unseen value nor a prediction is magnified.
     """
 
     def __init__(self, mode: str = "zscore"):
@@ -32,7 +32,7 @@ class ActionNormalizer:
     def fit(self, actions) -> ActionNormalizer:
         """Fit to actions (..., 7), a tensor or an array; returns itself."""
         arm = np.asarray(actions, dtype=np.float64).reshape(-1, schema.ACTION_DIM)
-        arm = arm[:, : schema.ARM_DIM]
+        arm = arm[:, :schema.ARM_DIM]
         if len(arm) == 0:
             raise ValueError("actions is empty; expected at least one action to fit to")
         low, high = arm.min(axis=0), arm.max(axis=0)
@@ -62,13 +62,11 @@ class ActionNormalizer:
         if self.offset is None:
             raise ValueError(f"the {self.mode} normaliser has no statistics; call fit first")
         if actions.shape[-1:] != (schema.ACTION_DIM,) or "float" not in str(actions.dtype):
-            raise ValueError(
-                f"actions have shape {tuple(actions.shape)} and type {actions.dtype}; "
-                "expected (..., 7) and a floating type"
-            )
+            raise ValueError(f"actions have shape {tuple(actions.shape)} and type {actions.dtype}; "
+                             "expected (..., 7) and a floating type")
 
     def to_dict(self) -> dict:
-        """``mode``, ``offset`` and ``scale`` (six floats each): all of it, as JSON holds it."""
+        """The complete state for JSON: ``mode``, ``offset`` and ``scale`` (six floats each)."""
         return {"mode": self.mode, "offset": self.offset, "scale": self.scale}
 
     @classmethod
@@ -81,7 +79,7 @@ class ActionNormalizer:
 
 
 def _finite(name: str, values, count: int) -> list[float]:
-    """``values`` of a file; ``ValueError`` unless they are ``count`` finite numbers."""
+    """``values`` from a file; ``ValueError`` unless they are ``count`` finite numbers."""
     if not isinstance(values, list) or len(values) != count or not all(
             isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise ValueError(f"{name}={str(values)[:80]} is not valid; expected {count} finite numbers")
@@ -98,7 +96,7 @@ def _row(arm: list[float], gripper: float, like):
 def fit_proprio(proprio: torch.Tensor) -> dict[str, list[float]]:
     """``mean`` and ``std`` of proprioception (N, P): P floats each, for ``(p - mean) / std``.
 
-    ``std`` is 1 where the values do not vary, so that dividing by it is always safe.
+    ``std`` is 1 for constant values, a safe divisor.
     """
     values = proprio.double()
     std = values.std(dim=0, correction=0)
@@ -107,7 +105,7 @@ def fit_proprio(proprio: torch.Tensor) -> dict[str, list[float]]:
 
 
 def read_proprio(stats: Mapping | None) -> dict[str, list[float]] | None:
-    """What :func:`fit_proprio` gave, back from a file; ``ValueError`` where it is damaged."""
+    """Statistics of :func:`fit_proprio` from a file; ``ValueError`` for damaged ones."""
     if stats is None:
         return None
     checked = {name: _finite(name, stats[name], schema.PROPRIO_DIM) for name in ("mean", "std")}

@@ -1,4 +1,4 @@
-"""Observations for the network: one raw mapping as a batch of one, batches checked for shape."""
+"""Observations for the network: a raw mapping as a batch of one, shape checks for batches."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ from .normalize import normalize_proprio
 
 def prepare_observation(observation: Mapping, config: ModelConfig, proprio_stats: Mapping | None,
                         device: torch.device) -> dict[str, torch.Tensor]:
-    """One raw observation as a batch of one, as the data set would give it.
+    """One raw observation as a batch of one, equal to the data set's sample.
 
-    What ``config`` asks for: each camera (1, H, W, 3) float32 in [0, 1], ``proprio`` (1, P)
-    z-scored (raw without ``proprio_stats``), ``task_id`` (1,) or ``language`` (1, 384). Raises
+    Entries by ``config``: each camera (1, H, W, 3) float32 in [0, 1], ``proprio`` (1, P) z-scored
+    (raw without ``proprio_stats``), ``task_id`` (1,) or ``language`` (1, 384). Raises
     ``ValueError`` for a missing or malformed entry.
     """
     batch = {}
     for camera in config.cameras:
         image = np.ascontiguousarray(_read(observation, camera))
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(
-                f"observation {camera!r} has shape {image.shape} and type {image.dtype}; "
-                "expected (H, W, 3) and uint8"
-            )
+            raise ValueError(f"observation {camera!r} has shape {image.shape} and type "
+                             f"{image.dtype}; expected (H, W, 3) and uint8")
         images = resize_images(torch.tensor(image).unsqueeze(0), config.image_size)
         batch[camera] = images.to(device).float() / 255
     if config.proprioception:
@@ -37,9 +35,8 @@ def prepare_observation(observation: Mapping, config: ModelConfig, proprio_stats
     if config.conditioning == "task_id":
         task_id = int(_read(observation, "task_id"))
         if not 0 <= task_id < config.num_tasks:
-            raise ValueError(
-                f"observation 'task_id' is {task_id}; expected 0 to {config.num_tasks - 1}"
-            )
+            raise ValueError(f"observation 'task_id' is {task_id}; expected 0 to "
+                             f"{config.num_tasks - 1}")
         batch["task_id"] = torch.tensor([task_id], device=device)
     elif config.conditioning == "language":
         embedding = embed_instruction(_read(observation, "language"))
@@ -60,7 +57,7 @@ def _read_proprio(observation: Mapping, stats: Mapping | None) -> torch.Tensor:
 
 
 def _read(observation: Mapping, key: str):
-    # not ``key in observation``: on a mapping that draws frames on demand that draws one too
+    # not ``key in observation``, which would render the frame of a lazy observation
     try:
         return observation[key]
     except KeyError as error:
@@ -73,8 +70,6 @@ def read_batch(observations: Mapping, key: str, shape: tuple[int, ...]) -> torch
     value = _read(observations, key)
     leading = value.ndim - len(shape)
     if leading not in (1, 2) or tuple(value.shape[leading:]) != shape:
-        raise ValueError(
-            f"observation {key!r} has shape {tuple(value.shape)}; "
-            f"expected B or B, T and then {shape}"
-        )
+        raise ValueError(f"observation {key!r} has shape {tuple(value.shape)}; expected B or B, T "
+                         f"and then {shape}")
     return value.flatten(0, leading - 1)
