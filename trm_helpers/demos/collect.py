@@ -1,12 +1,13 @@
-"""Scripted demonstrations into LIBERO's HDF5 layout, in parallel, resumable, never half-written.
+"""Collection of scripted demonstrations in LIBERO's HDF5 layout: parallel, resumable, atomic.
 
-Attempts are numbered and seeded one by one, and the file holds the first successful ones in that
-order, so that the result does not depend on the number of workers or on interruptions.
+Each attempt has a number and a seed of its own, and the file holds the first successful ones in
+order: the result depends neither on the number of workers nor on interruptions.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -34,20 +35,20 @@ from .demo_files import (
 from .experts import Style, make_expert
 from .find_demos import given_demonstrations, human_demonstrations, survey_demonstrations
 
-_MAX_FAILURES = 20  # more failures than successes and this many: the expert cannot do the task
+_MAX_FAILURES = 20  # this many failures, and more than successes: the expert cannot do the task
 
 
 class Disturbance:
-    """Bursts of pushing during a demonstration, so that it shows how to recover.
+    """Bursts of pushing, so that a demonstration shows how to recover.
 
-    For some steps a random command replaces the expert's in what is executed; what is stored as
-    the action stays the expert's own answer to where it has been pushed (after DART,
-    arXiv 1703.09327, with bursts in place of its noise).
+    During a burst a random command is executed in place of the expert's; the stored action remains
+    the expert's answer to its new position (after DART, arXiv 1703.09327, with bursts instead of
+    noise).
 
     Args:
         generator: the attempt's own.
         probability: of a burst beginning in a step.
-        start_probability: of a longer burst at the very start, so that episodes begin elsewhere.
+        start_probability: of a longer burst in the first steps, for a varied start.
     """
 
     def __init__(self, generator: np.random.Generator, probability: float = 0.04,
@@ -60,7 +61,7 @@ class Disturbance:
             self._begin(generator.integers(6, 16))
 
     def apply(self, action: np.ndarray) -> np.ndarray:
-        """What is executed in place of ``action`` (7,); the gripper is never disturbed."""
+        """The command executed for ``action`` (7,); the gripper is never disturbed."""
         if self.left == 0 and self.generator.random() < self.probability:
             self._begin(self.generator.integers(3, 8))
         if self.left == 0:
@@ -81,25 +82,23 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
                            disturb: bool = True, placement: str = "benchmark") -> Path:
     """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
 
-    Placements are drawn by the environment's reset, never taken from the official init states.
-    Each finished attempt is kept in a folder beside the file until the file is complete, and a
-    call that was interrupted goes on from there. A complete file is returned as it is; one with
-    fewer demonstrations is extended.
+    Layouts are sampled by the environment's reset, never taken from the official init states.
+    Finished attempts are kept beside the file until it is complete; after an interruption the same
+    call resumes. A complete file is returned unchanged, a smaller one extended.
 
     Args:
         num_demos: successful demonstrations in the file.
-        seed: of the placements, the demonstrator's style and the disturbances.
+        seed: of the layouts, the demonstrator's style and the disturbances.
         workers: see :func:`parallel.run_jobs`.
-        disturb: push the arm about (see :class:`Disturbance`).
+        disturb: push the arm (see :class:`Disturbance`).
         placement: of the objects: ``benchmark`` or ``wide``, see :func:`layouts.reset`.
 
     Raises:
-        ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a file made with other
-            settings stands in the way.
+        ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; an existing file with
+            other settings.
         RuntimeError: the expert fails too often on this task.
-        OSError: the disk is full; what is complete stays.
-        TimeoutError, WorkerDied: an attempt took longer than 15 minutes or lost its process, and
-            again when it was repeated.
+        OSError: the disk is full; finished attempts are kept.
+        TimeoutError, WorkerDied: an attempt twice took longer than 15 minutes or lost its process.
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
@@ -109,7 +108,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
                 "disturb": disturb, "placement": placement,
                 "observations": "what env.step returned", **schema.PINNED}
-    if _complete(path, settings, num_demos):  # no waiting for who extends it
+    if _complete(path, settings, num_demos):  # no waiting for a call that extends it
         return path
     with exclusive_lock(path.parent, lock=f".{task.name}.lock"):  # a second call waits
         return _collect(path, task, settings, num_demos, workers)
@@ -126,16 +125,15 @@ def _complete(path: Path, settings: dict, num_demos: int) -> bool:
 def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | None) -> Path:
     suite, task_id, seed, disturb, placement = (
         settings[key] for key in ("suite", "task_id", "seed", "disturb", "placement"))
-    variety = f"{placement}{'' if disturb else '.calm'}"
-    parts = path.with_name(f".{task.name}.{variety}.seed{seed}.parts")
+    calm = "" if disturb else ".calm"
+    parts = path.with_name(f".{task.name}.{placement}{calm}.seed{seed}.parts")
     if _complete(path, settings, num_demos):
         return path
     attempts = _known_attempts(path, parts)
     parts.mkdir(parents=True, exist_ok=True)
     attempt = functools.partial(_attempt, suite, task_id, seed, disturb, placement, parts)
-    bar = tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
-               initial=min(len(_successes(attempts)), num_demos))
-    with bar:
+    with tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
+              initial=min(len(_successes(attempts)), num_demos)) as bar:
         _run_attempts(attempt, attempts, num_demos, workers, bar, task.name)
     with atomic_path(path) as temporary:
         _assemble(temporary, task, settings, attempts, num_demos)
@@ -149,9 +147,9 @@ def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | No
 def ensure_demonstrations(config: Config) -> dict[int, Path]:
     """The demonstration file of each task of ``config.data``, found, downloaded or collected.
 
-    A folder that was given (``demo_dir``) is the only place: nothing is collected or downloaded in
-    its stead. Otherwise ``demos="auto"`` takes human demonstrations for the tasks where they are
-    found and scripted ones for the others. Prints one line for each kind.
+    With ``demo_dir`` no other folder is searched, and nothing is collected or downloaded.
+    Otherwise ``demos="auto"`` uses human demonstrations of the tasks that have any and scripted
+    ones of the others. Prints one line for each kind.
     """
     data = config.data
     tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
@@ -165,9 +163,9 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
     else:
         found, _ = survey_demonstrations(places if data.demos == "auto" else [], names, ["human"])
     for kind in kinds:
-        those = [str(path) for path in found.values() if source_of(path) == kind]
-        if those:
-            print(f"{kind} demonstrations of {len(those)} task(s): {', '.join(those)}")
+        of_kind = [str(path) for path in found.values() if source_of(path) == kind]
+        if of_kind:
+            print(f"{kind} demonstrations of {len(of_kind)} task(s): {', '.join(of_kind)}")
     missing = [task_id for task_id, task in tasks.items() if task.name not in found]
     if missing:
         kind = "scripted" if data.placement == "benchmark" else f"scripted-{data.placement}"
@@ -185,18 +183,17 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
 
 
 def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
-    """:func:`ensure_demonstrations` of a trained run: scripted ones alone if it had no others.
+    """:func:`ensure_demonstrations` of a trained run: only scripted ones if it had no others.
 
-    Raises ``FileNotFoundError`` for a run that was given a ``demo_dir``, where ``config`` has none:
-    the folder is not looked up in the run's file, and other demonstrations are not the run's.
+    Raises ``FileNotFoundError`` for a run trained with a ``demo_dir`` if ``config`` has none: the
+    path in the run's file is never used, and other demonstrations are not the run's.
     """
     given = read_json(run / "config.json").get("data", {}).get("demo_dir")
     if given and not config.data.demo_dir:
         raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
-                                "the folder that holds these demonstrations here")
-    trained_on = read_json(run / "policy.json",
-                           keys=["trained_on.files"])["trained_on"]["files"]
-    if {file["source"] for file in trained_on} == {"scripted"}:  # human ones may lie there now
+                                "the folder with these demonstrations on this machine")
+    trained_on = read_json(run / "policy.json", keys=["trained_on.files"])["trained_on"]["files"]
+    if {file["source"] for file in trained_on} == {"scripted"}:  # human ones may be new here
         config = config.replace(demos="scripted")
     return ensure_demonstrations(config)
 
@@ -205,7 +202,7 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
 
 
 def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
-    """Finished attempts: where a success lies, ``None`` for a failure."""
+    """Finished attempts: the file of a success, ``None`` for a failure."""
     known: dict[int, Path | None] = {}
     if path.exists():
         with open_demo_file(path) as file:
@@ -221,15 +218,13 @@ def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
 
 
 def _successes(attempts: dict[int, Path | None]) -> list[int]:
-    """Successful attempts, in order, up to the first that has not been made yet."""
-    done = 0
-    while done in attempts:
-        done += 1
-    return [number for number in range(done) if attempts[number] is not None]
+    """Successful attempts, in order, up to the first unfinished one."""
+    finished = itertools.takewhile(attempts.__contains__, itertools.count())
+    return [number for number in finished if attempts[number] is not None]
 
 
 def _run_attempts(attempt, attempts, num_demos, workers, bar, task_name) -> None:
-    """Make attempts until the first ``num_demos`` successes are known, in any order of ending."""
+    """Make attempts until the first ``num_demos`` successes are known."""
     numbers = _missing(attempts, num_demos)
     for number, part, error in run_jobs(attempt, numbers, workers=workers):
         if error:
@@ -245,7 +240,7 @@ def _run_attempts(attempt, attempts, num_demos, workers, bar, task_name) -> None
 
 
 def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
-    """The attempts to make, should each of them succeed."""
+    """The attempts to make if each of them succeeds."""
     missing, number, found = [], 0, 0
     while found < num_demos:
         if number not in attempts:
@@ -279,23 +274,23 @@ def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str,
 
 def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
                          disturb: bool = True, placement: str = "benchmark") -> dict | None:
-    """One episode of the expert from a fresh placement; ``None`` when it fails.
+    """One episode of the expert from a sampled layout; ``None`` when it fails.
 
     Returns:
-        observations (what the expert's action at t could be chosen from), the expert's ``actions``
-        (T, 7), the ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
+        ``observations`` before each action, the expert's ``actions`` (T, 7), the
+        ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
     """
     observation = layouts.reset(env, int(generator.integers(2**31)), placement)
     expert = make_expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
-    record = {"observations": [], "actions": [], "executed_actions": [], "states": [],
+    record = {"observations": [], "actions": [], schema.EXECUTED_ACTIONS: [], "states": [],
               "model_file": env.model_xml()}
-    for _ in range(env.horizon):  # what takes longer is a failure
+    for _ in range(env.horizon):  # a longer episode is a failure
         action = expert.act()
         executed = disturbance.apply(action) if disturbance else action
-        record["observations"].append({key: observation[key] for key in observation})
+        record["observations"].append(dict(observation))
         record["actions"].append(action)
-        record["executed_actions"].append(executed)
+        record[schema.EXECUTED_ACTIONS].append(executed)
         record["states"].append(env.state())
         observation, success = env.step(executed)
         if success:
@@ -308,23 +303,16 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
 
 def _write_demo(group: h5py.Group, record: dict) -> None:
     length = len(record["actions"])
-    stacked = {key: np.stack([o[key] for o in record["observations"]])
+    stacked = {key: np.stack([each[key] for each in record["observations"]])
                for key in (*schema.CAMERAS, *schema.LOW_DIM)}
-    obs = group.create_group("obs")
     for key, values in stacked.items():
-        obs[key] = values
-    last = np.zeros(length, dtype=np.uint8)
-    last[-1] = 1
-    group["actions"] = np.stack(record["actions"])
-    group[schema.EXECUTED_ACTIONS] = np.stack(record["executed_actions"])
-    group["states"] = np.stack(record["states"])
+        group[f"obs/{key}"] = values
+    for key in ("actions", schema.EXECUTED_ACTIONS, "states"):
+        group[key] = np.stack(record[key])
     group["robot_states"] = _robot_states(stacked)
-    group["rewards"] = last
-    group["dones"] = last
-    group.attrs["num_samples"] = length
-    group.attrs[VERSION_ATTR] = schema.COLLECTION_VERSION
-    group.attrs["init_state"] = record["states"][0]
-    group.attrs["model_file"] = record["model_file"]
+    group["rewards"] = group["dones"] = (np.arange(length) == length - 1).astype(np.uint8)
+    group.attrs.update({"num_samples": length, VERSION_ATTR: schema.COLLECTION_VERSION,
+                        "init_state": record["states"][0], "model_file": record["model_file"]})
 
 
 def _robot_states(stacked: dict[str, np.ndarray]) -> np.ndarray:
@@ -348,20 +336,19 @@ def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) 
                   "camera_heights": schema.IMAGE_SIZE, "camera_widths": schema.IMAGE_SIZE,
                   "bddl_file_name": task.bddl_file}
         name = _problem_name(task.bddl_file)
-        data.attrs["num_demos"] = num_demos
-        data.attrs["total"] = sum(int(demo.attrs["num_samples"]) for demo in data.values())
-        data.attrs["env_name"] = name
-        data.attrs["env_args"] = json.dumps(
-            {"type": 1, "env_name": name, "problem_name": name, "bddl_file": task.bddl_file,
-             "env_kwargs": kwargs})
-        data.attrs["problem_info"] = json.dumps(
-            {"problem_name": name, "domain_name": "robosuite",
-             "language_instruction": task.language})
-        data.attrs["bddl_file_name"] = task.bddl_file
-        data.attrs["bddl_file_content"] = Path(task.bddl_file).read_text()
-        data.attrs["macros_image_convention"] = "opengl"
-        data.attrs[schema.ALIGNMENT_ATTR] = "raw"
-        data.attrs[COLLECTION_ATTR] = json.dumps({**settings, "failed_attempts": failed})
+        data.attrs.update({
+            "num_demos": num_demos,
+            "total": sum(int(demo.attrs["num_samples"]) for demo in data.values()),
+            "env_name": name,
+            "env_args": json.dumps({"type": 1, "env_name": name, "problem_name": name,
+                                    "bddl_file": task.bddl_file, "env_kwargs": kwargs}),
+            "problem_info": json.dumps({"problem_name": name, "domain_name": "robosuite",
+                                        "language_instruction": task.language}),
+            "bddl_file_name": task.bddl_file,
+            "bddl_file_content": Path(task.bddl_file).read_text(),
+            "macros_image_convention": "opengl",
+            schema.ALIGNMENT_ATTR: "raw",
+            COLLECTION_ATTR: json.dumps({**settings, "failed_attempts": failed})})
 
 
 def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
@@ -382,7 +369,7 @@ def _refuse_other_settings(path: Path, settings: dict) -> None:
     with open_demo_file(path) as file:
         found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     found.pop("failed_attempts", None)
-    found.setdefault("placement", "benchmark")  # files made before there was another
+    found.setdefault("placement", "benchmark")  # former files do not name it
     different = differences(found, settings)
     if different:
         raise ValueError(f"{path} was made with other settings ({different}); "

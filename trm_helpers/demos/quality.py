@@ -1,7 +1,7 @@
-"""The quality card of a demonstration file: one verdict for each thing that spoils learning.
+"""The quality card of a demonstration file: one verdict for each fault that spoils training.
 
-Works on human files as on scripted ones. What needs the simulator (are the pictures the right way
-up? do the stored actions solve the task again?) is done where an environment is given.
+For human and scripted files. Checks in the simulator (orientation of the frames, replay of the
+stored actions) need an environment.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .demo_files import (
 )
 
 GOOD, LOOK, BAD = "good", "look", "bad"
-FLAT_FRAME = 2.0  # grey levels, standard deviation: no picture of a scene is so even
+FLAT_FRAME = 2.0  # grey levels, standard deviation; every image of a scene has more
 STILL = 1e-3  # of an arm command: a no-op
-MANY_NO_OPS = 0.1  # share; human demonstrations hold some, and a policy learns to wait from them
+MANY_NO_OPS = 0.1  # share; from human demonstrations with more a policy learns to wait
 CLOSE_RENDER = 12.0  # grey levels on average between a stored frame and a render of its state
 REPLAY_SHARE = 0.8  # of the replays that must succeed
 ORIENTATIONS = {
@@ -49,21 +49,22 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
     """Rows ``check``, ``found``, ``expected``, ``verdict`` (``good``, ``look`` or ``bad``).
 
     Args:
-        env: the file's task in the simulator; without it orientation and replay are left out.
-        replays: demonstrations to replay; 0 leaves the replay out.
-        horizon: steps that the benchmark allows; 0 leaves the comparison out.
+        env: the file's task in the simulator; without it orientation and replay are omitted.
+        replays: demonstrations to replay; 0 omits the replay.
+        horizon: steps allowed by the benchmark; 0 omits the comparison.
 
-    A file that breaks LIBERO's layout has one row, with what is wrong. Raises ``ValueError`` for
+    A file that breaks LIBERO's layout has one row with its fault. Raises ``ValueError`` for
     ``replays`` below 0.
     """
     if replays < 0:
         raise ValueError(f"replays={replays} is not valid; expected >= 0")
+    expected = "LIBERO's keys, shapes and types, finite"
     try:
         check_demo_file(path)
     except DemoFileError as error:
-        return [_row("layout", str(error), "LIBERO's keys, shapes and types, finite", BAD)]
-    rows = [_row("layout", "keys, shapes and types are LIBERO's, all numbers finite",
-                 "LIBERO's keys, shapes and types, finite", GOOD)]
+        return [_row("layout", str(error), expected, BAD)]
+    rows = [_row("layout", "keys, shapes and types are LIBERO's, all numbers finite", expected,
+                 GOOD)]
     with open_demo_file(path) as file:
         demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
         rows += [_frames(demos, camera) for camera in schema.CAMERAS]
@@ -80,7 +81,7 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
 
 
 def frame_size(path: str | Path) -> int:
-    """Height of a file's first frame; ``schema.IMAGE_SIZE`` where there is none to measure."""
+    """Height of a file's first frame; ``schema.IMAGE_SIZE`` for a file without frames."""
     with open_demo_file(path) as file:
         for frames in (file.get(f"{schema.DATA_GROUP}/{name}/obs/{camera}")
                        for name in demo_names(file) for camera in schema.CAMERAS):
@@ -92,11 +93,11 @@ def frame_size(path: str | Path) -> int:
 def replay_demonstration(env: LiberoEnv, demo: h5py.Group) -> dict:
     """Execute a demonstration's actions from its first state: the upper bound of any clone.
 
-    Where the demonstrator was pushed about, what was executed is replayed, not its answers.
+    For a disturbed demonstrator these are the executed actions, not its answers.
 
     Returns:
-        ``success``, ``steps`` (T, or fewer where the task was solved before), ``divergence``: of
-        each step the largest difference of any coordinate (m, rad) from the stored state.
+        ``success``, ``steps`` (T, or fewer after an earlier success), ``divergence``: per step the
+        largest difference of any coordinate (m, rad) from the stored state.
 
     Raises:
         ValueError: no states, or those of another task.
@@ -116,20 +117,19 @@ def replay_demonstration(env: LiberoEnv, demo: h5py.Group) -> dict:
 
 
 def frame_orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> tuple[str, dict]:
-    """Which of the eight flips and turns of a stored frame is nearest to a render of its state.
+    """The one of eight flips and turns of a stored frame nearest to a render of its state.
 
-    Returns its name, and the mean absolute difference in grey levels of all, by name; for a frame
-    that is not square, of those four that keep its shape.
+    Returns its name and every mean absolute difference in grey levels by name; for a frame that is
+    not square, of the four that keep its shape.
     """
-    step = len(demo["actions"]) // 2  # the arm is in the picture
-    observation = _place(env, demo, step)
-    drawn = observation[camera].astype(np.float64)
+    step = len(demo["actions"]) // 2  # the arm is in view
+    rendered = _place(env, demo, step)[camera].astype(np.float64)
     stored = demo["obs"][camera][step]
-    if stored.shape[:2] != drawn.shape[:2]:
-        raise ValueError(f"frames of {camera} have shape {stored.shape}; the environment draws "
-                         f"{drawn.shape}. Expected an environment with that image_size")
-    distances = {name: float(np.abs(turn(stored) - drawn).mean())
-                 for name, turn in ORIENTATIONS.items() if turn(stored).shape == drawn.shape}
+    if stored.shape[:2] != rendered.shape[:2]:
+        raise ValueError(f"frames of {camera} have shape {stored.shape}; the environment renders "
+                         f"{rendered.shape}. Expected an environment with that image_size")
+    distances = {name: float(np.abs(turn(stored) - rendered).mean())
+                 for name, turn in ORIENTATIONS.items() if turn(stored).shape == rendered.shape}
     return min(distances, key=distances.get), distances
 
 
@@ -141,17 +141,16 @@ def _row(check: str, found: str, expected: str, verdict: str | bool, otherwise: 
 
 
 def _frames(demos: list[h5py.Group], camera: str) -> dict:
-    flat = still = total = 0
+    flat = still = total = moves = 0
     for demo in demos:
         frames = demo["obs"][camera][()].reshape(len(demo["actions"]), -1)
         flat += int((frames.std(axis=1) < FLAT_FRAME).sum())
         still += int((frames[1:] == frames[:-1]).all(axis=1).sum())
+        moves += int((np.abs(np.diff(demo["obs/ee_pos"][()], axis=0)).max(axis=1) > STILL).sum())
         total += len(frames)
-    moves = sum(int((np.abs(np.diff(demo["obs/ee_pos"][()], axis=0)).max(axis=1) > STILL).sum())
-                for demo in demos)
     frozen = max(0, still - (total - len(demos) - moves))  # more repeats than steps at rest
     return _row(f"frames, {schema.CAMERA_TITLES[camera]}",
-                f"{flat} of {total} black or even; {frozen} repeated while the arm moves",
+                f"{flat} of {total} black or uniform; {frozen} repeated while the arm moves",
                 "none", flat == 0 and frozen <= 0.01 * total)
 
 
@@ -164,9 +163,9 @@ def _gripper_sign(demos: list[h5py.Group]) -> dict:
 
 
 def _gripper_switches(demos: list[h5py.Group]) -> dict:
-    signs = [np.sign(demo["actions"][:, schema.GRIPPER_INDEX]) for demo in demos]
-    values = np.unique(np.concatenate([demo["actions"][:, schema.GRIPPER_INDEX] for demo in demos]))
-    switches = [int((np.diff(sign) != 0).sum()) for sign in signs]
+    commands = [demo["actions"][:, schema.GRIPPER_INDEX] for demo in demos]
+    values = np.unique(np.concatenate(commands))
+    switches = [int((np.diff(np.sign(command)) != 0).sum()) for command in commands]
     binary = set(values.tolist()) <= {schema.GRIPPER_OPEN, schema.GRIPPER_CLOSED}
     found = "only -1 and +1" if binary else f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
     return _row("gripper switches",
@@ -200,29 +199,35 @@ def _ranges(demos: list[h5py.Group]) -> dict:
 
 def _lengths(demos: list[h5py.Group], horizon: int) -> dict:
     lengths = [len(demo["actions"]) for demo in demos]
-    late = sum(length > horizon for length in lengths) if horizon else 0
     return _row("length", f"{min(lengths)} to {max(lengths)} steps, mean {np.mean(lengths):.0f}",
-                f"within the {horizon} steps that the benchmark allows" if horizon else "any",
-                late == 0, LOOK)
+                f"within the {horizon} steps allowed by the benchmark" if horizon else "any",
+                not horizon or max(lengths) <= horizon, LOOK)
 
 
 def _alignment(path: str | Path) -> dict:
     name, evidence = measure_alignment(path)
     with open_demo_file(path) as file:
-        said = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR)
+        stated = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR)
     how = {key: round(value, 2) for key, value in evidence.items() if isinstance(value, float)}
     return _row("alignment", f"{name} (measured: {how})",
-                f"{said}, as the file says" if said else "raw or shift",
-                name == said if said else name != "unknown")
+                f"{stated}, as the file says" if stated else "raw or shift",
+                name == stated if stated else name != "unknown")
 
 
 def _instruction(path: str | Path) -> dict:
     try:
-        said = instruction_of(path)
+        found = instruction_of(path)
     except DemoFileError as error:
         return _row("instruction", str(error), "text", BAD)
-    return _row("instruction", said or "none", "text, for policies that are told it", bool(said),
+    return _row("instruction", found or "none", "text, for policies conditioned on it", bool(found),
                 LOOK)
+
+
+def _in_simulator(path: str | Path, env: LiberoEnv, replays: int) -> list[dict]:
+    with open_demo_file(path) as file:
+        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
+        rows = [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
+        return rows + ([_replays(env, demos[:replays])] if replays else [])
 
 
 def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
@@ -233,13 +238,6 @@ def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
                 f"{sorted(distances.values())[1]:.1f} the next best)",
                 f"{first}, under {CLOSE_RENDER:.0f}",
                 best == first and distances[best] < CLOSE_RENDER)
-
-
-def _in_simulator(path: str | Path, env: LiberoEnv, replays: int) -> list[dict]:
-    with open_demo_file(path) as file:
-        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
-        rows = [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
-        return rows + ([_replays(env, demos[:replays])] if replays else [])
 
 
 def _replays(env: LiberoEnv, demos: list[h5py.Group]) -> dict:
@@ -253,7 +251,7 @@ def _replays(env: LiberoEnv, demos: list[h5py.Group]) -> dict:
 
 
 def _place(env: LiberoEnv, demo: h5py.Group, step: int):
-    """The environment in a stored state, fixtures where they were; its observation."""
+    """The observation of a stored state, with the fixtures of that episode."""
     env.reset()
     if "model_file" in demo.attrs:
         env.set_fixtures(demo.attrs["model_file"])
