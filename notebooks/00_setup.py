@@ -30,6 +30,9 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 
 # %% [markdown]
+# The [glossary](../docs/glossary.md) explains the terms of these notebooks.
+
+# %% [markdown]
 # ## Find the package
 #
 # With the package installed, as by `make setup`, there is nothing to do here. Elsewhere, on Kaggle

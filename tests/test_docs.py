@@ -208,7 +208,8 @@ def test_the_glossary_is_short_and_linked():
     rows = re.findall(r"^\| (?!term \|)(.+?) \|", (ROOT / "docs" / "glossary.md").read_text(),
                       re.MULTILINE)
     assert 10 < len(rows) <= 20 and rows == sorted(rows, key=lambda term: term.lower().strip("`"))
-    assert "docs/glossary.md" in (ROOT / "README.md").read_text()
+    for page in ("README.md", "notebooks/00_setup.py"):
+        assert "docs/glossary.md)" in (ROOT / page).read_text()
 
 
 def test_the_table_of_rooms_lists_every_module_from_the_bottom_up():
