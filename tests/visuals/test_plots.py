@@ -123,7 +123,7 @@ def test_alignment_shows_what_was_measured_and_what_was_not():
 def test_demo_lengths_count_every_demonstration():
     figure = plots.plot_demo_lengths([100, 100, 120], horizon=280)
     assert sum(bar_heights(figure.axes[0])) == 3
-    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [pytest.approx(320 / 3), 280]
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [280, pytest.approx(320 / 3)]
 
 
 def test_training_curves_mark_the_best_epoch():

@@ -1,4 +1,4 @@
-"""What a trained policy does, in numbers and figures: predictions, recursion, depth, saliency."""
+"""A trained policy in numbers and figures: predictions, recursion, depth, halting, saliency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import schema
 from ..sim.render import upright
 from ..stats import wilson_interval
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
-from .plots import count_axis, new_figure, show_image, styled
+from .plots import count_axis, new_axes, new_figure, show_image, styled
 
 BATCH = 64
 CONVERGED = 0.05  # last change, as a share of the state's norm
@@ -47,14 +47,14 @@ def _first_actions(policy, actions: torch.Tensor) -> np.ndarray:
 
 
 def _targets(dataset, batch: Mapping) -> np.ndarray:
-    """The demonstrator's first action (N, 7) of each observation, in the environment's units."""
+    """The demonstrated first action (N, 7) of each observation, in the environment's units."""
     actions = batch["actions"]  # (B, T, 7) or (B, T, K, 7)
     first = actions if dataset.chunk == 1 else actions[:, :, 0]
     return dataset.normalizer.denormalize(first.flatten(0, 1)).cpu().numpy()
 
 
 def _batches(policy, dataset, num_samples: int, seed: int) -> Iterator[dict]:
-    """Batches of samples drawn without replacement, not augmented, on the policy's device."""
+    """Random samples without replacement or augmentation, batched on the policy's device."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not valid; expected >= 1")
     plain = copy.copy(dataset)
@@ -67,21 +67,19 @@ def _batches(policy, dataset, num_samples: int, seed: int) -> Iterator[dict]:
 
 # --- predictions ---------------------------------------------------------------------------------
 @torch.no_grad()
-def analyze_model_predictions(
-    policy, dataset, num_samples: int = 4, seed: int = 0, *, num_errors: int = 512
-) -> tuple[dict, Figure]:
-    """Predicted against demonstrated actions, for a few samples and on average.
+def analyze_model_predictions(policy, dataset, num_samples: int = 4, seed: int = 0, *,
+                              num_errors: int = 512) -> tuple[dict, Figure]:
+    """Predicted against demonstrated actions, for a few random samples and on average.
 
-    Compared is the first action of each chunk in the environment's units, as the head returns it:
-    before ``act`` rounds the gripper and clips. Samples are drawn at random from ``dataset``,
-    without augmentation.
+    Compares the first action of each chunk in the environment's units, before ``act`` rounds the
+    gripper and clips, without augmentation.
 
-    Returns a dictionary and its figure. The dictionary holds ``samples`` (a list of ``target``
-    and ``prediction``, seven floats each, and ``mse``, their mean squared error), and over up to
-    ``num_errors`` samples ``count``, ``mse``, ``mean_absolute_error`` by dimension,
-    ``std_ratio`` by dimension (standard deviation of predictions over that of targets: well
-    below 1 is shrinkage towards the mean; None where targets do not vary) and
-    ``gripper_accuracy`` (share with the right sign).
+    Returns:
+        a dictionary and its figure. ``samples`` is a list of ``target`` and ``prediction``, seven
+        floats each, and ``mse``, their mean squared error. Over up to ``num_errors`` samples:
+        ``count``, ``mse``, ``mean_absolute_error`` by dimension, ``std_ratio`` by dimension
+        (standard deviation of predictions over that of targets: well below 1 is shrinkage towards
+        the mean; None if targets do not vary) and ``gripper_accuracy`` (share with the right sign).
     """
     targets, predictions, images = [], [], []
     with _evaluating(policy):
@@ -97,22 +95,20 @@ def analyze_model_predictions(
 def prediction_report(targets: np.ndarray, predictions: np.ndarray, num_samples: int) -> dict:
     """The dictionary of :func:`analyze_model_predictions` from actions (N, 7)."""
     error = predictions - targets
-    spread = targets.std(axis=0)
-    ratio = [float(p / t) if t > 1e-6 else None
-             for p, t in zip(predictions.std(axis=0), spread, strict=True)]
     right = np.sign(predictions[:, schema.GRIPPER_INDEX]) == targets[:, schema.GRIPPER_INDEX]
     return {
         "samples": [
             {"target": target.tolist(), "prediction": prediction.tolist(),
              "mse": float(np.mean((prediction - target) ** 2))}
-            for target, prediction in zip(targets[:num_samples], predictions, strict=False)
-        ],
+            for target, prediction in zip(targets[:num_samples], predictions, strict=False)],
         "count": len(targets),
         "mse": float(np.mean(error**2)),
         "mean_absolute_error": dict(
-            zip(schema.ACTION_NAMES, np.abs(error).mean(axis=0).tolist(), strict=True)
-        ),
-        "std_ratio": dict(zip(schema.ACTION_NAMES, ratio, strict=True)),
+            zip(schema.ACTION_NAMES, np.abs(error).mean(axis=0).tolist(), strict=True)),
+        "std_ratio": {name: float(predicted / target) if target > 1e-6 else None
+                      for name, predicted, target in zip(schema.ACTION_NAMES,
+                                                         predictions.std(axis=0),
+                                                         targets.std(axis=0), strict=True)},
         "gripper_accuracy": float(right.mean()),
     }
 
@@ -127,9 +123,9 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
     place = np.arange(schema.ACTION_DIM)
     for i, sample in enumerate(samples):
         columns = slice(2 * i, 2 * i + 2)
-        picture = fig.add_subplot(grid[0, columns])
-        show_image(picture, upright(images[i]))
-        picture.set_title(f"sample {i + 1}: MSE {sample['mse']:.4f}")
+        image = fig.add_subplot(grid[0, columns])
+        show_image(image, upright(images[i]))
+        image.set_title(f"sample {i + 1}: MSE {sample['mse']:.4f}")
         bars = fig.add_subplot(grid[1, columns])
         bars.barh(place - 0.2, sample["target"], 0.4, color=BLUE, label="demonstrated")
         bars.barh(place + 0.2, sample["prediction"], 0.4, color=ORANGE, label="predicted")
@@ -139,38 +135,36 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
                  xlim=(-limit, limit), xlabel="action (environment units)")
         bars.invert_yaxis()
     fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    errors = fig.add_subplot(grid[2, :count])
+    errors, ratios = fig.add_subplot(grid[2, :count]), fig.add_subplot(grid[2, count:])
     errors.bar(schema.ACTION_NAMES, report["mean_absolute_error"].values(), color=GREEN)
     errors.set(ylabel="mean absolute error (env. units)",
                title=f"Error over {report['count']} samples "
                f"(gripper right in {100 * report['gripper_accuracy']:.0f} %)")
-    ratios = fig.add_subplot(grid[2, count:])
     values = [np.nan if value is None else value for value in report["std_ratio"].values()]
     ratios.bar(schema.ACTION_NAMES, values, color=GREEN)
     ratios.axhline(1, color="black", linestyle=":")
     ratios.set(ylabel="std(predicted) / std(target)", title="Spread (below 1: shrunk to the mean)")
     for axes in (errors, ratios):
         axes.tick_params(axis="x", rotation=30)
-    fig.suptitle("First predicted action against the demonstrator's")
+    fig.suptitle("First predicted action against the demonstrated one")
     return fig
 
 
 # --- recursion -----------------------------------------------------------------------------------
 def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple[str, str]:
-    """What the recursion does, as one word and one sentence.
-
-    Args:
-        changes: ``||h_k - h_(k-1)||`` for k = 1 ... N.
-        norms: ``||h_k||`` for k = 0 ... N.
+    """Whether the recursion converges, as one word and one sentence.
 
     ``converged``: the last change is at most 5 % of the last norm. Else ``diverging``: the last
     change is over 1.5 times the first, or the last norm over twice the first, or a number is not
     finite. Else ``drifting``: the state still moves, at a bounded size.
+
+    Args:
+        changes: ``||h_k - h_(k-1)||`` for k = 1 ... N.
+        norms: ``||h_k||`` for k = 0 ... N.
     """
     if len(changes) == 0 or len(norms) != len(changes) + 1:
         raise ValueError(
-            f"{len(changes)} changes and {len(norms)} norms; expected N >= 1 changes, N + 1 norms"
-        )
+            f"{len(changes)} changes and {len(norms)} norms; expected N >= 1 changes, N + 1 norms")
     if not np.isfinite([*changes, *norms]).all():
         return "diverging", "The recursion is diverging: its states are not finite."
     share = changes[-1] / max(norms[-1], 1e-12)
@@ -183,18 +177,18 @@ def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple
     verb = "has converged" if word == "converged" else f"is {word}"
     return word, (
         f"The recursion {verb}: step {len(changes)} changes the state by {100 * share:.1f} % of "
-        f"its norm (the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %)."
-    )
+        f"its norm (the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %).")
 
 
 @torch.no_grad()
 def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Figure]:
     """How the hidden state moves over the recursion, for batched observations.
 
-    Returns a dictionary and its figure: ``norms`` (N + 1 floats, ``||h_k||`` from h0),
-    ``changes`` (N floats, ``||h_k - h_(k-1)||``), both L2 and averaged over the batch, and
-    ``verdict`` and ``sentence`` of :func:`recursion_verdict`. The heat map shows the first
-    sample's features, sorted by their last value.
+    Returns:
+        a dictionary and its figure: ``norms`` (N + 1 floats, ``||h_k||`` from h0), ``changes`` (N
+        floats, ``||h_k - h_(k-1)||``), both L2 and averaged over the batch, and ``verdict`` and
+        ``sentence`` of :func:`recursion_verdict`. The heat map shows the first sample's features,
+        sorted by their last value.
     """
     with _evaluating(policy):
         _, states = policy(observations, return_all_states=True)
@@ -219,12 +213,12 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
              ylabel="hidden feature, sorted by last value", title="Hidden state of one sample")
     fig.colorbar(image, ax=heat, label="activation")
     norm.plot(steps, report["norms"], marker="o")
-    norm.set(xlabel="recursion step", ylabel="L2 norm of the state", title="Size",
+    norm.set(xlabel="recursion step", ylabel="L2 norm of the state", title="Norm",
              ylim=(0, 1.15 * max(report["norms"])))
     change.plot(steps[1:], report["changes"], marker="o", color=RED)
     change.axhline(CONVERGED * report["norms"][-1], color=GREY, linestyle=":",
                    label=f"converged below ({100 * CONVERGED:.0f} % of the norm)")
-    change.set(xlabel="recursion step", ylabel="L2 norm of the change", title="Change in each step",
+    change.set(xlabel="recursion step", ylabel="L2 norm of the change", title="Change per step",
                ylim=(0, 1.25 * max(report["changes"])))
     change.legend(loc="upper right")
     for axes in (heat, norm, change):
@@ -235,16 +229,17 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
 
 # --- depth and halting ---------------------------------------------------------------------------
 @torch.no_grad()
-def depth_curve(
-    policy, dataset, depths: Sequence[int] = (1, 2, 4, 8, 16), num_samples: int = 256, seed: int = 0
-) -> dict:
+def depth_curve(policy, dataset, depths: Sequence[int] = (1, 2, 4, 8, 16), num_samples: int = 256,
+                seed: int = 0) -> dict:
     """Error of the first action when the policy recurses ``depths`` times at inference.
 
-    Returns lists by depth, in the environment's units: ``depths``, ``mse`` over the seven
-    numbers, ``arm_error`` (mean absolute error of the six of the arm) and ``gripper_accuracy``,
-    the last two with ``arm_interval`` and ``gripper_interval``, 95 % intervals [low, high] over the
-    samples; and ``trained_depth``. A policy that halts by itself may stop before the depth it is
-    given.
+    A policy with a halting rule may stop before the depth it is given.
+
+    Returns:
+        ``depths`` and, by depth and in the environment's units, ``mse`` over the seven numbers,
+        ``arm_error`` (mean absolute error of the arm's six) and ``gripper_accuracy``, the last two
+        with ``arm_interval`` and ``gripper_interval``, 95 % intervals [low, high] over the samples;
+        and ``trained_depth``.
     """
     targets, predictions = [], {depth: [] for depth in depths}
     with _evaluating(policy):
@@ -254,27 +249,24 @@ def depth_curve(
                 actions = policy(batch["observations"], num_recursions=depth)
                 predictions[depth].append(_first_actions(policy, actions))
     target = np.concatenate(targets)
-    curve = {"depths": list(depths), "mse": [], "arm_error": [], "arm_interval": [],
-             "gripper_accuracy": [], "gripper_interval": [],
-             "trained_depth": policy.config.num_recursions}
+    rows = []
     for depth in depths:
         predicted = np.concatenate(predictions[depth])
         report = prediction_report(target, predicted, 0)
         each = np.abs(predicted - target)[:, : schema.ARM_DIM].mean(axis=1)  # (N,)
         mean, half = float(each.mean()), 1.96 * float(each.std()) / np.sqrt(len(each))
         right = report["gripper_accuracy"]
-        curve["mse"].append(report["mse"])
-        curve["arm_error"].append(mean)
-        curve["arm_interval"].append([mean - half, mean + half])
-        curve["gripper_accuracy"].append(right)
-        curve["gripper_interval"].append(
-            list(wilson_interval(round(right * len(target)), len(target))))
-    return curve
+        rows.append({"depths": depth, "mse": report["mse"], "arm_error": mean,
+                     "arm_interval": [mean - half, mean + half], "gripper_accuracy": right,
+                     "gripper_interval": list(wilson_interval(round(right * len(target)),
+                                                              len(target)))})
+    return {**{key: [row[key] for row in rows] for key in rows[0]},
+            "trained_depth": policy.config.num_recursions}
 
 
 @styled
 def plot_depth_curve(curve: Mapping) -> Figure:
-    """What :func:`depth_curve` returned."""
+    """The figure of :func:`depth_curve`."""
     fig = new_figure(9, 3.4)
     panels = (("arm_error", "arm_interval", "mean absolute error (environment units)", "Arm"),
               ("gripper_accuracy", "gripper_interval", "share with the right sign", "Gripper"))
@@ -287,7 +279,7 @@ def plot_depth_curve(curve: Mapping) -> Figure:
         axes.set(xlabel="recursions at inference", ylabel=label, title=title)
         count_axis(axes.xaxis)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("What recursion depth does to the first action")
+    fig.suptitle("Error of the first action by recursion depth")
     return fig
 
 
@@ -295,33 +287,32 @@ def plot_depth_curve(curve: Mapping) -> Figure:
 def prediction_by_depth(policy, observations: Mapping, depths: Sequence[int]) -> np.ndarray:
     """First action (len(depths), 7), environment units, of the batch's first sample by depth."""
     with _evaluating(policy):
-        actions = [_first_actions(policy, policy(observations, num_recursions=depth))[0]
-                   for depth in depths]
-    return np.stack(actions)
+        return np.stack([_first_actions(policy, policy(observations, num_recursions=depth))[0]
+                         for depth in depths])
 
 
 @styled
 def plot_prediction_by_depth(depths: Sequence[int], actions: np.ndarray) -> Figure:
-    """What :func:`prediction_by_depth` returned for ``depths``."""
-    fig = new_figure(7, 3.6)
-    axes = fig.subplots()
+    """The figure of :func:`prediction_by_depth`."""
+    axes = new_axes(7, 3.6)
     for dim, name in enumerate(schema.ACTION_NAMES):
         colour, style = ("black", "--") if dim == schema.GRIPPER_INDEX else (PALETTE[dim], "-")
         axes.plot(depths, actions[:, dim], style, marker=".", color=colour, label=name)
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(xlabel="recursions at inference", ylabel="first action (environment units)",
-             title="How one sample's action changes with recursion depth")
+             title="One sample's action by recursion depth")
     count_axis(axes.xaxis)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return fig
+    return axes.figure
 
 
 @torch.no_grad()
 def halting_profile(policy, dataset, num_samples: int = 512, seed: int = 0) -> dict:
     """Recursions used by each of up to ``num_samples`` samples.
 
-    Returns ``depths`` (a list of int), their ``mean``, the ``limit`` that the policy was given and
-    its ``halting`` rule (``fixed`` always uses the limit).
+    Returns:
+        ``depths`` (a list of int), their ``mean``, the policy's ``limit`` and its ``halting`` rule
+        (``fixed`` always uses the limit).
     """
     depths: list[int] = []
     with _evaluating(policy):
@@ -334,35 +325,33 @@ def halting_profile(policy, dataset, num_samples: int = 512, seed: int = 0) -> d
 
 @styled
 def plot_halting(profile: Mapping) -> Figure:
-    """What :func:`halting_profile` returned."""
+    """The figure of :func:`halting_profile`."""
     steps = np.arange(1, profile["limit"] + 1)
-    share = [100 * np.mean(np.equal(profile["depths"], step)) for step in steps]
-    fig = new_figure(6, 3.2)
-    axes = fig.subplots()
-    axes.bar(steps, share, color=BLUE)
+    axes = new_axes(6, 3.2)
+    axes.bar(steps, [100 * np.mean(np.equal(profile["depths"], step)) for step in steps],
+             color=BLUE)
     axes.axvline(profile["mean"], color=RED, linestyle="--", label=f"mean {profile['mean']:.2f}")
     axes.set(xlabel=f"recursions used (at most {profile['limit']})", ylabel="share of samples (%)",
-             title=f"Where {len(profile['depths'])} samples stop (halting: {profile['halting']})")
+             title=f"Recursions of {len(profile['depths'])} samples "
+                   f"(halting: {profile['halting']})")
     count_axis(axes.xaxis)
     axes.legend()
-    return fig
+    return axes.figure
 
 
 # --- saliency ------------------------------------------------------------------------------------
-def saliency(
-    policy, observations: Mapping, method: str = "integrated_gradients"
-) -> dict[str, np.ndarray]:
-    """Which pixels the arm's first action depends on: one map (B, H, W) per camera.
+def saliency(policy, observations: Mapping,
+             method: str = "integrated_gradients") -> dict[str, np.ndarray]:
+    """How much the arm's first action depends on each pixel: a map (B, H, W) per camera.
 
-    Attributed is the sum of the absolute six arm outputs (normalised). ``integrated_gradients``
-    (Sundararajan et al. 2017, arXiv 1703.01365) goes in 64 steps from a black image,
-    ``gradient`` (Simonyan et al. 2013, arXiv 1312.6034) is the gradient at the image. Absolute
-    attributions are summed over colours and divided by the sample's maximum over all cameras, so
-    that maps lie in [0, 1] and cameras can be compared; as stored, upside down. T folds into B.
-    Raises ``ValueError`` for another method.
+    Attributes the sum of the absolute six arm outputs (normalised). ``integrated_gradients``
+    (Sundararajan et al. 2017, arXiv 1703.01365) takes 64 steps from a black image, ``gradient``
+    (Simonyan et al. 2013, arXiv 1312.6034) is the gradient at the image. Absolute attributions are
+    summed over colours and divided by the sample's maximum over all cameras, so that maps lie in
+    [0, 1] and cameras can be compared; upside down, as images are stored. T folds into B. Raises
+    ``ValueError`` for another method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not valid; expected one of {', '.join(METHODS)}")
+    schema.check_option("method", method, METHODS)
     cameras = policy.config.cameras
     inputs = tuple(observations[camera].detach().flatten(0, -4).requires_grad_()
                    for camera in cameras)  # (B, H, W, 3)
@@ -380,8 +369,7 @@ def saliency(
             maps = Saliency(arm_activity).attribute(inputs, additional_forward_args=others)
         else:
             maps = IntegratedGradients(arm_activity).attribute(
-                inputs, additional_forward_args=others, n_steps=STEPS, internal_batch_size=BATCH
-            )
+                inputs, additional_forward_args=others, n_steps=STEPS, internal_batch_size=BATCH)
     maps = torch.stack([each.abs().sum(dim=-1) for each in maps]).detach().cpu()  # (C, B, H, W)
     peak = maps.amax(dim=(0, 2, 3)).clamp(min=1e-12)
     return dict(zip(cameras, (maps / peak[:, None, None]).float().numpy(), strict=True))
@@ -394,12 +382,12 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
     fig.set_layout_engine("compressed")
     grid = fig.subplots(len(maps), 2, squeeze=False)
     colours = matplotlib.colormaps["inferno"]
-    for (seen, heat), camera in zip(grid, maps, strict=True):
-        show_image(seen, upright(images[camera]))
+    for (image, heat), camera in zip(grid, maps, strict=True):
+        show_image(image, upright(images[camera]))
         show_image(heat, upright(colours(maps[camera])[..., :3]))
-        seen.set_ylabel(schema.CAMERA_TITLES[camera])
-    grid[0, 0].set_title("what the policy sees")
-    grid[0, 1].set_title("what moves the arm's action")
+        image.set_ylabel(schema.CAMERA_TITLES[camera])
+    grid[0, 0].set_title("image")
+    grid[0, 1].set_title("attribution of the arm's action")
     fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
                  label="attribution (1: strongest pixel)")
     fig.suptitle("Saliency of the first predicted arm action")

@@ -6,6 +6,7 @@ All frames here are upright already (`sim.render.upright`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -104,50 +105,50 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int 
     if path.suffix != ".mp4":
         raise ValueError(f"path={str(path)!r} is not valid; expected a name that ends in .mp4")
     with atomic_path(path) as temporary:
-        written = _encode(temporary, frames, fps)
+        written = _encode(temporary, _even(frames), fps)
         found = _count_frames(temporary)  # ffmpeg may end well on a full disk
         if found != written:
             raise OSError(f"{path} has {found} frames of {written}; is the disk full?")
     return path
 
 
-def _encode(path: Path, frames: Iterable[np.ndarray], fps: int) -> int:
+def _encode(path: Path, frames: Iterator[np.ndarray], fps: int) -> int:
     """Write the frames through ffmpeg; their number."""
-    process, shape, number = None, None, -1
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("frames is empty; expected at least one")
+    written = 0
     with tempfile.TemporaryFile("w+") as log:
+        process = _ffmpeg("-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
+                          "-s", f"{first.shape[1]}x{first.shape[0]}", "-r", str(fps), "-i", "-",
+                          *_ENCODING, str(path), stdin=subprocess.PIPE, stderr=log)
         try:
-            for number, frame in enumerate(frames):
-                shape = shape or frame.shape
-                if frame.shape != shape or frame.ndim != 3 or frame.dtype != np.uint8:
-                    raise ValueError(
-                        f"frame {number} has shape {frame.shape} and type {frame.dtype}; expected "
-                        f"uint8 (H, W, 3), all of one size (the first is {shape})"
-                    )
-                frame = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-                process = process or _ffmpeg(
-                    "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
-                    "-s", f"{frame.shape[1]}x{frame.shape[0]}", "-r", str(fps), "-i", "-",
-                    *_ENCODING, str(path), stdin=subprocess.PIPE, stderr=log)
-                with _killed_if_it_hangs(process):
+            for frame in itertools.chain([first], frames):
+                with _killed_if_it_hangs(process), contextlib.suppress(BrokenPipeError):
                     process.stdin.write(frame.tobytes())
-        except BrokenPipeError:  # ffmpeg has ended: its exit status says why
-            pass
+                written += 1
         except BaseException:
-            if process is not None:
-                process.kill()
+            process.kill()
             raise
         finally:
-            if process is not None:
-                with _killed_if_it_hangs(process), contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
-                    process.wait()
-        if process is None:
-            raise ValueError("frames is empty; expected at least one")
-        if process.wait():
+            with _killed_if_it_hangs(process):
+                process.communicate()
+        if process.returncode:
             log.seek(0)
             raise OSError(f"ffmpeg ended with status {process.returncode}: "
                           f"{log.read().strip() or f'killed, or no frame in {_PATIENCE:g} s'}")
-    return number + 1
+    return written
+
+
+def _even(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames, checked, with an odd side's last row or column twice."""
+    shape = None
+    for number, frame in enumerate(frames):
+        shape = shape or frame.shape
+        if frame.shape != shape or frame.ndim != 3 or frame.dtype != np.uint8:
+            raise ValueError(f"frame {number} has shape {frame.shape} and type {frame.dtype}; "
+                             f"expected uint8 (H, W, 3), all of one size (the first is {shape})")
+        yield np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
 
 
 def _count_frames(path: Path) -> int:
@@ -162,15 +163,13 @@ def _count_frames(path: Path) -> int:
 def _ffmpeg(*arguments: str, **streams) -> subprocess.Popen:
     import imageio_ffmpeg  # without it, only films cannot be made
 
-    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments],
-                            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
-                               **streams})
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **streams}
+    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], **streams)
 
 
 @contextlib.contextmanager
 def _killed_if_it_hangs(process: subprocess.Popen) -> Iterator[None]:
     timer = threading.Timer(_PATIENCE, process.kill)
-    timer.daemon = True
     timer.start()
     try:
         yield

@@ -1,8 +1,7 @@
 """Figures of data, training and evaluation; other modules' figures use the same style.
 
-Figures take images as they are stored, upside down, and show them with :func:`upright`;
-:func:`plot_rollout_strip` takes frames of a film, which are upright already. Every figure comes
-back as a matplotlib ``Figure``, which a notebook shows and :func:`save_figure` writes.
+Figures take images as they are stored, upside down; :func:`plot_rollout_strip` takes upright
+frames. All return a matplotlib ``Figure``, which a notebook shows and :func:`save_figure` writes.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -43,7 +43,7 @@ DPI = 150
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Run a function that draws a figure in the package's style, and leave matplotlib's alone."""
+    """Run a function that draws a figure in the package's style, not changing matplotlib's."""
 
     @functools.wraps(draw)
     def wrapper(*args, **kwargs) -> Figure:
@@ -57,13 +57,17 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches that pyplot forgets: notebooks show what is returned, once.
-
-    Going through pyplot makes IPython ready to show figures.
+    """A figure of that size in inches, closed in pyplot: notebooks show it once, where it is
+    returned. Going through pyplot sets IPython up to show figures.
     """
     fig = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(fig)
     return fig
+
+
+def new_axes(width: float, height: float) -> Axes:
+    """The only axes of a :func:`new_figure`."""
+    return new_figure(width, height).subplots()
 
 
 def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
@@ -140,8 +144,7 @@ def _image_grid(rows: Mapping[str, np.ndarray], columns: Sequence[str], title: s
         line[0].set_ylabel(label)
     for axes, text in zip(grid[0], columns, strict=True):
         axes.set_title(text)
-    width = int(13 * fig.get_figwidth())  # characters of the title's size in a line
-    fig.suptitle(textwrap.fill(title, width))
+    fig.suptitle(textwrap.fill(title, int(13 * fig.get_figwidth())))  # characters per inch
     return fig
 
 
@@ -171,25 +174,29 @@ def plot_action_statistics(actions) -> Figure:
         axes.set_ylabel("share of steps (%)" if dim % 4 == 0 else "")
     grid[-1].axis("off")
     grid[-1].legend(*grid[0].get_legend_handles_labels(), loc="upper left")
-    fig.suptitle(f"What {len(actions):,} actions command, by dimension (environment units)")
+    fig.suptitle(f"{len(actions):,} actions by dimension (environment units)")
     return fig
 
 
 @styled
 def plot_demo_lengths(lengths: Sequence[int], horizon: int = 0) -> Figure:
     """Histogram of demonstration lengths in steps; ``horizon`` marks the steps of evaluation."""
-    lengths = np.asarray(lengths)
-    fig = new_figure(6, 3.2)
-    axes = fig.subplots()
+    mean = np.mean(lengths)
+    axes = _length_axes(horizon, "demonstrations", f"Lengths of {len(lengths)} demonstrations")
     axes.hist(lengths, bins=12, color=BLUE, rwidth=0.9)
-    axes.axvline(lengths.mean(), color=RED, linestyle="--", label=f"mean {lengths.mean():.0f}")
+    axes.axvline(mean, color=RED, linestyle="--", label=f"mean {mean:.0f}")
+    axes.legend()
+    return axes.figure
+
+
+def _length_axes(horizon: int, counted: str, title: str) -> Axes:
+    axes = new_axes(6, 3.2)
     if horizon:
         axes.axvline(horizon, color="black", linestyle=":", label=f"horizon {horizon}")
-    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)",
-             ylabel="demonstrations", title=f"How long the {len(lengths)} demonstrations are")
+    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)", ylabel=counted,
+             title=title)
     count_axis(axes.yaxis)
-    axes.legend()
-    return fig
+    return axes
 
 
 @styled
@@ -218,14 +225,14 @@ def plot_action_trace(actions, title: str = "Actions of one demonstration") -> F
 
 @styled
 def plot_alignment(name: str, evidence: Mapping) -> Figure:
-    """What `validate.measure_alignment` returned: when the stored observations were seen."""
+    """The evidence of `demo_files.measure_alignment`: when stored observations were sampled."""
     fig = new_figure(8, 3.8)
     by_joints, by_delay = fig.subplots(2)
     zones = {"raw": BLUE, "shift": ORANGE, "unknown": GREY}
     low, high = MIDDLE_DELAY - DELAY_MARGIN, MIDDLE_DELAY + DELAY_MARGIN
     panels = (
         (by_joints, "fraction", {"raw": (-1, HALF_SUBSTEP), "shift": (HALF_SUBSTEP, 1)},
-         "by joint angles: when obs[t] was taken, from choosing actions[t] (control steps)"),
+         "by joint angles: time of obs[t] from the decision on actions[t] (control steps)"),
         (by_delay, "delay", {"shift": (-1, low), "unknown": (low, high), "raw": (high, 2.5)},
          "by motion: delay from actions[t] to the arm's displacement after obs[t] (control steps)"),
     )
@@ -243,9 +250,9 @@ def plot_alignment(name: str, evidence: Mapping) -> Figure:
             axes.axvline(value, color="black", linewidth=2)
             axes.annotate(f"{value:+.2f} ", (value, 0.3), ha="right")
     meaning = {
-        "raw": "obs[t] was seen before actions[t] was executed: learn obs[t] -> actions[t]",
-        "shift": "obs[t] was seen after actions[t] was executed: learn obs[t] -> actions[t+1]",
-        "unknown": "the file does not tell: set the alignment by hand",
+        "raw": "obs[t] was sampled before actions[t] was executed: learn obs[t] -> actions[t]",
+        "shift": "obs[t] was sampled after actions[t] was executed: learn obs[t] -> actions[t+1]",
+        "unknown": "not measurable in this file: set the alignment by hand",
     }[name]
     fig.suptitle(f"Alignment: {name}, judged by the {evidence['method']}\n{meaning}")
     return fig
@@ -256,31 +263,31 @@ def plot_augmentation(original, augmented) -> Figure:
     """The same images (n, H, W, 3) without and with augmentation."""
     columns = [f"sample {i + 1}" for i in range(len(original))]
     rows = {"original": upright(original), "augmented": upright(augmented)}
-    return _image_grid(rows, columns, "Augmentation, drawn anew for every sample and epoch")
+    return _image_grid(rows, columns, "Augmentation, sampled anew for every sample and epoch")
 
 
 @styled
-def plot_places(images, places, things: Sequence[str]) -> Figure:
-    """Images (n, H, W, 3) and where each thing is taken to be in them, (n, K, 2) from 0 to 1."""
+def plot_places(images, places, names: Sequence[str]) -> Figure:
+    """Images (n, H, W, 3) with the predicted position of each object, (n, K, 2) from 0 to 1."""
     fig = new_figure(2.4 * len(images) + 0.4, 3.4)
     for axes, image, found in zip(fig.subplots(1, len(images), squeeze=False)[0], upright(images),
                                   np.asarray(places), strict=True):
         show_image(axes, image)
         height, width = image.shape[:2]
-        for index, ((column, row), thing) in enumerate(zip(found, things, strict=True)):
+        for index, ((column, row), name) in enumerate(zip(found, names, strict=True)):
             axes.plot(column * width - 0.5, (1 - row) * height - 0.5, linestyle="",
                       marker="o^s"[index // len(PALETTE) % 3], markersize=7,
                       markerfacecolor="none", markeredgewidth=1.6,
-                      color=PALETTE[index % len(PALETTE)], label=thing.replace("_", " "))
+                      color=PALETTE[index % len(PALETTE)], label=name.replace("_", " "))
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
-               ncols=min(len(things), 4))
-    fig.suptitle("Where the policy takes things to be in the agent view")
+               ncols=min(len(names), 4))
+    fig.suptitle("Predicted object positions in the agent view")
     return fig
 
 
 @styled
 def plot_batch(batch: Mapping, count: int = 6) -> Figure:
-    """First samples of a batch: what each camera sees and the first action to learn, normalised."""
+    """First samples of a batch: each camera's image and the first action, normalised."""
     cameras = [key for key in batch["observations"] if key in schema.CAMERAS]
     size = len(batch["actions"])
     actions = np.asarray(batch["actions"]).reshape(size, -1, schema.ACTION_DIM)[:, 0]
@@ -310,9 +317,8 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
     if not metrics:
         raise ValueError("metrics is empty; expected one row per epoch")
     epoch, train, val, lr = (
-        [row[key] for row in metrics] for key in ("epoch", "train_loss", "val_loss", "lr")
-    )
-    # the rule of the trainer: successes in rollouts first, where there were some
+        [row[key] for row in metrics] for key in ("epoch", "train_loss", "val_loss", "lr"))
+    # the trainer's rule: successes in rollouts first, if there were any
     best = max(range(len(metrics)), key=lambda i: (metrics[i].get("success_rate", -1.0), -val[i]))
     fig = new_figure(10, 3.6)
     losses, rates = fig.subplots(1, 2, width_ratios=(3, 2))
@@ -336,13 +342,12 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
 @styled
 def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure:
     """Time of one decision against the number of recursions."""
-    fig = new_figure(6, 3.2)
-    axes = fig.subplots()
+    axes = new_axes(6, 3.2)
     axes.plot(depths, milliseconds, marker="o")
     axes.set(xlabel="recursions", ylabel="milliseconds per decision", ylim=(0, None),
-             title="What a decision costs (one observation, median)")
+             title="Time of a decision (one observation, median)")
     count_axis(axes.xaxis)
-    return fig
+    return axes.figure
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -350,8 +355,8 @@ def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure
 def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
     """Success rate per task with 95 % Wilson intervals, for each policy by name.
 
-    Values are summaries of `stats.summarize_episodes`; with several tasks a last group of bars
-    holds all of them together.
+    Values are summaries of `stats.summarize_episodes`; with several tasks, a last group of bars
+    shows them together.
     """
     groups = {name: {f"{task['suite'].removeprefix('libero_')} {task['task_id']}": task
                      for task in summary["tasks"]} for name, summary in summaries.items()}
@@ -384,17 +389,11 @@ def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
     """Histogram of episode lengths by outcome, from rows with ``steps`` and ``success``."""
     lengths = [[row["steps"] for row in rows if bool(row["success"]) is outcome]
                for outcome in (True, False)]
-    fig = new_figure(6, 3.2)
-    axes = fig.subplots()
+    axes = _length_axes(horizon, "episodes", f"Lengths of {len(rows)} episodes")
     axes.hist(lengths, bins=20, stacked=True, color=[BLUE, ORANGE], rwidth=0.9,
               label=[f"succeeded ({len(lengths[0])})", f"failed ({len(lengths[1])})"])
-    if horizon:
-        axes.axvline(horizon, color="black", linestyle=":", label=f"horizon {horizon}")
-    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)",
-             ylabel="episodes", title=f"How long the {len(rows)} episodes took")
-    count_axis(axes.yaxis)
     axes.legend()
-    return fig
+    return axes.figure
 
 
 @styled
