@@ -25,6 +25,9 @@ def test_every_command_has_help_with_the_settings_comments(capsys):
         assert ended.value.code == 0
         assert f"python -m trm_helpers {name}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
+        parse(["trial", "--help"])
+    assert "a setting of this machine, such as device cpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
         parse(["train", "trm", "--help"])
     page = capsys.readouterr().out
     first = re.findall(r"^  --(\S+) .*\(default: (.+)\)$", page.partition("╭")[0], re.M)

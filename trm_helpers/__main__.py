@@ -132,8 +132,8 @@ class Trial:
 
     run_name: Positional[str]  # folder under artifacts/
     point: Positional[str]  # the settings searched over, as JSON: {"lr": 1e-3, ...}
+    # a setting of this machine, such as device cpu
     setting: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-s"])] = ()
-    # ... of this machine, such as device cpu; may be repeated
 
     def __call__(self) -> Result:
         from .search.sweeps import run_sweep_trial
@@ -254,8 +254,8 @@ class Run:
 
     what: Positional[str]  # a preset, a notebook of the suite, or the path of an .ipynb
     run_name: str = ""  # folder under artifacts/
+    # a parameter of the notebooks, such as lr 1e-3
     parameter: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-p"])] = ()
-    # ... of the notebooks; may be repeated
 
     def __call__(self) -> Result:
         from .notebooks import run_notebook, run_suite

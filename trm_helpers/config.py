@@ -258,7 +258,7 @@ _PASSWORD = re.compile(r":(?!//)[^@]*@|(?i:(pass(word|wd)?|pwd|token|secret)=)")
 class SearchConfig(_Part):
     """The reference's grid of sixteen points, part of it, or a guided search within its bounds."""
 
-    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: by Optuna
+    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: through Optuna
     search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: any rate between
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)
