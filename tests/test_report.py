@@ -56,7 +56,7 @@ def test_everything_in_the_folder_is_on_the_page(trained, capsys):
         "- not used by this policy: wrist camera black: it has none",
         "mujoco 3.3.2; gl_renderer llvmpipe", "- The recursion has converged.",
         "no significant difference can be claimed, since another seed changes a loss too. "
-        "Best of 2 configurations:\n\n```yaml\nlr: 0.001\n```",
+        "Best of 2 configurations:\n\n    lr: 0.001\n\n",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
         "![figures/06_success.png](figures/06_success.png)",
         "libero_object, task 0, 3: 10 episodes of each per row. Perturbed episodes start from",

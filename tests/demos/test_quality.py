@@ -272,5 +272,5 @@ def test_fixtures_stand_where_the_stored_model_has_them():
         for name, place in places.items():
             now = env.object_position(name)
             np.testing.assert_allclose(now, place, atol=1e-6)  # the XML rounds
-        with pytest.raises(ValueError, match="teapot.*no such bodies"):
+        with pytest.raises(ValueError, match="teapot.*expected only bodies of"):
             env.set_fixtures('<mujoco><worldbody><body name="teapot"/></worldbody></mujoco>')

@@ -161,7 +161,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
             # Hard resets rebuild the model (2 s). A soft reset places objects on fixtures relative
             # to where the fixture is *and* to where the reset moves it: the bowl on the stove lands
-            # 40 cm beside it. Official init states need no reset of either kind: see _rewind.
+            # 40 cm beside it. Further official init states need neither: see _rewind.
             self._env = OffScreenRenderEnv(
                 bddl_file_name=self.task.bddl_file, camera_heights=image_size,
                 camera_widths=image_size, hard_reset=True, ignore_done=True,
@@ -232,7 +232,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
         """Put the simulator into a flattened state (S,) and return its observation."""
         expected = self.state().shape
         if np.shape(state) != expected:
-            raise ValueError(f"state has shape {np.shape(state)}; {self.task.name} has {expected}")
+            raise ValueError(f"state has shape {np.shape(state)}; expected {expected} for "
+                             f"{self.task.name}")
         return self._observe(self._env.set_init_state(state))
 
     def set_fixtures(self, model_xml: str) -> None:
@@ -245,8 +246,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
         bodies = ElementTree.fromstring(model_xml).find("worldbody").findall("body")
         unknown = {body.get("name") for body in bodies} - set(model.body_names)
         if unknown:
-            raise ValueError(f"the stored model has {', '.join(sorted(unknown))}; "
-                             f"{self.task.name} has no such bodies")
+            raise ValueError(f"the stored model has {', '.join(sorted(unknown))}; expected only "
+                             f"bodies of {self.task.name}")
         for body in bodies:
             index = model.body_name2id(body.get("name"))
             for name, values in (("pos", model.body_pos), ("quat", model.body_quat)):
