@@ -1,4 +1,4 @@
-"""Scripted demonstrators, chosen by the goal's BDDL predicates: what a person would do, scripted.
+"""Scripted experts that demonstrate a task as a person would, chosen by the goal's BDDL predicates.
 
 They command the same seven numbers as a policy: end-effector deltas and the gripper.
 """
@@ -15,41 +15,34 @@ from ..sim.env import LiberoEnv
 from ..sim.geometry import UP, Boxes, crowding, geoms_of, overreach, turned, way_out
 from .skills import CLOSE_STEPS, DOWNWARD, OPEN_STEPS, Joint, OpenDrawer, Skill, Style, TurnKnob
 
-__all__ = ["PickPlaceExpert", "SkillSequence", "Style", "make_expert", "pick_place_goal"]
-
-_OPENING = 0.07  # widest thing that goes between the fingers, in metres
-_RIM_INSET = 0.005  # how far inside an object's outline its wall is
-_RIM_DEPTH = 0.018  # how deep a rim goes between the fingers; at 0.012 it slips now and then
-_FINGER_WIDTH = 0.02  # metres along the jaw
+# Lengths in metres
+_OPENING = 0.07  # widest object between the fingers
+_RIM_INSET = 0.005  # from an object's outline to its wall
+_RIM_DEPTH = 0.018  # of a rim between the fingers; at 0.012 it slips now and then
+_FINGER_WIDTH = 0.02  # along the jaw
 _FINGERTIP = 0.014  # lowest height of the end-effector site above a support
-_REACH = 0.032  # how deep an object goes between the fingers before it meets the palm
-_CORRIDOR = 0.06  # what is nearer than this to the straight way is passed over
-_CONTAINER_DEPTH = 0.045  # what is deeper than this is filled from above its rim
+_REACH = 0.032  # depth of an object between the fingers that touches the palm
+_CORRIDOR = 0.06  # the arm passes over objects nearer than this to the straight path
+_CONTAINER_DEPTH = 0.045  # a deeper target is filled from above its rim
 # Turning the gripper takes time, so a yaw other than zero has to be worth it. Plus 90 degrees
 # brings joint 7 near the middle of its range, minus 90 near its end.
 _YAWS = np.radians([0, 30, -30, 60, -60, 90])
-_ALONG = (0.0, -0.02, 0.02)  # metres along the jaw from the middle of the object
-# A rim is lifted at its left, seen from the arm, unless that is closed. Decided by what stands
-# where, a policy that has seen few scenes closes between the two sides, on nothing.
+_ALONG = (0.0, -0.02, 0.02)  # along the jaw from the middle of the object
+# A rim is lifted at its left, seen from the arm, unless that side is blocked. If the other objects
+# decided the side, a policy trained on few scenes would close between the two, on nothing.
 _SAME_SIDE = 3.0
-_COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # metres over the grasp where the gripper needs room
-_ON_AXIS = 0.01  # metres beside the vertical that do not slow a descent
-_HANGS = 0.02  # metres: what is still this near after the retreat hangs on a finger, as a gable can
-_PATIENCE = 60  # steps in a phase that mean that something is in the way
+_COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # heights over the grasp where the gripper needs room
+_ON_AXIS = 0.01  # beside the vertical; up to this a descent is not slowed
+_HANGS = 0.02  # an object this near after the retreat hangs on a finger, as a gable can
+_PATIENCE = 60  # steps in a phase; after more, something blocks the arm
 
 
 def make_expert(env: LiberoEnv, style: Style | None = None) -> Skill | SkillSequence:
-    """The expert for the task's goal: an object with ``act()``, an action (7,) for each step.
+    """The expert for the task's goal: an object whose ``act()`` returns each step's action (7,).
 
-    ``On`` and ``In`` are one pick-and-place, after opening the drawer when the target is inside a
-    closed one; ``Open`` pulls a drawer, ``TurnOn`` turns a knob.
-
-    Args:
-        env: the environment, already reset.
-        style: timing and path; the default is the plain one.
-
-    Raises:
-        ValueError: the goal is another one, or more than one predicate.
+    ``On`` and ``In`` are one pick-and-place, after opening a closed drawer around the target;
+    ``Open`` pulls a drawer, ``TurnOn`` turns a knob. ``env`` must be reset; ``style`` sets timing
+    and path. Raises ``ValueError`` for another goal or more than one predicate.
     """
     goal = env.raw.parsed_problem["goal_state"]
     verb = goal[0][0].lower() if len(goal) == 1 else ""
@@ -66,7 +59,7 @@ def make_expert(env: LiberoEnv, style: Style | None = None) -> Skill | SkillSequ
 
 
 class SkillSequence:
-    """Skills one after the other; each is planned when the one before has finished."""
+    """Skills in sequence, each planned once its predecessor has finished."""
 
     def __init__(self, *makers):
         self._makers = list(makers)
@@ -85,26 +78,20 @@ class SkillSequence:
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the end effector grasps an object, and what speaks against it."""
+    """A grasp of an object by the end effector, and its cost."""
 
     offset: np.ndarray  # (3,) metres from the object's body
     yaw: float  # radians about the vertical; at zero the jaw closes along y
     bottom: float  # metres from the end effector down to the object's lowest point
-    key: tuple[float, float, float]  # the same for the same way of grasping, in every plan
-    cost: float  # without that for narrow places
+    key: tuple[float, float, float]  # yaw, side and shift, which identify it in every plan
+    cost: float  # without the cost of narrow places
 
 
 class PickPlaceExpert(Skill):
-    """Picks the object of the task's goal up and places it on, or in, the goal's target.
+    """Picks up the object of the task's goal and places it on, or in, the goal's target.
 
-    A target that is a part of the table has the object pushed there: held at its edge, it slides.
-
-    Args:
-        env: the environment, already reset.
-        style: timing and path; the default is the plain one.
-
-    Raises:
-        ValueError: the goal is not one pick-and-place.
+    If the target is part of the table, the object is held at its edge and pushed there. Raises
+    ``ValueError`` for a goal that is not one pick-and-place.
     """
 
     closed = ("close", "lift", "carry", "lower")
@@ -115,17 +102,17 @@ class PickPlaceExpert(Skill):
         self._region = _region(env, env.raw.parsed_problem["goal_state"][0][2])
         self._slides = self.target is None
         self._object_geoms = geoms_of(env, self.object)
-        self._other_geoms = geoms_of(
-            env, *(name for name in env.raw.obj_body_id if name != self.object))
+        others = [name for name in env.raw.obj_body_id if name != self.object]
+        self._other_geoms = geoms_of(env, *others)
         self._target_geoms = geoms_of(env, self.target) if self.target else []
         self._misses: Counter = Counter()
-        self._deeper = 0.0  # metres that the object is lowered further than it need be
+        self._deeper = 0.0  # metres below the target's support, to free a hanging object
         self._plan()
 
     # --- planning ---------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """Choose a grasp and the heights at which the gripper comes and the object travels."""
+        """Choose a grasp and the heights of the gripper's approach and the object's transport."""
         self.grasp = self._choose_grasp()
         others = Boxes.of_geoms(self.env, self._other_geoms)
         ee, start = self.env.end_effector(), self.env.object_position(self.object)
@@ -137,14 +124,14 @@ class PickPlaceExpert(Skill):
         if self._slides:
             self._travel_height = self._lift_from[2]
             return
-        start = start[:2] + 0.25 * (end - start[:2])  # it leaves what stands beside it straight up
+        start = start[:2] + 0.25 * (end - start[:2])  # it rises straight up beside its neighbours
         tops = others.tops_along(start, end, _CORRIDOR)
         self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
         self._way_out = way_out(self._outline(), self._travel_height - self._lift_from[2],
                                 others.near(self._lift_from, 0.3))
 
     def _outline(self) -> np.ndarray:
-        """Points (64, 3) of the object's top and bottom, as if it were round."""
+        """Points (64, 3) of the object's top and bottom, taken as discs."""
         low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
         radius, angle, end = np.meshgrid(
             (0.6, 1.0), np.arange(0, 2 * np.pi, np.pi / 8), (-1.0, 1.0))
@@ -152,14 +139,11 @@ class PickPlaceExpert(Skill):
         return (low + high) / 2 + disc.reshape(-1, 3) * (high - low) / 2
 
     def _choose_grasp(self) -> Grasp:
-        """The candidate of least cost.
-
-        What the gripper would touch is worked out, at 5 ms each, only for those that may win.
-        """
+        """The candidate of least cost; contacts, 5 ms each, are computed only where they matter."""
         candidates = [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
         best, least = candidates[0], np.inf
         for grasp in sorted(candidates, key=lambda grasp: grasp.cost):
-            if grasp.cost >= least:  # so is every other, and the rest of the cost is not negative
+            if grasp.cost >= least:  # so is every later one, and crowding costs are not negative
                 break
             cost = grasp.cost + self._crowding_cost(grasp)
             if cost < least:
@@ -167,18 +151,15 @@ class PickPlaceExpert(Skill):
         return best
 
     def _candidates_at(self, yaw: float) -> list[Grasp]:
-        """Grasps with the jaw at one yaw: at the middle, or of a bowl at the rim's two sides."""
+        """Grasps at one yaw: at the middle of a narrow object, or at a bowl's rim on two sides."""
         position = self.env.object_position(self.object)
         low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(yaw)
         width = high[1] - low[1]
+        sides, height = (0.0,), max((low[2] + high[2]) / 2, high[2] - _REACH)
         if width > _OPENING:
-            sides = (1.0, -1.0)
-            height = high[2] - _RIM_DEPTH
-        else:
-            sides = (0.0,)
-            height = max((low[2] + high[2]) / 2, high[2] - _REACH)
+            sides, height = (1.0, -1.0), high[2] - _RIM_DEPTH
         along, up = self.style.grasp_offset
-        room = (high[0] - low[0]) / 2 - _FINGER_WIDTH  # or the fingers close beside the object
+        room = (high[0] - low[0]) / 2 - _FINGER_WIDTH  # beyond it the fingers miss the object
         shifts = [shift for shift in _ALONG if abs(shift) <= max(room, 0.0)]
         grasps = []
         for side, shift in itertools.product(sides, shifts):
@@ -194,14 +175,14 @@ class PickPlaceExpert(Skill):
                 0.5 * abs(yaw) + 10.0 * abs(shift) + 3.0 * abs(side) + 1.5 * self._misses[key]
                 + 50.0 * sum(overreach(self.env, reached) for reached in (
                     position + offset, position + offset + self.style.hover * UP, place))
-                + abs(place[1]) + 0.1 * (1.0 + place[0])  # rather near the arm's own plane
+                + abs(place[1]) + 0.1 * (1.0 + place[0])  # preferably near the arm's own plane
                 + _SAME_SIDE * (side < 0 and not self._slides)
             )
             grasps.append(Grasp(offset, float(yaw), bottom, key, cost))
         return grasps
 
     def _crowding_cost(self, grasp: Grasp) -> float:
-        """Cost of what the open gripper would touch on its way to the grasp and at the target."""
+        """Cost of contacts of the open gripper on its way to the grasp and at the target."""
         others = Boxes.of_geoms(self.env, self._other_geoms)
         start = self.env.object_position(self.object) + grasp.offset
         end = self._place_point(grasp.offset, grasp.bottom)
@@ -211,14 +192,14 @@ class PickPlaceExpert(Skill):
         return 2.0 * (here > 0) + 60.0 * here + 1.0 * (there > 0) + 30.0 * there
 
     def _support(self) -> tuple[np.ndarray, float]:
-        """Centre (2,) of where the object goes, and the height that its lowest point goes to."""
+        """Centre (2,) of the object's destination, and the height of its lowest point there."""
         if self._region is not None and self.target not in self.env.raw.objects_dict:
             centre, size = self._region()  # of the table or a fixture
             return centre[:2], centre[2] - size[2]
         low, high = Boxes.of_geoms(self.env, self._target_geoms).bounds()
-        # into a container the object falls from its rim; onto a plate it is set down
-        contains = high[2] - low[2] > _CONTAINER_DEPTH
-        height = high[2] if contains else (low[2] + high[2]) / 2
+        height = (low[2] + high[2]) / 2  # of a plate
+        if high[2] - low[2] > _CONTAINER_DEPTH:
+            height = high[2]  # the object falls from the rim of a container
         return self.env.object_position(self.target)[:2], height
 
     # --- state ------------------------------------------------------------------------------------
@@ -239,7 +220,7 @@ class PickPlaceExpert(Skill):
                     return "approach"
                 if off_axis < 0.008 and abs(ee[2] - grasp[2]) < 0.006:
                     return "close"
-                if self._steps_in_phase > _PATIENCE / 2:  # it touches something
+                if self._steps_in_phase > _PATIENCE / 2:  # blocked
                     return "close" if np.linalg.norm(ee - grasp) < 0.02 else self._missed()
             case "close":
                 if self._steps_in_phase >= CLOSE_STEPS:
@@ -272,11 +253,11 @@ class PickPlaceExpert(Skill):
         return self.phase
 
     def _missed(self) -> str:
-        self._misses[self.grasp.key] += 1  # another way of grasping is tried before long
+        self._misses[self.grasp.key] += 1  # raises its cost: another grasp is tried soon
         return "release"
 
     def _holding(self) -> bool:
-        """The fingers are apart though they are closing, and the object is between them."""
+        """The closing fingers are apart, with the object between them."""
         near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.04
         return bool(near and self.env.fingers() > 0.002)
 
@@ -285,9 +266,9 @@ class PickPlaceExpert(Skill):
 
     def _place_point(self, hang: np.ndarray | None = None,
                      bottom: float | None = None) -> np.ndarray:
-        """Where the end effector opens so that the object's body is over the target's centre.
+        """Position of the end effector that brings the object's body over the target's centre.
 
-        ``hang`` is where the end effector is from the object's body: where it is now.
+        ``hang`` leads from the object's body to the end effector, by default as they are now.
         """
         if hang is None:
             hang = self.env.end_effector() - self.env.object_position(self.object)
@@ -320,7 +301,7 @@ class PickPlaceExpert(Skill):
         return ee + 0.03 * UP  # retreat
 
     def _lift_goal(self, ee: np.ndarray) -> np.ndarray:
-        """Straight up, or first out from under what is above."""
+        """Straight up, or first sideways from under an obstacle."""
         goal = np.array([*ee[:2], self._travel_height])
         out = self._lift_from + self._way_out
         if self._way_out.any() and np.linalg.norm((ee - out)[:2]) > 0.008 \
@@ -329,7 +310,7 @@ class PickPlaceExpert(Skill):
         return goal
 
     def _approach_goal(self, ee: np.ndarray, grasp: np.ndarray) -> np.ndarray:
-        """Over what is in the way, then to above the grasp."""
+        """Over the obstacles, then to above the grasp."""
         goal = grasp + self.style.hover * UP
         left = np.linalg.norm((ee - grasp)[:2])
         if left < _CORRIDOR:
@@ -341,7 +322,7 @@ class PickPlaceExpert(Skill):
 
 
 def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """The goal, kept higher while the arm is beside it: a fast descent swings it by 2 cm."""
+    """The goal, raised while the arm is beside it: a fast descent swings the arm by 2 cm."""
     beside = np.linalg.norm((ee - goal)[:2])
     return np.array([*goal[:2], max(goal[2], min(ee[2], goal[2] + 4 * (beside - _ON_AXIS)))])
 
@@ -352,8 +333,7 @@ def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
 def pick_place_goal(env: LiberoEnv) -> tuple[str, str | None]:
     """The object and the target of a task whose goal is one ``On`` or ``In`` predicate.
 
-    A region such as ``basket_1_contain_region`` stands for the object that it belongs to, a region
-    of the table for ``None``.
+    A region such as ``basket_1_contain_region`` means its object; a region of the table, ``None``.
     """
     goal = env.raw.parsed_problem["goal_state"]
     if len(goal) != 1 or goal[0][0].lower() not in ("on", "in"):
@@ -365,7 +345,7 @@ def pick_place_goal(env: LiberoEnv) -> tuple[str, str | None]:
 
 
 def _region(env: LiberoEnv, name: str):
-    """A function for centre (3,) and half size (3,) along the world's axes; ``None`` for a body."""
+    """A function for a region's centre and half size (3,) in world axes; ``None`` for a body."""
     if name in env.raw.obj_body_id:
         return None
     size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
@@ -378,6 +358,6 @@ def _region(env: LiberoEnv, name: str):
 
 
 def _joint_of(env: LiberoEnv, name: str) -> Joint | None:
-    """The joint that a region moves with: a drawer's rail."""
+    """The joint of a region: a drawer's rail."""
     joints = getattr(env.raw.object_sites_dict.get(name), "joints", None)
     return Joint(env, joints[0]) if joints else None

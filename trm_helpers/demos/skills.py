@@ -1,7 +1,7 @@
-"""What every scripted skill shares, and the skills on a fixture's joint: drawers and knobs.
+"""Base of the scripted skills, and the skills on a fixture's joint: drawers and knobs.
 
-A skill is a state machine on privileged positions. Its phase is re-decided from the scene in every
-step, so that it recovers when it is pushed or loses its grip.
+A skill is a state machine on privileged positions. Its phase is chosen anew from the scene in every
+step, so that it recovers from a push or a lost grip.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .. import schema
 from ..sim.env import LiberoEnv
 from ..sim.geometry import UP, Boxes, turned
 
-# One control step at full command moves the end effector 13 mm (measured, OSC_POSE at 20 Hz), so
-# the error is scaled to command less than the distance left; 1.0 overshoots by 9 mm, 0.7 by 2 mm.
+# One control step at full command moves the end effector 13 mm (measured, OSC_POSE at 20 Hz); the
+# command is scaled below the remaining distance. A gain of 1.0 overshoots by 9 mm, 0.7 by 2 mm.
 _GAIN = 0.7
 _METRES_PER_UNIT = 0.05
 _RADIANS_PER_UNIT = 0.5
-_TURN_LIMIT = 0.5  # largest command about an axis: the arm follows faster turns badly
+_TURN_LIMIT = 0.5  # largest command about an axis; the arm follows faster turns badly
 # the end-effector site with the gripper pointing down and the fingers closing along y
 DOWNWARD = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 _SLIDE = 2  # mujoco.mjtJoint.mjJNT_SLIDE, without importing mujoco
@@ -29,31 +29,33 @@ OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Style:
-    """What varies from one demonstration to the next, as it does for a person."""
+    """Variation between demonstrations, as between a person's."""
 
     speed: float = 1.0  # largest command along any axis
     hover: float = 0.06  # metres above the grasp before descending
-    clearance: float = 0.04  # metres between the carried object and what it passes over
+    clearance: float = 0.04  # metres between the carried object and the tops below it
     grasp_offset: tuple[float, float] = (0.0, 0.0)  # metres along the jaw and in height
 
     @classmethod
     def sample(cls, generator: np.random.Generator) -> Style:
-        return cls(
-            speed=generator.uniform(0.85, 1.0),
-            hover=generator.uniform(0.05, 0.08),
-            clearance=generator.uniform(0.03, 0.05),
-            grasp_offset=(generator.uniform(-0.004, 0.004), generator.uniform(-0.003, 0.003)),
-        )
+        return cls(speed=generator.uniform(0.85, 1.0), hover=generator.uniform(0.05, 0.08),
+                   clearance=generator.uniform(0.03, 0.05),
+                   grasp_offset=(generator.uniform(-0.004, 0.004),
+                                 generator.uniform(-0.003, 0.003)))
 
 
 # --- motion ---------------------------------------------------------------------------------------
 
 
 class Skill:
-    """A state machine that drives the end effector to a goal that each phase sets.
+    """A state machine whose phase sets the goal of the end effector.
 
-    A subclass gives ``_next_phase()``, ``_goal()`` in metres, ``_orientation()`` of the site, and
-    names the phases in which the gripper is closed.
+    A subclass defines ``_next_phase()``, ``_goal()`` in metres, ``_orientation()`` of the site and
+    the ``closed`` phases, in which the gripper is closed.
+
+    Args:
+        env: the environment, already reset.
+        style: timing and path; the default does not vary.
     """
 
     closed: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ class Skill:
 
 
 class Joint:
-    """A fixture's joint: where it is, which way it opens, what moves with it."""
+    """A fixture's joint: its position, its opening direction, the geometries that move with it."""
 
     def __init__(self, env: LiberoEnv, name: str):
         self.env = env
@@ -120,27 +122,21 @@ class Joint:
                       if model.geom_bodyid[geom] == body and model.geom_contype[geom]]
 
     def opened(self) -> float:
-        """How far it is from rest, in metres or radians."""
+        """Distance from rest, in metres or radians."""
         address = self.env.sim.model._model.jnt_qposadr[self.id]
         return self.sign * float(self.env.sim.data.qpos[address])
 
     def direction(self) -> np.ndarray:
-        """Unit vector (3,) along which, or about which, it opens."""
+        """Unit vector (3,) of the opening, along it for a slide, about it for a hinge."""
         return self.sign * np.array(self.env.sim.data._data.xaxis[self.id])
 
 
 class OpenDrawer(Skill):
-    """Grasps a drawer's handle with the gripper tilted towards it, and pulls along its rail.
-
-    Args:
-        env: the environment, already reset.
-        joint: the sliding joint.
-        style: timing and path.
-    """
+    """Grasps a drawer's handle with a tilted gripper and pulls along the rail, its ``joint``."""
 
     closed = ("close", "pull")
-    _TILT = np.radians(75)  # from pointing down: flatter, the hand meets what lies on the table
-    _BEFORE = 0.10  # metres in front of the handle where the gripper is brought into line
+    _TILT = np.radians(75)  # from pointing down; flatter, the hand hits objects on the table
+    _BEFORE = 0.10  # metres in front of the handle where the gripper is aligned
     _BACK = 0.004  # metres short of the handle's middle, or the upper finger meets the drawer
 
     def __init__(self, env: LiberoEnv, joint: Joint, style: Style | None = None):
@@ -148,10 +144,10 @@ class OpenDrawer(Skill):
         self.joint = joint
         out = joint.direction()
         low, high = Boxes.of_geoms(env, joint.geoms).corners()
-        handle = int(np.argmax((low + high) @ out))  # it stands out furthest
-        self._handle_geom = joint.geoms[handle]
+        self._handle_geom = joint.geoms[int(np.argmax((low + high) @ out))]  # furthest out
         self._pointing = -np.cos(self._TILT) * UP - np.sin(self._TILT) * out
-        self._wide = np.cos(self._TILT) * out - np.sin(self._TILT) * UP  # the jaw closes along it
+        self._jaw = np.cos(self._TILT) * out - np.sin(self._TILT) * UP  # the closing direction
+        self._across = np.cross(self._pointing, self._jaw)
 
     def finished(self) -> bool:
         upright = np.abs(self._turn_left()).max() < 0.2
@@ -160,14 +156,12 @@ class OpenDrawer(Skill):
     def _handle(self) -> np.ndarray:
         middle = np.array(self.env.sim.data.geom_xpos[self._handle_geom])
         along, _ = self.style.grasp_offset
-        across = np.cross(self._pointing, self._wide)
-        return middle - self._BACK * self._pointing + along * across
+        return middle - self._BACK * self._pointing + along * self._across
 
     def _orientation(self) -> np.ndarray:
         if self.phase == "away":
             return DOWNWARD
-        return np.column_stack(
-            [self._wide, np.cross(self._pointing, self._wide), self._pointing])
+        return np.column_stack([self._jaw, self._across, self._pointing])
 
     def _next_phase(self) -> str:
         from_handle = self.env.end_effector() - self._handle()
@@ -215,17 +209,11 @@ class OpenDrawer(Skill):
 
 
 class TurnKnob(Skill):
-    """Grasps a knob's ridge from above and turns it until the predicate holds.
-
-    Args:
-        env: the environment, already reset.
-        joint: the hinge, with a vertical axis.
-        style: timing and path.
-    """
+    """Grasps a knob's ridge from above and turns it about the vertical hinge ``joint``."""
 
     closed = ("close", "turn")
     _STEP = 0.4  # radians by which the commanded turn is ahead
-    _FINGER_DEPTH = 0.014  # metres that the ridge goes between the fingers
+    _FINGER_DEPTH = 0.014  # metres of the ridge between the fingers
 
     def __init__(self, env: LiberoEnv, joint: Joint, style: Style | None = None):
         super().__init__(env, style)
@@ -233,7 +221,7 @@ class TurnKnob(Skill):
         self._plan()
 
     def _plan(self) -> None:
-        """The yaw at which the jaw is across the ridge, the highest part of the knob."""
+        """The yaw that puts the jaw across the ridge, the highest part of the knob."""
         _, high = Boxes.of_geoms(self.env, self.joint.geoms).corners()
         self._ridge = self.joint.geoms[int(np.argmax(high[:, 2]))]
 
