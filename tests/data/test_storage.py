@@ -166,21 +166,8 @@ def a_soft_link(file, folder):
     file["data/demo_1"] = h5py.SoftLink("/elsewhere")
 
 
-def virtual_frames(file, folder):
-    """The first from a file apart, the others from this one."""
-    target = "data/demo_1/obs/agentview_rgb"
-    shape = file[target].shape
-    with h5py.File(folder / "apart.hdf5", "a") as other:
-        other["frames"] = file[target][:1]
-    file.move(target, "later")
-    layout = h5py.VirtualLayout(shape, "u1")
-    layout[:1] = h5py.VirtualSource("apart.hdf5", "frames", (1, *shape[1:]))
-    layout[1:] = h5py.VirtualSource(".", "later", shape)[1:]
-    file.create_virtual_dataset(target, layout)
-
-
 @pytest.mark.parametrize("change", [apart_in_a_link, all_in_a_link, a_soft_link,
-                                    frames_in_a_link_to_a_soft_link, virtual_frames])
+                                    frames_in_a_link_to_a_soft_link])
 def test_frames_are_read_where_they_lie(tmp_path, monkeypatch, change):
     paths = [write_demo_file(tmp_path / f"{name}_demo.hdf5", lengths, image_size=16, seed=seed)
              for seed, (name, lengths) in enumerate({"soup": (5, 7), "milk": (6, 5)}.items())]
@@ -190,10 +177,6 @@ def test_frames_are_read_where_they_lie(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     names = [path.name for path in paths]
     assert_same(data_set(names, "ram").batch(range(23)), expected)
-    if change is virtual_frames:
-        with pytest.raises(DemoFileError, match="soup_demo.hdf5: .*chunked or kept elsewhere"):
-            data_set(names, "mmap")
-        return
     mapped = data_set(names, "mmap")
     monkeypatch.chdir("/")  # a worker may have another working folder
     assert_same(pickle.loads(pickle.dumps(mapped)).batch(range(23)), expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -33,8 +32,9 @@ _CHECKED: set[tuple] = set()  # versions of files whose data are known to lie in
 def open_demo_file(path: str | Path) -> Iterator[h5py.File]:
     """Open for reading; raise :class:`DemoFileError` for a file that cannot or should not be read.
 
-    Missing, truncated, foreign and locked files are refused, and so are files with data outside
-    their own folder: external storage or a link could pass any local file off as frames.
+    Missing, truncated, foreign and locked files are refused, and so are files with virtual data
+    sets or data outside their own folder: external storage or a link could pass any local file off
+    as frames.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,43 +85,10 @@ def _check_storage(group: h5py.Group, folders: set[Path], seen: set) -> None:
         seen.add(item.id)
         if isinstance(item, h5py.Group):
             _check_storage(item, folders, seen)
-        elif isinstance(item, h5py.Dataset):
-            _check_dataset(item, folders, seen, where)
-
-
-def _check_dataset(dataset: h5py.Dataset, folders: set[Path], seen: set, where: str) -> None:
-    if dataset.external:
-        raise DemoFileError(f"{where}: kept in external storage ({dataset.external[0][0]}); "
-                            "expected the data inside an HDF5 file")
-    sources = dataset.virtual_sources() if dataset.is_virtual else []
-    mapped = sum(source.vspace.get_select_npoints() for source in sources)
-    if dataset.is_virtual and mapped != math.prod(dataset.shape):
-        raise DemoFileError(f"{where}: a virtual data set that is not wholly mapped; expected a "
-                            "source for every value")
-    for source in sources:
-        path = Path(dataset.file.filename)
-        if source.file_name != ".":
-            path = _linked_file(source.file_name, dataset, folders, where)
-        if not path.is_file():
-            raise DemoFileError(f"{where}: a virtual data set of {path}, which does not exist")
-        with h5py.File(path, "r") as file:
-            found = file.get(source.dset_name)
-            if not isinstance(found, h5py.Dataset) or not _holds(found, source):
-                raise DemoFileError(f"{where}: a virtual data set of {path}, {source.dset_name}, "
-                                    f"of shape {getattr(found, 'shape', None)}; expected one that "
-                                    "holds all mapped values")
-            _linked_file(os.path.abspath(found.file.filename), dataset, folders, where)
-            if found.id not in seen:
-                seen.add(found.id)
-                _check_dataset(found, folders, seen, f"{path}, {source.dset_name}")
-
-
-def _holds(dataset: h5py.Dataset, source) -> bool:
-    """Whether a virtual data set's source has all mapped values; HDF5 would make up the others."""
-    if source.src_space.get_select_type() == h5py.h5s.SEL_ALL:
-        return dataset.size == source.vspace.get_select_npoints()
-    last = source.src_space.get_select_bounds()[1]
-    return len(last) == dataset.ndim and all(np.less(last, dataset.shape))
+        elif isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+            kept = f"external storage ({item.external[0][0]})" if item.external else \
+                "the sources of a virtual data set"
+            raise DemoFileError(f"{where}: kept in {kept}; expected the data inside an HDF5 file")
 
 
 def _linked_file(name: str, item: h5py.Group | h5py.Dataset, folders: set[Path],
