@@ -12,7 +12,7 @@ from trm_helpers import schema
 from trm_helpers.config import ModelConfig, from_flat
 from trm_helpers.data import language
 from trm_helpers.data.dataset import LIBERODataset
-from trm_helpers.data.language import embed_instruction, embedding_table, normalize_instruction
+from trm_helpers.data.language import embed_instruction, normalize_instruction
 from trm_helpers.paths import repo_root
 from trm_helpers.policy.model import TRMPolicy
 from trm_helpers.sim.env import Observation, load_task
@@ -22,6 +22,10 @@ needs_model = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("sentence_transformers", language.MODEL_PACKAGE))),
     reason="the extra 'language' is not installed",
 )
+
+
+def embedding_table():
+    return dict(language._table()[0])
 
 
 @pytest.fixture

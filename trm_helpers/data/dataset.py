@@ -326,11 +326,11 @@ def _first_frames(path: Path, demos: Sequence[Demo], cameras: Sequence[str]) -> 
 
 
 def _embedded(file: DemoFile) -> np.ndarray:
-    if not normalize_instruction(file.language):
-        raise ValueError(f"{file.path}: instruction {file.language!r} is empty; expected the "
+    if not normalize_instruction(file.instruction):
+        raise ValueError(f"{file.path}: instruction {file.instruction!r} is empty; expected the "
                          "task's instruction")
     try:
-        return embed_instruction(file.language)
+        return embed_instruction(file.instruction)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
 

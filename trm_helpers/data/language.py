@@ -31,6 +31,7 @@ def normalize_instruction(text: str) -> str:
 
 @functools.cache
 def _table() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Instruction to embedding (384,) float32, and other wordings to instructions."""
     if not TABLE.exists():
         raise FileNotFoundError(f"{TABLE} does not exist; expected the table that is part of the "
                                 "package: install it again")
@@ -38,14 +39,6 @@ def _table() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         embeddings = dict(zip(file["instructions"].tolist(), file["embeddings"], strict=True))
         aliases = dict(zip(file["aliases"].tolist(), file["alias_of"].tolist(), strict=True))
     return embeddings, aliases
-
-
-def embedding_table() -> dict[str, np.ndarray]:
-    """Instruction to embedding (384,) float32, as shipped with the package.
-
-    Raises ``FileNotFoundError`` for a missing table.
-    """
-    return dict(_table()[0])
 
 
 def embed_instruction(text: str) -> np.ndarray:

@@ -35,7 +35,7 @@ class DemoFile:
     path: Path
     alignment: str
     source: str
-    language: str
+    instruction: str
 
 
 @dataclass(frozen=True)
