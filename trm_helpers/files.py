@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 _LOCK_POLL = 0.5  # seconds
@@ -95,21 +96,15 @@ def remove_leftovers(folder: Path, names: re.Pattern = _TEMPORARY) -> None:
     """
     for path in folder.iterdir():
         found = names.fullmatch(path.name)
+        if not found:
+            continue
         with contextlib.suppress(OSError):  # another process removes it too, or another user's
-            if found and (not _runs(int(found["pid"]))
-                          if found.groupdict().get("machine") in (None, machine())
-                          else time.time() - path.stat().st_mtime > _ABANDONED):
+            if found.groupdict().get("machine") in (None, machine()):
+                abandoned = not psutil.pid_exists(int(found["pid"]))
+            else:
+                abandoned = time.time() - path.stat().st_mtime > _ABANDONED
+            if abandoned:
                 _remove(path)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
 
 
 def _size(path: Path) -> int:

@@ -96,13 +96,10 @@ class Observation(Mapping):
     upside down as stored), ``joint_states`` (7,) rad, ``gripper_states`` (2,) m, ``ee_pos`` (3,) m,
     ``ee_ori`` (3,) axis-angle rad, ``ee_states`` (6,), all float64, ``task_id``, and the
     instruction as ``language``. ``rendering_seconds`` is the time spent on rendering so far.
-
-    Args:
-        values: by key; a function in place of a frame renders it.
     """
 
     def __init__(self, values: dict):
-        self._values = values
+        self._values = values  # a function in place of a frame renders it
         self.rendering_seconds = 0.0
 
     def __getitem__(self, key: str):
@@ -129,8 +126,6 @@ class LiberoEnv(contextlib.AbstractContextManager):
     Building takes 5 to 10 s on two CPU cores, a sampled layout or the first init state 2 s.
 
     Args:
-        suite: a name in :data:`schema.SUITES`.
-        task_id: its index in the suite.
         image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
         lazy: render a frame when it is first read. ``False`` renders both cameras in every step,
             as LIBERO does; the frames are bit-for-bit the same.

@@ -33,14 +33,10 @@ def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
 
     The goal's objects always move, each other object with probability 0.5. Places are uniform over
     the rectangle around all of the task's regions, and orientations are kept. Fixtures do not move;
-    nor do objects on or in another object, and objects of the goal that share their kind with
-    another object, because their place identifies them (the bowl of LIBERO-Spatial). No
-    object hides a moved object of the goal from the agent view.
-
-    Args:
-        env: the environment, just reset, before the objects settle.
-        generator: of the places.
-        staying: names of objects that are not moved and may hide others.
+    nor do objects on or in another object, nor objects of the goal that share their kind with
+    another object, because their place identifies them (the bowl of LIBERO-Spatial). Objects in
+    ``staying`` are not moved and may hide the goal's from the agent view; no other object does.
+    Call it after a reset, before the objects settle.
 
     Raises:
         RuntimeError: no free places found.

@@ -140,12 +140,8 @@ def start_process(function: Callable, *arguments, environment: Mapping[str, str]
 
     Ctrl-C does not reach the process. The system kills it when the thread that started it ends.
 
-    Args:
-        environment: variables to add to those of this process.
-        output: file for standard output and error; by default those of this process.
-
-    Returns:
-        the process, and this end of its ``connection``.
+    ``environment`` is added to that of this process; ``output`` is a file for standard output and
+    error. Returns the process and this end of its ``connection``.
     """
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # a standard stream was closed
         os.set_inheritable(opened, True)
