@@ -221,3 +221,11 @@ def test_the_table_of_rooms_lists_every_module_from_the_bottom_up():
                                     if path.name != "__init__.py")
     rooms = list(dict.fromkeys(file.split(".")[0] for file in listed))
     assert rooms == list(ROOMS)
+
+
+@each_page
+def test_pages_use_the_fields_words(page):
+    """Image, object, trained, exactly; see the glossary."""
+    found = re.findall(r"\b(?:pictures?|things?|taught|luck|fates?|lest|to the bit|so many)\b",
+                       page.read_text(), re.IGNORECASE)
+    assert not found, f"{name(page)}: {found}"
