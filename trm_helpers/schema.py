@@ -31,7 +31,7 @@ ACTION_MEANING = (
 CONTROL_HZ = 20
 NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, GRIPPER_OPEN)  # sent by the benchmark's settle steps
 
-# --- observations: HDF5 name -> name in the live environment ------------------------------------
+# --- observations: cameras by HDF5 name -> name in the live environment; widths of the rest ------
 IMAGE_SIZE = 128
 STILL_CAMERA = "agentview_rgb"  # does not move
 CAMERAS = {
@@ -39,13 +39,7 @@ CAMERAS = {
     "eye_in_hand_rgb": "robot0_eye_in_hand_image",
 }
 CAMERA_TITLES = {"agentview_rgb": "agent view", "eye_in_hand_rgb": "wrist camera"}
-LOW_DIM = {  # name and width
-    "joint_states": 7,
-    "gripper_states": 2,
-    "ee_pos": 3,
-    "ee_ori": 3,
-    "ee_states": 6,
-}
+LOW_DIM = {"joint_states": 7, "gripper_states": 2, "ee_pos": 3, "ee_ori": 3, "ee_states": 6}
 # without `ee_ori`: the gripper points down, a turn by pi, at which axis-angle flips its sign
 PROPRIO_KEYS = ("joint_states", "gripper_states", "ee_pos")
 PROPRIO_DIM = sum(LOW_DIM[key] for key in PROPRIO_KEYS)  # P = 12
@@ -64,20 +58,10 @@ ALIGNMENTS = ("raw", "shift")
 ALIGNMENT_OPTIONS = ("auto", *ALIGNMENTS)
 
 # --- suites: number of tasks; steps allowed per episode (OpenVLA's protocol, 400 for LIBERO-90) --
-SUITES = {
-    "libero_spatial": 10,
-    "libero_object": 10,
-    "libero_goal": 10,
-    "libero_10": 10,
-    "libero_90": 90,
-}
-HORIZONS = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
+SUITES = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10,
+          "libero_90": 90}
+HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+            "libero_90": 400}
 # LIBERO-PRO (arXiv 2510.03827) varies four suites in four ways, per task; for evaluation only
 VARIATIONS = {
     "swap": "objects exchanged",
