@@ -26,46 +26,36 @@ from .play import Evaluation
 from .rollout import Policy
 
 
-class ExpertPolicy:
-    """The scripted demonstrator: it reads the simulator's state, which no policy does."""
+class _Untrained:
+    """A policy that reads the simulator in place of observations."""
 
     def __init__(self, env: LiberoEnv):
         self.env = env
 
     def reset(self) -> None:
-        self.expert = None
+        self.source = None  # made by the first decision, because it depends on the scene
+
+
+class ExpertPolicy(_Untrained):
+    """The scripted demonstrator."""
 
     def act(self, observation) -> np.ndarray:
-        # made here, not in reset(), because it plans from the scene after the reset
-        self.expert = self.expert or experts.make_expert(self.env)
-        return self.expert.act()
+        self.source = self.source or experts.make_expert(self.env)
+        return self.source.act()
 
 
-class RandomPolicy:
+class RandomPolicy(_Untrained):
     """Uniform commands, with the gripper open or closed; the same ones from the same state."""
 
-    def __init__(self, env: LiberoEnv):
-        self.env = env
-
-    def reset(self) -> None:
-        self.generator = None
-
     def act(self, observation) -> np.ndarray:
-        if self.generator is None:
-            self.generator = np.random.default_rng(zlib.crc32(self.env.state().tobytes()))
-        action = self.generator.uniform(-1, 1, schema.ACTION_DIM)
+        self.source = self.source or np.random.default_rng(zlib.crc32(self.env.state().tobytes()))
+        action = self.source.uniform(-1, 1, schema.ACTION_DIM)
         action[schema.GRIPPER_INDEX] = np.sign(action[schema.GRIPPER_INDEX])
         return action
 
 
-class NoOpPolicy:
+class NoOpPolicy(_Untrained):
     """Does not move, with the gripper open: tasks that solve themselves."""
-
-    def __init__(self, env: LiberoEnv):
-        pass
-
-    def reset(self) -> None:
-        pass
 
     def act(self, observation) -> np.ndarray:
         return np.array(schema.NO_OP)

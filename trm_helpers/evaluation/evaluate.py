@@ -73,30 +73,18 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
                  wide: bool = False) -> dict:
     """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
 
-    All episodes are planned and checked before the first. Each row is written the moment its
-    episode ends, and an interrupted call resumes. An episode in which the policy raises or returns
-    no valid action is a failure (``policy_errors`` counts them). One in which the simulator raised,
-    hung or lost its process twice is recorded as an error, not as a failure, and the next call
-    tries it again. Results of other tasks than the run's are in ``results-tasks-....json``.
-
-    Args:
-        run: folder, or name of a folder in ``artifacts/``.
-        config: default the run's.
-        weights: ``best`` or ``last``.
-        suite, task_ids: default those the policy was trained on.
-        apart: write into :func:`plan.robustness_folder`, where perturbed episodes and those of
-            another suite always go.
-        wide: randomised layouts (:func:`layouts.randomise_layout`) in place of the official init
-            states, which are one scene per task; also apart.
+    All episodes are planned and checked before the first, with the arguments of :func:`plan_run`.
+    Each row is written the moment its episode ends, and an interrupted call resumes. An episode in
+    which the policy raises or returns no valid action is a failure (``policy_errors`` counts them).
+    One in which the simulator raised, hung or lost its process twice is recorded as an error, not
+    as a failure, and the next call tries it again.
 
     Returns:
         what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions
         of this call's software, and every renderer that drew a part of the episodes.
 
     Raises:
-        ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
-            conditioned on task numbers was not trained on one of ``task_ids``; the perturbation
-            cannot matter for this policy.
+        ValueError: as :func:`plan_run`.
         RuntimeError: no episode could be run; with the first error.
     """
     return plan_run(run, config, weights, suite, task_ids, apart, wide).play()
@@ -105,7 +93,24 @@ def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str
 def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
              suite: str = "", task_ids: Iterable[int] = (), apart: bool = False,
              wide: bool = False) -> Evaluation:
-    """:func:`evaluate_run`, loaded and checked, but not played yet."""
+    """The episodes of :func:`evaluate_run`, checked, with the policy loaded.
+
+    Args:
+        run: folder, or name of a folder in ``artifacts/``.
+        config: default the run's.
+        weights: ``best`` or ``last``.
+        suite, task_ids: default those the policy was trained on. Results of other tasks are in
+            ``results-tasks-....json``.
+        apart: write into :func:`plan.robustness_folder`, where perturbed episodes and those of
+            another suite always go.
+        wide: randomised layouts (:func:`layouts.randomise_layout`) in place of the official init
+            states, which are one scene per task; also apart.
+
+    Raises:
+        ValueError: ``episodes.jsonl`` holds episodes of other weights or another protocol; a policy
+            conditioned on task numbers was not trained on one of ``task_ids``; the perturbation
+            cannot matter for this policy.
+    """
     run = find_run(run, to_write=True)
     trained = load_config(run)
     suite = suite or trained.data.suite

@@ -213,7 +213,7 @@ def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]
     """``(episode, row, error)`` of each, as they end."""
     job = functools.partial(play_episode, source, config, folder)
     renderer()  # chosen once: workers inherit it
-    # a simulator of its own costs more to start than to have in this process
+    # starting one worker costs more than playing in this process
     workers = 0 if config.eval_workers == 1 else config.eval_workers
     try:
         for episode, row, error in run_jobs(job, episodes, workers=workers, keep=True,
