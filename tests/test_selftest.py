@@ -1,14 +1,17 @@
-"""Faults of evaluations: each check passes on ours, finds its own fault, and is not empty."""
+"""Faults of evaluations: each check passes on ours, detects its fault, and is not empty."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
+from trm_helpers import schema
 from trm_helpers import selftest as module
 from trm_helpers.__main__ import main
-from trm_helpers.preflight import Check, table
-from trm_helpers.selftest import FAULTS, SCENE, Subject, Wrapper, examine, run_check
+from trm_helpers.preflight import Check, run_check, table
+from trm_helpers.selftest import FAULTS, SCENE, Subject, Wrapper, examine
+from trm_helpers.sim.checks import CONTACTS, FRAMES, SimulatorCheck
 from trm_helpers.sim.env import LiberoEnv
 
 NAMES = [fault.name for fault in FAULTS]
@@ -22,31 +25,66 @@ def subject():
 
 @pytest.mark.sim
 @pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
-def test_a_check_passes_without_its_fault_and_finds_it(subject, fault):
+def test_a_check_passes_without_its_fault_and_detects_it(subject, fault):
     """A check whose body is emptied fails one half or the other."""
-    healthy = run_check(fault, subject)
+    healthy = run_check(fault.check, subject)
     assert (healthy.status, healthy.hint) == ("ok", ""), healthy
-    seeded = run_check(fault, fault.seed(subject))
-    assert seeded.status == "fail" and seeded.hint == fault.hint
-    assert "Error" not in seeded.found  # it measured something
-    assert seeded.found != healthy.found
+    for seed in fault.seeds:
+        with seed(subject) as spoiled:
+            seeded = run_check(fault.check, spoiled)
+        assert seeded.status == "fail" and seeded.hint == fault.check.hint
+        assert "Error" not in seeded.found  # it measured something
+        assert seeded.found != healthy.found
 
 
 @pytest.mark.sim
-def test_the_order_of_a_chunk_is_examined_too(subject):
-    (fault,) = (fault for fault in FAULTS if fault.check is module.check_chunk)
-    backwards = Subject(subject.env, policy=lambda chunk: module.chunk_policy(chunk[::-1].copy()))
-    assert run_check(fault, backwards).status == "fail"
+def test_contacts_are_checked_by_the_version_and_by_a_bowl_that_slides(subject, monkeypatch):
+    (version, slide) = FAULTS[0].seeds
+    with version(subject) as spoiled:
+        assert run_check(CONTACTS, spoiled).found.startswith("MuJoCo 3.17.0, bowl 1.5 cm")
+    with slide(subject) as spoiled:
+        found = run_check(CONTACTS, spoiled).found
+    assert found.startswith("MuJoCo 3.3.2") and 4 < float(found.split()[3]) < 7  # 5.6 with 3.17
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("rows", "columns", "orientation"), [
+    (1, 1, "upside down"), (-1, 1, "upright"), (-1, -1, "mirrored"),
+    (1, -1, "turned by 180 degrees")])
+def test_orientation_and_camera_are_found_apart_from_each_other(subject, rows, columns,
+                                                                orientation):
+    class Turned(Wrapper):
+        def observe(self, observation):
+            return {**observation, **{key: observation[key][::rows, ::columns]
+                                      for key in schema.CAMERAS}}
+
+    for env, cameras in ((Turned(subject.env), list(schema.CAMERAS)),
+                         (module.ExchangedCameras(Turned(subject.env)), list(schema.CAMERAS)[::-1])):
+        views = Subject(env).views
+        assert [view.camera for view in views.values()] == cameras
+        assert {view.orientation for view in views.values()} == {orientation}
+
+
+@pytest.mark.sim
+def test_frames_of_another_scene_show_nothing_known(subject):
+    class Still(Wrapper):
+        def observe(self, observation):
+            frame = np.random.default_rng(0).integers(0, 255, (128, 128, 3))
+            return {**observation, **dict.fromkeys(schema.CAMERAS, frame)}
+
+    views = Subject(Still(subject.env)).views.values()
+    assert {view[:2] for view in views} == {("nothing known", "unknown")}
+    assert all(view.spread > 50 for view in views)
 
 
 @pytest.mark.sim
 def test_a_wrapper_that_changes_nothing_passes_where_it_is_examined(subject, monkeypatch):
     monkeypatch.setattr(module, "FAULTS", [fault for fault in FAULTS if fault.name in (
-        "cameras exchanged", "image flipped", "gripper's other sign")])
+        "cameras exchanged", "frames flipped", "gripper's other sign")])
     rows = examine(Subject(Wrapper(subject.env)))
     assert [row.status for row in rows] == ["ok"] * 3
     assert [row.status for row in examine(Subject(module.FlippedFrames(subject.env)))] == [
-        "ok" if row.name != "image flipped" else "fail" for row in rows]
+        "ok" if row.name != "image orientation" else "fail" for row in rows]
 
 
 class FakeEnv:
@@ -62,23 +100,40 @@ class FakeEnv:
         pass
 
 
-@pytest.mark.parametrize(("finds", "status"), [
+@pytest.mark.parametrize(("measure", "status"), [
     (lambda subject: ("", subject.env != "spoilt"), "ok"),
     (lambda subject: ("", True), "fail"),  # an emptied check
     (lambda subject: ("", False), "fail"),
     (lambda subject: 1 / 0, "fail"),
 ])
-def test_a_check_that_finds_nothing_or_too_much_is_noticed(monkeypatch, capsys, finds, status):
+def test_a_check_that_detects_nothing_or_too_much_is_noticed(monkeypatch, capsys, measure, status):
     monkeypatch.setattr(module, "LiberoEnv", FakeEnv)
-    fault = module.Fault("a fault", finds, lambda subject: Subject("spoilt"), "do this")
+    check = SimulatorCheck("a check", measure, "do this")
+    fault = module.Fault("a fault", check, (lambda subject: nullcontext(Subject("spoilt")),))
     monkeypatch.setattr(module, "FAULTS", (fault,))
     assert [row.status for row in module.selftest()] == [status]
     assert main(["preflight", "--selftest", "--json"]) == (0 if status == "ok" else 3)
     assert json.loads(capsys.readouterr().out)[0]["status"] == status
 
 
-def test_there_are_twelve_faults_and_their_table_fits():
-    assert len(FAULTS) == len({fault.check for fault in FAULTS}) == len(set(NAMES)) == 12
-    rows = [Check(fault.name, "fail", "found " * 40, fault.hint) for fault in FAULTS]
+def test_every_variant_of_a_fault_is_to_be_detected(monkeypatch):
+    monkeypatch.setattr(module, "LiberoEnv", FakeEnv)
+    check = SimulatorCheck("a check", lambda subject: (str(subject.env), subject.env != "unit"), "")
+    seeds = [lambda subject, name=name: nullcontext(Subject(name)) for name in ("unit", "order")]
+    monkeypatch.setattr(module, "FAULTS", (module.Fault("chunk", check, tuple(seeds)),))
+    (row,) = module.selftest()
+    assert row.status == "fail" and row.hint == "the seeded fault was not detected"
+    assert row.found.endswith("; seeded: unit; seeded: order")
+
+
+def test_twelve_distinct_checks_detect_twelve_distinct_faults_and_say_what_to_do():
+    distinct = {len(set(each)) for each in (
+        NAMES, [fault.check.name for fault in FAULTS], [fault.check.measure for fault in FAULTS],
+        [fault.check.hint for fault in FAULTS], [fault.seeds for fault in FAULTS])}
+    assert len(FAULTS) == 12 and distinct == {12}
+    assert all(len(fault.check.hint) > 30 for fault in FAULTS)
+    assert [len(fault.seeds) for fault in FAULTS if len(fault.seeds) > 1] == [2, 2]
+    assert "MUJOCO_GL=osmesa" in FRAMES.hint and "TRM_RENDERER" in FRAMES.hint
+    rows = [Check(fault.name, "fail", "found " * 40, fault.check.hint) for fault in FAULTS]
     assert max(map(len, table(rows).splitlines())) <= 100
     assert np.array_equal(module._Still().act({}), [0, 0, 0, 0, 0, 0, -1])

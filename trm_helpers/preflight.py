@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import paths, schema
 from .software import (
@@ -28,6 +28,9 @@ from .software import (
     pip_command,
     writable,
 )
+
+if TYPE_CHECKING:
+    from .sim.checks import SimulatorCheck, Subject
 
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest supported
 _GB = 1e9
@@ -66,7 +69,7 @@ def preflight(quick: bool = False) -> list[Check]:
     if not quick:
         run("OpenGL", _check_gl)
         if all(check.status != "fail" for check in checks):
-            run("settle probe", _check_settling)
+            run("simulator", _check_scene)
     for name, probe in (("GPU", _check_gpu), ("CPU cores", _check_cores), ("memory", _check_memory),
                         ("disk of data", lambda: _check_disk("data", paths.data_dir())),
                         ("disk of artifacts",
@@ -128,34 +131,33 @@ def _check_gl() -> Check:
                  "; ".join([*hints, *found["failures"]]))
 
 
-def _check_settling() -> Check:
+def run_check(check: SimulatorCheck, subject: Subject) -> Check:
+    """The row of a check of the simulator; a check that raises fails."""
+    try:
+        found, right = check.measure(subject)
+    except Exception as error:
+        found, right = f"{type(error).__name__}: {error}", False
+    return Check(check.name, "ok" if right else "fail", found, "" if right else check.hint)
+
+
+def _check_scene(*chosen: SimulatorCheck) -> Iterator[Check]:
+    from .sim.checks import QUICK, SCENE, Subject
     from .sim.env import LiberoEnv
 
-    with LiberoEnv("libero_spatial", 5) as env:
-        env.reset(init_state=0)
-        bowl = env.object_position("akita_black_bowl_1")
-        ramekin = env.object_position("glazed_rim_porcelain_ramekin_1")
-    return _judge_settling(math.dist(bowl[:2], ramekin[:2]))
+    with LiberoEnv(*SCENE) as env:
+        subject = Subject(env)
+        for check in chosen or QUICK:
+            yield run_check(check, subject)
 
 
 @functools.cache  # once in a process
 def check_settling() -> None:
     """Raise ``RuntimeError`` where objects of LIBERO-Spatial do not come to rest as they should."""
-    check = _check_settling()
-    if check.status != "ok":
-        raise RuntimeError(f"{check.name}: {check.found}; {check.hint}")
+    from .sim.checks import CONTACTS
 
-
-def _judge_settling(distance: float) -> Check:
-    """Does the bowl rest on the ramekin (LIBERO-Spatial task 5) once the objects have settled?
-
-    Their centres are then 1.5 cm apart; with MuJoCo 3.17 the bowl slides and they are 6 cm apart.
-    """
-    rests = distance < 0.03
-    return Check("settle probe", "ok" if rests else "fail",
-                 f"bowl {100 * distance:.1f} cm off the ramekin's centre",
-                 "" if rests else "it slid off: contacts are not those of the benchmark; "
-                                  + pip_command(schema.PINNED))
+    (row,) = _check_scene(CONTACTS)
+    if row.status != "ok":
+        raise RuntimeError(f"{row.name}: {row.found}; {row.hint}")
 
 
 def _has_gpu() -> bool:

@@ -492,7 +492,8 @@ def test_results_of_older_weights_are_marked(run, capsys):
 
 def test_a_simulator_in_which_objects_slide_is_refused_before_libero_spatial(run, monkeypatch):
     preflight.check_settling.cache_clear()
-    monkeypatch.setattr(preflight, "_check_settling", lambda: preflight._judge_settling(0.06))
+    row = preflight.Check("settle probe", "fail", "bowl 6.0 cm off the ramekin's centre")
+    monkeypatch.setattr(preflight, "_check_scene", lambda *_: [row])
     evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))  # LIBERO-Object, not asked
     with pytest.raises(RuntimeError, match="no episode could be run; .*settle probe: bowl 6.0 cm"):
         evaluate_run(run, EvalConfig(num_videos=0), suite="libero_spatial")
