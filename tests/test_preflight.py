@@ -4,17 +4,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from trm_helpers import preflight as preflight_module
 from trm_helpers import schema, software
 from trm_helpers.paths import repo_root
-from trm_helpers.preflight import Check, preflight, table
+from trm_helpers.preflight import Check, preflight, run_check, table
+from trm_helpers.sim import checks
 from trm_helpers.software import (
     check_pinned_versions,
     configure_gl,
@@ -120,14 +123,24 @@ def pretend_drawing(monkeypatch, tmp_path, *lines):
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("variables", [
-    {"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "31"},
-    {"CUDA_VISIBLE_DEVICES": "GPU-8f2a,GPU-77"}, {"CUDA_VISIBLE_DEVICES": "none"},
-    {"CUDA_VISIBLE_DEVICES": "31,30", "MUJOCO_EGL_DEVICE_ID": "0"},
-    {"MUJOCO_EGL_DEVICE_ID": "-1"}, {"MUJOCO_EGL_DEVICE_ID": ""}, {"MUJOCO_EGL_DEVICE_ID": "29"},
+DEVICE_VARIABLES = [
+    {"CUDA_VISIBLE_DEVICES": "-1"}, {"CUDA_VISIBLE_DEVICES": "GPU-8f2a,GPU-77"},
+    {"CUDA_VISIBLE_DEVICES": "31,30", "MUJOCO_EGL_DEVICE_ID": "0"}, {"MUJOCO_EGL_DEVICE_ID": "29"},
+    {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "31"}, {"CUDA_VISIBLE_DEVICES": "none"},
+    {"MUJOCO_EGL_DEVICE_ID": "-1"}, {"MUJOCO_EGL_DEVICE_ID": ""},
     {"MUJOCO_EGL_DEVICE_ID": "GPU-8f2a", "CUDA_VISIBLE_DEVICES": "1"},
-])
-def test_every_device_variable_ends_in_a_device_that_draws(gl_environment, monkeypatch, variables):
+]
+
+
+@pytest.mark.parametrize(("variables", "renders"), [
+    (variables, number < 4) for number, variables in enumerate(DEVICE_VARIABLES)])
+def test_every_device_variable_ends_in_a_device_that_draws(gl_environment, monkeypatch, tmp_path,
+                                                           variables, renders):
+    """In four of them for real; otherwise one device draws, as far as EGL knows."""
+    if not renders:
+        pretend_drawing(monkeypatch, tmp_path, "device = os.environ['MUJOCO_EGL_DEVICE_ID']",
+                        "print(json.dumps({'devices': 1}), flush=True)",
+                        "assert device == '0', 'no such device'", REPORTS)
     expected = configure_gl()["renderer"]
     monkeypatch.delenv("TRM_RENDERER")
     monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID")
@@ -345,21 +358,22 @@ with LiberoEnv("libero_object", 0) as env:
 
 
 def test_another_libero_or_robosuite_in_front_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     (tmp_path / "libero" / "libero").mkdir(parents=True)
     for folder in ("libero", "libero/libero"):
         (tmp_path / folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.split(".")[0] == "libero"]:
-        del sys.modules[name]
-    with pytest.raises(RuntimeError, match=f"{tmp_path}.*is another LIBERO and hides"), \
-            software.simulator_imports():
-        import libero.libero  # noqa: F401
-    del sys.modules["libero.libero"]
-    sys.modules["robosuite"] = type(sys)("robosuite")
-    sys.modules["robosuite"].__dict__.update(__version__="1.5.1", __file__="/other/robosuite")
-    with pytest.raises(RuntimeError, match=r"/other/robosuite is robosuite 1\.5\.1 and hides 1\.4"):
-        software._refuse_other_modules()
+    with mock.patch.dict(sys.modules):  # whatever was imported before, and is afterwards
+        for name in [name for name in sys.modules if name.split(".")[0] == "libero"]:
+            del sys.modules[name]
+        with pytest.raises(RuntimeError, match=f"{tmp_path}.*is another LIBERO and hides"), \
+                software.simulator_imports():
+            import libero.libero  # noqa: F401
+        del sys.modules["libero.libero"]
+        sys.modules["robosuite"] = types.ModuleType("robosuite")
+        sys.modules["robosuite"].__dict__.update(__version__="1.5.1", __file__="/other/robosuite")
+        with pytest.raises(RuntimeError,
+                           match=r"/other/robosuite is robosuite 1\.5\.1 and hides 1\.4"):
+            software._refuse_other_modules()
 
 
 @pytest.mark.parametrize(("user", "installs"), [(0, True), (1000, False)])
@@ -434,7 +448,7 @@ def test_a_folder_that_cannot_be_written_fails(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("broken", [
-    "_check_python", "_check_torch", "_check_simulator", "_check_gl", "_check_settling",
+    "_check_python", "_check_torch", "_check_simulator", "_check_gl", "_check_scene",
     "_check_gpu", "_check_cores", "_check_memory", "_check_disk"])
 @pytest.mark.parametrize("error", [KeyError("PATH"), OSError(5, "bad disk"), SystemExit("no")])
 def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error):
@@ -442,7 +456,7 @@ def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error)
         raise error
 
     settled = Check("settle probe", "ok", "")
-    monkeypatch.setattr(preflight_module, "_check_settling", lambda: settled)
+    monkeypatch.setattr(preflight_module, "_check_scene", lambda: [settled])
     whole = [check.name for check in preflight()]
     monkeypatch.setattr(preflight_module, broken, fail)
     checks = preflight()
@@ -468,13 +482,33 @@ def test_table_aligns_and_puts_hints_below():
 
 @pytest.mark.parametrize(("distance", "status"), [(0.0146, "ok"), (0.0561, "fail")])
 def test_settling_as_measured_with_mujoco_3_3_2_and_3_17(distance, status):
-    assert preflight_module._judge_settling(distance).status == status
+    class Env:
+        def reset(self, init_state):
+            assert init_state == 0
+
+        def object_position(self, name):
+            return [0.2 + distance * (name == checks.BOWL), 0.1, 0.9]
+
+    row = run_check(checks.CONTACTS, checks.Subject(Env()))
+    assert (row.name, row.status) == ("settle probe", status)
+    assert f"bowl {100 * distance:.1f} cm off" in row.found
+    assert ("pip install mujoco==3.3.2" in row.hint) == (status == "fail")
+
+
+def test_another_loaded_mujoco_fails_the_settle_probe(monkeypatch):
+    monkeypatch.setattr("mujoco.__version__", "3.17.0")
+    env = types.SimpleNamespace(reset=lambda init_state: None, object_position=lambda _: [0, 0, 0])
+    row = run_check(checks.CONTACTS, checks.Subject(env))
+    assert row.status == "fail" and row.found.startswith("MuJoCo 3.17.0")
 
 
 @pytest.mark.sim
-def test_settle_probe_passes_in_the_simulator():
-    check = preflight_module._check_settling()
-    assert check.status == "ok", check
+def test_the_quick_checks_of_evaluations_pass_in_one_environment():
+    rows = list(preflight_module._check_scene())
+    assert [row.name for row in rows] == ["settle probe", "instruction", "frames", "cameras",
+                                          "image orientation", "quaternion", "gripper"]
+    assert {row.status for row in rows} == {"ok"}, rows
+    assert preflight_module.check_settling() is None
 
 
 # --- installation --------------------------------------------------------------------------------

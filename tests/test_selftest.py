@@ -58,8 +58,8 @@ def test_orientation_and_camera_are_found_apart_from_each_other(subject, rows, c
             return {**observation, **{key: observation[key][::rows, ::columns]
                                       for key in schema.CAMERAS}}
 
-    for env, cameras in ((Turned(subject.env), list(schema.CAMERAS)),
-                         (module.ExchangedCameras(Turned(subject.env)), list(schema.CAMERAS)[::-1])):
+    turned, keys = Turned(subject.env), list(schema.CAMERAS)
+    for env, cameras in ((turned, keys), (module.ExchangedCameras(turned), keys[::-1])):
         views = Subject(env).views
         assert [view.camera for view in views.values()] == cameras
         assert {view.orientation for view in views.values()} == {orientation}

@@ -175,6 +175,13 @@ def test_a_worker_that_cannot_start_is_an_error(job, marks, monkeypatch, capfd):
     assert "No module named 'no_such_module'" in capfd.readouterr().err
 
 
+def test_workers_inherit_the_choice_of_the_renderer(monkeypatch):
+    monkeypatch.setattr(parallel, "renderer", lambda: os.environ.update(TRM_RENDERER="chosen"))
+    monkeypatch.setenv("TRM_RENDERER", "")  # restored
+    ((_, chosen, _),) = run_jobs(lambda _: os.environ["TRM_RENDERER"], [0], workers=1)
+    assert chosen == "chosen"
+
+
 def test_a_job_that_cannot_be_imported_is_an_error(job, marks, tmp_path):
     (tmp_path / "fanout_jobs.py").write_text("import no_such_module")
     _, error = run_all(job, ["good"], marks, workers=2)["good"]

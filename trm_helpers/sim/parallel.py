@@ -30,6 +30,8 @@ from urllib.parse import urlsplit
 
 import cloudpickle
 
+from ..software import renderer
+
 _ATTEMPTS = 2
 _POLL_SECONDS = 1.0
 _IDLE_SECONDS = 120.0  # for which a worker waits for another job
@@ -169,6 +171,7 @@ def _begin(connection: Connection, parent: int) -> None:
 
 def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep: bool
                   ) -> Iterator[tuple]:
+    renderer()  # chosen once: workers inherit it
     idle, running = _Worker.take_idle(size), []
     waiting, known = collections.deque(), 0
     try:
