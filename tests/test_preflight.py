@@ -119,7 +119,7 @@ def pretend_drawing(monkeypatch, tmp_path, *lines):
     """Replace the program that draws; a list of the environments that it was started with."""
     log = tmp_path / "started.jsonl"
     start = f"open({str(log)!r}, 'a').write(json.dumps(dict(os.environ)) + chr(10))"
-    monkeypatch.setattr(software, "_DRAW", BROKEN + "\n".join([start, *lines]))
+    monkeypatch.setattr(software, "_RENDER", BROKEN + "\n".join([start, *lines]))
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -159,7 +159,7 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
     found = configure_gl()
     assert found["renderer"] == "llvmpipe" == renderer()
     assert found["settings"]["MUJOCO_EGL_DEVICE_ID"] == "0"
-    child = ("from trm_helpers import software; software._DRAW = 'raise SystemExit(1)'; "
+    child = ("from trm_helpers import software; software._RENDER = 'raise SystemExit(1)'; "
              "print(software.renderer())")
     told = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
     assert told.stdout == "llvmpipe\n", told.stderr
@@ -200,7 +200,7 @@ def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
     ("os.abort()", "ended by signal 6"),
     ("time.sleep(60)", "no frame within 2 s"),
     ("raise OSError('no driver')", "exit code 1: OSError: no driver"),
-    ("print('{')", "said nothing"),
+    ("print('{')", "printed no result"),
     ("print(json.dumps({'error': 'RuntimeError: the frame is black'}))", "the frame is black"),
 ])
 def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
@@ -210,7 +210,7 @@ def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
     (folder / "10_nvidia.json").write_text("{}")
     (folder / "50_mesa.json").write_text("{}")
     monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (folder,))
-    monkeypatch.setattr(software, "_DRAWS_WITHIN", 2.0)
+    monkeypatch.setattr(software, "_RENDERS_WITHIN", 2.0)
     started = pretend_drawing(
         monkeypatch, tmp_path, f"if '{software._VENDOR_FILES}' not in os.environ: {broken}",
         f"else: {REPORTS}")

@@ -22,10 +22,10 @@ from . import paths, schema
 from .software import (
     NVIDIA_EGL,
     configure_gl,
-    draws_on_cpu,
     free_memory,
     installed_version,
     pip_command,
+    renders_on_cpu,
     writable,
 )
 
@@ -120,7 +120,7 @@ def _check_gl() -> Check:
         found = configure_gl()
     except (RuntimeError, ValueError) as error:
         return Check("OpenGL", "fail", "no frame", str(error))
-    wasted = draws_on_cpu(found["renderer"]) and _has_gpu()
+    wasted = renders_on_cpu(found["renderer"]) and _has_gpu()
     settings = found["settings"]
     device = settings.get("MUJOCO_EGL_DEVICE_ID")
     backend = settings["MUJOCO_GL"] + (f" device {device}" if device else "")

