@@ -448,7 +448,7 @@ def test_a_folder_that_cannot_be_written_fails(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("broken", [
-    "_check_python", "_check_torch", "_check_simulator", "_check_gl", "_check_scene",
+    "_check_python", "_check_torch", "_check_versions", "_check_gl", "_check_scene",
     "_check_gpu", "_check_cores", "_check_memory", "_check_disk"])
 @pytest.mark.parametrize("error", [KeyError("PATH"), OSError(5, "bad disk"), SystemExit("no")])
 def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error):
@@ -462,7 +462,7 @@ def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error)
     checks = preflight()
     failed = [check for check in checks if check.status == "fail"]
     assert failed and all(type(error).__name__ in check.found for check in failed)
-    left_out = {"_check_simulator": 3, "_check_python": 1, "_check_torch": 1, "_check_gl": 1}
+    left_out = {"_check_versions": 3, "_check_python": 1, "_check_torch": 1, "_check_gl": 1}
     assert len(checks) >= len(whole) - left_out.get(broken, 0)
     assert table(checks)
 

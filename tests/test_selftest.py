@@ -53,13 +53,12 @@ def test_contacts_are_checked_by_the_version_and_by_a_bowl_that_slides(subject, 
     (1, -1, "turned by 180 degrees")])
 def test_orientation_and_camera_are_found_apart_from_each_other(subject, rows, columns,
                                                                 orientation):
-    class Turned(Wrapper):
-        def observe(self, observation):
-            return {**observation, **{key: observation[key][::rows, ::columns]
-                                      for key in schema.CAMERAS}}
+    def turn(env, observation):
+        return {key: observation[key][::rows, ::columns] for key in schema.CAMERAS}
 
-    turned, keys = Turned(subject.env), list(schema.CAMERAS)
-    for env, cameras in ((turned, keys), (module.ExchangedCameras(turned), keys[::-1])):
+    turned, keys = Wrapper(subject.env, observe=turn), list(schema.CAMERAS)
+    exchanged = Wrapper(turned, observe=module._exchange)
+    for env, cameras in ((turned, keys), (exchanged, keys[::-1])):
         views = Subject(env).views
         assert [view.camera for view in views.values()] == cameras
         assert {view.orientation for view in views.values()} == {orientation}
@@ -67,12 +66,9 @@ def test_orientation_and_camera_are_found_apart_from_each_other(subject, rows, c
 
 @pytest.mark.sim
 def test_frames_of_another_scene_show_nothing_known(subject):
-    class Still(Wrapper):
-        def observe(self, observation):
-            frame = np.random.default_rng(0).integers(0, 255, (128, 128, 3))
-            return {**observation, **dict.fromkeys(schema.CAMERAS, frame)}
-
-    views = Subject(Still(subject.env)).views.values()
+    frame = np.random.default_rng(0).integers(0, 255, (128, 128, 3))
+    other = Wrapper(subject.env, observe=lambda *_: dict.fromkeys(schema.CAMERAS, frame))
+    views = Subject(other).views.values()
     assert {view[:2] for view in views} == {("nothing known", "unknown")}
     assert all(view.spread > 50 for view in views)
 
@@ -83,7 +79,8 @@ def test_a_wrapper_that_changes_nothing_passes_where_it_is_examined(subject, mon
         "cameras exchanged", "frames flipped", "gripper's other sign")])
     rows = examine(Subject(Wrapper(subject.env)))
     assert [row.status for row in rows] == ["ok"] * 3
-    assert [row.status for row in examine(Subject(module.FlippedFrames(subject.env)))] == [
+    flipped = Subject(Wrapper(subject.env, observe=module._flip))
+    assert [row.status for row in examine(flipped)] == [
         "ok" if row.name != "image orientation" else "fail" for row in rows]
 
 

@@ -1,8 +1,8 @@
-"""Is this machine ready? Versions, OpenGL and a timed frame, settle probe, disk, memory, GPU.
+"""Is this machine ready? Versions, OpenGL, the simulator in a short episode, disk, memory, GPU.
 
-``python -m trm_helpers preflight`` prints the table and exits with 3 when something fails;
-``--quick`` leaves out what needs the simulator, ``--gl`` only sees to the OpenGL libraries,
-``--selftest`` seeds twelve faults of evaluations and shows that each is found (:mod:`selftest`).
+``python -m trm_helpers preflight`` prints the table and exits with 3 when a check fails;
+``--quick`` skips the simulator, ``--gl`` only checks that OpenGL renders, and ``--selftest`` seeds
+twelve faults of evaluations and checks that each is detected (:mod:`selftest`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WIDTH = 100  # columns of the table
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table: ``status`` is ok, warn or fail; ``hint`` says what to do about it."""
+    """One row of the table: ``status`` is ok, warn or fail; ``hint`` says what to do."""
 
     name: str
     status: str
@@ -51,7 +51,7 @@ def preflight(quick: bool = False) -> list[Check]:
     """Check this machine. A check that raises is a row that fails.
 
     Args:
-        quick: leave out the timed frame and the settle probe (10 s on two CPU cores).
+        quick: skip the timed frame and the checks of the simulator (15 s on two CPU cores).
     """
     checks: list[Check] = []
 
@@ -61,20 +61,20 @@ def preflight(quick: bool = False) -> list[Check]:
             checks.extend([found] if isinstance(found, Check) else found)
         except (Exception, SystemExit) as error:  # whatever a broken installation raises
             checks.append(Check(name, "fail", f"{type(error).__name__}: {error}",
-                                "the check itself failed; mend what the message names"))
+                                "the check itself failed; fix what the message names"))
 
     run("Python", _check_python)
     run("torch", _check_torch)
-    run("simulator", _check_simulator)
+    run("simulator", _check_versions)
     if not quick:
         run("OpenGL", _check_gl)
         if all(check.status != "fail" for check in checks):
             run("simulator", _check_scene)
-    for name, probe in (("GPU", _check_gpu), ("CPU cores", _check_cores), ("memory", _check_memory),
-                        ("disk of data", lambda: _check_disk("data", paths.data_dir())),
-                        ("disk of artifacts",
-                         lambda: _check_disk("artifacts", paths.artifacts_dir()))):
-        run(name, probe)
+    run("GPU", _check_gpu)
+    run("CPU cores", _check_cores)
+    run("memory", _check_memory)
+    run("disk of data", lambda: _check_disk("data", paths.data_dir()))
+    run("disk of artifacts", lambda: _check_disk("artifacts", paths.artifacts_dir()))
     return checks
 
 
@@ -100,11 +100,10 @@ def _check_python() -> Check:
 
 def _check_torch() -> Check:
     found = installed_version("torch")
-    return Check("torch", "ok" if found else "fail", found or "missing",
-                 "" if found else "run: make setup")
+    return Check("torch", *(("ok", found) if found else ("fail", "missing", "run: make setup")))
 
 
-def _check_simulator() -> Iterator[Check]:
+def _check_versions() -> Iterator[Check]:
     for name, expected in schema.PINNED.items():
         found = installed_version(name)
         fits = found == expected
@@ -120,13 +119,13 @@ def _check_gl() -> Check:
         found = configure_gl()
     except (RuntimeError, ValueError) as error:
         return Check("OpenGL", "fail", "no frame", str(error))
-    wasted = renders_on_cpu(found["renderer"]) and _has_gpu()
+    unused = renders_on_cpu(found["renderer"]) and _has_gpu()
     settings = found["settings"]
     device = settings.get("MUJOCO_EGL_DEVICE_ID")
     backend = settings["MUJOCO_GL"] + (f" device {device}" if device else "")
-    hints = [f"{NVIDIA_EGL} is missing or does not draw: frames are drawn by the CPU although "
-             "there is a GPU"] if wasted else []
-    return Check("OpenGL", "warn" if wasted else "ok",
+    hints = [f"{NVIDIA_EGL} is missing or does not render: the CPU renders although there is a "
+             "GPU"] if unused else []
+    return Check("OpenGL", "warn" if unused else "ok",
                  f"{backend}, {found['renderer']}, {found['ms']:.1f} ms a frame",
                  "; ".join([*hints, *found["failures"]]))
 
@@ -152,7 +151,7 @@ def _check_scene(*chosen: SimulatorCheck) -> Iterator[Check]:
 
 @functools.cache  # once in a process
 def check_settling() -> None:
-    """Raise ``RuntimeError`` where objects of LIBERO-Spatial do not come to rest as they should."""
+    """Raise ``RuntimeError`` where LIBERO-Spatial's objects do not settle as in the benchmark."""
     from .sim.checks import CONTACTS
 
     (row,) = _check_scene(CONTACTS)
@@ -165,7 +164,7 @@ def _has_gpu() -> bool:
         import torch
 
         return torch.cuda.is_available()
-    except Exception:  # a broken torch has a row of its own
+    except Exception:  # a broken torch fails in the row of the GPU
         return False
 
 
@@ -175,7 +174,7 @@ def _check_gpu() -> Check:
     if not torch.cuda.is_available():
         return Check("GPU", "ok", "none: everything runs on the CPU")
     properties = torch.cuda.get_device_properties(0)
-    # Without the argument a T4 says yes, and emulates it at a crawl.
+    # by default PyTorch counts the T4's emulation, which is far too slow
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Check("GPU", "ok", f"{torch.cuda.device_count()} x {properties.name}, "
                  f"{properties.total_memory / _GB:.0f} GB, {'bf16' if bf16 else 'fp16'}")
@@ -188,16 +187,16 @@ def _check_cores() -> Check:
 def _check_memory() -> Check:
     memory = free_memory() / _GB
     return Check("memory", "ok" if memory > 4 else "warn", f"{memory:.1f} GB free",
-                 "" if memory > 4 else "the demo wants 4 GB; close something")
+                 "" if memory > 4 else "the demo needs 4 GB; close other programs")
 
 
 def _check_disk(name: str, folder: Path) -> Check:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not writable(folder):
         return Check(f"disk of {name}", "fail", f"{folder} cannot be written",
-                     f"set TRM_{name.upper()}_DIR to a folder of yours")
+                     f"set TRM_{name.upper()}_DIR to another folder")
     free = shutil.disk_usage(existing).free / _GB
     return Check(f"disk of {name}", "ok" if free > 3 else "warn" if free > 1 else "fail",
                  f"{free:.0f} GB free at {folder}",
-                 "" if free > 3 else "the demo wants 3 GB; make room, or set TRM_DATA_DIR and "
+                 "" if free > 3 else "the demo needs 3 GB; make room, or set TRM_DATA_DIR and "
                                      "TRM_ARTIFACTS_DIR to folders on another disk")

@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -98,97 +98,82 @@ def check_horizon(subject: Subject) -> Finding:
 
 
 # --- seeded faults -------------------------------------------------------------------------------
+def _reset(env, init_state: int) -> Mapping:
+    return env.reset(init_state=init_state)
+
+
 class Wrapper:
-    """Passes everything through; a fault overrides what it spoils."""
+    """Passes everything through except what a fault replaces.
 
-    def __init__(self, env):
-        self.env = env
+    Args:
+        reset: starts an episode, ``reset(env, init_state)``.
+        send: changes an action.
+        observe: entries that replace those of an observation, ``observe(env, observation)``.
+    """
 
-    def reset(self, **how) -> Mapping:
-        return self.observe(self.env.reset(**how))
+    def __init__(self, env, reset: Callable[[Any, int], Mapping] = _reset,
+                 send: Callable[[np.ndarray], np.ndarray] = np.asarray,
+                 observe: Callable[[Any, Mapping], Mapping] | None = None):
+        self.env, self._reset, self._send, self._observe = env, reset, send, observe
+
+    def reset(self, init_state: int = 0) -> Mapping:
+        return self._observed(self._reset(self.env, init_state))
 
     def step(self, action) -> tuple[Mapping, bool]:
-        observation, done = self.env.step(self.send(action))
-        return self.observe(observation), done
+        observation, done = self.env.step(self._send(action))
+        return self._observed(observation), done
 
-    def observe(self, observation: Mapping) -> Mapping:
-        return observation
-
-    def send(self, action: np.ndarray) -> np.ndarray:
-        return action
+    def _observed(self, observation: Mapping) -> Mapping:
+        if self._observe is None:
+            return observation
+        return {**observation, **self._observe(self.env, observation)}
 
     def __getattr__(self, name: str):
         return getattr(self.env, name)
 
 
-class SlidingBowl(Wrapper):
+def _slide(env, init_state: int) -> Mapping:
     """The bowl settles about 5 cm off the ramekin's centre, as it does past MuJoCo 3.3."""
-
-    def reset(self, **how):
-        self.env.reset(**how)
-        joint = self.env.raw.objects_dict[BOWL].joints[0]
-        place = self.env.sim.data.get_joint_qpos(joint).copy()
-        place[1] -= 0.05
-        self.env.sim.data.set_joint_qpos(joint, place)
-        for _ in range(schema.SETTLE_STEPS):
-            observation, _ = self.env.step(HOLD)
-        return observation
+    env.reset(init_state=init_state)
+    joint = env.raw.objects_dict[BOWL].joints[0]
+    env.sim.data.set_joint_qpos(joint, env.sim.data.get_joint_qpos(joint) - [0, .05, 0, 0, 0, 0, 0])
+    for _ in range(schema.SETTLE_STEPS):
+        observation, _ = env.step(HOLD)
+    return observation
 
 
-class ResetAfterInitState(Wrapper):
-    def reset(self, init_state=0):
-        self.env.reset(init_state=init_state)
-        return self.env.reset(seed=17)
+def _reset_again(env, init_state: int) -> Mapping:
+    env.reset(init_state=init_state)
+    return env.reset(seed=17)
 
 
-class StuckInitId(Wrapper):
-    def reset(self, init_state=0):
-        return self.env.reset(init_state=1)
+def _flip(env, observation: Mapping) -> dict:
+    return {key: observation[key][::-1] for key in schema.CAMERAS}
 
 
-class InstructionOfFileName(Wrapper):
-    def observe(self, observation):
-        return {**observation, "language": self.env.task.name.replace("_", " ")}
+def _exchange(env, observation: Mapping) -> dict:
+    return dict(zip(schema.CAMERAS, [observation[key] for key in reversed(schema.CAMERAS)],
+                    strict=True))
 
 
-class FlippedFrames(Wrapper):
-    def observe(self, observation):
-        return {**observation, **{key: observation[key][::-1] for key in schema.CAMERAS}}
+def _blacken(env, observation: Mapping) -> dict:
+    return {key: np.zeros_like(observation[key]) for key in schema.CAMERAS}
 
 
-class OtherQuaternionSign(Wrapper):
-    def observe(self, observation):
-        angle = np.linalg.norm(observation["ee_ori"])
-        other = observation["ee_ori"] * (angle - 2 * np.pi) / angle  # of -q
-        return {**observation, "ee_ori": other}
+def _negate_quaternion(env, observation: Mapping) -> dict:
+    angle = np.linalg.norm(observation["ee_ori"])
+    return {"ee_ori": observation["ee_ori"] * (angle - 2 * np.pi) / angle}
 
 
-class OtherGripperSign(Wrapper):
-    def send(self, action):
-        return np.concatenate([action[:-1], -action[-1:]])
-
-
-class ExchangedCameras(Wrapper):
-    def observe(self, observation):
-        agentview, eye_in_hand = schema.CAMERAS
-        return {**observation, agentview: observation[eye_in_hand],
-                eye_in_hand: observation[agentview]}
-
-
-class BlackFrames(Wrapper):
-    def observe(self, observation):
-        return {**observation, **{key: np.zeros_like(observation[key]) for key in schema.CAMERAS}}
-
-
-class StaleFirstFrame(Wrapper):
+class _StaleFirstFrame(Wrapper):
     last: Mapping | None = None
 
-    def reset(self, **how):
-        before, first = self.last, self.env.reset(**how)
-        self.last = dict(first)
+    def reset(self, init_state: int = 0) -> Mapping:
+        before = self.last
+        first = super().reset(init_state)
         return before or first
 
-    def observe(self, observation):
+    def _observed(self, observation: Mapping) -> Mapping:
         self.last = dict(observation)
         return observation
 
@@ -196,13 +181,13 @@ class StaleFirstFrame(Wrapper):
 Seed = Callable[[Subject], AbstractContextManager[Subject]]
 
 
-def _seed(env: type[Wrapper] | None = None, **fields) -> Seed:
-    """Wrap the environment, or replace other fields of the subject."""
-    @contextlib.contextmanager
-    def seed(subject: Subject):
-        yield replace(subject, env=env(subject.env) if env else subject.env, **fields)
+def _wrapped(kind: type[Wrapper] = Wrapper, **replaced) -> Seed:
+    return lambda subject: contextlib.nullcontext(
+        replace(subject, env=kind(subject.env, **replaced)))
 
-    return seed
+
+def _replaced(**fields) -> Seed:
+    return lambda subject: contextlib.nullcontext(replace(subject, **fields))
 
 
 @contextlib.contextmanager
@@ -231,24 +216,26 @@ class Fault(NamedTuple):
     seeds: tuple[Seed, ...]
 
 
+CHUNK = SimulatorCheck("chunk", check_chunk, "denormalise to [-1, 1], where 1 asks for 5 cm, and "
+                       "send a chunk's first action first")
+HORIZON = SimulatorCheck("horizon", check_horizon, "take the horizon of the suite that is played")
 FAULTS = (
-    Fault("MuJoCo past 3.3", checks.CONTACTS, (_other_mujoco, _seed(SlidingBowl))),
-    Fault("init state wiped by a reset", checks.INIT_STATE, (_seed(ResetAfterInitState),)),
-    Fault("init ids stuck at one", checks.INIT_IDS, (_seed(StuckInitId),)),
-    Fault("instruction of the file's name", checks.INSTRUCTION, (_seed(InstructionOfFileName),)),
-    Fault("frames flipped", checks.ORIENTATION, (_seed(FlippedFrames),)),
-    Fault("quaternion's other sign", checks.QUATERNION, (_seed(OtherQuaternionSign),)),
-    Fault("gripper's other sign", checks.GRIPPER, (_seed(OtherGripperSign),)),
-    Fault("cameras exchanged", checks.CAMERAS, (_seed(ExchangedCameras),)),
-    Fault("black frames", checks.FRAMES, (_seed(BlackFrames),)),
-    Fault("chunk's unit or order",
-          SimulatorCheck("chunk", check_chunk, "denormalise to [-1, 1], where 1 asks for 5 cm, "
-                         "and send a chunk's first action first"),
-          (_seed(policy=_in_metres), _seed(policy=_backwards))),
-    Fault("horizon of another suite",
-          SimulatorCheck("horizon", check_horizon, "take the horizon of the suite that is played"),
-          (_seed(play=_horizon_of_another_suite),)),
-    Fault("stale first frame", checks.FIRST_FRAME, (_seed(StaleFirstFrame),)),
+    Fault("MuJoCo past 3.3", checks.CONTACTS, (_other_mujoco, _wrapped(reset=_slide))),
+    Fault("init state wiped by a reset", checks.INIT_STATE, (_wrapped(reset=_reset_again),)),
+    Fault("init ids stuck at one", checks.INIT_IDS,
+          (_wrapped(reset=lambda env, init_state: env.reset(init_state=1)),)),
+    Fault("instruction of the file's name", checks.INSTRUCTION,
+          (_wrapped(observe=lambda env, _: {"language": env.task.name.replace("_", " ")}),)),
+    Fault("frames flipped", checks.ORIENTATION, (_wrapped(observe=_flip),)),
+    Fault("quaternion's other sign", checks.QUATERNION, (_wrapped(observe=_negate_quaternion),)),
+    Fault("gripper's other sign", checks.GRIPPER,
+          (_wrapped(send=lambda action: action * [1, 1, 1, 1, 1, 1, -1]),)),
+    Fault("cameras exchanged", checks.CAMERAS, (_wrapped(observe=_exchange),)),
+    Fault("black frames", checks.FRAMES, (_wrapped(observe=_blacken),)),
+    Fault("chunk's unit or order", CHUNK,
+          (_replaced(policy=_in_metres), _replaced(policy=_backwards))),
+    Fault("horizon of another suite", HORIZON, (_replaced(play=_horizon_of_another_suite),)),
+    Fault("stale first frame", checks.FIRST_FRAME, (_wrapped(_StaleFirstFrame),)),
 )
 
 

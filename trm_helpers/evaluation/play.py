@@ -212,7 +212,6 @@ def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]
              ) -> Iterator[tuple[Episode, dict | None, str]]:
     """``(episode, row, error)`` of each, as they end."""
     job = functools.partial(play_episode, source, config, folder)
-    renderer()  # chosen once: workers inherit it
     # starting one worker costs more than playing in this process
     workers = 0 if config.eval_workers == 1 else config.eval_workers
     try:
