@@ -551,7 +551,8 @@ def test_what_is_installed_and_fits_is_not_replaced(image, offered, expected):
     for version, least in offered.items():
         write_wheel(image / "wheels", "new", version, f"present>={least},<3")
     (image / "requirements.txt").write_text("present>=1  # 00\nnew>=1  # 00\n")
-    (image / "constraints.txt").write_text("# tested\npresent==2.0\nnew==2.0\n")
+    (image / "constraints.txt").write_text(
+        "# tested\npresent==2.0\nnew==2.0; python_version >= '3'\nnew==0.5; python_version < '3'\n")
     code = (f"from trm_helpers.software import install_missing; install_missing({str(image)!r}); "
             "from importlib.metadata import version; print(version('present'), version('new'))")
     done = subprocess.run(

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from . import __version__, schema
@@ -134,7 +134,7 @@ def _install_beside_the_rest(missing: list[Requirement], constraints: Path) -> N
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "constraints.txt"
         for pins in ({**tested, **installed}, installed, tested):
-            file.write_text("\n".join(map("==".join, pins.items())))
+            file.write_text("\n".join(map("".join, pins.items())))
             try:
                 return _pip("install", "--quiet", "--constraint", str(file), *map(str, missing))
             except RuntimeError:
@@ -144,9 +144,14 @@ def _install_beside_the_rest(missing: list[Requirement], constraints: Path) -> N
 
 
 def _pins(text: str) -> dict[str, str]:
-    """Versions by name in lines ``name==version``."""
-    lines = (line.partition("==") for line in text.splitlines() if not line.startswith("#"))
-    return {canonicalize_name(name): version for name, equals, version in lines if equals}
+    """Names and specifiers of the lines that hold here, without those of damaged packages."""
+    pins = {}
+    for line in text.splitlines():
+        with contextlib.suppress(InvalidRequirement):
+            pin = Requirement(line)
+            if not pin.marker or pin.marker.evaluate():
+                pins[canonicalize_name(pin.name)] = str(pin.specifier)
+    return pins
 
 
 def _pip(*arguments: str) -> None:
