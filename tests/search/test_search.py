@@ -92,7 +92,8 @@ def test_the_verdict_is_significant_only_if_the_episodes_are():
     assert "difference is not significant at 0.05 (McNemar over 10 pairs: p = 0.062)" in said
     said = verdict([rolled("a", 10), rolled("b", 4)])  # six pairs: 2 / 2^6
     assert "difference is significant at 0.05 (McNemar over 10 pairs: p = 0.031)" in said
-    assert "from one training each, which another seed may reverse. 10 episodes each" in said
+    assert ("from one training each, which another seed may reverse. With 10 episodes per policy"
+            in said)
 
 
 def test_with_several_seeds_the_trainings_have_to_differ_too():
