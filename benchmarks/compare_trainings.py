@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trm_helpers.evaluation.evaluate import evaluated_episodes
+from trm_helpers.evaluation.compare import evaluated_episodes
 from trm_helpers.stats import paired_mcnemar
 
 
