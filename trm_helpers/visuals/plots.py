@@ -225,7 +225,7 @@ def plot_action_trace(actions, title: str = "Actions of one demonstration") -> F
 
 @styled
 def plot_alignment(name: str, evidence: Mapping) -> Figure:
-    """The evidence of `demo_files.measure_alignment`: when stored observations were sampled."""
+    """The evidence of `alignment.measure_alignment`: when stored observations were sampled."""
     fig = new_figure(8, 3.8)
     by_joints, by_delay = fig.subplots(2)
     zones = {"raw": BLUE, "shift": ORANGE, "unknown": GREY}
