@@ -99,7 +99,7 @@ class PickPlaceExpert(Skill):
     def __init__(self, env: LiberoEnv, style: Style | None = None):
         super().__init__(env, style)
         self.object, self.target = pick_place_goal(env)
-        self._region = _region(env, env.raw.parsed_problem["goal_state"][0][2])
+        self._region = env.raw.parsed_problem["goal_state"][0][2]  # or the target itself
         self._slides = self.target is None
         self._object_geoms = geoms_of(env, self.object)
         others = [name for name in env.raw.obj_body_id if name != self.object]
@@ -193,8 +193,9 @@ class PickPlaceExpert(Skill):
 
     def _support(self) -> tuple[np.ndarray, float]:
         """Centre (2,) of the object's destination, and the height of its lowest point there."""
-        if self._region is not None and self.target not in self.env.raw.objects_dict:
-            centre, size = self._region()  # of the table or a fixture
+        raw = self.env.raw
+        if self._region not in raw.obj_body_id and self.target not in raw.objects_dict:
+            centre, size = _region_box(self.env, self._region)  # of the table or a fixture
             return centre[:2], centre[2] - size[2]
         low, high = Boxes.of_geoms(self.env, self._target_geoms).bounds()
         height = (low[2] + high[2]) / 2  # of a plate
@@ -344,17 +345,11 @@ def pick_place_goal(env: LiberoEnv) -> tuple[str, str | None]:
     return item, target
 
 
-def _region(env: LiberoEnv, name: str):
-    """A function for a region's centre and half size (3,) in world axes; ``None`` for a body."""
-    if name in env.raw.obj_body_id:
-        return None
+def _region_box(env: LiberoEnv, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A region's centre and half size (3,) in world axes."""
     size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
-
-    def now() -> tuple[np.ndarray, np.ndarray]:
-        rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
-        return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)
-
-    return now
+    rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
+    return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)
 
 
 def _joint_of(env: LiberoEnv, name: str) -> Joint | None:
