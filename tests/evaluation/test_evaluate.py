@@ -525,6 +525,31 @@ def test_errors_in_a_selection_do_not_count_and_are_told(run, monkeypatch, capsy
     assert "selection: 1 of 3 episodes ended in an error" in capsys.readouterr().out
 
 
+def test_an_error_in_a_selections_ledger_is_tried_again(run, monkeypatch):
+    config, ledger = load_config(run).replace(horizon=4), run / "selection.jsonl"
+    run_episode, played = play.run_episode, []
+
+    def fail(policy, env, init_state, horizon, **where):
+        played.append(where["seed"] - plan.SELECTION_SEED)
+        if played[-1] == 1 and played.count(1) <= 2:
+            raise FloatingPointError("the arm is nowhere")
+        return run_episode(policy, env, init_state, horizon, **where)
+
+    monkeypatch.setattr(play, "run_episode", fail)
+    assert evaluate.selection_success(run, config, 3, ledger=ledger)["episodes"] == 2
+    assert ["error" in row for row in read_jsonl(ledger)].count(True) == 1
+    assert len(evaluate.selection_rows(run, ledger)) == 2
+    summary = evaluate.selection_success(run, config, 3, ledger=ledger)
+    assert (summary["episodes"], summary["errors"]) == (3, []) and played == [0, 1, 1, 2, 1]
+
+
+def test_an_init_state_given_twice_is_played_once():
+    result = PolicyEvaluator(CountingPolicy()).evaluate_on_task(StraightRoad(), [0, 0, 2], 2)
+    assert [row["init_state"] for row in result["rows"]] == [0, 2]
+    with pytest.raises(ValueError, match="num_episodes=3 is not valid; expected 1 to 2"):
+        PolicyEvaluator(CountingPolicy()).evaluate_on_task(StraightRoad(), [0, 0, 2], 3)
+
+
 def test_two_runs_are_compared_episode_by_episode(run, small_run):
     other = small_run("other", epochs=1)
     other.fit()
