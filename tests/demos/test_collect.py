@@ -20,7 +20,7 @@ from trm_helpers.config import from_flat
 from trm_helpers.demos import collect
 from trm_helpers.demos.alignment import measure_alignment
 from trm_helpers.demos.collect import _run_attempts, _successes, collect_demonstrations
-from trm_helpers.demos.demo_files import check_demo_file
+from trm_helpers.demos.demo_files import DemoFileError, check_demo_file
 from trm_helpers.demos.experts import Style
 from trm_helpers.demos.quality import quality_card
 from trm_helpers.files import exclusive_lock
@@ -383,6 +383,20 @@ def test_each_task_has_human_demonstrations_or_scripted_ones(tmp_path, made, cap
     made.clear()
     collect.ensure_demonstrations(config.replace(demos="scripted"))
     assert len(made) == 10
+
+
+@pytest.mark.parametrize("demos", ["auto", "human"])
+def test_a_truncated_file_is_skipped_for_a_good_one_and_refused_without(
+        tmp_path, made, demos, capsys):
+    bad = human(tmp_path / "data" / "human", 3)
+    bad.write_bytes(bad.read_bytes()[:2000])
+    config = from_flat("demo", demos=demos, suite="libero_spatial", task_ids=(3,))
+    with pytest.raises(DemoFileError, match=f"{bad}: truncated"):
+        collect.ensure_demonstrations(config)
+    good = human(tmp_path / "kaggle" / "x", 3)
+    assert collect.ensure_demonstrations(config) == {3: good} and made == []
+    printed = capsys.readouterr().out
+    assert f"skipped {bad}: truncated" in printed and f"; {good} is used" in printed
 
 
 GIVEN = dict(suite="libero_spatial", task_ids=(3, 5))
