@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,24 +39,17 @@ DELAYS = (1, 2)  # control steps of 0.05 s
 Replacement = Callable[[Callable[[], Any], int], Any]
 
 
-class Case(NamedTuple):
-    """The episode that a perturbation applies to; ``key`` identifies it."""
-
-    policy: Policy
-    env: LiberoEnv
-    key: tuple
-
-
 @dataclass(frozen=True)
 class Perturbation:
     """One of :data:`PERTURBATIONS`.
 
-    ``changes`` returns the replaced entries of an episode's observations. ``needs`` is what a
-    policy must have for it to matter: a camera, ``proprioception``, ``language``.
+    ``changes`` returns the replaced entries of an episode's observations, given the policy, the
+    environment and a key that identifies the episode. ``needs`` is what a policy must have for it
+    to matter: a camera, ``proprioception``, ``language``.
     """
 
     title: str
-    changes: Callable[[Case], dict[str, Replacement]] = lambda case: {}
+    changes: Callable[[Policy, LiberoEnv, tuple], dict[str, Replacement]] = lambda *_: {}
     needs: str = ""
     delay: int = 0  # control steps
 
@@ -84,7 +77,7 @@ class PerturbedPolicy:
     def __init__(self, policy: Policy, name: str, env: LiberoEnv, key: tuple):
         self.policy = policy
         self.delay = PERTURBATIONS[name].delay
-        self.changes = PERTURBATIONS[name].changes(Case(policy, env, key))
+        self.changes = PERTURBATIONS[name].changes(policy, env, key)
 
     def reset(self) -> None:
         self.step = 0
@@ -152,9 +145,9 @@ def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 # replacements are functions of the module, so that a perturbed policy can be copied and pickled
-def _shifted(case: Case) -> dict[str, Replacement]:
+def _shifted(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     """Each camera's image along one of its diagonals, the same for the whole episode."""
-    return {camera: functools.partial(_shift, generator_of(case.key, camera).choice((-1, 1), 2))
+    return {camera: functools.partial(_shift, generator_of(key, camera).choice((-1, 1), 2))
             for camera in schema.CAMERAS}
 
 
@@ -163,9 +156,9 @@ def _shift(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
     return shift_image(image, *np.rint(sides * SHIFT * image.shape[0]).astype(int))
 
 
-def _lit_otherwise(case: Case) -> dict[str, Replacement]:
+def _lit_otherwise(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     """Darker or brighter, the same for both cameras and the whole episode."""
-    factor = 1 + generator_of(case.key, "light").choice((-1, 1)) * BRIGHTNESS
+    factor = 1 + generator_of(key, "light").choice((-1, 1)) * BRIGHTNESS
     return dict.fromkeys(schema.CAMERAS, functools.partial(_light, factor))
 
 
@@ -173,10 +166,10 @@ def _light(factor: float, read: Callable, step: int) -> np.ndarray:
     return scale_brightness(read(), factor)
 
 
-def _noisy(case: Case) -> dict[str, Replacement]:
+def _noisy(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     """Independent Gaussian noise in every entry and step."""
-    return {key: functools.partial(_add_noise, case.key, key)
-            for key in (*schema.CAMERAS, *schema.LOW_DIM)}
+    return {entry: functools.partial(_add_noise, key, entry)
+            for entry in (*schema.CAMERAS, *schema.LOW_DIM)}
 
 
 def _add_noise(episode: tuple, key: str, read: Callable, step: int) -> np.ndarray:
@@ -191,38 +184,39 @@ def _constant(value, read: Callable, step: int):
     return copy.copy(value)
 
 
-def _without_camera(camera: str, case: Case) -> dict[str, Replacement]:
-    size = case.env.image_size
+def _without_camera(camera: str, policy: Policy, env: LiberoEnv,
+                    key: tuple) -> dict[str, Replacement]:
+    size = env.image_size
     return {camera: functools.partial(_constant, np.zeros((size, size, 3), np.uint8))}
 
 
-def _without_proprioception(case: Case) -> dict[str, Replacement]:
+def _without_proprioception(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     """The mean of the policy's training data, 0 once normalised; NaN where it has no such mean."""
-    stats = getattr(case.policy, "proprio_stats", None)
+    stats = getattr(policy, "proprio_stats", None)
     if stats is None:
-        raise ValueError("the policy has no proprio_stats; expected means to put in the place of "
+        raise ValueError("the policy has no proprio_stats; expected means in place of "
                          "proprioception")
-    values = {key: np.full(width, np.nan) for key, width in schema.LOW_DIM.items()}
+    values = {name: np.full(width, np.nan) for name, width in schema.LOW_DIM.items()}
     first = 0
-    for key in schema.PROPRIO_KEYS:
-        values[key] = np.array(stats["mean"][first:first + schema.LOW_DIM[key]])
-        first += schema.LOW_DIM[key]
-    return {key: functools.partial(_constant, value) for key, value in values.items()}
+    for name in schema.PROPRIO_KEYS:
+        values[name] = np.array(stats["mean"][first:first + schema.LOW_DIM[name]])
+        first += schema.LOW_DIM[name]
+    return {name: functools.partial(_constant, value) for name, value in values.items()}
 
 
 # --- instruction ---------------------------------------------------------------------------------
-def _another_instruction(case: Case) -> dict[str, Replacement]:
+def _another_instruction(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     """The instruction of another task of the suite, the same for the whole episode."""
     from ..sim.env import load_task
 
-    task = case.env.task
+    task = env.task
     suite = {load_task(task.suite, task_id).language
              for task_id in range(schema.SUITES[task.suite])}
-    other = generator_of(case.key, "instruction").choice(sorted(suite - {task.language}))
+    other = generator_of(key, "instruction").choice(sorted(suite - {task.language}))
     return {"language": functools.partial(_constant, str(other))}
 
 
-def _no_instruction(case: Case) -> dict[str, Replacement]:
+def _no_instruction(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     return {"language": functools.partial(_constant, "")}
 
 
