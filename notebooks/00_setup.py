@@ -20,13 +20,15 @@
 # the hand, how to turn it, open or close the gripper) and gives back two camera pictures.
 
 # %% tags=["parameters"]
+# change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
+num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+# the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 
 # %% [markdown]

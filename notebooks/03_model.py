@@ -17,11 +17,13 @@
 # gave the same output, unnoticed.
 
 # %% tags=["parameters"]
+# change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
 variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
-hidden_dim = None  # type: int; width of the state; None keeps the preset's
 num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
+# the others
+hidden_dim = None  # type: int; width of the state; None keeps the preset's
 halting = None  # type: str; fixed, remainder, adaptive, learned or convergence; None keeps it
 
 # %%

@@ -26,33 +26,35 @@
 # `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run`.
 
 # %% tags=["parameters"]
+# change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty: the preset's, or a new one (see below)
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
+num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
+variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
+num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
+epochs = None  # type: int; passes over the training samples; None keeps the preset's
+lr = None  # type: float; learning rate at the start; None keeps the preset's
+seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
+# the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
 scenes = None  # type: int; rendered per demonstration to train a localizer first; None: preset
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, brightness, colour, reference, shift or cutout
-epochs = None  # type: int; passes over the training samples; None keeps the preset's
 batch_size = None  # type: int; samples per update; None keeps the preset's
-lr = None  # type: float; learning rate at the start; None keeps the preset's
 loss = None  # type: str; mse, l1 or mix; None keeps the preset's
-variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
 conditioning = None  # type: str; none, task_id or language; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
-num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
 deep_supervision = None  # type: bool; grade the answer of every recursion; None: the preset's
 halting = None  # type: str; fixed, remainder, adaptive, learned or convergence; None keeps it
 gripper = None  # type: str; continuous, threshold, classifier, binary or mixture; None: preset's
 image_size = None  # type: int; pixels; None keeps the preset's
 chunk = None  # type: int; future actions predicted at once; None keeps the preset's
 execution_horizon = None  # type: int; how many of them are executed; None keeps the preset's
-seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
 patience = None  # type: int; epochs without progress to stop after, 0 never; None keeps the preset's
 rollout_every = None  # type: int; epochs between rollouts that choose best; None: the preset's
 max_minutes = None  # type: float; save and stop after so long; None keeps the preset's

@@ -19,11 +19,13 @@
 # contradict.
 
 # %% tags=["parameters"]
+# change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny: settings of this machine, not the run's
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
-weights = "best"  # type: str; best or last (see 04_train)
 suite = None  # type: str; another suite than the run's, LIBERO-PRO's too; None keeps it
 task_ids = None  # type: list; other tasks than the run's; None keeps them
+# the others
+weights = "best"  # type: str; best or last (see 04_train)
 protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
 num_episodes = None  # type: int; per task; 0: the protocol's; None keeps the run's setting
 first_init_state = None  # type: int; the first official init state used; None keeps the run's

@@ -15,13 +15,15 @@
 # to think, and which pixels does it look at? The last cell writes a report of the whole run.
 
 # %% tags=["parameters"]
+# change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny: settings of this machine, not the run's
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
+task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
+num_demos = None  # type: int; of each task, to look at; None: as many as it was trained with
+# the others
 weights = "best"  # type: str; best or last (see 04_train)
 num_samples = 256  # type: int; samples behind the averages
-task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
 depth_episodes = 0  # type: int; per task and depth in the simulator; 0 shows what is there
-num_demos = None  # type: int; of each task, to look at; None: as many as it was trained with
 demo_dir = None  # type: str; folder with the run's demonstrations, where it was given one
 
 # %%

@@ -22,7 +22,7 @@ from demo_files import write_demo_file
 
 from trm_helpers import paths
 from trm_helpers.__main__ import main
-from trm_helpers.config import from_flat
+from trm_helpers.config import COMMON, from_flat
 from trm_helpers.files import read_jsonl
 from trm_helpers.notebooks import notebook_parameters, run_notebook
 
@@ -102,11 +102,15 @@ def test_parameters_are_literals_with_a_comment_each(name):
     cells = [c for c in read(name).cells if "parameters" in c.metadata.get("tags", [])]
     assert len(cells) == 1
     for line in cells[0].source.splitlines():
+        if line.startswith("# "):  # the heading of a group
+            continue
         assignment, comment = line.split("#", 1)
         ast.literal_eval(assignment.split("=", 1)[1].strip())
         assert re.match(r" type: (str|int|float|bool|list|dict); \S", comment), line
     known = notebook_parameters(ROOT / "notebooks" / f"{name}.ipynb")
-    assert {"preset", "run_name"} <= set(known)
+    common = [parameter for parameter in ("preset", "run_name", *COMMON) if parameter in known]
+    assert list(known)[:len(common)] == common and {"preset", "run_name"} <= set(common)
+    assert cells[0].source.startswith("# change these first\n")
 
 
 def bootstrap(tmp_path, installed=False):
