@@ -55,7 +55,7 @@ def test_the_pinned_simulator_is_installed():
 
 def test_another_mujoco_is_refused_with_the_pip_command(monkeypatch):
     pretend_versions(monkeypatch, mujoco="3.17.0")
-    with pytest.raises(RuntimeError, match=r"mujoco 3\.17\.0 \(needs 3\.3\.2\).*"
+    with pytest.raises(RuntimeError, match=r"mujoco 3\.17\.0: needs 3\.3\.2; run: .*"
                                            r"-m pip install mujoco==3\.3\.2$"):
         check_pinned_versions()
     rows = {check.name: check for check in preflight(quick=True)}
@@ -66,7 +66,7 @@ def test_another_mujoco_is_refused_with_the_pip_command(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     pretend_versions(monkeypatch, robosuite=None)
-    with pytest.raises(RuntimeError, match=r"robosuite is missing \(needs 1\.4\.0\)"):
+    with pytest.raises(RuntimeError, match=r"robosuite is missing: needs 1\.4\.0; run: "):
         check_pinned_versions()
 
 
@@ -115,8 +115,8 @@ BROKEN = "import json, os, time\n"
 REPORTS = "print(json.dumps({'renderer': 'llvmpipe', 'ms': 1.0, 'devices': 1}))"
 
 
-def pretend_drawing(monkeypatch, tmp_path, *lines):
-    """Replace the program that draws; a list of the environments that it was started with."""
+def pretend_rendering(monkeypatch, tmp_path, *lines):
+    """Replace the program that renders; a list of the environments that it was started with."""
     log = tmp_path / "started.jsonl"
     start = f"open({str(log)!r}, 'a').write(json.dumps(dict(os.environ)) + chr(10))"
     monkeypatch.setattr(software, "_RENDER", BROKEN + "\n".join([start, *lines]))
@@ -134,11 +134,11 @@ DEVICE_VARIABLES = [
 
 @pytest.mark.parametrize(("variables", "renders"), [
     (variables, number < 4) for number, variables in enumerate(DEVICE_VARIABLES)])
-def test_every_device_variable_ends_in_a_device_that_draws(gl_environment, monkeypatch, tmp_path,
+def test_every_device_variable_ends_in_a_device_that_renders(gl_environment, monkeypatch, tmp_path,
                                                            variables, renders):
-    """In four of them for real; otherwise one device draws, as far as EGL knows."""
+    """In four of them for real; otherwise one device renders, as far as EGL knows."""
     if not renders:
-        pretend_drawing(monkeypatch, tmp_path, "device = os.environ['MUJOCO_EGL_DEVICE_ID']",
+        pretend_rendering(monkeypatch, tmp_path, "device = os.environ['MUJOCO_EGL_DEVICE_ID']",
                         "print(json.dumps({'devices': 1}), flush=True)",
                         "assert device == '0', 'no such device'", REPORTS)
     expected = configure_gl()["renderer"]
@@ -155,7 +155,7 @@ def test_every_device_variable_ends_in_a_device_that_draws(gl_environment, monke
 
 
 def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_path):
-    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
     found = configure_gl()
     assert found["renderer"] == "llvmpipe" == renderer()
     assert found["settings"]["MUJOCO_EGL_DEVICE_ID"] == "0"
@@ -174,7 +174,7 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
     '{"settings": {"MUJOCO_GL": null}}',
     '{"renderer": "x", "ms": 1, "failures": [], "settings": {}}'])
 def test_a_choice_that_says_nothing_is_made_again(gl_environment, monkeypatch, tmp_path, damaged):
-    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
     monkeypatch.setenv("TRM_RENDERER", damaged)
     assert renderer() == "llvmpipe" and len(started()) == 1
 
@@ -182,7 +182,7 @@ def test_a_choice_that_says_nothing_is_made_again(gl_environment, monkeypatch, t
 def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
         gl_environment, monkeypatch, tmp_path):
     """EGL has a software device 0, a GPU as device 1 and a broken device 2."""
-    started = pretend_drawing(
+    started = pretend_rendering(
         monkeypatch, tmp_path, "print(json.dumps({'devices': 3}), flush=True)",
         "names = {'0': 'llvmpipe', '1': 'Tesla T4'}",
         "print(json.dumps({'renderer': names[os.environ['MUJOCO_EGL_DEVICE_ID']], 'ms': 1.0}))")
@@ -203,7 +203,7 @@ def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
     ("print('{')", "printed no result"),
     ("print(json.dumps({'error': 'RuntimeError: the frame is black'}))", "the frame is black"),
 ])
-def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
+def test_nvidia_that_does_not_render_falls_back_to_mesa_then_osmesa(
         gl_environment, monkeypatch, tmp_path, broken, reason):
     folder = tmp_path / "vendors"
     folder.mkdir()
@@ -211,7 +211,7 @@ def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
     (folder / "50_mesa.json").write_text("{}")
     monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (folder,))
     monkeypatch.setattr(software, "_RENDERS_WITHIN", 2.0)
-    started = pretend_drawing(
+    started = pretend_rendering(
         monkeypatch, tmp_path, f"if '{software._VENDOR_FILES}' not in os.environ: {broken}",
         f"else: {REPORTS}")
     found = configure_gl()
@@ -225,7 +225,7 @@ def test_nvidia_that_does_not_draw_falls_back_to_mesa_then_osmesa(
     monkeypatch.delenv("TRM_RENDERER")
     monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.delenv("__EGL_VENDOR_LIBRARY_FILENAMES")
-    pretend_drawing(monkeypatch, tmp_path, f"if os.environ['MUJOCO_GL'] == 'egl': {broken}",
+    pretend_rendering(monkeypatch, tmp_path, f"if os.environ['MUJOCO_GL'] == 'egl': {broken}",
                     f"else: {REPORTS}")
     found = configure_gl()
     assert found["settings"]["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == "osmesa"
@@ -248,9 +248,9 @@ def test_a_vendor_library_that_ends_the_process_costs_no_frame(gl_environment, m
     assert found["renderer"] and "ended by signal 6" in found["failures"][0]
 
 
-def test_nothing_that_draws_gives_each_reason_and_the_apt_command(
+def test_nothing_that_renders_gives_each_reason_and_the_apt_command(
         gl_environment, monkeypatch, tmp_path):
-    pretend_drawing(monkeypatch, tmp_path,
+    pretend_rendering(monkeypatch, tmp_path,
                     "raise ImportError('libGL.so.1: no such file ' + os.environ['MUJOCO_GL'])")
     with pytest.raises(RuntimeError, match=r"libGL\.so\.1: no such file egl.*no such file osmesa"
                                            r".*apt-get install .*libegl1 .*libgl1-mesa-dri"):
@@ -263,7 +263,7 @@ def test_nothing_that_draws_gives_each_reason_and_the_apt_command(
 
 
 def test_the_users_backend_is_kept(gl_environment, monkeypatch, tmp_path):
-    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
     monkeypatch.setenv("MUJOCO_GL", " OSMesa")
     assert configure_gl()["settings"]["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == "osmesa"
     assert len(started()) == 1
@@ -275,7 +275,7 @@ def test_the_users_backend_is_kept(gl_environment, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("home", [True, False])
 def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tmp_path, home):
-    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
     monkeypatch.setattr(software, "_loadable", lambda library: library == "libEGL_nvidia.so.0")
     monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (tmp_path / "system",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache") if home else "/dev/null/cache")
@@ -307,10 +307,10 @@ def test_the_temporary_cache_of_a_killed_process_is_removed_by_the_next(monkeypa
     assert mine != left and count == "1" and not list(tmp_path.iterdir())
 
 
-def test_processes_that_draw_share_the_temporary_cache_of_the_one_that_asks(
+def test_processes_that_render_share_the_temporary_cache_of_the_one_that_asks(
         gl_environment, monkeypatch, tmp_path):
     """They end without clean-up, whatever a driver does while it is unloaded."""
-    started = pretend_drawing(monkeypatch, tmp_path, REPORTS)
+    started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
     monkeypatch.setattr(software, "writable", lambda folder: False)
     monkeypatch.setattr(software, "_cache_folder", lambda: tmp_path / "temporary")
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/numba")
@@ -402,7 +402,7 @@ def test_libraries_are_installed_only_as_root(monkeypatch, user, installs):
         assert ran == []
 
 
-def test_a_gpu_that_does_not_draw_is_a_warning(monkeypatch):
+def test_a_gpu_that_does_not_render_is_a_warning(monkeypatch):
     monkeypatch.setattr(preflight_module, "configure_gl", lambda: {
         "renderer": "llvmpipe (LLVM 15)", "ms": 40.0, "failures": ["NVIDIA: a reason"],
         "settings": {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "1"}})

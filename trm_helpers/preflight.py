@@ -24,8 +24,8 @@ from .software import (
     configure_gl,
     free_memory,
     installed_version,
-    pip_command,
     renders_on_cpu,
+    version_problems,
     writable,
 )
 
@@ -104,14 +104,10 @@ def _check_torch() -> Check:
 
 
 def _check_versions() -> Iterator[Check]:
-    for name, expected in schema.PINNED.items():
-        found = installed_version(name)
-        fits = found == expected
-        yield Check(name, "ok" if fits else "fail", found or "missing",
-                    "" if fits else f"needs {expected}; {pip_command([name])}")
-    if installed_version("hf-libero"):
-        yield Check("hf-libero", "fail", installed_version("hf-libero"),
-                    "takes the name `libero`; run: pip uninstall hf-libero")
+    problems = version_problems()
+    for name in dict.fromkeys([*schema.PINNED, *problems]):
+        yield Check(name, "fail" if name in problems else "ok",
+                    installed_version(name) or "missing", problems.get(name, ""))
 
 
 def _check_gl() -> Check:

