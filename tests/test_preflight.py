@@ -489,7 +489,7 @@ def test_settling_as_measured_with_mujoco_3_3_2_and_3_17(distance, status):
         def object_position(self, name):
             return [0.2 + distance * (name == checks.BOWL), 0.1, 0.9]
 
-    row = run_check(checks.CONTACTS, checks.Subject(Env()))
+    row = run_check(checks.contacts, checks.Subject(Env()))
     assert (row.name, row.status) == ("settle probe", status)
     assert f"bowl {100 * distance:.1f} cm off" in row.found
     assert ("pip install mujoco==3.3.2" in row.hint) == (status == "fail")
@@ -498,7 +498,7 @@ def test_settling_as_measured_with_mujoco_3_3_2_and_3_17(distance, status):
 def test_another_loaded_mujoco_fails_the_settle_probe(monkeypatch):
     monkeypatch.setattr("mujoco.__version__", "3.17.0")
     env = types.SimpleNamespace(reset=lambda init_state: None, object_position=lambda _: [0, 0, 0])
-    row = run_check(checks.CONTACTS, checks.Subject(env))
+    row = run_check(checks.contacts, checks.Subject(env))
     assert row.status == "fail" and row.found.startswith("MuJoCo 3.17.0")
 
 

@@ -11,7 +11,7 @@ from trm_helpers import selftest as module
 from trm_helpers.__main__ import main
 from trm_helpers.preflight import Check, run_check, table
 from trm_helpers.selftest import FAULTS, SCENE, Subject, Wrapper, examine
-from trm_helpers.sim.checks import CONTACTS, FRAMES, SimulatorCheck
+from trm_helpers.sim.checks import SimulatorCheck, contacts, frames
 from trm_helpers.sim.env import LiberoEnv
 
 NAMES = [fault.name for fault in FAULTS]
@@ -41,9 +41,9 @@ def test_a_check_passes_without_its_fault_and_detects_it(subject, fault):
 def test_contacts_are_checked_by_the_version_and_by_a_bowl_that_slides(subject, monkeypatch):
     (version, slide) = FAULTS[0].seeds
     with version(subject) as spoiled:
-        assert run_check(CONTACTS, spoiled).found.startswith("MuJoCo 3.17.0, bowl 1.5 cm")
+        assert run_check(contacts, spoiled).found.startswith("MuJoCo 3.17.0, bowl 1.5 cm")
     with slide(subject) as spoiled:
-        found = run_check(CONTACTS, spoiled).found
+        found = run_check(contacts, spoiled).found
     assert found.startswith("MuJoCo 3.3.2") and 4 < float(found.split()[3]) < 7  # 5.6 with 3.17
 
 
@@ -130,7 +130,7 @@ def test_twelve_distinct_checks_detect_twelve_distinct_faults_and_say_what_to_do
     assert len(FAULTS) == 12 and distinct == {12}
     assert all(len(fault.check.hint) > 30 for fault in FAULTS)
     assert [len(fault.seeds) for fault in FAULTS if len(fault.seeds) > 1] == [2, 2]
-    assert "MUJOCO_GL=osmesa" in FRAMES.hint and "TRM_RENDERER" in FRAMES.hint
+    assert "MUJOCO_GL=osmesa" in frames.hint and "TRM_RENDERER" in frames.hint
     rows = [Check(fault.name, "fail", "found " * 40, fault.check.hint) for fault in FAULTS]
     assert max(map(len, table(rows).splitlines())) <= 100
     assert np.array_equal(module._Still().act({}), [0, 0, 0, 0, 0, 0, -1])

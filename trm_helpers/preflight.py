@@ -148,9 +148,9 @@ def _check_scene(*chosen: SimulatorCheck) -> Iterator[Check]:
 @functools.cache  # once in a process
 def check_settling() -> None:
     """Raise ``RuntimeError`` where LIBERO-Spatial's objects do not settle as in the benchmark."""
-    from .sim.checks import CONTACTS
+    from .sim.checks import contacts
 
-    (row,) = _check_scene(CONTACTS)
+    (row,) = _check_scene(contacts)
     if row.status != "ok":
         raise RuntimeError(f"{row.name}: {row.found}; {row.hint}")
 

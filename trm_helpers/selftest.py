@@ -32,7 +32,7 @@ from .policy.model import TRMPolicy
 from .preflight import Check, run_check
 from .schema import PROTOCOLS
 from .sim import checks
-from .sim.checks import BOWL, HOLD, SCENE, Finding, SimulatorCheck, Subject
+from .sim.checks import BOWL, HOLD, SCENE, Finding, SimulatorCheck, Subject, check
 from .sim.env import LiberoEnv
 
 _STEP = 0.0125  # metres that the arm moves on average for a command of 1
@@ -71,12 +71,14 @@ class _Still:
 
 
 # --- checks of policies and evaluations ----------------------------------------------------------
-def check_chunk(subject: Subject) -> Finding:
+@check("chunk",
+       "denormalise to [-1, 1], where 1 asks for 5 cm, and send a chunk's first action first")
+def chunk(subject: Subject) -> Finding:
     """A predicted chunk moves the arm as far as it says, its first action first."""
     env, half = subject.env, 6
-    chunk = np.tile(HOLD, (2 * half, 1))
-    chunk[:half, 1], chunk[half:, 1] = 0.8, -0.8
-    policy = (subject.policy or chunk_policy)(chunk)
+    actions = np.tile(HOLD, (2 * half, 1))
+    actions[:half, 1], actions[half:, 1] = 0.8, -0.8
+    policy = (subject.policy or chunk_policy)(actions)
     policy.reset()
     observation, places = env.reset(init_state=0), []
     for _ in range(2 * half):
@@ -88,7 +90,8 @@ def check_chunk(subject: Subject) -> Finding:
             "was predicted", 0.5 * expected < moved < 2 * expected)
 
 
-def check_horizon(subject: Subject) -> Finding:
+@check("horizon", "take the horizon of the suite that is played")
+def horizon(subject: Subject) -> Finding:
     """An episode without success ends after the steps of the protocol for the loaded suite."""
     env = subject.env
     suite = next(name for name in env.raw.bddl_file_name.split("/")[::-1] if name in schema.SUITES)
@@ -216,26 +219,23 @@ class Fault(NamedTuple):
     seeds: tuple[Seed, ...]
 
 
-CHUNK = SimulatorCheck("chunk", check_chunk, "denormalise to [-1, 1], where 1 asks for 5 cm, and "
-                       "send a chunk's first action first")
-HORIZON = SimulatorCheck("horizon", check_horizon, "take the horizon of the suite that is played")
 FAULTS = (
-    Fault("MuJoCo past 3.3", checks.CONTACTS, (_other_mujoco, _wrapped(reset=_slide))),
-    Fault("init state wiped by a reset", checks.INIT_STATE, (_wrapped(reset=_reset_again),)),
-    Fault("init ids stuck at one", checks.INIT_IDS,
+    Fault("MuJoCo past 3.3", checks.contacts, (_other_mujoco, _wrapped(reset=_slide))),
+    Fault("init state wiped by a reset", checks.init_state, (_wrapped(reset=_reset_again),)),
+    Fault("init ids stuck at one", checks.init_ids,
           (_wrapped(reset=lambda env, init_state: env.reset(init_state=1)),)),
-    Fault("instruction of the file's name", checks.INSTRUCTION,
+    Fault("instruction of the file's name", checks.instruction,
           (_wrapped(observe=lambda env, _: {"language": env.task.name.replace("_", " ")}),)),
-    Fault("frames flipped", checks.ORIENTATION, (_wrapped(observe=_flip),)),
-    Fault("quaternion's other sign", checks.QUATERNION, (_wrapped(observe=_negate_quaternion),)),
-    Fault("gripper's other sign", checks.GRIPPER,
+    Fault("frames flipped", checks.orientation, (_wrapped(observe=_flip),)),
+    Fault("quaternion's other sign", checks.quaternion, (_wrapped(observe=_negate_quaternion),)),
+    Fault("gripper's other sign", checks.gripper,
           (_wrapped(send=lambda action: action * [1, 1, 1, 1, 1, 1, -1]),)),
-    Fault("cameras exchanged", checks.CAMERAS, (_wrapped(observe=_exchange),)),
-    Fault("black frames", checks.FRAMES, (_wrapped(observe=_blacken),)),
-    Fault("chunk's unit or order", CHUNK,
+    Fault("cameras exchanged", checks.cameras, (_wrapped(observe=_exchange),)),
+    Fault("black frames", checks.frames, (_wrapped(observe=_blacken),)),
+    Fault("chunk's unit or order", chunk,
           (_replaced(policy=_in_metres), _replaced(policy=_backwards))),
-    Fault("horizon of another suite", HORIZON, (_replaced(play=_horizon_of_another_suite),)),
-    Fault("stale first frame", checks.FIRST_FRAME, (_wrapped(_StaleFirstFrame),)),
+    Fault("horizon of another suite", horizon, (_replaced(play=_horizon_of_another_suite),)),
+    Fault("stale first frame", checks.first_frame, (_wrapped(_StaleFirstFrame),)),
 )
 
 

@@ -87,7 +87,21 @@ def _view(without: np.ndarray, frame: np.ndarray, projected: dict[str, np.ndarra
 Finding = tuple[str, bool]  # what was found, and whether it is right
 
 
-def check_contacts(subject: Subject) -> Finding:
+class SimulatorCheck(NamedTuple):
+    """A check: its name in tables, how it measures, and what to do when it fails."""
+
+    name: str
+    measure: Callable[[Subject], Finding]
+    hint: str
+
+
+def check(name: str, hint: str) -> Callable[[Callable[[Subject], Finding]], SimulatorCheck]:
+    """Decorator that makes a :class:`SimulatorCheck` of a function that measures."""
+    return lambda measure: SimulatorCheck(name, measure, hint)
+
+
+@check("settle probe", f"contacts are not the benchmark's; {pip_command(schema.PINNED)}")
+def contacts(subject: Subject) -> Finding:
     """The loaded MuJoCo is the pinned version, and a bowl comes to rest on its ramekin.
 
     Their centres are then 1.5 cm apart; with MuJoCo 3.17 the bowl slides and they are 6 cm apart.
@@ -101,7 +115,8 @@ def check_contacts(subject: Subject) -> Finding:
             mujoco.__version__ == schema.PINNED["mujoco"] and distance < 0.03)
 
 
-def check_init_state(subject: Subject) -> Finding:
+@check("init state", "reset first, then set the init state, then settle")
+def init_state(subject: Subject) -> Finding:
     """Objects lie where the init state places them; most do not move while they settle."""
     env, off = subject.env, []
     for init_state in (3, 7):
@@ -112,7 +127,8 @@ def check_init_state(subject: Subject) -> Finding:
     return f"objects {1000 * max(off):.1f} mm from the init state's places", max(off) < 0.003
 
 
-def check_init_ids(subject: Subject) -> Finding:
+@check("init ids", "advance the init state with every episode")
+def init_ids(subject: Subject) -> Finding:
     """Init states 0, 1 and 2 begin with different layouts."""
     env, places = subject.env, []
     for init_state in range(3):
@@ -122,34 +138,44 @@ def check_init_ids(subject: Subject) -> Finding:
     return f"init states 0, 1 and 2 differ by at least {1000 * apart:.1f} mm", apart > 1e-3
 
 
-def check_instruction(subject: Subject) -> Finding:
+@check("instruction",
+       "read (:language ...) in the BDDL file; LIBERO-PRO keeps the old file names")
+def instruction(subject: Subject) -> Finding:
     """The policy gets the instruction of the BDDL file that the simulator loaded."""
     given = subject.env.reset(init_state=0)["language"]
     written = written_instruction(subject.env.raw.bddl_file_name)
     return f"the policy gets {given!r}, the BDDL file says {written!r}", given == written
 
 
-def check_orientation(subject: Subject) -> Finding:
+@check("image orientation",
+       "give the policy frames upside down, as stored; flip them for people only")
+def orientation(subject: Subject) -> Finding:
     """Frames are upside down, as stored in the demonstrations."""
     found = {key: view.orientation for key, view in subject.views.items()}
     return (", ".join(f"{key} {orientation}" for key, orientation in found.items()),
             set(found.values()) == {"upside down"})
 
 
-def check_cameras(subject: Subject) -> Finding:
+@check("cameras",
+       "map agentview_image to agentview_rgb and robot0_eye_in_hand_image to eye_in_hand_rgb")
+def cameras(subject: Subject) -> Finding:
     """Each frame is of the camera it is named after, whatever its orientation."""
     return (", ".join(f"{key} shows {view.camera}" for key, view in subject.views.items()),
             all(key == view.camera for key, view in subject.views.items()))
 
 
-def check_frames(subject: Subject) -> Finding:
+@check("frames",
+       "try the other renderer, MUJOCO_GL=osmesa or MUJOCO_GL=egl; to choose again, unset "
+       "TRM_RENDERER, which keeps the choice, and run `python -m trm_helpers preflight --gl`")
+def frames(subject: Subject) -> Finding:
     """Frames are not black."""
     spread = {key: view.spread for key, view in subject.views.items()}
     return (", ".join(f"{key} varies by {value:.0f} grey levels" for key, value in spread.items()),
             min(spread.values()) > 5)
 
 
-def check_quaternion(subject: Subject) -> Finding:
+@check("quaternion", "keep MuJoCo's sign: q and -q give different axis-angle vectors")
+def quaternion(subject: Subject) -> Finding:
     """The end effector's rotation has the sign of MuJoCo's quaternion, as in demonstrations."""
     from robosuite.utils.transform_utils import quat2axisangle
 
@@ -160,7 +186,8 @@ def check_quaternion(subject: Subject) -> Finding:
     return f"ee_ori up to {off:.2f} rad from the simulator's", off < 0.05
 
 
-def check_gripper(subject: Subject) -> Finding:
+@check("gripper", "send -1 to open and +1 to close")
+def gripper(subject: Subject) -> Finding:
     """The command -1 opens the fingers, +1 closes them."""
     env, widths = subject.env, []
     env.reset(init_state=0)
@@ -172,7 +199,8 @@ def check_gripper(subject: Subject) -> Finding:
             widths[0] > 6 and widths[1] < 2)
 
 
-def check_first_frame(subject: Subject) -> Finding:
+@check("first frame", "observe after the init state is set and the objects have settled")
+def first_frame(subject: Subject) -> Finding:
     """The first observation shows the new episode, not the end of the previous one."""
     env = subject.env
     env.reset(init_state=0)
@@ -200,31 +228,4 @@ def _places(env, state: np.ndarray) -> np.ndarray:
     return np.stack([state[start:start + 2] for start in starts])
 
 
-class SimulatorCheck(NamedTuple):
-    """A check, its name in tables, and what to do when it fails."""
-
-    name: str
-    measure: Callable[[Subject], Finding]
-    hint: str
-
-
-CONTACTS = SimulatorCheck("settle probe", check_contacts, "contacts are not those of the "
-                          "benchmark; " + pip_command(schema.PINNED))
-INSTRUCTION = SimulatorCheck("instruction", check_instruction, "read (:language ...) in the BDDL "
-                             "file; LIBERO-PRO keeps the old file names")
-FRAMES = SimulatorCheck("frames", check_frames, "the renderer draws nothing: try the other one, "
-                        "MUJOCO_GL=osmesa or MUJOCO_GL=egl; to choose again, unset TRM_RENDERER, "
-                        "which keeps the choice, and run `python -m trm_helpers preflight --gl`")
-CAMERAS = SimulatorCheck("cameras", check_cameras, "map agentview_image to agentview_rgb and "
-                         "robot0_eye_in_hand_image to eye_in_hand_rgb")
-ORIENTATION = SimulatorCheck("image orientation", check_orientation, "give the policy frames "
-                             "upside down, as stored; flip them for people only")
-QUATERNION = SimulatorCheck("quaternion", check_quaternion, "keep MuJoCo's sign: q and -q give "
-                            "different axis-angle vectors")
-GRIPPER = SimulatorCheck("gripper", check_gripper, "send -1 to open and +1 to close")
-INIT_STATE = SimulatorCheck("init state", check_init_state, "reset first, then set the init "
-                            "state, then settle")
-INIT_IDS = SimulatorCheck("init ids", check_init_ids, "advance the init state with every episode")
-FIRST_FRAME = SimulatorCheck("first frame", check_first_frame, "observe after the init state is "
-                             "set and the objects have settled")
-QUICK = (CONTACTS, INSTRUCTION, FRAMES, CAMERAS, ORIENTATION, QUATERNION, GRIPPER)
+QUICK = (contacts, instruction, frames, cameras, orientation, quaternion, gripper)
