@@ -156,10 +156,9 @@ def _frames(demos: list[h5py.Group], camera: str) -> dict:
 
 def _gripper_sign(demos: list[h5py.Group]) -> dict:
     against, moving = finger_motion(demos)
-    if not moving:
-        return _row("gripper sign", "the fingers never move", "closing at +1", BAD)
-    return _row("gripper sign", f"fingers move against the command in {against} of {moving} steps",
-                "closing at +1, opening at -1", against <= WRONG_FINGERS * moving)
+    found = f"fingers move against the command in {against} of {moving} steps"
+    return _row("gripper sign", found if moving else "the fingers never move",
+                "closing at +1, opening at -1", moving > 0 and against <= WRONG_FINGERS * moving)
 
 
 def _gripper_switches(demos: list[h5py.Group]) -> dict:
