@@ -65,7 +65,7 @@ def test_keypoints_enter_the_policy_as_columns_and_rows_from_minus_four_to_four(
 
 
 def test_the_keypoint_depends_on_the_task():
-    """Two squares alike: the first task is about the one on the left, the second the other's."""
+    """Two identical squares: the first task's object is the left one, the second's the right."""
     frames, places = squares(200)
     frames[frames[..., 1] == 200] = torch.tensor([200, 30, 30], dtype=torch.uint8)  # green to red
     both = ~places.isnan().any(-1).any(-1)
@@ -166,7 +166,7 @@ def test_errors_are_measured_on_frames_scaled_as_in_control():
     torch.manual_seed(0)
     localizer, (frames, places) = Localizer(2), squares(20, seed=2)
     with torch.no_grad():
-        localizer.maps[-1].weight *= 1000  # maps that depend on what is seen
+        localizer.maps[-1].weight *= 1000  # maps that depend on the image
     points = localizer.points(localizer(frames.float() / 255)).detach()
     torch.testing.assert_close(localization_errors(localizer, frames, places),
                                (points - places).norm(dim=-1), equal_nan=True)
@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_weights(trained_on_squares):
 
 # --- scenes as files, and a run --------------------------------------------------------------
 def test_image_positions_are_of_the_stored_frame_upside_down():
-    """Pixel centres of an upright 128 x 128 image; the last one is outside of it."""
+    """Pixel centres of an upright 128 x 128 image; the last lies outside."""
     class Camera:
         image_size = 128
 
@@ -341,7 +341,7 @@ def test_an_image_position_is_where_the_frame_changes_without_the_object():
 
 @pytest.mark.sim
 def test_objects_that_the_robot_has_moved_stay_in_place(demonstration):
-    """In the last steps the soup is in the basket and keeps its position."""
+    """In the last steps the soup lies in the basket."""
     with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
         env.reset()
         demo = file[schema.DATA_GROUP][demo_names(file)[0]]

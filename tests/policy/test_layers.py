@@ -38,7 +38,7 @@ def seen(count: int = 2, size: int = 32) -> dict:
 
 
 def make_batch(count: int = 4, size: int = 32) -> dict:
-    """Samples that are easy to tell apart: pictures of coarse coloured squares."""
+    """Samples that differ clearly: images of coarse coloured squares."""
     squares = torch.rand(count, 1, 4, 4, 3)
     side = size // 4
     actions = torch.rand(count, 1, 3, 7) * 2 - 1
@@ -63,8 +63,8 @@ def test_tokens_are_spatial_in_reading_order():
 
 @pytest.mark.parametrize("encoder", [
     lambda: TokenEncoder(16, 64, 2, "silu"), lambda: VisualEncoder(16, 64, "silu")])
-def test_with_silu_a_grey_picture_is_zero_and_no_unit_is_off_for_all_pictures(encoder):
-    """After a step so large that the units of the reference are off, and stay so."""
+def test_silu_maps_grey_to_zero_and_keeps_every_unit_active(encoder):
+    """After a step so large that the reference's ReLU units are inactive."""
     silu = encoder().convolutions
     reached = []
     silu[1].register_forward_hook(lambda _, given, __: reached.append(given[0]))
@@ -81,7 +81,7 @@ def test_with_silu_a_grey_picture_is_zero_and_no_unit_is_off_for_all_pictures(en
         assert (silu[-2].weight.grad == 0).all() == dead
 
 
-def test_a_token_knows_where_in_its_patch_a_thing_is():
+def test_a_token_encodes_positions_within_its_patch():
     encoder = TokenEncoder(16, image_size=64, grid=2)
     left, right = torch.zeros(2, 1, 64, 64, 3)
     left[:, 8:16, 4:12] = 1
@@ -98,7 +98,7 @@ def test_sequence_holds_cameras_proprioception_task_and_action_queries():
     assert torch.equal(x[0, -3:], policy.action_queries)
 
 
-def test_transformer_layer_worked_out_in_plain_loops():
+def test_transformer_layer_equals_plain_loops():
     layer = TransformerLayer(8, num_heads=2)
     tokens = torch.randn(1, 3, 8)
     qkv = tokens[0] @ layer.qkv.weight.T  # (3, 24)
@@ -117,7 +117,7 @@ def test_transformer_layer_worked_out_in_plain_loops():
     torch.testing.assert_close(layer(tokens)[0], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_tokens_are_told_where_their_patch_is():
+def test_tokens_encode_the_position_of_their_patch():
     encoder = TokenEncoder(16, 32, 2)
     with torch.no_grad():
         encoder.project.weight.zero_()
@@ -155,7 +155,7 @@ def deep_recursion(net, x, y, z, n, T):
 
 
 @pytest.mark.parametrize("n, T, supervision", [(1, 1, 1), (6, 3, 1), (2, 3, 4)])
-def test_recursion_is_the_papers_pseudocode(n, T, supervision):
+def test_recursion_equals_the_papers_pseudocode(n, T, supervision):
     policy = trm(latent_updates=n, cycles=T, num_recursions=supervision)
     x = policy.encode(seen())
     y, z = (first.expand_as(x) for first in policy.block.first)
@@ -166,8 +166,8 @@ def test_recursion_is_the_papers_pseudocode(n, T, supervision):
     torch.testing.assert_close(recursion.carry, torch.stack([y, z], dim=1), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("T", [1, 3])  # with one cycle only the state's detaching cuts a step off
-def test_gradients_are_the_papers_gradients(T):
+@pytest.mark.parametrize("T", [1, 3])  # with one cycle only detaching the state separates steps
+def test_gradients_equal_those_of_the_papers_pseudocode(T):
     policy = trm(latent_updates=2, cycles=T, num_recursions=2, deep_supervision=True).train()
     x = policy.encode(seen()).detach().requires_grad_()
     states = policy.recurse(x).states[1:]
@@ -208,7 +208,7 @@ def test_the_observation_has_gradient_in_the_last_step():
     assert (image_tokens.abs().amax(dim=-1) > 1e-6).all()
 
 
-def test_without_reinjection_the_output_is_another():
+def test_the_output_depends_on_reinjection():
     policy = trm()
     x = policy.encode(seen())
     first = policy.recurse(x, 1)
@@ -217,7 +217,7 @@ def test_without_reinjection_the_output_is_another():
     assert (shown - hidden).abs().max() > 1e-3
 
 
-def test_gradient_reaches_only_the_last_cycle_and_the_own_step():
+def test_gradient_reaches_the_last_cycle_of_its_own_step_only():
     policy = trm(deep_supervision=True, num_recursions=2).train()
     x = torch.randn(1, 7, 16, requires_grad=True)
     carry = torch.randn(1, 2, 7, 16, requires_grad=True)
@@ -229,7 +229,7 @@ def test_gradient_reaches_only_the_last_cycle_and_the_own_step():
     policy.block(carry, x).sum().backward()
     assert carry.grad is None  # the first of two cycles has no gradient
     policy.eval().block(carry, x).sum().backward()
-    assert carry.grad.abs().sum() > 0  # but in evaluation, where it is explained, it has
+    assert carry.grad.abs().sum() > 0  # in evaluation mode, for saliency, it has one
 
 
 def test_start_is_the_same_for_every_sample_and_is_not_trained():
@@ -253,13 +253,13 @@ def test_far_more_recursions_than_trained_stay_finite():
 
 # --- halting -------------------------------------------------------------------------------------
 def set_halting(policy: TRMPolicy, weight: torch.Tensor) -> None:
-    """Give the halting head this weight (D,) and no bias: samples then end apart."""
+    """Give the halting head this weight (D,) and no bias: samples halt at different depths."""
     with torch.no_grad():
         policy.halt.weight.copy_(weight.view(1, -1))
         policy.halt.bias.zero_()
 
 
-def test_learned_halting_ends_each_sample_with_its_own_first_yes():
+def test_learned_halting_stops_each_sample_at_its_first_positive_logit():
     policy = trm(halting="learned", num_recursions=6)
     x = torch.randn(16, 7, 16)
     policy.train()
@@ -276,7 +276,7 @@ def test_learned_halting_ends_each_sample_with_its_own_first_yes():
     assert torch.equal(recursion.weights.sum(1), torch.ones(16))
 
 
-def test_convergence_ends_when_the_actions_stay():
+def test_convergence_stops_when_actions_no_longer_change():
     policy = trm(halting="convergence", num_recursions=30, convergence_threshold=1e-6)
     recursion = policy.recurse(policy.encode(seen(8)))
     for sample, depth in enumerate(recursion.depth.tolist()):
@@ -289,7 +289,7 @@ def test_convergence_ends_when_the_actions_stay():
     assert loose.recurse(loose.encode(seen(4))).depth.tolist() == [2] * 4
 
 
-def test_samples_that_have_ended_are_not_computed():
+def test_halted_samples_are_not_computed():
     policy = trm(halting="learned", num_recursions=6)
     x = torch.randn(16, 7, 16)
     set_halting(policy, torch.randn(16))
@@ -300,7 +300,7 @@ def test_samples_that_have_ended_are_not_computed():
     assert sum(sizes) == depth.sum() < 6 * 16
 
 
-def test_samples_that_have_converged_are_not_computed():
+def test_converged_samples_are_not_computed():
     policy = trm(halting="convergence", num_recursions=12)
     x = policy.encode(seen(16))
     policy.config = dataclasses.replace(policy.config, convergence_threshold=between_changes(
@@ -313,7 +313,7 @@ def test_samples_that_have_converged_are_not_computed():
 
 
 def between_changes(policy, x) -> float:
-    """A threshold that some of the samples are below after the second step, and others not."""
+    """A threshold that only some of the samples are below after the second step."""
     policy.config = dataclasses.replace(policy.config, convergence_threshold=1e-12)
     first, second = (policy.head(state)[0] for state in policy.recurse(x).states[1:3])
     return (second - first).square().sum(-1).amax(-1).median().item()
@@ -341,7 +341,7 @@ def test_learned_halting_is_trained_on_the_tolerance(monkeypatch):
     assert parts["halting"] > 0
 
 
-def test_learned_halting_looks_at_the_actions_that_exist_and_has_its_weight(monkeypatch):
+def test_learned_halting_masks_missing_actions_and_is_weighted(monkeypatch):
     monkeypatch.setattr(model, "HALTING_TOLERANCE", 1.0)
     monkeypatch.setattr(model, "HALTING_WEIGHT", 0.3)
     policy = trm(halting="learned").train()
@@ -350,7 +350,7 @@ def test_learned_halting_looks_at_the_actions_that_exist_and_has_its_weight(monk
         policy.halt.bias.fill_(1.0)
     total, parts = policy.loss(batch, "l1")
     batch["mask"][..., -1] = 0.0
-    batch["actions"][..., -1, :] = 100.0  # does not exist, and so makes no answer wrong
+    batch["actions"][..., -1, :] = 100.0  # masked: makes no answer wrong
     total, parts = policy.loss(batch, "l1")
     # all answers are right: -log sigmoid(1), as the head's weights begin at 0
     assert parts["halting"].item() == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-5)
@@ -406,7 +406,7 @@ def test_blocks_share_weights_but_the_transformer_does_not():
     assert count(variant="transformer", num_layers=14) == 14 * layer
 
 
-def test_transformer_is_its_layers_once():
+def test_transformer_applies_its_layers_once():
     policy = trm(variant="transformer", num_layers=3)
     x = policy.encode(seen())
     expected = x
@@ -420,7 +420,7 @@ def act(**settings) -> TRMPolicy:
     return trm(variant="act", **settings)
 
 
-def test_acts_queries_look_at_the_other_tokens_and_not_the_other_way_round():
+def test_act_queries_attend_to_the_observation_and_not_vice_versa():
     policy = act(num_layers=1)
     x = policy.encode(seen())
     assert x.shape == (2, 4 + 1 + 3, 16)  # image, style, queries
@@ -432,7 +432,7 @@ def test_acts_queries_look_at_the_other_tokens_and_not_the_other_way_round():
     assert (policy.recurse(nearer).output - policy.recurse(x).output).abs().max() > 1e-3
 
 
-def test_acts_style_is_drawn_in_training_and_zero_in_control(monkeypatch):
+def test_act_style_is_sampled_in_training_and_zero_in_control(monkeypatch):
     monkeypatch.setattr(model, "KL_WEIGHT", 2.0)
     policy, batch = act(), make_batch()
     zero = policy.encode(batch["observations"], torch.zeros(4, STYLE_DIM))
@@ -454,7 +454,7 @@ def test_acts_style_is_drawn_in_training_and_zero_in_control(monkeypatch):
 
 
 def test_a_sample_without_valid_actions_has_no_divergence():
-    """As in the share of a batch of which a process gets nothing."""
+    """As in the empty share of a process."""
     policy, batch = act(), make_batch()
     policy.training = True
     batch["mask"][1:3] = 0
@@ -464,7 +464,7 @@ def test_a_sample_without_valid_actions_has_no_divergence():
     torch.testing.assert_close(policy.loss(batch, "l1")[1]["kl"], expected.detach())
 
 
-def test_acts_style_leaves_out_actions_that_do_not_exist():
+def test_act_style_masks_missing_actions():
     style = StyleEncoder(16, 2, 1, chunk=3).eval()
     actions, mask = torch.rand(2, 3, 7), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     other = actions.clone()
@@ -481,12 +481,12 @@ def test_acts_style_leaves_out_actions_that_do_not_exist():
     dict(variant="transformer"), dict(variant="block", gripper="binary"),
     dict(variant="block", deep_supervision=True), dict(variant="block", halting="learned"),
 ])
-def test_variants_learn_a_batch_by_heart(settings):
+def test_variants_overfit_a_batch(settings):
     config = {**SIZES, "image_size": 64, "num_recursions": 2, "latent_updates": 1, "cycles": 2,
               "hidden_dim": 32}
     policy = TRMPolicy(ModelConfig(**{**config, **settings}))
     batch = make_batch(4, size=64)
-    lr = 1e-3 if settings["variant"] == "act" else 3e-3  # its layers want smaller steps
+    lr = 1e-3 if settings["variant"] == "act" else 3e-3  # its layers need smaller steps
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
     errors = []
     for _ in range(160):

@@ -49,14 +49,14 @@ def make_batch(config: ModelConfig, size: int) -> dict:
 
 
 def set_output(policy: TRMPolicy, values: list[float]) -> None:
-    """Make the policy return ``values`` (of its last layer) whatever it sees."""
+    """Make the policy return ``values`` (of its last layer) for every observation."""
     with torch.no_grad():
         policy.head.output.weight.zero_()
         policy.head.output.bias.copy_(torch.tensor(values))
 
 
 def set_halting(policy: TRMPolicy, probability: float) -> None:
-    """Make every step's halting probability this one, whatever the state.
+    """Set the halting probability of every step and state.
 
     The block's last LayerNorm then returns (1, 0, ...), and w = (logit, 0, ...) gives the logit.
     """
@@ -72,7 +72,7 @@ def set_halting(policy: TRMPolicy, probability: float) -> None:
 # --- architecture ------------------------------------------------------------------------------
 
 
-def test_encoder_shapes_are_the_documented_ones():
+def test_encoder_shapes():
     encoder = VisualEncoder(hidden_dim=256, image_size=128)
     shapes = []
     for layer in encoder.convolutions:
@@ -83,7 +83,7 @@ def test_encoder_shapes_are_the_documented_ones():
     assert encoder.project.in_features == 18432
 
 
-def test_encoder_reads_channels_and_rows_as_they_are():
+def test_encoder_keeps_the_order_of_channels_and_rows():
     encoder = VisualEncoder(hidden_dim=16, image_size=36)
     images = torch.rand(2, 36, 36, 3)
     maps = encoder.convolutions(images.permute(0, 3, 1, 2).contiguous())
@@ -186,7 +186,7 @@ def test_recursion_is_not_a_no_op():
     assert difference.abs().amax(dim=1).min() > 1e-3
 
 
-def test_observation_is_injected_again_in_every_step():
+def test_observation_is_reinjected_in_every_step():
     policy = TRMPolicy(small())
     x_cond = policy.encode(observations(policy.config, 2)).detach().requires_grad_()
     states = policy.recurse(x_cond, 4).states
@@ -255,10 +255,10 @@ class _Repeat(RecursiveBlock):
     [
         (0.4, [0.4, 0.4, 0.2]),  # the sum reaches 0.95 in step 3, which gets the remainder
         (0.96, [1.0]),
-        (0.1, [0.1, 0.1, 0.1, 0.1, 0.6]),  # the last step allowed gets all that is left
+        (0.1, [0.1, 0.1, 0.1, 0.1, 0.6]),  # the last step gets the remainder
     ],
 )
-def test_act_weights_and_ponder_cost(probability, weights, monkeypatch):
+def test_adaptive_weights_and_ponder_cost(probability, weights, monkeypatch):
     monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.05)
     policy = TRMPolicy(small(halting="adaptive", num_recursions=5))
     set_halting(policy, probability)
@@ -269,7 +269,7 @@ def test_act_weights_and_ponder_cost(probability, weights, monkeypatch):
     torch.testing.assert_close(recursion.ponder, expected)
 
 
-def test_act_halts_each_sample_on_its_own_and_weights_sum_to_one():
+def test_adaptive_halts_per_sample_with_weights_that_sum_to_one():
     policy = TRMPolicy(small(halting="adaptive", num_recursions=6))
     policy.block = _Repeat()
     with torch.no_grad():
@@ -387,7 +387,7 @@ def test_gripper_entropy_worked_out_by_hand(gripper, bias, monkeypatch):
         assert total.item() == pytest.approx(1.0 + 0.5 * entropy)
 
 
-def test_loss_refuses_what_it_cannot_use():
+def test_loss_refuses_other_shapes_and_names():
     config = small()
     policy = TRMPolicy(config)
     batch = make_batch(config, 2)
@@ -432,7 +432,7 @@ def test_loss_is_finite_and_trains_in_bfloat16():
 
 
 class CountingObservation(Mapping):
-    """Counts what is read, as a simulator that draws a frame when its key is read would notice."""
+    """Counts reads, as a simulator does that renders a frame when its key is read."""
 
     def __init__(self, **values):
         self.values = {
@@ -457,7 +457,7 @@ class CountingObservation(Mapping):
         return len(self.values)
 
 
-def test_act_executes_the_chunk_in_order_and_reads_nothing_in_between():
+def test_act_executes_the_chunk_and_reads_no_observation_in_between():
     config = small(chunk=4, execution_horizon=3, cameras=tuple(schema.CAMERAS))
     policy = TRMPolicy(config)
     set_output(policy, [step / 10 for step in range(4) for _ in range(7)])
@@ -508,7 +508,7 @@ def test_act_denormalises_the_arm_clips_and_leaves_the_gripper():
     np.testing.assert_allclose(policy.act(CountingObservation()), expected, atol=1e-6)
 
 
-def test_temporal_ensembling_averages_what_chunks_say_of_a_step():
+def test_temporal_ensembling_averages_overlapping_chunks():
     config = small(chunk=4, execution_horizon=2, temporal_ensembling=True)
     policy = TRMPolicy(config)
     chunks = [[0.0, 0.1, 0.2, 0.3], [0.4, 0.5, 0.6, 0.7], [-0.4, -0.5, -0.6, -0.7]]
@@ -517,7 +517,7 @@ def test_temporal_ensembling_averages_what_chunks_say_of_a_step():
         set_output(policy, [value for value in chunk for _ in range(7)])
         said += [policy.act(CountingObservation())[0] for _ in range(2)]
     old, new = 1 / (1 + math.exp(-0.01)), math.exp(-0.01) / (1 + math.exp(-0.01))
-    # the chunk made at step 0 says 0.2 and 0.3 of steps 2 and 3, the one of step 2 0.4 and 0.5
+    # the chunk of step 0 predicts 0.2 and 0.3 for steps 2 and 3, the chunk of step 2 0.4 and 0.5
     expected = [0.0, 0.1, old * 0.2 + new * 0.4, old * 0.3 + new * 0.5,
                 old * 0.6 - new * 0.4, old * 0.7 - new * 0.5]
     assert said == pytest.approx(expected, abs=1e-6)
@@ -526,7 +526,7 @@ def test_temporal_ensembling_averages_what_chunks_say_of_a_step():
 
 
 @pytest.mark.parametrize("ensembling", [False, True])
-def test_the_execution_horizon_is_one_fact(ensembling):
+def test_execution_horizon_can_be_set(ensembling):
     config = small(chunk=4, execution_horizon=1, temporal_ensembling=ensembling)
     policy, seen = TRMPolicy(config), CountingObservation()
     set_output(policy, [value for value in (0.1, 0.2, 0.3, 0.4) for _ in range(7)])
@@ -549,7 +549,7 @@ def test_the_execution_horizon_is_one_fact(ensembling):
         policy.execution_horizon = 5
 
 
-def test_carry_over_begins_where_the_last_decision_ended():
+def test_carry_over_starts_from_the_previous_decision():
     seen = CountingObservation()
     plain, carrying = (TRMPolicy(small(variant="trm", image_size=64, image_grid=2, carry_over=over))
                        for over in (False, True))
@@ -619,13 +619,13 @@ def test_act_refuses_numbers_that_are_not_finite():
         (dict(task_id=2), "'task_id' is 2; expected 0 to 1"),
     ],
 )
-def test_act_names_a_malformed_observation(change, message):
+def test_act_reports_a_malformed_observation(change, message):
     policy = TRMPolicy(small(proprioception=True, conditioning="task_id", num_tasks=2))
     with pytest.raises(ValueError, match=message):
         policy.act(CountingObservation(**change))
 
 
-def test_missing_observations_are_named_with_what_was_found():
+def test_missing_observations_are_reported_with_the_found_keys():
     policy = TRMPolicy(small(proprioception=True))
     with pytest.raises(ValueError, match="'agentview_rgb' is missing; found ee_pos"):
         policy.act({"ee_pos": np.zeros(3)})
@@ -634,7 +634,7 @@ def test_missing_observations_are_named_with_what_was_found():
         policy(images)
 
 
-def test_batched_observations_of_another_size_are_named():
+def test_batched_observations_of_another_size_are_refused():
     policy = TRMPolicy(small())
     with pytest.raises(ValueError, match=r"'agentview_rgb' has shape \(2, 3, 36, 36\)"):
         policy({"agentview_rgb": torch.rand(2, 3, 36, 36)})

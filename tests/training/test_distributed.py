@@ -20,7 +20,7 @@ SETTINGS = dict(
 
 @pytest.fixture
 def train(tmp_path):
-    """A function: run ``trm_helpers train`` in so many processes; its rows and what it printed."""
+    """A function: run ``trm_helpers train`` in n processes; returns its rows and output."""
     name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
     write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
     environment = {**os.environ, "TRM_ARTIFACTS_DIR": str(tmp_path / "runs"),
@@ -43,7 +43,7 @@ def train(tmp_path):
 
 
 @pytest.mark.sim  # the task's name is read from LIBERO
-def test_two_processes_train_as_one_does_and_resume(train):
+def test_two_processes_give_the_losses_of_one_and_resume(train):
     alone, _ = train(1, "alone")
     together, printed = train(2, "together")
     assert [row["epoch"] for row in together] == [1, 2]
@@ -54,7 +54,7 @@ def test_two_processes_train_as_one_does_and_resume(train):
     assert train(2, "together")[0] == together  # nothing left to do
 
 
-def test_parts_of_a_batch_are_the_batch(tmp_path):
+def test_shares_of_a_batch_add_up_to_the_batch(tmp_path):
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=8)
     data = data_set(file, chunk=2)
     for whole, *parts in zip(data.batches(5, 3, 1),
@@ -74,8 +74,8 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
     dict(WORLD_SIZE="2", RANK="x", LOCAL_RANK="-1", MASTER_ADDR="h", MASTER_PORT="1.5"),
     dict(WORLD_SIZE="two", RANK="0", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1"),
     dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")])
-def test_a_world_size_that_is_left_over_is_ignored(monkeypatch, capsys, variables):
-    """Also where the other variables are left over: nobody would come to the rendezvous."""
+def test_a_leftover_world_size_is_ignored(monkeypatch, capsys, variables):
+    """Also with all variables of torchrun left over: no other process would join."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     team = Team("cpu")
@@ -94,7 +94,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         Team("cuda")
 
 
-def test_one_process_is_a_team_of_its_own():
+def test_a_team_of_one_process():
     team = Team("cpu")
     assert team.is_main and team.broadcast(0.5) == 0.5
     assert team.loss_weight(torch.tensor(3.0)) == 1.0

@@ -42,7 +42,7 @@ def observation(seed=0):
     }
 
 
-def test_a_run_folder_is_made_once_and_resumed_only_when_asked_for():
+def test_a_run_folder_is_created_once_and_resumed_on_request():
     config = from_flat("tiny")
     run = create_run(config, "a-run")
     assert run == paths.artifacts_dir() / "a-run" and load_config(run) == config
@@ -53,7 +53,7 @@ def test_a_run_folder_is_made_once_and_resumed_only_when_asked_for():
     assert create_run(config, "a-run", resume=True) == run
 
 
-def test_resuming_with_other_settings_lists_them_and_changes_nothing():
+def test_resuming_with_other_settings_lists_them_and_writes_nothing():
     run = create_run(from_flat("tiny"), "a-run")
     append_jsonl(run / "metrics.jsonl", {"epoch": 1})
     before = (run / "config.json").read_bytes()
@@ -81,16 +81,16 @@ def test_an_empty_metrics_file_is_no_epoch():
     assert create_run(other, "a-run") == run and load_config(run) == other
 
 
-def test_the_name_is_made_from_suite_variant_seed_and_time():
+def test_default_name_of_a_run():
     run = create_run(from_flat("tiny", seed=4))
     assert run.name.startswith("libero_object-block-s4-2") and len(run.name.split("-")) == 5
 
 
-def test_a_folder_without_a_complete_epoch_is_begun_anew():
+def test_a_folder_without_a_complete_epoch_is_overwritten():
     run = create_run(from_flat("tiny"), "a-run")
     (run / "training_state.pt").write_bytes(b"of the first epoch")
     assert create_run(from_flat("tiny"), "a-run") == run
-    assert (run / "training_state.pt").exists()  # the same settings go on with it
+    assert (run / "training_state.pt").exists()  # the same settings resume from it
     other = from_flat("tiny", max_demos_per_task=4)
     assert create_run(other, "a-run", resume=True) == run and load_config(run) == other
     assert not (run / "training_state.pt").exists()
@@ -106,7 +106,7 @@ LOCAL = dict(demo_dir="/theirs", storage="mmap", max_minutes=3.0, stop_epoch=1, 
              search_storage="postgresql://theirs/db")
 
 
-def test_what_a_runs_file_says_about_the_machine_is_not_used(trained):
+def test_local_settings_in_a_runs_file_are_ignored(trained):
     assert set(LOCAL) == local_settings()
     config = load_config(trained)
     written = json.loads((trained / "config.json").read_text())
@@ -116,7 +116,7 @@ def test_what_a_runs_file_says_about_the_machine_is_not_used(trained):
     assert load_config(trained) == config
     assert load_config(trained).local() == from_flat("reference").local()
     assert load_config(trained, "demo").eval.eval_workers == 2  # the caller's preset
-    for name, part in settings_by_part().items():  # nor has it to make sense here
+    for name, part in settings_by_part().items():  # invalid values are ignored too
         written[part].update({name: ["no", "such"]} if name in LOCAL else {})
     written["search"]["search_storage"] = "postgresql://them:secret@db/theirs"
     (trained / "config.json").write_text(json.dumps(written))
@@ -125,7 +125,7 @@ def test_what_a_runs_file_says_about_the_machine_is_not_used(trained):
     assert create_run(mine, "small", resume=True) == trained  # refused for none of these
 
 
-def test_a_missing_run_lists_those_there_are(trained):
+def test_a_missing_run_lists_the_existing_runs(trained):
     assert find_run() == find_run("small") == find_run(str(trained)) == trained
     with pytest.raises(FileNotFoundError, match="no trained run 'other'.*there are: small"):
         load_policy("other")
@@ -147,7 +147,7 @@ def shipped(trained, tmp_path, monkeypatch):
                                   "{}", "{}/"])
 def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, name):
     name = name.format(shipped)
-    assert find_run() == trained  # the newest is one's own
+    assert find_run() == trained  # the newest own run
     assert find_run(name) == shipped and load_policy(name).config
     copy = find_run(name, to_write=True)
     assert copy == paths.artifacts_dir() / "pretrained" / "bowl"
@@ -159,7 +159,7 @@ def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, n
         load_policy("pretrained/cup")
 
 
-def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path, capsys):
+def test_a_read_only_run_with_links_becomes_a_writable_copy(trained, tmp_path, capsys):
     attached, secret = tmp_path / "input" / "theirs", tmp_path / "secret"
     secret.write_text("not theirs")
     shutil.copytree(trained, attached)
@@ -178,7 +178,7 @@ def test_a_read_only_run_with_links_becomes_a_copy_of_ones_own(trained, tmp_path
     assert load_config(copy) == load_config(attached)
     (attached / "policy.json").chmod(0o644)
     (attached / "policy.json").write_text((trained / "policy.json").read_text() + " ")
-    assert find_run(attached) == attached  # another run by now
+    assert find_run(attached) == attached  # now another run
     with pytest.raises(FileExistsError, match="artifacts/theirs holds another run than .*input"):
         find_run(attached, to_write=True)
 
@@ -195,7 +195,7 @@ def test_a_run_in_the_hubs_cache_is_copied_through_its_links(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["expert-libero_spatial", "notebooks", ".hidden", "a b"])
-def test_a_run_elsewhere_gets_no_copy_under_a_name_that_no_run_may_have(trained, tmp_path, name):
+def test_a_run_elsewhere_with_an_invalid_name_is_not_copied(trained, tmp_path, name):
     shutil.copytree(trained, tmp_path / "input" / name)
     assert find_run(tmp_path / "input" / name) == tmp_path / "input" / name  # to read
     with pytest.raises(ValueError, match=f"run_name='{name}' is not valid"):
@@ -204,18 +204,18 @@ def test_a_run_elsewhere_gets_no_copy_under_a_name_that_no_run_may_have(trained,
 
 
 @pytest.mark.parametrize("name", ["../repo", "small/../small", "/tmp/../tmp"])
-def test_a_path_that_climbs_is_no_run(trained, name):
+def test_a_path_with_two_dots_is_refused(trained, name):
     with pytest.raises(ValueError, match="without '..'"):
         find_run(name)
 
 
-def test_a_half_made_copy_is_not_the_newest_run(trained):
+def test_an_incomplete_copy_is_not_the_newest_run(trained):
     shutil.copytree(trained, trained.with_name(".copy.7.part"))
     assert find_run() == trained
 
 
 @pytest.mark.parametrize("name", shipped_policies())
-def test_the_policies_that_come_with_the_repository_load_and_act(name):
+def test_shipped_policies_load_and_act(name):
     folder = paths.shipped("pretrained").parent / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
     assert (folder / "README.md").exists()
@@ -334,7 +334,7 @@ def test_weights_of_another_configuration_are_refused(trained, foreign, message)
 @pytest.mark.parametrize(("save", "name"), [
     (lambda run: save_weights(run, {"a": torch.ones(2**18)}, "best"), "best.safetensors"),
     (lambda run: save_training_state(run, {"a": torch.ones(2**18)}), "training_state.pt")])
-def test_a_full_disk_is_named_and_keeps_what_was_saved_before(trained, monkeypatch, save, name):
+def test_a_full_disk_is_reported_and_keeps_earlier_files(trained, monkeypatch, save, name):
     before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
     monkeypatch.setattr(os, "replace", lambda *_: shutil.copyfile(trained / name, "/dev/full"))
     with pytest.raises(files.DiskFullError, match=f"the disk is full: {name} needs 1.0 MiB, in "
@@ -343,7 +343,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_saved_before(trained, monkeypat
     assert {path: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
 
-def test_a_full_disk_is_named_with_the_size_of_a_run_that_is_copied(trained, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_size_of_the_copied_run(trained, tmp_path, monkeypatch):
     attached = tmp_path / "input" / "theirs"
     shutil.copytree(trained, attached)
     size = sum(path.stat().st_size for path in attached.iterdir()) / 2**20
@@ -353,7 +353,7 @@ def test_a_full_disk_is_named_with_the_size_of_a_run_that_is_copied(trained, tmp
     assert not (paths.artifacts_dir() / "theirs").exists()
 
 
-def test_others_may_read_what_the_umask_lets_them(trained):
+def test_file_modes_follow_the_umask(trained):
     modes = {path.name: path.stat().st_mode & 0o777 for path in trained.iterdir() if path.is_file()}
     allowed = modes.pop("metrics.jsonl")
     written = {name: mode for name, mode in modes.items() if not name.startswith(".")}
@@ -376,7 +376,7 @@ def test_others_may_read_what_the_umask_lets_them(trained):
     ("config.json", b"[" * 99999, load_config), ("policy.json", b"[" * 99999, load_policy),
     ("best.safetensors", b"", load_policy), ("best.safetensors", b"{}" * 100, load_policy),
 ])
-def test_a_damaged_file_is_named(trained, name, content, call):
+def test_an_error_names_the_damaged_file(trained, name, content, call):
     (trained / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"small/{name}"):
         call(trained)
@@ -387,7 +387,7 @@ def test_a_damaged_file_is_named(trained, name, content, call):
     ("training_state.pt", load_training_state)])
 @pytest.mark.parametrize("other", [
     os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/null")])
-def test_what_is_no_regular_file_is_named_and_never_waited_for(trained, name, call, other):
+def test_an_error_names_a_file_that_is_not_regular(trained, name, call, other):
     (trained / name).unlink(missing_ok=True)
     other(trained / name)
     with pytest.raises(ValueError, match=f"small/{name} is not a regular file"):
@@ -404,8 +404,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(trained, name, ca
     ("proprio_stats", "std", [1.0], "std=.*; expected 12 finite"),
     ("proprio_stats", "std", [1.0] * 11 + [0.0], "std=.*; expected numbers > 0"),
 ])
-def test_damaged_statistics_are_refused_before_an_episode_fails_by_them(trained, part, name, value,
-                                                                        problem):
+def test_damaged_statistics_are_refused(trained, part, name, value, problem):
     described = json.loads((trained / "policy.json").read_text())
     described[part] = {**described[part], name: value}
     (trained / "policy.json").write_text(json.dumps(described))
@@ -414,7 +413,7 @@ def test_damaged_statistics_are_refused_before_an_episode_fails_by_them(trained,
 
 
 @pytest.mark.parametrize("trained_on", [{}, [], None])
-def test_a_description_without_its_files_is_named(trained, trainer, trained_on):
+def test_an_error_names_a_description_without_files(trained, trainer, trained_on):
     described = json.loads((trained / "policy.json").read_text())
     (trained / "policy.json").write_text(json.dumps({**described, "trained_on": trained_on}))
     for call in (lambda: runs.refuse_other_data(trained, trainer.train_data),
@@ -423,7 +422,7 @@ def test_a_description_without_its_files_is_named(trained, trainer, trained_on):
             call()
 
 
-def test_a_trained_run_that_has_lost_its_settings_is_not_begun_anew(trained):
+def test_a_trained_run_without_config_is_not_overwritten(trained):
     config = load_config(trained)
     (trained / "config.json").unlink()
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
@@ -436,13 +435,13 @@ def test_a_trained_run_that_has_lost_its_settings_is_not_begun_anew(trained):
 @pytest.mark.parametrize("state", [
     {}, {"a": 1}, [1], torch.zeros(2),
     {"epoch": 1, "policy": {}, "optimizer": {}}])  # without the rows of metrics.jsonl
-def test_another_file_in_place_of_the_training_state_is_named(trained, state):
+def test_an_error_names_a_training_state_of_other_content(trained, state):
     torch.save(state, trained / "training_state.pt")
     with pytest.raises(ValueError, match="training_state.pt is damaged"):
         load_training_state(trained)
 
 
-def test_a_truncated_training_state_is_named(trained):
+def test_an_error_names_a_truncated_training_state(trained):
     path = trained / "training_state.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="training_state.pt is damaged"):

@@ -12,7 +12,7 @@ from trm_helpers.files import read_jsonl
 from trm_helpers.training import tracking
 from trm_helpers.training.tracking import Tracker, allowed_mode
 
-# stands in for the package: what it was asked for goes into a file; $PRETEND makes it misbehave
+# stands in for the package: writes its calls to a file; $PRETEND makes it misbehave
 PRETENDED = """
 import json, os, time
 
@@ -55,7 +55,7 @@ def init(mode, settings, **given):
 
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
-    """Rows of what the stand-in was asked for, and a server that answers connections."""
+    """The calls of the stand-in, one per row, and a server that accepts connections."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "wandb.py").write_text(PRETENDED)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
@@ -88,12 +88,12 @@ def test_every_row_is_logged_with_the_settings(small_run, seen, mode, capfd, mon
     ("disabled", "online", "disabled"), ("disabled", "offline", "disabled"),
     ("online", "disabled", "disabled"), ("nonsense", "online", "offline"),
 ])
-def test_the_environment_can_only_restrict(monkeypatch, variable, asked, mode):
+def test_the_environment_can_only_restrict_the_mode(monkeypatch, variable, asked, mode):
     monkeypatch.setenv("WANDB_MODE", variable)
     assert allowed_mode(asked) == mode
 
 
-def test_disabled_starts_nothing(small_run, seen, monkeypatch):
+def test_disabled_starts_no_process(small_run, seen, monkeypatch):
     assert small_run("a", wandb_mode="disabled").fit()
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert small_run("b", wandb_mode="online").fit()
@@ -137,8 +137,8 @@ def test_a_refused_key_logs_offline(small_run, seen, monkeypatch, capfd):
 @pytest.mark.parametrize("misbehaviour", [
     f"{how} in {where}" for how in ("raise", "exit", "hang")
     for where in ("import", "offline", "log", "finish")])
-def test_whatever_happens_over_there_the_training_is_the_same(small_run, seen, monkeypatch,
-                                                              misbehaviour):
+def test_failures_of_the_tracker_do_not_change_training(small_run, seen, monkeypatch,
+                                                        misbehaviour):
     plain = small_run("plain").fit()
     monkeypatch.setattr(tracking, "_FINISH_WITHIN", 1.0)
     monkeypatch.setenv("PRETEND", misbehaviour)
@@ -150,7 +150,7 @@ def test_whatever_happens_over_there_the_training_is_the_same(small_run, seen, m
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 2
 
 
-def test_a_process_that_reads_nothing_does_not_hold_up_the_rows(seen, monkeypatch):
+def test_a_process_that_reads_nothing_does_not_delay_rows(seen, monkeypatch):
     monkeypatch.setattr(tracking, "_FINISH_WITHIN", 0.1)
     monkeypatch.setenv("PRETEND", "hang in import")
     tracker = Tracker("offline", {"project": "p", "name": "n", "dir": ".", "config": {}})
@@ -165,7 +165,7 @@ def test_a_process_that_reads_nothing_does_not_hold_up_the_rows(seen, monkeypatc
 
 
 def test_the_installed_package_logs_offline(small_run, monkeypatch, capfd):
-    """The real one, with a malformed key and nothing to be reached."""
+    """The real package, with a malformed key and no server."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "malformed")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -44,7 +44,7 @@ def test_order_of_the_samples_follows_seed_and_epoch(small_run, monkeypatch):
     assert asked == [(8, 5, 0), (8, 5, 1)]
 
 
-def test_one_batch_is_learned_by_heart(small_run):
+def test_a_trainer_overfits_a_batch(small_run):
     trainer = small_run(hidden_dim=64, batch_size=8, epochs=100, lr=1e-3, augmentation="none")
     batch = next(trainer.train_data.batches(8, 0, 0))
     history = [trainer._step(batch)[0].item() for _ in range(300)]
@@ -105,17 +105,17 @@ RESUMED = dict(ema_decay=0.9, epochs=4, augmentation="shift")
 @pytest.mark.parametrize(("interrupt", "settings"), [
     (killed_between_row_and_state, RESUMED), (killed_in_an_epoch, RESUMED),
     (out_of_time_in_an_epoch, RESUMED), (out_of_time_after_an_epoch, RESUMED),
-    # what has a state of its own: the scaler, the halting heads, the carry, the gripper's head
+    # parts with a state of their own: the scaler, the halting heads, the carry, the gripper's head
     (killed_in_an_epoch, RESUMED | dict(precision="fp16")),
     (killed_in_an_epoch, RESUMED | dict(halting="adaptive", gripper="binary")),
-    # draws from PyTorch's own generator: dropout, and the style
+    # uses of PyTorch's own generator: dropout and the style
     (killed_in_an_epoch, RESUMED | dict(variant="act", image_size=64)),
     (killed_in_an_epoch, RESUMED | dict(variant="trm", image_size=64, deep_supervision=True,
                                         halting="learned")),
     (killed_in_an_epoch, RESUMED | dict(normalize_actions="zscore", loss="mix",
                                         conditioning="task_id", augmentation="reference")),
 ])
-def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, interrupt, settings):
+def test_resumed_equals_uninterrupted_bit_for_bit(small_run, monkeypatch, interrupt, settings):
     straight = small_run("straight", **settings)
     expected = straight.fit()
     assert len({row["val_loss"] for row in expected}) == 4
@@ -129,14 +129,14 @@ def test_resumed_equals_straight_to_the_bit(small_run, monkeypatch, interrupt, s
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_the_first_epoch_is_completed_however_short_the_time(small_run):
+def test_the_first_epoch_is_completed_after_the_time_limit(small_run):
     trainer = small_run(max_minutes=1e-9)
     assert [row["epoch"] for row in trainer.fit()] == [1]
     assert (trainer.run / "best.safetensors").exists()
 
 
-def test_ended_early_it_goes_on_as_if_it_had_not(small_run):
-    """The learning rate follows the schedule of all epochs, also while only some are trained."""
+def test_training_resumes_exactly_after_stop_epoch(small_run):
+    """The learning rate follows the schedule of all epochs."""
     straight = small_run("straight", epochs=4).fit()
     first = small_run("parts", epochs=4, stop_epoch=1)
     assert losses(first.fit()) == losses(straight[:1]) and first.finished
@@ -154,7 +154,7 @@ def test_cosine_annealing_reaches_min_lr_at_the_end(small_run):
     assert rates == pytest.approx(1e-6 + 999e-6 * left, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # of fp16's the scale is taken out first
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # fp16: after unscaling
 def test_gradients_are_clipped_to_the_norm(small_run, precision, monkeypatch):
     exact = small_run("exact", batch_size=40)
     loss, _ = exact.policy.loss(next(exact.train_data.batches(40, 0, 0)), exact.config.loss)
@@ -192,7 +192,7 @@ def test_early_stopping_and_the_best_weights(small_run, monkeypatch):
     resumed = small_run(resume=True, **settings)
     rows = resumed.fit()
     assert [row["val_loss"] for row in rows] == [0.5, 0.3, 0.4, 0.35]
-    assert small_run(resume=True, **settings).fit() == rows  # stopped for good
+    assert small_run(resume=True, **settings).fit() == rows  # remains stopped
     best = load_file(resumed.run / "best.safetensors")
     assert all(torch.equal(best[key], saved[1][key]) for key in best)
 
@@ -216,7 +216,7 @@ def test_rollouts_choose_the_best_weights(small_run, monkeypatch):
     assert not torch.equal(best["head.output.weight"], asked[1]["head.output.weight"])
 
 
-def test_patience_looks_at_the_validation_loss_also_where_rollouts_choose(small_run, monkeypatch):
+def test_patience_follows_the_validation_loss_with_rollouts(small_run, monkeypatch):
     losses = iter([0.9, 0.8, 0.7, 0.6, 0.65, 0.66, 0.67])
     monkeypatch.setattr(train.BehaviorCloningTrainer, "validate",
                         lambda _: {"loss": next(losses), "action": 0.0})
@@ -224,28 +224,28 @@ def test_patience_looks_at_the_validation_loss_also_where_rollouts_choose(small_
     assert len(rows) == 6  # two epochs after the fourth
 
 
-def test_a_run_is_not_gone_on_with_on_other_demonstrations(small_run):
+def test_resuming_on_other_demonstrations_is_refused(small_run):
     small_run("run", epochs=3, max_minutes=1e-9).fit()
     before = read_jsonl(small_run("run", resume=True, epochs=3).run / "metrics.jsonl")
     other = small_run("run", resume=True, epochs=3)
-    other.train_data.demos = other.train_data.demos[:-1]  # as of a file with other demonstrations
+    other.train_data.demos = other.train_data.demos[:-1]  # like a file with other demonstrations
     with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: 4 .*, 3 now"):
         other.fit()
     assert read_jsonl(other.run / "metrics.jsonl") == before
     assert len(small_run("run", resume=True, epochs=3).fit()) == 3
 
 
-def test_rollouts_are_refused_where_there_is_no_simulator_to_ask(trainer, small_run):
+def test_rollouts_need_a_function_that_rolls_out(trainer, small_run):
     config = trainer.config
     with pytest.raises(ValueError, match="rollout_every=3"):
         train.BehaviorCloningTrainer(trainer.policy, trainer.train_data, trainer.val_data,
                                      dataclasses.replace(config, rollout_every=3), trainer.run)
 
-# --- one writer, and what stands in the folder --------------------------------------------------
+# --- run folder: one writer, damaged files ------------------------------------------------------
 
 
 def test_a_second_training_into_the_same_folder_is_refused_at_once(small_run, tmp_path):
-    """Also before its demonstrations are read; killed, the first leaves the folder free."""
+    """Also before its demonstrations are read; a killed process releases the folder."""
     first = small_run("run", epochs=3, max_minutes=1e-9)
     first.fit()
     before = {path.name: path.read_bytes() for path in first.run.iterdir()}
@@ -267,8 +267,8 @@ def test_a_second_training_into_the_same_folder_is_refused_at_once(small_run, tm
     assert len(small_run("run", resume=True, epochs=3).fit()) == 3
 
 
-def test_a_folder_that_another_start_has_taken_over_meanwhile_is_refused(small_run, tmp_path):
-    """While the demonstrations of the first are collected there is no epoch yet."""
+def test_a_folder_overwritten_by_another_run_is_refused(small_run, tmp_path):
+    """A run without an epoch may be overwritten while its demonstrations are collected."""
     first = from_flat("tiny", **{**SMALL, "lr": 0.5})
     run = create_run(first, "run")
     second = small_run("run", lr=0.25)
@@ -300,8 +300,8 @@ def overwritten(path):
 
 @pytest.mark.parametrize("damage", [removed, emptied, cut, shortened, overwritten])
 @pytest.mark.parametrize("epochs", [2, 3])
-def test_metrics_are_healed_from_the_training_state(small_run, damage, epochs):
-    """In a run that is finished, and in one that goes on."""
+def test_metrics_are_restored_from_the_training_state(small_run, damage, epochs):
+    """Of a finished run and of a resumed one."""
     rows = small_run("run", epochs=3, stop_epoch=2).fit()
     metrics = small_run("run", True, epochs=3).run / "metrics.jsonl"
     before = metrics.read_bytes()
@@ -312,7 +312,7 @@ def test_metrics_are_healed_from_the_training_state(small_run, damage, epochs):
     assert read_jsonl(metrics) == again
 
 
-def test_lost_weights_are_healed_or_named(small_run):
+def test_missing_weights_are_restored_or_reported(small_run):
     run = small_run("run").run
     small_run("run", True).fit()
     last, best = run / "last.safetensors", run / "best.safetensors"
@@ -326,8 +326,8 @@ def test_lost_weights_are_healed_or_named(small_run):
 
 
 @pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])
-def test_a_disk_that_fills_up_keeps_the_last_complete_state(small_run, monkeypatch, name):
-    """In the second epoch; with room again, training ends as if there always had been."""
+def test_a_full_disk_keeps_the_last_complete_state(small_run, monkeypatch, name):
+    """In the second epoch; once space is free, training ends with the same weights."""
     straight = small_run("straight", epochs=3)
     expected = losses(straight.fit())
     trainer = small_run("full", epochs=3)
@@ -350,7 +350,7 @@ def test_a_disk_that_fills_up_keeps_the_last_complete_state(small_run, monkeypat
 
 
 def test_demonstrations_may_move(small_run, tmp_path, capsys):
-    """What the files hold decides, not where they lie."""
+    """Contents decide, not locations."""
     config = from_flat("tiny", **SMALL | dict(epochs=3, demo_dir=str(tmp_path / "there")))
     there = write_demo_file(tmp_path / "there" / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
 
@@ -384,9 +384,9 @@ def test_demonstrations_may_move(small_run, tmp_path, capsys):
 @pytest.mark.parametrize(("before", "after"), [
     ("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "fp32"), ("fp16", "bf16"), ("fp32", "bf16")])
 @pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
-def test_a_run_goes_on_in_another_precision_and_says_so(small_run, monkeypatch, capsys, before,
-                                                        after, interrupt):
-    """As where ``auto`` means something else on the next machine."""
+def test_a_run_resumes_in_another_precision_and_reports_it(small_run, monkeypatch, capsys, before,
+                                                           after, interrupt):
+    """As with ``auto`` on another machine."""
     meant = {"auto": before}
     monkeypatch.setattr(train, "choose_precision", lambda precision, device: (
         meant.get(precision, precision)))
@@ -402,8 +402,8 @@ def test_a_run_goes_on_in_another_precision_and_says_so(small_run, monkeypatch, 
     assert np.allclose(losses(rows), losses(straight), rtol=0.05)
 
 
-def test_precision_decides_what_is_computed(small_run):
-    """Rounding shows which one it was: bf16 keeps 8 bits of a number's 24, fp16 11."""
+def test_precision_changes_the_computation(small_run):
+    """Rounding tells them apart: fp32 keeps 24 bits, fp16 11, bf16 8."""
     found = {precision: small_run(precision, precision=precision).validate()["loss"]
              for precision in ("fp32", "fp16", "bf16")}
     assert len(set(found.values())) == 3
@@ -413,7 +413,7 @@ def test_precision_decides_what_is_computed(small_run):
     assert not small_run("unscaled", precision="bf16").scaler.is_enabled()
 
 
-def test_training_goes_on_where_compiling_fails(small_run, monkeypatch, capsys):
+def test_training_continues_when_compiling_fails(small_run, monkeypatch, capsys):
     def broken(function):
         def fail(*_):
             raise RuntimeError("no C++ compiler\nlong trace")
@@ -426,7 +426,7 @@ def test_training_goes_on_where_compiling_fails(small_run, monkeypatch, capsys):
 
 
 class _FailsBackward(torch.autograd.Function):
-    """As a graph does that is compiled when its gradient is first needed."""
+    """Like a graph that is compiled at the first backward pass."""
 
     @staticmethod
     def forward(context, value):
@@ -437,8 +437,8 @@ class _FailsBackward(torch.autograd.Function):
         raise RuntimeError("backward: no C++ compiler")
 
 
-def test_training_goes_on_where_compiling_the_backward_pass_fails(small_run, monkeypatch, capsys):
-    """With the same random numbers, and no half gradients: the losses are those of eager mode."""
+def test_training_continues_when_compiling_the_backward_pass_fails(small_run, monkeypatch, capsys):
+    """Random numbers and gradients are restored: the losses equal those of eager mode."""
     settings = dict(variant="act", image_size=64)
     expected = losses(small_run("eager", **settings).fit())
 
@@ -453,21 +453,21 @@ def test_training_goes_on_where_compiling_the_backward_pass_fails(small_run, mon
     assert capsys.readouterr().out.count("torch.compile failed (RuntimeError: backward: no") == 1
 
 
-# --- what settings mean -------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------
 
 
-def test_initial_weights_are_those_of_the_seed(small_run):
+def test_initial_weights_depend_on_the_seed_alone(small_run):
     def weights(name, seed):
         return small_run(name, seed=seed).policy.state_dict()
 
     first = weights("a", 0)
-    torch.manual_seed(12345)  # whatever was drawn before
+    torch.manual_seed(12345)  # whatever was sampled before
     again, other = weights("b", 0), weights("c", 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.hidden.weight"], other["head.hidden.weight"])
 
 
-def test_steps_are_in_training_mode_and_validation_is_not(small_run, monkeypatch):
+def test_steps_use_training_mode_and_validation_evaluation_mode(small_run, monkeypatch):
     trainer = small_run(ema_decay=0.0)
     loss, modes = trainer.policy.loss, []
     monkeypatch.setattr(trainer.policy, "loss", lambda batch, *given: (
@@ -479,8 +479,8 @@ def test_steps_are_in_training_mode_and_validation_is_not(small_run, monkeypatch
     assert [training for _, training in modes] == epoch * 2 and steps > 1
 
 
-def test_weight_decay_shrinks_the_weights_beside_the_gradients_step(small_run):
-    """AdamW (arXiv 1711.05101): by lr times the decay of what they were."""
+def test_weight_decay_is_decoupled(small_run):
+    """AdamW (arXiv 1711.05101): weights shrink by lr times the decay, apart from the gradient."""
     after = []
     for decay in (0.0, 0.5):
         trainer = small_run(f"decay{decay}", weight_decay=decay, lr=0.1)
@@ -496,7 +496,7 @@ def test_each_step_has_the_gradient_of_its_batch_alone(small_run):
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 
-def test_a_gradient_that_overflows_is_left_out_and_the_scale_halved(small_run):
+def test_an_overflowing_gradient_is_skipped_and_the_scale_halved(small_run):
     trainer = small_run(precision="fp16")
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = {name: weight.clone() for name, weight in trainer.policy.state_dict().items()}
@@ -523,7 +523,7 @@ def test_the_loss_is_the_configured_one(small_run, monkeypatch):
     dict(variant="trm", image_size=64, deep_supervision=True, cycles=1, latent_updates=1),
 ])
 def test_training_and_validation_loss_are_the_same_quantity(small_run, settings):
-    """On the same samples, with weights that do not move, the two are equal."""
+    """Equal on the same samples with constant weights."""
     trainer = small_run(lr=1e-12, batch_size=40, epochs=1, augmentation="none", **settings)
     trainer.val_data = trainer.train_data
     (row,) = trainer.fit()
@@ -532,8 +532,8 @@ def test_training_and_validation_loss_are_the_same_quantity(small_run, settings)
     assert is_minimised == ("deep_supervision" not in settings)
 
 
-def test_all_processes_stop_by_the_validation_loss_of_one(small_run, monkeypatch):
-    """Each has one that differs in the last digits, by which patience would end them apart."""
+def test_all_processes_stop_by_the_main_process_loss(small_run, monkeypatch):
+    """Losses differ in the last digits between processes; patience would stop them apart."""
     trainer = small_run(epochs=5, patience=2)
     said = iter([0.5, 0.25, 0.26, 0.27])
     monkeypatch.setattr(trainer.team, "broadcast",
@@ -546,7 +546,7 @@ def test_all_processes_stop_by_the_validation_loss_of_one(small_run, monkeypatch
     assert [row["val_loss"] for row in rows] == [0.5, 0.25, 0.26, 0.27] and trainer.finished
 
 
-def test_averaged_weights_are_what_is_validated_and_saved(small_run):
+def test_averaged_weights_are_validated_and_saved(small_run):
     trainer = small_run(ema_decay=0.75, epochs=2, batch_size=40)  # two updates
     step, weights = trainer._step, []
 
@@ -562,7 +562,7 @@ def test_averaged_weights_are_what_is_validated_and_saved(small_run):
     saved = load_file(trainer.run / "last.safetensors")
     assert torch.allclose(saved["head.output.weight"], expected, atol=1e-7)
     assert not torch.allclose(expected, weights[1], atol=1e-7)
-    assert trainer.lowest_epoch == 2  # so that these are the best ones too
+    assert trainer.lowest_epoch == 2  # so they are the best ones too
     best = load_file(trainer.run / "best.safetensors")
     assert all(torch.equal(best[name], saved[name]) for name in saved)
     trainer.policy.load_state_dict(saved)
@@ -570,8 +570,8 @@ def test_averaged_weights_are_what_is_validated_and_saved(small_run):
     assert trainer.validate()["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
 
 
-def test_validation_does_not_depend_on_how_samples_fall_into_batches(small_run):
-    """With chunks, batches differ in how many actions exist past the demonstrations' ends."""
+def test_validation_does_not_depend_on_the_batch_size(small_run):
+    """With chunks, batches differ in the number of valid actions."""
     values = [small_run(f"b{size}", batch_size=size, chunk=4, gripper="classifier").validate()
               for size in (3, 40)]
     assert values[0].keys() == {"loss", "action", "gripper"}
@@ -580,7 +580,7 @@ def test_validation_does_not_depend_on_how_samples_fall_into_batches(small_run):
         values[0]["action"] + 0.1 * values[0]["gripper"], rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epoch(small_run):
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_epoch(small_run):
     small_run("run", epochs=3, max_minutes=1e-9).fit()
     trainer = small_run("run", resume=True, epochs=3)
     good = (trainer.run / "last.safetensors").read_bytes()
@@ -604,7 +604,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_diagnosis_and_keeps_the_last_epo
     (lambda weight: weight.fill_(float("nan")), "not finite: head.output.weight"),
     (lambda weight: weight.mul_(1e12), r"from 0\.\d+ in the first step to \d\.\d+e\+1\d"),
 ])
-def test_a_breakdown_within_an_epoch_is_not_saved(small_run, monkeypatch, after, message):
+def test_a_diverged_state_within_an_epoch_is_not_saved(small_run, monkeypatch, after, message):
     """The weights break after the second step of epoch 2; a state is saved after every step."""
     trainer, steps = small_run("run", epochs=3), itertools.count(1)
     step = trainer._step
@@ -624,21 +624,21 @@ def test_a_breakdown_within_an_epoch_is_not_saved(small_run, monkeypatch, after,
     state = runs.load_training_state(trainer.run)
     assert state["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in state["policy"].values())
-    if "not finite" in message:  # what exploded but is finite may look sound until the next loss
+    if "not finite" in message:  # weights that diverged but are finite are noticed by the next loss
         assert len(state["measured"]) == 1
         assert losses(small_run("run", resume=True, epochs=3).fit()) == losses(
             small_run("straight", epochs=3).fit())
 
 
-def test_an_explosion_within_the_first_epoch_stops_it(small_run, monkeypatch):
-    """Every loss is finite, so that nothing else would."""
+def test_divergence_in_the_first_epoch_stops_training(small_run, monkeypatch):
+    """All losses are finite."""
     monkeypatch.setattr(train, "GRAD_CLIP", 1e6)
     with pytest.raises(RuntimeError, match="epoch 1: the training loss went from"):
         small_run("run", epochs=2, lr=1e6, normalize_actions="zscore", loss="mse").fit()
 
 
-def test_skipped_updates_do_not_count_but_an_epoch_of_nothing_else_stops(small_run):
-    """As fp16 has them: the scaler leaves out an update whose gradient overflows."""
+def test_an_epoch_of_skipped_updates_alone_stops_training(small_run):
+    """As in fp16, where the scaler skips an update whose gradient overflows."""
     norms = iter([2.0, math.inf, 4.0, math.inf, math.nan, math.inf])
     trainer = small_run(epochs=2, batch_size=11)
     assert trainer.steps_per_epoch == 3
