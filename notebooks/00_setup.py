@@ -11,13 +11,12 @@
 # %% [markdown]
 # # 00 Set-up
 #
-# Is this machine ready? This notebook installs what is missing, sees to the renderer, and makes
-# sure that there are demonstrations to learn from. Everything after it only reads what it leaves
-# behind.
+# This notebook installs missing packages, chooses a renderer, checks the machine, and finds or
+# collects the demonstrations that the other notebooks train on.
 #
-# The robot lives in a physics simulator, MuJoCo, with the tasks of the LIBERO benchmark. You do
-# not have to know either: the simulator takes seven numbers twenty times a second (where to move
-# the hand, how to turn it, open or close the gripper) and gives back two camera pictures.
+# The tasks come from the LIBERO benchmark and run in MuJoCo, a physics simulator. You need to know
+# neither. Twenty times per simulated second the simulator takes an action of seven numbers (move
+# the gripper, rotate it, open or close it) and returns the images of two cameras.
 
 # %% tags=["parameters"]
 # change these first
@@ -28,8 +27,8 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 # the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
-demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
+demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
+placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
 
 # %% [markdown]
 # The [glossary](../docs/glossary.md) explains the terms of these notebooks.
@@ -37,10 +36,10 @@ placement = None  # type: str; of objects, benchmark or wide (anywhere); None: t
 # %% [markdown]
 # ## Find the package
 #
-# With the package installed, as by `make setup`, there is nothing to do here. Elsewhere, on Kaggle
-# for instance, this cell looks for the repository in the folders above and in the working folder,
-# then for a copy of it in an attached data set. Attached folders are read-only, so that copy is
-# copied into the working folder.
+# After `make setup` the package is installed and this cell changes nothing. Elsewhere, for example
+# on Kaggle, it looks for the repository in the working folder, its parents and `/kaggle/working`,
+# and then in the attached data sets. Attached data sets are read-only, so the next cell copies the
+# package from there to `/kaggle/working/trm`.
 
 # %%
 import importlib.util
@@ -57,10 +56,10 @@ sources = [found.parent.parent for found in attached.rglob("trm_helpers/schema.p
 assert roots or sources, "trm_helpers not found: clone the repository or attach it"
 
 # %% [markdown]
-# ## Install only what is missing
+# ## Install missing packages
 #
-# The versions of MuJoCo, robosuite and LIBERO are pinned: another MuJoCo changes success rates
-# silently. What is there in a version that fits stays as it is.
+# The versions of MuJoCo, robosuite and LIBERO are pinned, because another version of MuJoCo changes
+# success rates without an error. Packages whose installed version fits are left alone.
 
 # %%
 if not roots:
@@ -78,30 +77,29 @@ from trm_helpers.demos.collect import ensure_demonstrations
 # %% [markdown]
 # ## Renderer
 #
-# The cameras' pictures are drawn by OpenGL without a screen. Look at the name: `llvmpipe` is the
-# CPU (a frame of a LIBERO scene takes about a tenth of a second), a GPU's name means
-# milliseconds.
+# OpenGL renders the camera images without a screen. The name below says where: `llvmpipe` is the
+# CPU, which needs about 0.1 s per frame of a LIBERO scene; a GPU needs milliseconds.
 
 # %%
 renderer = software.ensure_gl()
-print(f"{renderer['renderer']} draws a small test frame in {renderer['ms']:.1f} ms")
+print(f"{renderer['renderer']} renders a small test frame in {renderer['ms']:.1f} ms")
 
 # %% [markdown]
-# ## The whole table
+# ## Checks
 #
-# Every row should say `ok`. The settle probe drops a bowl on a ramekin and sees that it stays
-# there: with other versions of the simulator it slides off, and the benchmark is another one.
+# Every row should say `ok`. The settle probe places a bowl on a ramekin and checks that it stays
+# there. With other versions of the simulator it slides off, which changes the benchmark.
 
 # %%
 checks = preflight.preflight()
 print(preflight.table(checks))
-assert all(check.status != "fail" for check in checks), "see the rows that say fail"
+assert all(check.status != "fail" for check in checks), "fix the rows marked fail first"
 
 # %% [markdown]
 # ## Folders
 #
-# What is read and what is written has one place each; `TRM_DATA_DIR` and `TRM_ARTIFACTS_DIR`
-# move them.
+# Demonstrations are stored in the data folder and results in one folder per run. The environment
+# variables `TRM_DATA_DIR` and `TRM_ARTIFACTS_DIR` move them.
 
 # %%
 print("on Kaggle:      ", paths.on_kaggle())
@@ -111,11 +109,11 @@ print("runs:           ", paths.run_dir(run_name or preset))
 # %% [markdown]
 # ## Demonstrations
 #
-# Behaviour cloning needs somebody to imitate: LIBERO's human demonstrations where files of a task
-# are attached, otherwise a scripted expert, which shows the task in the simulator. It is pushed
-# about while it does so, because a policy that has only seen perfect motion does not know what to
-# do after its first small mistake. `demos="human"` downloads the human files that are missing,
-# `demos="scripted"` ignores them.
+# Behaviour cloning imitates demonstrations. With `demos="auto"`, a task uses LIBERO's human
+# demonstrations if its file is found and otherwise those of a scripted expert, collected in the
+# simulator. Random pushes disturb the expert, so that its demonstrations also show how to recover:
+# a policy trained on perfect motion alone cannot correct its first small error. `demos="human"`
+# downloads missing human files; `demos="scripted"` ignores human files.
 
 # %%
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
@@ -123,4 +121,4 @@ config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir
 files = ensure_demonstrations(config)
 
 # %% [markdown]
-# Next: `01_explore` looks into these files.
+# Next: `01_explore` inspects these files.

@@ -11,12 +11,12 @@
 # %% [markdown]
 # # 01 Explore the demonstrations
 #
-# Before you train on data, look at it. Most failures of robot policies are failures to look:
-# pictures upside down, actions paired with the wrong picture, a gripper that was averaged away.
+# Inspect the data before you train on it. Many failures of robot policies are faults of the data:
+# images upside down, actions paired with the wrong image, a gripper command lost to normalisation.
 #
-# You will see what is in a file, what the cameras saw, what the seven numbers of an action do, and
-# a check of which picture belongs to which action. Every figure is also written to the run's
-# folder, under `figures/`.
+# This notebook shows the contents of a file, the camera images, the seven numbers of an action, and
+# a measurement of which image belongs to which action. Every figure is also saved to `figures/` in
+# the run folder.
 
 # %% tags=["parameters"]
 # change these first
@@ -27,9 +27,9 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 # the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
-demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
-replays = 2  # type: int; demonstrations that the quality card replays in the simulator
+demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
+placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+replays = 2  # type: int; demonstrations replayed in the simulator for the quality card
 
 # %%
 import numpy as np
@@ -55,12 +55,13 @@ file = next(iter(files.values()))
 found = explore_libero_dataset(file)
 
 # %% [markdown]
-# ## What is in a file
+# ## Contents of a file
 #
-# One HDF5 file holds all demonstrations of one task; this is the first task's. The table is of its
-# first demonstration: the first number of each shape counts its steps, twenty of which are one
-# second. `obs` is what the robot could perceive; `states` is the simulator's complete state, from
-# which every step can be replayed. A policy must never see `states`: no robot has it.
+# One HDF5 file holds all demonstrations of one task; this is the file of the first task. The table
+# lists the arrays of its first demonstration. The first dimension of each shape is the number of
+# control steps, 20 per second. `obs` holds the robot's observations. `states` holds the complete
+# state of the simulator, from which a demonstration can be replayed. A policy must not use
+# `states`, because a real robot has no access to it.
 
 # %%
 print(f"{found['language_instruction']}: {found['num_demos']} demonstrations, {found['source']}")
@@ -69,8 +70,8 @@ pd.DataFrame(found["structure"]).T
 # %% [markdown]
 # ## Four moments
 #
-# Equidistant frames of the first demonstration, from both cameras. They are stored upside down
-# (OpenGL counts rows from below) and turned here only because a person looks.
+# Frames of the first demonstration at equal intervals, from both cameras. They are stored upside
+# down, because OpenGL counts rows from the bottom, and are flipped only for display.
 
 # %%
 fig = plots.plot_frames(found["frames"], found["language_instruction"])
@@ -80,10 +81,10 @@ fig
 # %% [markdown]
 # ## The seven numbers of an action
 #
-# An action does not say where the hand shall be but how far from here it shall go; twenty times a
-# second there is a new one. The first three numbers move the hand, the next three turn it, the last
-# opens (-1) or closes (+1) the gripper. The arm is slower than its commands: of the 5 cm that a 1
-# asks for it makes a quarter before the next command comes.
+# An action is relative: it commands a displacement from the current pose of the gripper. The first
+# three numbers translate it, the next three rotate it, and the last opens (-1) or closes (+1) it.
+# The arm is slower than its commands: a command of 1 requests 5 cm, and the arm covers about a
+# quarter of that before the next command, 0.05 s later.
 
 # %%
 pd.set_option("display.max_colwidth", None)
@@ -96,10 +97,9 @@ with open_demo_file(file) as data:
     cameras = [demonstrations[0]["obs"][camera][:] for camera in schema.CAMERAS]
 
 # %% [markdown]
-# Look at the ranges: positions use all of theirs, rotations hardly any, and the gripper is never
-# in between. Only the sign of its command counts: +0.1 closes it as +1 does. That is why it is not
-# normalised with the rest: shifted and scaled, its zero would no longer lie between open and
-# closed.
+# Compare the ranges. Translations use most of [-1, 1] and rotations much less. The gripper command
+# should be -1 or +1 only: its sign decides, so +0.1 closes the gripper just as +1 does. The gripper
+# is therefore excluded from normalisation, which would move the zero between open and closed.
 
 # %%
 fig = plots.plot_action_statistics(np.concatenate(actions))
@@ -107,10 +107,11 @@ plots.save_figure(fig, folder / "figures" / "01_action_statistics.png")
 fig
 
 # %% [markdown]
-# One demonstration over time. Find the moments: the way to the object, the gripper closing around
-# it, the lift (`dz` above 0), the way to the target, the gripper opening. A gripper that opens
-# early and closes again is a second try. With a scripted expert, sudden strong corrections are its
-# answers to having been pushed.
+# The actions of the first demonstration over time. In a pick-and-place task, identify the reach,
+# the grasp (the gripper closes), the lift (`dz` above 0) and the transport to the target. The
+# demonstration ends at success, which may come before the gripper opens. A gripper that opens early
+# and closes again is a second attempt. Sudden large corrections by the scripted expert are
+# responses to pushes.
 
 # %%
 fig = plots.plot_action_trace(actions[0])
@@ -118,10 +119,10 @@ plots.save_figure(fig, folder / "figures" / "01_action_trace.png")
 fig
 
 # %% [markdown]
-# ## How long are they?
+# ## Length of the demonstrations
 #
-# The dotted line is the number of steps that the benchmark allows a policy. Demonstrations should
-# end well before it: a policy is rarely faster than its teacher, and needs time for its mistakes.
+# The dotted line is the horizon: the number of steps that the benchmark allows a policy.
+# Demonstrations should end well before it, because a policy also needs time to correct its errors.
 
 # %%
 lengths = [len(values) for values in actions]
@@ -130,13 +131,13 @@ plots.save_figure(fig, folder / "figures" / "01_lengths.png")
 fig
 
 # %% [markdown]
-# ## Which picture belongs to which action?
+# ## Which image belongs to which action?
 #
-# Files differ: in some, picture `t` is what was seen *before* action `t` ("raw"), in LIBERO's own
-# it is what followed ("shift"). Off by one, and the policy learns to repeat the past. So the file
-# is measured, not trusted. Above: when were the stored joint angles true, compared with the
-# simulator's states before and after the action? Below: how many steps after an action does the
-# hand move? The black lines should fall into zones of the same name.
+# In some files image `t` was taken *before* action `t` ("raw"); in LIBERO's own files it was taken
+# *after* it ("shift"). With the wrong pairing the policy learns to repeat its last action, so the
+# alignment is measured rather than assumed. Top: the time of the stored joint angles relative to
+# the simulator states. Bottom: the delay between an action and the arm's motion. Both black lines
+# should lie in zones of the same name.
 
 # %%
 fig = plots.plot_alignment(**found["alignment"])
@@ -146,23 +147,25 @@ fig
 # %% [markdown]
 # ## The quality card
 #
-# Everything above in one table, and two things more that only the simulator can tell. Stored
-# frames are compared with a render of their own state, turned and flipped in all eight ways: the
-# nearest must be the one that LIBERO stores. And some demonstrations are replayed: their actions,
-# sent again from their first state, must solve the task again. No clone of these actions can be
-# expected to do better than they do themselves. `bad` spoils learning; `look` may be as it should.
+# The table summarises the checks above and adds two that need the simulator. Orientation: a frame
+# of each camera is rendered again from its stored state and compared with the stored frame in all
+# eight flips and rotations; the closest match must be LIBERO's orientation. Replay: the actions of
+# some demonstrations, executed from their first state, must succeed again. If they do not, a policy
+# that imitates them cannot be expected to. `bad` is a fault that spoils training; `look` deserves a
+# look and may be fine.
 
 # %%
-size = found["image_shapes"]["agentview_rgb"][1]  # steps, height, width, colours
+size = found["image_shapes"]["agentview_rgb"][1]  # of (steps, height, width, channels)
 with LiberoEnv(config.data.suite, next(iter(files)), image_size=size) as env:
     card = quality_card(file, env, replays, env.horizon)
 write_json(folder / "quality.json", card)
 pd.DataFrame(card)
 
 # %% [markdown]
-# ## Watch one
+# ## Watch a demonstration
 #
-# The first demonstration at its true speed, agent view on the left, wrist camera on the right.
+# The first demonstration in real time, with the agent view on the left and the wrist camera on the
+# right.
 
 # %%
 film = plots.upright(np.concatenate(cameras, axis=2))
@@ -170,4 +173,4 @@ video = films.write_video(folder / "videos" / "01_demonstration.mp4", film, sche
 Video(video, embed=True, width=640)
 
 # %% [markdown]
-# Next: `02_dataset` turns these files into samples.
+# Next: `02_dataset` turns these files into training samples.

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # 02 From demonstrations to samples
 #
-# A sample is what the policy sees at one moment (pictures, its own joints) and what the
-# demonstrator did next. Here they are split, normalised, augmented and drawn in batches: you will
-# see exactly what the network is going to get.
+# A sample is a pair of one observation (camera images and, in most presets, proprioception) and the
+# demonstrator's next actions. This notebook splits, normalises, augments and batches the samples,
+# and shows exactly what the network receives.
 
 # %% tags=["parameters"]
 # change these first
@@ -24,10 +24,10 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 # the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
-demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
+demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
+placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
-storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
+storage = None  # type: str; where frames are kept: ram, mmap or gpu; None keeps the preset's
 
 # %%
 import time
@@ -51,9 +51,9 @@ files = ensure_demonstrations(config)
 # %% [markdown]
 # ## Split by demonstration
 #
-# Neighbouring steps of one demonstration look almost the same. If they were split at random, the
-# validation set would be a copy of the training set. So whole demonstrations go to one side or
-# the other: 80 % to train, 20 % to validate, for each task.
+# Neighbouring steps of a demonstration look almost identical. If steps were split at random, the
+# validation set would nearly duplicate the training set. Whole demonstrations are split instead: of
+# each task, 80 % for training and 20 % for validation.
 
 # %%
 train_data, val_data = LIBERODataset.from_config(files, config)
@@ -63,8 +63,9 @@ pd.DataFrame([{"split": data.split, "demonstrations": len(data.demos), "samples"
 # %% [markdown]
 # ## One sample
 #
-# Pictures come as `(T, H, W, 3)` in [0, 1], with `T` consecutive steps (here mostly one); `proprio`
-# is what the robot feels of itself: seven joint angles, two fingers, the hand's position.
+# Images have the shape `(T, H, W, 3)` with values in [0, 1] and `T` consecutive steps, one in every
+# preset. `proprio` is the proprioception: seven joint angles, two finger positions and the position
+# of the gripper.
 
 # %%
 sample = train_data[0]
@@ -75,39 +76,40 @@ pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(value.dty
 # %% [markdown]
 # ## Chunk and mask
 #
-# Where the preset predicts chunks, `actions` holds the next `K` actions instead of one: the policy
-# plans a short way ahead and looks again later, which makes it faster and its motion smoother.
-# `mask` says which of them count in the loss: 0 where an action does not exist (past the end of
-# the demonstration) or could not be foreseen (after the arm was pushed). Compare a
-# demonstration's first and last moment.
+# A preset with `chunk` K above 1 predicts the next K actions at once and executes several before it
+# reads the next observation, so that it decides less often. `mask` is 1 for actions that count in
+# the loss. It is 0 past the end of the demonstration and from a push onwards, because actions after
+# a push cannot be predicted from earlier observations. The last column is the share of valid
+# actions over up to 512 samples.
 
 # %%
 last = train_data[len(train_data) - 1]
-pd.DataFrame({"mask at the first moment": sample["mask"].flatten().tolist(),
-              "mask at the last": last["mask"].flatten().tolist()}).rename_axis("action ahead")
+batch = next(train_data.batches(512, seed=0, epoch=0))
+masks = {"first sample": sample["mask"], "last sample": last["mask"],
+         "mean": batch["mask"].mean(dim=0)}
+pd.DataFrame({name: mask.flatten() for name, mask in masks.items()}).rename_axis("action").round(2)
 
 # %% [markdown]
 # ## Normalisation
 #
-# Z-scoring takes off the mean and divides by the standard deviation, so that every dimension
-# weighs the same in the loss. Look at the rotations: tiny before, as large as the rest after, which
-# is not always what you want. The gripper keeps its -1 and +1. Statistics come from the training
-# split alone and travel with the checkpoint.
+# Z-scoring subtracts the mean and divides by the standard deviation, so that every dimension has
+# the same weight in the loss. The rotations, tiny before, then count as much as the translations,
+# which is not always an advantage. The gripper keeps its -1 and +1. The statistics come from the
+# training split alone and are saved with the checkpoint.
 
 # %%
-drawn = next(train_data.batches(512, seed=0, epoch=0))["actions"].flatten(0, -2)  # (N, 7)
-raw = train_data.normalizer.denormalize(drawn)
+raw = train_data.normalizer.denormalize(batch["actions"].flatten(0, -2))  # (N, 7)
 scaled = ActionNormalizer("zscore").fit(raw).normalize(raw)
-print("this preset uses:", train_data.normalizer.mode)
+print("normalize_actions of this preset:", train_data.normalizer.mode)
 pd.DataFrame({"mean before": raw.mean(0), "std before": raw.std(0), "mean after": scaled.mean(0),
               "std after": scaled.std(0)}, index=schema.ACTION_NAMES).round(3)
 
 # %% [markdown]
 # ## Augmentation
 #
-# Brightness and position of the picture are varied, each sample by itself, so that the policy
-# does not count on single pixels. Compare the rows: something should differ in every column, and
-# the scene must stay recognisable. Only training samples are augmented.
+# Augmentation randomly changes the images of each sample, for example their brightness and
+# position, so that the policy does not rely on single pixels. Compare the rows: most columns should
+# differ, and the scene must stay recognisable. Only training samples are augmented.
 
 # %%
 camera = config.model.cameras[0]
@@ -119,10 +121,11 @@ plots.save_figure(fig, folder / "figures" / "02_augmentation.png")
 fig
 
 # %% [markdown]
-# ## A batch as the policy gets it
+# ## A training batch
 #
-# Samples of all demonstrations, shuffled: the order is a function of the seed and the epoch, so
-# that a run can be repeated. The bars are the first action to learn. Does it fit the picture?
+# A batch mixes samples of all training demonstrations. Their order depends only on the seed and the
+# epoch, so that a run can be repeated. The bars show the first target action of each sample. Does
+# it fit the image?
 
 # %%
 batches = train_data.batches(config.train.batch_size, seed=0, epoch=0)
@@ -133,11 +136,11 @@ fig
 # %% [markdown]
 # ## Loading speed
 #
-# Loading must not hold up training. `storage` says where the frames lie: `ram` keeps them in
-# memory, already in the size that the network sees; `mmap` takes no memory and reads them from the
-# files when they are needed, resizing them each time; `gpu` keeps them beside the network. All give
-# the same batches. What is needed is printed before it is taken; where it is not there, you get an
-# error at once instead of a crash on the way. `docs/loading.md` has the comparison with others.
+# Loading should be faster than training. `storage` decides where the frames are kept: `ram` in main
+# memory, already resized for the network; `mmap` in the files, read and resized for each batch;
+# `gpu` in the GPU's memory. All three give the same batches. The memory needed is printed before it
+# is allocated; if it is not available, loading fails at once with an error. `docs/loading.md`
+# compares the speed with other loaders.
 
 # %%
 rows, device = [], choose_device(config.train.device)
@@ -146,10 +149,10 @@ for name in ("ram", "mmap", "gpu")[:3 if device.type == "cuda" else 2]:
     began = time.perf_counter()
     count = sum(len(batch["actions"]) for batch in
                 data.batches(config.train.batch_size, seed=0, epoch=1, device=device))
-    torch.cuda.synchronize() if device.type == "cuda" else None  # a GPU answers before it is done
+    torch.cuda.synchronize() if device.type == "cuda" else None  # waits for the GPU to finish
     rows.append({"storage": name, "samples per second, augmentation included":
                  count / (time.perf_counter() - began)})
 pd.DataFrame(rows).round()
 
 # %% [markdown]
-# Next: `03_model` builds the network that these samples go into.
+# Next: `03_model` builds the network that is trained on these samples.

@@ -11,10 +11,10 @@
 # %% [markdown]
 # # 03 The recursive policy
 #
-# A recursive policy applies one small block repeatedly to its own output and to the encoded image.
-# More recursions cost time but no parameters. This notebook walks through the network and checks
-# that the recursion has an effect: in several public implementations every step after the first
-# gave the same output, unnoticed.
+# A recursive policy applies one small block repeatedly to its own output and to the encoded
+# observation. More recursions cost time but no parameters. This notebook writes the recursion out,
+# line by line, and checks that it has an effect: in several public implementations every step after
+# the first gave the same output, unnoticed.
 
 # %% tags=["parameters"]
 # change these first
@@ -32,9 +32,10 @@ import time
 import pandas as pd
 import torch
 
-from trm_helpers import TRMPolicy, paths, schema
+from trm_helpers import RecursiveBlock, TRMPolicy, paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.policy.model import count_parameters
+from trm_helpers.policy.recursion import TRMBlock, recurse_fixed
 from trm_helpers.visuals import plots
 
 # %%
@@ -46,11 +47,51 @@ policy = TRMPolicy(config.model).eval()
 config.model
 
 # %% [markdown]
-# ## Where the parameters are
+# ## The recursion, line by line
 #
-# Most parameters are in the image encoders. The block is small and shared by all `num_recursions`
-# recursions. A recursion applies the network once in `block` and `cycles * (latent_updates + 1)`
-# times in `trm`, where it is one of the paper's supervision steps.
+# `variant="block"`: the state `h` and the encoded observation `x` are one vector of width D per
+# observation. A step adds `x` to the state, then applies self-attention and an MLP, each with a
+# residual connection and LayerNorm. All steps share the same weights. The assertion compares these
+# lines with `trm_helpers/policy/recursion.py`.
+
+# %%
+width, heads, steps = config.model.hidden_dim, schema.NUM_HEADS, 4
+block = RecursiveBlock(width, heads).eval()
+x = torch.randn(2, width)  # (B, D): two encoded observations
+h = x  # the initial state
+for _ in range(steps):
+    tokens = (h + x).unsqueeze(1)  # (B, 1, D)
+    attended, _ = block.attention(tokens, tokens, tokens, need_weights=False)
+    tokens = block.attention_norm(tokens + attended)
+    h = block.mlp_norm(tokens + block.mlp(tokens)).squeeze(1)  # (B, D)
+
+torch.testing.assert_close(h, recurse_fixed(block, x, x, steps).output)
+
+# %% [markdown]
+# `variant="trm"`, the recursion of Tiny Recursive Models: `x` is a sequence of tokens, and the
+# state is an answer `y` and a latent `z` of the same shape. One network updates both: `n` times the
+# latent, given observation and answer, then the answer, given the latent. The policy reads its
+# actions from the last K tokens of `y`.
+
+# %%
+n, cycles, K = 2, 2, 3  # n and T in the paper; K actions
+block = TRMBlock(width, heads, num_layers=2, chunk=K, latent_updates=n, cycles=cycles).eval()
+x = torch.randn(2, 10, width)  # (B, N, D): tokens of two observations, the last K for the actions
+first = block.initial_state(x)  # (B, 2, N, D): y and z, the same for every observation
+y, z = first[:, 0], first[:, 1]
+for _ in range(steps * cycles):
+    for _ in range(n):
+        z = block.net(x + y + z)
+    y = block.net(y + z)
+
+torch.testing.assert_close(y[:, -K:], recurse_fixed(block, x, first, steps).output)
+
+# %% [markdown]
+# ## Parameters
+#
+# With the default widths most parameters are in the image encoders. The block is shared by all
+# `num_recursions` recursions. A recursion applies its network once in `block` and
+# `cycles * (latent_updates + 1)` times in `trm`, where it is one supervision step of the paper.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")
@@ -60,9 +101,9 @@ parts.to_frame()
 # %% [markdown]
 # ## Shapes
 #
-# A batch of two random observations: images -> one vector `x_cond` of width `D` -> a state of the
+# A batch of two random observations: images -> one vector `x_cond` of width D -> a state of the
 # same width after every recursion -> seven numbers per future action. With `variant="trm"`,
-# `x_cond` is a sequence of tokens: those of the images, the proprioception, the task, and one per
+# `x_cond` is a sequence of tokens: of the images, of the proprioception, of the task, and one per
 # future action, from which the answer is read.
 
 # %%
@@ -83,14 +124,14 @@ print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[
 #
 # 1. one recursion and eight give different actions;
 # 2. the number of parameters does not depend on the number of recursions;
-# 3. the image reaches the last recursion: its gradient there is not zero;
+# 3. the observation reaches the last recursion: its gradient there is not zero;
 # 4. the actions stay finite far beyond the configured depth.
 
 # %%
 with torch.inference_mode():
     once, often, far = (policy(observations, num_recursions=n) for n in (1, 8, 64))
 deeper = TRMPolicy(config.replace(num_recursions=4 * config.model.num_recursions).model)
-x = x_cond.detach().requires_grad_()
+x = x_cond.detach().requires_grad_()  # the encoded observation
 carry = policy.recurse(x_cond).carry.detach()  # the final state, as a constant
 policy.recurse(x, 1, carry=carry).output[..., 0].sum().backward()  # one of the D numbers
 
@@ -100,7 +141,7 @@ more = sum(count_parameters(deeper).values()) - parts.sum()
 gradient = x.grad.abs().max().item()
 print(f"1. largest change of an action from 1 to 8 recursions: {change:.3g}")
 print(f"2. parameters added by four times the recursions: {more}")
-print(f"3. largest gradient of the image at the last recursion: {gradient:.3g}")
+print(f"3. largest gradient of the observation at the last recursion: {gradient:.3g}")
 print(f"4. largest action after 64 recursions: {far.abs().max().item():.3g}")
 assert change > 1e-6 and more == 0 and gradient > 1e-3 and far.isfinite().all()
 

@@ -39,31 +39,31 @@ lr = None  # type: float; learning rate at the start; None keeps the preset's
 seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
 # the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
-demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
-scenes = None  # type: int; rendered per demonstration to train a localizer first; None: preset
+demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
+placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+scenes = None  # type: int; scenes per demonstration to train a localizer; None: the preset's
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
-storage = None  # type: str; of the frames: ram, mmap or gpu; None keeps the preset's
+storage = None  # type: str; where frames are kept: ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, brightness, colour, reference, shift or cutout
 batch_size = None  # type: int; samples per update; None keeps the preset's
 loss = None  # type: str; mse, l1 or mix; None keeps the preset's
 conditioning = None  # type: str; none, task_id or language; None keeps the preset's
 hidden_dim = None  # type: int; width of the state; None keeps the preset's
-deep_supervision = None  # type: bool; grade the answer of every recursion; None: the preset's
+deep_supervision = None  # type: bool; a loss after every recursion; None keeps the preset's
 halting = None  # type: str; fixed, remainder, adaptive, learned or convergence; None keeps it
 gripper = None  # type: str; continuous, threshold, classifier, binary or mixture; None: preset's
 image_size = None  # type: int; pixels; None keeps the preset's
 chunk = None  # type: int; future actions predicted at once; None keeps the preset's
 execution_horizon = None  # type: int; how many of them are executed; None keeps the preset's
-patience = None  # type: int; epochs without progress to stop after, 0 never; None keeps the preset's
-rollout_every = None  # type: int; epochs between rollouts that choose best; None: the preset's
-max_minutes = None  # type: float; save and stop after so long; None keeps the preset's
-stop_epoch = None  # type: int; end after so many of the epochs, 0 all; None keeps the preset's
+patience = None  # type: int; stop after this many epochs without progress, 0 never; None: preset's
+rollout_every = None  # type: int; epochs between rollouts that select best; None: the preset's
+max_minutes = None  # type: float; save and stop after this time; None keeps the preset's
+stop_epoch = None  # type: int; stop after this epoch, 0 trains all; None keeps the preset's
 num_threads = None  # type: int; CPU threads; None keeps the preset's
 wandb_mode = None  # type: str; disabled, offline or online; None keeps the preset's
-selection_episodes = 0  # type: int; rollouts per task at the end, from drawn placements
+selection_episodes = 0  # type: int; rollouts per task at the end, from sampled layouts
 more = {}  # type: dict; any other settings by name, such as {"ema_decay": 0.999}
-resume = True  # type: bool; go on with a run folder that exists; False refuses it
+resume = True  # type: bool; continue an existing run folder; False refuses it
 
 # %%
 from functools import partial

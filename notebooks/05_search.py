@@ -11,18 +11,19 @@
 # %% [markdown]
 # # 05 Hyper-parameter search
 #
-# Would other settings have done better? The grid is made of learning rates, widths and numbers of
-# recursions: sixteen points for the `demo` preset, of which it tries four for three epochs, to
-# show how it goes; `max_configs=0` tries them all. Each is trained by `04_train`, in a process of
-# its own, on a GPU of its own where there are several. Short trainings only rank roughly, so the
-# ranking looks at three things in this order: the final validation loss, how soon it got there,
-# and whether it got there without spikes. With `search_episodes` above 0 the success rate in the
-# simulator comes first.
+# A search trains the policy with several settings and ranks them. The grid combines learning rates,
+# widths and numbers of recursions. The `demo` preset trains 4 of its 16 points for three epochs, as
+# a demonstration; `max_configs=0` trains all of them. Each point is trained by `04_train` in its
+# own process and, if there are several GPUs, on its own GPU.
 #
-# `search_method` `tpe` lets Optuna choose the points, from what it has seen so far; `halving` also
-# trains most of them for a ninth or a third of the epochs only. `search_space` adds settings:
-# `"{weight_decay: [0.0, 0.1]}"`. What is complete is not run again: after `search_minutes`, or
-# an interruption, the same call goes on.
+# Short trainings rank settings only roughly. Trials are ranked by final validation loss; losses
+# within 1 % count as equal and are ranked by convergence speed, then by the number of spikes. With
+# `search_episodes` above 0 the success rate in the simulator comes first.
+#
+# With `search_method="tpe"`, Optuna chooses each point from the results so far; `"halving"` also
+# trains most points for only a ninth or a third of the epochs. `search_space` adds settings, such
+# as `"{weight_decay: [0.0, 0.1]}"`. Completed trials are not repeated: after an interruption or
+# after `search_minutes`, the same call resumes.
 
 # %% tags=["parameters"]
 # change these first
@@ -33,18 +34,18 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 # the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
-demo_dir = None  # type: str; folder with *_demo.hdf5 to use; None searches data/ and Kaggle's input
-placement = None  # type: str; of objects, benchmark or wide (anywhere); None: the preset's
+demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
+placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
 search_method = None  # type: str; grid, tpe or halving; None keeps the preset's
 search_space = None  # type: str; further axes as YAML; None keeps the preset's
-max_configs = None  # type: int; trials; 0 is as many as the grid has points; None: the preset's
+max_configs = None  # type: int; trials, 0 as many as the grid has points; None: the preset's
 search_epochs = None  # type: int; epochs per trial; None keeps the preset's
 search_episodes = None  # type: int; rollouts per task and trial; None keeps the preset's
 search_replicates = None  # type: int; seeds for each of the three best; None keeps the preset's
-search_shard = None  # type: str; "2/4": every fourth point from the second on; None: the preset's
-search_workers = None  # type: int; trials at once; 0 is one for each GPU; None keeps the preset's
-search_minutes = None  # type: float; end cleanly after so long, 0 never; None keeps the preset's
-search_storage = None  # type: str; URL of a database, no password: TRM_SEARCH_STORAGE is for one
+search_shard = None  # type: str; "2/4": every fourth point from the second; None: the preset's
+search_workers = None  # type: int; parallel trials, 0 one per GPU; None keeps the preset's
+search_minutes = None  # type: float; stop and save after this time, 0 never; None: the preset's
+search_storage = None  # type: str; database URL; one with a password goes to TRM_SEARCH_STORAGE
 
 # %%
 import pandas as pd
@@ -72,7 +73,7 @@ print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.searc
 files = ensure_demonstrations(config)
 
 # %% [markdown]
-# ## Run
+# ## Run the trials
 
 # %%
 trials = run_search(config, folder)
@@ -81,9 +82,10 @@ complete = [trial for trial in trials if trial["state"] == "complete"]
 # %% [markdown]
 # ## Ranking
 #
-# Best first. `epochs_to_converge` is when a trial had come nine tenths of its way down, `spikes`
-# counts epochs that fell back by a fifth. Small differences mean little: the sentence below the
-# table says whether the best can be told from the next at all.
+# The table lists the best trial first. `epochs_to_converge` is the first epoch at which a trial had
+# made 90 % of its improvement in validation loss; `spikes` counts the epochs whose loss exceeds the
+# lowest one before by more than 20 %. Small differences may be chance: the sentence below the table
+# says whether the best trial differs from the second.
 
 # %%
 pd.DataFrame(trials).drop(columns=["trial", "val_losses", "rollouts"], errors="ignore").round(4)
@@ -92,9 +94,9 @@ pd.DataFrame(trials).drop(columns=["trial", "val_losses", "rollouts"], errors="i
 print(verdict(trials))
 
 # %% [markdown]
-# On the right, look for curves that still fall steeply at the end: those trials were cut off, and
-# more epochs (`search_epochs`) may change their place. A low learning rate always looks worse after
-# a short training.
+# A curve on the right that still falls steeply at the end belongs to a trial that was stopped too
+# early; more epochs (`search_epochs`) may change its rank. Low learning rates tend to look worse
+# after a short training.
 
 # %%
 if complete:
@@ -103,8 +105,8 @@ if complete:
     display(fig)
 
 # %% [markdown]
-# Every line is a trial. Where the dark lines go through one point of an axis, the good trials have
-# that value in common.
+# Each line is a trial, the best in red, the others from dark (good) to light. Where the red and the
+# dark lines cross an axis at the same point, the good trials share that value.
 
 # %%
 if complete:
@@ -113,8 +115,9 @@ if complete:
     display(fig)
 
 # %% [markdown]
-# Which setting decides about being among the best? A share near nothing says that you may set it as
-# you like, between the values that were tried. (It takes fifteen trials to say anything.)
+# Which setting matters most for being among the best third of the trials? A setting with a share
+# near zero has little effect within the range that was searched. At least 15 complete trials are
+# needed.
 
 # %%
 shares = figures.importance(trials, names) if complete else "No trial is complete."
@@ -126,10 +129,10 @@ else:
     display(fig)
 
 # %% [markdown]
-# ## The best, for 04_train
+# ## Train the best settings
 #
-# Written as parameters that papermill reads: the preset and every setting that makes the trial,
-# for as many epochs as the preset has. Train it in full before you believe it.
+# `best.yaml` holds the best trial's settings as papermill parameters for `04_train`, without the
+# search's number of epochs. Train them in full before you rely on the ranking.
 
 # %%
 best = folder / "search" / "best.yaml"
@@ -138,4 +141,4 @@ if best.exists():
     print(f"papermill 04_train.ipynb out.ipynb -f {best}")
 
 # %% [markdown]
-# Next: `06_eval` measures what counts.
+# Next: `06_eval` measures the success rate in the simulator.

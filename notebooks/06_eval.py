@@ -11,32 +11,33 @@
 # %% [markdown]
 # # 06 Evaluation in the simulator
 #
-# The policy acts. Each episode begins from one of the benchmark's fifty official init states,
-# which no demonstration was collected from, and ends with success or when its steps are used up.
+# This notebook measures the success rate of a trained policy. Each episode starts from one of the
+# benchmark's 50 official init states, which scripted demonstrations never use, and ends at success
+# or at the horizon, the number of steps allowed.
 #
-# Five of five sounds perfect, but a policy that succeeds half the time does that once in 32
-# tries. So every rate comes with its 95 % Wilson interval: the rates that the episodes do not
-# contradict.
+# Five successes in five episodes sound perfect, but a policy with a success rate of 50 % achieves
+# that once in 32 evaluations. Every rate is therefore reported with its 95 % Wilson interval, the
+# range of success rates that are compatible with the episodes.
 
 # %% tags=["parameters"]
 # change these first
-preset = "demo"  # type: str; reference, demo, trm or tiny: settings of this machine, not the run's
+preset = "demo"  # type: str; reference, demo, trm or tiny; only its machine settings apply
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
-suite = None  # type: str; another suite than the run's, LIBERO-PRO's too; None keeps it
-task_ids = None  # type: list; other tasks than the run's; None keeps them
+suite = None  # type: str; another suite, LIBERO-PRO's included; None keeps the run's
+task_ids = None  # type: list; other tasks; None keeps the run's
 # the others
 weights = "best"  # type: str; best or last (see 04_train)
 protocol = None  # type: str; quick, libero, openvla or lerobot; None keeps the run's setting
-num_episodes = None  # type: int; per task; 0: the protocol's; None keeps the run's setting
+num_episodes = None  # type: int; per task, 0 the protocol's; None keeps the run's setting
 first_init_state = None  # type: int; the first official init state used; None keeps the run's
-horizon = None  # type: int; steps allowed; None keeps the run's, 0 is the protocol's
+horizon = None  # type: int; steps allowed, 0 the protocol's; None keeps the run's setting
 num_videos = None  # type: int; episodes filmed per task; None keeps the run's setting
 eval_workers = None  # type: int; simulator processes; None keeps the preset's
 bound_episodes = None  # type: int; per task of replay, expert, random, no-op; None: the run's
-cluster = None  # type: str; address of a Dask scheduler; None plays here
-demo_dir = None  # type: str; folder with the run's demonstrations, where it was given one
-baseline_run = ""  # type: str; another evaluated run to compare with, on the same episodes
-robustness_episodes = 0  # type: int; per task and change of the card; 0 leaves the card out
+cluster = None  # type: str; address of a Dask scheduler; None evaluates on this machine
+demo_dir = None  # type: str; folder of the run's demonstrations, if it was trained with one
+baseline_run = ""  # type: str; an evaluated run to compare with on the same episodes
+robustness_episodes = 0  # type: int; episodes per task and change; 0 skips the robustness card
 
 # %%
 import dataclasses
@@ -85,23 +86,23 @@ print("evaluating", run)
 # %% [markdown]
 # ## Run the episodes
 #
-# Every episode is written to `episodes.jsonl` the moment it ends: interrupted and started again,
-# only the missing ones are run. An episode in which the policy raises an error counts as a failure;
-# one that the simulator or the machine spoils does not count. What a success rate means depends on
-# the protocol: how many episodes, how many steps, and what happens before the first. Published ones
-# differ, so it is written beside the rate, with its source.
+# Each episode is written to `episodes.jsonl` as soon as it ends, so that an interrupted evaluation
+# resumes with the missing episodes. An episode in which the policy raises an error counts as a
+# failure; an episode that fails because of the simulator or the machine is excluded. A success rate
+# depends on the protocol: the number of episodes, the horizon and the settling steps before the
+# first action. Published protocols differ, so the protocol and its source are printed with the
+# rate.
 
 # %%
 results = evaluation.play()
 print(format_success(results))
 print(f"protocol {results['protocol']['protocol']}: {results['protocol']['source']}")
 for error in results["errors"]:
-    print("could not be run, and does not count:", error)
+    print("excluded, could not be run:", error)
 
 # %% [markdown]
-# Episode by episode (the file may hold others, from evaluations before). `mean_recursions` is how
-# many recursions a decision took on average, `action_ms` and `max_action_ms` what the policy took
-# per executed action and for the slowest one, without the drawing of the frames it asked for.
+# One row per episode. `mean_recursions` is the mean number of recursions per decision. `action_ms`
+# and `max_action_ms` are the policy's mean and longest time per executed action, without rendering.
 
 # %%
 asked, episodes = results["protocol"], evaluation.rows()
@@ -110,22 +111,22 @@ columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursion
 pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %% [markdown]
-# ## Between which bounds?
+# ## Upper and lower bounds
 #
-# No clone can be expected to beat the demonstrations it was made from, so they are replayed: if
-# *they* fail, look at the data first. The scripted expert, which sees where everything is, is the
-# other bound from above. From below, random commands, and none at all: what solves itself says
-# nothing about a policy. (`bound_episodes` above 0 runs them.)
+# `bound_episodes` above 0 adds four baselines. Upper bounds: replays of the training demonstrations
+# (if these fail, check the data first) and the scripted expert, which knows the positions of all
+# objects. Lower bounds: random actions and no action; a task that these solve says little about a
+# policy.
 
 # %%
 bounds = {name: bound.play() for name, bound in planned_bounds.items()}
 pd.DataFrame(comparison_rows({run.name: results, **bounds}))
 
 # %% [markdown]
-# ## Success and length
+# ## Success rate and episode length
 #
-# The whisker is the interval. Failures run until the steps are used up, so look at the lengths of
-# successes to see how sure the policy is of itself.
+# The error bar is the Wilson interval. In the second figure, failures end at the horizon. Successes
+# of similar length show a policy that needs few corrections.
 
 # %%
 fig = plots.plot_success({run.name: results, **bounds})
@@ -138,12 +139,12 @@ plots.save_figure(fig, run / "figures" / "06_lengths.png")
 fig
 
 # %% [markdown]
-# ## Watch it
+# ## Watch the episodes
 #
-# Agent view on the left, wrist camera on the right, half as fast again as it was. The dots are
-# where the policy means to go: one for each action of its chunk, orange until it looks again, blue
-# after that. Where it fails, ask: did it miss the object, drop it, or miss the target? Successes
-# and failures have a folder each.
+# Agent view on the left, wrist camera on the right, 1.5x speed. The dots show the planned path, one
+# per action of the chunk: orange for actions that are executed, blue for those after the next
+# observation. In a failed episode, did the policy miss the object, drop it, or miss the target?
+# Successes and failures are stored in separate folders.
 
 # %%
 filmed = films_of(episodes, evaluation.folder)
@@ -152,7 +153,8 @@ for film, row in filmed.items():
     display(Video(film, embed=True, width=640))
 
 # %% [markdown]
-# All of a task at once, framed green where it succeeded and red where it failed.
+# All filmed episodes of a task side by side, with a green frame for success and a red frame for
+# failure.
 
 # %%
 for grid in sorted((evaluation.folder / "videos").glob(f"{asked['suite']}-task*.mp4")):
@@ -161,7 +163,7 @@ for grid in sorted((evaluation.folder / "videos").glob(f"{asked['suite']}-task*.
         display(Video(grid, embed=True))
 
 # %% [markdown]
-# The first of them as a strip, from its first step to its last.
+# The first filmed episode as a strip of frames, from its first step to its last.
 
 # %%
 for path, row in list(filmed.items())[:1]:
@@ -175,17 +177,17 @@ for path, row in list(filmed.items())[:1]:
         display(fig)
 
 # %% [markdown]
-# ## Against another run
+# ## Comparison with another run
 #
-# How large must a difference be before it means anything? With few episodes, very large.
+# With few episodes, only a large difference between two policies can be detected.
 
 # %%
 print(detectable(results))
 
 # %% [markdown]
-# On the same init states two policies can be compared pair by pair, which sees more: only the
-# episodes on which they disagree count (McNemar's test). Give an evaluated run as `baseline_run`; a
-# p-value above 0.05 says that luck explains the difference well enough.
+# Episodes of two policies from the same init states can be compared in pairs, which detects smaller
+# differences: McNemar's test counts only the episodes in which exactly one policy succeeds. Set
+# `baseline_run` to an evaluated run. A difference with a p-value above 0.05 is not significant.
 
 # %%
 for baseline in [find_run(baseline_run)] if baseline_run else []:
@@ -200,11 +202,12 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
     display(fig)
 
 # %% [markdown]
-# ## What is left when something changes?
+# ## Robustness
 #
-# The same init states with a moved or darker picture, noise, late actions, a black camera; and the
-# suites of LIBERO-PRO, which vary the scene or the instruction. With as many episodes it takes a
-# dozen times as long as the evaluation above. What cannot matter for this policy is only listed.
+# With `robustness_episodes` above 0, the policy is evaluated under changes: shifted, darker or
+# noisy images, delayed actions, a black camera, randomised layouts, and the LIBERO-PRO suites,
+# which vary scene, objects, instruction or goal. With as many episodes as above, this takes about
+# twelve times as long. Changes that cannot affect this policy are listed but not evaluated.
 
 # %%
 if robustness_episodes:
@@ -214,4 +217,4 @@ if robustness_episodes:
     print("\n".join(card_notes(card)))
 
 # %% [markdown]
-# Next: `07_visualize` looks inside.
+# Next: `07_visualize` explains what the policy does.

@@ -9,22 +9,22 @@
 # ---
 
 # %% [markdown]
-# # 07 Look inside
+# # 07 Inside the policy
 #
-# What does the policy get wrong, what does the recursion do with its state, how deep does it need
-# to think, and which pixels does it look at? The last cell writes a report of the whole run.
+# What does the policy predict wrongly, how does the recursion change its state, how many recursions
+# does it need, and which pixels matter? The last code cell writes a report of the whole run.
 
 # %% tags=["parameters"]
 # change these first
-preset = "demo"  # type: str; reference, demo, trm or tiny: settings of this machine, not the run's
+preset = "demo"  # type: str; reference, demo, trm or tiny; only its machine settings apply
 run_name = ""  # type: str; a trained run's folder under artifacts/; empty takes the newest
 task_ids = None  # type: list; demonstrations of these tasks only; None: all that it was trained on
 num_demos = None  # type: int; of each task, to look at; None: as many as it was trained with
 # the others
 weights = "best"  # type: str; best or last (see 04_train)
-num_samples = 256  # type: int; samples behind the averages
-depth_episodes = 0  # type: int; per task and depth in the simulator; 0 shows what is there
-demo_dir = None  # type: str; folder with the run's demonstrations, where it was given one
+num_samples = 256  # type: int; samples that the averages are taken over
+depth_episodes = 0  # type: int; episodes per task and depth; 0 shows earlier results only
+demo_dir = None  # type: str; folder of the run's demonstrations, if it was trained with one
 
 # %%
 import dataclasses
@@ -56,13 +56,13 @@ data = held_out(run, demonstrations_of(run, seen), seen, policy)
 observations = data.batch([len(data) // 3])["observations"]
 
 # %% [markdown]
-# ## Prediction against target
+# ## Predicted and demonstrated actions
 #
-# Four samples of demonstrations that it was not trained on: what the policy saw, what the
-# demonstrator did (blue) and what the policy would do (orange), in the environment's units. A
-# large error on one sample need not be a mistake: where the demonstrator goes on to the next phase
-# at once, the policy may be a step late. Below, over many samples: is one dimension worse than the
-# others, and are predictions shrunk towards the mean (ratio well below 1)?
+# Four samples of demonstrations excluded from training: the agent view, the demonstrated action
+# (blue) and the predicted action (orange), in the environment's units. A large error on one sample
+# is not always a mistake: where the demonstrator starts the next phase, the policy may start it a
+# step later. The lower panels average over many samples. Is one dimension worse than the others? Do
+# the predictions vary less than the demonstrated actions (ratio well below 1)?
 
 # %%
 report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
@@ -70,11 +70,10 @@ plots.save_figure(fig, run / "figures" / "07_predictions.png")
 fig
 
 # %% [markdown]
-# ## Where it sees things
+# ## Keypoints
 #
-# Of a policy that first learned where things are (`scenes`): all that it gets from the agent view
-# is where these marks are. One far from its thing is a thing that it does not see, often because
-# the arm hides it.
+# A policy trained with `scenes` receives only these positions from the agent view. A mark far from
+# its object means that the localizer does not find the object, often because the arm hides it.
 
 # %%
 if policy.config.keypoints:
@@ -87,10 +86,11 @@ if policy.config.keypoints:
 # %% [markdown]
 # ## The state during recursion
 #
-# Left: each row is one number of the hidden state, from where it starts (of the `block` the
-# encoded picture, of the `trm` the same numbers whatever it sees) to the last step. Middle: how
-# large the state is. Right: how much it still moves. A loop that has found its answer stops
-# moving: the red curve falls below the dotted line, and the columns on the left look alike.
+# Left: each row is one number of the hidden state, each column one step. Step 0 is the initial
+# state: the encoded observation with `variant="block"`, constant with `"trm"`. Middle: the norm of
+# the state. Right: the norm of its change in each step. A recursion that has converged stops
+# changing its state: the red curve falls below the dotted line, and the last columns on the left
+# look alike.
 
 # %%
 recursion, fig = visualize_recursive_states(policy, observations)
@@ -99,11 +99,12 @@ print(recursion["sentence"])
 fig
 
 # %% [markdown]
-# ## How deep does it have to think?
+# ## How many recursions are needed?
 #
-# The same weights, stopped earlier or left running longer than in training. An error that falls
-# up to the dotted line says that every step is used; a flat curve after it, that further thought
-# buys nothing but does no harm either.
+# The same weights with fewer and more recursions than in training. If the error falls up to the
+# dotted line (training depth), every recursion improves the action. If the curve is flat after it,
+# further recursions neither help nor harm. All depths use the same samples, so differences between
+# depths can be reliable even where the bands overlap.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
@@ -112,8 +113,8 @@ plots.save_figure(fig, run / "figures" / "07_depth.png")
 fig
 
 # %% [markdown]
-# The same for one sample: how its first action forms. The lines should settle by the depth that
-# the policy was trained with.
+# The first action of one sample by depth. The lines should be constant from the training depth
+# onwards.
 
 # %%
 depths = list(range(1, 2 * config.model.num_recursions + 1))
@@ -123,11 +124,11 @@ plots.save_figure(fig, run / "figures" / "07_prediction_by_depth.png")
 fig
 
 # %% [markdown]
-# A smaller error on demonstrated states need not mean more success. So the same weights act in the
-# simulator: as trained, with fewer and more steps, with a rule that stops when the answer no longer
-# changes, and with the state carried over from one decision to the next, all from the same init
-# states. `depth_episodes` runs that (as many evaluations as there are lines), as does
-# `python -m trm_helpers depth RUN`.
+# A lower error on demonstrated states does not imply a higher success rate. With `depth_episodes`
+# above 0, the same weights are evaluated in the simulator from the same init states: as trained,
+# with fewer and more recursions, with a rule that stops when the action no longer changes, and with
+# the state carried over between decisions. Each row of the table costs one evaluation.
+# `python -m trm_helpers depth RUN` does the same.
 
 # %%
 if depth_episodes:
@@ -140,10 +141,10 @@ for path in run.glob("depth.json"):
     display(pd.DataFrame(depth_rows(card)), plot_depth_card(card))
 
 # %% [markdown]
-# ## What is left when something changes?
+# ## Robustness
 #
-# The card that 06_eval makes with `robustness_episodes`, if it was made: does the policy look, or
-# does it remember where things usually are?
+# Success rates under changes, if `06_eval` ran with `robustness_episodes`. A policy that fails when
+# objects have moved has memorised their usual positions.
 
 # %%
 for path in run.glob("robustness.json"):
@@ -153,11 +154,12 @@ for path in run.glob("robustness.json"):
     display(plot_card(card))
 
 # %% [markdown]
-# ## Where does it stop?
+# ## Recursions used per sample
 #
-# With `halting="fixed"` every sample uses all steps. With `learned` and `convergence` each stops
-# for itself, and is computed no further. `remainder` and `adaptive` weight the answers of all
-# steps: shown is when a sample has spent its weight, and a batch goes on until the last has.
+# With `halting="fixed"` every sample uses all recursions. With `"learned"` and `"convergence"` each
+# sample stops on its own and is computed no further. `"remainder"` and `"adaptive"` return a
+# weighted sum over all steps; the figure shows when a sample's remaining weight falls below the
+# threshold. A batch continues until its last sample has stopped.
 
 # %%
 fig = explain.plot_halting(explain.halting_profile(policy, data, num_samples))
@@ -167,10 +169,10 @@ fig
 # %% [markdown]
 # ## Which pixels matter?
 #
-# Integrated gradients of the arm's command. Bright pixels move the answer most. They should lie
-# on the hand, the object and the target, not on the wall. Both cameras share one scale: a camera
-# that stays dark hardly matters at this moment. Near the object it is often the wrist camera alone
-# that is looked at.
+# Integrated gradients of the arm's first predicted action. Bright pixels affect it most; they
+# should lie on the gripper, the object and the target, not on the wall. All cameras share one
+# scale, so a dark camera has little effect at this moment. Near the object, often only the wrist
+# camera has an effect.
 
 # %%
 maps = explain.saliency(policy, observations)
@@ -182,14 +184,14 @@ fig
 # %% [markdown]
 # ## Report
 #
-# One page with the run's settings, numbers, figures and films: `report.md` in the run folder. Also
-# `python -m trm_helpers report RUN`.
+# `report.md` in the run folder: one page with settings, results, figures and films.
+# `python -m trm_helpers report RUN` writes it too.
 
 # %%
 sentences = [
     recursion["sentence"],
     f"Mean squared error of the first action over {report['count']} samples: {report['mse']:.4f}.",
-    f"Gripper right in {100 * report['gripper_accuracy']:.1f} % of them.",
+    f"Gripper command correct in {100 * report['gripper_accuracy']:.1f} % of them.",
 ]
 write_json(run / "explain.json", {"weights": weights, "sha256": policy.sha256,
                                   "sentences": sentences, "predictions": report,
@@ -198,6 +200,6 @@ page = write_report(run)
 Markdown(page.read_text().split("## Films")[0].split("## Figures")[0])
 
 # %% [markdown]
-# That is the whole way, from a file of demonstrations to a policy and its explanation. From here:
-# another task (`task_ids`), more recursions, the human demonstrations, or a policy of your own,
-# which needs no more than `reset()` and `act(observation)` to be evaluated.
+# This completes the suite, from demonstrations to a trained, evaluated and explained policy. To
+# continue, try another task (`task_ids`), more recursions, human demonstrations, or your own
+# policy: to be evaluated, it only needs `reset()` and `act(observation)`.
