@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STARTED := $(shell date +%s)
 
-.PHONY: help setup demo test test-fast test-pythons lint notebooks
+.PHONY: help setup demo test test-fast test-pythons lint notebooks kaggle
 
 help:
 	@echo "make setup      virtual environment, pinned packages, OpenGL libraries"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-fast  tests that need neither the simulator nor the notebooks"
 	@echo "make test-pythons  test-fast under each supported Python that is installed"
 	@echo "make lint       ruff"
+	@echo "make kaggle     dist/kaggle: wheels and kernels to push, for sessions without internet"
 	@echo "make notebooks  regenerate the .ipynb from their .py"
 
 setup: $(STAMP)
@@ -54,3 +55,8 @@ lint: setup
 # One way: the .py is the source. --update keeps the cell ids, so that only changed cells change.
 notebooks: setup
 	$(BIN)/jupytext --update --to ipynb notebooks/*.py
+
+# SUITES="libero_spatial libero_object", DEMOS=data/scripted, PARTS_MB=60, KAGGLE_USERNAME=you
+kaggle: setup
+	$(BIN)/python kaggle/build.py $(if $(SUITES),--suites $(SUITES)) \
+	    $(if $(DEMOS),--demos $(DEMOS)) $(if $(PARTS_MB),--parts-mb $(PARTS_MB))

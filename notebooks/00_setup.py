@@ -34,40 +34,32 @@ placement = None  # type: str; object layouts, benchmark or wide (randomised); N
 # The [glossary](../docs/glossary.md) explains the terms of these notebooks.
 
 # %% [markdown]
-# ## Find the package
+# ## The package and this session
 #
-# After `make setup` the package is installed and this cell changes nothing. Elsewhere, for example
-# on Kaggle, it looks for the repository in the working folder, its parents and `/kaggle/working`,
-# and then in the attached data sets. Attached data sets are read-only, so the next cell copies the
-# package from there to `/kaggle/working/trm`.
+# Uses the installed package, else attached wheels, else the checkout that this notebook is in. On
+# Kaggle, attached runs and demonstrations are taken over.
 
 # %%
 import importlib.util
-import shutil
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-attached, working = Path("/kaggle/input"), Path("/kaggle/working")
-places = [Path.cwd(), *Path.cwd().parents, *working.glob("*")]
-installed = importlib.util.find_spec("trm_helpers")
-places += [Path(installed.origin).parents[1]] if installed else []
-roots = [place for place in places if (place / "trm_helpers" / "schema.py").exists()]
-sources = [found.parent.parent for found in attached.rglob("trm_helpers/schema.py")]
-assert roots or sources, "trm_helpers not found: clone the repository or attach it"
+if importlib.util.find_spec("trm_helpers") is None:
+    wheels = sorted(Path("/kaggle/input").rglob("trm_helpers-*.whl"), key=lambda path: path.name)
+    checkout = [folder for folder in Path.cwd().parents if (folder / "trm_helpers").is_dir()]
+    source = (["--no-index", "--find-links", wheels[-1].parent, "trm-helpers"] if wheels else
+              ["--editable", checkout[0]] if checkout else [os.environ.get("TRM_SOURCE", "")])
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *map(str, source)]
+    assert source != [""] and subprocess.run(pip).returncode == 0, (
+        f"attach the data set of `make kaggle` for Python {sys.version_info[0]}."
+        f"{sys.version_info[1]}, or set the variable TRM_SOURCE to what pip should install")
+    sys.path[:0] = map(str, checkout[:1])
+    importlib.invalidate_caches()
+from trm_helpers import session
 
-# %% [markdown]
-# ## Install missing packages
-#
-# The versions of MuJoCo, robosuite and LIBERO are pinned, because another version of MuJoCo changes
-# success rates without an error. Packages whose installed version fits are left alone.
-
-# %%
-if not roots:
-    roots = [shutil.copytree(sources[0], working / "trm", dirs_exist_ok=True)]
-sys.path.insert(0, str(roots[0]))
-from trm_helpers.software import install_missing
-
-install_missing(roots[0])
+session.begin("0.1.0")
 
 # %%
 from trm_helpers import paths, preflight, software
@@ -119,6 +111,7 @@ print("runs:           ", paths.run_dir(run_name or preset))
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
                    num_demos=num_demos, placement=placement)
 files = ensure_demonstrations(config)
+session.keep(files.values())
 
 # %% [markdown]
 # Next: `01_explore` inspects these files.

@@ -26,6 +26,34 @@ num_samples = 256  # type: int; samples that the averages are taken over
 depth_episodes = 0  # type: int; episodes per task and depth; 0 shows earlier results only
 demo_dir = None  # type: str; folder of the run's demonstrations, if it was trained with one
 
+# %% [markdown]
+# ## The package and this session
+#
+# Uses the installed package, else attached wheels, else the checkout that this notebook is in. On
+# Kaggle, attached runs and demonstrations are taken over.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("trm_helpers") is None:
+    wheels = sorted(Path("/kaggle/input").rglob("trm_helpers-*.whl"), key=lambda path: path.name)
+    checkout = [folder for folder in Path.cwd().parents if (folder / "trm_helpers").is_dir()]
+    source = (["--no-index", "--find-links", wheels[-1].parent, "trm-helpers"] if wheels else
+              ["--editable", checkout[0]] if checkout else [os.environ.get("TRM_SOURCE", "")])
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *map(str, source)]
+    assert source != [""] and subprocess.run(pip).returncode == 0, (
+        f"attach the data set of `make kaggle` for Python {sys.version_info[0]}."
+        f"{sys.version_info[1]}, or set the variable TRM_SOURCE to what pip should install")
+    sys.path[:0] = map(str, checkout[:1])
+    importlib.invalidate_caches()
+from trm_helpers import session
+
+session.begin("0.1.0")
+
 # %%
 import dataclasses
 import json

@@ -10,8 +10,6 @@ import os
 import runpy
 import subprocess
 import sys
-import sysconfig
-import tarfile
 import types
 from pathlib import Path
 
@@ -238,35 +236,3 @@ def run(*arguments, source=FOLDER.parent, **where) -> str:
                           timeout=900, env={**os.environ, "PYTHONPATH": str(source)}, **where)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-PACK = """
-import runpy, sys
-from trm_helpers import schema
-schema.SUITES = {"libero_object": 1}  # one task
-script, out = sys.argv[1:]
-names = runpy.run_path(script)
-names["main"].__globals__["install_wheels"] = lambda *_: None  # no index is asked
-sys.argv = [script, "--suites", "libero_object", "--out", out]
-names["main"]()
-"""
-
-
-@pytest.mark.sim
-def test_an_episode_is_played_from_what_is_packed(tmp_path):
-    run("-c", PACK, FOLDER / "suite" / "pack.py", tmp_path / "pack")
-    parts = sorted((tmp_path / "pack").glob("part-*.tar.xz"))
-    assert parts
-    bare = tmp_path / "bare"
-    for part in parts:
-        with tarfile.open(part) as archive:
-            archive.extractall(bare, filter="data")
-    others = tmp_path / "others"  # what is installed, without the simulator and the package
-    others.mkdir()
-    for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if not path.name.startswith(("libero", "robosuite", "bddl", "trm_helpers", "__editable__")):
-            (others / path.name).symlink_to(path)
-    told = run("-S", "-m", "trm_helpers", "evaluate", "expert", "--suite", "libero_object",
-               "--task-ids", 0, "--num-episodes", 1, "--num-videos", 0, "--horizon", 3,
-               source=f"{bare}:{others}", cwd=tmp_path)
-    assert "0 of 1 episodes" in told

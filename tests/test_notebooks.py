@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -111,41 +110,6 @@ def test_parameters_are_literals_with_a_comment_each(name):
     common = [parameter for parameter in ("preset", "run_name", *COMMON) if parameter in known]
     assert list(known)[:len(common)] == common and {"preset", "run_name"} <= set(common)
     assert cells[0].source.startswith("# change these first\n")
-
-
-def bootstrap(tmp_path, installed=False):
-    """Run the cells of 00_setup that find and install the package, where no checkout is above."""
-    cells = [cell for cell in code(read("00_setup")) if "attached" in cell or "sources" in cell]
-    source = "\n".join(cells).replace("/kaggle/", f"{tmp_path}/")
-    if not installed:
-        source = ("import importlib.util\nimportlib.util.find_spec, find = (\n    lambda name, *_: "
-                  "None if name == 'trm_helpers' else find(name)), importlib.util.find_spec\n"
-                  + source)
-    (tmp_path / "working").mkdir()
-    return subprocess.run([sys.executable, "-c", source], cwd=tmp_path / "working", text=True,
-                          capture_output=True)
-
-
-def test_setup_finds_the_package_in_a_read_only_data_set_and_copies_it(tmp_path):
-    attached = tmp_path / "input" / "datasets" / "somebody" / "trm"
-    shutil.copytree(ROOT / "trm_helpers", attached / "trm_helpers")
-    shutil.copy(ROOT / "requirements.txt", attached)
-    done = bootstrap(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "nothing is missing" in done.stdout
-    assert (tmp_path / "working" / "trm" / "trm_helpers" / "schema.py").exists()
-
-
-def test_setup_finds_an_installed_package_from_anywhere(tmp_path):
-    done = bootstrap(tmp_path, installed=True)
-    assert done.returncode == 0, done.stderr
-    assert "nothing is missing" in done.stdout and not list((tmp_path / "working").iterdir())
-
-
-def test_setup_says_what_to_do_where_the_package_is_not(tmp_path):
-    done = bootstrap(tmp_path)
-    assert done.returncode == 1
-    assert "trm_helpers not found: clone the repository or attach it" in done.stderr
 
 
 def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):

@@ -3,10 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import types
-import venv
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
@@ -15,7 +12,6 @@ import pytest
 
 from trm_helpers import preflight as preflight_module
 from trm_helpers import schema, software
-from trm_helpers.paths import repo_root
 from trm_helpers.preflight import Check, preflight, run_check, table
 from trm_helpers.sim import checks
 from trm_helpers.software import (
@@ -509,58 +505,6 @@ def test_the_quick_checks_of_evaluations_pass_in_one_environment():
                                           "image orientation", "quaternion", "gripper"]
     assert {row.status for row in rows} == {"ok"}, rows
     assert preflight_module.check_settling() is None
-
-
-# --- installation --------------------------------------------------------------------------------
-
-def write_wheel(folder, name, version, needs=""):
-    """A wheel of one empty module, and what it needs."""
-    info = f"{name}-{version}.dist-info"
-    files = {f"{name}.py": "", f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
-                                               "Tag: py3-none-any\n",
-             f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-                                 + (f"Requires-Dist: {needs}\n" if needs else "")}
-    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
-    folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        for path, text in files.items():
-            archive.writestr(path, text)
-    return folder
-
-
-@pytest.fixture
-def image(tmp_path):
-    """An environment of its own, with ``present`` 1.0 beside what this one has."""
-    venv.create(tmp_path / "image", symlinks=True)
-    (site,) = (tmp_path / "image").glob("lib/python*/site-packages")
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib"))
-    wheels = write_wheel(tmp_path / "wheels", "present", "1.0")
-    with zipfile.ZipFile(wheels / "present-1.0-py3-none-any.whl") as archive:
-        archive.extractall(site)
-    write_wheel(wheels, "present", "2.0")
-    write_wheel(wheels, "present", "3.0")
-    return tmp_path
-
-
-@pytest.mark.parametrize(("offered", "expected"), [
-    ({"1.0": 1, "2.0": 1, "3.0": 1}, {"present": "1.0", "new": "2.0"}),  # the version tested
-    ({"1.0": 1, "2.0": 2, "3.0": 2}, {"present": "1.0", "new": "1.0"}),  # what fits beside the rest
-    ({"2.0": 2}, {"present": "2.0", "new": "2.0"}),  # nothing does
-])
-def test_what_is_installed_and_fits_is_not_replaced(image, offered, expected):
-    for version, least in offered.items():
-        write_wheel(image / "wheels", "new", version, f"present>={least},<3")
-    (image / "requirements.txt").write_text("present>=1  # 00\nnew>=1  # 00\n")
-    (image / "constraints.txt").write_text(
-        "# tested\npresent==2.0\nnew==2.0; python_version >= '3'\nnew==0.5; python_version < '3'\n")
-    code = (f"from trm_helpers.software import install_missing; install_missing({str(image)!r}); "
-            "from importlib.metadata import version; print(version('present'), version('new'))")
-    done = subprocess.run(
-        [image / "image" / "bin" / "python", "-c", code], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(repo_root()), "PIP_NO_INDEX": "1",
-             "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(image / "wheels")})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].split() == list(expected.values())
 
 
 # --- memory --------------------------------------------------------------------------------------

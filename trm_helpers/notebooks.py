@@ -318,3 +318,23 @@ def _report(run_dir: Path, config: Config, minutes: float) -> None:
             + (f" (with other settings than the preset's: {settings})" if settings else "")
             + f". See the films in {run_dir / 'videos' / 'failure'}, the losses in "
             f"{run_dir / 'figures' / '04_training.png'} and the quality card in 01_explore")
+
+
+# --- shown elsewhere -----------------------------------------------------------------------------
+
+def show_notebook(executed: str | os.PathLike) -> None:
+    """Display prose, printed text, tables, figures and films of an executed copy, without code.
+
+    For a notebook that runs others in processes of their own.
+    """
+    from IPython.display import Markdown, display
+
+    for cell in read_json(executed, keys=["cells"])["cells"]:
+        if cell["cell_type"] == "markdown":
+            display(Markdown("".join(cell["source"])))
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stdout":
+                print("".join(output["text"]), end="")
+            elif "data" in output:
+                display({kind: "".join(content) if isinstance(content, list) else content
+                         for kind, content in output["data"].items()}, raw=True)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from . import schema
 
-KAGGLE_INPUT = Path("/kaggle/input")
-KAGGLE_WORKING = Path("/kaggle/working")
+_KAGGLE = Path(os.environ.get("TRM_KAGGLE", "/kaggle"))  # another folder in an emulated session
+KAGGLE_INPUT = _KAGGLE / "input"
+KAGGLE_WORKING = _KAGGLE / "working"
+KAGGLE_TEMPORARY = Path("/tmp/trm") if str(_KAGGLE) == "/kaggle" else _KAGGLE / "temporary"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED = {"notebooks", "pretrained", *schema.BASELINES,
              *(f"{name}-{suite}" for name in schema.BASELINES for suite in schema.SUITES)}

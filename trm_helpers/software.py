@@ -20,9 +20,6 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
-
 from . import __version__, schema
 from .files import machine, remove_leftovers, write_json
 
@@ -38,6 +35,7 @@ _VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
 _EGL_VENDOR_FOLDERS = (Path("/etc/glvnd/egl_vendor.d"), Path("/usr/share/glvnd/egl_vendor.d"))
 _SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast")
 _RENDERS_WITHIN = 90.0  # seconds, importing included; a broken driver may hang
+STOP_AT = "TRM_STOP_AT"  # when training stops, in seconds since 1970; set on Kaggle
 _RENDERER = "TRM_RENDERER"  # the choice, in the environment: child processes inherit it
 _RENDER = "from trm_helpers.software import render_test_frame; render_test_frame()"
 
@@ -77,6 +75,14 @@ def pip_command(distributions) -> str:
     return f"run: {sys.executable} -m pip install {pins}"
 
 
+def minutes_left() -> float:
+    """Minutes until ``$TRM_STOP_AT``; infinity without one."""
+    try:
+        return (float(os.environ[STOP_AT]) - time.time()) / 60
+    except (KeyError, ValueError):
+        return math.inf
+
+
 def software_versions() -> dict:
     """What a result depends on, for result files; ``None`` for what is missing.
 
@@ -100,70 +106,6 @@ def _git_state() -> dict:
     changes = git("status", "--porcelain")
     return {"revision": git("rev-parse", "HEAD"),
             "dirty": None if changes is None else bool(changes)}
-
-
-# --- installation --------------------------------------------------------------------------------
-def install_missing(root: str | os.PathLike) -> None:
-    """Install the requirements that are not satisfied, and the package of the checkout ``root``.
-
-    Installed packages keep their versions and new ones get those of ``constraints.txt``. If these
-    conflict, pip first chooses other versions of the new packages, and only then replaces
-    installed ones. Raises ``RuntimeError`` when pip fails.
-    """
-    file = Path(root) / "requirements.txt"
-    lines = file.read_text().splitlines() if file.exists() else metadata.requires("trm-helpers")
-    wanted = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
-    missing = [one for one in wanted if (not one.marker or one.marker.evaluate({"extra": ""}))
-               and not _satisfied(one)]
-    if missing:
-        _install_beside_the_rest(missing, Path(root) / "constraints.txt")
-    if installed_version("trm-helpers") is None:
-        isolation = ["--no-build-isolation"] if _satisfied(Requirement("setuptools>=70.1")) else []
-        _pip("install", "--quiet", "--no-deps", *isolation, "--editable", str(root))
-    elif not missing:
-        print("nothing is missing")
-
-
-def _satisfied(requirement: Requirement) -> bool:
-    found = installed_version(requirement.name)
-    return found is not None and requirement.specifier.contains(found, prereleases=True)
-
-
-def _install_beside_the_rest(missing: list[Requirement], constraints: Path) -> None:
-    listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format=freeze"],
-                            capture_output=True, text=True).stdout
-    installed = _pins(listed)
-    for requirement in missing:
-        installed.pop(canonicalize_name(requirement.name), None)
-    tested = _pins(constraints.read_text()) if constraints.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "constraints.txt"
-        for pins in ({**tested, **installed}, installed, tested):
-            file.write_text("\n".join(map("".join, pins.items())))
-            try:
-                return _pip("install", "--quiet", "--constraint", str(file), *map(str, missing))
-            except RuntimeError:
-                if pins is tested:
-                    raise
-                print("no versions fit these constraints; trying with fewer", flush=True)
-
-
-def _pins(text: str) -> dict[str, str]:
-    """Names and specifiers of the lines that hold here, without those of damaged packages."""
-    pins = {}
-    for line in text.splitlines():
-        with contextlib.suppress(InvalidRequirement):
-            pin = Requirement(line)
-            if not pin.marker or pin.marker.evaluate():
-                pins[canonicalize_name(pin.name)] = str(pin.specifier)
-    return pins
-
-
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", *arguments]
-    print("+", *command, flush=True)
-    if subprocess.run(command).returncode:
-        raise RuntimeError(f"`{' '.join(command)}` failed; see the messages above")
 
 
 # --- OpenGL --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -133,6 +134,13 @@ def test_the_first_epoch_is_completed_after_the_time_limit(small_run):
     trainer = small_run(max_minutes=1e-9)
     assert [row["epoch"] for row in trainer.fit()] == [1]
     assert (trainer.run / "best.safetensors").exists()
+
+
+def test_the_end_of_the_session_ends_training_with_everything_saved(small_run, monkeypatch):
+    monkeypatch.setenv("TRM_STOP_AT", str(time.time() - 1))
+    assert len(small_run("run", epochs=3).fit()) == 1
+    monkeypatch.setenv("TRM_STOP_AT", str(time.time() + 3600))
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
 
 
 def test_training_resumes_exactly_after_stop_epoch(small_run):

@@ -26,6 +26,7 @@ from .. import paths
 from ..config import Config
 from ..files import atomic_path, read_json, visible, write_json
 from ..notebooks import notebook_parameters
+from ..software import minutes_left
 from ..stats import detectable, paired_mcnemar
 from .optuna_study import STUDY, Study
 from .space import (
@@ -74,7 +75,8 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
     search, stop = config.search, threading.Event()
     environments = worker_environments(config)
     train = functools.partial(run_point, config, folder, stop=stop)
-    timer = threading.Timer(60 * search.search_minutes, stop.set)
+    minutes = min(search.search_minutes or math.inf, minutes_left())
+    timer = threading.Timer(60 * minutes, stop.set)
     timer.daemon = True
 
     def run_points(points: list[tuple[dict, int]], title: str) -> None:
@@ -86,7 +88,7 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
         records, idle, study = {}, True, None
         if search.search_method != "grid":
             study = stack.enter_context(Study.opened(config, folder))
-        if search.search_minutes:
+        if math.isfinite(minutes):
             timer.start()
             stack.callback(timer.cancel)
         if study:

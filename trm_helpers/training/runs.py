@@ -166,7 +166,7 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
         if to_write:
             if not shipped:
                 paths.run_dir(run.name)  # refuses what no run may be called
-            _copy_run(run, home)
+            copy_run(run, home)
         return home if to_write else run
     if all((home / path.name).exists() and filecmp.cmp(path, home / path.name, shallow=False)
            for path in (run / "policy.json", *run.glob("*.safetensors"))):
@@ -177,14 +177,14 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
     return run
 
 
-def _copy_run(run: Path, home: Path) -> None:
+def copy_run(run: Path, home: Path, with_searches: bool = False) -> None:
     """Without hidden files, searches, and links that leave the run; with this user's file modes.
 
     The Hugging Face hub's cache is made of links to its own folder ``blobs``.
     """
     own = [run, *(folder.parent / "blobs" for folder in run.parents if folder.name == "snapshots")]
     places = [source.relative_to(run) for source in visible(run, "**/*") if source.is_file()]
-    places = [place for place in places if place.parts[0] != "search"]
+    places = [place for place in places if with_searches or place.parts[0] != "search"]
     chosen = [place for place in places if any(inside(folder, run / place) for folder in own)]
     if left_out := [str(place) for place in places if place not in chosen]:
         print(f"not copied from {run}, since they are links out of it: {', '.join(left_out)}")

@@ -97,7 +97,7 @@ def main() -> None:
         try:
             settings = wandb.Settings(init_timeout=_LOGIN_WITHIN, login_timeout=_LOGIN_WITHIN,
                                       **quiet)
-            _connect(os.environ.get("WANDB_BASE_URL") or settings.base_url)
+            connect(os.environ.get("WANDB_BASE_URL") or settings.base_url)
             run = wandb.init(mode="online", settings=settings, **given)
             print(f"W&B: {run.url}", flush=True)
         except (Exception, SystemExit) as error:  # of any type, from W&B or the network
@@ -115,19 +115,19 @@ def main() -> None:
     os._exit(0)  # W&B's own exit waits for a server that does not answer, also offline
 
 
-def _connect(url: str) -> None:
-    """Raise ``ConnectionError`` if the host does not accept a connection in three seconds."""
+def connect(url: str) -> None:
+    """Raise ``ConnectionError`` unless the host accepts a connection within three seconds."""
     address = urlsplit(url)
     port = address.port or {"http": 80}.get(address.scheme, 443)
     reached = threading.Event()
 
-    def connect() -> None:
+    def try_it() -> None:
         with contextlib.suppress(OSError):
             socket.create_connection((address.hostname, port), _CONNECT_WITHIN).close()
             reached.set()
 
     # in a thread, because name resolution has no timeout
-    threading.Thread(target=connect, daemon=True).start()
+    threading.Thread(target=try_it, daemon=True).start()
     if not reached.wait(_CONNECT_WITHIN):
         raise ConnectionError(f"{address.hostname} cannot be reached")
 

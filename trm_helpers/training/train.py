@@ -24,6 +24,7 @@ from ..config import Config, TrainConfig
 from ..data.dataset import LIBERODataset
 from ..files import append_jsonl, write_bytes
 from ..policy.model import TRMPolicy
+from ..software import minutes_left
 from . import runs
 from .devices import choose_device, choose_precision, random_state, set_random_state
 from .distributed import Team
@@ -128,7 +129,7 @@ class BehaviorCloningTrainer:
         return cls(policy, train_data, val_data, config.train, run, roll_out)
 
     def fit(self) -> list[dict]:
-        """Train until ``epochs``, ``patience`` or ``max_minutes`` is reached.
+        """Train until ``epochs``, ``patience`` or ``max_minutes`` is reached, or the session ends.
 
         The training state is saved every five minutes, after every epoch and when the time is up.
         The first epoch is always completed, so that the run has weights.
@@ -287,8 +288,9 @@ class BehaviorCloningTrainer:
         return self.epoch >= self.last_epoch or 0 < self.config.patience <= without_progress
 
     def _time_is_up(self) -> bool:
-        minutes = self.team.broadcast((time.perf_counter() - self._began) / 60)
-        return self.epoch > 0 and 0 < self.config.max_minutes <= minutes
+        left = min(minutes_left(), (self.config.max_minutes or math.inf)
+                   - (time.perf_counter() - self._began) / 60)
+        return self.epoch > 0 and self.team.broadcast(left) <= 0
 
     def _stop_if_diverged(self) -> None:
         """Called before a state is saved."""

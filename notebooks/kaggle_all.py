@@ -1,0 +1,77 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # All eight notebooks in one session
+#
+# Each notebook runs in a process of its own, and its prose, tables, figures and films appear
+# below. Run all cells; the preset `demo` takes about half an hour with a GPU. An interrupted
+# session continues where it stopped: training resumes, and finished episodes are kept.
+
+# %% tags=["parameters"]
+preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
+run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
+
+# %% [markdown]
+# ## The package and this session
+#
+# Uses the installed package, else attached wheels, else the checkout that this notebook is in. On
+# Kaggle, attached runs and demonstrations are taken over.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("trm_helpers") is None:
+    wheels = sorted(Path("/kaggle/input").rglob("trm_helpers-*.whl"), key=lambda path: path.name)
+    checkout = [folder for folder in Path.cwd().parents if (folder / "trm_helpers").is_dir()]
+    source = (["--no-index", "--find-links", wheels[-1].parent, "trm-helpers"] if wheels else
+              ["--editable", checkout[0]] if checkout else [os.environ.get("TRM_SOURCE", "")])
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *map(str, source)]
+    assert source != [""] and subprocess.run(pip).returncode == 0, (
+        f"attach the data set of `make kaggle` for Python {sys.version_info[0]}."
+        f"{sys.version_info[1]}, or set the variable TRM_SOURCE to what pip should install")
+    sys.path[:0] = map(str, checkout[:1])
+    importlib.invalidate_caches()
+from trm_helpers import session
+
+session.begin("0.1.0")
+
+# %%
+from trm_helpers.notebooks import run_notebook, show_notebook
+
+settings = {"preset": preset, "run_name": run_name or preset}
+
+# %%
+show_notebook(run_notebook("00_setup", settings))
+
+# %%
+show_notebook(run_notebook("01_explore", settings))
+
+# %%
+show_notebook(run_notebook("02_dataset", settings))
+
+# %%
+show_notebook(run_notebook("03_model", settings))
+
+# %%
+show_notebook(run_notebook("04_train", settings))
+
+# %%
+show_notebook(run_notebook("05_search", settings))
+
+# %%
+show_notebook(run_notebook("06_eval", settings))
+
+# %%
+show_notebook(run_notebook("07_visualize", settings))

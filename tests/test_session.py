@@ -1,0 +1,192 @@
+"""What a notebook's first call finds in a Kaggle session; the folders stand in a test's own."""
+
+import json
+import os
+import shutil
+import sys
+import time
+import types
+
+import psutil
+import pytest
+from demo_files import write_demo_file
+
+from trm_helpers import __version__, paths, session, software
+from trm_helpers.config import from_flat
+from trm_helpers.demos.collect import ensure_demonstrations
+
+SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """An emulated /kaggle, without a network, in a session of one hour."""
+    for name in ("input", "working", "temporary"):
+        (tmp_path / "kaggle" / name).mkdir(parents=True)
+        monkeypatch.setattr(paths, f"KAGGLE_{name.upper()}", tmp_path / "kaggle" / name)
+    for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR", "WANDB_API_KEY", "WANDB_MODE", "HF_HOME",
+                 "HF_HUB_OFFLINE", software.STOP_AT):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what a session sets ends with the test
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+
+    def no_network(url):
+        raise ConnectionError(f"{url} cannot be reached")
+
+    monkeypatch.setattr(session, "connect", no_network)
+    monkeypatch.setattr(software, "ensure_gl", lambda: {"renderer": "Tesla T4", "ms": 1.5})
+    began = time.time() - 3600
+    monkeypatch.setattr(psutil, "Process",
+                        lambda pid: types.SimpleNamespace(create_time=lambda: began))
+    return tmp_path / "kaggle"
+
+
+def run_folder(folder, epochs):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"epochs": epochs}))
+    (folder / "policy.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"loss": 1}\n' * epochs)
+    (folder / "search").mkdir()
+    (folder / "search" / "trials.csv").write_text("x")
+    return folder
+
+
+def read_only(folder):
+    for path in (*folder.rglob("*"), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def lines(capsys):
+    return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_elsewhere_only_the_folders_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(paths, "on_kaggle", lambda: False)
+    session.begin()
+    said = lines(capsys)
+    assert list(said) == ["package", "demonstrations", "runs"]
+    assert said["demonstrations"].strip() == str(tmp_path / "data")
+
+
+def test_a_notebook_of_another_version_is_refused(kaggle):
+    with pytest.raises(RuntimeError, match=f"version 9.9.9, .* of {__version__}; attach"):
+        session.begin("9.9.9")
+
+
+def test_a_session_without_anything_says_what_to_click(kaggle, capsys):
+    session.begin(__version__)
+    said = lines(capsys)
+    assert "Settings > Internet" in said["network"] and "Accelerator" in said["GPU"]
+    assert "neither runs nor demonstrations" in said["attached"]
+    assert os.environ["WANDB_MODE"] == "offline" and os.environ["HF_HUB_OFFLINE"] == "1"
+    assert said["renderer"].strip().startswith("Tesla T4")
+    assert paths.data_dir() == kaggle / "temporary" / "data"
+    assert paths.artifacts_dir() == kaggle / "working" / "artifacts"
+
+
+def test_a_machine_without_opengl_can_still_train(kaggle, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError("no libEGL")
+
+    monkeypatch.setattr(software, "ensure_gl", fail)
+    session.begin()
+    assert "none (no libEGL); training works" in lines(capsys)["renderer"]
+
+
+def test_training_stops_before_the_session_ends(kaggle):
+    session.begin()
+    assert software.minutes_left() == pytest.approx(60 * 11 - 20, abs=0.5)
+
+
+def test_a_time_that_is_set_already_stays(kaggle, monkeypatch):
+    monkeypatch.setenv(software.STOP_AT, str(time.time() + 600))
+    session.begin()
+    assert software.minutes_left() == pytest.approx(10, abs=0.1)
+
+
+@pytest.mark.parametrize("layout", ["somebody-output", "notebooks/somebody/output"])
+def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
+    attached = kaggle / "input" / layout
+    run_folder(attached / "artifacts" / "demo", 5)
+    run_folder(kaggle / "input" / "older" / "artifacts" / "demo", 3)
+    run_folder(kaggle / "input" / "older" / "trm" / "pretrained" / "code", 9)
+    read_only(kaggle / "input")
+    session.begin()
+    home = kaggle / "working" / "artifacts" / "demo"
+    assert len((home / "metrics.jsonl").read_text().splitlines()) == 5
+    assert (home / "search" / "trials.csv").exists()
+    assert [path.name for path in home.parent.iterdir()] == ["demo"]
+    assert f"demo, 5 epochs, from {attached}" in lines(capsys)["attached run"]
+    (home / "metrics.jsonl").write_text("")  # this user's modes, and it stays as it is
+    session.begin()
+    assert "stays as it is" in lines(capsys)["attached run"]
+    assert (home / "metrics.jsonl").read_text() == ""
+
+
+def test_a_damaged_run_and_a_damaged_file_cost_nothing_else(kaggle, capsys):
+    run = run_folder(kaggle / "input" / "a" / "bad", 1)
+    (run / "config.json").write_text("{")
+    run_folder(kaggle / "input" / "a" / "good", 2)
+    (kaggle / "input" / "x_demo.hdf5").write_bytes(b"no HDF5")
+    session.begin()
+    out = capsys.readouterr().out
+    assert "bad was not taken over" in out and "good, 2 epochs" in out
+    assert "x_demo.hdf5: truncated, or not an HDF5 file" in out
+    assert [path.name for path in (kaggle / "working" / "artifacts").iterdir()] == ["good"]
+
+
+def test_attached_scripted_demonstrations_are_used_and_not_collected_again(
+        kaggle, capsys, monkeypatch):
+    config = from_flat("tiny", suite="libero_object", task_ids=[0], demos="scripted")
+    made = {"by": "scripted expert", "suite": "libero_object", "task_id": 0,
+            "seed": 0, "disturb": True, "placement": config.data.placement,
+            "observations": "what env.step returned", **session.schema.PINNED}
+    attached = write_demo_file(kaggle / "input" / "set" / f"{SOUP}_demo.hdf5",
+                               (6, 7, 8, 9, 10), collection=made)
+    human = write_demo_file(kaggle / "input" / "human" / "y_demo.hdf5", (6, 7))
+    read_only(kaggle / "input")
+    session.begin()
+    assert "1 scripted and 1 human file(s)" in lines(capsys)["attached demos"]
+    files = ensure_demonstrations(config)
+    assert files[0].resolve() == attached and files[0].is_relative_to(kaggle / "temporary")
+    session.keep([*files.values(), human])
+    assert not (kaggle / "working" / "data").exists()  # both are attached
+
+
+def test_collected_demonstrations_become_part_of_the_output(kaggle, capsys):
+    session.begin()
+    made = write_demo_file(paths.data_dir() / "scripted" / "libero_object" / "z_demo.hdf5", (6,))
+    session.keep([made])
+    kept = kaggle / "working" / "data" / "scripted" / "libero_object" / "z_demo.hdf5"
+    assert kept.read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("answer", ["a-key", "not attached", "nothing"])
+def test_the_tracking_key_comes_from_the_attached_secrets(kaggle, capsys, monkeypatch, answer):
+    class UserSecretsClient:
+        def get_secret(self, name):
+            if answer == "nothing":
+                time.sleep(2)
+            if answer != "a-key":
+                raise ValueError("no such secret")
+            return f"{answer} of {name}"
+
+    monkeypatch.setitem(sys.modules, "kaggle_secrets",
+                        types.SimpleNamespace(UserSecretsClient=UserSecretsClient))
+    monkeypatch.setattr(session, "_ANSWER_WITHIN", 0.2)
+    began = time.perf_counter()
+    session.begin()
+    assert time.perf_counter() - began < 1.5
+    said = lines(capsys)["W&B"]
+    key = os.environ.get("WANDB_API_KEY")
+    if answer == "a-key":
+        assert key == "a-key of WANDB_API_KEY" and "wandb_mode='online' uses it" in said
+    else:
+        assert key is None and said.strip().startswith("no key")
+
+
+def test_a_full_working_disk_is_said(kaggle, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(
+        free=1e8, total=2e10))
+    session.begin()
+    assert "0.1 of 20.0 GB free; delete files" in lines(capsys)["working disk"]
