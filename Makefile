@@ -56,7 +56,11 @@ lint: setup
 notebooks: setup
 	$(BIN)/jupytext --update --to ipynb notebooks/*.py
 
-# SUITES="libero_spatial libero_object", DEMOS=data/scripted, PARTS_MB=60, KAGGLE_USERNAME=you
+# SUITES="libero_spatial libero_object" DEMOS=data/scripted PARTS_MB=60 choose what is packed.
+KAGGLE_USERNAME ?= USERNAME
+SUITES ?=
+DEMOS ?=
+PARTS_MB ?=
 kaggle: setup
-	$(BIN)/python kaggle/build.py $(if $(SUITES),--suites $(SUITES)) \
+	$(BIN)/python kaggle/build.py --user $(KAGGLE_USERNAME) $(if $(SUITES),--suites $(SUITES)) \
 	    $(if $(DEMOS),--demos $(DEMOS)) $(if $(PARTS_MB),--parts-mb $(PARTS_MB))
