@@ -79,15 +79,18 @@ def files_of_tasks(suites: list[str]) -> set[Path]:
 
     sys.addaudithook(note)
     from trm_helpers import preflight
+    from trm_helpers.sim.checks import SCENE
     from trm_helpers.sim.env import LiberoEnv
 
-    preflight.preflight()
-    for suite in suites:
-        for task_id in tqdm(range(schema.SUITES[suite]), suite):
-            with LiberoEnv(suite, task_id) as env:
-                env.reset(init_state=0)
-                named = ElementTree.fromstring(env.model_xml()).iter()
-                used |= {os.path.abspath(node.get("file")) for node in named if node.get("file")}
+    checks = preflight.preflight()
+    if any(check.status == "fail" for check in checks):
+        sys.exit(f"{preflight.table(checks)}\nfix the rows marked fail first")
+    tasks = [(suite, task_id) for suite in suites for task_id in range(schema.SUITES[suite])]
+    for suite, task_id in tqdm([SCENE, *tasks], "tasks"):
+        with LiberoEnv(suite, task_id) as env:
+            env.reset(init_state=0)
+            named = ElementTree.fromstring(env.model_xml()).iter()
+            used |= {os.path.abspath(node.get("file")) for node in named if node.get("file")}
     return {Path(path) for path in used}
 
 

@@ -28,7 +28,7 @@ BROUGHT = ("trm_helpers", "__editable__", "libero", "robosuite", "bddl")
 BUILD_SMALL = """
 import runpy, sys
 from trm_helpers import schema
-schema.SUITES = {"libero_object": 1}
+schema.SUITES["libero_object"] = 1
 script, out = sys.argv[1:]
 names = runpy.run_path(script)
 pip = names["pip"]
@@ -134,6 +134,8 @@ def kaggle(built, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     [site] = (folder / "venv").glob("lib/python*/site-packages")
     (site / "image.pth").write_text(f"{image}\n")
+    for path in site.glob("setuptools*"):  # as old as Python; the image's is wanted
+        shutil.rmtree(path)
     alone = ["unshare", "--map-root-user", "--net"]  # no network, where the kernel allows it
     execute = LOOPBACK + EXECUTE
     if subprocess.run([*alone, sys.executable, "-c", LOOPBACK], capture_output=True).returncode:
