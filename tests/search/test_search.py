@@ -364,7 +364,7 @@ def test_halving_ranks_the_stopped_after_the_complete(tmp_path, pretend, monkeyp
 def test_a_killed_search_repeats_its_running_trial(tmp_path, pretend, monkeypatch, database):
     url = f"sqlite:///{tmp_path}/study.db" if database else ""
     code = f"""
-        import os, sys
+        import contextlib, os, sqlite3, sys, time
         sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
         from pathlib import Path
         from test_search import search
@@ -372,10 +372,15 @@ def test_a_killed_search_repeats_its_running_trial(tmp_path, pretend, monkeypatc
         from pretend_training import train_into
         optuna_study._HEARTBEAT, optuna_study._GRACE = 1, 4
         ran = []
+        def beats():
+            with contextlib.closing(sqlite3.connect({str(tmp_path / "study.db")!r})) as file:
+                return file.execute("SELECT count(*) FROM trial_heartbeats").fetchone()[0]
         def run_notebook(notebook, given, *, run_dir, **_):
             ran.append(run_dir.name)
             if len(ran) == 2:
                 print(run_dir.name, flush=True)
+                while {database} and beats() < 2:  # its first sign of life may be late
+                    time.sleep(0.1)
                 os._exit(9)
             train_into(run_dir, given)
         trials.run_notebook = run_notebook
