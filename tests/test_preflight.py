@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
+from trm_helpers import paths, schema, software
 from trm_helpers import preflight as preflight_module
-from trm_helpers import schema, software
 from trm_helpers.preflight import Check, preflight, run_check, table
 from trm_helpers.sim import checks
 from trm_helpers.software import (
@@ -425,6 +425,17 @@ def test_unsupported_python_fails(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     check = preflight_module._check_python()
     assert check.status == "fail" and check.hint == "use Python 3.10 to 3.13"
+
+
+@pytest.mark.parametrize(("version", "status"), [
+    (None, "fail"), ("2.4.1", "fail"), ("2.5.1+cu124", "fail"), ("2.6.0", "ok"),
+    ("2.10.0+cpu", "ok")])
+def test_a_torch_that_may_run_code_from_a_training_state_fails(monkeypatch, version, status):
+    monkeypatch.setattr(preflight_module, "installed_version", lambda _: version)
+    check = preflight_module._check_torch()
+    assert check.status == status and bool(check.hint) == (status == "fail")
+    oldest = ".".join(map(str, preflight_module.OLDEST_TORCH))
+    assert f"torch>={oldest} " in (paths.repo_root() / "requirements.txt").read_text()
 
 
 def test_a_full_disk_fails(monkeypatch):

@@ -1,5 +1,7 @@
 """The page on a run shows the contents of its folder."""
 
+import re
+
 import pytest
 
 from trm_helpers.__main__ import main
@@ -76,8 +78,18 @@ def test_a_piece_that_cannot_be_read_costs_no_other(trained, tmp_path):
     text = write_report(trained).read_text()
     assert "9 of 10 episodes" in text and "2 epochs in" in text and "| lr | " in text
     for name in ("Robustness", "Depth"):
-        assert f"## {name}\n\nCould not be read: ValueError: {trained / name.lower()}.json" in text
+        assert (f"## {name}\n\nCould not be read from {name.lower()}.json: ValueError: "
+                f"{trained / name.lower()}.json") in text
     assert "nobody's business" not in text
+
+
+@pytest.mark.parametrize(("file", "content", "section"), [
+    ("results.json", '{"protocol": 3}', "Success"), ("metrics.jsonl", '{"epoch": 1}\n', "Training"),
+    ("depth.json", '{"rows": 3}', "Depth"), ("explain.json", '{"a": 1}', "Inside")])
+def test_a_file_without_what_belongs_into_it_is_named(trained, file, content, section):
+    (trained / file).write_text(content)
+    assert re.search(rf"## {section}\n\nCould not be read from {file}.*: KeyError",
+                     write_report(trained).read_text())
 
 
 def test_markdown_and_html_in_names_and_texts_are_escaped(trained):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .sim.checks import SimulatorCheck, Subject
 
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest supported
+OLDEST_TORCH = (2, 6)  # in older ones torch.load(weights_only=True) can run code from a file
 _GB = 1e9
 _WIDTH = 100  # columns of the table
 
@@ -100,7 +101,12 @@ def _check_python() -> Check:
 
 def _check_torch() -> Check:
     found = installed_version("torch")
-    return Check("torch", *(("ok", found) if found else ("fail", "missing", "run: make setup")))
+    if not found:
+        return Check("torch", "fail", "missing", "run: make setup")
+    fits = tuple(map(int, found.split(".")[:2])) >= OLDEST_TORCH
+    return Check("torch", "ok" if fits else "fail", found,
+                 "" if fits else "needs {}.{} or newer: loading a training state could run code "
+                                 "from the file".format(*OLDEST_TORCH))
 
 
 def _check_versions() -> Iterator[Check]:

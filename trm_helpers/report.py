@@ -37,13 +37,13 @@ def write_report(run: str | Path) -> Path:
     """
     run = find_run(run, to_write=True)
     sections = [f"# {_text(run.name)}"]
-    for section in (_success, _robustness, _depth, _training, _inside, _search, _settings, _media):
+    for section, file in _SECTIONS.items():
         try:
             sections += list(section(run))
         except Exception as error:  # a damaged file costs its own section only
             title = section.__name__.strip("_").capitalize()
-            sections.append(f"## {title}\n\nCould not be read: {type(error).__name__}: "
-                            f"{_text(error)}")
+            sections.append(f"## {title}\n\nCould not be read from {_text(file)}: "
+                            f"{type(error).__name__}: {_text(error)}")
     path = run / "report.md"
     with atomic_path(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
@@ -136,6 +136,12 @@ def _media(run: Path) -> Iterable[str]:
         if names:
             yield f"## {title}"
             yield "".join(f"{mark}[{_text(name)}]({quote(name)})" for name in names).strip()
+
+
+_SECTIONS = {  # with the files that each reads
+    _success: "results.json and bounds/", _robustness: "robustness.json", _depth: "depth.json",
+    _training: "metrics.jsonl", _inside: "explain.json", _search: "search/",
+    _settings: "config.json", _media: "videos/ and figures/"}
 
 
 def _stale(run: Path, made: dict) -> list[str]:

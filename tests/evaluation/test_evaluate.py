@@ -334,6 +334,10 @@ def test_a_missing_piece_of_a_run_costs_no_results(bounded, piece):
 
 @pytest.mark.parametrize(("line", "problem"), [
     ('{"suite": "libero_object"}', "no episode; expected suite, t"),
+    ('{"suite": "libero_object", "task_id": 0, "init_state": 0, "seed": null, "steps": 9}',
+     "damaged: it holds no success"),
+    ('{"suite": "libero_object", "task_id": 0, "init_state": 0, "seed": null}',
+     "damaged: it holds no success, steps"),
     ("[1]", "damaged: it holds list"), ("7", "damaged: it holds int")])
 def test_a_line_that_is_no_episode_is_named(run, line, problem):
     (run / "episodes.jsonl").write_text(line + "\n")

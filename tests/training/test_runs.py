@@ -13,7 +13,7 @@ from trm_helpers.config import from_flat, local_settings, settings_by_part
 from trm_helpers.demos.collect import demonstrations_of
 from trm_helpers.files import append_jsonl, exclusive_lock
 from trm_helpers.policy import model
-from trm_helpers.training import runs
+from trm_helpers.training import runs, train
 from trm_helpers.training.runs import (
     TRAINING_LOCK,
     create_run,
@@ -441,9 +441,20 @@ def test_an_error_names_a_training_state_of_other_content(trained, state):
         load_training_state(trained)
 
 
-def test_an_error_names_a_truncated_training_state(trained):
+@pytest.mark.parametrize("key", sorted({*train._VALUES, "policy", "optimizer", "scheduler",
+                                         "measured", "precision", "generator", "cuda_generators"}))
+def test_an_error_names_a_training_state_without_one_of_its_parts(trained, key):
+    state = load_training_state(trained)
+    del state[key]
+    torch.save(state, trained / "training_state.pt")
+    with pytest.raises(ValueError, match="training_state.pt is damaged"):
+        load_training_state(trained)
+
+
+@pytest.mark.parametrize("length", [0, 10, 1000, 5000, 20000])
+def test_an_error_names_a_truncated_training_state(trained, length):
     path = trained / "training_state.pt"
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match="training_state.pt is damaged"):
         load_training_state(trained)
 

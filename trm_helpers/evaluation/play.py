@@ -114,6 +114,10 @@ class Evaluation(NamedTuple):
                 episode = Episode.of(row)
             except ValueError as error:
                 raise ValueError(f"{self.ledger}, line {number} is {error}") from None
+            missing = [key for key in ("success", "steps") if key not in row]
+            if missing and "error" not in row:
+                raise ValueError(f"{self.ledger}, line {number} is damaged: it holds no "
+                                 f"{', '.join(missing)}")
             row = {"perturbation": "none", **row}  # older rows do not say so
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:

@@ -38,7 +38,9 @@ from ..policy.model import TRMPolicy, read_weights
 from ..software import software_versions
 
 TRAINING_LOCK = ".training.lock"
-_STATE_KEYS = {"epoch", "rows", "policy", "optimizer"}
+_STATE_KEYS = {  # all that a trainer reads, but what only some have: ema and scaler
+    "epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch", "policy",
+    "optimizer", "scheduler", "measured", "precision", "generator", "cuda_generators"}
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
@@ -295,6 +297,6 @@ def load_training_state(run: Path) -> dict | None:
         if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
             raise EOFError("it holds something else")
         return state
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:  # of any length
         raise ValueError(f"{path} is damaged, of another version of the code, or holds more than "
                          "tensors and numbers; remove it to train from the start") from error
