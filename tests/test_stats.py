@@ -156,6 +156,8 @@ def test_the_detectable_difference_in_a_line():
     assert detectable({"episodes": 50, "success_rate": 0.8}).startswith(
         "With 50 episodes per policy you will usually (80 %) detect a difference of 22 points")
     assert "17 points" in detectable({"episodes": 50, "success_rate": 1.0})  # as of 90 %
+    assert detectable({"episodes": 1, "success_rate": 1.0}) == (
+        "Too few episodes per policy (1) to detect any difference")
 
 
 def test_a_comparison_in_a_line():

@@ -189,6 +189,8 @@ def detectable(summary: Mapping) -> str:
     """The gap between success rates that this number of episodes usually reveals, in one line."""
     rate = min(max(summary["success_rate"], 0.1), 0.9)
     gap = minimum_detectable_difference(summary["episodes"], rate)
+    if gap > 1:
+        return f"Too few episodes per policy ({summary['episodes']}) to detect any difference"
     return (f"With {summary['episodes']} episodes per policy you will usually (80 %) detect a "
             f"difference of {100 * gap:.0f} points; comparing on the same episodes detects "
             "smaller ones")
