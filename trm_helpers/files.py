@@ -146,6 +146,21 @@ def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
         guard.release()
 
 
+def walk(folder: str | os.PathLike) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """:func:`os.walk` in sorted order: links are followed, hidden names left out.
+
+    No folder is entered twice, so links in a circle end.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(
+            name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield Path(place), folders, sorted(n for n in names if not n.startswith("."))
+        seen.add(real)
+
+
 def visible(folder: str | os.PathLike, pattern: str) -> list[Path]:
     """Sorted paths below ``folder`` that match a glob ``pattern``, hidden ones excluded."""
     folder = Path(folder)

@@ -6,13 +6,12 @@ off, and a session ends after twelve hours. Elsewhere :func:`begin` only says wh
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from pathlib import Path
@@ -20,8 +19,15 @@ from pathlib import Path
 import psutil
 
 from . import __version__, paths, schema, software
-from .demos.demo_files import COLLECTION_ATTR, DemoFileError, json_attribute, open_demo_file
-from .files import atomic_path, read_json, read_jsonl
+from .demos.demo_files import (
+    COLLECTION_ATTR,
+    DemoFileError,
+    json_attribute,
+    open_demo_file,
+    source_of,
+)
+from .demos.find_demos import scripted_dir
+from .files import atomic_path, read_json, read_jsonl, walk
 from .training.runs import copy_run
 from .training.tracking import connect
 
@@ -52,14 +58,13 @@ def begin(version: str = __version__) -> None:
             f"this notebook is of version {version}, trm_helpers in {home} of {__version__}; "
             "attach the data set of the notebook's version, or open the notebook that came with it")
     print(f"package:         trm_helpers {__version__}, Python {sys.version.split()[0]}, {home}")
-    steps = _kaggle_steps() if paths.on_kaggle() else ()
-    for what, found in steps:
+    for what, found in _kaggle_steps() if paths.on_kaggle() else ():
         print(f"{what + ':':16} {found}", flush=True)
     print(f"demonstrations:  {paths.data_dir()}")
     print(f"runs:            {paths.artifacts_dir()}", flush=True)
 
 
-def keep(files: Iterator[Path]) -> None:
+def keep(files: Iterable[Path]) -> None:
     """Copy demonstrations collected in this session into the notebook's output, on Kaggle.
 
     The data folder is in ``/tmp`` there, which ends with the session. Attached files are left out.
@@ -67,7 +72,7 @@ def keep(files: Iterator[Path]) -> None:
     if not paths.on_kaggle():
         return
     for path in map(Path, files):
-        if path.is_symlink() or not path.is_relative_to(paths.data_dir() / ""):
+        if path.is_symlink() or not path.is_relative_to(paths.data_dir()):
             continue
         home = paths.KAGGLE_WORKING / "data" / path.relative_to(paths.data_dir())
         if not home.exists() or home.stat().st_size != path.stat().st_size:
@@ -157,8 +162,8 @@ def _free_space() -> str:
 def _take_over() -> Iterator[tuple[str, str]]:
     """Runs are copied into the artifacts folder, scripted demonstrations linked in the data folder.
 
-    Human demonstrations are found where they lie. Of several runs of one name the one trained
-    longest is taken, and one in the artifacts folder stays as it is.
+    Human demonstrations are found where they are. Of several runs of one name the one with the most
+    epochs, then episodes, is taken; a run that is in the artifacts folder already stays as it is.
     """
     runs: dict[str, list[Path]] = {}
     demos: list[Path] = []
@@ -183,30 +188,19 @@ def _take_over() -> Iterator[tuple[str, str]]:
 
 
 def _attached(root: Path) -> Iterator[Path]:
-    """Run folders and demonstration files below ``root``, each real folder once."""
-    seen = set()
-    for place, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name not in _CODE and name[0] != ".")
+    """Run folders and demonstration files below ``root``."""
+    for place, folders, names in walk(root):
         if "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
             folders.clear()
-            yield Path(place)
+            yield place
         else:
-            yield from (Path(place, name) for name in sorted(names)
-                        if name.endswith(schema.DEMO_FILE_SUFFIX) and name[0] != ".")
+            folders[:] = [name for name in folders if name not in _CODE]
+            yield from (place / name for name in names if name.endswith(schema.DEMO_FILE_SUFFIX))
 
 
 def _take_over_run(name: str, several: list[Path]) -> str:
-    def epochs(run: Path) -> int:
-        with contextlib.suppress(ValueError, OSError):
-            return len(read_jsonl(run / "metrics.jsonl"))
-        return 0
-
-    best = max(several, key=epochs)
+    best = max(several, key=lambda run: (_lines(run / "metrics.jsonl"),
+                                         _lines(run / "episodes.jsonl")))
     others = f"; {len(several) - 1} other(s) of this name have no more" if several[1:] else ""
     try:
         home = paths.run_dir(name)
@@ -214,24 +208,30 @@ def _take_over_run(name: str, several: list[Path]) -> str:
             return f"{name} is in {home} already and stays as it is"
         read_json(best / "config.json")
         copy_run(best, home, with_searches=True)
-        return f"{name}, {epochs(best)} epochs, from {best}{others}"
+        return (f"{name}, {_lines(home / 'metrics.jsonl')} epochs, "
+                f"{_lines(home / 'episodes.jsonl')} episodes, from {best}{others}")
     except (ValueError, OSError) as error:
         return f"{name} was not taken over: {error}"
 
 
+def _lines(path: Path) -> int:
+    try:
+        return len(read_jsonl(path))
+    except (ValueError, OSError):  # damaged
+        return 0
+
+
 def _link_scripted(path: Path) -> bool:
     """Link a scripted file where collection looks for it; False for a human one."""
+    if source_of(path) == "human":
+        return False
     with open_demo_file(path) as file:
-        group = file.get(schema.DATA_GROUP)
-        if group is None or COLLECTION_ATTR not in group.attrs:
-            return False
-        made = json_attribute(group, COLLECTION_ATTR)
+        made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     placement, suite = made.get("placement", "benchmark"), made.get("suite")
     if suite not in schema.SUITES or placement not in schema.PLACEMENTS:
         raise DemoFileError(f"{path}: made for suite {suite!r}, placement {placement!r}, which "
                             "this version does not have")
-    kind = "scripted" if placement == "benchmark" else f"scripted-{placement}"
-    home = paths.data_dir() / kind / suite / path.name
+    home = scripted_dir(suite, placement) / path.name
     home.parent.mkdir(parents=True, exist_ok=True)
     if not home.exists():
         home.unlink(missing_ok=True)  # a dangling link

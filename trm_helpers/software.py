@@ -76,11 +76,12 @@ def pip_command(distributions) -> str:
 
 
 def minutes_left() -> float:
-    """Minutes until ``$TRM_STOP_AT``; infinity without one."""
+    """Minutes until ``$TRM_STOP_AT``; infinity without one. ``ValueError`` if it is no time."""
+    given = os.environ.get(STOP_AT) or "inf"
     try:
-        return (float(os.environ[STOP_AT]) - time.time()) / 60
-    except (KeyError, ValueError):
-        return math.inf
+        return (float(given) - time.time()) / 60
+    except ValueError:
+        raise ValueError(f"{STOP_AT}={given!r} is not valid; expected seconds since 1970") from None
 
 
 def software_versions() -> dict:

@@ -33,7 +33,12 @@ from .demo_files import (
     version_notes,
 )
 from .experts import Style, make_expert
-from .find_demos import given_demonstrations, human_demonstrations, survey_demonstrations
+from .find_demos import (
+    given_demonstrations,
+    human_demonstrations,
+    scripted_dir,
+    survey_demonstrations,
+)
 
 _MAX_FAILURES = 20  # this many failures, and more than successes: the expert cannot do the task
 
@@ -168,8 +173,7 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
             print(f"{kind} demonstrations of {len(of_kind)} task(s): {', '.join(of_kind)}")
     missing = [task_id for task_id, task in tasks.items() if task.name not in found]
     if missing:
-        kind = "scripted" if data.placement == "benchmark" else f"scripted-{data.placement}"
-        folder = paths.data_dir() / kind / data.suite
+        folder = scripted_dir(data.suite, data.placement)
         print(f"{data.num_demos} scripted demonstrations of each of {len(missing)} task(s), in "
               f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
                              if data.demos == "auto" else ""))

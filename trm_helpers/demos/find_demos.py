@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import paths, schema
+from ..files import walk
 from .demo_files import DemoFileError, check_demo_file, source_of
 
 HUMAN_REPOSITORY = "yifengzhu-hf/LIBERO-datasets"  # CC BY 4.0, on the Hugging Face hub
 HUMAN_REVISION = "f13aa24a3da8c43c7225569f28c562979fa0e35a"  # of May 2025
+
+
+def scripted_dir(suite: str, placement: str) -> Path:
+    """Where scripted demonstrations of a suite are collected."""
+    kind = "scripted" if placement == "benchmark" else f"scripted-{placement}"
+    return paths.data_dir() / kind / suite
 
 
 def survey_demonstrations(
@@ -80,18 +86,8 @@ def _folders(folder: str | Path | Iterable[str | Path]) -> list[str | Path]:
 
 
 def _hdf5_files(folder: Path) -> list[Path]:
-    """Sorted; links are followed, but no folder is entered twice."""
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names
-                  if name.endswith((".hdf5", ".h5")) and not name.startswith(".")]
-    return sorted(files)
+    return sorted(place / name for place, _, names in walk(folder) for name in names
+                  if name.endswith((".hdf5", ".h5")))
 
 
 def find_demonstrations(
