@@ -156,6 +156,7 @@ def kaggle(built, tmp_path_factory):
         source = (notebooks_dir() / f"{name}.ipynb").read_text()
         assert 'preset = \\"demo\\"' in source
         source = source.replace('preset = \\"demo\\"', 'preset = \\"tiny\\"')
+        source = source.replace('run_name = \\"\\"', 'run_name = \\"tiny\\"')
         for parameter, value in parameters.items():
             assert f"{parameter} = None" in source
             source = source.replace(f"{parameter} = None", f"{parameter} = {value}")
