@@ -30,9 +30,10 @@ from packaging.utils import canonicalize_name
 from tqdm import tqdm
 
 from trm_helpers import __version__, schema
-from trm_helpers.files import atomic_path, write_json
+from trm_helpers.demos.demo_files import DemoFileError, check_demo_file
+from trm_helpers.files import atomic_path, walk, write_json
 from trm_helpers.notebooks import suite_notebooks
-from trm_helpers.paths import notebooks_dir, repo_root
+from trm_helpers.paths import absolute, notebooks_dir, repo_root
 
 IMAGE = Path(__file__).with_name("image-3.12.txt")  # what Kaggle's image has of our requirements
 PYTHON = "3.12"
@@ -146,11 +147,26 @@ def write_wheels(suites: list[str], folder: Path) -> None:
 
 
 # --- Kaggle's folders ----------------------------------------------------------------------------
-def write_data_set(folder: Path, user: str, suites: list[str], demos: Path | None) -> None:
+def demonstrations_in(folder: Path) -> list[Path]:
+    """Demonstration files below ``folder``, checked; no two may have one name."""
+    files: dict[str, Path] = {}
+    for place, _, names in walk(folder):
+        for path in (place / name for name in names if name.endswith(schema.DEMO_FILE_SUFFIX)):
+            if path.name in files:
+                raise DemoFileError(f"{folder}: {files[path.name]} and {path} have one name; "
+                                    "expected a folder with one of them")
+            check_demo_file(path)
+            files[path.name] = path
+    if not files:
+        raise DemoFileError(f"{folder}: no *{schema.DEMO_FILE_SUFFIX} in it")
+    return list(files.values())
+
+
+def write_data_set(folder: Path, user: str, suites: list[str], demos: list[Path]) -> None:
     """Flat: Kaggle's command line leaves folders out unless told otherwise."""
     folder.mkdir()
     write_wheels(suites, folder)
-    for file in sorted(demos.rglob(f"*{schema.DEMO_FILE_SUFFIX}")) if demos else ():
+    for file in demos:
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "dataset-metadata.json", {
         "title": f"Tiny recursive robot policies: trm_helpers {__version__}",
@@ -207,22 +223,29 @@ def main() -> None:
     parser.add_argument("--parts-mb", type=int, help="also cut the data set into parts this large")
     parser.add_argument("--out", type=Path, default=repo_root() / "dist" / "kaggle")
     given = parser.parse_args()
-    if given.demos and not any(given.demos.rglob(f"*{schema.DEMO_FILE_SUFFIX}")):
-        parser.error(f"--demos {given.demos}: no *{schema.DEMO_FILE_SUFFIX} in it")
-    if given.parts_mb is not None and given.parts_mb < 1:
-        parser.error(f"--parts-mb {given.parts_mb}: expected at least 1")
-    with atomic_path(given.out) as folder:
+    out = absolute(given.out)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", given.user):
+        parser.error(f"--user {given.user!r}: expected letters, digits, '_' and '-'")
+    if given.parts_mb is not None and not 1 <= given.parts_mb <= 100_000:
+        parser.error(f"--parts-mb {given.parts_mb}: expected 1 to 100000")
+    if out.exists() and not (out / "dataset" / "dataset-metadata.json").exists():
+        parser.error(f"--out {out}: exists and was not written by this script; expected a new name")
+    try:
+        demos = demonstrations_in(absolute(given.demos)) if given.demos else []
+    except (DemoFileError, OSError) as error:
+        parser.error(f"--demos {error}")
+    with atomic_path(out) as folder:
         folder.mkdir()
-        write_data_set(folder / "dataset", given.user, given.suites, given.demos)
+        write_data_set(folder / "dataset", given.user, given.suites, demos)
         for notebook in (*suite_notebooks(), notebooks_dir() / "kaggle_all.ipynb"):
             write_kernel(notebook, folder / "kernels" / notebook.stem, given.user)
         (folder / "README.md").write_text(README.format(user=given.user))
         if given.parts_mb:
             write_parts(folder / "dataset", folder / "parts", given.parts_mb)
-        if given.out.exists():
-            shutil.rmtree(given.out)
-    megabytes = sum(file.stat().st_size for file in (given.out / "dataset").iterdir()) / 1e6
-    print(f"{given.out}: {len(list((given.out / 'dataset').glob('*.whl')))} wheels, "
+        if out.exists():
+            shutil.rmtree(out)
+    megabytes = sum(file.stat().st_size for file in (out / "dataset").iterdir()) / 1e6
+    print(f"{out}: {len(list((out / 'dataset').glob('*.whl')))} wheels, "
           f"{megabytes:.0f} MB")
     if given.user == "USERNAME":
         print("no user name: give KAGGLE_USERNAME=you, or replace USERNAME in the metadata files")

@@ -32,20 +32,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+version = "0.1.0"
 if importlib.util.find_spec("trm_helpers") is None:
-    wheels = sorted(Path("/kaggle/input").rglob("trm_helpers-*.whl"), key=lambda path: path.name)
+    wheels = [*Path("/kaggle/input").rglob(f"trm_helpers-{version}-*.whl")]
     checkout = [folder for folder in Path.cwd().parents if (folder / "trm_helpers").is_dir()]
-    source = (["--no-index", "--find-links", wheels[-1].parent, "trm-helpers"] if wheels else
-              ["--editable", checkout[0]] if checkout else [os.environ.get("TRM_SOURCE", "")])
+    source = (["--no-index", "--find-links", wheels[0].parent, f"trm-helpers=={version}"] if wheels
+              else ["--editable", checkout[0]] if checkout else [os.environ.get("TRM_SOURCE", "")])
     pip = [sys.executable, "-m", "pip", "install", "--quiet", *map(str, source)]
     assert source != [""] and subprocess.run(pip).returncode == 0, (
-        f"attach the data set of `make kaggle` for Python {sys.version_info[0]}."
-        f"{sys.version_info[1]}, or set the variable TRM_SOURCE to what pip should install")
+        f"trm_helpers {version} was not installed for Python {sys.version.split()[0]}: attach the "
+        "data set of `make kaggle`, or set the variable TRM_SOURCE to what pip should install")
     sys.path[:0] = map(str, checkout[:1])
     importlib.invalidate_caches()
 from trm_helpers import session
 
-session.begin("0.1.0")
+session.begin(version)
 
 # %%
 from trm_helpers.notebooks import run_notebook, show_notebook

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from demo_files import write_demo_file
 
 from trm_helpers import __version__, schema
 from trm_helpers.notebooks import suite_notebooks
@@ -55,7 +56,7 @@ def first_cell(path):
 def test_all_notebooks_begin_with_the_same_cell_of_this_version():
     assert len(NOTEBOOKS) == 9
     assert len({first_cell(path) for path in NOTEBOOKS}) == 1
-    assert f'session.begin("{__version__}")' in first_cell(NOTEBOOKS[0])
+    assert f'version = "{__version__}"' in first_cell(NOTEBOOKS[0])
 
 
 def test_the_first_cell_says_what_to_do_where_the_package_is_not(tmp_path):
@@ -66,7 +67,24 @@ def test_the_first_cell_says_what_to_do_where_the_package_is_not(tmp_path):
     done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=environment, text=True,
                           capture_output=True)
     assert done.returncode == 1
-    assert "attach the data set of `make kaggle` for Python 3." in done.stderr
+    assert f"trm_helpers {__version__} was not installed for Python 3." in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--user", "a/b"], ["--user", ""], ["--parts-mb", "0"], ["--demos", "{0}/none"],
+    ["--demos", "{0}/twins"], ["--demos", "{0}/damaged"], ["--out", "{0}/thesis"],
+    ["--out", "{0}/thesis/thesis.tex"], ["--suites", "libero_x"]])
+def test_bad_arguments_are_refused_before_anything_is_built(tmp_path, arguments):
+    for name in ("twins/a", "twins/b"):
+        write_demo_file(tmp_path / name / "x_demo.hdf5", (6,))
+    for name in ("damaged/y_demo.hdf5", "thesis/thesis.tex"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("words")
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    done = subprocess.run([sys.executable, BUILD, *arguments], text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(repo_root())})
+    assert done.returncode == 2 and arguments[0] in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "words"
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +203,7 @@ def printed(notebook):
 def test_notebooks_alone_continue_from_attached_outputs(kaggle):
     notebook, working = kaggle("00_setup")
     said = printed(notebook)
-    assert "neither runs nor demonstrations" in said
+    assert "attached runs:   none" in said
     [file] = working.rglob(f"*{schema.DEMO_FILE_SUFFIX}")
     assert f"kept: {file}" in said and not (working / "artifacts" / "tiny").exists()
 
@@ -199,12 +217,12 @@ def test_notebooks_alone_continue_from_attached_outputs(kaggle):
     first = (run / "metrics.jsonl").read_text()
     assert len(first.splitlines()) == 1
     notebook, working = kaggle("04_train", "00_setup", "04_train")
-    assert "attached run:    tiny, 1 epochs, " in printed(notebook)
+    assert "attached runs:   tiny, 1 epochs, " in printed(notebook)
     both = (working / "artifacts" / "tiny" / "metrics.jsonl").read_text()
     assert len(both.splitlines()) == 2 and both.startswith(first)
 
     notebook, working = kaggle("06_eval", "00_setup", "04_train")
-    assert "attached run:    tiny, 2 epochs, " in printed(notebook)
+    assert "attached runs:   tiny, 2 epochs, " in printed(notebook)
     results = json.loads((working / "artifacts" / "tiny" / "results.json").read_text())
     assert results["episodes"] == 2 and not results["errors"]
     assert list((working / "artifacts" / "tiny" / "videos").rglob("*.mp4"))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import types
@@ -34,6 +35,7 @@ def kaggle(tmp_path, monkeypatch):
         raise ConnectionError(f"{url} cannot be reached")
 
     monkeypatch.setattr(session, "connect", no_network)
+    monkeypatch.setattr(session, "_set_offline", [])
     monkeypatch.setattr(software, "ensure_gl", lambda: {"renderer": "Tesla T4", "ms": 1.5})
     began = time.time() - 3600
     monkeypatch.setattr(psutil, "Process",
@@ -43,8 +45,9 @@ def kaggle(tmp_path, monkeypatch):
 
 def run_folder(folder, epochs):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"epochs": epochs}))
-    (folder / "policy.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(from_flat("tiny").to_dict()))
+    (folder / "policy.json").write_text(json.dumps(
+        {"model": {}, "normalizer": {}, "proprio_stats": {}, "trained_on": {"files": []}}))
     (folder / "metrics.jsonl").write_text('{"loss": 1}\n' * epochs)
     (folder / "search").mkdir()
     (folder / "search" / "trials.csv").write_text("x")
@@ -57,7 +60,12 @@ def read_only(folder):
 
 
 def lines(capsys):
-    return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    """What was printed, by the step; lines of one step are joined."""
+    said = {}
+    for line in capsys.readouterr().out.splitlines():
+        step, text = line.split(": ", 1)
+        said[step] = "\n".join(filter(None, [said.get(step), text.strip()]))
+    return said
 
 
 def test_elsewhere_only_the_folders_are_named(monkeypatch, capsys, tmp_path):
@@ -77,7 +85,8 @@ def test_a_session_without_anything_says_what_to_click(kaggle, capsys):
     session.begin(__version__)
     said = lines(capsys)
     assert "Settings > Internet" in said["network"] and "Accelerator" in said["GPU"]
-    assert "neither runs nor demonstrations" in said["attached"]
+    assert said["attached runs"] == "none"
+    assert said["attached demos"] == "0 scripted and 0 human file(s)"
     assert os.environ["WANDB_MODE"] == "offline" and os.environ["HF_HUB_OFFLINE"] == "1"
     assert said["renderer"].strip().startswith("Tesla T4")
     assert paths.data_dir() == kaggle / "temporary" / "data"
@@ -110,22 +119,38 @@ def test_a_time_that_is_none_is_named(monkeypatch):
         software.minutes_left()
 
 
+@pytest.mark.parametrize("given", ["nan", "inf", "-inf"])
+def test_a_time_that_is_not_finite_is_refused(monkeypatch, given):
+    monkeypatch.setenv(software.STOP_AT, given)
+    with pytest.raises(ValueError, match="expected seconds since 1970"):
+        software.minutes_left()
+
+
+def test_a_blank_time_is_none_and_a_past_one_is_said(kaggle, capsys, monkeypatch):
+    monkeypatch.setenv(software.STOP_AT, " ")
+    assert software.minutes_left() == float("inf")
+    monkeypatch.setenv(software.STOP_AT, "5")
+    session.begin()
+    assert lines(capsys)["time"].startswith("the time to stop has passed")
+
+
 @pytest.mark.parametrize("layout", ["somebody-output", "notebooks/somebody/output"])
 def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     attached = kaggle / "input" / layout
     run_folder(attached / "artifacts" / "demo", 5)
     run_folder(kaggle / "input" / "older" / "artifacts" / "demo", 3)
     run_folder(kaggle / "input" / "older" / "trm" / "pretrained" / "code", 9)
+    (kaggle / "input" / "older" / "trm" / "trm_helpers").mkdir()  # a copy of the code
     read_only(kaggle / "input")
     session.begin()
     home = kaggle / "working" / "artifacts" / "demo"
     assert len((home / "metrics.jsonl").read_text().splitlines()) == 5
     assert (home / "search" / "trials.csv").exists()
     assert [path.name for path in home.parent.iterdir()] == ["demo"]
-    assert f"demo, 5 epochs, 0 episodes, from {attached}" in lines(capsys)["attached run"]
+    assert f"demo, 5 epochs, 0 episodes, from {attached}" in lines(capsys)["attached runs"]
     (home / "metrics.jsonl").write_text("")  # this user's modes, and it stays as it is
     session.begin()
-    assert "stays as it is" in lines(capsys)["attached run"]
+    assert "stays as it is" in lines(capsys)["attached runs"]
     assert (home / "metrics.jsonl").read_text() == ""
 
 
@@ -134,8 +159,15 @@ def test_of_runs_trained_equally_long_the_evaluated_one_is_taken_over(kaggle, ca
     evaluated = run_folder(kaggle / "input" / "06" / "artifacts" / "demo", 2)
     (evaluated / "episodes.jsonl").write_text('{"success": true}\n' * 3)
     session.begin()
-    assert "demo, 2 epochs, 3 episodes, from" in lines(capsys)["attached run"]
+    assert "demo, 2 epochs, 3 episodes, from" in lines(capsys)["attached runs"]
     assert (kaggle / "working" / "artifacts" / "demo" / "episodes.jsonl").exists()
+
+
+def test_a_data_set_may_have_any_name(kaggle, capsys):
+    run_folder(kaggle / "input" / "pretrained" / "demo", 1)
+    run_folder(kaggle / "input" / "tests" / "other", 1)
+    session.begin()
+    assert {path.name for path in (kaggle / "working" / "artifacts").iterdir()} == {"demo", "other"}
 
 
 def test_links_in_a_circle_end_and_hidden_folders_are_not_entered(kaggle, capsys):
@@ -169,7 +201,7 @@ def test_attached_scripted_demonstrations_are_used_and_not_collected_again(
     human = write_demo_file(kaggle / "input" / "human" / "y_demo.hdf5", (6, 7))
     read_only(kaggle / "input")
     session.begin()
-    assert "1 scripted and 1 human file(s)" in lines(capsys)["attached demos"]
+    assert lines(capsys)["attached demos"] == "1 scripted and 1 human file(s)"
     files = ensure_demonstrations(config)
     assert files[0].resolve() == attached and files[0].is_relative_to(kaggle / "temporary")
     session.keep([*files.values(), human])
@@ -184,28 +216,44 @@ def test_collected_demonstrations_become_part_of_the_output(kaggle, capsys):
     assert kept.read_bytes() == made.read_bytes()
 
 
-@pytest.mark.parametrize("answer", ["a-key", "not attached", "nothing"])
-def test_the_tracking_key_comes_from_the_attached_secrets(kaggle, capsys, monkeypatch, answer):
+ANSWERS = {
+    "a key": lambda: " a-key\n", "blank": lambda: "  \n", "none": lambda: None,
+    "not attached": lambda: {}["WANDB_API_KEY"], "exits": lambda: sys.exit("no secrets"),
+    "hangs": lambda: time.sleep(3),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("where", ["client", "secret"])
+def test_the_tracking_key_comes_from_the_attached_secrets(kaggle, capsys, monkeypatch, answer,
+                                                          where):
     class UserSecretsClient:
+        def __init__(self):
+            if where == "client" and answer not in ("a key", "blank", "none"):
+                ANSWERS[answer]()
+
         def get_secret(self, name):
-            if answer == "nothing":
-                time.sleep(2)
-            if answer != "a-key":
-                raise ValueError("no such secret")
-            return f"{answer} of {name}"
+            assert name == "WANDB_API_KEY"
+            return ANSWERS[answer]()
 
     monkeypatch.setitem(sys.modules, "kaggle_secrets",
                         types.SimpleNamespace(UserSecretsClient=UserSecretsClient))
     monkeypatch.setattr(session, "_ANSWER_WITHIN", 0.2)
     began = time.perf_counter()
     session.begin()
-    assert time.perf_counter() - began < 1.5
-    said = lines(capsys)["W&B"]
-    key = os.environ.get("WANDB_API_KEY")
-    if answer == "a-key":
-        assert key == "a-key of WANDB_API_KEY" and "wandb_mode='online' uses it" in said
+    assert time.perf_counter() - began < 2
+    said, key = lines(capsys)["W&B"], os.environ.get("WANDB_API_KEY")
+    if answer == "a key":
+        assert key == "a-key" and "wandb_mode='online' uses it" in said
     else:
-        assert key is None and said.strip().startswith("no key")
+        assert key is None and said.startswith("no key")
+
+
+def test_a_process_ends_though_a_call_never_answers():
+    code = ("import time\nfrom trm_helpers.software import call_within\n"
+            "try: call_within(0.1, lambda: time.sleep(60))\nexcept TimeoutError: print('late')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "late\n"
 
 
 def test_a_full_working_disk_is_said(kaggle, capsys, monkeypatch):
@@ -213,3 +261,79 @@ def test_a_full_working_disk_is_said(kaggle, capsys, monkeypatch):
         free=1e8, total=2e10))
     session.begin()
     assert "0.1 of 20.0 GB free; delete files" in lines(capsys)["working disk"]
+
+
+def test_a_step_that_fails_costs_no_other(kaggle, capsys, monkeypatch):
+    def denied(pid):
+        raise psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(psutil, "Process", denied)
+    (kaggle / "working").rmdir()
+    (kaggle / "temporary").rmdir()
+    (kaggle / "temporary").write_text("a file")
+    write_demo_file(kaggle / "input" / f"{SOUP}_demo.hdf5", (6,), collection={
+        "suite": "libero_object"})
+    run_folder(kaggle / "input" / "demo", 2)
+    session.begin()
+    said = lines(capsys)
+    assert said["time"].startswith("failed: AccessDenied")
+    assert said["working disk"].startswith("failed: FileNotFoundError")
+    assert said["attached demos"].startswith("failed: ")
+    assert said["attached runs"].startswith("demo, 2 epochs") and "Tesla" in said["renderer"]
+
+
+def test_the_network_may_come_back(kaggle, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the user's own
+    session.begin()
+    assert os.environ["WANDB_MODE"] == "offline"
+    monkeypatch.setattr(session, "connect", lambda url: None)
+    session.begin()
+    assert "WANDB_MODE" not in os.environ and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_next_copy_of_a_damaged_run_is_taken_over(kaggle, capsys):
+    (run_folder(kaggle / "input" / "a" / "demo", 5) / "config.json").write_text('{"data": 1}')
+    (run_folder(kaggle / "input" / "b" / "demo", 4) / "policy.json").write_text("{")
+    run_folder(kaggle / "input" / "c" / "demo", 3)
+    session.begin()
+    said = lines(capsys)["attached runs"]
+    assert said.startswith("demo, 3 epochs") and "b/demo/policy.json is damaged" in said
+
+
+def test_a_run_whose_settings_lie_elsewhere_is_not_taken_over(kaggle, capsys, tmp_path):
+    """Nor what a link beside it leads to, as the hub's cache has them."""
+    run = run_folder(kaggle / "input" / "snapshots" / "demo", 5)
+    (run / "config.json").rename(tmp_path / "config.json")
+    (run / "config.json").symlink_to(tmp_path / "config.json")
+    other = run_folder(kaggle / "input" / "snapshots" / "other", 1)
+    (kaggle / "input" / "blobs").symlink_to(tmp_path)
+    (other / "note.txt").symlink_to(tmp_path / "config.json")
+    session.begin()
+    assert "leads out of the run" in lines(capsys)["attached runs"]
+    home = kaggle / "working" / "artifacts"
+    assert [path.name for path in home.iterdir()] == ["other"]
+    assert not (home / "other" / "note.txt").exists()
+
+
+def test_of_attached_scripted_files_the_largest_is_used(kaggle, capsys):
+    made = {"suite": "libero_object"}
+    for name, lengths in (("a", (6, 7)), ("b", (6, 7, 8)), ("c", (6,))):
+        write_demo_file(kaggle / "input" / name / f"{SOUP}_demo.hdf5", lengths, collection=made)
+    write_demo_file(kaggle / "input" / "d" / "odd_demo.hdf5", (6,), collection={"suite": ["x"]})
+    session.begin()
+    said = lines(capsys)["attached demos"]
+    assert said.startswith("1 scripted and 0 human file(s)\n") and said.count("left out") == 3
+    home = paths.data_dir() / "scripted" / "libero_object" / f"{SOUP}_demo.hdf5"
+    assert home.resolve() == kaggle / "input" / "b" / home.name
+
+
+def test_what_is_outside_the_data_folder_is_not_kept(kaggle, tmp_path):
+    session.begin()
+    outside = write_demo_file(tmp_path / "x_demo.hdf5", (6,))
+    session.keep([outside, str(paths.data_dir() / ".." / ".." / ".." / outside.name)])
+    assert not (kaggle / "working" / "data").exists()
+    made = write_demo_file(paths.data_dir() / "y_demo.hdf5", (6,), seed=0)
+    session.keep([str(made)])
+    write_demo_file(made, (6,), seed=1)  # the same size
+    session.keep([str(made)])
+    assert (kaggle / "working" / "data" / "y_demo.hdf5").read_bytes() == made.read_bytes()

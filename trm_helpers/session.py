@@ -6,14 +6,13 @@ off, and a session ends after twelve hours. Elsewhere :func:`begin` only says wh
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -22,13 +21,14 @@ from . import __version__, paths, schema, software
 from .demos.demo_files import (
     COLLECTION_ATTR,
     DemoFileError,
+    demo_names,
     json_attribute,
     open_demo_file,
     source_of,
 )
 from .demos.find_demos import scripted_dir
-from .files import atomic_path, read_json, read_jsonl, walk
-from .training.runs import copy_run
+from .files import atomic_path, inside, read_jsonl, walk
+from .training.runs import copy_run, description, load_config
 from .training.tracking import connect
 
 SESSION_HOURS = 12.0
@@ -36,7 +36,8 @@ _SAVING_MINUTES = 20.0  # of a session, kept back for figures, the report and Ka
 _ANSWER_WITHIN = 5.0  # seconds, for Kaggle's secrets
 _LEAST_FREE = 2e9  # bytes of the working disk
 _HUB = "https://huggingface.co"
-_CODE = {"trm_helpers", "pretrained", "tests", "site-packages"}  # folders, never taken
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+_set_offline: list[str] = []  # of these variables, the ones that this process has set
 
 
 def begin(version: str = __version__) -> None:
@@ -44,7 +45,8 @@ def begin(version: str = __version__) -> None:
 
     On Kaggle: takes over attached runs and demonstrations, moves data to ``/tmp`` (the working
     disk has 20 GB), reads the W&B key from the attached secrets, goes offline where there is no
-    network, sets the time at which training stops, and chooses the renderer.
+    network, sets the time at which training stops, and chooses the renderer. A step that fails is
+    printed and costs nothing else.
 
     Args:
         version: of the notebook.
@@ -57,161 +59,162 @@ def begin(version: str = __version__) -> None:
         raise RuntimeError(
             f"this notebook is of version {version}, trm_helpers in {home} of {__version__}; "
             "attach the data set of the notebook's version, or open the notebook that came with it")
-    print(f"package:         trm_helpers {__version__}, Python {sys.version.split()[0]}, {home}")
-    for what, found in _kaggle_steps() if paths.on_kaggle() else ():
-        print(f"{what + ':':16} {found}", flush=True)
-    print(f"demonstrations:  {paths.data_dir()}")
-    print(f"runs:            {paths.artifacts_dir()}", flush=True)
+    _say("package", f"trm_helpers {__version__}, Python {sys.version.split()[0]}, {home}")
+    if paths.on_kaggle():
+        os.environ.setdefault("TRM_DATA_DIR", str(paths.KAGGLE_TEMPORARY / "data"))
+        os.environ.setdefault("HF_HOME", str(paths.KAGGLE_TEMPORARY / "hub"))
+        for what, step in (("GPU", _gpus), ("network", _network), ("W&B", _tracking_key),
+                           ("time", _time_left), ("working disk", _free_space),
+                           ("attached runs", _take_over_runs),
+                           ("attached demos", _link_demonstrations), ("renderer", _renderer)):
+            _say(what, _guarded(step))
+    _say("demonstrations", str(paths.data_dir()))
+    _say("runs", str(paths.artifacts_dir()))
 
 
-def keep(files: Iterable[Path]) -> None:
+def keep(files: Iterable[str | os.PathLike]) -> None:
     """Copy demonstrations collected in this session into the notebook's output, on Kaggle.
 
-    The data folder is in ``/tmp`` there, which ends with the session. Attached files are left out.
+    The data folder is in ``/tmp`` there, which ends with the session. Files outside it are left
+    out, as are attached ones.
     """
     if not paths.on_kaggle():
         return
-    for path in map(Path, files):
-        if path.is_symlink() or not path.is_relative_to(paths.data_dir()):
+    data = paths.absolute(paths.data_dir())
+    for path in map(paths.absolute, files):
+        if not path.is_relative_to(data):
             continue
-        home = paths.KAGGLE_WORKING / "data" / path.relative_to(paths.data_dir())
-        if not home.exists() or home.stat().st_size != path.stat().st_size:
+        home = paths.KAGGLE_WORKING / "data" / path.relative_to(data)
+        if not home.exists() or not filecmp.cmp(path, home, shallow=False):
             with atomic_path(home, path.stat().st_size) as temporary:
                 shutil.copyfile(path, temporary)
         print(f"kept: {home}")
 
 
-# --- the steps on Kaggle -------------------------------------------------------------------------
-def _kaggle_steps() -> Iterator[tuple[str, str]]:
-    os.environ.setdefault("TRM_DATA_DIR", str(paths.KAGGLE_TEMPORARY / "data"))
-    os.environ.setdefault("HF_HOME", str(paths.KAGGLE_TEMPORARY / "hub"))
-    yield "GPU", _gpus()
-    yield "network", _network()
-    yield "W&B", _tracking_key()
-    yield "time", _time_left()
-    yield "working disk", _free_space()
-    yield from _take_over()
+def _say(what: str, found: str) -> None:
+    for line in found.splitlines():
+        print(f"{what + ':':16} {line}", flush=True)
+
+
+def _guarded(step: Callable[[], str]) -> str:
     try:
-        found = software.ensure_gl()
-        yield "renderer", f"{found['renderer']}, {found['ms']:.1f} ms for a small test frame"
-    except RuntimeError as error:
-        yield "renderer", f"none ({error}); training works, the simulator does not"
+        return step()
+    except Exception as error:  # of drivers, clients, disks, attached files
+        return f"failed: {type(error).__name__}: {error}"
 
 
+# --- the steps on Kaggle -------------------------------------------------------------------------
 def _gpus() -> str:
     try:
-        listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-                                capture_output=True, text=True, timeout=30).stdout.split("\n")
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                              capture_output=True, text=True, errors="replace", timeout=30)
+        names = [] if done.returncode else done.stdout.split("\n")
     except (OSError, subprocess.TimeoutExpired):
-        listed = []
-    names = [name for name in listed if name.strip()]
-    return ", ".join(names) or ("none; choose Settings > Accelerator > GPU T4 x2 to train in "
-                                "minutes instead of hours")
+        names = []
+    return ", ".join(filter(None, map(str.strip, names))) or (
+        "none; choose Settings > Accelerator > GPU T4 x2 to train in minutes instead of hours")
 
 
 def _network() -> str:
+    for name in _set_offline:  # by an earlier call: the network may be on now
+        os.environ.pop(name, None)
+    _set_offline.clear()
     try:
         connect(_HUB)
         return "on"
     except ConnectionError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ.setdefault("WANDB_MODE", "offline")
+        _set_offline.extend(name for name in _OFFLINE if not os.environ.get(name))
+        os.environ.update((name, _OFFLINE[name]) for name in _set_offline)
         return "off (Settings > Internet); nothing is downloaded, W&B logs offline"
 
 
 def _tracking_key() -> str:
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY", "").strip():
         return "key in WANDB_API_KEY"
-    try:
+
+    def ask() -> str:
         from kaggle_secrets import UserSecretsClient
+
+        return UserSecretsClient().get_secret("WANDB_API_KEY")
+
+    try:
+        key = (software.call_within(_ANSWER_WITHIN, ask) or "").strip()
     except ImportError:
         return "no key"
-    pool = ThreadPoolExecutor(1)  # the client has no time limit
-    try:
-        os.environ["WANDB_API_KEY"] = pool.submit(
-            UserSecretsClient().get_secret, "WANDB_API_KEY").result(_ANSWER_WITHIN)
-        return "key from the attached secret WANDB_API_KEY; wandb_mode='online' uses it"
-    except Late:
-        return "no key (Kaggle's secrets do not answer)"
-    except Exception:  # types of Kaggle's client: not attached, no network
+    except (Exception, SystemExit):  # types of Kaggle's client: not attached, no network
+        key = ""
+    if not key:
         return "no key; Add-ons > Secrets attaches one as WANDB_API_KEY"
-    finally:
-        pool.shutdown(wait=False)
+    os.environ["WANDB_API_KEY"] = key
+    return "key from the attached secret WANDB_API_KEY; wandb_mode='online' uses it"
 
 
 def _time_left() -> str:
     """Set when training and searches stop, unless the environment says so already."""
-    if not os.environ.get(software.STOP_AT):
+    if not os.environ.get(software.STOP_AT, "").strip():
         ends = psutil.Process(1).create_time() + 3600 * SESSION_HOURS
         if ends < time.time():
             return f"the session is older than {SESSION_HOURS:g} hours; no time limit is set"
         os.environ[software.STOP_AT] = str(ends - 60 * _SAVING_MINUTES)
     left = software.minutes_left()
+    if left <= 0:
+        return "the time to stop has passed: training ends after one epoch, searches at once"
     return (f"training and searches stop {left / 60:.1f} hours from now with everything saved; "
-            "attach this notebook's output to a new session to go on")
+            "attach this notebook's output to a new session to resume")
 
 
 def _free_space() -> str:
     disk = shutil.disk_usage(paths.KAGGLE_WORKING)
-    said = f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free"
-    return said + ("; delete files in /kaggle/working, or checkpoints cannot be written"
-                   if disk.free < _LEAST_FREE else "")
+    return f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free" + (
+        f"; delete files in {paths.KAGGLE_WORKING}, or checkpoints cannot be written"
+        if disk.free < _LEAST_FREE else "")
+
+
+def _renderer() -> str:
+    try:
+        found = software.ensure_gl()
+    except RuntimeError as error:
+        return f"none ({error}); training works, the simulator does not"
+    return f"{found['renderer']}, {found['ms']:.1f} ms for a small test frame"
 
 
 # --- attached runs and demonstrations ------------------------------------------------------------
-def _take_over() -> Iterator[tuple[str, str]]:
-    """Runs are copied into the artifacts folder, scripted demonstrations linked in the data folder.
-
-    Human demonstrations are found where they are. Of several runs of one name the one with the most
-    epochs, then episodes, is taken; a run that is in the artifacts folder already stays as it is.
-    """
+def _take_over_runs() -> str:
+    """Copy attached runs into the artifacts folder, where a run of the same name stays as it is."""
     runs: dict[str, list[Path]] = {}
-    demos: list[Path] = []
-    for path in _attached(paths.KAGGLE_INPUT):
-        if path.is_dir():
-            runs.setdefault(path.name, []).append(path)
-        else:
-            demos.append(path)
-    for name, several in sorted(runs.items()):
-        yield "attached run", _take_over_run(name, several)
-    linked, human = 0, 0
-    for path in demos:
-        try:
-            linked += (taken := _link_scripted(path))
-            human += not taken
-        except DemoFileError as error:
-            yield "left out", str(error)
-    if demos:
-        yield "attached demos", f"{linked} scripted and {human} human file(s)"
-    elif not runs:
-        yield "attached", f"neither runs nor demonstrations below {paths.KAGGLE_INPUT}"
-
-
-def _attached(root: Path) -> Iterator[Path]:
-    """Run folders and demonstration files below ``root``."""
-    for place, folders, names in walk(root):
+    for place, folders, names in _attached():
         if "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
             folders.clear()
-            yield place
-        else:
-            folders[:] = [name for name in folders if name not in _CODE]
-            yield from (place / name for name in names if name.endswith(schema.DEMO_FILE_SUFFIX))
+            runs.setdefault(place.name, []).append(place)
+    return "\n".join(_guarded(lambda pair=pair: _take_over_run(*pair))
+                     for pair in sorted(runs.items())) or "none"
 
 
 def _take_over_run(name: str, several: list[Path]) -> str:
-    best = max(several, key=lambda run: (_lines(run / "metrics.jsonl"),
-                                         _lines(run / "episodes.jsonl")))
-    others = f"; {len(several) - 1} other(s) of this name have no more" if several[1:] else ""
-    try:
-        home = paths.run_dir(name)
-        if home.exists():
-            return f"{name} is in {home} already and stays as it is"
-        read_json(best / "config.json")
-        copy_run(best, home, with_searches=True)
-        return (f"{name}, {_lines(home / 'metrics.jsonl')} epochs, "
-                f"{_lines(home / 'episodes.jsonl')} episodes, from {best}{others}")
-    except (ValueError, OSError) as error:
-        return f"{name} was not taken over: {error}"
+    """Take the usable run with the most epochs, then episodes."""
+    home = paths.run_dir(name)
+    if home.exists():
+        return (f"{name} is in {home} already ({_progress(home)}) and stays as it is; attached: "
+                f"{'; '.join(map(_progress, several))}")
+    several.sort(key=lambda run: (_lines(run / "metrics.jsonl"), _lines(run / "episodes.jsonl")),
+                 reverse=True)
+    damaged = []
+    for run in several:
+        try:
+            if not inside(run, "config.json"):
+                raise ValueError(f"{run / 'config.json'} leads out of the run")
+            load_config(run)
+            description(run)
+            copy_run(run, home, with_searches=True)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        return "; ".join([f"{name}, {_progress(home)}, from {run}", *damaged])
+    return f"{name} was not taken over: {'; '.join(damaged)}"
+
+
+def _progress(run: Path) -> str:
+    return f"{_lines(run / 'metrics.jsonl')} epochs, {_lines(run / 'episodes.jsonl')} episodes"
 
 
 def _lines(path: Path) -> int:
@@ -221,19 +224,60 @@ def _lines(path: Path) -> int:
         return 0
 
 
-def _link_scripted(path: Path) -> bool:
-    """Link a scripted file where collection looks for it; False for a human one."""
-    if source_of(path) == "human":
-        return False
+def _link_demonstrations() -> str:
+    """Link attached scripted files where collection looks for them, of several the largest.
+
+    Human demonstrations are found where they are.
+    """
+    scripted: dict[Path, list[tuple[int, Path]]] = {}
+    human, said = 0, []
+    for place, _, names in _attached():
+        for path in (place / name for name in names):
+            if path.name.removesuffix(schema.DEMO_FILE_SUFFIX) in ("", path.name):
+                continue  # without the suffix, or nothing else
+            try:
+                if source_of(path) == "human":
+                    human += 1
+                else:
+                    scripted.setdefault(_collected_as(path), []).append((_demos(path), path))
+            except (DemoFileError, OSError) as error:
+                said.append(f"left out: {error}")
+    for home, several in scripted.items():
+        said += _link_largest(home, several)
+    return "\n".join([f"{len(scripted)} scripted and {human} human file(s)", *said])
+
+
+def _link_largest(home: Path, several: list[tuple[int, Path]]) -> list[str]:
+    """Link the largest file as ``home``, unless one is collected there; what is left out."""
+    count, chosen = max(several, key=lambda each: each[0])
+    if home.exists() and not home.is_symlink():
+        return [f"left out: {path}, since {home} exists" for _, path in several]
+    home.parent.mkdir(parents=True, exist_ok=True)
+    home.unlink(missing_ok=True)
+    home.symlink_to(chosen)
+    return [f"left out: {path} ({number} demonstrations), since {chosen} has {count}"
+            for number, path in several if path != chosen]
+
+
+def _collected_as(path: Path) -> Path:
     with open_demo_file(path) as file:
         made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
-    placement, suite = made.get("placement", "benchmark"), made.get("suite")
+    suite, placement = str(made.get("suite")), str(made.get("placement", "benchmark"))
     if suite not in schema.SUITES or placement not in schema.PLACEMENTS:
         raise DemoFileError(f"{path}: made for suite {suite!r}, placement {placement!r}, which "
                             "this version does not have")
-    home = scripted_dir(suite, placement) / path.name
-    home.parent.mkdir(parents=True, exist_ok=True)
-    if not home.exists():
-        home.unlink(missing_ok=True)  # a dangling link
-        home.symlink_to(path)
-    return True
+    return scripted_dir(suite, placement) / path.name
+
+
+def _demos(path: Path) -> int:
+    with open_demo_file(path) as file:
+        return len(demo_names(file))
+
+
+def _attached() -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Attached folders as :func:`files.walk` gives them, without copies of this package's code."""
+    for place, folders, names in walk(paths.absolute(paths.KAGGLE_INPUT)):
+        checkout = {"pretrained", "tests"} if "trm_helpers" in folders else set()
+        folders[:] = [name for name in folders
+                      if name not in {"trm_helpers", "site-packages", *checkout}]
+        yield place, folders, names

@@ -15,10 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from . import __version__, schema
 from .files import machine, remove_leftovers, write_json
@@ -75,13 +77,43 @@ def pip_command(distributions) -> str:
     return f"run: {sys.executable} -m pip install {pins}"
 
 
+def call_within(seconds: float, function: Callable[[], Any]) -> Any:
+    """``function()``, in a thread that nobody waits for; ``TimeoutError`` after ``seconds``.
+
+    For calls without a time limit of their own, such as name resolution. Any exception of the
+    function is raised here.
+    """
+    outcome: list = []
+
+    def run() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:  # a client may call sys.exit
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
 def minutes_left() -> float:
     """Minutes until ``$TRM_STOP_AT``; infinity without one. ``ValueError`` if it is no time."""
-    given = os.environ.get(STOP_AT) or "inf"
+    given = os.environ.get(STOP_AT, "").strip()
+    if not given:
+        return math.inf
     try:
-        return (float(given) - time.time()) / 60
+        until = float(given)
     except ValueError:
-        raise ValueError(f"{STOP_AT}={given!r} is not valid; expected seconds since 1970") from None
+        until = math.nan
+    if not math.isfinite(until):
+        raise ValueError(f"{STOP_AT}={given!r} is not valid; expected seconds since 1970")
+    return (until - time.time()) / 60
 
 
 def software_versions() -> dict:

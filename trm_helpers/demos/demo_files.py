@@ -144,7 +144,7 @@ def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
 def json_attribute(group: h5py.Group, name: str) -> dict:
     """The JSON object of an attribute; empty without the attribute."""
     text = text_attribute(group, name, "{}")
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         if isinstance(value, dict):
             return value

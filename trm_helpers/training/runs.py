@@ -100,7 +100,7 @@ def refuse_other_data(run: Path, data: LIBERODataset) -> None:
     gives other pixels.
     """
     before, now = ({Path(file["file"]).name: file for file in described["files"]}
-                   for described in (_described(run)["trained_on"], data.describe()))
+                   for described in (description(run)["trained_on"], data.describe()))
     different = []
     for name in sorted({*before, *now}):
         there, here = (files.get(name, {"demos": []}) for files in (before, now))
@@ -120,10 +120,11 @@ def refuse_other_data(run: Path, data: LIBERODataset) -> None:
 def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
              policy: TRMPolicy) -> LIBERODataset:
     """Demonstrations that a run's policy was not trained on, see :meth:`LIBERODataset.held_out`."""
-    return LIBERODataset.held_out(files, config, policy, _described(Path(run))["trained_on"])
+    return LIBERODataset.held_out(files, config, policy, description(Path(run))["trained_on"])
 
 
-def _described(run: Path) -> dict:
+def description(run: Path) -> dict:
+    """The ``policy.json`` of a run; ``ValueError`` with the file if it is damaged."""
     return read_json(run / "policy.json",
                      keys=("model", "normalizer", "proprio_stats", "trained_on.files"))
 
@@ -184,7 +185,8 @@ def copy_run(run: Path, home: Path, with_searches: bool = False) -> None:
 
     The Hugging Face hub's cache is made of links to its own folder ``blobs``.
     """
-    own = [run, *(folder.parent / "blobs" for folder in run.parents if folder.name == "snapshots")]
+    own = [run, *(folder.parent / "blobs" for folder in run.parents if folder.name == "snapshots"
+                  and not (folder.parent / "blobs").is_symlink())]
     places = [source.relative_to(run) for source in visible(run, "**/*") if source.is_file()]
     places = [place for place in places if with_searches or place.parts[0] != "search"]
     chosen = [place for place in places if any(inside(folder, run / place) for folder in own)]
@@ -256,7 +258,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
     """
     schema.check_option("weights", weights, schema.WEIGHTS)
     run = find_run(str(run))
-    described = _described(run)
+    described = description(run)
     try:
         policy = TRMPolicy(ModelConfig(**migrate(described["model"])),
                            ActionNormalizer.from_dict(described["normalizer"]),

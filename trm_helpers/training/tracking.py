@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ..software import call_within
+
 _MODES = ("disabled", "offline", "online")
 _CONNECT_WITHIN = 3.0  # seconds, to W&B's server
 _LOGIN_WITHIN = 10.0  # seconds
@@ -118,18 +120,12 @@ def main() -> None:
 def connect(url: str) -> None:
     """Raise ``ConnectionError`` unless the host accepts a connection within three seconds."""
     address = urlsplit(url)
-    port = address.port or {"http": 80}.get(address.scheme, 443)
-    reached = threading.Event()
-
-    def try_it() -> None:
-        with contextlib.suppress(OSError):
-            socket.create_connection((address.hostname, port), _CONNECT_WITHIN).close()
-            reached.set()
-
-    # in a thread, because name resolution has no timeout
-    threading.Thread(target=try_it, daemon=True).start()
-    if not reached.wait(_CONNECT_WITHIN):
-        raise ConnectionError(f"{address.hostname} cannot be reached")
+    host, port = address.hostname, address.port or {"http": 80}.get(address.scheme, 443)
+    try:
+        call_within(_CONNECT_WITHIN,
+                    lambda: socket.create_connection((host, port), _CONNECT_WITHIN).close())
+    except OSError as error:  # TimeoutError is one
+        raise ConnectionError(f"{host} cannot be reached") from error
 
 
 if __name__ == "__main__":
