@@ -16,7 +16,8 @@
 #
 # The tasks come from the LIBERO benchmark and run in MuJoCo, a physics simulator. You need to know
 # neither. Twenty times per simulated second the simulator takes an action of seven numbers (move
-# the gripper, rotate it, open or close it) and returns the images of two cameras.
+# the gripper, rotate it, open or close it) and returns the images of two cameras: the agent view, a
+# fixed camera in front of the robot, and the wrist camera, which moves with the gripper.
 
 # %% tags=["parameters"]
 # change these first
@@ -70,8 +71,9 @@ from trm_helpers.demos.collect import ensure_demonstrations
 # %% [markdown]
 # ## Renderer
 #
-# OpenGL renders the camera images without a screen. The name below says where: `llvmpipe` is the
-# CPU, which needs about 0.1 s per frame of a LIBERO scene; a GPU needs milliseconds.
+# OpenGL renders the camera images without a screen. The name below identifies the device:
+# `llvmpipe` is the CPU, which needs about 0.1 s per frame of a LIBERO scene; a GPU needs
+# milliseconds.
 
 # %%
 renderer = software.ensure_gl()
@@ -104,9 +106,10 @@ print("runs:           ", paths.run_dir(run_name or preset))
 #
 # Behaviour cloning imitates demonstrations. With `demos="auto"`, a task uses LIBERO's human
 # demonstrations if its file is found and otherwise those of a scripted expert, collected in the
-# simulator. Random pushes disturb the expert, so that its demonstrations also show how to recover:
-# a policy trained on perfect motion alone cannot correct its first small error. `demos="human"`
-# downloads missing human files; `demos="scripted"` ignores human files.
+# simulator. The expert is a program that knows the positions of all objects. Random pushes disturb
+# it, so that its demonstrations also show how to recover: a policy trained on perfect motion alone
+# cannot correct its first small error. `demos="human"` downloads missing human files;
+# `demos="scripted"` ignores human files.
 
 # %%
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,

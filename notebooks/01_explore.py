@@ -138,9 +138,9 @@ fig
 # %% [markdown]
 # The actions of the first demonstration over time. In a pick-and-place task, identify the reach,
 # the grasp (the gripper closes), the lift (`dz` above 0) and the transport to the target. The
-# demonstration ends at success, which may come before the gripper opens. A gripper that opens early
-# and closes again is a second attempt. Sudden large corrections by the scripted expert are
-# responses to pushes.
+# demonstration ends at success, possibly before the gripper opens. A gripper that opens early and
+# closes again indicates a second attempt at the grasp. Sudden large corrections by the scripted
+# expert are responses to pushes.
 
 # %%
 fig = plots.plot_action_trace(actions[0])
@@ -180,8 +180,8 @@ fig
 # of each camera is rendered again from its stored state and compared with the stored frame in all
 # eight flips and rotations; the closest match must be LIBERO's orientation. Replay: the actions of
 # some demonstrations, executed from their first state, must succeed again. If they do not, a policy
-# that imitates them cannot be expected to. `bad` is a fault that spoils training; `look` deserves a
-# look and may be fine.
+# that imitates them cannot be expected to succeed. `bad` marks a fault that spoils training; `look`
+# marks a value to check, which may be harmless.
 
 # %%
 size = found["image_shapes"]["agentview_rgb"][1]  # of (steps, height, width, channels)

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # 02 From demonstrations to samples
 #
-# A sample is a pair of one observation (camera images and, in most presets, proprioception) and the
-# demonstrator's next actions. This notebook splits, normalises, augments and batches the samples,
-# and shows exactly what the network receives.
+# A sample is a pair of one observation (camera images and, in most presets, proprioception, the
+# robot's own joint and finger positions) and the demonstrator's next actions. This notebook splits,
+# normalises, augments and batches the samples, and shows exactly what the network receives.
 
 # %% tags=["parameters"]
 # change these first
@@ -122,9 +122,9 @@ pd.DataFrame({name: mask.flatten() for name, mask in masks.items()}).rename_axis
 # ## Normalisation
 #
 # Z-scoring subtracts the mean and divides by the standard deviation, so that every dimension has
-# the same weight in the loss. The rotations, tiny before, then count as much as the translations,
-# which is not always an advantage. The gripper keeps its -1 and +1. The statistics come from the
-# training split alone and are saved with the checkpoint.
+# the same weight in the loss. Rotations are small; after z-scoring they count as much as
+# translations, which is not always an advantage. The gripper command stays -1 or +1. The statistics
+# come from the training split alone and are saved with the checkpoint.
 
 # %%
 raw = train_data.normalizer.denormalize(batch["actions"].flatten(0, -2))  # (N, 7)

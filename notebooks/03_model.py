@@ -99,8 +99,8 @@ torch.testing.assert_close(h, recurse_fixed(block, x, x, steps).output)
 # %% [markdown]
 # `variant="trm"`, the recursion of Tiny Recursive Models: `x` is a sequence of tokens, and the
 # state is an answer `y` and a latent `z` of the same shape. One network updates both: `n` times the
-# latent, given observation and answer, then the answer, given the latent. The policy reads its
-# actions from the last K tokens of `y`.
+# latent, given observation and answer, then the answer, given the latent. This is one cycle; a
+# recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`.
 
 # %%
 n, cycles, K = 2, 2, 3  # n and T in the paper; K actions
@@ -120,7 +120,9 @@ torch.testing.assert_close(y[:, -K:], recurse_fixed(block, x, first, steps).outp
 #
 # With the default widths most parameters are in the image encoders. The block is shared by all
 # `num_recursions` recursions. A recursion applies its network once in `block` and
-# `cycles * (latent_updates + 1)` times in `trm`, where it is one supervision step of the paper.
+# `cycles * (latent_updates + 1)` times in `trm`, where it is one supervision step of the paper. The
+# other variants, `transformer` and `act` (Action Chunking with Transformers), are baselines that
+# apply their network once.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")

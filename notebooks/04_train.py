@@ -14,21 +14,22 @@
 # Behaviour cloning trains the policy to reproduce the demonstrators' actions from the same
 # observations. The run folder is complete after every epoch: weights, settings and one line of
 # metrics. Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged
-# preset is stored under its own name, and other settings in a new folder named after suite,
+# preset is stored under its own name; a changed preset gets a new folder named after suite,
 # network, seed and time.
 #
 # A low loss is not the goal. It measures agreement with the demonstrator along demonstrated
 # trajectories; success at the task is measured in the simulator (`06_eval`).
 #
-# To train with the best settings of `05_search`, run `papermill 04_train.ipynb -f .../best.yaml`.
-# Pass lists as YAML: `-y "task_ids: [0, 1]"`. To use two GPUs, train from the command line and open
-# this notebook afterwards for the curves:
+# To train with the best settings of `05_search`, run
+# `papermill 04_train.ipynb out.ipynb -f .../best.yaml`. Pass lists as YAML:
+# `-y "task_ids: [0, 1]"`. To use two GPUs, train from the command line and open this notebook
+# afterwards for the curves:
 # `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run`.
 
 # %% tags=["parameters"]
 # change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
-run_name = ""  # type: str; folder under artifacts/; empty: the preset's, or a new one (see below)
+run_name = ""  # type: str; folder under artifacts/; empty: the preset's, or a new one (see above)
 suite = None  # type: str; LIBERO suite; None keeps the preset's
 task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
@@ -140,9 +141,10 @@ metrics = trainer.fit()
 # %% [markdown]
 # ## Curves
 #
-# Both losses are of the final answer and comparable. The minimised `objective` adds the terms of
-# deep supervision, learned halting and ACT's style. The training loss is measured on augmented
-# samples before each update.
+# Training and validation loss both measure the error of the final action and are comparable. The
+# minimised `objective` adds the terms of deep supervision, of learned halting and, with
+# `variant="act"` (Action Chunking with Transformers), of its latent style. The training loss is
+# measured on augmented samples before each update.
 #
 # Both losses should fall, and the validation loss should level out rather than rise. A training
 # loss far below it indicates overfitting: more demonstrations or stronger augmentation help, more
@@ -163,8 +165,8 @@ pd.DataFrame(metrics).tail().round(6)
 # %% [markdown]
 # ## Does it succeed?
 #
-# With `selection_episodes`, the last weights are rolled out from sampled layouts. A search ranks
-# trials by this success rate. The official init states are reserved for `06_eval`.
+# With `selection_episodes` above 0, the last weights are rolled out from sampled layouts. A search
+# ranks trials by this success rate. The official init states are reserved for `06_eval`.
 
 # %%
 if selection_episodes and trainer.finished:

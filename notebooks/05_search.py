@@ -13,12 +13,12 @@
 #
 # A search trains the policy with several settings and ranks them. The grid combines learning rates,
 # widths and numbers of recursions. The `demo` preset trains 4 of its 16 points for three epochs, as
-# a demonstration; `max_configs=0` trains all of them. Each point is trained by `04_train` in its
-# own process and, if there are several GPUs, on its own GPU.
+# an example; `max_configs=0` trains all of them. Each point is trained by `04_train` in its own
+# process and, if there are several GPUs, on its own GPU.
 #
-# Short trainings rank settings only roughly. Trials are ranked by final validation loss; losses
-# within 1 % count as equal and are ranked by convergence speed, then by the number of spikes. With
-# `search_episodes` above 0 the success rate in the simulator comes first.
+# Short training runs rank settings only roughly. Trials are ranked by final validation loss; losses
+# within 1 % count as equal and are ranked by convergence speed, then by the number of spikes (both
+# defined below). With `search_episodes` above 0 the success rate in the simulator comes first.
 #
 # With `search_method="tpe"`, Optuna chooses each point from the results so far; `"halving"` also
 # trains most points for only a ninth or a third of the epochs. `search_space` adds settings, such
@@ -114,7 +114,7 @@ complete = [trial for trial in trials if trial["state"] == "complete"]
 # The table lists the best trial first. `epochs_to_converge` is the first epoch at which a trial had
 # made 90 % of its improvement in validation loss; `spikes` counts the epochs whose loss exceeds the
 # lowest one before by more than 20 %. Small differences may be chance: the sentence below the table
-# says whether the best trial differs from the second.
+# says whether the best trial differs significantly from the second.
 
 # %%
 pd.DataFrame(trials).drop(columns=["trial", "val_losses", "rollouts"], errors="ignore").round(4)
@@ -125,7 +125,7 @@ print(verdict(trials))
 # %% [markdown]
 # A curve on the right that still falls steeply at the end belongs to a trial that was stopped too
 # early; more epochs (`search_epochs`) may change its rank. Low learning rates tend to look worse
-# after a short training.
+# after short training.
 
 # %%
 if complete:

@@ -143,9 +143,9 @@ pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 # ## Upper and lower bounds
 #
 # `bound_episodes` above 0 adds four baselines. Upper bounds: replays of the training demonstrations
-# (if these fail, check the data first) and the scripted expert, which knows the positions of all
-# objects. Lower bounds: random actions and no action; a task that these solve says little about a
-# policy.
+# (if replays fail, check the data first) and the scripted expert, which knows the positions of all
+# objects. Lower bounds: random actions and no action; if these succeed at a task, its success rate
+# says little about a policy.
 
 # %%
 bounds = {name: bound.play() for name, bound in planned_bounds.items()}
@@ -171,9 +171,9 @@ fig
 # ## Watch the episodes
 #
 # Agent view on the left, wrist camera on the right, 1.5x speed. The dots show the planned path, one
-# per action of the chunk: orange for actions that are executed, blue for those after the next
-# observation. In a failed episode, did the policy miss the object, drop it, or miss the target?
-# Successes and failures are stored in separate folders.
+# per action of the chunk: orange for actions that are executed, blue for actions that the next
+# decision replaces. In a failed episode, did the policy miss the object, drop it, or miss the
+# target? Successes and failures are stored in separate folders.
 
 # %%
 filmed = films_of(episodes, evaluation.folder)
@@ -234,9 +234,10 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 # ## Robustness
 #
 # With `robustness_episodes` above 0, the policy is evaluated under changes: shifted, darker or
-# noisy images, delayed actions, a black camera, randomised layouts, and the LIBERO-PRO suites,
-# which vary scene, objects, instruction or goal. With as many episodes as above, this takes about
-# twelve times as long. Changes that cannot affect this policy are listed but not evaluated.
+# noisy images, delayed actions, a black camera, randomised layouts, and the suites of LIBERO-PRO, a
+# variant of LIBERO with changed scene, objects, instruction or goal. With as many episodes as
+# above, this takes about twelve times as long. Changes that cannot affect this policy are listed
+# but not evaluated.
 
 # %%
 if robustness_episodes:

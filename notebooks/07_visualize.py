@@ -101,8 +101,10 @@ fig
 # %% [markdown]
 # ## Keypoints
 #
-# A policy trained with `scenes` receives only these positions from the agent view. A mark far from
-# its object means that the localizer does not find the object, often because the arm hides it.
+# Keypoints are the positions of the goal's objects in the agent view, predicted by a small network,
+# the localizer. A policy trained with `scenes` above 0 receives only keypoints from the agent view.
+# A mark far from its object means that the localizer did not find it, often because the arm hides
+# it.
 
 # %%
 if policy.config.keypoints:
@@ -214,7 +216,7 @@ fig
 # ## Report
 #
 # `report.md` in the run folder: one page with settings, results, figures and films.
-# `python -m trm_helpers report RUN` writes it too.
+# `python -m trm_helpers report RUN` also writes it.
 
 # %%
 sentences = [
@@ -229,6 +231,6 @@ page = write_report(run)
 Markdown(page.read_text().split("## Films")[0].split("## Figures")[0])
 
 # %% [markdown]
-# This completes the suite, from demonstrations to a trained, evaluated and explained policy. To
+# This completes the series, from demonstrations to a trained, evaluated and explained policy. To
 # continue, try another task (`task_ids`), more recursions, human demonstrations, or your own
-# policy: to be evaluated, it only needs `reset()` and `act(observation)`.
+# policy, which needs only the methods `reset()` and `act(observation)`.

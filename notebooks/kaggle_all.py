@@ -13,7 +13,7 @@
 #
 # Run all cells. Each notebook runs in a process of its own, and its prose, tables, figures and
 # films appear below. To resume in another session, attach the output of this notebook: training
-# continues from its last checkpoint, and finished episodes are not played again.
+# continues from its last checkpoint, and finished episodes are not repeated.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
