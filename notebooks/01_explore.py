@@ -34,8 +34,8 @@ replays = 2  # type: int; demonstrations replayed in the simulator for the quali
 # %% [markdown]
 # ## The package and this session
 #
-# Uses the installed package, else attached wheels, else the checkout that this notebook is in. On
-# Kaggle, attached runs and demonstrations are taken over.
+# This cell uses the installed package, attached wheels, or the checkout that holds this notebook.
+# On Kaggle it also makes attached runs and demonstrations available.
 
 # %%
 import importlib.util

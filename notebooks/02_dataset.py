@@ -32,8 +32,8 @@ storage = None  # type: str; where frames are kept: ram, mmap or gpu; None keeps
 # %% [markdown]
 # ## The package and this session
 #
-# Uses the installed package, else attached wheels, else the checkout that this notebook is in. On
-# Kaggle, attached runs and demonstrations are taken over.
+# This cell uses the installed package, attached wheels, or the checkout that holds this notebook.
+# On Kaggle it also makes attached runs and demonstrations available.
 
 # %%
 import importlib.util

@@ -50,8 +50,8 @@ search_storage = None  # type: str; database URL; one with a password goes to TR
 # %% [markdown]
 # ## The package and this session
 #
-# Uses the installed package, else attached wheels, else the checkout that this notebook is in. On
-# Kaggle, attached runs and demonstrations are taken over.
+# This cell uses the installed package, attached wheels, or the checkout that holds this notebook.
+# On Kaggle it also makes attached runs and demonstrations available.
 
 # %%
 import importlib.util
