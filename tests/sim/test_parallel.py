@@ -360,8 +360,15 @@ def test_an_open_cluster_is_warned_of(address, warned, capsys):
 @pytest.fixture
 def dask_cluster(job):
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
-                                  dashboard_address=None) as made:
+    for attempts_left in (2, 1, 0):  # Dask gives its thread ten seconds to start
+        try:
+            made = distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
+                                            dashboard_address=None)
+            break
+        except AssertionError:
+            if not attempts_left:
+                raise
+    with made:
         yield made
 
 
