@@ -83,6 +83,20 @@ def test_unknown_parameter_is_refused_before_anything_runs(nb_dir, tmp_path):
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_copy_keeps_the_last_state_of_a_progress_bar(tmp_path):
+    notebook = write_notebook(tmp_path / "a.ipynb", """
+        import sys, time
+        for step in range(4):
+            print(f"line {step}", flush=True)
+            print(f"\\rstep {step}", end="", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+    """)
+    [outputs] = [cell.outputs for cell in nbformat.read(run_notebook(notebook), 4).cells
+                 if cell.outputs]
+    assert {output.name: output.text.strip() for output in outputs} == {
+        "stdout": "line 0\nline 1\nline 2\nline 3", "stderr": "step 3"}
+
+
 def test_parameters_have_their_comments(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb")
     assert notebook_parameters(notebook) == {

@@ -198,7 +198,8 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
     try:
         papermill.execute_notebook(
             source, output, parameters, cwd=source.parent, kernel_name="python3",
-            progress_bar={"desc": source.stem}, stderr_file=sys.stderr)
+            progress_bar={"desc": source.stem}, stderr_file=sys.stderr,
+            coalesce_streams=True)  # of a progress bar, the copy keeps the last state
     except papermill.PapermillExecutionError as error:
         lines = _ANSI.sub("", "\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]
         connection.send("\n".join([f"{error.ename}: {error.evalue}", *lines])[:_ERROR_LENGTH])

@@ -36,6 +36,15 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(small_run):
     assert [row["epoch"] for row in first] == [1, 2]
 
 
+def test_without_a_terminal_every_tenth_epoch_is_a_line(small_run, capsys):
+    rows = small_run(epochs=12).fit()
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in lines] == [f"epoch {n} of 12" for n in (1, 10, 12)]
+    assert f"validation loss {rows[9]['val_loss']:.4f}, at most " in lines[1]
+    assert "step/s" not in said.err
+
+
 def test_order_of_the_samples_follows_seed_and_epoch(small_run, monkeypatch):
     trainer = small_run(seed=5)
     batches, asked = trainer.train_data.batches, []

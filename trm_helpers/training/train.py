@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ WANDB_PROJECT = "trm-libero"  # unless $WANDB_PROJECT names another
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CHECK_EVERY = 16  # steps between checks of the clock and the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
+_REPORT_EVERY = 10  # epochs between printed lines, where there is no terminal for a progress bar
 _DIVERGED = 100.0  # times the loss of the first step
 # attributes of the trainer in a training state: values, and objects with a state of their own
 _VALUES = ("epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch")
@@ -152,7 +154,8 @@ class BehaviorCloningTrainer:
                 runs.save_description(self.run, self.policy, self.train_data)
             progress = tqdm(total=self.last_epoch * self.steps_per_epoch, desc="training",
                             initial=self.epoch * self.steps_per_epoch + len(self.measured),
-                            unit="step", disable=not self.team.is_main)
+                            unit="step",
+                            disable=not self.team.is_main or not sys.stderr.isatty())
             tracker = Tracker(self.config.wandb_mode if self.team.is_main else "disabled", {
                 "project": os.environ.get("WANDB_PROJECT") or WANDB_PROJECT,
                 "name": self.run.name, "dir": str(self.run),
@@ -170,8 +173,19 @@ class BehaviorCloningTrainer:
                     tracker.log(row)
                     progress.set_postfix(epoch=self.epoch, train=f"{row['train_loss']:.4f}",
                                          val=f"{row['val_loss']:.4f}")
+                    if progress.disable:
+                        self._report(row)
             self.team.barrier()
         return list(self.rows)
+
+    def _report(self, row: dict) -> None:
+        """Print the first, every tenth and the last epoch: executed notebooks keep every line."""
+        if self.team.is_main and (self.epoch in (1, self.last_epoch) or self.finished
+                                  or self.epoch % _REPORT_EVERY == 0):
+            left = (self.last_epoch - self.epoch) * row["seconds"] / 60
+            print(f"epoch {self.epoch} of {self.last_epoch}: training loss "
+                  f"{row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
+                  f"at most {left:.1f} minutes left", flush=True)
 
     # --- an epoch ---------------------------------------------------------------------------------
 
