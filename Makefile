@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STARTED := $(shell date +%s)
 
-.PHONY: help setup demo test test-fast test-pythons lint notebooks kaggle
+.PHONY: help setup demo test test-fast test-pythons lint notebooks gallery kaggle
 
 help:
 	@echo "make setup      virtual environment, pinned packages, OpenGL libraries"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make kaggle     dist/kaggle: wheels and kernels to push, for sessions without internet"
 	@echo "make notebooks  regenerate the .ipynb from their .py"
+	@echo "make gallery    docs/notebooks: executed copies, from the run of make demo"
 
 setup: $(STAMP)
 
@@ -55,6 +56,9 @@ lint: setup
 # One way: the .py is the source. --update keeps the cell ids, so that only changed cells change.
 notebooks: setup
 	$(BIN)/jupytext --update --to ipynb notebooks/*.py
+
+gallery: setup
+	$(BIN)/python benchmarks/gallery.py artifacts/demo
 
 # SUITES="libero_spatial libero_object" DEMOS=data/scripted PARTS_MB=60 choose what is packed.
 KAGGLE_USERNAME ?= USERNAME

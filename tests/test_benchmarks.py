@@ -4,7 +4,9 @@ Scripts that play episodes get a made-up ledger instead of the simulator; script
 simulators use the real one. ``peers_read.py`` needs the peers, see data/test_dataset.py.
 """
 
+import base64
 import contextlib
+import io
 import json
 import os
 import runpy
@@ -13,12 +15,16 @@ import sys
 import types
 from pathlib import Path
 
+import imageio.v3 as imageio
+import nbformat
 import numpy as np
 import pytest
 from demo_files import write_demo_file
+from PIL import Image
 
 from trm_helpers import paths
-from trm_helpers.files import append_jsonl
+from trm_helpers.files import append_jsonl, write_json
+from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import repo_root
 from trm_helpers.stats import summarize_episodes
 
@@ -236,3 +242,51 @@ def run(*arguments, source=FOLDER.parent, **where) -> str:
                           timeout=900, env={**os.environ, "PYTHONPATH": str(source)}, **where)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+# --- executed copies -----------------------------------------------------------------------------
+@pytest.fixture
+def executed_run(tmp_path):
+    """A run whose eight notebooks each printed a path, drew a figure and showed a film."""
+    figure, film = io.BytesIO(), tmp_path / "film.mp4"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(
+        figure, "PNG")
+    imageio.imwrite(film, np.zeros((9, 32, 48, 3), np.uint8), fps=10)
+    encoded = base64.b64encode(film.read_bytes()).decode()
+    outputs = [
+        nbformat.v4.new_output("stream", text=f"run: {tmp_path}/artifacts/demo\n"),
+        nbformat.v4.new_output("display_data", {
+            "image/png": base64.b64encode(figure.getvalue()).decode()}),
+        nbformat.v4.new_output("display_data", {
+            "text/html": f'<video src="data:video/mp4;base64,{encoded}"></video>'})]
+    run = tmp_path / "artifacts" / "demo"
+    (run / "notebooks").mkdir(parents=True)
+    write_json(run / "results.json", {"software": {"revision": "0123456789abcdef"}})
+    for source in suite_notebooks():
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=outputs)])
+        notebook.metadata.papermill = {"input_path": f"{tmp_path}/notebooks/{source.name}"}
+        nbformat.write(notebook, run / "notebooks" / source.name)
+    return run
+
+
+def test_executed_copies_are_published(script, executed_run, tmp_path):
+    script("gallery", executed_run, "--out", tmp_path / "copies")
+    copies = sorted((tmp_path / "copies").iterdir())
+    assert [copy.name for copy in copies] == [source.name for source in suite_notebooks()]
+    for copy in copies:
+        assert str(tmp_path) not in copy.read_text()
+        note, cell = nbformat.read(copy, as_version=4).cells
+        assert f"(../../notebooks/{copy.name})" in note.source and "0123456789" in note.source
+        printed, figure, film, frames = cell.outputs
+        assert printed.text == "run: trm/artifacts/demo\n"
+        assert Image.open(io.BytesIO(base64.b64decode(figure.data["image/png"]))).size == (60, 40)
+        assert "<video" in film.data["text/html"]
+        assert Image.open(io.BytesIO(base64.b64decode(frames.data["image/png"]))).size == (288, 32)
+
+
+def test_copies_of_an_incomplete_or_too_large_run_are_refused(script, executed_run, tmp_path):
+    out = tmp_path / "copies"
+    script("gallery", executed_run, "--out", out, code=2, _LIMIT=1000)
+    (executed_run / "notebooks" / "03_model.ipynb").unlink()
+    script("gallery", executed_run, "--out", out, code=2)
+    assert not out.exists()

@@ -1,0 +1,110 @@
+"""Executed copies of the notebooks for readers on the web, ``docs/notebooks``.
+
+    make gallery            # after make demo; python benchmarks/gallery.py artifacts/demo
+
+Figures are stored with 256 colours, a strip of six frames follows each film (GitHub plays none),
+and the paths of the machine and papermill's notes are removed.
+"""
+
+import argparse
+import base64
+import io
+import re
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import nbformat
+import numpy as np
+from PIL import Image
+
+from trm_helpers import paths
+from trm_helpers.files import atomic_path, read_json
+from trm_helpers.notebooks import suite_notebooks
+
+_LIMIT = 12e6  # bytes of all copies together
+_FRAMES = 6
+_FILM = re.compile(r"data:video/mp4;base64,([A-Za-z0-9+/=]+)")
+
+
+def small_png(image: Image.Image) -> str:
+    """A PNG with at most 256 colours, in base64."""
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def strip(film: bytes) -> Image.Image:
+    """Frames at equal intervals, the first and the last included, side by side."""
+    frames = imageio.imread(film, extension=".mp4")
+    chosen = frames[np.linspace(0, len(frames) - 1, _FRAMES).round().astype(int)]
+    row = Image.fromarray(np.concatenate(list(chosen), axis=1))
+    row.thumbnail((1600, 1600))
+    return row
+
+
+def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
+    """The notebook at ``path`` as it is published."""
+    notebook = nbformat.read(path, as_version=4)
+    record = notebook.metadata.pop("papermill")
+    checkout = str(Path(record["input_path"]).parents[1])
+
+    def without_paths(text: str) -> str:
+        return text.replace(checkout, "trm").replace(str(Path.home()), "~")
+
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        outputs = []
+        for output in cell.get("outputs", []):
+            outputs.append(output)
+            if "text" in output:
+                output.text = without_paths(output.text)
+            data = output.get("data", {})
+            for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
+                data[kind] = without_paths(data[kind])
+            if "image/png" in data:
+                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+                data["image/png"] = min(data["image/png"].strip(), small_png(picture), key=len)
+            if film := _FILM.search(data.get("text/html", "")):
+                outputs.append(nbformat.v4.new_output("display_data", {
+                    "image/png": small_png(strip(base64.b64decode(film[1]))),
+                    "text/plain": f"{_FRAMES} frames of the film"}))
+        if outputs:
+            cell.outputs = outputs
+    note = (f"*Executed copy of [notebooks/{path.name}](../../notebooks/{path.name}), made by "
+            f"`make demo` at revision {revision}.*")
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(note, id="executed-copy"))
+    return notebook
+
+
+def main() -> int | None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run folder with executed notebooks")
+    parser.add_argument("--out", type=Path, default=paths.repo_root() / "docs" / "notebooks")
+    given = parser.parse_args()
+    revision = str(read_json(given.run / "results.json")["software"]["revision"])[:10]
+    copies = {}
+    for source in suite_notebooks():
+        path = given.run / "notebooks" / source.name
+        if not path.is_file():
+            print(f"no {path}; expected the eight executed notebooks of `make demo`",
+                  file=sys.stderr)
+            return 2
+        copies[path.name] = nbformat.writes(executed_copy(path, revision))
+    size = sum(map(len, copies.values()))
+    if size > _LIMIT:
+        print(f"the copies have {size / 1e6:.1f} MB, more than {_LIMIT / 1e6:.0f}",
+              file=sys.stderr)
+        return 2
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, text in copies.items():
+        with atomic_path(given.out / name) as temporary:
+            temporary.write_text(text + "\n")
+        print(f"{given.out / name}: {len(text) / 1e6:.2f} MB")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
