@@ -138,7 +138,7 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
                                        stored("5 without", 7)])
     assert text.splitlines()[2:] == ["| without | 7 of 20 (30 to 80 %) | — |",
                                      "| with | 9 of 20 (30 to 80 %) | 12 of 20 (30 to 80 %) |",
-                                     "", "—: not played."]
+                                     "", "—: not run."]
     (axes,) = fig.axes
     assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
     assert axes.get_title().endswith("libero_goal, task 1, 3: 10 episodes of each")

@@ -65,7 +65,7 @@ HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "li
 # LIBERO-PRO (arXiv 2510.03827) varies four suites in four ways, per task; for evaluation only
 VARIATIONS = {
     "swap": "objects exchanged",
-    "object": "objects of different looks",
+    "object": "objects of a different appearance",
     "lan": "instruction in other words",
     "task": "another goal in the same scene",
 }

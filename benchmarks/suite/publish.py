@@ -241,7 +241,7 @@ def missing(meaning: str) -> str:
 
 def compared(lines: list[list]) -> str:
     gaps = any(MISSING in line for line in lines)
-    return markdown(lines) + missing("not played") * gaps
+    return markdown(lines) + missing("not run") * gaps
 
 
 def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
