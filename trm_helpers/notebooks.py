@@ -338,4 +338,5 @@ def show_notebook(executed: str | os.PathLike) -> None:
                 print("".join(output["text"]), end="")
             elif "data" in output:
                 display({kind: "".join(content) if isinstance(content, list) else content
-                         for kind, content in output["data"].items()}, raw=True)
+                         for kind, content in output["data"].items()}, raw=True,
+                        metadata=output.get("metadata"))

@@ -3,11 +3,16 @@
 import matplotlib
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.image import imread
+from matplotlib.text import Text
 
+from trm_helpers.evaluation import depth, robustness
+from trm_helpers.schema import ACTION_NAMES
+from trm_helpers.search import figures
 from trm_helpers.sim.render import upright
 from trm_helpers.stats import summarize_episodes, wilson_interval
-from trm_helpers.visuals import plots
+from trm_helpers.visuals import explain, plots
 
 matplotlib.use("agg")
 
@@ -176,6 +181,108 @@ def test_episode_lengths_by_outcome():
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {
         "horizon 280", "succeeded (3)", "failed (2)"
     }
+
+
+# --- accessibility -------------------------------------------------------------------------------
+BATCH = {"observations": {"agentview_rgb": stored(6)[:, None] / 255},
+         "actions": np.linspace(-1, 1, 6 * 7).reshape(6, 1, 1, 7)}
+ACTIONS = np.linspace(-1, 1, 40 * 7).reshape(40, 7)
+RATE = {"successes": 3, "episodes": 4, "success_rate": 0.75, "wilson_low": 0.3, "wilson_high": 0.95}
+CARD = {"run": "demo", "suite": "libero_spatial", "task_ids": [2], "num_episodes": 4,
+        "trained_depth": 2, "rows": [
+            {**RATE, "name": name, "title": title, "suite": "libero_spatial", "action_ms": 2.0,
+             "mean_recursions": used, "by_phase": {"reach": used, "grasp": used + 1},
+             "action_error": [0.2, 0.1, 0.3]}
+            for name, title, used in (("plain", "nothing changed", 2), ("noise", "noise", 4))]}
+TRIALS = [{"state": "complete", "lr": lr, "hidden_dim": dim, "final_val_loss": 0.1 / lr,
+           "val_losses": [0.3 / lr, 0.1 / lr]} for lr in (1e-3, 1e-4) for dim in (128, 256)]
+EXAMPLES = {  # every function that draws a figure, and words that its alt text must hold
+    "plot_frames": (plots, [{"agentview_rgb": stored(6)}, "lift the bowl"],
+                    "lift the bowl. 6 images each of agent view"),
+    "plot_action_statistics": (plots, [ACTIONS], "dx: mean -0.02"),
+    "plot_demo_lengths": (plots, [[66, 70, 80], 220], "66 to 80 steps, mean 72; horizon 220."),
+    "plot_action_trace": (plots, [np.sign(ACTIONS)], "2.0 s of translation, rotation and gripper; "
+                          "the gripper switches at 1.0 s."),
+    "plot_alignment": (plots, ["shift", {"method": "delay", "fraction": None, "delay": 0.25}],
+                       "obs[t] -> actions[t+1]. Measured: delay +0.25 control steps."),
+    "plot_augmentation": (plots, [stored(6), stored(6)], "each of original, augmented"),
+    "plot_places": (plots, [stored(6), np.full((6, 2, 2), 0.5), ["plate_1", "bowl_1"]],
+                    "6 images, each with a mark for plate 1, bowl 1."),
+    "plot_batch": (plots, [BATCH], "The first 6 of 6 samples"),
+    "plot_training_curves": (plots, [[
+        {"epoch": e, "train_loss": 1 / e, "val_loss": 2 / e, "lr": 1e-3 / e, "seconds": 30}
+        for e in (1, 2)]], "validation loss from 2 to 1, best 1 in epoch 2."),
+    "plot_latency": (plots, [[1, 8], [1.0, 7.5]], "1.0 ms at depth 1, 7.5 ms at depth 8."),
+    "plot_success": (plots, [{f"policy {i}": summarize_episodes(episodes(8, 10)) for i in "ab"}],
+                     "policy a: 8 of 10 episodes, success rate 80 %"),
+    "plot_episode_lengths": (plots, [episodes(3, 5), 280],
+                             "3 succeeded after 100 to 100 steps; 2 failed after 280 to 280"),
+    "plot_rollout_strip": (plots, [stored(6), range(0, 60, 10), "success"],
+                           "success. 6 images: step 0 (0.0 s), step 10"),
+    "plot_predictions": (explain, [stored(4), explain.prediction_report(ACTIONS, ACTIONS**3, 4)],
+                         "over 40 samples; the largest mean absolute error is that of "),
+    "plot_recursion": (explain, [np.eye(3), {"norms": [1, 2, 2.0], "changes": [1, 0.5],
+                                             "sentence": "The recursion is drifting."}],
+                       "The recursion is drifting. Norm of the state 1 before"),
+    "plot_depth_curve": (explain, [{
+        "depths": [1, 2], "arm_error": [0.2, 0.1], "arm_interval": [[0.1, 0.3], [0.0, 0.2]],
+        "gripper_accuracy": [0.9, 1], "gripper_interval": [[0.8, 1], [0.9, 1]],
+        "trained_depth": 2}], "depth 1: arm 0.200, gripper right in 90 %"),
+    "plot_prediction_by_depth": (explain, [[1, 2], ACTIONS[:2] * np.arange(7)],
+                                 f"{ACTION_NAMES[-1]} changes most, from -5.74 at depth 1"),
+    "plot_halting": (explain, [{"depths": [1, 3], "mean": 2, "limit": 4, "halting": "learned"}],
+                     "1 to 3 recursions used, mean 2.00, of at most 4."),
+    "plot_saliency": (explain, [{"agentview_rgb": stored(1, 4)[0]},
+                                {"agentview_rgb": np.eye(4)}], "half of it on "),
+    "plot_search_ranking": (figures, [TRIALS, ["lr", "hidden_dim"]],
+                            "Best lr 0.001, D 128 with validation loss 100; last lr 0.0001"),
+    "plot_search_importance": (figures, [{"lr": 0.2, "hidden_dim": 0.8}, TRIALS],
+                               "hidden_dim 80 %, lr 20 %."),
+    "plot_search_coordinates": (figures, [TRIALS, ["lr", "hidden_dim"]],
+                                "The best: lr 0.001, D 128, final validation loss 100."),
+    "plot_depth_card": (depth, [CARD], "plain: 3 of 4 with 2.0 recursions; noise: 3 of 4"),
+    "plot_card": (robustness, [CARD], "nothing changed: 3 of 4; noise: 3 of 4."),
+}
+
+
+def test_every_function_that_draws_a_figure_has_an_example():
+    drawing = {name for module in (plots, explain, figures, depth, robustness)
+               for name, value in vars(module).items()
+               if hasattr(value, "__wrapped__") and name.startswith("plot_")}
+    assert drawing == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_figure_describes_itself_and_is_legible(name, tmp_path):
+    module, arguments, expected = EXAMPLES[name]
+    figure = getattr(module, name)(*arguments)
+    description = plots.alt_text(figure)
+    assert expected in description and description.endswith("."), description
+    shown, metadata = DisplayFormatter().format(figure)  # IPython's, as display(figure) uses it
+    assert shown["text/plain"] == metadata["image/png"]["alt"] == description
+    path = plots.save_figure(figure, tmp_path / "figure.png")
+    assert plots.read_alt_text(path) == description
+    assert imread(path).shape[1] <= plots.MAX_WIDTH * plots.DPI
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert {text.get_text(): text.get_fontsize() for text in texts
+            if text.get_fontsize() < 9} == {}
+
+
+def test_labels_at_the_right_edge_stay_apart_and_in_order():
+    axes = plots.new_axes(6, 3)
+    axes.set(ylim=(0, 1))
+    plots.label_right(axes, {"b": (0.5, "red"), "a": (0.49, "blue"), "c": (0.9, "black")})
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert heights["c"] == pytest.approx(0.9)
+    assert heights["a"] + heights["b"] == pytest.approx(0.99)  # both move by half of what is needed
+    assert 0.05 < heights["b"] - heights["a"] < 0.15
+    assert [text.get_color() for text in axes.texts] == ["blue", "red", "black"]
+
+
+def test_a_file_without_alt_text_has_none(tmp_path):
+    figure = plots.plot_demo_lengths([100, 120])
+    figure.savefig(tmp_path / "old.png")
+    assert plots.read_alt_text(tmp_path / "old.png") == ""
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -22,7 +22,14 @@ from ..sim.env import LiberoEnv
 from ..stats import paired_mcnemar
 from ..training.runs import find_run, held_out, load_config
 from ..visuals.colours import GREY, PALETTE
-from ..visuals.plots import count_axis, new_figure, save_figure, styled, success_rates
+from ..visuals.plots import (
+    count_axis,
+    describe,
+    new_figure,
+    save_figure,
+    styled,
+    success_rates,
+)
 from .cards import cells, measured, tasks_in_short
 from .plan import official_episodes
 from .play import Evaluation, TrainedPolicy
@@ -201,7 +208,9 @@ def plot_depth_card(card: Mapping) -> Figure:
                        marker=MARKERS[number % len(MARKERS)])
     fig.suptitle(f"{card['run']} in control\n{tasks_in_short(card)}")
     fig.legend(*panels["cost"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return fig
+    return describe(fig, "; ".join(
+        f"{row['name']}: {row['successes']} of {row['episodes']} with {row['mean_recursions']:.1f} "
+        "recursions" for row in card["rows"]) + ".")
 
 
 def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:

@@ -19,7 +19,7 @@ from ..files import dispensable, read_json, write_json
 from ..stats import detectable, paired_mcnemar
 from ..training.runs import find_run, load_config
 from ..visuals.colours import BLUE, GREY, ORANGE
-from ..visuals.plots import new_figure, save_figure, styled, success_bars
+from ..visuals.plots import HATCHES, describe, new_figure, save_figure, styled, success_bars
 from .cards import cells, measured, tasks_in_short
 from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused
@@ -185,17 +185,18 @@ def plot_card(card: Mapping) -> Figure:
                                                   or row["name"] == WIDE)] for row in rows]
     fig = new_figure(8.5, 0.32 * len(rows) + 1.9)
     axes = fig.subplots()
-    for label, colour in kinds.items():
+    for (label, colour), hatch in zip(kinds.items(), HATCHES, strict=False):
         places = [place for place, each in enumerate(kind) if each == label]
         if places:
             success_bars(axes, places, [rows[place] for place in places], 0.72, color=colour,
-                         label=label)
+                         label=label, hatch=hatch)
     axes.axvline(100 * rows[0]["success_rate"], color="black", linestyle="--", linewidth=1,
                  label="rate with nothing changed")
     success_axes(axes, [row["title"] for row in rows])
     fig.suptitle(f"Success of {card['run']} when something changes\n{tasks_in_short(card)}")
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return fig
+    return describe(fig, "; ".join(f"{row['title']}: {row['successes']} of {row['episodes']}"
+                                   for row in rows) + ".")
 
 
 def success_axes(axes, titles: Sequence[str]) -> None:

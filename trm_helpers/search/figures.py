@@ -16,7 +16,15 @@ from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from ..visuals.colours import BLUE, GREY, RED
-from ..visuals.plots import count_axis, log_axis, new_figure, styled, success_bars
+from ..visuals.plots import (
+    MAX_WIDTH,
+    count_axis,
+    describe,
+    log_axis,
+    new_figure,
+    styled,
+    success_bars,
+)
 from .space import value_of
 
 _SHORT = {"hidden_dim": "D", "num_recursions": "N"}
@@ -29,7 +37,7 @@ _SPREAD = 0.06  # share of an axis' height over which lines through one value ar
 def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figure:
     """Success rates with intervals, or final validation losses, beside the loss curves."""
     trials = _complete(trials)
-    fig = new_figure(11, max(3.2, 0.28 * len(trials) + 1.4))
+    fig = new_figure(MAX_WIDTH, max(3.2, 0.28 * len(trials) + 1.4))
     ranking, curves = fig.subplots(1, 2)
     colours = [RED, *matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(trials)))[1:]]
     losses = [trial["final_val_loss"] for trial in trials]
@@ -42,22 +50,26 @@ def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figu
                     yticklabels=labels, xlabel="success rate (%) with 95 % Wilson interval")
     else:
         bars = ranking.barh(labels, losses, color=colours)
-        ranking.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3, fontsize=8)
+        ranking.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3)
         ranking.set(xlim=(0, 1.2 * max(losses)), xlabel="final validation loss")
-    ranking.set_title("Ranking (best in red)")
+        ranking.locator_params(axis="x", nbins=5)
+    ranking.set_title("Ranking (best in red, bold)")
     ranking.invert_yaxis()
     ranking.get_yticklabels()[0].set_fontweight("bold")
     for trial, colour in reversed(list(zip(trials, colours, strict=True))):
         epochs = range(1, len(trial["val_losses"]) + 1)
         curves.plot(epochs, trial["val_losses"], color=colour, marker=".",
                     linewidth=2.5 if trial is trials[0] else 1.2)
-    curves.set(xlabel="epoch", ylabel="validation loss (log scale)",
-               title="Validation loss during training")
+    curves.set(xlabel="epoch", ylabel="log scale",
+               title="Validation loss (best: red, thick)")
     log_axis(curves.yaxis)
     count_axis(curves.xaxis)
     legend = "".join(f", {short} {name}" for name, short in _SHORT.items() if name in names)
     fig.suptitle(f"Search over {len(trials)} configurations: lr learning rate{legend}")
-    return fig
+    ends = [f"{place} {label} with validation loss {loss:.4g}"
+            for place, label, loss in (("Best", labels[0], losses[0]),
+                                       ("last", labels[-1], losses[-1]))]
+    return describe(fig, f"{'; '.join(ends)}.")
 
 
 def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, float] | str:
@@ -93,12 +105,13 @@ def plot_search_importance(shares: Mapping[str, float], trials: Sequence[Mapping
     fig = new_figure(6, 0.35 * len(shares) + 1.4)
     axes = fig.subplots()
     bars = axes.barh(list(shares), [100 * share for share in shares.values()], color=BLUE)
-    axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt="%.0f %%", padding=3)
     axes.invert_yaxis()
     axes.set(xlim=(0, 110), xlabel="share of the importance (%)")
     fig.suptitle("Importance for being in the best third of "
                  f"{len(_complete(trials))} trials (PED-ANOVA)")
-    return fig
+    return describe(fig, ", ".join(f"{name} {100 * share:.0f} %"
+                                   for name, share in shares.items()) + ".")
 
 
 @styled
@@ -123,7 +136,7 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
         for value, at in ticks.items():
             text = f"{100 * value:.0f}" if name == "success_rate" else (
                 f"{value:.3g}" if isinstance(value, float) else str(value))
-            axes.text(place + 0.04, at, text, va="center", fontsize=8, zorder=4,
+            axes.text(place + 0.04, at, text, va="center", zorder=4,
                       bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1})
     shades = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, len(trials)))
     for rank, line in reversed(list(enumerate(np.transpose(heights)))):
@@ -134,7 +147,8 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
     axes.spines[["left", "bottom"]].set_visible(False)
     fig.suptitle(f"{len(trials)} trials across their settings (best in red, then dark to light; "
                  "lr on a log scale)")
-    return fig
+    return describe(fig, f"The best: {_label(trials[0], names)}, {title} "
+                         f"{trials[0][result] * (100 if result == 'success_rate' else 1):.4g}.")
 
 
 def _complete(trials: Sequence[Mapping]) -> list[Mapping]:

@@ -16,7 +16,16 @@ from .. import schema
 from ..sim.render import upright
 from ..stats import wilson_interval
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
-from .plots import count_axis, new_axes, new_figure, show_image, styled
+from .plots import (
+    MAX_WIDTH,
+    count_axis,
+    describe,
+    label_right,
+    new_axes,
+    new_figure,
+    show_image,
+    styled,
+)
 
 BATCH = 64
 CONVERGED = 0.05  # last change, as a share of the state's norm
@@ -118,7 +127,7 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
     """Stored images (n, H, W, 3) over target and prediction bars; below, errors on average."""
     samples = report["samples"]
     count = max(len(samples), 3)  # room for the panels below
-    fig = new_figure(2.7 * count, 8.2)
+    fig = new_figure(min(2.7 * count, MAX_WIDTH), 8.2)
     grid = fig.add_gridspec(3, 2 * count, height_ratios=(1.1, 1.2, 1))
     place = np.arange(schema.ACTION_DIM)
     for i, sample in enumerate(samples):
@@ -128,26 +137,30 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
         image.set_title(f"sample {i + 1}: MSE {sample['mse']:.4f}")
         bars = fig.add_subplot(grid[1, columns])
         bars.barh(place - 0.2, sample["target"], 0.4, color=BLUE, label="demonstrated")
-        bars.barh(place + 0.2, sample["prediction"], 0.4, color=ORANGE, label="predicted")
+        bars.barh(place + 0.2, sample["prediction"], 0.4, color=ORANGE, hatch="//",
+                  label="predicted")
         bars.axvline(0, color=GREY, linewidth=0.6)
         limit = 1.05 * max(1.0, *np.abs([*sample["target"], *sample["prediction"]]))
         bars.set(yticks=place, yticklabels=schema.ACTION_NAMES if i == 0 else [],
-                 xlim=(-limit, limit), xlabel="action (environment units)")
+                 xlim=(-limit, limit), xlabel="environment units")
         bars.invert_yaxis()
     fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     errors, ratios = fig.add_subplot(grid[2, :count]), fig.add_subplot(grid[2, count:])
     errors.bar(schema.ACTION_NAMES, report["mean_absolute_error"].values(), color=GREEN)
-    errors.set(ylabel="mean absolute error (env. units)",
+    errors.set(ylabel="mean absolute error",
                title=f"Error over {report['count']} samples "
                f"(gripper right in {100 * report['gripper_accuracy']:.0f} %)")
     values = [np.nan if value is None else value for value in report["std_ratio"].values()]
     ratios.bar(schema.ACTION_NAMES, values, color=GREEN)
     ratios.axhline(1, color="black", linestyle=":")
-    ratios.set(ylabel="std(predicted) / std(target)", title="Spread (below 1: shrunk to the mean)")
+    ratios.set(ylabel="std(predicted) / std(target)", title="Spread (1: as demonstrated)")
     for axes in (errors, ratios):
         axes.tick_params(axis="x", rotation=30)
     fig.suptitle("First predicted action against the demonstrated one")
-    return fig
+    worst = max(report["mean_absolute_error"], key=report["mean_absolute_error"].get)
+    return describe(fig, f"Mean squared error {report['mse']:.4f} over {report['count']} samples; "
+                         f"the largest mean absolute error is that of {worst}, "
+                         f"{report['mean_absolute_error'][worst]:.3f}.")
 
 
 # --- recursion -----------------------------------------------------------------------------------
@@ -204,27 +217,30 @@ def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Fig
 def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     """Heat map of one sample's states (N + 1, D), and norm and change of the state by step."""
     steps = np.arange(len(states))
-    fig = new_figure(11, 4)
+    fig = new_figure(MAX_WIDTH, 3.6)
     heat, norm, change = fig.subplots(1, 3, width_ratios=(1.5, 1, 1))
     limit = np.abs(states).max()
     image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
                         vmin=-limit, vmax=limit, origin="lower")
-    heat.set(xlabel="recursion step (0: before the first)", xlim=(-0.5, len(states) - 0.5),
-             ylabel="hidden feature, sorted by last value", title="Hidden state of one sample")
+    heat.set(xlabel="recursion step (0: before it)", xlim=(-0.5, len(states) - 0.5),
+             ylabel="feature, sorted by last value", title="Hidden state of one sample")
     fig.colorbar(image, ax=heat, label="activation")
     norm.plot(steps, report["norms"], marker="o")
-    norm.set(xlabel="recursion step", ylabel="L2 norm of the state", title="Norm",
+    norm.set(xlabel="recursion step", title="L2 norm of the state",
              ylim=(0, 1.15 * max(report["norms"])))
     change.plot(steps[1:], report["changes"], marker="o", color=RED)
     change.axhline(CONVERGED * report["norms"][-1], color=GREY, linestyle=":",
-                   label=f"converged below ({100 * CONVERGED:.0f} % of the norm)")
-    change.set(xlabel="recursion step", ylabel="L2 norm of the change", title="Change per step",
+                   label=f"converged below\n({100 * CONVERGED:.0f} % of the norm)")
+    change.set(xlabel="recursion step", title="L2 norm of its change",
                ylim=(0, 1.25 * max(report["changes"])))
     change.legend(loc="upper right")
     for axes in (heat, norm, change):
         count_axis(axes.xaxis)
     fig.suptitle(report["sentence"])
-    return fig
+    return describe(fig, f"Norm of the state {report['norms'][0]:.3g} before the first step and "
+                         f"{report['norms'][-1]:.3g} after the last; change "
+                         f"{report['changes'][0]:.3g} in the first and "
+                         f"{report['changes'][-1]:.3g} in the last.")
 
 
 # --- depth and halting ---------------------------------------------------------------------------
@@ -280,7 +296,10 @@ def plot_depth_curve(curve: Mapping) -> Figure:
         count_axis(axes.xaxis)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle("Error of the first action by recursion depth")
-    return fig
+    rows = zip(curve["depths"], curve["arm_error"], curve["gripper_accuracy"], strict=True)
+    return describe(fig, "; ".join(
+        f"depth {depth}: arm {error:.3f}, gripper right in {100 * right:.0f} %"
+        for depth, error, right in rows) + f". Trained with {curve['trained_depth']}.")
 
 
 @torch.no_grad()
@@ -295,15 +314,19 @@ def prediction_by_depth(policy, observations: Mapping, depths: Sequence[int]) ->
 def plot_prediction_by_depth(depths: Sequence[int], actions: np.ndarray) -> Figure:
     """The figure of :func:`prediction_by_depth`."""
     axes = new_axes(7, 3.6)
-    for dim, name in enumerate(schema.ACTION_NAMES):
+    for dim in range(schema.ACTION_DIM):
         colour, style = ("black", "--") if dim == schema.GRIPPER_INDEX else (PALETTE[dim], "-")
-        axes.plot(depths, actions[:, dim], style, marker=".", color=colour, label=name)
+        axes.plot(depths, actions[:, dim], style, marker="osD^v<>"[dim], markersize=4, color=colour)
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(xlabel="recursions at inference", ylabel="first action (environment units)",
              title="One sample's action by recursion depth")
     count_axis(axes.xaxis)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return axes.figure
+    label_right(axes, {name: (actions[-1, dim], "black")
+                       for dim, name in enumerate(schema.ACTION_NAMES)})
+    dim = np.ptp(actions, axis=0).argmax()
+    return describe(axes.figure, f"{schema.ACTION_NAMES[dim]} changes most, from "
+                                 f"{actions[0, dim]:+.2f} at depth {depths[0]} to "
+                                 f"{actions[-1, dim]:+.2f} at depth {depths[-1]}.")
 
 
 @torch.no_grad()
@@ -336,7 +359,9 @@ def plot_halting(profile: Mapping) -> Figure:
                    f"(halting: {profile['halting']})")
     count_axis(axes.xaxis)
     axes.legend()
-    return axes.figure
+    return describe(axes.figure, f"{min(profile['depths'])} to {max(profile['depths'])} "
+                                 f"recursions used, mean {profile['mean']:.2f}, of at most "
+                                 f"{profile['limit']}.")
 
 
 # --- saliency ------------------------------------------------------------------------------------
@@ -391,4 +416,12 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
     fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
                  label="attribution (1: strongest pixel)")
     fig.suptitle("Saliency of the first predicted arm action")
-    return fig
+    half = [f"half of it on {100 * _half_of(heat):.1f} % of the pixels of "
+            f"{schema.CAMERA_TITLES[camera]}" for camera, heat in maps.items()]
+    return describe(fig, f"The attribution of each camera: {'; '.join(half)}.")
+
+
+def _half_of(heat: np.ndarray) -> float:
+    """The share of pixels, strongest first, that hold half of a map's attribution."""
+    total = np.cumsum(np.sort(heat, axis=None)[::-1])
+    return float(np.mean(total < total[-1] / 2))

@@ -1,28 +1,33 @@
 """Figures of data, training and evaluation; other modules' figures use the same style.
 
 Figures take images as they are stored, upside down; :func:`plot_rollout_strip` takes upright
-frames. All return a matplotlib ``Figure``, which a notebook shows and :func:`save_figure` writes.
+frames. All return a :class:`DescribedFigure`, which a notebook shows and :func:`save_figure`
+writes, both with its alt text. Text has at least 9 points in a column of 9 inches.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from .. import schema
 from ..demos.alignment import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..files import atomic_path
 from ..sim.render import upright
+from ..stats import format_success
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
 
 STYLE = {
@@ -30,7 +35,7 @@ STYLE = {
     "axes.titlesize": 9,
     "axes.labelsize": 9,
     "figure.titlesize": 11,
-    "legend.fontsize": 8,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,8 +43,11 @@ STYLE = {
     "image.interpolation": "nearest",
     "lines.linewidth": 1.5,
 }
-TICK_SIZE = 8
-DPI = 150
+TICK_SIZE = 9
+MAX_WIDTH = 9  # inches; a wider figure is scaled down, with its text, where it is shown
+DPI, SCREEN_DPI = 150, 100  # of files and in notebooks
+HATCHES = ("", "//", "..", "xx")
+DASHES = ("-", "--", ":", "-.")
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -56,13 +64,24 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapper
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of that size in inches, closed in pyplot: notebooks show it once, where it is
-    returned. Going through pyplot sets IPython up to show figures.
+class DescribedFigure(Figure):
+    """A figure with alt text, shown by notebooks where it is displayed or returned.
+
+    Jupyter keeps the alt text in the output's metadata, and shows it where it shows no images.
     """
-    fig = plt.figure(figsize=(width, height), layout="constrained")
-    plt.close(fig)
-    return fig
+
+    finding = ""
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        buffer, text = io.BytesIO(), alt_text(self)
+        self.savefig(buffer, format="png", dpi=SCREEN_DPI, bbox_inches="tight")
+        png = base64.b64encode(buffer.getvalue()).decode()
+        return {"image/png": png, "text/plain": text}, {"image/png": {"alt": text}}
+
+
+def new_figure(width: float, height: float) -> DescribedFigure:
+    """A figure of that size in inches, at most ``MAX_WIDTH`` wide."""
+    return DescribedFigure(figsize=(min(width, MAX_WIDTH), height), layout="constrained")
 
 
 def new_axes(width: float, height: float) -> Axes:
@@ -70,11 +89,29 @@ def new_axes(width: float, height: float) -> Axes:
     return new_figure(width, height).subplots()
 
 
-def save_figure(fig: Figure, path: str | os.PathLike) -> Path:
-    """Write ``fig`` as PNG, whole or not at all, and return the path."""
+def describe(fig: DescribedFigure, finding: str) -> DescribedFigure:
+    """Give ``fig`` the sentence that its alt text holds after its title; returns ``fig``."""
+    fig.finding = finding
+    return fig
+
+
+def alt_text(fig: DescribedFigure) -> str:
+    """Title and finding, for a reader who does not see the figure."""
+    title = " ".join((fig.get_suptitle() or fig.axes[0].get_title()).split())
+    return f"{title.rstrip('.')}. {fig.finding}".strip()
+
+
+def save_figure(fig: DescribedFigure, path: str | os.PathLike) -> Path:
+    """Write ``fig`` as PNG with its alt text, whole or not at all, and return the path."""
     with atomic_path(path) as temporary:
-        fig.savefig(temporary, dpi=DPI, format="png")
+        fig.savefig(temporary, dpi=DPI, format="png", metadata={"Description": alt_text(fig)})
     return Path(path)
+
+
+def read_alt_text(path: str | os.PathLike) -> str:
+    """The alt text in a PNG file of :func:`save_figure`; "" if it has none."""
+    with Image.open(path) as image:
+        return image.info.get("Description", "")
 
 
 def show_image(axes, image) -> None:
@@ -82,6 +119,27 @@ def show_image(axes, image) -> None:
     axes.imshow(image)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def label_right(axes, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Label lines at the right edge instead of in a legend.
+
+    Args:
+        ends: for each label, the line's last value on the y axis and its colour. Labels keep a
+            line's height apart.
+    """
+    gap = 13 / (72 * axes.figure.get_figheight() * axes.get_position().height)
+    right, _ = axes.get_xlim()[1], axes.get_ylim()  # autoscaled when asked
+    to_axes = axes.transData - axes.transAxes
+    wanted = sorted((to_axes.transform((right, value))[1], label)
+                    for label, (value, _) in ends.items())
+    raised = list(accumulate((height for height, _ in wanted),
+                             lambda below, height: max(height, below + gap)))
+    lowered = list(accumulate((height for height, _ in reversed(wanted)),
+                              lambda above, height: min(height, above - gap)))[::-1]
+    for (_, label), up, down in zip(wanted, raised, lowered, strict=True):
+        axes.text(1.01, (up + down) / 2, label, transform=axes.transAxes, va="center",
+                  color=ends[label][1])
 
 
 def count_axis(axis) -> None:
@@ -122,7 +180,7 @@ def success_bars(axes, places, results: Sequence[Mapping], thickness: float, *,
     for place, label in zip(places, labels, strict=True):
         at, aligned = ((place, 103), {"ha": "center"}) if vertical else (
             (103, place), {"va": "center"})
-        axes.text(*at, label, **{"fontsize": 8, **aligned, **text})
+        axes.text(*at, label, **{**aligned, **text})
 
 
 def check_actions(actions) -> np.ndarray:
@@ -135,7 +193,8 @@ def check_actions(actions) -> np.ndarray:
 
 def _image_grid(rows: Mapping[str, np.ndarray], columns: Sequence[str], title: str) -> Figure:
     """Upright images (n, H, W, 3) per row, labelled on the left; a title over each column."""
-    fig = new_figure(1.8 * len(columns) + 0.4, 1.8 * len(rows) + 0.7)
+    side = min(1.8, (MAX_WIDTH - 0.4) / len(columns))
+    fig = new_figure(side * len(columns) + 0.4, side * len(rows) + 0.7)
     fig.set_layout_engine("compressed")
     grid = fig.subplots(len(rows), len(columns), squeeze=False)
     for line, (label, images) in zip(grid, rows.items(), strict=True):
@@ -145,7 +204,9 @@ def _image_grid(rows: Mapping[str, np.ndarray], columns: Sequence[str], title: s
     for axes, text in zip(grid[0], columns, strict=True):
         axes.set_title(text)
     fig.suptitle(textwrap.fill(title, int(13 * fig.get_figwidth())))  # characters per inch
-    return fig
+    shown = ", ".join(label for label in rows if label)
+    return describe(fig, f"{len(columns)} images{f' each of {shown}' if shown else ''}: "
+                         f"{', '.join(columns)}.")
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -161,7 +222,7 @@ def plot_frames(frames: Mapping[str, np.ndarray], title: str = "") -> Figure:
 def plot_action_statistics(actions) -> Figure:
     """Histogram of each dimension of actions (N, 7) in the environment's units."""
     actions = check_actions(actions)
-    fig = new_figure(12, 5.2)
+    fig = new_figure(MAX_WIDTH, 5.6)
     grid = fig.subplots(2, 4).ravel()
     share = np.full(len(actions), 100 / len(actions))
     for dim, axes in enumerate(grid[: schema.ACTION_DIM]):
@@ -170,12 +231,12 @@ def plot_action_statistics(actions) -> Figure:
         axes.axvline(values.mean(), color=RED, linestyle="--", label="mean")
         axes.set_title(f"{schema.ACTION_NAMES[dim]}: mean {values.mean():+.2f}, "
                        f"std {values.std():.2f}")
-        axes.set_xlabel(textwrap.fill(schema.ACTION_MEANING[dim], 36))
+        axes.set_xlabel(textwrap.fill(schema.ACTION_MEANING[dim], 27))
         axes.set_ylabel("share of steps (%)" if dim % 4 == 0 else "")
     grid[-1].axis("off")
     grid[-1].legend(*grid[0].get_legend_handles_labels(), loc="upper left")
     fig.suptitle(f"{len(actions):,} actions by dimension (environment units)")
-    return fig
+    return describe(fig, f"{'; '.join(axes.get_title() for axes in grid[:-1])}.")
 
 
 @styled
@@ -186,7 +247,8 @@ def plot_demo_lengths(lengths: Sequence[int], horizon: int = 0) -> Figure:
     axes.hist(lengths, bins=12, color=BLUE, rwidth=0.9)
     axes.axvline(mean, color=RED, linestyle="--", label=f"mean {mean:.0f}")
     axes.legend()
-    return axes.figure
+    return describe(axes.figure, f"{min(lengths)} to {max(lengths)} steps, mean {mean:.0f}"
+                                 f"{f'; horizon {horizon}' if horizon else ''}.")
 
 
 def _length_axes(horizon: int, counted: str, title: str) -> Axes:
@@ -209,7 +271,7 @@ def plot_action_trace(actions, title: str = "Actions of one demonstration") -> F
     for dim in range(schema.ARM_DIM):
         axes = move if dim < 3 else turn
         axes.stairs(actions[:, dim], edges, baseline=None, color=PALETTE[dim % 3], linewidth=1.5,
-                    label=schema.ACTION_NAMES[dim])
+                    linestyle=DASHES[dim % 3], label=schema.ACTION_NAMES[dim])
     for axes, label in ((move, "translation\n(1 asks for 0.05 m)"),
                         (turn, "rotation\n(1 asks for 0.5 rad)")):
         axes.set(ylabel=label, ylim=(-1.1, 1.1))
@@ -220,7 +282,10 @@ def plot_action_trace(actions, title: str = "Actions of one demonstration") -> F
     grip.set(ylabel="gripper", ylim=(-1.3, 1.3), xlabel="time (s)",
              yticks=(schema.GRIPPER_OPEN, schema.GRIPPER_CLOSED), yticklabels=("open", "closed"))
     fig.suptitle(title)
-    return fig
+    closing = np.flatnonzero(np.diff(actions[:, schema.GRIPPER_INDEX]) != 0) + 1
+    times = ", ".join(f"{step / schema.CONTROL_HZ:.1f}" for step in closing)
+    return describe(fig, f"{edges[-1]:.1f} s of translation, rotation and gripper; the gripper "
+                         f"{f'switches at {times} s' if times else 'never switches'}.")
 
 
 @styled
@@ -254,8 +319,10 @@ def plot_alignment(name: str, evidence: Mapping) -> Figure:
         "shift": "obs[t] was sampled after actions[t] was executed: learn obs[t] -> actions[t+1]",
         "unknown": "not measurable in this file: set the alignment by hand",
     }[name]
-    fig.suptitle(f"Alignment: {name}, judged by the {evidence['method']}\n{meaning}")
-    return fig
+    fig.suptitle(f"Alignment: {name}, judged by the {evidence['method']}:\n{meaning}")
+    found = [f"{key} {evidence[key]:+.2f} control steps" for key in ("fraction", "delay")
+             if evidence[key] is not None]
+    return describe(fig, f"Measured: {', '.join(found) or 'nothing'}.")
 
 
 @styled
@@ -269,7 +336,8 @@ def plot_augmentation(original, augmented) -> Figure:
 @styled
 def plot_places(images, places, names: Sequence[str]) -> Figure:
     """Images (n, H, W, 3) with the predicted position of each object, (n, K, 2) from 0 to 1."""
-    fig = new_figure(2.4 * len(images) + 0.4, 3.4)
+    side = min(2.4, (MAX_WIDTH - 0.4) / len(images))
+    fig = new_figure(side * len(images) + 0.4, side + 1)
     for axes, image, found in zip(fig.subplots(1, len(images), squeeze=False)[0], upright(images),
                                   np.asarray(places), strict=True):
         show_image(axes, image)
@@ -282,7 +350,8 @@ def plot_places(images, places, names: Sequence[str]) -> Figure:
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
                ncols=min(len(names), 4))
     fig.suptitle("Predicted object positions in the agent view")
-    return fig
+    return describe(fig, f"{len(images)} images, each with a mark for "
+                         f"{', '.join(name.replace('_', ' ') for name in names)}.")
 
 
 @styled
@@ -292,7 +361,8 @@ def plot_batch(batch: Mapping, count: int = 6) -> Figure:
     size = len(batch["actions"])
     actions = np.asarray(batch["actions"]).reshape(size, -1, schema.ACTION_DIM)[:, 0]
     count = min(count, size)
-    fig = new_figure(1.9 * count + 0.8, 1.9 * len(cameras) + 2.1)
+    side = min(1.9, (MAX_WIDTH - 0.8) / count)
+    fig = new_figure(side * count + 0.8, side * len(cameras) + 2.1)
     grid = fig.subplots(len(cameras) + 1, count, squeeze=False)
     for line, camera in zip(grid, cameras, strict=False):
         for axes, images in zip(line, batch["observations"][camera], strict=False):
@@ -302,12 +372,14 @@ def plot_batch(batch: Mapping, count: int = 6) -> Figure:
     for i, axes in enumerate(grid[-1]):
         axes.barh(schema.ACTION_NAMES, actions[i], color=BLUE)
         axes.axvline(0, color=GREY, linewidth=0.6)
-        axes.set(xlim=(-limit, limit), xlabel="normalised action")
+        axes.set(xlim=(-limit, limit))
         axes.invert_yaxis()
         axes.tick_params(labelleft=i == 0)
         grid[0, i].set_title(f"sample {i + 1}")
+    fig.supxlabel("normalised action")
     fig.suptitle(f"The first {count} of {size} samples in a batch, each at its first step")
-    return fig
+    return describe(fig, f"{' and '.join(schema.CAMERA_TITLES[camera] for camera in cameras)} of "
+                         "each sample, and its seven normalised action values.")
 
 
 # --- training and search -------------------------------------------------------------------------
@@ -320,11 +392,11 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
         [row[key] for row in metrics] for key in ("epoch", "train_loss", "val_loss", "lr"))
     # the trainer's rule: successes in rollouts first, if there were any
     best = max(range(len(metrics)), key=lambda i: (metrics[i].get("success_rate", -1.0), -val[i]))
-    fig = new_figure(10, 3.6)
+    fig = new_figure(MAX_WIDTH, 3.6)
     losses, rates = fig.subplots(1, 2, width_ratios=(3, 2))
     marker = "o" if len(metrics) == 1 else None
-    losses.plot(epoch, train, marker=marker, label="training")
-    losses.plot(epoch, val, marker=marker, label="validation")
+    losses.plot(epoch, train, marker=marker, color=BLUE)
+    losses.plot(epoch, val, marker=marker, color=RED, linestyle="--")
     losses.plot(epoch[best], val[best], "*", color="black", markersize=11, linestyle="none",
                 label=f"best: epoch {epoch[best]}, {val[best]:.4g}")
     losses.set(xlabel="epoch", ylabel="loss (log scale)", title="Loss")
@@ -334,9 +406,12 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
     for axes in (losses, rates):
         log_axis(axes.yaxis)
         count_axis(axes.xaxis)
+    label_right(losses, {"training": (train[-1], BLUE), "validation": (val[-1], RED)})
     minutes = sum(row["seconds"] for row in metrics) / 60
     fig.suptitle(f"Training: {len(metrics)} epochs in {minutes:.1f} minutes")
-    return fig
+    return describe(fig, f"Training loss from {train[0]:.4g} to {train[-1]:.4g}; validation loss "
+                         f"from {val[0]:.4g} to {val[-1]:.4g}, best {val[best]:.4g} in epoch "
+                         f"{epoch[best]}.")
 
 
 @styled
@@ -347,7 +422,8 @@ def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure
     axes.set(xlabel="recursions", ylabel="milliseconds per decision", ylim=(0, None),
              title="Time of a decision (one observation, median)")
     count_axis(axes.xaxis)
-    return axes.figure
+    return describe(axes.figure, f"{milliseconds[0]:.1f} ms at depth {depths[0]}, "
+                                 f"{milliseconds[-1]:.1f} ms at depth {depths[-1]}.")
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -368,20 +444,21 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
     width = 0.8 / len(groups)
     bars = len(labels) * len(groups)
     crowded = bars > 16  # then the counts stand upright
-    fig = new_figure(np.clip(0.65 * bars + 1.6, 4.8, 12), 4.2 if crowded else 3.8)
+    fig = new_figure(np.clip(0.65 * bars + 1.6, 4.8, MAX_WIDTH), 4.2 if crowded else 3.8)
     axes = fig.subplots()
     for number, (name, tasks) in enumerate(groups.items()):
         places = [i for i, label in enumerate(labels) if label in tasks]
         success_bars(axes, np.array(places) + (number - (len(groups) - 1) / 2) * width,
                      [tasks[labels[i]] for i in places], 0.9 * width, vertical=True, label=name,
-                     text={"rotation": 90 if crowded else 0})
+                     hatch=HATCHES[number % len(HATCHES)], text={"rotation": 90 if crowded else 0})
     axes.set(xticks=range(len(labels)), xticklabels=labels, xlim=(-0.8, len(labels) - 0.2),
              xlabel="suite and task", ylim=(0, 126 if crowded else 112), yticks=range(0, 101, 20),
              ylabel="success rate (%)",
              title="Success rate with 95 % Wilson interval\n(above: successes/episodes)")
     if len(groups) > 1:
         fig.legend(loc="outside lower center", ncols=3)
-    return fig
+    return describe(fig, "; ".join(f"{name}: {format_success(summary)}"
+                                   for name, summary in summaries.items()) + ".")
 
 
 @styled
@@ -390,10 +467,12 @@ def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
     lengths = [[row["steps"] for row in rows if bool(row["success"]) is outcome]
                for outcome in (True, False)]
     axes = _length_axes(horizon, "episodes", f"Lengths of {len(rows)} episodes")
-    axes.hist(lengths, bins=20, stacked=True, color=[BLUE, ORANGE], rwidth=0.9,
+    axes.hist(lengths, bins=20, stacked=True, color=[BLUE, ORANGE], hatch=["", "//"], rwidth=0.9,
               label=[f"succeeded ({len(lengths[0])})", f"failed ({len(lengths[1])})"])
     axes.legend()
-    return axes.figure
+    spans = [f"{len(each)} {outcome} after {min(each)} to {max(each)} steps"
+             for outcome, each in zip(("succeeded", "failed"), lengths, strict=True) if each]
+    return describe(axes.figure, f"{'; '.join(spans) or 'No episode'}.")
 
 
 @styled
