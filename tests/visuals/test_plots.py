@@ -294,3 +294,21 @@ def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
     path = plots.save_figure(figure, tmp_path / "figures" / "lengths.png")
     assert imread(path).shape[:2] == (3.2 * 150, 6 * 150)
     assert [file.name for file in path.parent.iterdir()] == ["lengths.png"]
+
+
+# --- explanations --------------------------------------------------------------------------------
+def test_action_arrows_point_along_the_axes_of_the_upright_frame():
+    frames = {"agentview_rgb": stored(size=256)[0], "eye_in_hand_rgb": stored(size=256)[0]}
+    hand = np.array([0.5, 0.1, 1.0])
+
+    def project(points, camera):  # a camera that looks along -x: y to the right, z up
+        return 128 + 300 * (points - hand)[:, 1:] * (1, -1)
+
+    figure = plots.plot_action_axes(frames, hand, project)
+    for axes in figure.axes:
+        assert_upright(axes)
+        labels = {text.get_text(): np.array(text.xy) - 128 for text in axes.texts}
+        labels.pop("")  # arrow heads
+        assert set(labels) == {"dx, d_roll", "dy, d_pitch", "dz, d_yaw", "gripper"}
+        assert labels["dy, d_pitch"][0] > 10 and labels["dz, d_yaw"][1] < -10
+        np.testing.assert_allclose(labels["dx, d_roll"], 0, atol=1e-9)

@@ -382,6 +382,66 @@ def plot_batch(batch: Mapping, count: int = 6) -> Figure:
                          "each sample, and its seven normalised action values.")
 
 
+# --- how the notebooks explain actions, masks and recursions --------------------------------------
+_LABEL_BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+
+
+@styled
+def plot_action_axes(frames: Mapping[str, np.ndarray], hand: np.ndarray,
+                     project: Callable[[np.ndarray, str], np.ndarray]) -> Figure:
+    """The seven numbers of an action on a frame (H, W, 3) of each camera, all at +1.
+
+    A straight arrow for each translation, a bent one for the rotation about it. Arrows are as long
+    as the frame allows, not to scale.
+
+    Args:
+        hand: position (3,) in metres of the end effector.
+        project: points (n, 3) in metres to columns and rows (n, 2) of a camera's upright frame, as
+            `LiberoEnv.project`.
+    """
+    fig = new_figure(9, 5)
+    for axes, (camera, frame) in zip(fig.subplots(1, len(frames)), frames.items(), strict=True):
+        show_image(axes, upright(frame))
+        axes.set(title=schema.CAMERA_TITLES[camera], autoscale_on=False)
+        length = 0.2 if camera == schema.STILL_CAMERA else 0.08  # metres; the wrist camera is near
+        centre = project(hand[None], camera)[0]
+        for dim, colour in enumerate(PALETTE[:3]):
+            along, first, second = np.roll(np.eye(3), -dim, axis=0)
+            tip = _arrow(axes, project(hand + np.linspace(0, length, 99)[:, None] * along, camera),
+                         colour, 2.5, margin=0.13)
+            angle = np.linspace(-2.4, 2.4, 99)[:, None]  # radians, counter-clockwise about the axis
+            circle = np.cos(angle) * first + np.sin(angle) * second
+            _arrow(axes, project(hand + length * (0.4 * along + 0.2 * circle), camera), colour, 1.3)
+            away = (tip - centre) / max(np.linalg.norm(tip - centre), 1) * (1, -1)  # points go up
+            axes.annotate(f"{schema.ACTION_NAMES[dim]}, {schema.ACTION_NAMES[3 + dim]}", tip,
+                          (30 * away[0], 11 * away[1]), textcoords="offset points", color=colour,
+                          ha="center", va="center", weight="bold", bbox=_LABEL_BOX)
+        axes.plot(*centre, "o", markersize=9, markerfacecolor="none", markeredgecolor="black",
+                  markeredgewidth=2)
+        side = -1 if project(hand[None] + (0, 0.01, 0), camera)[0, 0] > centre[0] else 1
+        axes.annotate("gripper", centre, (32 * side, 0), textcoords="offset points", ha="center",
+                      va="center", weight="bold", bbox=_LABEL_BOX)
+    fig.suptitle("The seven numbers of an action: directions of +1 (the gripper closes)")
+    return fig
+
+
+def _arrow(axes, points: np.ndarray, colour: str, width: float,
+           margin: float = 0.0) -> np.ndarray:
+    """Draw an arrow through points (n, 2), up to a margin of the frame where its label has room.
+
+    Returns the tip (2,).
+    """
+    size = axes.get_xlim()[1]
+    with np.errstate(invalid="ignore"):  # behind the camera
+        inside = ((points > margin * size)
+                  & (points < (size - margin * size, size - margin * size / 2))).all(axis=1)
+    points = points[: len(points) if inside.all() else max(inside.argmin(), 2)]
+    axes.plot(*points.T, color=colour, linewidth=width, solid_capstyle="butt")
+    axes.annotate("", points[-1], points[-2], arrowprops={
+        "arrowstyle": "-|>", "color": colour, "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0})
+    return points[-1]
+
+
 # --- training and search -------------------------------------------------------------------------
 @styled
 def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
