@@ -37,7 +37,7 @@ FIGURES = {
 }
 
 
-WITH_EXERCISES = NAMES[:1]
+WITH_EXERCISES = NAMES[:2]
 
 
 def read(name: str):
@@ -99,8 +99,8 @@ def test_explore_looks_at_the_first_demonstration_there_is(tmp_path):
          "from trm_helpers.demos.demo_files import demo_names, open_demo_file\n" + reads, names)
     assert [len(actions) for actions in names["actions"]] == [9, 5, 6, 7]
     assert [len(frames) for frames in names["cameras"]] == [9, 9]
-    [trace] = [cell for cell in cells if "plot_action_trace" in cell]
-    assert "plot_action_trace(actions[0])" in trace
+    [trace] = [cell for cell in cells if "plot_action_phases" in cell]
+    assert "plot_action_phases(actions[0], phases(closed[0]), pushed[0])" in trace
 
 
 @pytest.mark.parametrize("name", NAMES)

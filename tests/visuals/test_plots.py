@@ -196,6 +196,14 @@ CARD = {"run": "demo", "suite": "libero_spatial", "task_ids": [2], "num_episodes
             for name, title, used in (("plain", "nothing changed", 2), ("noise", "noise", 4))]}
 TRIALS = [{"state": "complete", "lr": lr, "hidden_dim": dim, "final_val_loss": 0.1 / lr,
            "val_losses": [0.3 / lr, 0.1 / lr]} for lr in (1e-3, 1e-4) for dim in (128, 256)]
+HAND = np.array([0.5, 0.1, 1.0])  # metres
+
+
+def project(points, camera):
+    """Columns and rows in the frame of a camera that looks along -x: y to the right, z up."""
+    return 128 + 300 * (points - HAND)[:, 1:] * (1, -1)
+
+
 EXAMPLES = {  # every function that draws a figure, and words that its alt text must hold
     "plot_frames": (plots, [{"agentview_rgb": stored(6)}, "lift the bowl"],
                     "lift the bowl. 6 images each of agent view"),
@@ -203,6 +211,10 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
     "plot_demo_lengths": (plots, [[66, 70, 80], 220], "66 to 80 steps, mean 72; horizon 220."),
     "plot_action_trace": (plots, [np.sign(ACTIONS)], "2.0 s of translation, rotation and gripper; "
                           "the gripper switches at 1.0 s."),
+    "plot_action_axes": (plots, [{"agentview_rgb": stored(1, 256)[0]}, HAND, project],
+                         "dx points away from the robot's base, dy to its left, dz up"),
+    "plot_action_phases": (plots, [ACTIONS, ["reach"] * 20 + ["grasp"] * 20, ACTIONS[:, 0] > 0],
+                           "Phases: reach, then grasp. The arm is pushed in 20 of 40 steps."),
     "plot_alignment": (plots, ["shift", {"method": "delay", "fraction": None, "delay": 0.25}],
                        "obs[t] -> actions[t+1]. Measured: delay +0.25 control steps."),
     "plot_augmentation": (plots, [stored(6), stored(6)], "each of original, augmented"),
@@ -299,12 +311,7 @@ def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
 # --- explanations --------------------------------------------------------------------------------
 def test_action_arrows_point_along_the_axes_of_the_upright_frame():
     frames = {"agentview_rgb": stored(size=256)[0], "eye_in_hand_rgb": stored(size=256)[0]}
-    hand = np.array([0.5, 0.1, 1.0])
-
-    def project(points, camera):  # a camera that looks along -x: y to the right, z up
-        return 128 + 300 * (points - hand)[:, 1:] * (1, -1)
-
-    figure = plots.plot_action_axes(frames, hand, project)
+    figure = plots.plot_action_axes(frames, HAND, project)
     for axes in figure.axes:
         assert_upright(axes)
         labels = {text.get_text(): np.array(text.xy) - 128 for text in axes.texts}
@@ -312,3 +319,15 @@ def test_action_arrows_point_along_the_axes_of_the_upright_frame():
         assert set(labels) == {"dx, d_roll", "dy, d_pitch", "dz, d_yaw", "gripper"}
         assert labels["dy, d_pitch"][0] > 10 and labels["dz, d_yaw"][1] < -10
         np.testing.assert_allclose(labels["dx, d_roll"], 0, atol=1e-9)
+
+
+def test_phases_and_pushes_are_where_they_happened():
+    phases = ["reach"] * 4 + ["grasp"] * 2 + ["carry"] * 14
+    pushed = np.arange(20) == 7
+    figure = plots.plot_action_phases(np.zeros((20, 7)), phases, pushed)
+    places = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
+    assert {name: places[name] for name in ("reach", "grasp", "carry")} == {
+        "reach": 0.1, "grasp": 0.25, "carry": 0.65}  # seconds, in the middle of each
+    [push] = [patch for patch in figure.axes[2].patches if patch.get_alpha()]
+    assert (push.get_x(), push.get_width()) == (0.35, pytest.approx(0.05))
+    assert "reach, then grasp, then carry. The arm is pushed in 1 of 20 steps" in figure.finding

@@ -400,7 +400,8 @@ def plot_action_axes(frames: Mapping[str, np.ndarray], hand: np.ndarray,
             `LiberoEnv.project`.
     """
     fig = new_figure(9, 5)
-    for axes, (camera, frame) in zip(fig.subplots(1, len(frames)), frames.items(), strict=True):
+    for axes, (camera, frame) in zip(fig.subplots(1, len(frames), squeeze=False)[0], frames.items(),
+                                     strict=True):
         show_image(axes, upright(frame))
         axes.set(title=schema.CAMERA_TITLES[camera], autoscale_on=False)
         length = 0.2 if camera == schema.STILL_CAMERA else 0.08  # metres; the wrist camera is near
@@ -422,7 +423,8 @@ def plot_action_axes(frames: Mapping[str, np.ndarray], hand: np.ndarray,
         axes.annotate("gripper", centre, (32 * side, 0), textcoords="offset points", ha="center",
                       va="center", weight="bold", bbox=_LABEL_BOX)
     fig.suptitle("The seven numbers of an action: directions of +1 (the gripper closes)")
-    return fig
+    return describe(fig, "dx points away from the robot's base, dy to its left, dz up; each "
+                         "rotation is counter-clockwise about its arrow.")
 
 
 def _arrow(axes, points: np.ndarray, colour: str, width: float,
@@ -440,6 +442,28 @@ def _arrow(axes, points: np.ndarray, colour: str, width: float,
     axes.annotate("", points[-1], points[-2], arrowprops={
         "arrowstyle": "-|>", "color": colour, "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0})
     return points[-1]
+
+
+@styled
+def plot_action_phases(actions, phases: Sequence[str], pushed: Sequence[bool]) -> Figure:
+    """:func:`plot_action_trace` of actions (T, 7) with the phase (T,) of each step named above.
+
+    Steps in which the arm was ``pushed`` (T,) are grey.
+    """
+    fig = plot_action_trace(actions, "Actions of one demonstration (grey: the arm is pushed)")
+    edges = np.arange(len(phases) + 1) / schema.CONTROL_HZ  # seconds
+    starts = [i for i, phase in enumerate(phases) if i == 0 or phase != phases[i - 1]]
+    for axes in fig.axes:
+        for step in np.flatnonzero(pushed):
+            axes.axvspan(edges[step], edges[step + 1], color=GREY, alpha=0.3, linewidth=0)
+        for start in starts[1:]:
+            axes.axvline(edges[start], color="black", linestyle=":", linewidth=1)
+    for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
+        fig.axes[0].text((edges[start] + edges[end]) / 2, 1.02, phases[start], ha="center",
+                         va="bottom", transform=fig.axes[0].get_xaxis_transform())
+    order = ", then ".join(phases[start] for start in starts)
+    return describe(fig, f"{fig.finding} Phases: {order}. The arm is pushed in "
+                         f"{np.count_nonzero(pushed)} of {len(phases)} steps.")
 
 
 # --- training and search -------------------------------------------------------------------------
