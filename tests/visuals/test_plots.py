@@ -229,6 +229,11 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
                      "policy a: 8 of 10 episodes, success rate 80 %"),
     "plot_episode_lengths": (plots, [episodes(3, 5), 280],
                              "3 succeeded after 100 to 100 steps; 2 failed after 280 to 280"),
+    "plot_episode_tiles": (plots, [[
+        {"suite": "libero_goal", "task_id": task, "init_state": state, "success": state != task,
+         "steps": 70} for task in (3, 8) for state in range(12)]],
+        "22 of 24 episodes succeeded; failed: libero_goal task 3 init state 3, libero_goal task 8 "
+        "init state 8."),
     "plot_rollout_strip": (plots, [stored(6), range(0, 60, 10), "success"],
                            "success. 6 images: step 0 (0.0 s), step 10"),
     "plot_predictions": (explain, [stored(4), explain.prediction_report(ACTIONS, ACTIONS**3, 4)],

@@ -560,6 +560,34 @@ def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
 
 
 @styled
+def plot_episode_tiles(rows: Sequence[Mapping]) -> Figure:
+    """A tile per episode: task by init state, with outcome and, of up to 15, length in seconds."""
+    tasks = sorted({(row["suite"], row["task_id"]) for row in rows})
+    states = sorted({row["init_state"] for row in rows})
+    fig = new_figure(np.clip(0.55 * len(states) + 1.4, 4.5, 9), 0.55 * len(tasks) + 1.1)
+    axes = fig.subplots()
+    every = 5 if len(states) > 25 else 1  # label of an init state
+    for row in rows:
+        x, y = states.index(row["init_state"]), tasks.index((row["suite"], row["task_id"]))
+        sign, colour = ("\N{CHECK MARK}", GREEN) if row["success"] else ("\N{BALLOT X}", ORANGE)
+        axes.bar(x, 0.9, 0.9, y - 0.45, color=colour, alpha=0.4)
+        seconds = f"\n{row['steps'] / schema.CONTROL_HZ:.1f} s" if len(states) <= 15 else ""
+        axes.text(x, y, f"{sign}{seconds}", ha="center", va="center")
+    axes.set(xticks=range(0, len(states), every), xticklabels=states[::every],
+             yticks=range(len(tasks)), xlabel="init state", xlim=(-0.6, len(states) - 0.4),
+             yticklabels=[f"{suite.removeprefix('libero_')}, task {task}" for suite, task in tasks],
+             ylim=(len(tasks) - 0.4, -0.6))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Episodes: success (\N{CHECK MARK}) or failure (\N{BALLOT X}), and their length")
+    failed = [f"{suite} task {task} init state {row['init_state']}" for suite, task in tasks
+              for row in rows if (row["suite"], row["task_id"]) == (suite, task)
+              and not row["success"]]
+    return describe(fig, f"{len(rows) - len(failed)} of {len(rows)} episodes succeeded"
+                    + (f"; failed: {', '.join(failed)}." if failed else "."))
+
+
+@styled
 def plot_rollout_strip(frames, steps: Sequence[int], outcome: str) -> Figure:
     """Upright frames (n, H, W, 3) of an episode at its ``steps``; ``outcome`` is the title."""
     columns = [f"step {step} ({step / schema.CONTROL_HZ:.1f} s)" for step in steps]
