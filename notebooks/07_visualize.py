@@ -215,8 +215,9 @@ fig
 # %% [markdown]
 # ## Report
 #
-# `report.md` in the run folder: one page with settings, results, figures and films.
-# `python -m trm_helpers report RUN` also writes it.
+# `report.html` in the run folder is a page to send to a colleague: one file with films, every
+# episode, the recursion step by step, and the commands that reproduce the run. `report.md` has the
+# same numbers as text. `python -m trm_helpers report RUN` also writes both.
 
 # %%
 sentences = [
@@ -228,7 +229,8 @@ write_json(run / "explain.json", {"weights": weights, "sha256": policy.sha256,
                                   "sentences": sentences, "predictions": report,
                                   "recursion": recursion})
 page = write_report(run)
-Markdown(page.read_text().split("## Films")[0].split("## Figures")[0])
+print("open in a browser:", page)
+Markdown(page.with_suffix(".md").read_text().split("## Films")[0].split("## Figures")[0])
 
 # %% [markdown]
 # This completes the series, from demonstrations to a trained, evaluated and explained policy. To

@@ -1,13 +1,21 @@
-"""The page on a run shows the contents of its folder."""
+"""Both pages on a run show the contents of its folder."""
 
+import base64
+import hashlib
 import re
+import shlex
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
-from trm_helpers.__main__ import main
-from trm_helpers.files import write_json
-from trm_helpers.report import write_report
+from trm_helpers.__main__ import main, parse
+from trm_helpers.files import append_jsonl, write_json
+from trm_helpers.report import page, write_report
 from trm_helpers.stats import summarize_episodes
+from trm_helpers.training.runs import load_config
+from trm_helpers.visuals.films import write_video
+from trm_helpers.visuals.plots import new_axes, save_figure
 
 PROTOCOL = dict(protocol="quick", source="openvla with ten episodes", num_episodes=10,
                 first_init_state=0, horizon=280, weights="best")
@@ -20,8 +28,12 @@ def results(successes: int, tasks: int = 1) -> dict:
             "software": {"mujoco": "3.3.2", "gl_renderer": "llvmpipe", "torch": None}}
 
 
+def markdown(run):
+    return write_report(run).with_suffix(".md").read_text()
+
+
 def test_a_run_that_was_only_trained_says_so(trained):
-    text = write_report(trained).read_text()
+    text = markdown(trained)
     assert text.startswith(f"# {trained.name}\n")
     assert "Not evaluated yet" in text and "2 epochs in" in text and "| lr | " in text
     assert not any(heading in text for heading in ("## Search", "## Inside", "## Films", "## When"))
@@ -47,7 +59,7 @@ def test_everything_in_the_folder_is_on_the_page(trained, capsys):
         (trained / name).touch()
     (trained / "videos" / "link.mp4").symlink_to(trained.parent / "outside.mp4")
     assert main(["report", trained.name]) == 0
-    assert capsys.readouterr().out.strip() == str(trained / "report.md")
+    assert capsys.readouterr().out.strip() == str(trained / "report.html")
     text = (trained / "report.md").read_text()
     for expected in (
         "18 of 20 episodes",
@@ -75,7 +87,7 @@ def test_a_piece_that_cannot_be_read_costs_no_other(trained, tmp_path):
     write_json(trained / "search" / "trials.json", [{"trial": "a", "state": "failed"}])
     (tmp_path / "secret").write_text("nobody's business")
     (trained / "search" / "best.yaml").symlink_to(tmp_path / "secret")
-    text = write_report(trained).read_text()
+    text = markdown(trained)
     assert "9 of 10 episodes" in text and "2 epochs in" in text and "| lr | " in text
     for name in ("Robustness", "Depth"):
         assert (f"## {name}\n\nCould not be read from {name.lower()}.json: ValueError: "
@@ -89,7 +101,7 @@ def test_a_piece_that_cannot_be_read_costs_no_other(trained, tmp_path):
 def test_a_file_without_what_belongs_into_it_is_named(trained, file, content, section):
     (trained / file).write_text(content)
     assert re.search(rf"## {section}\n\nCould not be read from {file}.*: KeyError",
-                     write_report(trained).read_text())
+                     markdown(trained))
 
 
 def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
@@ -100,7 +112,7 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
     write_json(trained / "bounds" / "<i>|`" / "results.json", results(0))
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "<script> | `x`"}]})
     write_json(trained / "explain.json", {"sentences": ["a <b> & [c](d)"]})
-    text = write_report(trained).read_text()
+    text = markdown(trained)
     for expected in (
         r"# a\<b\>\|\`",
         r"- [videos/\<b\>a\|\`b\`\&c\](x).mp4](videos/%3Cb%3Ea%7C%60b%60%26c%5D%28x%29.mp4)",
@@ -112,9 +124,180 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
 def test_episodes_with_errors_are_named_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
     assert "1 episode(s) could not be run and are excluded; the first: it hung" \
-        in write_report(trained).read_text()
+        in markdown(trained)
 
 
 def test_a_folder_without_a_run_is_refused():
     with pytest.raises(FileNotFoundError, match="no trained run 'nobody'"):
         write_report("nobody")
+
+
+# --- report.html --------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """A parsed page: its elements as (tag, attributes, text inside)."""
+
+    VOID = {"meta", "img", "input"}
+
+    def __init__(self, run):
+        super().__init__()
+        self.source = write_report(run).read_text()
+        self.elements, self.open = [], []
+        self.feed(self.source)
+        assert not self.open, self.open  # every element is closed
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+        if tag not in self.VOID:
+            self.open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag, attributes):  # of a drawing
+        self.elements.append([tag, dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        assert tag == self.open.pop()[0]
+
+    def handle_data(self, text):
+        for element in self.open:
+            element[2] += text
+
+    def all(self, tag, **attributes):
+        return [(found, " ".join(text.split())) for name, found, text in self.elements
+                if name == tag and attributes.items() <= found.items()]
+
+    @property
+    def text(self):
+        return self.all("body")[0][1]
+
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (30, 32, 64, 3), np.uint8)
+PLAYED = dict(suite="libero_object", seed=0, horizon=280, protocol="quick", weights="best",
+              lifted=["alphabet_soup_1"], goal_objects=["alphabet_soup_1", "basket_1"])
+
+
+def play(run, outcomes, filmed=()):
+    """Episodes of a run by (task, init state), with films of those in ``filmed``."""
+    for (task, init_state), success in outcomes.items():
+        row = {**PLAYED, "task_id": task, "init_state": init_state, "success": success,
+               "steps": 90 if success else 280, "phases": [["reach", 60], ["grasp", 8]]}
+        if (task, init_state) in filmed:
+            row["video"] = f"{task}-{init_state}.mp4"
+            write_video(run / "videos" / row["video"], FRAMES)
+        append_jsonl(run / "episodes.jsonl", row)
+
+
+def films(parsed):
+    """Bytes of each film by the number of its episode."""
+    return [base64.b64decode(found["src"].removeprefix("data:video/mp4;base64,"))
+            for found, _ in parsed.all("video") if "src" in found]
+
+
+def test_the_page_of_a_run_that_was_only_trained_says_how_to_make_the_rest(trained):
+    parsed = Page(trained)
+    for name in ("05_search", "06_eval", "07_visualize", "robustness_episodes", "depth_episodes"):
+        assert name in parsed.text
+    assert "Trained; its success is not known yet." in parsed.text
+    assert "pick up the alphabet soup and place it in the basket" in parsed.text
+    assert not parsed.all("button") and not parsed.all("video") and not parsed.all("img")
+    (drawing, labels), = parsed.all("svg")
+    assert "2 epochs in" in drawing["aria-label"] and "kept: epoch 2" in labels
+    assert len(parsed.all("polyline")) == 2
+
+
+def test_each_episode_is_a_tile_with_its_mark_seconds_and_film(trained):
+    play(trained, {(0, 0): True, (0, 1): False, (3, 0): True}, filmed=[(0, 1), (3, 0)])
+    append_jsonl(trained / "episodes.jsonl",
+                 {**PLAYED, "task_id": 3, "init_state": 1, "error": "it hung"})
+    write_json(trained / "results.json", results(9))
+    parsed = Page(trained)
+    tiles = parsed.all("button")
+    assert [(found["class"], text) for found, text in tiles] == [
+        ("tile success", "0✓4.5 s"), ("tile failure", "1 ▶✗14.0 s"),
+        ("tile success", "0 ▶✓4.5 s"), ("tile excluded", "1–")]
+    assert tiles[1][0]["aria-label"] == ("Init state 1: Failure: time over after 14.0 s; "
+                                         "the right one lifted. Film.")
+    assert len({found["aria-controls"] for found, _ in tiles}) == 4
+    assert films(parsed) == [(trained / "videos" / name).read_bytes()
+                             for name in ("0-1.mp4", "3-0.mp4")]
+    hero, = parsed.all("video", id="hero")
+    assert hero[0]["data-episode"] == "2" and hero[0]["poster"].startswith("data:image/webp")
+    assert "reach 3.0 s" in parsed.text and "Could not be run, excluded: it hung" in parsed.text
+    assert "9 of 10 episodes succeeded (90 %)" in parsed.text
+    whisker, = parsed.all("span", **{"class": "whisker"})
+    assert whisker[0]["style"] == f"left:59.6%;width:{98.2 - 59.6}%"
+
+
+def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monkeypatch):
+    play(trained, {(0, i): i != 5 for i in range(6)}, filmed=[(0, i) for i in range(6)])
+    whole = Page(trained)
+    film = 4 * len(films(whole)[0]) / 3
+    assert len(films(whole)) == 6 and "not in this page" not in whole.text
+    monkeypatch.setattr(page, "_STILL_BYTES", int(film / 5))  # a film takes the place of a still
+    rest = len(whole.source) - 6 * film + page._RESERVE + 6 * page._STILL_BYTES
+    monkeypatch.setattr(page, "MAX_BYTES", int(rest + 1.9 * film))
+    parsed = Page(trained)
+    assert len(parsed.source) < page.MAX_BYTES and "4 of the films are not in this" in parsed.text
+    shown = [found["id"] for found, _ in parsed.all("figure") if "id" in found]
+    playing = [name for name in shown if re.search(rf'id="{name}" hidden>\s*<video',
+                                                   parsed.source)]
+    assert playing == ["episode-0", "episode-5"]  # the film of the task, then the failure
+    assert [found["alt"][:10] for found, _ in parsed.all("img")] == 4 * ["Last frame"]
+
+
+def test_figures_have_alt_text_and_damaged_or_foreign_files_are_left_out(trained, tmp_path):
+    axes = new_axes(2, 2)
+    axes.set_title("Where it looks")
+    save_figure(axes.figure, trained / "figures" / "07_saliency.png")
+    save_figure(axes.figure, tmp_path / "elsewhere.png")
+    write_video(tmp_path / "elsewhere.mp4", FRAMES)
+    (trained / "figures" / "05_search.png").symlink_to(tmp_path / "elsewhere.png")
+    (trained / "figures" / "damaged.png").write_bytes(b"\x89PNG")
+    play(trained, {(0, 0): True, (0, 1): True})
+    for init_state, name in ((2, "../../../elsewhere.mp4"), (3, "link.mp4"), (4, 7)):
+        append_jsonl(trained / "episodes.jsonl", {
+            **PLAYED, "task_id": 0, "init_state": init_state, "success": True, "steps": 9,
+            "video": name})
+    (trained / "videos").mkdir()
+    (trained / "videos" / "link.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    parsed = Page(trained)
+    image, = parsed.all("img")
+    assert image[0]["alt"].startswith("Where it looks") and not parsed.all("video")
+    assert "figures/damaged.png (UnidentifiedImageError)" in parsed.text
+
+
+def test_nothing_from_a_run_becomes_markup_or_is_loaded(trained):
+    trained = trained.rename(trained.with_name("a<script>'\""))
+    evil = "</script><script>alert(1)</script><img src=http://a.b onerror='x'>\" onload=\"x"
+    play(trained, {(0, 0): True})
+    append_jsonl(trained / "episodes.jsonl", {
+        **PLAYED, "task_id": 0, "init_state": 1, "success": False, "steps": 9,
+        "policy_error": evil, "phases": [[evil, 9]]})
+    write_json(trained / "bounds" / evil.replace("/", "") / "results.json", results(0))
+    write_json(trained / "results.json", {**results(9), "errors": [{"error": evil}],
+                                          "software": {"mujoco": evil}})
+    write_json(trained / "explain.json", {"sentences": [evil]})
+    write_json(trained / "quality.json", [
+        {"check": evil, "found": evil, "expected": evil, "verdict": evil}])
+    parsed = Page(trained)
+    script, = parsed.all("script")
+    assert script[0] == {} and not parsed.all("img") and parsed.text.count("alert(1)") > 5
+    policy = parsed.all("meta", **{"http-equiv": "Content-Security-Policy"})[0][0]["content"]
+    body = re.search("<script>(.*?)</script>", parsed.source, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none';") and f"'sha256-{digest}'" in policy
+    for tag, attributes, _ in parsed.elements:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ("src", "href", "poster"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+
+
+def test_the_commands_make_the_same_run_again(trained):
+    write_json(trained / "results.json", results(9))
+    lines = re.findall("^    python -m .*", markdown(trained), re.MULTILINE)
+    train, evaluate = (parse(shlex.split(line)[3:]) for line in lines)
+    made = load_config(trained)
+    assert train.run_name == "small-again"
+    assert (train.config.data, train.config.model) == (made.data, made.model)
+    assert train.config.train.epochs == 2 and train.config.train.lr == made.train.lr
+    assert (evaluate.run, evaluate.eval.episodes, evaluate.weights) == ("small-again", 10, "best")

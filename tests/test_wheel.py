@@ -20,6 +20,7 @@ import json, trm_helpers
 from trm_helpers.training.runs import find_run, shipped_policies
 from trm_helpers.data.language import embed_instruction
 from trm_helpers.notebooks import suite_notebooks
+from trm_helpers.report import write_report
 print(json.dumps({{
     "package": trm_helpers.__file__,
     "public": [getattr(trm_helpers, name) is not None for name in trm_helpers.__all__],
@@ -27,6 +28,7 @@ print(json.dumps({{
     "notebooks": [str(path) for path in suite_notebooks()],
     "parameters": [sum(weight.numel() for weight in trm_helpers.load_policy(name).parameters())
                    for name in shipped_policies()],
+    "page": write_report(shipped_policies()[0]).read_text(),
     "copies": [str(find_run(name, to_write=True)) for name in shipped_policies()],
 }}))
 """
@@ -80,6 +82,7 @@ def test_what_the_package_reads_is_inside(python, installed, tmp_path):
     assert all(path.startswith(f"{installed}/") for path in told["notebooks"])
     assert len(told["parameters"]) == len(list((repo_root() / "pretrained").glob("*/policy.json")))
     assert min(told["parameters"]) > 500_000
+    assert "</html>" in told["page"] and "prefers-color-scheme" in told["page"]
     assert told["copies"] and all(
         path.startswith(f"{tmp_path}/empty/artifacts/") for path in told["copies"])
 

@@ -199,7 +199,7 @@ class Evaluate(_Rollouts):
 
 @dataclass
 class Report:
-    """Write report.md, one page on a run, into its folder, as 07_visualize does."""
+    """Write report.html and report.md, one page on a run, into its folder, as 07_visualize does."""
 
     run: Positional[str]  # a run under artifacts/
 

@@ -1,0 +1,72 @@
+"""Two pages on a run from the contents of its folder: ``report.md`` and ``report.html``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from textwrap import indent
+from urllib.parse import quote
+
+from ..files import atomic_path
+from ..training.runs import find_run
+from .page import render
+from .sections import Section, media, read_sections
+
+_MARKDOWN = re.compile(r"[\\`*~\[\]<>|&]")
+
+
+def write_report(run: str | Path) -> Path:
+    """Write ``report.md`` and ``report.html`` into a run folder; return the path of the latter.
+
+    Both have the task, success with its protocol and bounds, the episodes, the findings of
+    07_visualize, training, robustness, depth, data, search, limits and the commands that reproduce
+    the run, as far as they exist. Results of other weights than the run's are marked. A section
+    that cannot be read gives the reason instead. ``report.html`` holds its films and figures, loads
+    nothing, and has at most 10 MB. Raises ``FileNotFoundError`` for a folder without a trained run.
+    """
+    run = find_run(run, to_write=True)
+    sections = read_sections(run)
+    for name, text in (("report.md", _markdown(run, sections.values())),
+                       ("report.html", render(run, sections))):
+        with atomic_path(run / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return run / "report.html"
+
+
+def _markdown(run: Path, sections: Iterable[Section]) -> str:
+    parts = [f"# {_text(run.name)}"]
+    for section in sections:
+        content = [*([f"**{_text(section.warning)}**"] if section.warning else ()),
+                   *map(_text, section.texts),
+                   *([_table(section.rows)] if section.rows else ()),
+                   *([_list(section.sentences)] if section.sentences else ()),
+                   # unlike a fence, nothing in an indented block ends it
+                   *([indent(section.code, "    ")] if section.code else ())]
+        if content:
+            parts += [f"## {section.title}", *content]
+    films, figures = media(run, "videos/**/*.mp4"), media(run, "figures/*.png")
+    if films:
+        parts += ["## Films", "\n".join(f"- {_link(name)}" for name in films)]
+    if figures:
+        parts += ["## Figures", "\n\n".join(f"!{_link(name)}" for name in figures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[dict]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
+
+
+def _list(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {_text(sentence)}" for sentence in sentences)
+
+
+def _link(name: str) -> str:
+    return f"[{_text(name)}]({quote(name)})"
+
+
+def _text(value: object) -> str:
+    """``value`` with Markdown and HTML characters escaped; a sequence as its items."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))

