@@ -31,14 +31,15 @@ NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_sea
 FIGURES = {
     "00_action",
     "01_frames", "01_action_statistics", "01_action_trace", "01_lengths", "01_alignment",
-    "02_augmentation", "02_batch", "03_latency", "04_training", "05_search",
-    "05_coordinates", "06_episodes", "06_success", "06_lengths", "06_rollout", "07_predictions",
-    "07_recursion",
-    "07_depth", "07_prediction_by_depth", "07_halting", "07_saliency",
+    "02_mask", "02_augmentation", "02_batch",
+    "03_latency",
+    "04_training",
+    "05_search", "05_coordinates",
+    "06_episodes", "06_success", "06_lengths", "06_rollout",
+    "07_predictions", "07_recursion", "07_depth", "07_prediction_by_depth", "07_halting",
+    "07_saliency",
 }
-
-
-WITH_EXERCISES = NAMES[:2]
+WITH_EXERCISES = [*NAMES[:3], "04_train", "06_eval"]
 
 
 def read(name: str):

@@ -215,6 +215,8 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
                          "dx points away from the robot's base, dy to its left, dz up"),
     "plot_action_phases": (plots, [ACTIONS, ["reach"] * 20 + ["grasp"] * 20, ACTIONS[:, 0] > 0],
                            "Phases: reach, then grasp. The arm is pushed in 20 of 40 steps."),
+    "plot_chunk_mask": (plots, [[[1, 1], [1, 0], [1, 1], [1, 0]], "Mask of demo_0"],
+                        "after a push: 1 of 8 actions; past the end: 1 of 8 actions."),
     "plot_alignment": (plots, ["shift", {"method": "delay", "fraction": None, "delay": 0.25}],
                        "obs[t] -> actions[t+1]. Measured: delay +0.25 control steps."),
     "plot_augmentation": (plots, [stored(6), stored(6)], "each of original, augmented"),

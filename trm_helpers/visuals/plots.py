@@ -466,6 +466,33 @@ def plot_action_phases(actions, phases: Sequence[str], pushed: Sequence[bool]) -
                          f"{np.count_nonzero(pushed)} of {len(phases)} steps.")
 
 
+@styled
+def plot_chunk_mask(mask, title: str) -> Figure:
+    """The chunk mask (T, K) of a whole demonstration: a column per step, a row per action."""
+    mask = np.asarray(mask)
+    steps, chunk = mask.shape
+    beyond = np.arange(steps)[:, None] + np.arange(chunk) >= steps
+    kinds = np.where(mask > 0, 0, np.where(beyond, 2, 1))
+    names = ("counts in the loss", "after a push", "past the end")
+    colours = (BLUE, ORANGE, "white")
+    fig = new_figure(9, 1.5 + 0.2 * chunk)
+    axes = fig.subplots()
+    axes.imshow(kinds.T, aspect="auto", cmap=matplotlib.colors.ListedColormap(colours), vmin=-0.5,
+                vmax=2.5, extent=(-0.5, steps - 0.5, chunk + 0.5, 0.5))
+    for edge in np.arange(1, chunk) + 0.5:
+        axes.axhline(edge, color="white", linewidth=0.8)
+    axes.set(xlabel="step of the demonstration at which the chunk begins", title=title,
+             ylabel="action of\nthe chunk")
+    for axis in (axes.xaxis, axes.yaxis):
+        count_axis(axis)
+    counts = [int((kinds == kind).sum()) for kind in range(3)]
+    fig.legend(handles=[matplotlib.patches.Patch(facecolor=colour, edgecolor="grey", label=name)
+                        for colour, name in zip(colours, names, strict=True)],
+               loc="outside lower center", ncols=3)
+    return describe(fig, "; ".join(f"{name}: {count} of {mask.size} actions"
+                                   for name, count in zip(names, counts, strict=True)) + ".")
+
+
 # --- training and search -------------------------------------------------------------------------
 @styled
 def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
