@@ -38,7 +38,7 @@ demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
-storage = None  # type: str; where frames are kept: ram, mmap or gpu; None keeps the preset's
+storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
 
 # %% [markdown]
 # ## The package and this session
@@ -224,9 +224,10 @@ print(f"Asked for twice, the batch is {'the same' if same else 'another'}. "
 #
 # Loading should be faster than training. `storage` decides where the frames are kept: `ram` in main
 # memory, already resized for the network; `mmap` in the files, read and resized for each batch;
-# `gpu` in the GPU's memory. All three give the same batches. The memory needed is printed before it
-# is allocated; if it is not available, loading fails at once with an error. `docs/loading.md`
-# compares the speed with other loaders.
+# `gpu` in the GPU's memory. All three give the same batches; `auto`, the default, is `gpu` where a
+# GPU trains and the frames fit, otherwise `ram`. The memory needed is printed before it is
+# allocated; if it is not available, loading fails at once with an error. `docs/loading.md` compares
+# the speed with other loaders.
 
 # %%
 rows, device = [], choose_device(config.train.device)
