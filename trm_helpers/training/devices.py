@@ -26,8 +26,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def allow_tf32(device: torch.device) -> None:
-    """Let a GPU multiply fp32 matrices in TF32 (10-bit mantissa), PyTorch's default in convolutions.
-    """
+    """Multiply fp32 matrices in TF32 (10-bit mantissa) on a GPU, as convolutions are by default."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
