@@ -59,15 +59,22 @@ session.begin(version)
 import dataclasses
 import json
 
+import imageio.v3 as imageio
 import pandas as pd
 from IPython.display import Markdown, display
 
-from trm_helpers import analyze_model_predictions, load_policy, visualize_recursive_states
+from trm_helpers import (
+    analyze_model_predictions,
+    load_policy,
+    schema,
+    visualize_recursive_states,
+)
 from trm_helpers.config import check_parameters
 from trm_helpers.demos.collect import demonstrations_of
 from trm_helpers.evaluation.compare import stale
 from trm_helpers.evaluation.depth import depth_card, depth_rows, plot_depth_card
 from trm_helpers.evaluation.robustness import plot_card
+from trm_helpers.evaluation.rollout import phases
 from trm_helpers.files import write_json
 from trm_helpers.policy import keypoints
 from trm_helpers.report import write_report
@@ -128,6 +135,22 @@ recursion, fig = visualize_recursive_states(policy, observations)
 plots.save_figure(fig, run / "figures" / "07_recursion.png")
 print(recursion["sentence"])
 fig
+
+# %% [markdown]
+# Four moments of a held-out demonstration: how the action forms over the recursions. `report.html`
+# shows them with a slider.
+
+# %%
+first = data.demos[0]
+samples = first.end - first.first - data.sequence_length + 1
+closed = data.batch(range(samples))["actions"].reshape(samples, -1, schema.ACTION_DIM)[:, 0, -1] > 0
+phase = phases(closed.tolist())
+moments, images = explain.recursion_moments(policy, data, {
+    step: f"{step / schema.CONTROL_HZ:.1f} s, {phase[step]}"
+    for step in (samples * share // 8 for share in (1, 3, 5, 7))})
+imageio.imwrite(run / "figures" / "07_moments.png", images)
+for moment in moments:
+    print(f"{moment['title']}: {moment['recursions'][-1]['sentence']}")
 
 # %% [markdown]
 # ## How many recursions are needed?
@@ -227,7 +250,7 @@ sentences = [
 ]
 write_json(run / "explain.json", {"weights": weights, "sha256": policy.sha256,
                                   "sentences": sentences, "predictions": report,
-                                  "recursion": recursion})
+                                  "recursion": recursion, "moments": moments})
 page = write_report(run)
 print("open in a browser:", page)
 Markdown(page.with_suffix(".md").read_text().split("## Films")[0].split("## Figures")[0])

@@ -2,10 +2,12 @@
 
 import base64
 import hashlib
+import json
 import re
 import shlex
 from html.parser import HTMLParser
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 
@@ -226,6 +228,37 @@ def test_each_episode_is_a_tile_with_its_mark_seconds_and_film(trained):
     assert "9 of 10 episodes succeeded (90 %)" in parsed.text
     whisker, = parsed.all("span", **{"class": "whisker"})
     assert whisker[0]["style"] == f"left:59.6%;width:{98.2 - 59.6}%"
+
+
+MOMENT = {"title": "0.8 s, reach", "demonstrated": [0.1] * 7, "recursions": [
+    {"action": [0.2] * 7, "change": 0.9, "sentence": "one"},
+    {"action": [0.1] * 7, "change": 0.1, "sentence": "two"}]}
+
+
+def test_the_recursion_has_a_slider_over_the_moments_of_07_visualize(trained):
+    found = {"sentences": ["It has converged."], "moments": [MOMENT, {**MOMENT, "title": "end"}]}
+    write_json(trained / "explain.json", found)
+    colours = np.repeat(np.uint8([[[255, 0, 0], [0, 0, 255]]]), 64, axis=1).repeat(64, axis=0)
+    (trained / "figures").mkdir()
+    imageio.imwrite(trained / "figures" / "07_moments.png", colours)
+    parsed = Page(trained)
+    assert json.loads(parsed.all("div", id="recursion")[0][0]["data-moments"]) == found["moments"]
+    assert parsed.all("input", type="range")[0][0]["max"] == "2" and "one" in parsed.text
+    assert [text for found, text in parsed.all("button")] == ["0.8 s, reach", "end"]
+    images = [imageio.imread(base64.b64decode(found["src"].partition(",")[2])).mean(axis=(0, 1))
+              for found, _ in parsed.all("img")]
+    assert [(image[[0, 2]] > 127).tolist() for image in images] == [[True, False], [False, True]]
+    assert [found["alt"] for found, _ in parsed.all("img")] == [
+        "What the policy sees at 0.8 s, reach", "What the policy sees at end"]
+
+
+@pytest.mark.parametrize("action", [[0.1] * 6, [0.1] * 6 + [float("nan")], ["</script>"] * 7])
+def test_a_moment_that_cannot_be_drawn_is_named(trained, action):
+    moment = {**MOMENT, "recursions": [{"action": action, "change": 0, "sentence": ""}]}
+    (trained / "explain.json").write_text(json.dumps({"sentences": [], "moments": [moment]}))
+    parsed = Page(trained)
+    assert "Could not be read from explain.json: ValueError" in parsed.text
+    assert not parsed.all("input")
 
 
 def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monkeypatch):

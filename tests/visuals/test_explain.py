@@ -200,6 +200,29 @@ def test_recursive_states_by_hand():
 
 
 # --- depth and halting ---------------------------------------------------------------------------
+def test_moments_say_how_the_action_forms():
+    """Targets are half of the image's mean, predictions the mean / depth; the gripper is +1."""
+    data = FakeDataset(4)
+    moments, images = explain.recursion_moments(FakePolicy(), data, {2: "first", 3: "last"})
+    assert [moment["title"] for moment in moments] == ["first", "last"]
+    one, two = moments[0]["recursions"]
+    assert moments[0]["demonstrated"] == pytest.approx([0.1] * 6 + [-1])
+    assert one["action"] == pytest.approx([0.2] * 6 + [1])
+    assert two["action"] == pytest.approx([0.1] * 6 + [1])
+    # states (0, 5), (3, 4), (3, 4): the first step moves by sqrt(10) of a norm of 5
+    assert (one["change"], two["change"]) == pytest.approx((math.sqrt(10) / 5, 0))
+    assert one["sentence"] == (
+        "After recursion 1 of 2, the arm's movement differs from the demonstrated one by 0.10 on "
+        "average; the gripper command is wrong. This recursion changed the state by 63 % of its "
+        "norm.")
+    assert "by 0.00 on average, 0.10 less than after the recursion before; " in two["sentence"]
+    assert two["sentence"].endswith("by 0 % of its norm: it has almost stopped changing.")
+    assert "the gripper command is right" in moments[1]["recursions"][0]["sentence"]
+    assert images.shape == (256, 512, 3) and images.dtype == np.uint8
+    assert (images[:, 0].mean().round(), images[:, -1].mean().round()) == (51, 76)
+    assert data.augmentation == "shift"
+
+
 def test_depth_curve_by_hand():
     curve = explain.depth_curve(FakePolicy(), FakeDataset(4), depths=(1, 2, 4))
     # |i / 10 / d - i / 20| averaged over i = 0 ... 3 (mean 1.5)

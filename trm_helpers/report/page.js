@@ -35,6 +35,7 @@ if (hero) hero.src = find(`#episode-${hero.dataset.episode} video`).src;
 const recursion = find("#recursion");
 if (recursion) {
   const moments = JSON.parse(recursion.dataset.moments);
+  const names = JSON.parse(recursion.dataset.names);
   const tabs = all(".tabs button", recursion);
   const step = find("#step");
   let now = 0;
@@ -42,13 +43,14 @@ if (recursion) {
   const percent = (value, limit) => 50 + 50 * Math.max(-1, Math.min(1, value / limit));
   function draw() {
     const moment = moments[now];
+    step.max = moment.recursions.length;
     const at = moment.recursions[step.value - 1];
     find("#at").textContent = `${step.value} of ${moment.recursions.length}`;
     find("#sentence").textContent = at.sentence;
     const values = moments.flatMap((each) => [...each.demonstrated,
       ...each.recursions.flatMap((one) => one.action)]);
     const limit = Math.max(1, ...values.map(Math.abs));
-    find("#actions").replaceChildren(...moment.names.map((name, i) => {
+    find("#actions").replaceChildren(...names.map((name, i) => {
       const row = document.createElement("div");
       row.className = "action";
       const label = document.createElement("span");

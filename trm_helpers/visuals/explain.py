@@ -16,6 +16,7 @@ from .. import schema
 from ..sim.render import upright
 from ..stats import wilson_interval
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
+from .films import enlarge
 from .plots import (
     MAX_WIDTH,
     count_axis,
@@ -32,6 +33,7 @@ CONVERGED = 0.05  # last change, as a share of the state's norm
 DIVERGED_CHANGE = 1.5  # last change over the first
 DIVERGED_NORM = 2.0  # last norm over the first
 STEPS = 64  # of integrated gradients
+_MOMENT_SIZE = 256  # pixels, at least, of an image shown beside the recursion
 METHODS = ("integrated_gradients", "gradient")
 
 
@@ -241,6 +243,57 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
                          f"{report['norms'][-1]:.3g} after the last; change "
                          f"{report['changes'][0]:.3g} in the first and "
                          f"{report['changes'][-1]:.3g} in the last.")
+
+
+@torch.no_grad()
+def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[dict], np.ndarray]:
+    """How the first action forms over the recursions, at a few moments of demonstrations.
+
+    Args:
+        titles: the name of each moment by its sample in ``dataset``.
+
+    Returns:
+        a list of ``title``, ``demonstrated`` (7 floats, environment units) and ``recursions``, one
+        per step: ``action`` (7 floats) read after it, ``change``, the norm of the state's change
+        over the norm of the state, and ``sentence``; and the first camera's images, upright and
+        enlarged, side by side as uint8 (S, n * S, 3).
+    """
+    plain = copy.copy(dataset)
+    plain.augmentation = "none"
+    moments, images = [], []
+    for index, title in titles.items():
+        batch = plain.batch([index], device=next(policy.parameters()).device)
+        observations, target = batch["observations"], _targets(dataset, batch)[0]
+        with _evaluating(policy):
+            _, states = policy(observations, return_all_states=True)
+        states = torch.stack(states)[:, 0].float().cpu().flatten(1)  # (N + 1, D)
+        changes = states.diff(dim=0).norm(dim=-1) / states[1:].norm(dim=-1).clamp(min=1e-12)
+        actions = prediction_by_depth(policy, observations, range(1, len(states)))
+        moments.append({
+            "title": title, "demonstrated": target.tolist(),
+            "recursions": [
+                {"action": actions[k].tolist(), "change": float(changes[k]),
+                 "sentence": _moment_sentence(k, actions, target, float(changes[k]))}
+                for k in range(len(actions))]})
+        image = observations[policy.config.cameras[0]].flatten(0, -4)[0].cpu().numpy()
+        image = (255 * upright(image)).round().astype(np.uint8)
+        images.append(enlarge(image, -(-_MOMENT_SIZE // len(image))))
+    return moments, np.concatenate(images, axis=1)
+
+
+def _moment_sentence(k: int, actions: np.ndarray, target: np.ndarray, change: float) -> str:
+    """The step ``k`` of actions (N, 7) against the demonstrated one (7,)."""
+    errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
+    gripper = "right" if (np.sign(actions[k, schema.GRIPPER_INDEX])
+                          == np.sign(target[schema.GRIPPER_INDEX])) else "wrong"
+    difference = errors[k] - errors[k - 1] if k else 0.0
+    compared = "" if not k else (", as after the recursion before" if abs(difference) < 0.005 else
+                                 f", {abs(difference):.2f} {'more' if difference > 0 else 'less'} "
+                                 "than after the recursion before")
+    return (f"After recursion {k + 1} of {len(actions)}, the arm's movement differs from the "
+            f"demonstrated one by {errors[k]:.2f} on average{compared}; the gripper command is "
+            f"{gripper}. This recursion changed the state by {100 * change:.0f} % of its norm"
+            f"{': it has almost stopped changing' if k and change <= CONVERGED else ''}.")
 
 
 # --- depth and halting ---------------------------------------------------------------------------
