@@ -11,13 +11,21 @@
 # %% [markdown]
 # # 00 Set-up
 #
-# This notebook installs missing packages, chooses a renderer, checks the machine, and finds or
-# collects the demonstrations that the other notebooks train on.
-#
 # The tasks come from the LIBERO benchmark and run in MuJoCo, a physics simulator. You need to know
-# neither. Twenty times per simulated second the simulator takes an action of seven numbers (move
-# the gripper, rotate it, open or close it) and returns the images of two cameras: the agent view, a
-# fixed camera in front of the robot, and the wrist camera, which moves with the gripper.
+# neither. This notebook checks the machine, shows the robot, and finds or collects the
+# demonstrations that the other notebooks train on.
+#
+# **What you will learn**
+# - what the simulator needs, and how to see whether this machine has it;
+# - what a policy sees: the images of two cameras;
+# - what a policy sends: seven numbers, 20 times per simulated second;
+# - where demonstrations come from, and why the scripted expert is pushed while it works.
+#
+# **Time**: 5 minutes to read. With preset `demo` on two CPU cores it runs for 11 minutes if it
+# collects the demonstrations, and for less than one if they exist.
+#
+# **Needs** nothing else. **Writes** demonstrations to the data folder and one figure to the run
+# folder. The [glossary](../docs/glossary.md) explains the terms of these notebooks.
 
 # %% tags=["parameters"]
 # change these first
@@ -30,9 +38,6 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
-
-# %% [markdown]
-# The [glossary](../docs/glossary.md) explains the terms of these notebooks.
 
 # %% [markdown]
 # ## The package and this session
@@ -64,9 +69,21 @@ from trm_helpers import session
 session.begin(version)
 
 # %%
-from trm_helpers import paths, preflight, software
+import numpy as np
+import pandas as pd
+from IPython.display import display
+
+from trm_helpers import paths, preflight, schema, software
 from trm_helpers.config import from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.demos.demo_files import demo_names, open_demo_file
+from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.visuals import plots
+
+# %%
+config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
+                   num_demos=num_demos, placement=placement)
+folder = paths.run_dir(run_name or preset)
 
 # %% [markdown]
 # ## Renderer
@@ -77,7 +94,8 @@ from trm_helpers.demos.collect import ensure_demonstrations
 
 # %%
 renderer = software.ensure_gl()
-print(f"{renderer['renderer']} renders a small test frame in {renderer['ms']:.1f} ms")
+print(f"{renderer['renderer']} renders a small test frame in {renderer['ms']:.1f} ms: the "
+      f"{'CPU' if software.renders_on_cpu(renderer['renderer']) else 'GPU'} renders")
 
 # %% [markdown]
 # ## Checks
@@ -89,6 +107,7 @@ print(f"{renderer['renderer']} renders a small test frame in {renderer['ms']:.1f
 checks = preflight.preflight()
 print(preflight.table(checks))
 assert all(check.status != "fail" for check in checks), "fix the rows marked fail first"
+print(f"{sum(check.status == 'ok' for check in checks)} of {len(checks)} checks are ok")
 
 # %% [markdown]
 # ## Folders
@@ -99,7 +118,47 @@ assert all(check.status != "fail" for check in checks), "fix the rows marked fai
 # %%
 print("on Kaggle:      ", paths.on_kaggle())
 print("demonstrations: ", paths.data_dir())
-print("runs:           ", paths.run_dir(run_name or preset))
+print("this run:       ", folder)
+
+# %% [markdown]
+# ## What a policy sees and sends
+#
+# The agent view is a fixed camera in front of the robot; the wrist camera moves with the gripper.
+# These frames show a sampled layout of the first task, rendered just now. They are stored upside
+# down, because OpenGL counts rows from the bottom, and are flipped only for display.
+#
+# Twenty times per simulated second the policy sends an action of seven numbers in [-1, 1]. The
+# first three move the gripper along the straight arrows and the next three rotate it about them, as
+# the bent arrows show. The seventh opens (-1) or closes (+1) the gripper. `dx` points away from the
+# robot's base: towards the camera in the agent view.
+
+# %%
+env = LiberoEnv(config.data.suite, config.data.task_ids[0], image_size=256)
+observation = env.reset(seed=0)
+frames = {camera: observation[camera] for camera in schema.CAMERAS}
+print(f"{env.task.language}: two frames in {1000 * observation.rendering_seconds:.0f} ms")
+fig = plots.plot_action_axes(frames, env.end_effector(), env.project)
+plots.save_figure(fig, folder / "figures" / "00_action.png")
+display(fig)
+
+# %%
+pd.set_option("display.max_colwidth", None)
+display(pd.DataFrame({"meaning": schema.ACTION_MEANING}, index=schema.ACTION_NAMES))
+
+# %% [markdown]
+# How far does the arm move? A command is a displacement from the current pose. The arm follows it
+# with a delay, and the next command arrives 0.05 s later. Ten times `dz` = 1:
+
+# %%
+up = np.array([0, 0, 1, 0, 0, 0, schema.GRIPPER_OPEN])
+heights = [env.end_effector()[2]]
+for _ in range(10):
+    env.step(up)
+    heights.append(env.end_effector()[2])
+env.close()
+rise = 100 * np.diff(heights)  # cm per action
+print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f} cm, the tenth by "
+      f"{rise[-1]:.1f} cm, all ten by {rise.sum():.1f} cm.")
 
 # %% [markdown]
 # ## Demonstrations
@@ -112,10 +171,57 @@ print("runs:           ", paths.run_dir(run_name or preset))
 # `demos="scripted"` ignores human files.
 
 # %%
-config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos, placement=placement)
 files = ensure_demonstrations(config)
 session.keep(files.values())
+
+# %%
+steps = {}
+for task, path in files.items():
+    with open_demo_file(path) as data:
+        steps[task] = [len(data["data"][name]["actions"]) for name in demo_names(data)]
+for task, lengths in steps.items():
+    print(f"Task {task}: {len(lengths)} demonstrations, {min(lengths)} to {max(lengths)} steps "
+          f"long ({min(lengths) / schema.CONTROL_HZ:.1f} to {max(lengths) / schema.CONTROL_HZ:.1f} "
+          "s).")
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** A policy that sends `dz` = 1 for one second raises the gripper by how much? Estimate it
+# from the ten measured actions.
+#
+# <details><summary>Answer</summary>
+#
+# One second is 20 actions. After the first few, each adds the same distance, about a quarter of the
+# 5 cm that it asks for, so extrapolate from the last one.
+#
+# ```python
+# second = rise.sum() + 10 * rise[-1]
+# print(f"about {second:.0f} cm in one second, where 20 commands asked for {20 * 5} cm")
+# assert abs(rise[-1] - rise[-2]) < 0.1  # cm: the speed is constant by now
+# assert 0.2 < second / 100 < 0.35
+# ```
+#
+# </details>
+#
+# **2.** Every step stores two images of three bytes per pixel. How many megabytes of images do the
+# demonstrations hold, and how many numbers of actions stand beside them?
+#
+# <details><summary>Answer</summary>
+#
+# Steps times cameras times height times width times 3. The images outweigh the seven numbers of an
+# action by four orders of magnitude, although the policy is judged by those seven alone.
+#
+# ```python
+# total = sum(map(sum, steps.values()))
+# with open_demo_file(next(iter(files.values()))) as data:
+#     first = data["data"][demo_names(data)[0]]
+#     images = sum(first["obs"][camera][0].nbytes for camera in schema.CAMERAS)  # bytes per step
+# print(f"{total * images / 1e6:.0f} MB of images and {7 * total:,} numbers of actions")
+# assert images == 2 * 128 * 128 * 3 and images > 1000 * 7 * 8
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `01_explore` inspects these files.

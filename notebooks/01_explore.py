@@ -14,9 +14,16 @@
 # Inspect the data before you train on it. Many failures of robot policies are faults of the data:
 # images upside down, actions paired with the wrong image, a gripper command lost to normalisation.
 #
-# This notebook shows the contents of a file, the camera images, the seven numbers of an action, and
-# a measurement of which image belongs to which action. Every figure is also saved to `figures/` in
-# the run folder.
+# **What you will learn**
+# - what a demonstration file holds, and what a policy may use of it;
+# - how the seven numbers of an action change while the robot reaches, grasps, carries and places;
+# - how to measure which image belongs to which action;
+# - which faults spoil training, and how to look for each of them.
+#
+# **Time**: 8 minutes to read; less than one to run (preset `demo`, two CPU cores).
+#
+# **Needs** the demonstrations of `00_setup`, or collects them. **Writes** `quality.json`, five
+# figures and a film to the run folder.
 
 # %% tags=["parameters"]
 # change these first
@@ -63,13 +70,14 @@ session.begin(version)
 # %%
 import numpy as np
 import pandas as pd
-from IPython.display import Video
+from IPython.display import Video, display
 
 from trm_helpers import explore_libero_dataset, paths, schema
 from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
 from trm_helpers.demos.quality import quality_card
+from trm_helpers.evaluation.rollout import phases
 from trm_helpers.files import write_json
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.visuals import films, plots
@@ -94,7 +102,7 @@ found = explore_libero_dataset(file)
 
 # %%
 print(f"{found['language_instruction']}: {found['num_demos']} demonstrations, {found['source']}")
-pd.DataFrame(found["structure"]).T
+display(pd.DataFrame(found["structure"]).T)
 
 # %% [markdown]
 # ## Four moments
@@ -105,7 +113,7 @@ pd.DataFrame(found["structure"]).T
 # %%
 fig = plots.plot_frames(found["frames"], found["language_instruction"])
 plots.save_figure(fig, folder / "figures" / "01_frames.png")
-fig
+display(fig)
 
 # %% [markdown]
 # ## The seven numbers of an action
@@ -117,47 +125,77 @@ fig
 
 # %%
 pd.set_option("display.max_colwidth", None)
-pd.DataFrame(found["actions"]).round(3)
+display(pd.DataFrame(found["actions"]).round(3))
 
 # %%
 with open_demo_file(file) as data:
     demonstrations = [data["data"][name] for name in demo_names(data)]
     actions = [demonstration["actions"][:] for demonstration in demonstrations]
+    executed = [demonstration.get(schema.EXECUTED_ACTIONS, demonstration["actions"])[:]
+                for demonstration in demonstrations]
     cameras = [demonstrations[0]["obs"][camera][:] for camera in schema.CAMERAS]
 
 # %% [markdown]
-# Compare the ranges. Translations use most of [-1, 1] and rotations much less. The gripper command
-# should be -1 or +1 only: its sign decides, so +0.1 closes the gripper just as +1 does. The gripper
-# is therefore excluded from normalisation, which would move the zero between open and closed.
+# Which range does each number use? The gripper command should be -1 or +1 only: its sign decides,
+# so +0.1 closes the gripper just as +1 does. The gripper is therefore excluded from normalisation,
+# which would move the zero between open and closed.
 
 # %%
-fig = plots.plot_action_statistics(np.concatenate(actions))
+every = np.concatenate(actions)  # (N, 7)
+fig = plots.plot_action_statistics(every)
 plots.save_figure(fig, folder / "figures" / "01_action_statistics.png")
-fig
+display(fig)
+spread, grip = every.std(axis=0), every[:, schema.GRIPPER_INDEX]
+print(f"Standard deviations: {spread[:3].min():.2f} to {spread[:3].max():.2f} of the translations, "
+      f"{spread[3:6].min():.2f} to {spread[3:6].max():.2f} of the rotations. The gripper command "
+      f"takes the values {', '.join(f'{value:+g}' for value in np.unique(grip))} and is closed in "
+      f"{100 * np.mean(grip > 0):.0f} % of the steps.")
 
 # %% [markdown]
-# The actions of the first demonstration over time. In a pick-and-place task, identify the reach,
-# the grasp (the gripper closes), the lift (`dz` above 0) and the transport to the target. The
-# demonstration ends at success, possibly before the gripper opens. A gripper that opens early and
-# closes again indicates a second attempt at the grasp. Sudden large corrections by the scripted
-# expert are responses to pushes.
+# What does the robot do when? The figure shows the actions of the first demonstration over time.
+# Its phases follow from the gripper command: `reach` until the gripper first closes, `grasp` while
+# it closes (8 steps), `carry` while it stays closed, `place` after it opens again. The task counts
+# as solved as soon as the object is where it belongs, so a demonstration may end before it opens.
+#
+# Grey: the arm was pushed. A random command was executed in place of the expert's. The figure shows
+# the expert's commands, which answer the push from wherever it has moved the arm. These answers are
+# the training targets: the policy learns to correct a deviation, never to make one. Human
+# demonstrations have no pushes.
 
 # %%
-fig = plots.plot_action_trace(actions[0])
+closed = [values[:, schema.GRIPPER_INDEX] > 0 for values in actions]
+pushed = [(done != asked).any(axis=1) for done, asked in zip(executed, actions, strict=True)]
+fig = plots.plot_action_phases(actions[0], phases(closed[0]), pushed[0])
 plots.save_figure(fig, folder / "figures" / "01_action_trace.png")
-fig
+display(fig)
+
+# %%
+durations = pd.Series(phases(closed[0])).value_counts(sort=False) / schema.CONTROL_HZ
+pushes = [int((np.diff(values, prepend=False) & values).sum()) for values in pushed]
+print("The first demonstration: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds
+                                              in durations.items())
+      + f"; pushed {pushes[0]} times, in {100 * pushed[0].mean():.0f} % of its steps.")
+attempts = [int((np.diff(values, prepend=False) & values).sum()) for values in closed]
+print(f"Of {len(actions)} demonstrations {np.count_nonzero(pushes)} were pushed, "
+      f"{sum(values[-1] for values in closed)} end with the gripper closed, and "
+      f"{sum(count > 1 for count in attempts)} close it more than once: a second attempt at the "
+      "grasp.")
 
 # %% [markdown]
 # ## Length of the demonstrations
 #
-# The dotted line is the horizon: the number of steps that the benchmark allows a policy.
-# Demonstrations should end well before it, because a policy also needs time to correct its errors.
+# The dotted line is the horizon: the number of steps that the benchmark allows a policy. Do the
+# demonstrations end well before it? They should, because a policy also needs time to correct its
+# errors.
 
 # %%
-lengths = [len(values) for values in actions]
-fig = plots.plot_demo_lengths(lengths, schema.HORIZONS[config.data.suite])
+lengths, horizon = [len(values) for values in actions], schema.HORIZONS[config.data.suite]
+fig = plots.plot_demo_lengths(lengths, horizon)
 plots.save_figure(fig, folder / "figures" / "01_lengths.png")
-fig
+display(fig)
+print(f"The median demonstration has {np.median(lengths):.0f} steps, "
+      f"{100 * np.median(lengths) / horizon:.0f} % of the horizon of {horizon}; the longest has "
+      f"{max(lengths)}.")
 
 # %% [markdown]
 # ## Which image belongs to which action?
@@ -171,7 +209,10 @@ fig
 # %%
 fig = plots.plot_alignment(**found["alignment"])
 plots.save_figure(fig, folder / "figures" / "01_alignment.png")
-fig
+display(fig)
+name, evidence = found["alignment"]["name"], found["alignment"]["evidence"]
+print(f"This file is {name!r}: judged by the {evidence['method']}, image t belongs to action "
+      f"{'t + 1' if name == 'shift' else 't'}.")
 
 # %% [markdown]
 # ## The quality card
@@ -188,7 +229,10 @@ size = found["image_shapes"]["agentview_rgb"][1]  # of (steps, height, width, ch
 with LiberoEnv(config.data.suite, next(iter(files)), image_size=size) as env:
     card = quality_card(file, env, replays, env.horizon)
 write_json(folder / "quality.json", card)
-pd.DataFrame(card)
+display(pd.DataFrame(card))
+doubts = [row["check"] for row in card if row["verdict"] != "good"]
+print(f"{len(card) - len(doubts)} of {len(card)} checks are good"
+      + (f"; look at: {', '.join(doubts)}." if doubts else "."))
 
 # %% [markdown]
 # ## Watch a demonstration
@@ -199,7 +243,47 @@ pd.DataFrame(card)
 # %%
 film = plots.upright(np.concatenate(cameras, axis=2))
 video = films.write_video(folder / "videos" / "01_demonstration.mp4", film, schema.CONTROL_HZ)
-Video(video, embed=True, width=640)
+display(Video(video, embed=True, width=640))
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** The arrays `actions` (the expert's commands) and `executed` (what the arm received) differ
+# where the arm was pushed. Which of the seven numbers does a push never change?
+#
+# <details><summary>Answer</summary>
+#
+# The gripper command. A push moves and turns the arm, but a hand that is forced open would drop the
+# object, and the demonstration would show a new grasp instead of a correction.
+#
+# ```python
+# difference = np.abs(np.concatenate(executed) - every)  # (N, 7)
+# print("per cent of the steps in which each of the seven numbers differs:",
+#       (100 * (difference > 0).mean(axis=0)).round())
+# assert (difference[:, schema.GRIPPER_INDEX] == 0).all()
+# assert ((difference[:, :3] > 0).any(axis=1) == np.concatenate(pushed)).all()
+# ```
+#
+# </details>
+#
+# **2.** Suppose every image was paired with the action before it. Why would a policy trained on
+# these pairs have a small loss, and repeat its last action in an episode?
+#
+# <details><summary>Answer</summary>
+#
+# The image after an action shows its effect, so the policy can read off the action that was just
+# executed instead of deciding on the next one. The loss is small because consecutive actions are
+# almost equal.
+#
+# ```python
+# arm = actions[0][:, :schema.ARM_DIM]
+# neighbours = np.abs(np.diff(arm, axis=0)).mean()
+# others = np.abs(arm - np.random.default_rng(0).permutation(arm)).mean()
+# print(f"mean difference of consecutive actions {neighbours:.3f}, of random pairs {others:.3f}")
+# assert neighbours < others / 2
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `02_dataset` turns these files into training samples.

@@ -14,6 +14,17 @@
 # A sample is a pair of one observation (camera images and, in most presets, proprioception, the
 # robot's own joint and finger positions) and the demonstrator's next actions. This notebook splits,
 # normalises, augments and batches the samples, and shows exactly what the network receives.
+#
+# **What you will learn**
+# - why whole demonstrations are split, not steps;
+# - what one sample holds, with shapes and units;
+# - which of the next actions count in the loss, and why not all of them do;
+# - what normalisation and augmentation change, and what they must not change.
+#
+# **Time**: 8 minutes to read; less than one to run (preset `demo`, two CPU cores).
+#
+# **Needs** the demonstrations of `00_setup`, or collects them. **Writes** three figures to the run
+# folder.
 
 # %% tags=["parameters"]
 # change these first
@@ -27,7 +38,7 @@ demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
-storage = None  # type: str; where frames are kept: ram, mmap or gpu; None keeps the preset's
+storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
 
 # %% [markdown]
 # ## The package and this session
@@ -63,6 +74,7 @@ import time
 
 import pandas as pd
 import torch
+from IPython.display import display
 
 from trm_helpers import ActionNormalizer, LIBERODataset, paths, schema
 from trm_helpers.config import from_flat
@@ -86,37 +98,62 @@ files = ensure_demonstrations(config)
 
 # %%
 train_data, val_data = LIBERODataset.from_config(files, config)
-pd.DataFrame([{"split": data.split, "demonstrations": len(data.demos), "samples": len(data)}
-              for data in (train_data, val_data)])
+display(pd.DataFrame([{"split": data.split, "demonstrations": len(data.demos),
+                       "samples": len(data)} for data in (train_data, val_data)]))
+shared = {(demo.file, demo.name) for demo in train_data.demos} & {
+    (demo.file, demo.name) for demo in val_data.demos}
+print(f"{len(shared)} demonstrations are in both splits.")
 
 # %% [markdown]
 # ## One sample
 #
 # Images have the shape `(T, H, W, 3)` with values in [0, 1] and `T` consecutive steps, one in every
 # preset. `proprio` is the proprioception: seven joint angles, two finger positions and the position
-# of the gripper.
+# of the gripper, each with mean 0 and standard deviation 1 over the training split.
 
 # %%
 sample = train_data[0]
 shapes = {**sample["observations"], "actions": sample["actions"], "mask": sample["mask"]}
-pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(value.dtype)}
-              for name, value in shapes.items()])
+display(pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(value.dtype)}
+                      for name, value in shapes.items()]))
 
 # %% [markdown]
 # ## Chunk and mask
 #
 # A preset with `chunk` K above 1 predicts the next K actions at once and executes several before it
 # reads the next observation, so that it decides less often. `mask` is 1 for actions that count in
-# the loss. It is 0 past the end of the demonstration and from a push onwards, because actions after
-# a push cannot be predicted from earlier observations. The last column is the share of valid
-# actions over up to 512 samples.
+# the loss. Which do not?
+#
+# - Actions past the end of the demonstration do not exist.
+# - Actions after a push cannot be predicted from earlier observations: the push moves the arm, and
+#   the demonstrator answers from the new position.
+#
+# The figure shows a training demonstration that was not pushed at its start, if there is one among
+# the first 20: a column per sample, in order of time, and a row per action of its chunk. While the
+# arm is pushed only the first action of each chunk counts, the answer to what the robot sees now.
 
 # %%
-last = train_data[len(train_data) - 1]
-batch = next(train_data.batches(512, seed=0, epoch=0))
-masks = {"first sample": sample["mask"], "last sample": last["mask"],
-         "mean": batch["mask"].mean(dim=0)}
-pd.DataFrame({name: mask.flatten() for name, mask in masks.items()}).rename_axis("action").round(2)
+starts = torch.tensor([0] + [demo.end - demo.first - train_data.sequence_length + 1
+                             for demo in train_data.demos[:20]]).cumsum(0).tolist()
+masks = [train_data.batch(range(first, last), as_bytes=True)["mask"].flatten(1)[:, -K:]
+         for K in [train_data.chunk] for first, last in zip(starts, starts[1:], strict=False)]
+number = max(range(len(masks)), key=lambda i: (
+    masks[i][0].mean(), bool((masks[i][:-train_data.chunk] == 0).any())))  # the first such
+chosen = masks[number]  # (T, K)
+
+# %%
+fig = plots.plot_chunk_mask(chosen, f"Chunk mask of {train_data.demos[number].name}")
+plots.save_figure(fig, folder / "figures" / "02_mask.png")
+display(fig)
+
+# %%
+K, T = chosen.shape[1], len(chosen)
+beyond = torch.arange(T)[:, None] + torch.arange(K) >= T  # past the end
+after_push = (chosen == 0) & ~beyond
+print(f"Of {chosen.numel()} actions in {T} chunks of {K}, {100 * chosen.mean():.0f} % count. "
+      f"{after_push.sum()} are masked after a push and {beyond.sum()} past the end.")
+if K == 1:
+    print("With chunk=1 every sample has one action, the demonstrator's next, which always counts.")
 
 # %% [markdown]
 # ## Normalisation
@@ -127,18 +164,23 @@ pd.DataFrame({name: mask.flatten() for name, mask in masks.items()}).rename_axis
 # come from the training split alone and are saved with the checkpoint.
 
 # %%
+batch = next(train_data.batches(512, seed=0, epoch=0))
 raw = train_data.normalizer.denormalize(batch["actions"].flatten(0, -2))  # (N, 7)
 scaled = ActionNormalizer("zscore").fit(raw).normalize(raw)
-print("normalize_actions of this preset:", train_data.normalizer.mode)
-pd.DataFrame({"mean before": raw.mean(0), "std before": raw.std(0), "mean after": scaled.mean(0),
-              "std after": scaled.std(0)}, index=schema.ACTION_NAMES).round(3)
+display(pd.DataFrame({"mean before": raw.mean(0), "std before": raw.std(0),
+                      "mean after": scaled.mean(0), "std after": scaled.std(0)},
+                     index=schema.ACTION_NAMES).round(3))
+spread = raw[:, :schema.ARM_DIM].std(0)
+print(f"Before, the standard deviations of the arm's six numbers differ by a factor of "
+      f"{spread.max() / spread.min():.0f}. This preset trains with "
+      f"normalize_actions={train_data.normalizer.mode!r}.")
 
 # %% [markdown]
 # ## Augmentation
 #
 # Augmentation randomly changes the images of each sample, for example their brightness and
-# position, so that the policy does not rely on single pixels. Compare the rows: most columns should
-# differ, and the scene must stay recognisable. Only training samples are augmented.
+# position, so that the policy does not rely on single pixels. Compare the rows: the scene must stay
+# recognisable. Only training samples are augmented.
 
 # %%
 camera = config.model.cameras[0]
@@ -147,29 +189,45 @@ originals = val_data.batch(spread)["observations"][camera][:, 0]
 augmented = augment_images(originals, config.data.augmentation, torch.Generator().manual_seed(0))
 fig = plots.plot_augmentation(originals, augmented)
 plots.save_figure(fig, folder / "figures" / "02_augmentation.png")
-fig
+display(fig)
+
+# %%
+changes = 255 * (augmented - originals).abs().flatten(1).mean(dim=1)  # grey levels
+print(f"Augmentation {config.data.augmentation!r} changed {(changes > 0).sum()} of {len(changes)} "
+      f"images, by {changes.mean():.0f} grey levels of 255 per pixel on average.")
 
 # %% [markdown]
 # ## A training batch
 #
 # A batch mixes samples of all training demonstrations. Their order depends only on the seed and the
 # epoch, so that a run can be repeated. The bars show the first target action of each sample. Does
-# it fit the image?
+# it fit the image? Where the gripper holds the object, `gripper` should be +1; where it is open and
+# high above the table, `dz` should usually be negative.
 
 # %%
-batches = train_data.batches(config.train.batch_size, seed=0, epoch=0)
-fig = plots.plot_batch(next(batches))
+batch = next(train_data.batches(config.train.batch_size, seed=0, epoch=0))
+again = next(train_data.batches(config.train.batch_size, seed=0, epoch=0))
+fig = plots.plot_batch(batch)
 plots.save_figure(fig, folder / "figures" / "02_batch.png")
-fig
+display(fig)
+
+# %%
+same = all(torch.equal(value, again["observations"][name])
+           for name, value in batch["observations"].items())
+first = batch["actions"].flatten(0, 1).reshape(len(batch["actions"]), -1, schema.ACTION_DIM)[:, 0]
+print(f"Asked for twice, the batch is {'the same' if same else 'another'}. "
+      f"{100 * (first[:, schema.GRIPPER_INDEX] > 0).float().mean():.0f} % of its samples close the "
+      "gripper.")
 
 # %% [markdown]
 # ## Loading speed
 #
 # Loading should be faster than training. `storage` decides where the frames are kept: `ram` in main
 # memory, already resized for the network; `mmap` in the files, read and resized for each batch;
-# `gpu` in the GPU's memory. All three give the same batches. The memory needed is printed before it
-# is allocated; if it is not available, loading fails at once with an error. `docs/loading.md`
-# compares the speed with other loaders.
+# `gpu` in the GPU's memory. All three give the same batches; `auto`, the default, is `gpu` where a
+# GPU trains and the frames fit, otherwise `ram`. The memory needed is printed before it is
+# allocated; if it is not available, loading fails at once with an error. `docs/loading.md` compares
+# the speed with other loaders.
 
 # %%
 rows, device = [], choose_device(config.train.device)
@@ -181,7 +239,48 @@ for name in ("ram", "mmap", "gpu")[:3 if device.type == "cuda" else 2]:
     torch.cuda.synchronize() if device.type == "cuda" else None  # waits for the GPU to finish
     rows.append({"storage": name, "samples per second, augmentation included":
                  count / (time.perf_counter() - began)})
-pd.DataFrame(rows).round()
+speeds = pd.DataFrame(rows).round()
+display(speeds)
+fastest = speeds.iloc[speeds.iloc[:, 1].argmax()]
+print(f"Fastest here: storage={fastest.iloc[0]!r}. This preset uses {config.data.storage!r}.")
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Suppose steps were split at random instead of demonstrations. How different would a
+# validation image be from its nearest neighbour in the training set? Compare the images of
+# neighbouring steps with images of other moments.
+#
+# <details><summary>Answer</summary>
+#
+# Almost not at all: neighbouring images differ far less than random ones. The validation loss would
+# measure memory, not generalisation.
+#
+# ```python
+# images = val_data.batch(range(len(val_data)))["observations"][camera][:, 0]  # (N, H, W, 3)
+# neighbours = 255 * (images[1:] - images[:-1]).abs().mean()
+# others = 255 * (images - images[torch.randperm(len(images))]).abs().mean()
+# print(f"grey levels between neighbours {neighbours:.1f}, between random images {others:.1f}")
+# assert neighbours < others / 2
+# ```
+#
+# </details>
+#
+# **2.** How many actions of a demonstration without pushes are masked, with chunks of K actions?
+# Does the number depend on the length of the demonstration?
+#
+# <details><summary>Answer</summary>
+#
+# K (K - 1) / 2, for every length of at least K steps: the last chunk lacks K - 1 actions, the one
+# before it K - 2, and so on. Pushes can only add to it.
+#
+# ```python
+# print(f"past the end: {K * (K - 1) // 2}; masked in all: {int((chosen == 0).sum())}")
+# assert beyond.sum() == K * (K - 1) // 2
+# assert (chosen[beyond] == 0).all() and (chosen == 0).sum() == beyond.sum() + after_push.sum()
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `03_model` builds the network that is trained on these samples.

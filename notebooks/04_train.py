@@ -12,19 +12,24 @@
 # # 04 Behaviour cloning
 #
 # Behaviour cloning trains the policy to reproduce the demonstrators' actions from the same
-# observations. The run folder is complete after every epoch: weights, settings and one line of
-# metrics. Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged
-# preset is stored under its own name; a changed preset gets a new folder named after suite,
-# network, seed and time.
+# observations.
 #
-# A low loss is not the goal. It measures agreement with the demonstrator along demonstrated
-# trajectories; success at the task is measured in the simulator (`06_eval`).
+# **You will learn**
+# - to write a training loop in ten lines, and what the real trainer adds to it
+# - to read loss curves: when training is finished, and what overfitting looks like
+# - why a low loss is not the goal: it measures agreement with the demonstrator along demonstrated
+#   trajectories; success at the task is measured in the simulator (`06_eval`)
+# - to stop, resume and repeat a training, and what a run folder holds
 #
-# To train with the best settings of `05_search`, run
+# **Time:** 10 minutes to read, 3 to run (preset `demo`, two CPU cores).
+# **Needs:** demonstrations (collected if missing, see `01_explore`). **Writes:** a run folder
+# `artifacts/<run_name>/`, complete after every epoch: weights, settings, metrics, a figure.
+#
+# Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged preset is
+# stored under its own name; a changed preset gets a new folder named after suite, network, seed and
+# time. To train with the best settings of `05_search`, run
 # `papermill 04_train.ipynb out.ipynb -f .../best.yaml`. Pass lists as YAML:
-# `-y "task_ids: [0, 1]"`. To use two GPUs, train from the command line and open this notebook
-# afterwards for the curves:
-# `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run`.
+# `-y "task_ids: [0, 1]"`.
 
 # %% tags=["parameters"]
 # change these first
@@ -44,7 +49,7 @@ demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ a
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
 scenes = None  # type: int; scenes per demonstration to train a localizer; None: the preset's
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
-storage = None  # type: str; where frames are kept: ram, mmap or gpu; None keeps the preset's
+storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, brightness, colour, reference, shift or cutout
 batch_size = None  # type: int; samples per update; None keeps the preset's
 loss = None  # type: str; mse, l1 or mix; None keeps the preset's
@@ -96,9 +101,13 @@ from trm_helpers import session
 session.begin(version)
 
 # %%
+import copy
+import math
 from functools import partial
 
 import pandas as pd
+import torch
+from IPython.display import display
 
 from trm_helpers import BehaviorCloningTrainer
 from trm_helpers.config import check_parameters, from_flat
@@ -107,6 +116,7 @@ from trm_helpers.evaluation.evaluate import selection_rate, selection_success
 from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.stats import format_success
 from trm_helpers.training.runs import create_run
+from trm_helpers.training.train import GRAD_CLIP
 from trm_helpers.visuals import plots
 
 # %%
@@ -125,18 +135,47 @@ usual = preset if config == from_flat(preset) else ""
 run = create_run(config, run_name or usual, resume)
 files = ensure_demonstrations(config)
 
-# %% [markdown]
-# ## Train
-#
-# Each update computes the `loss` between predicted and demonstrated actions of a batch and takes
-# one AdamW step. The learning rate follows a cosine from `lr` to 1e-6. The progress bar counts
-# updates and shows the losses of the last epoch.
-
 # %%
 trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),
                                              partial(trained_localizer, run, config))
 print(f"{len(trainer.train_data)} training samples, {trainer.precision} on {trainer.device}")
+
+# %% [markdown]
+# ## A training loop by hand
+#
+# The whole idea in ten lines, on one batch and a copy of the new policy: predict, compare with the
+# demonstrated actions, follow the gradient. The loss of that batch has to fall; a policy that
+# cannot even memorise one batch has a bug, and this is the first test to run on any new network.
+
+# %%
+batch = next(trainer.train_data.batches(config.train.batch_size, config.train.seed, epoch=0,
+                                        device=trainer.device))
+by_hand, losses = copy.deepcopy(trainer.policy).train(), []
+optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3)
+with torch.random.fork_rng():  # the training below is not affected
+    for _step in range(30):
+        optimizer.zero_grad()
+        objective, _parts = by_hand.loss(batch, config.train.loss)  # forward pass and error
+        objective.backward()  # gradients of all weights
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), GRAD_CLIP)
+        optimizer.step()
+        losses.append(objective.item())
+print(f"Loss of the batch: {losses[0]:.3f} before the first update, {losses[-1]:.3f} before the "
+      f"30th ({len(batch['actions'])} samples).")
+assert losses[-1] < losses[0]
+
+# %% [markdown]
+# ## Train
+#
+# The trainer runs the same loop over all batches of every epoch, in an order that depends on seed
+# and epoch only. It adds what a real training needs: the learning rate follows a cosine from `lr`
+# to 1e-6, an average of the weights is kept (`ema_decay`), the validation split is measured after
+# every epoch, and everything is saved. Its first loss is the one computed by hand above, up to the
+# rounding of the faster number format (bf16 or fp16).
+
+# %%
 metrics = trainer.fit()
+assert math.isclose(trainer.first_loss, losses[0], rel_tol=0.05)
 
 # %% [markdown]
 # ## Curves
@@ -154,13 +193,22 @@ metrics = trainer.fit()
 # %%
 fig = plots.plot_training_curves(metrics)
 plots.save_figure(fig, run / "figures" / "04_training.png")
-fig
+display(fig)
+
+# %%
+lowest, last = min(metrics, key=lambda row: row["val_loss"]), metrics[-1]
+rise = 100 * (last["val_loss"] / lowest["val_loss"] - 1)
+print(f"The validation loss is lowest in epoch {lowest['epoch']} of {last['epoch']} "
+      f"({lowest['val_loss']:.4f}) and {rise:.0f} % above that at the end: "
+      f"{'it rises' if rise > 5 else 'it does not rise'}. It is "
+      f"{last['val_loss'] / last['train_loss']:.1f} times the training loss"
+      f"{': the policy overfits.' if last['val_loss'] > 1.5 * last['train_loss'] else '.'}")
 
 # %% [markdown]
 # The last epochs. `grad_norm` is the gradient norm before clipping; if it jumps, lower `lr`.
 
 # %%
-pd.DataFrame(metrics).tail().round(6)
+display(pd.DataFrame(metrics).tail().round(6))
 
 # %% [markdown]
 # ## Does it succeed?
@@ -169,9 +217,14 @@ pd.DataFrame(metrics).tail().round(6)
 # ranks trials by this success rate. The official init states are reserved for `06_eval`.
 
 # %%
-if selection_episodes and trainer.finished:
+if not selection_episodes:
+    print("Not run: set selection_episodes=10 for ten rollouts per task (about one minute on two "
+          "CPU cores).")
+elif trainer.finished:
     print(format_success(selection_success(run, config, selection_episodes,
                                            ledger=run / "selection.jsonl")))
+else:
+    print(f"Not run: training stopped after {last['epoch']} epochs. Run this notebook again.")
 
 # %% [markdown]
 # ## The run folder
@@ -181,8 +234,68 @@ if selection_episodes and trainer.finished:
 
 # %%
 print(run)
-pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
-              for path in sorted(run.iterdir()) if path.is_file()])
+display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
+                      for path in sorted(run.iterdir()) if path.is_file()]))
+
+# %% [markdown]
+# ## Two GPUs
+#
+# Two T4s train two policies in the time of one: a second seed on the second GPU while the first one
+# is evaluated on the first. `kaggle_all` does so; in a terminal:
+#
+# ```bash
+# CUDA_VISIBLE_DEVICES=1 python -m trm_helpers train demo --seed 1 --run-name demo-seed1 &
+# CUDA_VISIBLE_DEVICES=0 python -m trm_helpers evaluate demo
+# wait
+# ```
+#
+# `torchrun --nproc_per_node 2 -m trm_helpers train demo --run-name my-run` trains one policy on
+# both; open this notebook with that `run_name` afterwards for its curves.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Gradients are clipped at norm 1. How far can the first AdamW update move a weight, then, if
+# a gradient is a thousand times larger than another?
+#
+# <details><summary>Answer</summary>
+#
+# By at most the learning rate, whatever the gradient: Adam divides each gradient by a running
+# average of its own size, and in the first step that is the gradient itself. Clipping protects
+# those averages, and with them the next steps, from one extreme batch.
+#
+# ```python
+# fresh = copy.deepcopy(by_hand)
+# optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-3, weight_decay=0.0)
+# fresh.loss(batch, config.train.loss)[0].mul(1000).backward()
+# optimizer.step()
+# largest = max((new - old).abs().max().item()
+#               for new, old in zip(fresh.parameters(), by_hand.parameters(), strict=True))
+# print(f"largest change of a weight: {largest:.6f} with a learning rate of 0.001")
+# assert largest < 1.01e-3
+# ```
+#
+# </details>
+#
+# **2.** The learning rate falls along a cosine over all epochs. Write it as a formula of the epoch,
+# and check it against the column `lr` of the metrics. What happens if you double `epochs` after
+# half of them?
+#
+# <details><summary>Answer</summary>
+#
+# The rate of an epoch depends on the number of epochs planned, so a training of 70 epochs is not
+# the first half of one of 140: stopped halfway, the latter still has half of its learning rate.
+# That is why `epochs` cannot be changed when a run is resumed.
+#
+# ```python
+# rates = [1e-6 + (config.train.lr - 1e-6)
+#          * (1 + math.cos(math.pi * row["epoch"] / config.train.epochs)) / 2 for row in metrics]
+# print(f"learning rate after epoch 1: {rates[0]:.3g}, after epoch {len(rates)}: {rates[-1]:.3g}")
+# assert all(math.isclose(row["lr"], rate, rel_tol=1e-3, abs_tol=1e-7)
+#            for row, rate in zip(metrics, rates, strict=True))
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `05_search` compares other settings; `06_eval` evaluates the policy in the simulator.

@@ -15,6 +15,16 @@
 # benchmark's 50 official init states, which scripted demonstrations never use, and ends at success
 # or at the horizon, the number of steps allowed.
 #
+# **You will learn**
+# - why a success rate means little without its number of episodes, its interval and its protocol
+# - what bounds it: replayed demonstrations, the scripted expert, random actions, no action
+# - to see from films and counts how a policy fails
+# - to compare two policies on the same episodes, and when a difference is significant
+#
+# **Time:** 10 minutes to read, 2 to run (preset `demo`, two CPU cores).
+# **Needs:** the run folder of `04_train`. **Writes:** into it: `episodes.jsonl`, `results.json`,
+# `videos/`, `bounds/`, figures.
+#
 # Five successes in five episodes sound perfect, but a policy with a success rate of 50 % achieves
 # that once in 32 evaluations. Every rate is therefore reported with its 95 % Wilson interval, the
 # range of success rates that are compatible with the episodes.
@@ -85,8 +95,15 @@ from trm_helpers.evaluation.compare import (
 )
 from trm_helpers.evaluation.evaluate import plan_run
 from trm_helpers.evaluation.play import films_of
-from trm_helpers.evaluation.robustness import card_notes, card_rows, plot_card, robustness_card
+from trm_helpers.evaluation.robustness import (
+    card_notes,
+    card_rows,
+    failure_modes,
+    plot_card,
+    robustness_card,
+)
 from trm_helpers.files import dispensable, inside
+from trm_helpers.schema import CONTROL_HZ
 from trm_helpers.stats import (
     comparison_rows,
     detectable,
@@ -130,14 +147,24 @@ for error in results["errors"]:
     print("excluded, could not be run:", error)
 
 # %% [markdown]
-# One row per episode. `mean_recursions` is the mean number of recursions per decision. `action_ms`
-# and `max_action_ms` are the policy's mean and longest time per executed action, without rendering.
+# Each episode as a tile: its task, its init state, whether it succeeded, and its length in seconds
+# of the robot's time. Failures in one row are a task that the policy has not learned; failures in
+# one column are an arrangement of the objects that it does not expect.
 
 # %%
 asked, episodes = results["protocol"], evaluation.rows()
+fig = plots.plot_episode_tiles(episodes)
+plots.save_figure(fig, run / "figures" / "06_episodes.png")
+display(fig)
+
+# %% [markdown]
+# The same as a table. `mean_recursions` is the mean number of recursions per decision. `action_ms`
+# and `max_action_ms` are the policy's mean and longest time per executed action, without rendering.
+
+# %%
 columns = ["suite", "task_id", "init_state", "success", "steps", "mean_recursions", "action_ms",
            "max_action_ms", "seconds"]
-pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
+display(pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"]))
 
 # %% [markdown]
 # ## Upper and lower bounds
@@ -149,7 +176,17 @@ pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_state"])
 
 # %%
 bounds = {name: bound.play() for name, bound in planned_bounds.items()}
-pd.DataFrame(comparison_rows({run.name: results, **bounds}))
+solved = {name: f"{name} {bound['successes']} of {bound['episodes']}"
+          for name, bound in bounds.items()}
+by_chance = sum(bounds[name]["successes"] for name in ("random", "no-op") if name in bounds)
+if bounds:
+    display(pd.DataFrame(comparison_rows({run.name: results, **bounds})))
+    print(f"Solved: {', '.join(solved.values())}. "
+          + ("The task can be solved by chance." if by_chance else
+             "Nothing was solved by chance: a success of the policy is its own."))
+else:
+    print("Not run: set bound_episodes=2 for two episodes of each baseline per task (half a minute "
+          "on two CPU cores).")
 
 # %% [markdown]
 # ## Success rate and episode length
@@ -160,12 +197,18 @@ pd.DataFrame(comparison_rows({run.name: results, **bounds}))
 # %%
 fig = plots.plot_success({run.name: results, **bounds})
 plots.save_figure(fig, run / "figures" / "06_success.png")
-fig
+display(fig)
 
 # %%
 fig = plots.plot_episode_lengths(episodes, asked["horizon"])
 plots.save_figure(fig, run / "figures" / "06_lengths.png")
-fig
+display(fig)
+
+# %%
+lengths = [row["steps"] for row in episodes if row["success"]]
+print(f"Successes take {min(lengths)} to {max(lengths)} of {asked['horizon']} steps "
+      f"({min(lengths) / CONTROL_HZ:.1f} to {max(lengths) / CONTROL_HZ:.1f} seconds)."
+      if lengths else f"No episode succeeded within {asked['horizon']} steps.")
 
 # %% [markdown]
 # ## Watch the episodes
@@ -180,6 +223,16 @@ filmed = films_of(episodes, evaluation.folder)
 for film, row in filmed.items():
     print(row["video"])
     display(Video(film, embed=True, width=640))
+if not filmed:
+    print("No film: set num_videos=2 to film two episodes per task in a new evaluation.")
+
+# %% [markdown]
+# How did the failed episodes end? The order in which objects rise by 2 cm tells it.
+
+# %%
+modes = failure_modes(episodes)
+print("Failed episodes: " + ", ".join(f"{count} with {mode}" for mode, count in modes.items())
+      if any(modes.values()) else "No episode failed.")
 
 # %% [markdown]
 # All filmed episodes of a task side by side, with a green frame for success and a red frame for
@@ -219,6 +272,9 @@ print(detectable(results))
 # `baseline_run` to an evaluated run. A difference with a p-value above 0.05 is not significant.
 
 # %%
+if not baseline_run:
+    print("Not run: set baseline_run to the name of a run that this notebook has evaluated before; "
+          "the comparison itself takes a second.")
 for baseline in [find_run(baseline_run)] if baseline_run else []:
     test = compare_runs(run, baseline, asked["suite"], asked["task_ids"])
     print(format_comparison(test, run.name, baseline.name))
@@ -235,9 +291,8 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 #
 # With `robustness_episodes` above 0, the policy is evaluated under changes: shifted, darker or
 # noisy images, delayed actions, a black camera, randomised layouts, and the suites of LIBERO-PRO, a
-# variant of LIBERO with changed scene, objects, instruction or goal. With as many episodes as
-# above, this takes about twelve times as long. Changes that cannot affect this policy are listed
-# but not evaluated.
+# variant of LIBERO with changed scene, objects, instruction or goal. Changes that cannot affect
+# this policy are listed but not evaluated.
 
 # %%
 if robustness_episodes:
@@ -245,6 +300,58 @@ if robustness_episodes:
     card = robustness_card(run, changed, weights, task_ids or ())
     display(pd.DataFrame(card_rows(card)), plot_card(card))
     print("\n".join(card_notes(card)))
+else:
+    print(f"Not run: set robustness_episodes={results['episodes'] // len(results['tasks'])} for as "
+          "many episodes as above under each change (on two CPU cores about "
+          f"{12 * sum(row['seconds'] for row in episodes) / 120:.0f} minutes).")
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** A policy succeeds in every episode. How many episodes does it take until the lower end of
+# the Wilson interval exceeds 90 %?
+#
+# <details><summary>Answer</summary>
+#
+# 35: with n successes in n episodes the lower end is n / (n + 3.84). Ten of ten only exclude rates
+# below 72 %, and even 50 of 50, all official init states of a task, leave 93 %.
+#
+# ```python
+# from trm_helpers.stats import wilson_interval
+#
+# needed = next(n for n in range(1, 100) if wilson_interval(n, n)[0] > 0.9)
+# low, high = wilson_interval(results["successes"], results["episodes"])
+# print(f"{needed} of {needed}; here {results['successes']} of {results['episodes']}, so the rate "
+#       f"lies between {100 * low:.0f} and {100 * high:.0f} %")
+# assert needed == 35
+# ```
+#
+# </details>
+#
+# **2.** Two policies play the same episodes. One policy solves k episodes that the other does not,
+# and the opposite never happens. For which k is the difference significant at 0.05, and does it
+# matter how many episodes both solve?
+#
+# <details><summary>Answer</summary>
+#
+# From k = 6 on: if both were equally good, each of the k differing episodes would be a coin toss,
+# and all of them fall on one side with probability 2 / 2^k, which is 0.031 for 6 and 0.063 for 5.
+# Episodes with the same outcome do not enter McNemar's test.
+#
+# ```python
+# from trm_helpers.stats import paired_mcnemar
+#
+# row = {**episodes[0], "success": True}
+# p_values = {}
+# for k in range(1, 9):
+#     better = [{**row, "init_state": state} for state in range(20)]
+#     worse = [{**other, "success": other["init_state"] >= k} for other in better]
+#     p_values[k] = paired_mcnemar(worse, better)["p_value"]
+# print({k: round(p, 3) for k, p in p_values.items()})
+# assert p_values[5] > 0.05 > p_values[6]
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `07_visualize` explains what the policy does.

@@ -29,12 +29,17 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_search", "06_eval",
          "07_visualize"]
 FIGURES = {
+    "00_action",
     "01_frames", "01_action_statistics", "01_action_trace", "01_lengths", "01_alignment",
-    "02_augmentation", "02_batch", "03_latency", "04_training", "05_search",
-    "05_coordinates", "06_success", "06_lengths", "06_rollout", "07_predictions", "07_recursion",
-    "07_moments",
-    "07_depth", "07_prediction_by_depth", "07_halting", "07_saliency",
+    "02_mask", "02_augmentation", "02_batch",
+    "03_latency",
+    "04_training",
+    "05_search", "05_coordinates",
+    "06_episodes", "06_success", "06_lengths", "06_rollout",
+    "07_predictions", "07_recursion", "07_moments", "07_depth", "07_prediction_by_depth",
+    "07_halting", "07_saliency",
 }
+WITH_EXERCISES = [*NAMES[:3], "04_train", "06_eval"]
 
 
 def read(name: str):
@@ -96,8 +101,8 @@ def test_explore_looks_at_the_first_demonstration_there_is(tmp_path):
          "from trm_helpers.demos.demo_files import demo_names, open_demo_file\n" + reads, names)
     assert [len(actions) for actions in names["actions"]] == [9, 5, 6, 7]
     assert [len(frames) for frames in names["cameras"]] == [9, 9]
-    [trace] = [cell for cell in cells if "plot_action_trace" in cell]
-    assert "plot_action_trace(actions[0])" in trace
+    [trace] = [cell for cell in cells if "plot_action_phases" in cell]
+    assert "plot_action_phases(actions[0], phases(closed[0]), pushed[0])" in trace
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,16 +129,52 @@ def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):
     assert not paths.artifacts_dir().exists()
 
 
+# --- exercises ----------------------------------------------------------------------------------
+
+
+def answers(notebook) -> list[str]:
+    """The code of each folded answer of the exercises."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    folded = re.findall(r"<details><summary>Answer</summary>\n\n(.*?)\n</details>", text, re.DOTALL)
+    return ["\n".join(re.findall(r"```python\n(.*?)```", answer, re.DOTALL)) for answer in folded]
+
+
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_notebook_ends_with_two_exercises_whose_answers_assert_something(name):
+    assert read(name).cells[-2].source.startswith("## Exercises\n")
+    found = answers(read(name))
+    assert len(found) == 2
+    for answer in found:
+        assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(answer)))
+
+
 # --- a run of all eight against the real simulator ----------------------------------------------
+
+
+# the suite from a folder of copies
+RUN = """
+import pathlib, sys
+from trm_helpers import __main__, paths
+paths.notebooks_dir = lambda: pathlib.Path(sys.argv[1])
+sys.exit(__main__.main(["run", "tiny"]))
+"""
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The environment variables and the run folder of ``python -m trm_helpers run tiny``."""
+    """Environment variables, run folder and output of ``python -m trm_helpers run tiny``.
+
+    The notebooks are copies that end with the code of their exercises' answers.
+    """
     folder = tmp_path_factory.mktemp("tiny")
+    for name in NAMES:
+        notebook = read(name)
+        notebook.cells += [nbformat.v4.new_code_cell(answer, metadata={"tags": ["answer"]})
+                           for answer in answers(notebook)]
+        nbformat.write(notebook, folder / f"{name}.ipynb")
     environment = {**os.environ, "TRM_DATA_DIR": str(folder / "data"),
                    "TRM_ARTIFACTS_DIR": str(folder / "artifacts")}
-    done = subprocess.run([sys.executable, "-m", "trm_helpers", "run", "tiny"], env=environment,
+    done = subprocess.run([sys.executable, "-c", RUN, folder], env=environment,
                           capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return environment, folder / "artifacts" / "tiny", done.stdout
@@ -206,7 +247,7 @@ def test_suite_wrote_measurements_that_agree(tiny):
 def test_suite_started_again_does_nothing_again(tiny):
     environment, run, _ = tiny
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    done = subprocess.run([sys.executable, "-m", "trm_helpers", "run", "tiny"], env=environment,
+    done = subprocess.run([sys.executable, "-c", RUN, run.parent.parent], env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("kept from before") == 8
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before

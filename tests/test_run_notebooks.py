@@ -1,5 +1,7 @@
 import contextlib
+import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from tqdm import tqdm
 
 from trm_helpers import notebooks, paths
 from trm_helpers.notebooks import notebook_parameters, run_notebook, run_suite
@@ -177,7 +180,7 @@ def test_a_notebook_has_its_own_environment_and_log(tmp_path):
     copy = run_notebook(notebook, output=tmp_path / "out.ipynb", environment={"GPU": "third"},
                         log=log)
     assert nbformat.read(copy, as_version=4).cells[1].outputs[0].text == "third\n"
-    assert "2/2" in log.read_text()  # the bar of the cells
+    assert re.fullmatch(r"a, done after \d.\d min\n", log.read_text())
 
 
 @pytest.mark.parametrize("content", ["cells = []", "{}", '{"cells": [3], "metadata": {}}', "",
@@ -257,10 +260,12 @@ def suite(nb_dir, monkeypatch):
     """Three notebooks that append their number to ``order``; preflight and collection pretended."""
     for name in ("00_setup", "04_train", "06_eval"):
         write_notebook(nb_dir / f"{name}.ipynb",
-                       f"with open('order', 'a') as file: file.write('{name[:2]} ')")
+                       f"with open('order', 'a') as file: file.write('{name[:2]} ')",
+                       "print('epoch 2 of 2: training loss 0.1, at most 0.0 minutes left')"
+                       if name == "04_train" else "print('done')")
     monkeypatch.setattr("trm_helpers.preflight.preflight", lambda: [Check("Python", "ok", "3")])
     monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations",
-                        lambda config: print(f"collected for {config.preset}"))
+                        lambda config: [*tqdm(range(3), f"demonstrations of {config.preset}")])
     run_dir = paths.artifacts_dir() / "demo"
     run_dir.mkdir(parents=True)
     (run_dir / "results.json").write_text(json.dumps(RESULTS))
@@ -271,7 +276,7 @@ def pretend_runs(monkeypatch, fail=()):
     """Replace execution by writing the copy; returns the list of what ran."""
     ran = []
 
-    def run(path, parameters, *, run_dir):
+    def run(path, parameters, *, run_dir, stage):
         ran.append((path.stem, parameters))
         if path.stem in fail:
             raise RuntimeError(f"{path.stem} failed")
@@ -285,15 +290,46 @@ def pretend_runs(monkeypatch, fail=()):
 
 
 def test_suite_runs_in_order_and_ends_with_the_success_line(suite, capfd):
+    for name in ("report.html", "videos/success/task2.mp4"):
+        file = paths.artifacts_dir() / "demo" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     run_dir = run_suite("demo")
     assert run_dir == paths.artifacts_dir() / "demo"
     assert (suite / "order").read_text() == "00 04 06 "
-    printed = capfd.readouterr().out
-    assert "collected for demo" in printed
-    assert str(run_dir / "notebooks") in printed
-    last = printed.strip().splitlines()[-1]
-    assert last.startswith("8 of 10 episodes, success rate 80 %")
-    assert last.endswith(" minutes")
+    printed, stages = capfd.readouterr()
+    found, success, page, film, following = printed.strip().splitlines()[-5:]
+    assert found == f"{run_dir}: notebooks 3, figures 0, films 1, checkpoints 0"
+    assert success.startswith("8 of 10 episodes, success rate 80 %") and success.endswith("minutes")
+    assert page == f"page  {run_dir / 'report.html'}"
+    assert film == f"film  {run_dir / 'videos' / 'success' / 'task2.mp4'}"
+    assert following.endswith("python -m trm_helpers evaluate demo --num-episodes 50")
+    assert re.sub(r"\d+\.\d", "0.0", stages).splitlines() == [  # one line each, nothing foreign
+        "[1/5] checks 1 of 1 passed, done after 0.0 min, then about 15 min",
+        "[2/5] demonstrations 3 of 3, done after 0.0 min, then about 5 min",
+        "[3/5] 00_setup, done after 0.0 min, then about 1 min",
+        "[4/5] 04_train epoch 2 of 2, done after 0.0 min, then about 1 min",
+        "[5/5] 06_eval, done after 0.0 min"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_stage_is_a_line_of_its_own_that_is_rewritten(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with notebooks.Stage("[2/4] demonstrations", 6.2) as stage:
+        for done, seconds in ((0, 0), (19, 19 * 19)):
+            stage.write("\r" + tqdm.format_meter(done, 30, seconds, prefix="demonstrations of x"))
+        stage.write("\rloading: 50%|##  | 1/2 [1:00:00<1:00:00, 19s/demo]\nUserWarning: ours\n")
+    shown = [line.strip() for line in sys.stderr.getvalue().split("\r\x1b[K")]
+    assert shown == ["", "[2/4] demonstrations, then about 6 min",
+                     "[2/4] demonstrations 0 of 30, then about 6 min",
+                     "[2/4] demonstrations 19 of 30, 3.5 min, then about 6 min",
+                     "[2/4] demonstrations loading 1 of 2, 60.0 min, then about 6 min",
+                     "UserWarning: ours",
+                     "[2/4] demonstrations loading 1 of 2, done after 0.0 min, then about 6 min"]
 
 
 @pytest.mark.parametrize(("preset", "parameters", "successes", "refused"), [
@@ -361,9 +397,9 @@ def test_minutes_add_up_over_interruptions(suite, monkeypatch, capsys):
     with pytest.raises(RuntimeError):
         run(7, fail=["06_eval"])
     run(2.5)
-    assert capsys.readouterr().out.strip().endswith("9.5 minutes")
+    assert ", 9.5 minutes\n" in capsys.readouterr().out
     run(1)  # nothing left to do: still the time that it took
-    assert capsys.readouterr().out.strip().endswith("9.5 minutes")
+    assert ", 9.5 minutes\n" in capsys.readouterr().out
 
 
 def test_the_suite_refuses_parameters_that_no_notebook_has(suite, monkeypatch):

@@ -123,7 +123,7 @@ class DataConfig(_Part):
     normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # scaling of the arm's actions
     augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # augmentation of images
     scenes: int = 0  # scenes rendered per demonstration to train a localizer; 0: no localizer
-    storage: Literal[schema.STORAGES] = local("ram")  # where frames are kept; mmap: in the file
+    storage: Literal[schema.STORAGES] = local("auto")  # of frames; auto: on the GPU if they fit
 
     def __post_init__(self):
         schema.check_training_suite(self.suite)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -16,9 +17,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 from . import paths
 from .config import PRESETS, Config, check_parameters, from_flat, settings_by_part
@@ -31,12 +33,80 @@ _TRACEBACK_LINES, _ERROR_LENGTH = 15, 10_000  # lines and characters of a failed
 _LOOK_EVERY = 0.5  # seconds between looks at whether a notebook is to be ended
 _PRODUCTS = {
     "notebooks": "notebooks/[0-9]*.ipynb",
-    "figures": "figures/*",
-    "videos": "videos/**/*.mp4",
+    "figures": "figures/*.png",
+    "films": "videos/**/*.mp4",
     "checkpoints": "*.safetensors",
-    "results": "results.json",
 }
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_MINUTES = {  # of the stages of preset demo on two cores, for the time that is left at the start
+    "checks": 0.3, "demonstrations": 10.4, "00_setup": 0.2, "01_explore": 0.4, "02_dataset": 0.1,
+    "03_model": 0.1, "04_train": 3.3, "05_search": 1.1, "06_eval": 1.3, "07_visualize": 0.3}
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_BAR = re.compile(r"(.*?):? *\d+%\|.*\| *(\d+)/(\d+) \[[\d:]+<([\d:?]+)")  # as tqdm writes it
+_EPOCH = re.compile(r"epoch (\d+) of (\d+): .* ([\d.]+) minutes left")  # the trainer's line
+
+
+class Stage(io.TextIOBase):
+    """A line on the terminal for a stage of the work, from the progress bars written into it.
+
+    On a terminal the line is rewritten while the stage lasts; elsewhere it is printed when the
+    stage ends. Other text than bars is passed on.
+
+    Args:
+        title: such as ``[2/10] demonstrations``.
+        rest: minutes that later stages are expected to take.
+    """
+
+    def __init__(self, title: str, rest: float | None = None):
+        super().__init__()
+        self.title, self.output, self.started = title, sys.stderr, time.monotonic()
+        self.then = "" if rest is None else f", then about {max(1, round(rest))} min"
+        self.share = self.left = ""
+
+    def __enter__(self) -> Stage:
+        self._show()
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        self.left = f", {'stopped' if error else 'done'} after {self.minutes:.1f} min"
+        self._show(last=True)
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.started) / 60
+
+    def write(self, text: str) -> int:
+        for line in self.follow(text):
+            self.output.write(f"{self._clear()}{line}\n")
+        return len(text)
+
+    def follow(self, text: str) -> list[str]:
+        """Show the progress in ``text``; returns its other lines."""
+        others = []
+        for line in filter(str.strip, re.split(r"[\r\n]+", _ANSI.sub("", text))):
+            if bar := _BAR.match(line):
+                what, done, of, left = bar.groups()
+                seconds = sum(int(part) * 60**power for power, part in
+                              enumerate(reversed(left.split(":"))) if part != "?")
+                minutes = seconds / 60
+            elif epoch := _EPOCH.match(line):
+                what, done, of, minutes = "epoch", *epoch.groups()
+            else:
+                others.append(line)
+                continue
+            what = "" if what.partition(" ")[0] in self.title else f" {what}"
+            self.share = f"{what} {done} of {of}"
+            self.left = f", {float(minutes):.1f} min" if float(minutes) else ""
+            self._show()
+        return others
+
+    def _show(self, last: bool = False) -> None:
+        if last or self.output.isatty():
+            self.output.write(f"{self._clear()}{self.title}{self.share}{self.left}{self.then}"
+                              + "\n" * last)
+            self.output.flush()
+
+    def _clear(self) -> str:
+        return "\r\x1b[K" if self.output.isatty() else ""
 
 
 # --- one notebook --------------------------------------------------------------------------------
@@ -46,7 +116,7 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
                  run_dir: str | os.PathLike | None = None,
                  environment: Mapping[str, str] | None = None,
                  log: str | os.PathLike | None = None,
-                 stop: threading.Event | None = None) -> Path:
+                 stop: threading.Event | None = None, stage: tuple = ()) -> Path:
     """Execute a notebook with papermill in a separate process and return its executed copy.
 
     The kernel is the calling Python, its working folder the notebook's. The copy appears under its
@@ -61,6 +131,7 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
         environment: additional variables of its process.
         log: a file for its printed output, instead of the terminal.
         stop: ends the notebook when set; for calls from threads, which Ctrl-C does not reach.
+        stage: arguments of the :class:`Stage` that shows its progress.
 
     Raises:
         KeyboardInterrupt: ``stop`` was set.
@@ -79,7 +150,8 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     output = Path(output or Path(run_dir or folder) / "notebooks" / source.name).resolve()
     failed = output.with_suffix(".failed.ipynb")
     with atomic_path(output) as temporary:
-        if error := _in_own_process(stop, log, environment, source, temporary, parameters):
+        if error := _in_own_process(stop, log, environment, source, temporary, parameters,
+                                    stage or (source.stem,)):
             if not temporary.exists():
                 raise RuntimeError(f"{source.name} did not start; see "
                                    f"{log or 'the messages above'}")
@@ -187,7 +259,8 @@ def _in_own_process(stop: threading.Event | None, log: str | os.PathLike | None,
     return "its kernel ended (out of memory?); see the messages above" if process.returncode else ""
 
 
-def _execute(connection: Connection, source: Path, output: Path, parameters: dict) -> None:
+def _execute(connection: Connection, source: Path, output: Path, parameters: dict,
+             stage: tuple) -> None:
     """In the child process: sends the error of a failed cell and the end of its traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # before a python3 kernel in the user's home
@@ -196,10 +269,13 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
     import papermill
 
     try:
-        papermill.execute_notebook(
-            source, output, parameters, cwd=source.parent, kernel_name="python3",
-            progress_bar={"desc": source.stem}, stderr_file=sys.stderr,
-            coalesce_streams=True)  # of a progress bar, the copy keeps the last state
+        with Stage(*stage) as progress:
+            papermill.execute_notebook(
+                source, output, parameters, cwd=source.parent, kernel_name="python3",
+                progress_bar=False, stderr_file=progress,
+                stdout_file=SimpleNamespace(write=progress.follow, flush=progress.flush),
+                coalesce_streams=True,  # of a progress bar, the copy keeps the last state
+                extra_arguments=["--log-level=ERROR"])  # no warning that its sockets are local TCP
     except papermill.PapermillExecutionError as error:
         lines = _ANSI.sub("", "\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]
         connection.send("\n".join([f"{error.ename}: {error.evalue}", *lines])[:_ERROR_LENGTH])
@@ -244,11 +320,12 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
     minutes = _recorded(minutes_file, float) or 0.0
     if pending:
         try:
-            _prepare(config)
-            for path in pending:
+            stages = _stages(["checks", "demonstrations", *(path.stem for path in pending)], config)
+            _prepare(config, stages)
+            for path, stage in zip(pending, stages, strict=True):
                 record = _record_file(path, run_dir)
                 record.unlink(missing_ok=True)
-                run_notebook(path, plan[path], run_dir=run_dir)
+                run_notebook(path, plan[path], run_dir=run_dir, stage=stage)
                 write_json(record, _identity(path, plan[path]))
         finally:
             minutes += (time.time() - started) / 60
@@ -257,15 +334,32 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
     return run_dir
 
 
-def _prepare(config: Config) -> None:
+def _stages(names: Sequence[str], config: Config) -> Iterator[tuple]:
+    """The arguments of each stage's :class:`Stage`, asked for when it begins."""
+    known = config.preset == "demo" and {*config.changes()} <= {"demos"} and {*names} <= {*_MINUTES}
+    begun = time.monotonic()
+    for place, name in enumerate(names):
+        expected = sum(_MINUTES.get(done, 0) for done in names[:place])
+        pace = (time.monotonic() - begun) / 60 / expected if expected > 1 else 1
+        rest = sum(_MINUTES.get(later, 0) for later in names[place + 1:])
+        yield f"[{place + 1}/{len(names)}] {name}", pace * rest if known and rest else None
+
+
+def _prepare(config: Config, stages: Iterator[tuple]) -> None:
     from .demos.collect import ensure_demonstrations
     from .preflight import preflight, table
 
-    checks = preflight()
-    print(table(checks), flush=True)
+    with Stage(*next(stages)) as stage:
+        checks = preflight()
+        passed = sum(check.status == "ok" for check in checks)
+        stage.share = f" {passed} of {len(checks)} passed"
+    if others := [check for check in checks if check.status != "ok"]:
+        print(table(others), flush=True)
     if any(check.status == "fail" for check in checks):
         raise RuntimeError("preflight failed; see the table above")
-    ensure_demonstrations(config)
+    with (Stage(*next(stages)) as stage, contextlib.redirect_stderr(stage),
+          contextlib.redirect_stdout(stage)):
+        ensure_demonstrations(config)
 
 
 def _is_kept(path: Path, parameters: dict, run_dir: Path) -> bool:
@@ -302,13 +396,17 @@ def _report(run_dir: Path, config: Config, minutes: float) -> None:
     """
     from .stats import format_success
 
-    print(f"\nEverything is in {run_dir}")
-    for title, pattern in _PRODUCTS.items():
-        print(f"  {title:11} {len(visible(run_dir, pattern)):3}  {run_dir / pattern}")
+    counts = (f"{title} {len(visible(run_dir, pattern))}" for title, pattern in _PRODUCTS.items())
+    print(f"\n{run_dir}: {', '.join(counts)}")
     if not (run_dir / "results.json").exists():
         raise RuntimeError(f"{run_dir / 'results.json'} is missing; 06_eval should have written it")
     results = read_json(run_dir / "results.json")
-    print(f"{format_success(results)}, {minutes:.1f} minutes", flush=True)
+    print(f"{format_success(results)}, {minutes:.1f} minutes")
+    for title, pattern in (("page", "report.*"), ("film", "videos/success/*.mp4")):
+        if found := visible(run_dir, pattern):
+            print(f"{title}  {_from_here(found[0])}")
+    print(f"next  {_from_here(sys.executable)} -m trm_helpers evaluate {run_dir.name} "
+          f"--num-episodes 50", flush=True)
     changed = config.changes()
     if config.preset == "demo" and not {"suite", "task_ids"} & set(changed) \
             and results["success_rate"] < DEMO_FLOOR:
@@ -319,6 +417,12 @@ def _report(run_dir: Path, config: Config, minutes: float) -> None:
             + (f" (with other settings than the preset's: {settings})" if settings else "")
             + f". See the films in {run_dir / 'videos' / 'failure'}, the losses in "
             f"{run_dir / 'figures' / '04_training.png'} and the quality card in 01_explore")
+
+
+def _from_here(path: str | os.PathLike) -> Path:
+    """Relative to the working folder, if it lies there."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 # --- shown elsewhere -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from demo_files import action_at, data_set, grey_at, write_demo_file
 
 from trm_helpers import schema
 from trm_helpers.config import Config, from_flat
+from trm_helpers.data import augment, dataset
 from trm_helpers.data.augment import augment_images, resize_images
 from trm_helpers.data.dataset import LIBERODataset, split_demonstrations
 from trm_helpers.data.normalize import ActionNormalizer, fit_proprio, normalize_proprio
@@ -634,3 +635,39 @@ def test_files_are_checked_before_anything_is_loaded(tmp_path, path):
     broken = write_demo_file(tmp_path / "x_demo.hdf5", image_size=8, ee_pos=None)
     with pytest.raises(DemoFileError, match="x_demo.hdf5, demo_0: missing obs/ee_pos"):
         LIBERODataset([path, broken])
+
+
+@pytest.mark.parametrize("augmentation", schema.AUGMENTATIONS)
+def test_draws_moved_at_once_are_those_of_each_batch(path, augmentation):
+    """And make the same batches, also of a part that a batch is too small for."""
+    data = plain(path, image_size=8, augmentation=augmentation, cameras=BOTH, chunk=2)
+    for part in ((0, 1), (2, 3)):
+        each = list(data.draws(5, 3, 1, part=part))
+        moved = dataset._moved_at_once(each, torch.device("cpu"))
+        assert len(moved) == len(each) == 3
+        for one, other, batch in zip(each, moved, data.batches(5, 3, 1, part=part), strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+            assert same(data.make(other), batch)
+        assert bool(batch["mask"].any()) == (part == (0, 1))  # the last batch has 2 samples
+        start = [draw["indices"] for draw in data.draws(5, 3, 1, part=part, start=1)]
+        assert all(map(torch.equal, start, [draw["indices"] for draw in each[1:]]))
+    assert dataset._moved_at_once([], torch.device("cpu")) == []
+
+
+def test_crops_on_a_gpu_are_those_of_the_cpu(monkeypatch):
+    """There all samples are cropped and one is chosen, because their number is not known."""
+    images = torch.rand(40, 2, 24, 24, 3, generator=torch.Generator().manual_seed(0))
+    drawn = augment.sample_augmentation(40, (24, 24), "reference", torch.Generator().manual_seed(1))
+    assert 5 < drawn["crop"][:, 0].sum() < 20
+    expected = augment.apply_augmentation(images, drawn)
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    drawn["crop"] = drawn["crop"].as_subclass(Elsewhere)
+    enlarged = augment._enlarge
+    monkeypatch.setattr(augment, "_enlarge", lambda frames, centre: (
+        enlarged(frames, centre.as_subclass(torch.Tensor))))
+    found = augment.apply_augmentation(images, drawn).as_subclass(torch.Tensor)
+    assert torch.equal(found, expected)

@@ -9,8 +9,10 @@ from demo_files import data_set as make_data_set
 from demo_files import grey_at, write_demo_file
 
 from trm_helpers import software
+from trm_helpers.config import Config
 from trm_helpers.data import storage
 from trm_helpers.data.augment import resize_images
+from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.demos.demo_files import DemoFileError
 
 BOTH = ("agentview_rgb", "eye_in_hand_rgb")
@@ -346,6 +348,21 @@ def test_too_little_memory_on_the_gpu_is_refused(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 1024, 80 * 2**30))
     with pytest.raises(MemoryError, match="storage='gpu'.*storage='ram' or 'mmap'"):
         data_set(files, "gpu")
+
+
+@pytest.mark.parametrize(("device", "free", "expected"), [
+    ("cpu", 80 * 2**30, "ram"), ("cuda", 2 * 33792, "gpu"), ("cuda", 2 * 33792 - 2, "ram")])
+def test_auto_keeps_frames_on_the_training_gpu_if_they_take_at_most_half_of_it(
+        tmp_path, monkeypatch, device, free, expected):
+    """22 steps of two cameras at 16 pixels: 33,792 bytes."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    monkeypatch.setattr(storage, "_reserve", lambda needed, kind: (
+        asked.append((needed, kind)) or torch.device("cpu")))
+    file = write_demo_file(tmp_path / "soup_demo.hdf5", (10, 12), "raw", 16)
+    config = Config().replace(storage="auto", image_size=36, cameras=BOTH)
+    LIBERODataset(file, image_size=16, config=config, device=device)
+    assert asked == [(33792, expected)]
 
 
 @pytest.mark.gpu

@@ -196,6 +196,14 @@ CARD = {"run": "demo", "suite": "libero_spatial", "task_ids": [2], "num_episodes
             for name, title, used in (("plain", "nothing changed", 2), ("noise", "noise", 4))]}
 TRIALS = [{"state": "complete", "lr": lr, "hidden_dim": dim, "final_val_loss": 0.1 / lr,
            "val_losses": [0.3 / lr, 0.1 / lr]} for lr in (1e-3, 1e-4) for dim in (128, 256)]
+HAND = np.array([0.5, 0.1, 1.0])  # metres
+
+
+def project(points, camera):
+    """Columns and rows in the frame of a camera that looks along -x: y to the right, z up."""
+    return 128 + 300 * (points - HAND)[:, 1:] * (1, -1)
+
+
 EXAMPLES = {  # every function that draws a figure, and words that its alt text must hold
     "plot_frames": (plots, [{"agentview_rgb": stored(6)}, "lift the bowl"],
                     "lift the bowl. 6 images each of agent view"),
@@ -203,6 +211,12 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
     "plot_demo_lengths": (plots, [[66, 70, 80], 220], "66 to 80 steps, mean 72; horizon 220."),
     "plot_action_trace": (plots, [np.sign(ACTIONS)], "2.0 s of translation, rotation and gripper; "
                           "the gripper switches at 1.0 s."),
+    "plot_action_axes": (plots, [{"agentview_rgb": stored(1, 256)[0]}, HAND, project],
+                         "dx points away from the robot's base, dy to its left, dz up"),
+    "plot_action_phases": (plots, [ACTIONS, ["reach"] * 20 + ["grasp"] * 20, ACTIONS[:, 0] > 0],
+                           "Phases: reach, then grasp. The arm is pushed in 20 of 40 steps."),
+    "plot_chunk_mask": (plots, [[[1, 1], [1, 0], [1, 1], [1, 0]], "Mask of demo_0"],
+                        "after a push: 1 of 8 actions; past the end: 1 of 8 actions."),
     "plot_alignment": (plots, ["shift", {"method": "delay", "fraction": None, "delay": 0.25}],
                        "obs[t] -> actions[t+1]. Measured: delay +0.25 control steps."),
     "plot_augmentation": (plots, [stored(6), stored(6)], "each of original, augmented"),
@@ -217,6 +231,11 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
                      "policy a: 8 of 10 episodes, success rate 80 %"),
     "plot_episode_lengths": (plots, [episodes(3, 5), 280],
                              "3 succeeded after 100 to 100 steps; 2 failed after 280 to 280"),
+    "plot_episode_tiles": (plots, [[
+        {"suite": "libero_goal", "task_id": task, "init_state": state, "success": state != task,
+         "steps": 70} for task in (3, 8) for state in range(12)]],
+        "22 of 24 episodes succeeded; failed: libero_goal task 3 init state 3, libero_goal task 8 "
+        "init state 8."),
     "plot_rollout_strip": (plots, [stored(6), range(0, 60, 10), "success"],
                            "success. 6 images: step 0 (0.0 s), step 10"),
     "plot_predictions": (explain, [stored(4), explain.prediction_report(ACTIONS, ACTIONS**3, 4)],
@@ -294,3 +313,28 @@ def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
     path = plots.save_figure(figure, tmp_path / "figures" / "lengths.png")
     assert imread(path).shape[:2] == (3.2 * 150, 6 * 150)
     assert [file.name for file in path.parent.iterdir()] == ["lengths.png"]
+
+
+# --- explanations --------------------------------------------------------------------------------
+def test_action_arrows_point_along_the_axes_of_the_upright_frame():
+    frames = {"agentview_rgb": stored(size=256)[0], "eye_in_hand_rgb": stored(size=256)[0]}
+    figure = plots.plot_action_axes(frames, HAND, project)
+    for axes in figure.axes:
+        assert_upright(axes)
+        labels = {text.get_text(): np.array(text.xy) - 128 for text in axes.texts}
+        labels.pop("")  # arrow heads
+        assert set(labels) == {"dx, d_roll", "dy, d_pitch", "dz, d_yaw", "gripper"}
+        assert labels["dy, d_pitch"][0] > 10 and labels["dz, d_yaw"][1] < -10
+        np.testing.assert_allclose(labels["dx, d_roll"], 0, atol=1e-9)
+
+
+def test_phases_and_pushes_are_where_they_happened():
+    phases = ["reach"] * 4 + ["grasp"] * 2 + ["carry"] * 14
+    pushed = np.arange(20) == 7
+    figure = plots.plot_action_phases(np.zeros((20, 7)), phases, pushed)
+    places = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
+    assert {name: places[name] for name in ("reach", "grasp", "carry")} == {
+        "reach": 0.1, "grasp": 0.25, "carry": 0.65}  # seconds, in the middle of each
+    [push] = [patch for patch in figure.axes[2].patches if patch.get_alpha()]
+    assert (push.get_x(), push.get_width()) == (0.35, pytest.approx(0.05))
+    assert "reach, then grasp, then carry. The arm is pushed in 1 of 20 steps" in figure.finding

@@ -1,8 +1,13 @@
-"""Image preprocessing for the policy: resizing, and per-sample augmentation on any device."""
+"""Image preprocessing for the policy: resizing, and per-sample augmentation on any device.
+
+Augmentation has two parts, :func:`sample_augmentation` and :func:`apply_augmentation`, so that
+random numbers can be sampled on the CPU ahead of an epoch and applied on a GPU.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +69,30 @@ def augment_images(images: torch.Tensor, mode: str, generator: torch.Generator) 
     if not images.is_floating_point() or images.ndim < 4 or images.shape[-1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)} and type {images.dtype}; "
                          "expected (B, ..., H, W, 3) and a floating type")
-    if mode == "none":
+    size = (images.shape[-3], images.shape[-2])
+    return apply_augmentation(images, sample_augmentation(len(images), size, mode, generator))
+
+
+def sample_augmentation(count: int, size: tuple[int, int], mode: str,
+                        generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Parameters of :func:`augment_images` for ``count`` samples of H, W pixels.
+
+    One tensor (count, ...) for each change of the mode, in the order of application.
+    """
+    return {change: _CHANGES[change][0](count, size, generator) for change in _MODES[mode]}
+
+
+def apply_augmentation(images: torch.Tensor,
+                       parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Images (B, ..., H, W, 3) changed by :func:`sample_augmentation`'s parameters of B samples.
+
+    On a GPU with parameters there, nothing waits for the device.
+    """
+    if not parameters:
         return images
     frames = images.reshape(len(images), -1, *images.shape[-3:])  # (B, T, H, W, 3)
-    steps = {"brightness": [], "colour": [_change_colours], "reference": [_crop],
-             "shift": [_shift], "cutout": [_shift, _cut_out]}
-    for change in (_change_brightness, *steps[mode]):
-        frames = change(frames, generator)
+    for change, values in parameters.items():
+        frames = _CHANGES[change][1](frames, values)
     return frames.reshape(images.shape)
 
 
@@ -78,81 +100,123 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 
-# The functions below augment frames (B, T, H, W, 3).
+# Each change below is two functions: its parameters of B samples, and their application to frames
+# (B, T, H, W, 3).
 
 
-def _change_brightness(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    chosen = _uniform(len(frames), 0, 1, generator) < BRIGHTNESS_PROBABILITY
-    factor = _uniform(len(frames), *BRIGHTNESS, generator)
-    factor = torch.where(chosen, factor, 1.0).to(frames.device, frames.dtype)
+def _sample_brightness(count: int, size: tuple[int, int],
+                       generator: torch.Generator) -> torch.Tensor:
+    """(B,): the factor, 1 for a sample that is not changed."""
+    chosen = _uniform(count, 0, 1, generator) < BRIGHTNESS_PROBABILITY
+    factor = _uniform(count, *BRIGHTNESS, generator)
+    return torch.where(chosen, factor, 1.0)
+
+
+def _change_brightness(frames: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    factor = factor.to(frames.device, frames.dtype)
     return (frames * factor.view(-1, 1, 1, 1, 1)).clamp_(0, 1)
 
 
-def _change_colours(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rotate and stretch some samples' colours about the grey axis; grey is unchanged."""
-    chosen = _uniform(len(frames), 0, 1, generator) < COLOUR_PROBABILITY
-    angle = _uniform(len(frames), -HUE, HUE, generator).view(-1, 1, 1)
-    saturation = _uniform(len(frames), *SATURATION, generator).view(-1, 1, 1)
+def _sample_colours(count: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """(B, 3, 3): rotation and stretch about the grey axis; grey is unchanged."""
+    chosen = _uniform(count, 0, 1, generator) < COLOUR_PROBABILITY
+    angle = _uniform(count, -HUE, HUE, generator).view(-1, 1, 1)
+    saturation = _uniform(count, *SATURATION, generator).view(-1, 1, 1)
     grey = torch.full((3, 3), 1 / 3, device=generator.device)
     colour = torch.eye(3, device=generator.device) - grey
     across = colour.roll(1, 0) - colour.roll(-1, 0)  # of (1, 1, 1) with a colour, by sqrt(3)
     turned = grey + saturation * (angle.cos() * colour + angle.sin() * across / 3 ** 0.5)
-    matrix = torch.where(chosen.view(-1, 1, 1), turned, torch.eye(3, device=generator.device))
+    return torch.where(chosen.view(-1, 1, 1), turned, torch.eye(3, device=generator.device))
+
+
+def _change_colours(frames: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bthwc,bdc->bthwd", frames, matrix.to(frames)).clamp_(0, 1)
 
 
-def _crop(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Enlarge a random crop of some samples, bilinearly, in place."""
-    chosen = _uniform(len(frames), 0, 1, generator) < CROP_PROBABILITY
-    room = 1 - CROP_FRACTION  # how far the crop's centre can go, in units of half a side
-    centre_x = _uniform(len(frames), -room, room, generator)
-    centre_y = _uniform(len(frames), -room, room, generator)
-    rows = chosen.nonzero().squeeze(1)  # usually on the CPU: no wait for the GPU
+def _sample_crop(count: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """(B, 3): 1 for a sample that is cropped, and the crop's centre in units of half a side."""
+    chosen = _uniform(count, 0, 1, generator) < CROP_PROBABILITY
+    room = 1 - CROP_FRACTION  # how far the crop's centre can go
+    centre = [_uniform(count, -room, room, generator) for _ in "xy"]
+    return torch.stack([chosen.float(), *centre], dim=1)
+
+
+def _crop(frames: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:
+    """Enlarge the crop of the chosen samples, bilinearly, in place."""
+    if crop.device.type != "cpu":  # the number of chosen samples is on the GPU: crop all of them
+        chosen = crop[:, 0].view(-1, 1, 1, 1, 1) > 0
+        return torch.where(chosen.to(frames.device), _enlarge(frames, crop[:, 1:]), frames)
+    rows = crop[:, 0].nonzero().squeeze(1)
     if len(rows) == 0:
         return frames
-    affine = torch.zeros(len(rows), 2, 3, device=rows.device)
+    there = rows.to(frames.device)
+    cropped = _enlarge(frames.index_select(0, there), crop[rows, 1:])
+    return frames.index_copy_(0, there, cropped)
+
+
+def _enlarge(frames: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """The crops around ``centre`` (B, 2), as large as the frames."""
+    affine = torch.zeros(len(frames), 2, 3, device=centre.device)
     affine[:, 0, 0] = affine[:, 1, 1] = CROP_FRACTION
-    affine[:, 0, 2] = centre_x[rows]
-    affine[:, 1, 2] = centre_y[rows]
-    rows = rows.to(frames.device)
-    picked = frames.index_select(0, rows).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (b, T*3, H, W)
+    affine[:, :, 2] = centre
+    picked = frames.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, T*3, H, W)
     grid = F.affine_grid(affine.to(picked), list(picked.shape), align_corners=False)
     cropped = F.grid_sample(picked, grid, padding_mode="border", align_corners=False)
-    cropped = cropped.unflatten(1, (-1, 3)).permute(0, 1, 3, 4, 2)  # (b, T, H, W, 3)
-    return frames.index_copy_(0, rows, cropped)
+    return cropped.unflatten(1, (-1, 3)).permute(0, 1, 3, 4, 2)  # (B, T, H, W, 3)
 
 
-def _shift(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _sample_shift(count: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """(B, 2) int64: pixels by which rows and columns move."""
+    offsets = []
+    for side in size:
+        furthest = max(1, round(SHIFT_FRACTION * side))
+        offsets.append(torch.randint(-furthest, furthest + 1, (count, 1), generator=generator,
+                                     device=generator.device))
+    return torch.cat(offsets, dim=1)
+
+
+def _shift(frames: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """Move each sample by whole pixels, repeating the edge."""
     batch, time, height, width, _ = frames.shape
-    rows = _shifted_positions(batch, height, generator).to(frames.device)  # (B, H)
-    columns = _shifted_positions(batch, width, generator).to(frames.device)  # (B, W)
+    offset = offset.to(frames.device)
+    rows, columns = (
+        (torch.arange(side, device=frames.device) + moved.unsqueeze(1)).clamp(0, side - 1)
+        for moved, side in zip(offset.unbind(1), (height, width), strict=True))  # (B, H), (B, W)
     frame = torch.arange(batch * time, device=frames.device).view(batch, time, 1, 1)
     pixels = (frame * height + rows.view(batch, 1, height, 1)) * width
     pixels = pixels + columns.view(batch, 1, 1, width)  # (B, T, H, W) into the flattened pixels
     return frames.reshape(-1, 3).index_select(0, pixels.flatten()).view(frames.shape)
 
 
-def _shifted_positions(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """(batch, size): the row (or column) of the image read for each one of the shifted image."""
-    furthest = max(1, round(SHIFT_FRACTION * size))
-    offset = torch.randint(-furthest, furthest + 1, (batch, 1), generator=generator,
-                           device=generator.device)
-    return (torch.arange(size, device=generator.device) + offset).clamp(0, size - 1)
+def _sample_cutout(count: int, size: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """(B, 8): 1 if chosen; middle and half the length of the rows and the columns; colour."""
+    values = [(_uniform(count, 0, 1, generator) < CUTOUT_PROBABILITY).float()]
+    for side in size:
+        values.append(_uniform(count, 0, side, generator))
+        values.append(_uniform(count, *CUTOUT_FRACTION, generator) * side / 2)
+    colour = torch.rand(count, 3, generator=generator, device=generator.device)
+    return torch.cat([torch.stack(values, dim=1), colour], dim=1)
 
 
-def _cut_out(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cover a rectangle of some samples with a colour."""
-    chosen = _uniform(len(frames), 0, 1, generator) < CUTOUT_PROBABILITY
-    rows, columns = (_random_interval(len(frames), size, generator) for size in frames.shape[2:4])
-    covered = chosen.view(-1, 1, 1) & rows.unsqueeze(2) & columns.unsqueeze(1)  # (B, H, W)
-    colour = torch.rand(len(frames), 1, 1, 1, 3, generator=generator, device=generator.device)
-    return torch.where(covered[:, None, ..., None].to(frames.device), colour.to(frames), frames)
+def _cut_out(frames: torch.Tensor, cutout: torch.Tensor) -> torch.Tensor:
+    """Cover a rectangle of the chosen samples with a colour."""
+    chosen, *intervals, colour = cutout.to(frames.device).split([1, 2, 2, 3], dim=1)
+    rows, columns = (
+        (torch.arange(side, device=frames.device) + 0.5 - interval[:, :1]).abs() < interval[:, 1:]
+        for interval, side in zip(intervals, frames.shape[2:4], strict=True))  # (B, H), (B, W)
+    covered = (chosen.unsqueeze(2) > 0) & rows.unsqueeze(2) & columns.unsqueeze(1)  # (B, H, W)
+    return torch.where(covered[:, None, ..., None], colour.view(-1, 1, 1, 1, 3).to(frames), frames)
 
 
-def _random_interval(batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """(batch, size), bool: the pixels of a side inside a random interval."""
-    middle = _uniform(batch, 0, size, generator)
-    reach = _uniform(batch, *CUTOUT_FRACTION, generator) * size / 2
-    pixel = torch.arange(size, device=generator.device) + 0.5
-    return (pixel - middle.unsqueeze(1)).abs() < reach.unsqueeze(1)
+_CHANGES = {  # name -> its parameters, their application
+    "brightness": (_sample_brightness, _change_brightness),
+    "colours": (_sample_colours, _change_colours),
+    "crop": (_sample_crop, _crop),
+    "shift": (_sample_shift, _shift),
+    "cutout": (_sample_cutout, _cut_out),
+}
+_MODES = {
+    "none": (), "brightness": ("brightness",), "colour": ("brightness", "colours"),
+    "reference": ("brightness", "crop"), "shift": ("brightness", "shift"),
+    "cutout": ("brightness", "shift", "cutout"),
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from .. import schema
 from ..config import Config, convert
 from ..demos.demo_files import demo_names, open_demo_file
 from ..files import digest
-from .augment import augment_images
+from .augment import apply_augmentation, sample_augmentation
 from .language import embed_instruction, normalize_instruction
 from .normalize import ActionNormalizer, fit_proprio, normalize_proprio
 from .storage import BatchMemory, Demo, DemoFile, load_steps, open_files
@@ -61,6 +61,8 @@ class LIBERODataset(torch.utils.data.Dataset):
             alignment, chunk and storage. Without it: one frame of the agent view, one action,
             z-scored, no augmentation, all demonstrations. Of each scripted file outside
             ``demo_dir`` at most ``num_demos`` demonstrations are used.
+        device: where batches are needed: with ``storage="auto"`` the frames are kept there if they
+            fit into half of its free memory, otherwise in main memory.
 
     Raises :class:`DemoFileError` for an unusable file and ``ValueError`` for an invalid parameter
     or a demonstration shorter than T.
@@ -76,6 +78,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         max_demos_per_task: int | None = None,
         *,
         config: Config | None = None,
+        device: str | torch.device = "cpu",
     ):
         files = _paths(hdf5_files)
         if isinstance(normalize_actions, bool):
@@ -103,7 +106,7 @@ class LIBERODataset(torch.utils.data.Dataset):
                 limit = limit or data.num_demos  # another run may have collected more since
             with open_demo_file(file.path) as content:
                 chosen.append(demo_names(content)[:limit or None])
-        self._steps = load_steps(opened, chosen, self.cameras, image_size, data.storage)
+        self._steps = load_steps(opened, chosen, self.cameras, image_size, data.storage, device)
         self._memory = BatchMemory()
         self._language = None  # (files, 384)
         if model.conditioning == "language":
@@ -111,10 +114,11 @@ class LIBERODataset(torch.utils.data.Dataset):
         self._use(self._steps.demos, "all")
 
     @classmethod
-    def from_config(cls, files: Mapping[int, Path],
-                    config: Config) -> tuple[LIBERODataset, LIBERODataset]:
+    def from_config(cls, files: Mapping[int, Path], config: Config,
+                    device: str | torch.device = "cpu") -> tuple[LIBERODataset, LIBERODataset]:
         """Training and validation data of a :class:`Config`; ``files`` is one file per task id."""
-        whole = cls(list(files.values()), config=config.replace(task_ids=tuple(files)))
+        whole = cls(list(files.values()), config=config.replace(task_ids=tuple(files)),
+                    device=device)
         return whole.train_val()
 
     @classmethod
@@ -172,16 +176,25 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.normalizer = normalizer or ActionNormalizer(self.normalize_actions).fit(
             self._steps.actions[steps])
         self.proprio_stats = dict(proprio_stats or fit_proprio(self._steps.proprio[steps]))
-        self._actions = self.normalizer.normalize(self._steps.actions)  # (N, 7)
-        self._proprio = normalize_proprio(self._steps.proprio, self.proprio_stats)  # (N, P)
         starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1)
                   for demo in self.demos]
-        self._starts = torch.cat(starts)  # first step of each sample
-        self._ends = torch.cat([torch.full_like(start, demo.end)
-                                for start, demo in zip(starts, self.demos, strict=True)])
+        tables = {
+            "start": torch.cat(starts),  # first step of each sample
+            "end": torch.cat([torch.full_like(start, demo.end)
+                              for start, demo in zip(starts, self.demos, strict=True)]),
+            "actions": self.normalizer.normalize(self._steps.actions),  # (N, 7)
+            "proprio": normalize_proprio(self._steps.proprio, self.proprio_stats),  # (N, P)
+            "next_push": self._steps.next_push_step, "file": self._steps.file_of_step}  # (N,)
+        if self.task_ids is not None:
+            tables["task_id"] = torch.tensor(self.task_ids)[self._steps.file_of_step]  # (N,)
+        if self._language is not None:
+            tables["language"] = self._language  # (files, 384)
+        # beside the frames, so that a batch is gathered where they are
+        self._tables = {name: table.to(self._steps.frames.device)
+                        for name, table in tables.items()}
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._tables["start"])
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
@@ -205,31 +218,52 @@ class LIBERODataset(torch.utils.data.Dataset):
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"index out of range; the data set has {len(self)} samples")
-        steps = self._starts[indices].unsqueeze(1) + torch.arange(self.sequence_length)  # (B, T)
-        future = steps.unsqueeze(2) + torch.arange(self.chunk)  # (B, T, K)
-        ends = self._ends[indices].view(-1, 1, 1)
+        draw = self._draw(indices, generator or torch.default_generator, as_bytes)
+        return self.make(draw, device, as_bytes)
+
+    def _draw(self, indices: torch.Tensor, generator: torch.Generator,
+              as_bytes: bool = False) -> dict[str, torch.Tensor]:
+        """All that is random in a batch: its ``indices`` and the augmentation of each camera."""
+        size = self._steps.frames.image_size
+        return {"indices": indices} | {
+            f"{camera} {change}": values for camera in self.cameras if not as_bytes
+            for change, values in sample_augmentation(
+                len(indices), (size, size), self._augmentation_of(camera), generator).items()}
+
+    def make(self, draw: Mapping[str, torch.Tensor], device: str | torch.device = "cpu",
+             as_bytes: bool = False) -> dict:
+        """The batch of a draw, see :meth:`draws`, on ``device``.
+
+        With the frames and the draw on a GPU, nothing waits for it: no value is read, and no shape
+        depends on one.
+        """
+        tables, here = self._tables, self._steps.frames.device
+        indices = draw["indices"].to(here)
+        steps = tables["start"][indices].unsqueeze(1)
+        steps = steps + torch.arange(self.sequence_length, device=here)  # (B, T)
+        future = steps.unsqueeze(2) + torch.arange(self.chunk, device=here)  # (B, T, K)
+        ends = tables["end"][indices].view(-1, 1, 1)
         # actions after a push cannot be predicted from the observations before it
-        next_push = self._steps.next_push_step[steps].unsqueeze(2)
+        next_push = tables["next_push"][steps].unsqueeze(2)
         mask = ((future < ends) & (future <= next_push)).float()
-        actions = self._actions[torch.minimum(future, ends - 1)]  # (B, T, K, 7)
+        if "kept" in draw:
+            mask = mask * draw["kept"].to(here).view(-1, 1, 1)
+        actions = tables["actions"][torch.minimum(future, ends - 1)]  # (B, T, K, 7)
         if self.chunk == 1:
             actions, mask = actions.squeeze(2), mask.squeeze(2)
         observations = {}
         for camera in self.cameras:
             frames = self._frames(camera, steps.flatten(), torch.device(device), as_bytes)
-            observations[camera] = frames.unflatten(0, steps.shape)
-            if not as_bytes:
-                observations[camera] = augment_images(
-                    observations[camera], self._augmentation_of(camera),
-                    generator or torch.default_generator)
+            observations[camera] = apply_augmentation(
+                frames.unflatten(0, steps.shape),
+                {name.removeprefix(f"{camera} "): values for name, values in draw.items()
+                 if name.startswith(f"{camera} ")})
         if self.proprioception:
-            observations["proprio"] = self._proprio[steps].to(device)
+            observations["proprio"] = tables["proprio"][steps].to(device)
         if self.task_ids is not None:
-            tasks = torch.tensor(self.task_ids)[self._steps.file_of_step[steps]]
-            observations["task_id"] = tasks.to(device)
+            observations["task_id"] = tables["task_id"][steps].to(device)
         if self._language is not None:
-            embedded = self._language[self._steps.file_of_step[steps]]  # (B, T, 384)
-            observations["language"] = embedded.to(device)
+            observations["language"] = tables["language"][tables["file"][steps]].to(device)
         return {"observations": observations, "actions": actions.to(device),
                 "mask": mask.to(device)}
 
@@ -263,20 +297,36 @@ class LIBERODataset(torch.utils.data.Dataset):
         :meth:`batch`. ``part=(r, n)`` yields every n-th sample of each batch from the r-th on, or,
         of a batch too small for it, the first sample with an empty mask.
         """
+        for draw in self.draws(batch_size, seed, epoch, shuffle, start, as_bytes, part):
+            yield self.make(draw, device, as_bytes)
+
+    def draws(self, batch_size: int, seed: int, epoch: int, shuffle: bool = True, start: int = 0,
+              as_bytes: bool = False,
+              part: tuple[int, int] = (0, 1)) -> Iterable[dict[str, torch.Tensor]]:
+        """What :meth:`make` turns into the batches of :meth:`batches`, sampled on the CPU.
+
+        With the frames on a GPU it is a list, sampled for the whole epoch and moved there at once.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is not valid; expected >= 1")
         order = torch.arange(len(self))
         if shuffle:
             order = torch.randperm(len(self), generator=_generator(seed, epoch))
-        for number, indices in enumerate(order.split(batch_size)):
+        draws = self._sampled(order.split(batch_size), (seed, epoch), start, as_bytes, part)
+        device = self._steps.frames.device
+        return draws if device.type == "cpu" else _moved_at_once(list(draws), device)
+
+    def _sampled(self, order: Sequence[torch.Tensor], key: tuple[int, int], start: int,
+                 as_bytes: bool, part: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
+        for number, indices in enumerate(order):
             if number < start:
                 continue
             mine = indices[part[0]::part[1]]
-            batch = self.batch(mine if len(mine) else indices[:1],
-                               _generator(seed, epoch, number + 1, *part[:1]), device, as_bytes)
-            if not len(mine):
-                batch["mask"].zero_()
-            yield batch
+            draw = self._draw(mine if len(mine) else indices[:1],
+                              _generator(*key, number + 1, *part[:1]), as_bytes)
+            if part[1] > 1:
+                draw["kept"] = torch.full((len(draw["indices"]),), float(len(mine) > 0))
+            yield draw
 
     def describe(self) -> dict:
         """Provenance of the samples, for JSON.
@@ -333,6 +383,17 @@ def _embedded(file: DemoFile) -> np.ndarray:
         return embed_instruction(file.instruction)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
+
+
+def _moved_at_once(draws: list[dict[str, torch.Tensor]],
+                   device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The draws as views of one tensor per name on ``device``."""
+    if not draws:
+        return []
+    sizes = [len(draw["indices"]) for draw in draws]
+    columns = [torch.cat([draw[name] for draw in draws]).to(device).split(sizes)
+               for name in draws[0]]
+    return [dict(zip(draws[0], values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -28,6 +28,7 @@ from ..software import free_memory
 from .augment import resize_images
 
 _KEPT_FREE = 0.1  # share of the free memory that stays free
+_AUTO_SHARE = 0.5  # of a GPU's free memory for frames with storage="auto"; the rest trains
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,12 @@ def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
 
 
 def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence[str],
-               image_size: int, storage: str = "ram") -> Steps:
+               image_size: int, storage: str = "ram",
+               device: str | torch.device = "cpu") -> Steps:
     """Read the chosen demonstrations of each file.
 
-    Prints the memory needed for the frames first. Raises ``MemoryError`` when they do not fit,
+    ``storage="auto"`` is ``gpu`` if ``device`` is one and the frames fit, otherwise ``ram``. Prints
+    the memory needed for the frames first. Raises ``MemoryError`` when they do not fit,
     before reading any, ``ValueError`` for ``storage="gpu"`` without a GPU, and
     :class:`DemoFileError` for a file that cannot be mapped with ``storage="mmap"``.
     """
@@ -238,7 +241,12 @@ def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence
         mapped = sum(path.stat().st_size for path in frames.paths)
         print(f"frames need no memory of their own: {mapped / 2**20:,.1f} MiB of files are mapped")
     else:
-        device = _reserve(count * image_size**2 * 3 * len(cameras), storage)
+        needed = count * image_size**2 * 3 * len(cameras)
+        if storage == "auto":
+            fits = (torch.device(device).type == "cuda"
+                    and needed <= _AUTO_SHARE * torch.cuda.mem_get_info(device)[0])
+            storage = "gpu" if fits else "ram"
+        device = _reserve(needed, storage)
         images = {camera: torch.empty(count, image_size, image_size, 3, dtype=torch.uint8,
                                       device=device) for camera in cameras}
         frames = FramesInMemory(images)

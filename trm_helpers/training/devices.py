@@ -25,6 +25,12 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def allow_tf32(device: torch.device) -> None:
+    """Multiply fp32 matrices in TF32 (10-bit mantissa) on a GPU, as convolutions are by default."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
     """States of PyTorch's CPU generator and of each GPU's."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all()

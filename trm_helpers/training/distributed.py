@@ -14,6 +14,18 @@ import torch.distributed as dist
 _TIMEOUT = timedelta(hours=6)  # the others wait while the main process collects demonstrations
 
 
+def own_device(device: str) -> torch.device:
+    """This process's own GPU for ``cuda`` under ``torchrun``, made the current one."""
+    if device != "cuda" or not dist.is_torchelastic_launched():
+        return torch.device(device)
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"LOCAL_RANK={local} has no GPU of its own; this machine has "
+                         f"{count}: give torchrun at most --nproc_per_node {count}")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
 class Team:
     """The processes started by ``torchrun``, one GPU each; otherwise this process alone.
 
@@ -27,13 +39,7 @@ class Team:
             if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
                 print(f"WORLD_SIZE={size} is ignored: torchrun did not start this process")
             return
-        if device == "cuda":
-            local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if local >= count:
-                raise ValueError(f"LOCAL_RANK={local} has no GPU of its own; this machine has "
-                                 f"{count}: give torchrun at most --nproc_per_node {count}")
-            self.device = torch.device("cuda", local)
-            torch.cuda.set_device(self.device)
+        self.device = own_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
@@ -49,8 +55,15 @@ class Team:
 
     def broadcast(self, value: float) -> float:
         """The main process's value."""
+        if self.size == 1:
+            return value
         own = torch.tensor(value if self.is_main else 0.0, dtype=torch.float64, device=self.device)
         return self.sum(own).item()
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in one of the processes."""
+        return value if self.size == 1 else bool(
+            self.sum(torch.tensor(int(value), device=self.device)))
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the processes."""

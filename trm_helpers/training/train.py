@@ -27,14 +27,21 @@ from ..files import append_jsonl, write_bytes
 from ..policy.model import TRMPolicy
 from ..software import minutes_left
 from . import runs
-from .devices import choose_device, choose_precision, random_state, set_random_state
-from .distributed import Team
+from .devices import (
+    allow_tf32,
+    choose_device,
+    choose_precision,
+    random_state,
+    set_random_state,
+)
+from .distributed import Team, own_device
 from .tracking import Tracker
 
 MIN_LR = 1e-6  # where cosine annealing ends
 GRAD_CLIP = 1.0  # norm of the gradient
 WANDB_PROJECT = "trm-libero"  # unless $WANDB_PROJECT names another
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WITHOUT_GRADIENT = 4  # times the batch in validation on a GPU, which needs no activations kept
 _CHECK_EVERY = 16  # steps between checks of the clock and the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
 _REPORT_EVERY = 10  # epochs between printed lines, where there is no terminal for a progress bar
@@ -74,6 +81,7 @@ class BehaviorCloningTrainer:
         self.train_data, self.val_data = train_data, val_data
         self.team = Team(choose_device(config.device).type)
         self.device = self.team.device
+        allow_tf32(self.device)
         self.precision = choose_precision(config.precision, self.device)
         self.policy = policy.to(self.device)
         average = get_ema_multi_avg_fn(config.ema_decay)
@@ -81,13 +89,18 @@ class BehaviorCloningTrainer:
                                  use_buffers=True) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else self.policy  # to validate and save
         self._compiled = torch.compile(self.policy.loss) if config.compile else None
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr,
-                                           weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
+            fused=True if self.device.type == "cuda" else None)
         self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, config.epochs * self.steps_per_epoch, eta_min=min(MIN_LR, config.lr))
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
                                            enabled=self.precision == "fp16")
+        if self.scaler.is_enabled():
+            # it may skip the first update, and PyTorch would warn of a schedule that begins before
+            # the optimizer; without gradients this changes nothing
+            self.optimizer.step()
         self.last_epoch = config.stop_epoch or config.epochs
         self.epoch = 0  # complete epochs
         self.rows: list[dict] = []  # of metrics.jsonl
@@ -115,12 +128,12 @@ class BehaviorCloningTrainer:
             raise ValueError(f"scenes={config.data.scenes} needs a localizer; expected localizer, "
                              "for example partial(keypoints.trained_localizer, run, config)")
         runs.refuse_other_settings(Path(run), config)
-        train_data, val_data = LIBERODataset.from_config(files, config)
+        device = own_device(choose_device(config.train.device).type)
+        train_data, val_data = LIBERODataset.from_config(files, config, device)
         torch.manual_seed(config.train.seed)
         model = config.model
         if config.data.scenes:
             torch.set_num_threads(config.train.num_threads or torch.get_num_threads())
-            device = choose_device(config.train.device)
             names, locator = localizer(
                 train_data.describe(), val_data.describe(), device=device,
                 precision=choose_precision(config.train.precision, device))
@@ -209,12 +222,12 @@ class BehaviorCloningTrainer:
                     return False
                 if self.team.broadcast(time.perf_counter() - self._saved) > _SAVE_EVERY:
                     self._save_state()
+        self._stop_if_diverged()  # waits for a GPU, which the time includes
         self.seconds = time.perf_counter() - started
         return True
 
     def _end_epoch(self) -> dict:
         """Validate; the row for ``metrics.jsonl``."""
-        self._stop_if_diverged()
         objectives, norms, losses = map(torch.stack, zip(*self.measured, strict=True))
         train_loss = losses.mean().item()
         grad_norm = norms[norms.isfinite()].mean().item()  # fp16 skips steps that overflow
@@ -235,6 +248,12 @@ class BehaviorCloningTrainer:
 
     def _step(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One update; returns objective, gradient norm before clipping and final answer's loss."""
+        results = self._update(batch)
+        self._advance()
+        return results
+
+    def _update(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The part of a step that a GPU computes, without waiting for it."""
         share = self.team.loss_weight(batch["mask"].sum())
         objective, parts = self._backward(batch, share)
         self.team.average_gradients(self.policy)
@@ -242,11 +261,25 @@ class BehaviorCloningTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), GRAD_CLIP)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
         if self.ema:
-            self.ema.update_parameters(self.policy)
+            self._average(self.config.ema_decay)
         whole = self.team.sum(share * torch.stack([objective.detach(), parts["final"]]))
         return whole[0] / self.team.size, norm.detach(), whole[1] / self.team.size
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        """As ``AveragedModel.update_parameters``, which copies its counter to a GPU and waits."""
+        averages, weights = ([*module.parameters(), *module.buffers()]
+                             for module in (self.averaged, self.policy))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def _advance(self) -> None:
+        """The rest of a step: what the CPU counts."""
+        self.scheduler.step()
+        if self.ema:
+            if self.ema.n_averaged == 0:
+                self._average(decay=0.0)  # the average begins with the weights after one update
+            self.ema.n_averaged += 1
 
     def _backward(self, batch: dict, share: torch.Tensor | float):
         """Compute :meth:`TRMPolicy.loss` and its gradient.
@@ -280,18 +313,21 @@ class BehaviorCloningTrainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss and parts of the averaged weights over the validation split's valid actions."""
-        model, actions = self.averaged.eval(), 0.0
-        totals: dict[str, float] = {}
-        for batch in self.val_data.batches(self.config.batch_size, 0, 0, shuffle=False,
-                                           device=self.device):
+        model = self.averaged.eval()
+        on_gpu = self.device.type == "cuda"
+        totals: torch.Tensor | float = 0.0  # float64: of the valid actions, then of each part
+        for batch in self.val_data.batches(
+                self.config.batch_size * (_WITHOUT_GRADIENT if on_gpu else 1), 0, 0, shuffle=False,
+                device=self.device):
             loss, parts = self._loss(model.loss, batch)
             parts.pop("final")  # in evaluation mode, the loss itself
-            weight = float(batch["mask"].sum())
-            actions += weight
-            for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + weight * float(value)
+            weight = batch["mask"].sum().double()
+            values = [weight * value.double() for value in (loss, *parts.values())]
+            totals = totals + torch.stack([weight, *values])  # read once, at the end
+        actions, *sums = totals.tolist()
         # the main process's value, so that all processes stop at the same epoch
-        return {name: self.team.broadcast(total / actions) for name, total in totals.items()}
+        return {name: self.team.broadcast(total / actions)
+                for name, total in zip(("loss", *parts), sums, strict=True)}
 
     # --- reasons to stop --------------------------------------------------------------------------
 
@@ -308,16 +344,18 @@ class BehaviorCloningTrainer:
 
     def _stop_if_diverged(self) -> None:
         """Called before a state is saved."""
-        recent = torch.stack([step[0] for step in self.measured[-_CHECK_EVERY:]]).mean().item()
-        finite = math.isfinite(recent) and all(weight.isfinite().all()
-                                               for weight in self.policy.parameters())
+        recent, largest = torch.stack([  # one wait for a GPU
+            torch.stack([step[0] for step in self.measured[-_CHECK_EVERY:]]).mean().float(),
+            torch.nn.utils.get_total_norm([weight.detach() for weight in self.policy.parameters()],
+                                          math.inf)]).tolist()
+        finite = math.isfinite(recent) and math.isfinite(largest)
         self._stop_if(not finite or recent > _DIVERGED * self.first_loss,
                       f"the training loss went from {self.first_loss:.3g} in the first step to "
                       f"{recent:.3g}")
 
     def _stop_if(self, diverged: bool, problem: str) -> None:
         """Raise in every process if training diverged in one."""
-        if not self.team.sum(torch.tensor(int(diverged), device=self.device)):
+        if not self.team.any(diverged):
             return
         norms = torch.stack([step[1] for step in self.measured])
         broken = [name for name, weight in self.policy.named_parameters()
@@ -364,6 +402,8 @@ class BehaviorCloningTrainer:
             runs.refuse_other_data(self.run, self.train_data)
             for name in _VALUES:
                 setattr(self, name, state[name])
+            for group in state["optimizer"]["param_groups"]:
+                group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the last
             for name in _OBJECTS:
                 if state.get(name):  # a scaler has a state in fp16 only
                     getattr(self, name).load_state_dict(state[name])

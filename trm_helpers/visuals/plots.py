@@ -382,6 +382,117 @@ def plot_batch(batch: Mapping, count: int = 6) -> Figure:
                          "each sample, and its seven normalised action values.")
 
 
+# --- how the notebooks explain actions, masks and recursions --------------------------------------
+_LABEL_BOX = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+
+
+@styled
+def plot_action_axes(frames: Mapping[str, np.ndarray], hand: np.ndarray,
+                     project: Callable[[np.ndarray, str], np.ndarray]) -> Figure:
+    """The seven numbers of an action on a frame (H, W, 3) of each camera, all at +1.
+
+    A straight arrow for each translation, a bent one for the rotation about it. Arrows are as long
+    as the frame allows, not to scale.
+
+    Args:
+        hand: position (3,) in metres of the end effector.
+        project: points (n, 3) in metres to columns and rows (n, 2) of a camera's upright frame, as
+            `LiberoEnv.project`.
+    """
+    fig = new_figure(9, 5)
+    for axes, (camera, frame) in zip(fig.subplots(1, len(frames), squeeze=False)[0], frames.items(),
+                                     strict=True):
+        show_image(axes, upright(frame))
+        axes.set(title=schema.CAMERA_TITLES[camera], autoscale_on=False)
+        length = 0.2 if camera == schema.STILL_CAMERA else 0.08  # metres; the wrist camera is near
+        centre = project(hand[None], camera)[0]
+        for dim, colour in enumerate(PALETTE[:3]):
+            along, first, second = np.roll(np.eye(3), -dim, axis=0)
+            tip = _arrow(axes, project(hand + np.linspace(0, length, 99)[:, None] * along, camera),
+                         colour, 2.5, margin=0.13)
+            angle = np.linspace(-2.4, 2.4, 99)[:, None]  # radians, counter-clockwise about the axis
+            circle = np.cos(angle) * first + np.sin(angle) * second
+            _arrow(axes, project(hand + length * (0.4 * along + 0.2 * circle), camera), colour, 1.3)
+            away = (tip - centre) / max(np.linalg.norm(tip - centre), 1) * (1, -1)  # points go up
+            axes.annotate(f"{schema.ACTION_NAMES[dim]}, {schema.ACTION_NAMES[3 + dim]}", tip,
+                          (30 * away[0], 11 * away[1]), textcoords="offset points", color=colour,
+                          ha="center", va="center", weight="bold", bbox=_LABEL_BOX)
+        axes.plot(*centre, "o", markersize=9, markerfacecolor="none", markeredgecolor="black",
+                  markeredgewidth=2)
+        side = -1 if project(hand[None] + (0, 0.01, 0), camera)[0, 0] > centre[0] else 1
+        axes.annotate("gripper", centre, (32 * side, 0), textcoords="offset points", ha="center",
+                      va="center", weight="bold", bbox=_LABEL_BOX)
+    fig.suptitle("The seven numbers of an action: directions of +1 (the gripper closes)")
+    return describe(fig, "dx points away from the robot's base, dy to its left, dz up; each "
+                         "rotation is counter-clockwise about its arrow.")
+
+
+def _arrow(axes, points: np.ndarray, colour: str, width: float,
+           margin: float = 0.0) -> np.ndarray:
+    """Draw an arrow through points (n, 2), up to a margin of the frame where its label has room.
+
+    Returns the tip (2,).
+    """
+    size = axes.get_xlim()[1]
+    with np.errstate(invalid="ignore"):  # behind the camera
+        inside = ((points > margin * size)
+                  & (points < (size - margin * size, size - margin * size / 2))).all(axis=1)
+    points = points[: len(points) if inside.all() else max(inside.argmin(), 2)]
+    axes.plot(*points.T, color=colour, linewidth=width, solid_capstyle="butt")
+    axes.annotate("", points[-1], points[-2], arrowprops={
+        "arrowstyle": "-|>", "color": colour, "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0})
+    return points[-1]
+
+
+@styled
+def plot_action_phases(actions, phases: Sequence[str], pushed: Sequence[bool]) -> Figure:
+    """:func:`plot_action_trace` of actions (T, 7) with the phase (T,) of each step named above.
+
+    Steps in which the arm was ``pushed`` (T,) are grey.
+    """
+    fig = plot_action_trace(actions, "Actions of one demonstration (grey: the arm is pushed)")
+    edges = np.arange(len(phases) + 1) / schema.CONTROL_HZ  # seconds
+    starts = [i for i, phase in enumerate(phases) if i == 0 or phase != phases[i - 1]]
+    for axes in fig.axes:
+        for step in np.flatnonzero(pushed):
+            axes.axvspan(edges[step], edges[step + 1], color=GREY, alpha=0.3, linewidth=0)
+        for start in starts[1:]:
+            axes.axvline(edges[start], color="black", linestyle=":", linewidth=1)
+    for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
+        fig.axes[0].text((edges[start] + edges[end]) / 2, 1.02, phases[start], ha="center",
+                         va="bottom", transform=fig.axes[0].get_xaxis_transform())
+    order = ", then ".join(phases[start] for start in starts)
+    return describe(fig, f"{fig.finding} Phases: {order}. The arm is pushed in "
+                         f"{np.count_nonzero(pushed)} of {len(phases)} steps.")
+
+
+@styled
+def plot_chunk_mask(mask, title: str) -> Figure:
+    """The chunk mask (T, K) of a whole demonstration: a column per step, a row per action."""
+    mask = np.asarray(mask)
+    steps, chunk = mask.shape
+    beyond = np.arange(steps)[:, None] + np.arange(chunk) >= steps
+    kinds = np.where(mask > 0, 0, np.where(beyond, 2, 1))
+    names = ("counts in the loss", "after a push", "past the end")
+    colours = (BLUE, ORANGE, "white")
+    fig = new_figure(9, 1.5 + 0.2 * chunk)
+    axes = fig.subplots()
+    axes.imshow(kinds.T, aspect="auto", cmap=matplotlib.colors.ListedColormap(colours), vmin=-0.5,
+                vmax=2.5, extent=(-0.5, steps - 0.5, chunk + 0.5, 0.5))
+    for edge in np.arange(1, chunk) + 0.5:
+        axes.axhline(edge, color="white", linewidth=0.8)
+    axes.set(xlabel="step of the demonstration at which the chunk begins", title=title,
+             ylabel="action of\nthe chunk")
+    for axis in (axes.xaxis, axes.yaxis):
+        count_axis(axis)
+    counts = [int((kinds == kind).sum()) for kind in range(3)]
+    fig.legend(handles=[matplotlib.patches.Patch(facecolor=colour, edgecolor="grey", label=name)
+                        for colour, name in zip(colours, names, strict=True)],
+               loc="outside lower center", ncols=3)
+    return describe(fig, "; ".join(f"{name}: {count} of {mask.size} actions"
+                                   for name, count in zip(names, counts, strict=True)) + ".")
+
+
 # --- training and search -------------------------------------------------------------------------
 @styled
 def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
@@ -473,6 +584,34 @@ def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
     spans = [f"{len(each)} {outcome} after {min(each)} to {max(each)} steps"
              for outcome, each in zip(("succeeded", "failed"), lengths, strict=True) if each]
     return describe(axes.figure, f"{'; '.join(spans) or 'No episode'}.")
+
+
+@styled
+def plot_episode_tiles(rows: Sequence[Mapping]) -> Figure:
+    """A tile per episode: task by init state, with outcome and, of up to 15, length in seconds."""
+    tasks = sorted({(row["suite"], row["task_id"]) for row in rows})
+    states = sorted({row["init_state"] for row in rows})
+    fig = new_figure(np.clip(0.55 * len(states) + 1.4, 4.5, 9), 0.55 * len(tasks) + 1.1)
+    axes = fig.subplots()
+    every = 5 if len(states) > 25 else 1  # label of an init state
+    for row in rows:
+        x, y = states.index(row["init_state"]), tasks.index((row["suite"], row["task_id"]))
+        sign, colour = ("\N{CHECK MARK}", GREEN) if row["success"] else ("\N{BALLOT X}", ORANGE)
+        axes.bar(x, 0.9, 0.9, y - 0.45, color=colour, alpha=0.4)
+        seconds = f"\n{row['steps'] / schema.CONTROL_HZ:.1f} s" if len(states) <= 15 else ""
+        axes.text(x, y, f"{sign}{seconds}", ha="center", va="center")
+    axes.set(xticks=range(0, len(states), every), xticklabels=states[::every],
+             yticks=range(len(tasks)), xlabel="init state", xlim=(-0.6, len(states) - 0.4),
+             yticklabels=[f"{suite.removeprefix('libero_')}, task {task}" for suite, task in tasks],
+             ylim=(len(tasks) - 0.4, -0.6))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Episodes: success (\N{CHECK MARK}) or failure (\N{BALLOT X}), and their length")
+    failed = [f"{suite} task {task} init state {row['init_state']}" for suite, task in tasks
+              for row in rows if (row["suite"], row["task_id"]) == (suite, task)
+              and not row["success"]]
+    return describe(fig, f"{len(rows) - len(failed)} of {len(rows)} episodes succeeded"
+                    + (f"; failed: {', '.join(failed)}." if failed else "."))
 
 
 @styled
