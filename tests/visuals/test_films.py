@@ -123,6 +123,19 @@ case "$last" in *.mp4) truncate --size=900 "$last";; esac
     assert (tmp_path / "videos" / "a.mp4").read_bytes() == before
 
 
+def test_frames_are_counted_by_an_ffmpeg_that_counts_no_copied_ones(tmp_path, monkeypatch):
+    """As version 7 of imageio-ffmpeg 0.6, which Kaggle has."""
+    script = tmp_path / "ffmpeg"
+    script.write_text(f"""#!/bin/sh
+case "$*" in *copy*) exec 2> /dev/null;; esac
+exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"
+""")
+    script.chmod(0o700)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(script))
+    film = films.write_video(tmp_path / "x.mp4", np.zeros((5, 32, 32, 3), np.uint8))
+    assert films._count_frames(film) == 5
+
+
 def test_an_ffmpeg_that_hangs_is_given_up(tmp_path, monkeypatch):
     hanging = tmp_path / "bin" / "ffmpeg"
     hanging.parent.mkdir()
