@@ -12,18 +12,24 @@
 # # 05 Hyper-parameter search
 #
 # A search trains the policy with several settings and ranks them. The grid combines learning rates,
-# widths and numbers of recursions. The `demo` preset trains 4 of its 16 points for three epochs, as
-# an example; `max_configs=0` trains all of them. Each point is trained by `04_train` in its own
-# process and, if there are several GPUs, on its own GPU.
+# widths and numbers of recursions.
 #
-# Short training runs rank settings only roughly. Trials are ranked by final validation loss; losses
-# within 1 % count as equal and are ranked by convergence speed, then by the number of spikes (both
-# defined below). With `search_episodes` above 0 the success rate in the simulator comes first.
+# **You will learn**
+# - to read a ranking, and what it cannot tell: another seed changes a loss too
+# - to see which setting matters, from parallel coordinates and an importance estimate
+# - to choose between a grid, Optuna's sampler and successive halving
+# - to train the best settings in full, which is what the ranking is for
 #
-# With `search_method="tpe"`, Optuna chooses each point from the results so far; `"halving"` also
-# trains most points for only a ninth or a third of the epochs. `search_space` adds settings, such
-# as `"{weight_decay: [0.0, 0.1]}"`. Completed trials are not repeated: after an interruption or
-# after `search_minutes`, the same call resumes.
+# **Time:** 10 minutes to read, 1 to run (preset `demo`, two CPU cores).
+# **Needs:** demonstrations (collected if missing, see `01_explore`). **Writes:**
+# `artifacts/<run_name>/search/`: a run folder per trial, `trials.json`, `best.yaml`; figures.
+#
+# The `demo` preset trains 4 of the 16 points for three epochs; `max_configs=0` trains all of them.
+# Each point is trained by `04_train` in its own process and, if there are several GPUs, on its own
+# GPU. With `search_method="tpe"`, Optuna chooses each point from the results so far; `"halving"`
+# also trains most points for only a ninth or a third of the epochs. `search_space` adds settings,
+# such as `"{weight_decay: [0.0, 0.1]}"`. Completed trials are not repeated: after an interruption
+# or after `search_minutes`, the same call resumes.
 
 # %% tags=["parameters"]
 # change these first
@@ -102,6 +108,50 @@ print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.searc
 files = ensure_demonstrations(config)
 
 # %% [markdown]
+# ## An example: all sixteen points
+#
+# A stored search: each of the 16 points for ten epochs, the best three with two more seeds. Trials
+# are ranked by final validation loss; losses within 1 % count as equal and are ranked by
+# convergence speed, then by the number of spikes (both defined below). With `search_episodes` above
+# 0 the success rate in the simulator comes first.
+#
+# A curve on the right that still falls steeply at the end belongs to a trial that was stopped too
+# early; more epochs (`search_epochs`) may change its rank. Low learning rates tend to look worse
+# after short training.
+
+# %%
+example = figures.stored_example()
+stored, varied = example["trials"], ["lr", "hidden_dim", "num_recursions"]
+print(f"{example['command']}\n{example['machine']}, revision {example['revision']}")
+display(figures.plot_search_ranking(stored, varied))
+
+# %%
+print(verdict(stored))
+spread = 100 * (max(stored[0]["seed_losses"]) / min(stored[0]["seed_losses"]) - 1)
+gap = 100 * (stored[1]["final_val_loss"] / stored[0]["final_val_loss"] - 1)
+print(f"The three seeds of the best settings differ by up to {spread:.1f} %; the second-best "
+      f"settings are {gap:.1f} % worse on average.")
+
+# %% [markdown]
+# Each line is a trial, the best in red, the others from dark (good) to light. Where the red and the
+# dark lines cross an axis at the same point, the good trials share that value.
+
+# %%
+display(figures.plot_search_coordinates(stored, varied))
+
+# %% [markdown]
+# Which setting matters most for being among the best third of the trials? A setting with a share
+# near zero has little effect within the range that was searched. At least 15 complete trials are
+# needed.
+
+# %%
+shares = figures.importance(stored, varied)
+first = max(shares, key=shares.get)
+display(figures.plot_search_importance(shares, stored))
+print(f"{first} matters most ({100 * shares[first]:.0f} % of the importance); the best third uses "
+      f"{first} = {', '.join(sorted({str(trial[first]) for trial in stored[:5]}))}.")
+
+# %% [markdown]
 # ## Run the trials
 
 # %%
@@ -117,15 +167,9 @@ complete = [trial for trial in trials if trial["state"] == "complete"]
 # says whether the best trial differs significantly from the second.
 
 # %%
-pd.DataFrame(trials).drop(columns=["trial", "val_losses", "rollouts"], errors="ignore").round(4)
-
-# %%
+table = pd.DataFrame(trials).drop(columns=["trial", "val_losses", "rollouts"], errors="ignore")
+display(table.round(4))
 print(verdict(trials))
-
-# %% [markdown]
-# A curve on the right that still falls steeply at the end belongs to a trial that was stopped too
-# early; more epochs (`search_epochs`) may change its rank. Low learning rates tend to look worse
-# after short training.
 
 # %%
 if complete:
@@ -134,8 +178,20 @@ if complete:
     display(fig)
 
 # %% [markdown]
-# Each line is a trial, the best in red, the others from dark (good) to light. Where the red and the
-# dark lines cross an axis at the same point, the good trials share that value.
+# Do more epochs change the order? The ranks of the same points in the example, where the settings
+# are those of the `demo` preset:
+
+# %%
+ranks = {trial["trial"]: rank for rank, trial in enumerate(stored, 1)}
+shared = [ranks[trial["trial"]] for trial in complete if trial["trial"] in ranks]
+if preset == "demo" and shared:
+    print(f"Your trials, best first, have the ranks {', '.join(map(str, shared))} of {len(stored)} "
+          f"in the example: {'the same' if shared == sorted(shared) else 'another'} order.")
+else:
+    print("Not compared: the example holds points of the demo preset.")
+
+# %% [markdown]
+# The settings of your trials, and their importance.
 
 # %%
 if complete:
@@ -143,15 +199,10 @@ if complete:
     save_figure(fig, folder / "figures" / "05_coordinates.png")
     display(fig)
 
-# %% [markdown]
-# Which setting matters most for being among the best third of the trials? A setting with a share
-# near zero has little effect within the range that was searched. At least 15 complete trials are
-# needed.
-
 # %%
 shares = figures.importance(trials, names) if complete else "No trial is complete."
 if isinstance(shares, str):
-    print(shares)
+    print(f"{shares} Set max_configs=0 to train all points.")
 else:
     fig = figures.plot_search_importance(shares, trials)
     save_figure(fig, folder / "figures" / "05_importance.png")
@@ -168,6 +219,47 @@ best = folder / "search" / "best.yaml"
 if best.exists():
     print(best.read_text())
     print(f"papermill 04_train.ipynb out.ipynb -f {best}")
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Compute `epochs_to_converge` of the example's last trial from its validation losses.
+#
+# <details><summary>Answer</summary>
+#
+# The loss has to come within a tenth of the whole improvement from its lowest value. The last trial
+# converges late: with its low learning rate the loss falls in every epoch, and its improvement has
+# not ended when the search stops.
+#
+# ```python
+# losses = stored[-1]["val_losses"]
+# target = losses[0] - 0.9 * (losses[0] - min(losses))
+# epoch = next(epoch for epoch, loss in enumerate(losses, 1) if loss <= target)
+# print(f"{stored[-1]['trial']} reaches {target:.4f} in epoch {epoch} of {len(losses)}")
+# assert epoch == stored[-1]["epochs_to_converge"]
+# ```
+#
+# </details>
+#
+# **2.** Suppose that all 16 settings were equally good and their losses differed by the seed alone.
+# How much better than the average would the winner look?
+#
+# <details><summary>Answer</summary>
+#
+# By 1.77 standard deviations of the seeds. The winner of a search looks better than it is, because
+# it was chosen for its luck too; hence the further seeds for the best three (`search_replicates`).
+#
+# ```python
+# import numpy as np
+#
+# luck = np.random.default_rng(0).normal(size=(20_000, 16)).min(axis=1).mean()
+# deviation = np.std(stored[0]["seed_losses"], ddof=1)
+# print(f"{luck:.2f} standard deviations, here {luck * deviation:+.4f} of a loss of "
+#       f"{stored[0]['final_val_loss']:.4f}")
+# assert -1.82 < luck < -1.72
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `06_eval` measures the success rate in the simulator.

@@ -236,10 +236,43 @@ def test_depth_curve_by_hand():
     arm = 6 / 7 * 14 / 4  # mean of i^2 = 14 / 4
     assert curve["mse"] == pytest.approx([gripper + arm / 400, gripper, gripper + arm / 1600])
     assert (curve["depths"], curve["trained_depth"]) == ([1, 2, 4], 2)
-    arm_axes, gripper_axes = explain.plot_depth_curve(curve).axes
+    # at the trained depth of 2 there is no error: the difference is the error itself
+    np.testing.assert_allclose(curve["arm_gap"], curve["arm_error"], atol=1e-6)
+    np.testing.assert_allclose(curve["arm_gap_interval"], curve["arm_interval"], atol=1e-6)
+    arm_axes, gap_axes, gripper_axes = explain.plot_depth_curve(curve).axes
     np.testing.assert_allclose(arm_axes.lines[0].get_ydata(), curve["arm_error"])
     assert list(arm_axes.lines[1].get_xdata()) == [2, 2]
-    np.testing.assert_allclose(gripper_axes.lines[0].get_ydata(), [0.5, 0.5, 0.5])
+    for axes, values in ((gap_axes, curve["arm_gap"]), (gripper_axes, [0.5, 0.5, 0.5])):
+        assert axes.containers[0].lines[0].get_ydata().tolist() == values
+
+
+def test_differences_between_depths_are_paired():
+    # (i / 10 / 1 - i / 20) - (i / 10 / 3 - i / 20): the errors of depth 1 and 3 vary together
+    policy, dataset = FakePolicy(), FakeDataset(4)
+    policy.config.num_recursions = 3
+    curve = explain.depth_curve(policy, dataset)
+    assert curve["depths"] == [1, 2, 3, 4, 8, 16]
+    one, three = (np.abs(np.arange(4) / 10 / depth - np.arange(4) / 20) for depth in (1, 3))
+    assert curve["arm_gap"][0] == pytest.approx(np.mean(one - three))
+    half = 1.96 * np.std(one - three) / 2
+    assert curve["arm_gap_interval"][0] == pytest.approx(
+        [np.mean(one - three) - half, np.mean(one - three) + half], rel=1e-5)
+    assert curve["arm_gap_interval"][2] == [0, 0]
+    said = explain.depth_sentence(curve)
+    assert f"depth 1 {np.mean(one - three):+.4f} (" in said and "depth 3" not in said
+    assert "arm_gap" not in explain.depth_curve(policy, dataset, [1, 2])
+
+
+def test_recursion_steps_are_of_one_sample():
+    policy, dataset = FakePolicy(), FakeDataset(4)
+    steps = explain.recursion_steps(policy, dataset, 3)
+    assert steps["states"].shape == (3, 2) and steps["actions"].shape == (2, 7)
+    np.testing.assert_allclose(steps["actions"][:, 0], [3 / 10, 3 / 20], rtol=1e-5)
+    assert steps["target"][0] == pytest.approx(3 / 20)
+    figure = explain.plot_recursion_steps(steps)
+    assert [axes.get_title() for axes in figure.axes if "step" in axes.get_title()] == [
+        "step 1\nmoved 63.2 %", "step 2\nmoved 0.0 %"]  # sqrt(10) of 5, as above
+    assert "from step 2 on it changes by less than 0.01." in figure.finding
 
 
 def test_prediction_by_depth_is_the_first_samples():
@@ -291,6 +324,8 @@ def test_saliency_of_a_linear_policy(method, ratio):
     figure = explain.plot_saliency({CAMERA: images[0, 0]}, {CAMERA: maps[CAMERA][0]})
     heat = figure.axes[1].images[0].get_array()
     assert heat[3, 1].sum() > heat[3, 0].sum() > heat[0, 0].sum()  # upright: first row at the foot
+    assert heat[0, 0].sum() == 0  # black in the image, and without attribution
+    assert "100 % is in the agent view" in figure.finding
 
 
 def test_saliency_refuses_another_method():

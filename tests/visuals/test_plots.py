@@ -246,13 +246,18 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
     "plot_depth_curve": (explain, [{
         "depths": [1, 2], "arm_error": [0.2, 0.1], "arm_interval": [[0.1, 0.3], [0.0, 0.2]],
         "gripper_accuracy": [0.9, 1], "gripper_interval": [[0.8, 1], [0.9, 1]],
-        "trained_depth": 2}], "depth 1: arm 0.200, gripper right in 90 %"),
+        "arm_gap": [0.1, 0], "arm_gap_interval": [[0.05, 0.15], [0, 0]], "trained_depth": 2}],
+        "depth 1 +0.1000 (+0.0500 to +0.1500)."),
+    "plot_recursion_steps": (explain, [{
+        "images": {"agentview_rgb": stored(1)[0]}, "target": ACTIONS[0], "actions": ACTIONS[:7],
+        "states": np.ones((8, 30))}], "away from that of step 7"),
     "plot_prediction_by_depth": (explain, [[1, 2], ACTIONS[:2] * np.arange(7)],
                                  f"{ACTION_NAMES[-1]} changes most, from -5.74 at depth 1"),
     "plot_halting": (explain, [{"depths": [1, 3], "mean": 2, "limit": 4, "halting": "learned"}],
                      "1 to 3 recursions used, mean 2.00, of at most 4."),
-    "plot_saliency": (explain, [{"agentview_rgb": stored(1, 4)[0]},
-                                {"agentview_rgb": np.eye(4)}], "half of it on "),
+    "plot_saliency": (explain, [
+        {"agentview_rgb": stored(1, 4)[0]}, {"agentview_rgb": np.eye(4)}],
+        "100 % is in the agent view (half of that on "),
     "plot_search_ranking": (figures, [TRIALS, ["lr", "hidden_dim"]],
                             "Best lr 0.001, D 128 with validation loss 100; last lr 0.0001"),
     "plot_search_importance": (figures, [{"lr": 0.2, "hidden_dim": 0.8}, TRIALS],

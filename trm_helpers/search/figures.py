@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ import optuna
 from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from ..files import read_json
 from ..visuals.colours import BLUE, GREY, RED
 from ..visuals.plots import (
     MAX_WIDTH,
@@ -31,6 +33,11 @@ _SHORT = {"hidden_dim": "D", "num_recursions": "N"}
 _BEST = 1 / 3  # importance is for being in this part of the ranking
 _LEAST = 15  # trials: PED-ANOVA's authors advise five in the best third
 _SPREAD = 0.06  # share of an axis' height over which lines through one value are spread
+
+
+def stored_example() -> dict:
+    """A search of all sixteen points: ``command``, ``revision``, ``machine`` and ``trials``."""
+    return read_json(Path(__file__).with_name("example.json"), keys=("command", "trials"))
 
 
 @styled

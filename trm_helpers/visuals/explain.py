@@ -32,6 +32,7 @@ BATCH = 64
 CONVERGED = 0.05  # last change, as a share of the state's norm
 DIVERGED_CHANGE = 1.5  # last change over the first
 DIVERGED_NORM = 2.0  # last norm over the first
+SETTLED = 0.01  # environment units: an action this close to the last step's
 STEPS = 64  # of integrated gradients
 _MOMENT_SIZE = 256  # pixels, at least, of an image shown beside the recursion
 METHODS = ("integrated_gradients", "gradient")
@@ -68,12 +69,16 @@ def _batches(policy, dataset, num_samples: int, seed: int) -> Iterator[dict]:
     """Random samples without replacement or augmentation, batched on the policy's device."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not valid; expected >= 1")
+    order = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
+    yield from _batches_of(policy, dataset, order.tolist())
+
+
+def _batches_of(policy, dataset, indices: Sequence[int]) -> Iterator[dict]:
     plain = copy.copy(dataset)
     plain.augmentation = "none"
     device = next(policy.parameters()).device
-    order = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
-    for start in range(0, len(order), BATCH):
-        yield plain.batch(order[start : start + BATCH].tolist(), device=device)
+    for start in range(0, len(indices), BATCH):
+        yield plain.batch(indices[start : start + BATCH], device=device)
 
 
 # --- predictions ---------------------------------------------------------------------------------
@@ -246,6 +251,69 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
 
 
 @torch.no_grad()
+def recursion_steps(policy, dataset, index: int) -> dict:
+    """One sample's recursion, step by step.
+
+    Returns:
+        ``images``, the stored image (H, W, 3) by camera; ``target``, the demonstrated first action
+        (7,), and ``actions`` (N, 7), the one read out after each step, in the environment's units;
+        ``states`` (N + 1, D), or K * D of tokens, from h0.
+    """
+    batch = next(_batches_of(policy, dataset, [index]))
+    observations = batch["observations"]
+    with _evaluating(policy):
+        _, states = policy(observations, return_all_states=True)
+    steps = range(1, len(states))
+    return {"images": {camera: observations[camera].flatten(0, -4)[0].cpu().numpy()
+                       for camera in policy.config.cameras},
+            "target": _targets(dataset, batch)[0],
+            "actions": prediction_by_depth(policy, observations, steps),
+            "states": torch.stack(states)[:, 0].flatten(1).float().cpu().numpy()}
+
+
+@styled
+def plot_recursion_steps(steps: Mapping) -> Figure:
+    """The figure of :func:`recursion_steps`: observation, then state and action by step.
+
+    Of more than five steps, five from the first to the last.
+    """
+    states, actions, target = steps["states"], steps["actions"], steps["target"]
+    errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
+    shown = np.unique(np.linspace(1, len(actions), min(len(actions), 5)).round().astype(int))
+    fig = new_figure(MAX_WIDTH, 4.6)
+    grid = fig.add_gridspec(2, len(shown) + 1)
+    for line, (camera, image) in enumerate(list(steps["images"].items())[:2]):
+        axes = fig.add_subplot(grid[line, 0])
+        show_image(axes, upright(image))
+        axes.set_title(schema.CAMERA_TITLES[camera])
+    side = int(np.ceil(np.sqrt(states.shape[1])))  # of a square that holds the state's numbers
+    limit = np.abs(states).max()
+    place = np.arange(schema.ACTION_DIM)
+    for column, step in enumerate(shown, 1):
+        square = np.full(side * side, np.nan)
+        square[: states.shape[1]] = states[step]
+        top, bottom = fig.add_subplot(grid[0, column]), fig.add_subplot(grid[1, column])
+        show_image(top, square.reshape(side, side), cmap="PuOr", vmin=-limit, vmax=limit)
+        moved = np.linalg.norm(states[step] - states[step - 1]) / np.linalg.norm(states[step])
+        top.set_title(f"step {step}\nmoved {100 * moved:.1f} %")
+        bottom.barh(place, actions[step - 1], 0.7, color=ORANGE, hatch="//", label="predicted")
+        bottom.plot(target, place, "D", color=BLUE, markersize=4, linestyle="",
+                    label="demonstrated")
+        bottom.axvline(0, color=GREY, linewidth=0.6)
+        reach = 1.05 * max(1.0, np.abs([*actions.flat, *target]).max())
+        bottom.set(yticks=place, xlim=(-reach, reach),
+                   yticklabels=schema.ACTION_NAMES if column == 1 else [],
+                   title=f"arm error {errors[step - 1]:.3f}")
+        bottom.invert_yaxis()
+    fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle("The state (above) and the action read from it (below) after each step")
+    away = np.abs(actions - actions[-1]).max(axis=1)
+    settled = 2 + max(np.flatnonzero(away >= SETTLED), default=-1)
+    return describe(fig, f"After step 1 the action is up to {away[0]:.3f} away from that of step "
+                         f"{len(actions)}; from step {settled} on it changes by less than "
+                         f"{SETTLED:g}.")
+
+
 def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[dict], np.ndarray]:
     """How the first action forms over the recursions, at a few moments of demonstrations.
 
@@ -258,24 +326,19 @@ def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[
         over the norm of the state, and ``sentence``; and the first camera's images, upright and
         enlarged, side by side as uint8 (S, n * S, 3).
     """
-    plain = copy.copy(dataset)
-    plain.augmentation = "none"
     moments, images = [], []
     for index, title in titles.items():
-        batch = plain.batch([index], device=next(policy.parameters()).device)
-        observations, target = batch["observations"], _targets(dataset, batch)[0]
-        with _evaluating(policy):
-            _, states = policy(observations, return_all_states=True)
-        states = torch.stack(states)[:, 0].float().cpu().flatten(1)  # (N + 1, D)
-        changes = states.diff(dim=0).norm(dim=-1) / states[1:].norm(dim=-1).clamp(min=1e-12)
-        actions = prediction_by_depth(policy, observations, range(1, len(states)))
+        steps = recursion_steps(policy, dataset, index)
+        states, actions, target = steps["states"], steps["actions"], steps["target"]
+        norms = np.linalg.norm(states[1:], axis=1).clip(min=1e-12)
+        changes = np.linalg.norm(np.diff(states, axis=0), axis=1) / norms
         moments.append({
             "title": title, "demonstrated": target.tolist(),
             "recursions": [
                 {"action": actions[k].tolist(), "change": float(changes[k]),
                  "sentence": _moment_sentence(k, actions, target, float(changes[k]))}
                 for k in range(len(actions))]})
-        image = observations[policy.config.cameras[0]].flatten(0, -4)[0].cpu().numpy()
+        image = steps["images"][policy.config.cameras[0]]
         image = (255 * upright(image)).round().astype(np.uint8)
         images.append(enlarge(image, -(-_MOMENT_SIZE // len(image))))
     return moments, np.concatenate(images, axis=1)
@@ -298,18 +361,25 @@ def _moment_sentence(k: int, actions: np.ndarray, target: np.ndarray, change: fl
 
 # --- depth and halting ---------------------------------------------------------------------------
 @torch.no_grad()
-def depth_curve(policy, dataset, depths: Sequence[int] = (1, 2, 4, 8, 16), num_samples: int = 256,
+def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 256,
                 seed: int = 0) -> dict:
     """Error of the first action when the policy recurses ``depths`` times at inference.
 
     A policy with a halting rule may stop before the depth it is given.
 
+    Args:
+        depths: default 1, 2, 4, 8, 16 and the trained depth.
+
     Returns:
         ``depths`` and, by depth and in the environment's units, ``mse`` over the seven numbers,
         ``arm_error`` (mean absolute error of the arm's six) and ``gripper_accuracy``, the last two
         with ``arm_interval`` and ``gripper_interval``, 95 % intervals [low, high] over the samples;
-        and ``trained_depth``.
+        and ``trained_depth``. If that is among the depths, also ``arm_gap``, the error minus that
+        at the trained depth on the same samples, with ``arm_gap_interval`` of the paired
+        differences.
     """
+    trained = policy.config.num_recursions
+    depths = list(depths) or sorted({1, 2, 4, 8, 16, trained})
     targets, predictions = [], {depth: [] for depth in depths}
     with _evaluating(policy):
         for batch in _batches(policy, dataset, num_samples, seed):
@@ -318,41 +388,72 @@ def depth_curve(policy, dataset, depths: Sequence[int] = (1, 2, 4, 8, 16), num_s
                 actions = policy(batch["observations"], num_recursions=depth)
                 predictions[depth].append(_first_actions(policy, actions))
     target = np.concatenate(targets)
+    predicted = {depth: np.concatenate(actions) for depth, actions in predictions.items()}
+    errors = {depth: np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
+              for depth, actions in predicted.items()}  # (N,) each
     rows = []
     for depth in depths:
-        predicted = np.concatenate(predictions[depth])
-        report = prediction_report(target, predicted, 0)
-        each = np.abs(predicted - target)[:, : schema.ARM_DIM].mean(axis=1)  # (N,)
-        mean, half = float(each.mean()), 1.96 * float(each.std()) / np.sqrt(len(each))
+        report = prediction_report(target, predicted[depth], 0)
+        mean, interval = _mean_interval(errors[depth])
         right = report["gripper_accuracy"]
-        rows.append({"depths": depth, "mse": report["mse"], "arm_error": mean,
-                     "arm_interval": [mean - half, mean + half], "gripper_accuracy": right,
-                     "gripper_interval": list(wilson_interval(round(right * len(target)),
-                                                              len(target)))})
-    return {**{key: [row[key] for row in rows] for key in rows[0]},
-            "trained_depth": policy.config.num_recursions}
+        row = {"depths": depth, "mse": report["mse"], "arm_error": mean, "arm_interval": interval,
+               "gripper_accuracy": right,
+               "gripper_interval": list(wilson_interval(round(right * len(target)), len(target)))}
+        if trained in errors:
+            gap, interval = _mean_interval(errors[depth] - errors[trained])
+            row |= {"arm_gap": gap, "arm_gap_interval": interval}
+        rows.append(row)
+    return {**{key: [row[key] for row in rows] for key in rows[0]}, "trained_depth": trained}
+
+
+def _mean_interval(values: np.ndarray) -> tuple[float, list[float]]:
+    """Mean of (N,) and its 95 % interval [low, high]."""
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / np.sqrt(len(values))
+    return mean, [mean - half, mean + half]
+
+
+def depth_sentence(curve: Mapping) -> str:
+    """The paired differences of a :func:`depth_curve`, and which of them can be measured."""
+    trained = curve["trained_depth"]
+    found = [f"depth {depth} {gap:+.4f} ({low:+.4f} to {high:+.4f}"
+             + (")" if low * high > 0 else ", not significant)")
+             for depth, gap, (low, high) in zip(curve["depths"], curve["arm_gap"],
+                                                curve["arm_gap_interval"], strict=True)
+             if depth != trained]
+    return (f"Error of the arm minus that at the trained depth of {trained}, on the same samples, "
+            f"with its 95 % interval: {', '.join(found)}.")
 
 
 @styled
 def plot_depth_curve(curve: Mapping) -> Figure:
-    """The figure of :func:`depth_curve`."""
-    fig = new_figure(9, 3.4)
-    panels = (("arm_error", "arm_interval", "mean absolute error (environment units)", "Arm"),
-              ("gripper_accuracy", "gripper_interval", "share with the right sign", "Gripper"))
-    for axes, (key, interval, label, title) in zip(fig.subplots(1, 2), panels, strict=True):
-        axes.plot(curve["depths"], curve[key], marker="o")
-        axes.fill_between(curve["depths"], *zip(*curve[interval], strict=True), alpha=0.2,
-                          label="95 % interval over the samples")
+    """The figure of a :func:`depth_curve` with paired differences."""
+    fig = new_figure(MAX_WIDTH, 3.4)
+    error, gap, gripper = fig.subplots(1, 3)
+    error.plot(curve["depths"], curve["arm_error"], marker="o")
+    error.set(ylabel="mean absolute error", title="Error of the arm",
+              ylim=(0, 1.1 * max(curve["arm_error"])))
+    gap.axhline(0, color=GREY, linewidth=0.6)
+    low, high = np.transpose(curve["arm_gap_interval"])
+    gap.errorbar(curve["depths"], curve["arm_gap"],
+                 [np.subtract(curve["arm_gap"], low), np.subtract(high, curve["arm_gap"])],
+                 marker="o", capsize=3, label="with 95 % interval of the pairs")
+    gap.set(ylabel="difference of the error", title="Arm, against the trained depth")
+    low, high = np.transpose(curve["gripper_interval"])
+    gripper.errorbar(curve["depths"], curve["gripper_accuracy"],
+                     [np.subtract(curve["gripper_accuracy"], low),
+                      np.subtract(high, curve["gripper_accuracy"])], marker="o", capsize=3)
+    gripper.set(ylabel="share with the right sign", title="Gripper (95 % Wilson interval)")
+    for axes in (error, gap, gripper):
         axes.axvline(curve["trained_depth"], color=GREY, linestyle=":",
                      label=f"trained with {curve['trained_depth']}")
-        axes.set(xlabel="recursions at inference", ylabel=label, title=title)
+        axes.set(xlabel="recursions at inference")
         count_axis(axes.xaxis)
-    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("Error of the first action by recursion depth")
+    fig.legend(*gap.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle("Error of the first action by recursion depth (environment units)")
     rows = zip(curve["depths"], curve["arm_error"], curve["gripper_accuracy"], strict=True)
     return describe(fig, "; ".join(
         f"depth {depth}: arm {error:.3f}, gripper right in {100 * right:.0f} %"
-        for depth, error, right in rows) + f". Trained with {curve['trained_depth']}.")
+        for depth, error, right in rows) + f". {depth_sentence(curve)}")
 
 
 @torch.no_grad()
@@ -455,23 +556,36 @@ def saliency(policy, observations: Mapping,
 
 @styled
 def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray]) -> Figure:
-    """One sample's stored image (H, W, 3) per camera beside its map (H, W) of :func:`saliency`."""
+    """One sample's stored image (H, W, 3) per camera, and its map (H, W) of :func:`saliency` over
+    the image in grey."""
     fig = new_figure(6.4, 2.9 * len(maps) + 0.4)
     fig.set_layout_engine("compressed")
     grid = fig.subplots(len(maps), 2, squeeze=False)
     colours = matplotlib.colormaps["inferno"]
-    for (image, heat), camera in zip(grid, maps, strict=True):
-        show_image(image, upright(images[camera]))
-        show_image(heat, upright(colours(maps[camera])[..., :3]))
+    shares = {camera: heat.sum() for camera, heat in maps.items()}
+    for (image, over), camera in zip(grid, maps, strict=True):
+        stored, weight = np.asarray(images[camera]), np.sqrt(maps[camera])[..., None]
+        stored = stored / 255 if stored.dtype == np.uint8 else stored
+        grey = 0.5 * stored.mean(axis=-1, keepdims=True)  # at half brightness
+        show_image(image, upright(stored))
+        # the stronger the attribution, the more of its colour
+        show_image(over, upright((1 - weight) * grey
+                                 + weight * colours(maps[camera])[..., :3]))
         image.set_ylabel(schema.CAMERA_TITLES[camera])
+        over.set_title(f"{100 * shares[camera] / sum(shares.values()):.0f} % of the attribution")
     grid[0, 0].set_title("image")
-    grid[0, 1].set_title("attribution of the arm's action")
     fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
                  label="attribution (1: strongest pixel)")
     fig.suptitle("Saliency of the first predicted arm action")
-    half = [f"half of it on {100 * _half_of(heat):.1f} % of the pixels of "
-            f"{schema.CAMERA_TITLES[camera]}" for camera, heat in maps.items()]
-    return describe(fig, f"The attribution of each camera: {'; '.join(half)}.")
+    return describe(fig, saliency_sentence(maps))
+
+
+def saliency_sentence(maps: Mapping[str, np.ndarray]) -> str:
+    """Each camera's share of the attribution, and how few pixels hold half of it."""
+    total = sum(heat.sum() for heat in maps.values())
+    return "Of the attribution, " + ", ".join(
+        f"{100 * heat.sum() / total:.0f} % is in the {schema.CAMERA_TITLES[camera]} (half of that "
+        f"on {100 * _half_of(heat):.1f} % of its pixels)" for camera, heat in maps.items()) + "."
 
 
 def _half_of(heat: np.ndarray) -> float:

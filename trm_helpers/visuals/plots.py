@@ -114,9 +114,12 @@ def read_alt_text(path: str | os.PathLike) -> str:
         return image.info.get("Description", "")
 
 
-def show_image(axes, image) -> None:
-    """Draw an upright image (H, W, 3), uint8 or in [0, 1], without ticks or frame."""
-    axes.imshow(image)
+def show_image(axes, image, **look) -> None:
+    """Draw an upright image (H, W, 3), uint8 or in [0, 1], without ticks or frame.
+
+    ``look``: how one of (H, W) is coloured, as ``axes.imshow`` takes it.
+    """
+    axes.imshow(image, **look)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
