@@ -202,7 +202,7 @@ if complete:
 # %%
 shares = figures.importance(trials, names) if complete else "No trial is complete."
 if isinstance(shares, str):
-    print(f"{shares} Set max_configs=0 to train all points.")
+    print(f"{shares} max_configs=0 trains all points of the grid.")
 else:
     fig = figures.plot_search_importance(shares, trials)
     save_figure(fig, folder / "figures" / "05_importance.png")
