@@ -146,10 +146,10 @@ display(figures.plot_search_coordinates(stored, varied))
 
 # %%
 shares = figures.importance(stored, varied)
-first = max(shares, key=shares.get)
 display(figures.plot_search_importance(shares, stored))
-print(f"{first} matters most ({100 * shares[first]:.0f} % of the importance); the best third uses "
-      f"{first} = {', '.join(sorted({str(trial[first]) for trial in stored[:5]}))}.")
+print("Importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+      + ". In the best third: " + ", ".join(
+          f"{name} {sorted({trial[name] for trial in stored[:5]})}" for name in shares) + ".")
 
 # %% [markdown]
 # ## Run the trials

@@ -3,12 +3,16 @@ import itertools
 import matplotlib
 import pytest
 
+from trm_helpers.config import from_flat
 from trm_helpers.search.figures import (
     importance,
     plot_search_coordinates,
     plot_search_importance,
     plot_search_ranking,
+    stored_example,
 )
+from trm_helpers.search.search import rank_trials
+from trm_helpers.search.space import all_points, trial_name
 from trm_helpers.visuals import plots
 
 NAMES = ["lr", "hidden_dim", "num_recursions"]
@@ -82,3 +86,12 @@ def test_a_line_crosses_the_settings_of_its_trial():
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         *NAMES, "final validation loss"]
     assert len(plot_search_coordinates([row(1e-3)], NAMES).axes[0].lines) == 5  # four axes
+
+
+def test_the_stored_example_is_a_whole_grid_in_the_order_of_the_ranking():
+    trials = stored_example()["trials"]
+    points = all_points(from_flat("demo").search)
+    assert sorted(trial["trial"] for trial in trials) == sorted(map(trial_name, points))
+    assert [trial["epochs"] for trial in trials] == [10] * 16
+    assert [len(trial["seeds"]) for trial in trials] == [3] * 3 + [1] * 13
+    assert rank_trials(trials[:3]) + rank_trials(trials[3:]) == trials
