@@ -15,11 +15,24 @@
 # observation. More recursions cost time but no parameters. This notebook writes the recursion out,
 # line by line, and checks that it has an effect: in several public implementations every step after
 # the first gave the same output, unnoticed.
+#
+# **What you will learn**
+# - the two recursions of this package, `block` and `trm`, in ten lines each;
+# - what the answer `y` and the latent `z` are, and how they change on a real observation;
+# - how an action forms, step by step;
+# - four checks that every recursive network should pass, and what a recursion costs.
+#
+# **Time**: 12 minutes to read; less than one to run (preset `demo`, two CPU cores).
+#
+# **Needs** nothing: it uses a demonstration of `00_setup` and the trained run of `04_train` if they
+# exist. **Writes** three figures to the run folder.
 
 # %% tags=["parameters"]
 # change these first
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
 run_name = ""  # type: str; folder under artifacts/; empty takes the preset's name
+suite = None  # type: str; LIBERO suite; None keeps the preset's
+task_ids = None  # type: list; task indices in the suite; None keeps the preset's
 variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
 num_recursions = None  # type: int; recursions (of trm: supervision steps); None keeps the preset's
 # the others
@@ -60,20 +73,37 @@ import time
 
 import pandas as pd
 import torch
+from IPython.display import display
 
-from trm_helpers import RecursiveBlock, TRMPolicy, paths, schema
+from trm_helpers import RecursiveBlock, TRMPolicy, load_policy, paths, schema
 from trm_helpers.config import from_flat
+from trm_helpers.demos.demo_files import demo_names, open_demo_file
+from trm_helpers.demos.find_demos import survey_demonstrations
 from trm_helpers.policy.model import count_parameters
 from trm_helpers.policy.recursion import TRMBlock, recurse_fixed
+from trm_helpers.sim.env import load_task
 from trm_helpers.visuals import plots
 
 # %%
 folder = paths.run_dir(run_name or preset)
-config = from_flat(preset, variant=variant, hidden_dim=hidden_dim, num_recursions=num_recursions,
-                   halting=halting)
+config = from_flat(preset, suite=suite, task_ids=task_ids, variant=variant, hidden_dim=hidden_dim,
+                   num_recursions=num_recursions, halting=halting)
 torch.manual_seed(0)
-policy = TRMPolicy(config.model).eval()
-config.model
+policy = TRMPolicy(config.model).eval()  # untrained
+model = config.model
+print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
+      f"num_recursions={model.num_recursions}, halting={model.halting!r}; {len(model.cameras)} "
+      f"camera(s) of {model.image_size} pixels, {model.chunk} action(s) per decision")
+
+# %% [markdown]
+# ## Two recursions
+#
+# `x` is the encoded observation: of the camera images and, where the preset has them, of the
+# proprioception and the task. It enters every step, so that no step has to remember it. The dashed
+# part repeats with the same weights.
+
+# %%
+display(plots.plot_recursions())
 
 # %% [markdown]
 # ## The recursion, line by line
@@ -118,24 +148,25 @@ torch.testing.assert_close(y[:, -K:], recurse_fixed(block, x, first, steps).outp
 # %% [markdown]
 # ## Parameters
 #
-# With the default widths most parameters are in the image encoders. The block is shared by all
-# `num_recursions` recursions. A recursion applies its network once in `block` and
-# `cycles * (latent_updates + 1)` times in `trm`, where it is one supervision step of the paper. The
-# other variants, `transformer` and `act` (Action Chunking with Transformers), are baselines that
-# apply their network once.
+# Where are the parameters? The block is shared by all `num_recursions` recursions. A recursion
+# applies its network once in `block` and `cycles * (latent_updates + 1)` times in `trm`, where it
+# is one supervision step of the paper. The other variants, `transformer` and `act` (Action Chunking
+# with Transformers), are baselines that apply their network once.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")
-print(f"{parts.sum():,} parameters in all")
-parts.to_frame()
+display(parts.to_frame())
+shares = 100 * parts / parts.sum()
+print(f"{parts.sum():,} parameters in all: {shares['encoders']:.0f} % in the image encoders, "
+      f"{shares['block']:.0f} % in the block that recurses.")
 
 # %% [markdown]
 # ## Shapes
 #
-# A batch of two random observations: images -> one vector `x_cond` of width D -> a state of the
-# same width after every recursion -> seven numbers per future action. With `variant="trm"`,
-# `x_cond` is a sequence of tokens: of the images, of the proprioception, of the task, and one per
-# future action, from which the answer is read.
+# What passes through the network? A batch of two random observations: images -> one vector `x_cond`
+# of width D -> a state of the same width before and after every recursion -> seven numbers per
+# future action. With `variant="trm"`, `x_cond` is a sequence of tokens: of the images, of the
+# proprioception, of the task, and one per future action, from which the answer is read.
 
 # %%
 size = config.model.image_size
@@ -184,20 +215,163 @@ assert change > 1e-6 and more == 0 and gradient > 1e-3 and far.isfinite().all()
 
 # %%
 single = {name: value[:1] for name, value in observations.items()}
-depths, milliseconds = [1, 2, 4, 8, 16], []
-for depth in depths:
-    times = []
-    for _ in range(20):
+times = {depth: [] for depth in (1, 2, 4, 8, 16)}
+for _ in range(20):
+    for depth, measured in times.items():
         began = time.perf_counter()
         with torch.inference_mode():
             policy(single, num_recursions=depth)
-        times.append(1000 * (time.perf_counter() - began))
-    milliseconds.append(sorted(times)[10])
+        measured.append(1000 * (time.perf_counter() - began))
+depths, milliseconds = list(times), [sorted(measured)[10] for measured in times.values()]
 
 # %%
 fig = plots.plot_latency(depths, milliseconds)
 plots.save_figure(fig, folder / "figures" / "03_latency.png")
-fig
+display(fig)
+each = (milliseconds[-1] - milliseconds[0]) / (depths[-1] - depths[0])
+print(f"A decision takes {milliseconds[0]:.1f} ms with one recursion and about {each:.2f} ms more "
+      f"for each further one. The robot needs an action every {1000 / schema.CONTROL_HZ:.0f} ms.")
+
+# %% [markdown]
+# ## A real observation
+#
+# The rest of this notebook looks at one moment of a demonstration: a third of the way through the
+# first one. Without a demonstration, a random observation takes its place; run `00_setup` first to
+# see a real one.
+
+# %%
+task = load_task(config.data.suite, config.data.task_ids[0])
+found, _ = survey_demonstrations([paths.data_dir(), paths.KAGGLE_INPUT], [task.name])
+observation = {camera: torch.randint(256, (size, size, 3), dtype=torch.uint8).numpy()
+               for camera in schema.CAMERAS}
+observation |= {key: torch.randn(schema.LOW_DIM[key]).numpy() for key in schema.PROPRIO_KEYS}
+observation |= {"task_id": task.task_id, "language": task.language}
+
+# %%
+if found:
+    with open_demo_file(found[task.name]) as data:
+        demonstration = data["data"][demo_names(data)[0]]
+        step = len(demonstration["actions"]) // 3
+        observation |= {key: demonstration["obs"][key][step]
+                        for key in (*schema.CAMERAS, *schema.PROPRIO_KEYS)}
+    print(f"step {step} of the first demonstration: {task.language}")
+else:
+    print("no demonstration found: this observation is random")
+
+# %% [markdown]
+# ## y and z, step by step
+#
+# `spatial-trm` is a trained policy with `variant="trm"` that comes with this package. It has
+# learned the ten tasks of LIBERO-Spatial, so its actions mean nothing for other suites. The loop is
+# the one above. After every cycle the action head reads the answer `y`, which in an episode it does
+# only once, at the end. `y` and `z` begin as the same random numbers for every observation: the
+# action before the first cycle knows nothing.
+
+# %%
+shipped = load_policy("pretrained/spatial-trm")
+block, K = shipped.block, shipped.config.chunk
+inputs = shipped.prepare(observation)
+with torch.inference_mode():
+    x = shipped.encode(inputs)  # (1, N, D)
+    y, z = block.initial_state(x).unbind(dim=1)  # (1, N, D) each
+    ys, zs = [y], [z]
+    for _ in range(shipped.config.num_recursions * block.cycles):
+        for _ in range(block.latent_updates):
+            z = block.net(x + y + z)
+        y = block.net(y + z)
+        ys.append(y)
+        zs.append(z)
+    formed = torch.stack([shipped.head(y[:, -K:])[0][0, 0] for y in ys])  # (cycles + 1, 7)
+    torch.testing.assert_close(formed[-1], shipped(inputs)[0, 0])
+
+# %%
+changes = {name: [((after - before).norm() / after.norm()).item()
+                  for before, after in zip(states, states[1:], strict=False)]
+           for name, states in (("y", ys), ("z", zs))}
+still = observation[schema.STILL_CAMERA]
+fig = plots.plot_refinement(still, changes, formed, "spatial-trm: one observation, cycle by cycle")
+plots.save_figure(fig, folder / "figures" / "03_answer.png")
+display(fig)
+
+# %%
+distance = (formed - formed[-1]).abs().amax(dim=1)  # of each cycle's action from the last
+print(f"The first cycle changes y by {100 * changes['y'][0]:.0f} % of its norm and z by "
+      f"{100 * changes['z'][0]:.0f} %, the last y by {100 * changes['y'][-1]:.0f} % and z by "
+      f"{100 * changes['z'][-1]:.0f} %.")
+print("Largest difference of the seven numbers from the final action: "
+      + ", ".join(f"{value:.2f} after cycle {cycle}" for cycle, value in enumerate(distance[:-1]))
+      + ".")
+
+# %% [markdown]
+# ## The policy of this run
+#
+# The same for the policy that this run trains, with the state that its action head reads: `h`, or
+# of `trm` the last K tokens of `y`. Before `04_train` has run, the network is untrained and its
+# action arbitrary; run this notebook again afterwards.
+
+# %%
+trained = (folder / "best.safetensors").exists()
+own = load_policy(folder) if trained else policy
+with torch.inference_mode():
+    action, states = own(own.prepare(observation), return_all_states=True)
+    formed = torch.stack([own.head(state)[0][0, 0] for state in states])  # (recursions + 1, 7)
+changes = [((after - before).norm() / after.norm()).item()
+           for before, after in zip(states, states[1:], strict=False)]
+
+# %%
+title = f"{folder.name}, {'trained' if trained else 'untrained'}: recursion by recursion"
+fig = plots.plot_refinement(still, {"state": changes}, formed, title)
+plots.save_figure(fig, folder / "figures" / "03_state.png")
+display(fig)
+print(f"This network is {'trained' if trained else 'not trained yet'}. Recursion {len(changes)} "
+      f"changes its state by {100 * changes[-1]:.0f} % of the norm and its action by up to "
+      f"{(formed[-1] - formed[-2]).abs().max():.3f}.")
+
+# %% [markdown]
+# Does the recursion improve the result? `07_visualize` measures the error of the action by the
+# number of recursions, and `docs/recursion.md` the success rate.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** How often does `spatial-trm` apply its network `net` in one decision?
+#
+# <details><summary>Answer</summary>
+#
+# Each cycle applies it n times to the latent and once to the answer, a recursion has T cycles, and
+# a decision takes `num_recursions` of these: 2 x 2 x (2 + 1) = 12. Count the calls:
+#
+# ```python
+# calls = []
+# hook = block.net.register_forward_hook(lambda *_: calls.append(1))
+# shipped(inputs)
+# hook.remove()
+# print(f"{len(calls)} applications of the network")
+# assert len(calls) == shipped.config.num_recursions * block.cycles * (block.latent_updates + 1)
+# ```
+#
+# </details>
+#
+# **2.** The state of `variant="block"` is a single token. Which parameters of its attention have no
+# effect?
+#
+# <details><summary>Answer</summary>
+#
+# Those of query and key. They only decide how the attention divides its weight of one over the
+# tokens, and a single token always gets all of it. Replace them, and the output stays the same:
+#
+# ```python
+# single = RecursiveBlock(width, heads).eval()
+# h = torch.randn(2, width)
+# before = single(h, h)
+# with torch.no_grad():
+#     single.attention.in_proj_weight[: 2 * width].normal_()  # query, key; then value
+# print(f"largest change: {(single(h, h) - before).abs().max():.1g}")
+# torch.testing.assert_close(single(h, h), before)
+# assert not torch.equal(single(h + 1, h), before)  # whereas another state gives another output
+# ```
+#
+# </details>
 
 # %% [markdown]
 # Next: `04_train` trains the policy.

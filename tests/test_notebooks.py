@@ -32,14 +32,14 @@ FIGURES = {
     "00_action",
     "01_frames", "01_action_statistics", "01_action_trace", "01_lengths", "01_alignment",
     "02_mask", "02_augmentation", "02_batch",
-    "03_latency",
+    "03_latency", "03_answer", "03_state",
     "04_training",
     "05_search", "05_coordinates",
     "06_episodes", "06_success", "06_lengths", "06_rollout",
     "07_predictions", "07_recursion", "07_moments", "07_depth", "07_prediction_by_depth",
     "07_halting", "07_saliency",
 }
-WITH_EXERCISES = [*NAMES[:3], "04_train", "06_eval"]
+WITH_EXERCISES = [*NAMES[:4], "04_train", "06_eval"]
 
 
 def read(name: str):

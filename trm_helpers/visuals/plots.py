@@ -28,7 +28,7 @@ from ..demos.alignment import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..files import atomic_path
 from ..sim.render import upright
 from ..stats import format_success
-from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
+from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED, SKY
 
 STYLE = {
     "font.size": 9,
@@ -494,6 +494,91 @@ def plot_chunk_mask(mask, title: str) -> Figure:
                loc="outside lower center", ncols=3)
     return describe(fig, "; ".join(f"{name}: {count} of {mask.size} actions"
                                    for name, count in zip(names, counts, strict=True)) + ".")
+
+
+@styled
+def plot_recursions() -> Figure:
+    """A drawing of both recursions: of ``variant="block"`` and of ``variant="trm"``."""
+    fig = new_figure(9, 4.4)
+    block, trm = fig.subplots(1, 2)
+    for axes, title, repeated in (
+            (block, "block: one state h", "num_recursions\ntimes"),
+            (trm, "trm: an answer y and a latent z", "T cycles,\nnum_recursions\ntimes")):
+        axes.set(xlim=(0, 10), ylim=(0, 10), title=title)
+        axes.axis("off")
+        _box(axes, 9.4, "images, proprioception, task", "white")
+        _down(axes, 8.9, 8.2, "encoders, once")
+        _box(axes, 7.7, "x", SKY)
+        _down(axes, 7.2, 6.1 if axes is trm else 5.3)
+        axes.add_patch(matplotlib.patches.Rectangle((0.3, 2.9), 6.9, 3.8, fill=False,
+                                                    linestyle="--"))
+        axes.text(7.5, 4.8, repeated, va="center")
+        _box(axes, 0.5, "K actions of seven numbers", "white")
+    _box(block, 4.6, "h = block(h, x)\nadd x, attention, MLP", ORANGE)
+    _down(block, 3.9, 1.0)
+    block.text(4.1, 1.9, "action head reads h", va="center")
+    _box(trm, 5.6, "z = net(x + y + z)", ORANGE)
+    trm.text(6.3, 5.6, "n times", va="center", ha="center")
+    _down(trm, 5.1, 4.2, "z")
+    _box(trm, 3.7, "y = net(y + z)", GREEN)
+    trm.annotate("", (1.9, 5.6), (1.9, 3.7), arrowprops={
+        "arrowstyle": "-|>", "connectionstyle": "arc3,rad=-0.5", "color": "black"})
+    trm.text(1.1, 4.65, "y", ha="right", va="center")
+    _down(trm, 3.2, 1.0)
+    trm.text(4.1, 1.9, "action head reads the last K tokens of y", va="center")
+    fig.suptitle("Two recursions: the same weights, applied to their own output")
+    return describe(fig, "block: h = block(h, x), num_recursions times, then the action head reads "
+                         "h. trm: n times z = net(x + y + z), then y = net(y + z), for T cycles in "
+                         "each recursion; the action head reads the last K tokens of y.")
+
+
+def _box(axes, height: float, text: str, colour: str) -> None:
+    axes.text(3.75, height, text, ha="center", va="center", bbox={
+        "facecolor": matplotlib.colors.to_rgba(colour, 0.35), "edgecolor": "black",
+        "boxstyle": "round,pad=0.4"})
+
+
+def _down(axes, start: float, end: float, label: str = "") -> None:
+    axes.annotate("", (3.75, end), (3.75, start), arrowprops={
+        "arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0})
+    axes.text(4.1, (start + end) / 2, label, va="center")
+
+
+@styled
+def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
+                    title: str) -> Figure:
+    """How a decision on one observation forms over n steps of a recursion.
+
+    Args:
+        image: the observation's stored frame (H, W, 3).
+        changes: of each part of the state, the relative change in each step (n,).
+        actions: (n + 1, 7), the first action read before the first and after each step.
+    """
+    actions = np.asarray(actions)
+    steps = np.arange(len(actions))
+    fig = new_figure(9, 3.6)
+    frame, change, table = fig.subplots(1, 3, width_ratios=(1, 1, 1.5))
+    show_image(frame, upright(image))
+    frame.set_title("observation")
+    for values, colour, dashes in zip(changes.values(), PALETTE, DASHES, strict=False):
+        change.plot(steps[1:], 100 * np.asarray(values), dashes, marker="o", color=colour)
+    change.set(ylim=(0, None), xlabel="step", title="change of the state (% of its norm)")
+    label_right(change, {name: (100 * values[-1], colour) for (name, values), colour
+                         in zip(changes.items(), PALETTE, strict=False)})
+    cells = table.imshow(actions.T, aspect="auto", cmap="PuOr", vmin=-1.5, vmax=1.5)
+    table.set(xticks=steps, yticks=range(schema.ACTION_DIM), yticklabels=schema.ACTION_NAMES,
+              xlabel="steps taken", title="first action (final: right column)")
+    table.axvline(steps[-1] - 0.5, color="black", linewidth=2)
+    if len(steps) <= 8:  # numbers would overlap
+        for (step, dim), value in np.ndenumerate(np.round(actions, 2) + 0.0):  # no -0.00
+            table.text(step, dim, f"{value:+.2f}", ha="center", va="center")
+    else:
+        fig.colorbar(cells, ax=table)
+    count_axis(change.xaxis)
+    fig.suptitle(title)
+    distance = np.abs(actions - actions[-1]).max(axis=1)
+    return describe(fig, "Largest distance of the action from the final one: " + ", ".join(
+        f"{value:.2f} after step {step}" for step, value in enumerate(distance[:-1])) + ".")
 
 
 # --- training and search -------------------------------------------------------------------------
