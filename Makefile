@@ -1,15 +1,26 @@
-# `make demo` and `make test` do their own set-up. PYTHON=python3.12 chooses the interpreter.
+# Every target does its own set-up. PYTHON=python3.12 chooses the interpreter.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STARTED := $(shell date +%s)
+# pip with the versions tested; its output goes to a file, of which large downloads are shown
+LOG := $(VENV)/install.log
+INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip install \
+    --constraint constraints.txt
+SHOWN := 2>&1 | tee -a $(LOG) | sed -un -E \
+    -e 's/^ *(Downloading|Using cached) ([A-Za-z0-9_.]+)-.* (\([0-9]{2,}[0-9.]* [MG]B\))$$/  \2 \3/p' \
+    -e 's/^Installing collected .*/  installing all packages/p' || { tail -n 20 $(LOG); exit 1; }
 
-.PHONY: help setup demo test test-fast test-pythons lint notebooks gallery kaggle
+.PHONY: help setup play demo lab test test-fast test-pythons lint notebooks gallery kaggle
 
 help:
 	@echo "make setup      virtual environment, pinned packages, OpenGL libraries"
+	@echo "make play       a trained policy plays and is filmed on three tasks"
 	@echo "make demo       demonstrations, training and evaluation of one task, notebooks 00 to 07"
+	@echo "make lab        JupyterLab with the notebooks"
 	@echo "make test       lint and all tests"
 	@echo "make test-fast  tests that need neither the simulator nor the notebooks"
 	@echo "make test-pythons  test-fast under each supported Python that is installed"
@@ -24,15 +35,31 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
 	    "Python %d.%d found, 3.10 to 3.13 needed; try: make PYTHON=python3.12" \
 	    % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
-	$(BIN)/python -m pip install --constraint constraints.txt --build-constraint constraints.txt \
-	    --editable '.[dev]'
-	$(BIN)/python -m trm_helpers preflight --gl
+	@echo "installing into $(VENV), with all messages in $(LOG)"
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(LOG)
+	@$(INSTALL) --quiet --upgrade pip setuptools $(SHOWN)
+	@$(INSTALL) --build-constraint constraints.txt --editable '.[dev]' $(SHOWN)
+	@$(BIN)/python -m trm_helpers preflight --gl
 	@touch $(STAMP)
 
+# One episode of three tasks by the shipped policy, whose weights and films are then in artifacts/.
+PLAYED := pretrained/spatial-trm
+play: setup
+	$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1
+	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
+	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then $(BIN)/python -m webbrowser "$$page"; fi; \
+	    echo "page  $$page"; echo "film  $$(ls -t $$(dirname "$$page")/videos/*/*.mp4 | head -n 1)"; \
+	    echo "next  make demo"
+
 demo: setup
-	TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo -p demos scripted
+	@TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo -p demos scripted
+
+lab: setup $(BIN)/jupyter-lab
+	$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+$(BIN)/jupyter-lab: | $(STAMP)
+	@$(INSTALL) jupyterlab $(SHOWN)
 
 # A process per core, up to 4, each with one thread and whole files: fixtures are expensive.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile

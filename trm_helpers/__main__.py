@@ -285,7 +285,8 @@ class Preflight:
 
         if self.gl:
             found = ensure_gl()
-            return found, [json.dumps(found)], True
+            line = f"OpenGL renders with {found['renderer']}, {found['ms']:.0f} ms a frame"
+            return found, [line], True
         if self.selftest:
             from .selftest import selftest
 
