@@ -124,7 +124,10 @@ for _ in range(steps):
     tokens = block.attention_norm(tokens + attended)
     h = block.mlp_norm(tokens + block.mlp(tokens)).squeeze(1)  # (B, D)
 
-torch.testing.assert_close(h, recurse_fixed(block, x, x, steps).output)
+packaged = recurse_fixed(block, x, x, steps).output
+torch.testing.assert_close(h, packaged)
+print(f"{steps} steps by hand and by the package: h {tuple(h.shape)} differs by at most "
+      f"{(h - packaged).abs().max():.1g}")
 
 # %% [markdown]
 # `variant="trm"`, the recursion of Tiny Recursive Models: `x` is a sequence of tokens, and the
@@ -143,15 +146,19 @@ for _ in range(steps * cycles):
         z = block.net(x + y + z)
     y = block.net(y + z)
 
-torch.testing.assert_close(y[:, -K:], recurse_fixed(block, x, first, steps).output)
+packaged = recurse_fixed(block, x, first, steps).output
+torch.testing.assert_close(y[:, -K:], packaged)
+print(f"{steps} recursions by hand and by the package: y of the {K} actions "
+      f"{tuple(packaged.shape)} differs by at most {(y[:, -K:] - packaged).abs().max():.1g}")
 
 # %% [markdown]
 # ## Parameters
 #
 # Where are the parameters? The block is shared by all `num_recursions` recursions. A recursion
 # applies its network once in `block` and `cycles * (latent_updates + 1)` times in `trm`, where it
-# is one supervision step of the paper. The other variants, `transformer` and `act` (Action Chunking
-# with Transformers), are baselines that apply their network once.
+# is one supervision step of the paper: in training, a loss follows each. The other variants,
+# `transformer` and `act` (Action Chunking with Transformers), are baselines that apply their
+# network once.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")
@@ -164,9 +171,9 @@ print(f"{parts.sum():,} parameters in all: {shares['encoders']:.0f} % in the ima
 # ## Shapes
 #
 # What passes through the network? A batch of two random observations: images -> one vector `x_cond`
-# of width D -> a state of the same width before and after every recursion -> seven numbers per
-# future action. With `variant="trm"`, `x_cond` is a sequence of tokens: of the images, of the
-# proprioception, of the task, and one per future action, from which the answer is read.
+# (x above) of width D -> a state of the same width before and after every recursion -> seven
+# numbers per future action. With `variant="trm"`, `x_cond` is a sequence of tokens: of the images,
+# of the proprioception, of the task, and one per future action, from which the answer is read.
 
 # %%
 size = config.model.image_size
@@ -206,6 +213,7 @@ print(f"2. parameters added by four times the recursions: {more}")
 print(f"3. largest gradient of the observation at the last recursion: {gradient:.3g}")
 print(f"4. largest action after 64 recursions: {far.abs().max().item():.3g}")
 assert change > 1e-6 and more == 0 and gradient > 1e-3 and far.isfinite().all()
+print("All four hold.")
 
 # %% [markdown]
 # ## Time per recursion
@@ -307,7 +315,7 @@ print("Largest difference of the seven numbers from the final action: "
 #
 # The same for the policy that this run trains, with the state that its action head reads: `h`, or
 # of `trm` the last K tokens of `y`. Before `04_train` has run, the network is untrained and its
-# action arbitrary; run this notebook again afterwards.
+# action arbitrary; run this notebook again afterwards. A trained run keeps its own settings.
 
 # %%
 trained = (folder / "best.safetensors").exists()
