@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,31 +11,44 @@ from demo_files import write_demo_file
 
 from trm_helpers import notebooks, paths, preflight
 from trm_helpers.__main__ import COMMANDS, main, parse
-from trm_helpers.config import COMMON, from_flat
+from trm_helpers.config import COMMON, PRESETS, from_flat
 from trm_helpers.demos import collect
 from trm_helpers.evaluation import evaluate, robustness
 from trm_helpers.evaluation.play import Evaluation
 from trm_helpers.preflight import Check
 from trm_helpers.search import search
 
+USAGE = {"collect": "[PRESET]", "train": "[PRESET]", "search": "[PRESET]", "validate": "FILE",
+         "trial": "RUN POINT", "run": "PRESET|NOTEBOOK", "preflight": ""}
 
-def test_every_command_has_help_with_the_settings_comments(capsys):
-    for name in COMMANDS:
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_how_a_command_is_called(name, capsys):
+    for flag in ("-h", "--help"):
         with pytest.raises(SystemExit) as ended:
-            parse([name, "--help"])
+            parse([name, flag])
         assert ended.value.code == 0
-        assert f"python -m trm_helpers {name}" in capsys.readouterr().out
+        usage = capsys.readouterr().out.splitlines()[0].split()
+        assert usage == ["usage:", "python", "-m", "trm_helpers", name,
+                         *USAGE.get(name, "RUN").split(), "[OPTIONS]"]
+    (example,) = re.findall("Example: `python -m trm_helpers (.*)`\n", COMMANDS[name].__doc__)
+    assert isinstance(parse(shlex.split(example)), COMMANDS[name])
+
+
+def test_help_lists_settings_with_their_comments_and_choices(capsys):
     with pytest.raises(SystemExit):
         parse(["trial", "--help"])
     assert "a setting of this machine, such as device cpu" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse(["train", "trm", "--help"])
     page = capsys.readouterr().out
-    first = re.findall(r"^  --(\S+) .*\(default: (.+)\)$", page.partition("╭")[0], re.M)
+    assert "PRESET: " + ", ".join(PRESETS) in page
+    assert "--variant {block,trm,transformer,act}" in page
+    first = re.findall(r"^  --(\S+) .*\(default: (.+)\)$", page.partition(" options ")[0], re.M)
     assert [name.replace("-", "_") for name, _ in first] == list(COMMON) and len(COMMON) == 8
     assert dict(first)["epochs"] == "70" and dict(first)["task-ids"] == "2"
     assert not {"--preset", "--keypoints"} & set(page.split())  # set by a command itself
-    said = " ".join(page.replace("│", " ").split())
+    said = " ".join(page.split())
     assert "--latent-updates INT trm: n, updates of z before each update of y (default: 2)" \
         in said
 
@@ -235,6 +249,13 @@ def test_it_starts_as_a_module():
     done = subprocess.run([sys.executable, "-m", "trm_helpers", "--help"], capture_output=True,
                           text=True)
     assert done.returncode == 0 and "evaluate" in done.stdout
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    done = subprocess.run(["bash", "-c", "set -o pipefail; "
+                           f"{shlex.quote(sys.executable)} -m trm_helpers train -h | head -n 0"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_run_from_elsewhere_chooses_no_cluster_and_no_workers(trained):

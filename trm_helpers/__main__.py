@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import json
+import os
 import re
 import signal
 import sys
@@ -24,11 +26,21 @@ from .config import COMMON, PRESETS, Config, DataConfig, EvalConfig, from_flat, 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
 Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
 Pairs = Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction]
+# text by what it names in usage lines
+RunName = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Suite = Annotated[str, tyro.conf.arg(metavar="SUITE")]
+Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+File = Annotated[str, tyro.conf.arg(metavar="FILE")]
+HELP = {"-h", "--help"}
 
 
 @dataclass
 class Collect:
-    """Find the demonstrations of the tasks, or collect scripted ones."""
+    """Find the demonstrations of the tasks, or collect scripted ones.
+
+    Example: `python -m trm_helpers collect demo --task-ids 0 2 5`
+    """
 
     data: OmitArgPrefixes[DataConfig]
 
@@ -41,10 +53,13 @@ class Collect:
 
 @dataclass
 class Validate:
-    """Print the quality card of a demonstration file: a verdict on each known fault."""
+    """Print the quality card of a demonstration file: a verdict on each known fault.
 
-    file: Positional[Path]  # *_demo.hdf5
-    suite: str = ""  # of the file's task: also checks frames and replays in the simulator
+    Example: `python -m trm_helpers validate NAME_demo.hdf5 --suite libero_spatial --task-id 2`
+    """
+
+    file: Positional[File]  # *_demo.hdf5
+    suite: Suite = ""  # of the file's task: also checks frames and replays in the simulator
     task_id: int = 0  # index of the task in the suite
     replays: int = 3  # demonstrations to replay
 
@@ -52,12 +67,13 @@ class Validate:
         from .demos.quality import BAD, frame_size, quality_card
         from .sim.env import LiberoEnv
 
+        file = Path(self.file)
         with contextlib.ExitStack() as stack:
             env = None
             if self.suite:
                 env = stack.enter_context(LiberoEnv(self.suite, self.task_id,
-                                                    image_size=frame_size(self.file)))
-            card = quality_card(self.file, env, self.replays, env.horizon if env else 0)
+                                                    image_size=frame_size(file)))
+            card = quality_card(file, env, self.replays, env.horizon if env else 0)
         lines = [f"{row['verdict']:5} {row['check']}: {row['found']}; expected {row['expected']}"
                  for row in card]
         return card, lines, all(row["verdict"] != BAD for row in card)
@@ -67,10 +83,12 @@ class Validate:
 class Train:
     """Train a policy into artifacts/RUN_NAME, or resume there, as 04_train does.
 
-    On several GPUs: `torchrun --nproc_per_node 2 -m trm_helpers train ...`.
+    Example: `python -m trm_helpers train trm --run-name my-trm --lr 5e-4`
+
+    On several GPUs: `torchrun --nproc_per_node 2 -m trm_helpers train ...`
     """
 
-    run_name: str  # folder under artifacts/
+    run_name: Name  # folder under artifacts/
     config: OmitArgPrefixes[SuppressFixed[Config]]
 
     def __call__(self) -> Result:
@@ -102,11 +120,14 @@ class Train:
 
 @dataclass
 class Search:
-    """Search hyper-parameters into artifacts/RUN_NAME/search, as 05_search does."""
+    """Search hyper-parameters into artifacts/RUN_NAME/search, as 05_search does.
 
-    run_name: str  # folder under artifacts/
+    Example: `python -m trm_helpers search demo --run-name s --search-workers 2`
+    """
+
+    run_name: Name  # folder under artifacts/
     config: OmitArgPrefixes[SuppressFixed[Config]]
-    export_sweep: str = ""  # only write a W&B sweep of the same trials to this YAML file
+    export_sweep: File = ""  # only write a W&B sweep of the same trials to this YAML file
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
@@ -128,10 +149,14 @@ class Search:
 
 @dataclass
 class Trial:
-    """Run one trial of an existing search, as the agent of a W&B sweep does."""
+    """Run one trial of an existing search, as the agent of a W&B sweep does.
 
-    run_name: Positional[str]  # folder under artifacts/
-    point: Positional[str]  # the settings searched over, as JSON: {"lr": 1e-3, ...}
+    Example: `python -m trm_helpers trial s '{"lr": 1e-3}' --setting device cpu`
+    """
+
+    run_name: RunName  # folder under artifacts/
+    # the settings searched over, as JSON: {"lr": 1e-3, ...}
+    point: Annotated[Positional[str], tyro.conf.arg(metavar="POINT")]
     # a setting of this machine, such as device cpu
     setting: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-s"])] = ()
 
@@ -145,7 +170,7 @@ class Trial:
 
 @dataclass
 class _Rollouts:
-    run: Positional[str]  # a run under artifacts/
+    run: RunName  # a run under artifacts/
     eval: OmitArgPrefixes[EvalConfig]
     weights: Literal[schema.WEIGHTS] = "best"  # of the run
     task_ids: tuple[int, ...] = ()  # other tasks than the run's
@@ -156,11 +181,13 @@ class Evaluate(_Rollouts):
     """Measure a run's success on the official init states, as 06_eval does.
 
     RUN may also be expert, random or no-op, with a suite and, by default, all its tasks.
+
+    Example: `python -m trm_helpers evaluate my-trm --num-episodes 20 --against demo`
     """
 
-    suite: str = ""  # another suite than the run's, also one of LIBERO-PRO
-    demo_dir: str = ""  # the run's demonstrations, to replay, if it was given a folder
-    against: str = ""  # another evaluated run to compare with, episode by episode
+    suite: Suite = ""  # another suite than the run's, also one of LIBERO-PRO
+    demo_dir: Folder = ""  # the run's demonstrations, to replay, if it was given a folder
+    against: Name = ""  # another evaluated run to compare with, episode by episode
 
     def __call__(self) -> Result:
         from .evaluation.baselines import BASELINES, plan_baseline, plan_bounds
@@ -199,9 +226,12 @@ class Evaluate(_Rollouts):
 
 @dataclass
 class Report:
-    """Write report.html and report.md, one page on a run, into its folder, as 07_visualize does."""
+    """Write report.html and report.md, one page on a run, into its folder, as 07_visualize does.
 
-    run: Positional[str]  # a run under artifacts/
+    Example: `python -m trm_helpers report my-trm`
+    """
+
+    run: RunName  # a run under artifacts/
 
     def __call__(self) -> Result:
         from .report import write_report
@@ -212,7 +242,10 @@ class Report:
 
 @dataclass
 class Robustness(_Rollouts):
-    """Measure a run's success under changes: a card beside its results."""
+    """Measure a run's success under changes: a card beside its results.
+
+    Example: `python -m trm_helpers robustness my-trm --num-episodes 10 --only swap brightness`
+    """
 
     only: tuple[str, ...] = ()  # only these changes, such as swap brightness
 
@@ -229,7 +262,10 @@ class Robustness(_Rollouts):
 
 @dataclass
 class Depth(_Rollouts):
-    """Measure a run's success by the number of recursions used."""
+    """Measure a run's success by the number of recursions used.
+
+    Example: `python -m trm_helpers depth my-trm --num-episodes 10 --depths 1 2 4`
+    """
 
     depths: tuple[int, ...] = ()  # none: 1, half, once and twice the training depth
     thresholds: tuple[float, ...] = (1e-4, 1e-3)  # of the convergence rule
@@ -250,10 +286,14 @@ class Depth(_Rollouts):
 
 @dataclass
 class Run:
-    """Run all notebooks with a preset, or one notebook such as 04_train."""
+    """Run all notebooks with a preset, or one notebook such as 04_train.
 
-    what: Positional[str]  # a preset, a notebook of the suite, or the path of an .ipynb
-    run_name: str = ""  # folder under artifacts/
+    Example: `python -m trm_helpers run 04_train -p preset tiny -p lr 1e-3`
+    """
+
+    # a preset, a notebook of the suite, or the path of an .ipynb
+    what: Annotated[Positional[str], tyro.conf.arg(metavar="PRESET|NOTEBOOK")]
+    run_name: Name = ""  # folder under artifacts/
     # a parameter of the notebooks, such as lr 1e-3
     parameter: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-p"])] = ()
 
@@ -273,7 +313,10 @@ class Run:
 
 @dataclass
 class Preflight:
-    """Check this machine: versions, OpenGL, a timed frame, settling objects, disk and memory."""
+    """Check this machine: versions, OpenGL, a timed frame, settling objects, disk and memory.
+
+    Example: `python -m trm_helpers preflight --quick`
+    """
 
     quick: bool = False  # skip the simulator
     gl: bool = False  # only check that OpenGL renders; as root, install missing packages
@@ -304,20 +347,21 @@ COMMANDS = {kind.__name__.lower(): kind
 
 def parse(argv: list[str]) -> Any:
     """The command with its arguments; exits with a message on wrong usage."""
-    if argv[:1] in (["-h"], ["--help"]):
-        print(_list_commands())
+    if HELP & {*argv[:1]}:
+        _print(_list_commands())
         sys.exit(0)
     if not argv or argv[0] not in COMMANDS:
         _exit_with_usage(_list_commands(*argv[:1]))
     name, *rest = argv
     kind, given, description = COMMANDS[name], {}, None
-    if kind in (Collect, Train, Search):
+    takes_preset = kind in (Collect, Train, Search)
+    if takes_preset:
         preset = rest.pop(0) if rest and not rest[0].startswith("-") else "demo"
         config = from_flat(preset)
         given = {"data": config.data} if kind is Collect else {"config": config}
         description = f"{inspect.getdoc(kind)}\n\n{_common_settings(kind, config)}"
     elif issubclass(kind, _Rollouts):
-        if rest and rest[0].startswith("-") and not {"-h", "--help"} & set(rest):
+        if rest and rest[0].startswith("-") and not HELP & {*rest}:
             _exit_with_usage("give the run before its settings, whose defaults are its own: "
                              f"python -m trm_helpers {name} RUN {rest[0]} ...")
         given = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
@@ -325,8 +369,26 @@ def parse(argv: list[str]) -> Any:
             given = {"eval": dataclasses.replace(given["eval"], num_videos=0, perturbation="none")}
     required = {part.name: tyro.MISSING for part in dataclasses.fields(kind)
                 if part.default is dataclasses.MISSING}
-    return tyro.cli(kind, args=rest, default=kind(**{**required, **given}), description=description,
-                    prog=f"python -m trm_helpers {name}")
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(page) if HELP & {*rest} else contextlib.nullcontext():
+            return tyro.cli(kind, args=rest, default=kind(**{**required, **given}),
+                            description=description, prog=f"python -m trm_helpers {name}")
+    except SystemExit:
+        if text := page.getvalue():  # tyro's usage has the options before the positional arguments
+            usage, _, rest = text.partition("\n")
+            usage = re.sub(r" \[.*?\]", "", usage) + " [PRESET]" * takes_preset
+            rest = re.sub(r"config\.(\w+ options)", r"\1", rest)
+            _print(f"{usage} [OPTIONS]\n{rest}")
+        raise
+
+
+def _print(text: str) -> None:
+    """Print to the end, or as far as ``| head`` reads."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_with_usage(message: str) -> None:
@@ -351,7 +413,8 @@ def _common_settings(kind: type, config: Config) -> str:
         names = [*COMMON[:4], "search_method", "max_configs", "search_epochs", "search_episodes"]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.M))
     values = {name: str(value).strip("(,)") for name, value in config.flat().items()}
-    return "\n".join(["Change these first:", *(
+    return "\n".join([f"PRESET: {', '.join(PRESETS)} (default: demo)", "",
+                      "Change these first:", *(
         f"  {'--' + name.replace('_', '-'):17} {comments[name]} (default: {values[name]})"
         for name in names)])
 
@@ -392,9 +455,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         return INTERRUPTED
     if as_json and result is not None:
-        print(json.dumps(result, indent=2), flush=True)
+        _print(json.dumps(result, indent=2))
     elif lines:
-        print("\n".join(lines), flush=True)
+        _print("\n".join(lines))
     return DONE if ok else BAD_VERDICT
 
 
