@@ -112,7 +112,7 @@ from trm_helpers.stats import (
     summarize_episodes,
 )
 from trm_helpers.training.runs import find_run, load_config
-from trm_helpers.visuals import plots
+from trm_helpers.visuals import films, plots
 
 # %%
 check_parameters(weights=weights, suite=suite, task_ids=task_ids,
@@ -213,9 +213,9 @@ print(f"Successes take {min(lengths)} to {max(lengths)} of {asked['horizon']} st
 # %% [markdown]
 # ## Watch the episodes
 #
-# Agent view on the left, wrist camera on the right, 1.5x speed. The dots show the planned path, one
-# per action of the chunk: orange for actions that are executed, blue for actions that the next
-# decision replaces. In a failed episode, did the policy miss the object, drop it, or miss the
+# In real time, from a camera that the policy does not see; its own cameras are small beside it. The
+# dots show the planned path, one per action of the chunk: orange for actions that are executed,
+# blue for actions that the next decision replaces. In a failed episode, did the policy miss the object, drop it, or miss the
 # target? Successes and failures are stored in separate folders.
 
 # %%
@@ -251,9 +251,10 @@ for grid in sorted((evaluation.folder / "videos").glob(f"{asked['suite']}-task*.
 for path, row in list(filmed.items())[:1]:
     with dispensable("the strip"):
         film = imageio.imread(path)
-        side = film.shape[2] // 2  # the agent view is the square at the lower left
-        steps = [round(i * row["steps"] / 5) for i in range(6)]
-        frames = [film[step, -side:, :side] for step in steps]
+        side = film.shape[2] // 2  # the main view is the square on the left
+        places = [round(i * (len(film) - films.FPS - 1) / 5) for i in range(6)]
+        frames = [film[place, :, :side] for place in places]
+        steps = [min(place * CONTROL_HZ // films.FPS, row["steps"]) for place in places]
         fig = plots.plot_rollout_strip(frames, steps, path.stem)
         plots.save_figure(fig, run / "figures" / "06_rollout.png")
         display(fig)

@@ -56,6 +56,10 @@ class StraightRoad:
     def goal_objects(self):
         return ["stick"]
 
+    def film_frame(self, size):
+        """Grey, brighter with each step."""
+        return np.full((size, size, 3), max(0, 200 - 40 * int(self.left)), np.uint8)
+
     def _look(self):
         frame = np.zeros((64, 64, 3), np.uint8)
         frame[0] = 255  # the first row as stored is at the bottom for a person

@@ -38,6 +38,7 @@ CAMERAS = {
     "agentview_rgb": "agentview_image",
     "eye_in_hand_rgb": "robot0_eye_in_hand_image",
 }
+FILM_CAMERA = "frontview"  # in the simulator; rendered for films only, no policy sees it
 CAMERA_TITLES = {"agentview_rgb": "agent view", "eye_in_hand_rgb": "wrist camera"}
 LOW_DIM = {"joint_states": 7, "gripper_states": 2, "ee_pos": 3, "ee_ori": 3, "ee_states": 6}
 # without `ee_ori`: the gripper points down, a turn by pi, at which axis-angle flips its sign

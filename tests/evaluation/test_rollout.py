@@ -5,6 +5,7 @@ import time
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from PIL import Image
 from walking import CountingPolicy, StraightRoad
 
 from trm_helpers import schema
@@ -20,7 +21,8 @@ def test_an_episode_ends_with_success_or_at_the_horizon():
     assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
                    "placement": "benchmark", "success": True, "steps": 3, "return": 1.0,
                    "horizon": 4, "lifted": ["stick"], "goal_objects": ["stick"],
-                   "mean_recursions": 3.0, "recursions_by_phase": {"reach": 3.0}}
+                   "mean_recursions": 3.0, "recursions_by_phase": {"reach": 3.0},
+                   "phases": [["reach", 3]]}
     failed = run_episode(policy, StraightRoad(), init_state=9)
     assert (failed["success"], failed["steps"]) == (False, 4)
     assert run_episode(policy, StraightRoad(), init_state=9, horizon=7)["steps"] == 7
@@ -72,10 +74,10 @@ def test_the_time_of_a_decision_is_without_the_drawing():
 def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
     row, frames = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
     assert row["video"] == str(tmp_path / "a-success.mp4") and row["steps"] == 2
-    assert frames.shape == (3, 64, 64, 3) and (frames[:, -1] == 255).all()
+    assert frames.shape == (2, 64, 64, 3) and (frames[:, -1] == 255).all()
     film = imageio.imread(tmp_path / "a-success.mp4")
-    assert len(film) == 3 + 30  # the last frame stands for a second
-    assert film[0][-2:, :190].mean() > 150 > film[0][-60:-20, :190].mean()
+    assert film.shape == (2 + 10, 320, 640, 3)  # steps 0 and 2; the last frame stands for a second
+    assert film[0][-2:, 330:470].mean() > 150 > film[0][-60:-20, 330:470].mean()
 
 
 class BrighteningRoad(StraightRoad):
@@ -89,20 +91,40 @@ class BrighteningRoad(StraightRoad):
 
 def test_each_frame_of_a_film_is_of_its_step(tmp_path):
     _, views = record_episode(CountingPolicy(), BrighteningRoad(), 2, tmp_path / "a.mp4")
-    film = imageio.imread(tmp_path / "a.mp4")[:, -192:].astype(float)
-    assert [view.mean() for view in views] == [50, 100, 150, 200]
-    for step, grey in enumerate((50, 100, 150, 200, 200)):
-        assert abs(film[step, :, :192] - grey).max() < 20 and film[step, :, 200:].max() < 20
+    film = imageio.imread(tmp_path / "a.mp4").astype(float)
+    assert [view.mean() for view in views] == [50, 150, 200]  # every second step, and the last
+    for number, (grey, main) in enumerate(((50, 80), (150, 160), (200, 200), (200, 200))):
+        assert abs(film[number, 200:, 340:460] - grey).max() < 20
+        assert film[number, 200:, 500:].max() < 20
+        assert abs(film[number, :250, :300] - main).max() < 9
 
 
-def test_a_film_says_the_task_the_step_the_recursions_and_the_outcome(tmp_path, monkeypatch):
-    written, draw = [], rollout.caption_frame
-    monkeypatch.setattr(rollout, "caption_frame",
-                        lambda frame, lines: written.append(lines) or draw(frame, lines))
-    record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
-    cameras = "agent view | wrist camera"
-    assert written[0] == ["walk to the end", cameras, "step   0 of 4  recursions  3"]
-    assert written[2] == ["walk to the end", cameras, "step   2 of 4  recursions  3  success"]
+def test_a_film_says_the_task_the_phase_the_time_and_the_outcome(tmp_path, monkeypatch):
+    written, draw = [], rollout.film_frame
+    monkeypatch.setattr(rollout, "film_frame",
+                        lambda *given: written.append(given[1:]) or draw(*given))
+    row, _ = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    record_episode(CountingPolicy(), StraightRoad(), 9, tmp_path / "a-{outcome}.mp4")
+    shown = [(*lines, progress, *end) for _, lines, progress, *end in written]
+    assert shown[:2] == [
+        ("walk to the end", "reach   0.0 of 0.2 s, 3 recursions", 0, "", True),
+        ("walk to the end", "reach   0.1 of 0.2 s, 3 recursions", 0.5, "success after 0.1 s", True)]
+    assert shown[-1] == ("walk to the end", "reach   0.2 of 0.2 s, 3 recursions", 1,
+                         "failure: time over (0.2 s)", False)
+    assert [*written[0][0]] == ["agent view", "wrist camera"] and row["phases"] == [["reach", 2]]
+
+
+class GraspingPolicy(CountingPolicy):
+    """Closes the gripper from the second step on."""
+
+    def act(self, observation):
+        self.steps = getattr(self, "steps", 0) + 1
+        return self.action + (self.steps > 1) * 2 * np.eye(7)[schema.GRIPPER_INDEX]
+
+
+def test_a_row_has_its_phases_in_their_order():
+    row = run_episode(GraspingPolicy(), StraightRoad(), 19, horizon=20)
+    assert row["phases"] == [["reach", 1], ["grasp", 8], ["carry", 11]]
 
 
 class PlanningRoad(StraightRoad):
@@ -118,31 +140,30 @@ class PlanningRoad(StraightRoad):
 
 
 class PlanningPolicy(CountingPolicy):
-    """Predicts four full steps forward and executes two of them."""
+    """Predicts four full steps forward and executes three of them."""
 
-    execution_horizon = 2
+    execution_horizon = 3
 
     def reset(self):
         self.calls, self.last_chunk = 0, None
 
     def act(self, observation):
-        if self.calls % 2 == 0:
+        if self.calls % 3 == 0:
             self.last_chunk = np.tile(self.action, (4, 1))
         self.calls += 1
         return self.action
 
 
 def test_a_film_shows_what_is_left_of_the_chunk(tmp_path):
-    record_episode(PlanningPolicy(), PlanningRoad(), 2, tmp_path / "a.mp4")
-    film = imageio.imread(tmp_path / "a.mp4")[:4, -192:, :192].astype(int)
-    # a step is 0.0125 m: 2 pixels of the frame, 6 of the film, up from its middle
+    record_episode(PlanningPolicy(), PlanningRoad(), 9, tmp_path / "a.mp4")  # 4 steps
+    film = imageio.imread(tmp_path / "a.mp4")[:3].astype(int)
+    # a step is 0.0125 m: 2 pixels of 64, 10 of the film's main view, up from its middle
     orange, blue = np.array([0xE6, 0x9F, 0x00]), np.array([0x56, 0xB4, 0xE9])
-    dots = [[90, 84, 78, 72], [90, 84, 78], [90, 84, 78, 72], []]  # rows, of 96 in the middle
-    for frame, rows, left in zip(film, dots, (2, 1, 2, 0), strict=True):
-        seen = [frame[row, 96] for row in (90, 84, 78, 72)]
-        expected = [orange if i < left else blue if i < len(rows) else 0 for i in range(4)]
-        for colour, told in zip(seen, expected, strict=True):
-            assert abs(colour - told).max() < 70, (colour, told)
+    for frame, (dots, executed) in zip(film, ((4, 3), (2, 1), (0, 0)), strict=True):
+        ground = frame[160, 80]
+        for number, row in enumerate((150, 140, 130, 120)):
+            expected = orange if number < executed else blue if number < dots else ground
+            assert abs(frame[row, 160] - expected).max() < 70, (number, frame[row, 160])
 
 
 # --- the real simulator -------------------------------------------------------------------------
@@ -159,18 +180,36 @@ def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path):
     """The arm rises, so that what changes between frames moves up in the picture."""
     row, frames = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
     assert (row["success"], row["steps"]) == (False, 12)
-    assert row["video"] == str(tmp_path / "failure.mp4") and frames.shape == (13, 128, 128, 3)
+    assert row["video"] == str(tmp_path / "failure.mp4") and frames.shape == (7, 128, 128, 3)
     film = imageio.imread(tmp_path / "failure.mp4")
-    assert len(film) == 13 + 30 and imageio.immeta(tmp_path / "failure.mp4")["fps"] == 30
-    agent_view = film[:13, -384:, :384][:, 1::3, 1::3].astype(float)
+    assert len(film) == 7 + 10 and imageio.immeta(tmp_path / "failure.mp4")["fps"] == 10
+    agent_view = np.stack([Image.fromarray(frame[160:, 320:480]).resize((128, 128))
+                           for frame in film[:7]]).astype(float)
 
     def mean_row(change):
         strong = np.where(change > 60, change, 0).sum(axis=1)
-        return strong @ np.arange(128) / strong.sum()
+        return strong @ np.arange(len(strong)) / strong.sum()
 
-    early, late = (np.abs(agent_view[a] - agent_view[b]).sum(axis=-1) for a, b in ((0, 2), (9, 11)))
-    assert mean_row(late) < mean_row(early) - 2 < 64
+    for views in (film[:7, :260, :320].astype(float), agent_view):
+        early, late = (np.abs(views[a] - views[b]).sum(axis=-1) for a, b in ((0, 1), (4, 5)))
+        assert mean_row(late) < mean_row(early) - 2
     assert np.abs(agent_view - frames).mean() < 10 < np.abs(agent_view - frames[:, ::-1]).mean()
+
+
+@pytest.mark.sim
+def test_filming_changes_no_frame_of_the_policy_and_no_step(env, tmp_path):
+    class Watching(CountingPolicy):
+        def act(self, observation):
+            self.seen.append([observation[name].copy() for name in (*schema.CAMERAS, "ee_pos")])
+            return super().act(observation)
+
+    plain, filmed = Watching(axis=2), Watching(axis=2)
+    plain.seen, filmed.seen = [], []
+    rows = [run_episode(plain, env, 1, 8), record_episode(filmed, env, 1, tmp_path / "a.mp4", 8)[0]]
+    assert rows[0]["steps"] == rows[1]["steps"] == 8 and (tmp_path / "a.mp4").exists()
+    for one, other in zip(plain.seen, filmed.seen, strict=True):
+        for before, after in zip(one, other, strict=True):
+            assert np.array_equal(before, after)
 
 
 @pytest.mark.sim

@@ -69,6 +69,22 @@ def test_caption_stands_above_the_picture():
     assert films.caption_frame(frame, []).shape == (384, 384, 3)
 
 
+def test_a_film_frame_has_a_large_view_the_policys_own_text_time_and_an_end():
+    main, own = np.full((320, 320, 3), 200, np.uint8), np.full((64, 64, 3), 90, np.uint8)
+    views = {"agent view": own, "wrist camera": own // 2}
+    half = films.film_frame(main, views, ["pick up the bowl " * 3, "reach"], 0.5)
+    assert half.shape == (320, 640, 3) and (half[:, :320] == 200).all()
+    assert (half[160:, 320:480] == 90).all() and (half[160:, 480:] == 45).all()
+    text = half[:110, 320:]
+    assert text.max() > 200 and text[:, -9:].max() == 0  # white, within the margin
+    bar = half[129, 328:632]
+    assert (bar[:150] == [0x56, 0xB4, 0xE9]).all() and (bar[155:] == 0x44).all()
+    for success, colour in ((True, [0x00, 0x9E, 0x73]), (False, [0xD5, 0x5E, 0x00])):
+        end = films.film_frame(main, views, [], 1, "success after 3.6 s", success)
+        assert (end[-3, :320] == colour).all() and (end[:260, :320] == 200).all()
+        assert (end[290:300, 8:300] > 240).all(axis=-1).any()
+
+
 def test_caption_refuses_other_frames():
     with pytest.raises(ValueError, match="expected \\(H, W, 3\\) and uint8"):
         films.caption_frame(np.zeros((8, 8, 3)), ["x"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,12 +15,12 @@ from .. import schema
 from ..sim import layouts
 from ..sim.env import LiberoEnv, Observation, SimulatorError, check_action
 from ..sim.render import upright
-from ..visuals.films import FPS, caption_frame, draw_path, enlarge, intended_path, write_video
+from ..visuals.films import FPS, MAIN, draw_path, film_frame, intended_path, write_video
 
 PHASES = ("reach", "grasp", "carry", "place")
 _GRASPING = 8  # steps that a grasp takes, from the command to close the gripper
 _LIFTED = 0.02  # metres above an object's height at the start
-_SCALE = 3  # of frames in films
+_EVERY = schema.CONTROL_HZ // FPS  # steps between frames of a film
 # raised while a policy decides, too; any other error that a policy raises is its own failure
 _MACHINE_FAULTS = (SimulatorError, OSError, MemoryError)
 
@@ -59,8 +60,8 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
         horizon, seconds, action_ms and max_action_ms (time per call of the policy, mean and
         largest, without rendering), ``lifted`` (the objects that rose by 2 cm, in that order),
         ``goal_objects``; the mean of the policy's ``last_recursions`` over the steps, as
-        ``mean_recursions`` and by :func:`phases` as ``recursions_by_phase``; and ``policy_error``
-        if the policy failed.
+        ``mean_recursions`` and by :func:`phases` as ``recursions_by_phase``; ``phases``, a list of
+        name and number of steps in their order; and ``policy_error`` if the policy failed.
     """
     horizon = horizon or env.horizon
     began = time.perf_counter()
@@ -87,7 +88,8 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     if watch:
         watch(observation, steps)
     used = np.array([count for count in recursions if isinstance(count, Real)])
-    phase = np.array(phases(closed))[:len(used)]
+    named = phases(closed)
+    phase = np.array(named)[:len(used)]
     return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
             "seed": seed, "placement": placement, "success": success, "steps": steps,
             "return": float(success), "horizon": horizon,
@@ -95,6 +97,7 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
             "mean_recursions": float(used.mean()) if len(used) else None,
             "recursions_by_phase": {name: float(used[phase == name].mean()) for name in PHASES
                                     if (phase == name).any()},
+            "phases": [[name, len([*group])] for name, group in itertools.groupby(named)],
             "action_ms": round(float(np.mean(took)), 3) if took else None,
             "max_action_ms": round(max(took), 3) if took else None,
             "seconds": round(time.perf_counter() - began, 3),
@@ -129,78 +132,103 @@ def phases(closed: Sequence[bool]) -> list[str]:
 
 def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | Path,
                    horizon: int = 0) -> tuple[dict, np.ndarray]:
-    """:func:`run_episode` with a film: both cameras, upright, with task, step and outcome.
+    """:func:`run_episode` with a film in real time, every second step, which ends with the outcome.
 
-    The rest of a policy's chunk is drawn as dots where the arm would go, one per step, orange until
-    the next decision and blue after it. The caption has the policy's recursions.
+    The main view is from ``schema.FILM_CAMERA``, which no policy sees; the policy's own cameras are
+    small beside it, with task, phase, time and recursions. The rest of a policy's chunk is drawn as
+    dots where the arm would go, one per step, orange until the next decision and blue after it.
 
     Args:
         path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
 
     Returns:
         the episode's row, with the film's path as ``video`` or the reason why there is none as
-        ``video_error``: filming never costs an episode; and the agent view (steps + 1, H, W, 3),
-        upright, without dots, as far as it was filmed.
+        ``video_error``: filming never costs an episode; and the agent view of each frame
+        (steps // 2 + 1 or more, H, W, 3), upright, without dots, as far as it was filmed.
     """
     film = _Film(policy, env)
     row = run_episode(policy, env, init_state, horizon, film.watch)
     outcome = "success" if row["success"] else "failure"
     path = Path(str(path).replace("{outcome}", outcome))
     try:
+        film.end()
         if film.error:
             raise film.error
-        write_video(path, film.frames(row["horizon"], outcome))
+        write_video(path, film.frames(row))
         row["video"] = str(path)
     except Exception as error:  # of ffmpeg, the disk, fonts, a renderer, a policy's last_chunk
         row["video_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return row, np.array([views[0] for views in film.views])
+    return row, np.array([frame.views[0] for frame in film.filmed])
+
+
+class _Frame(NamedTuple):
+    step: int
+    main: np.ndarray  # (MAIN, MAIN, 3)
+    views: list[np.ndarray]  # of the policy's cameras (H, W, 3)
+    paths: list[np.ndarray]  # pixels (n, 2) of the path, in the main view and in each of the views
+    executed: int  # of the path, before the next decision
+    recursions: int | None
 
 
 class _Film:
-    """An episode's frames, kept small: they are enlarged one at a time at the end."""
+    """An episode's frames, drawn one at a time at the end."""
 
     def __init__(self, policy: Policy, env: LiberoEnv):
         self.policy, self.env = policy, env
-        self.views: list[np.ndarray] = []  # (C, H, W, 3)
-        self.paths: list[tuple[list[np.ndarray], int]] = []  # pixels (n, 2) by camera; executed
-        self.recursions: list[int | None] = []
+        self.filmed: list[_Frame] = []
         self.chunk, self.age = None, 0
+        self.last: tuple[Observation, int] | None = None
         self.error: Exception | None = None
 
-    def watch(self, observation: Observation, _: int) -> None:
+    def watch(self, observation: Observation, step: int) -> None:
+        self.last = observation, step
+        chunk = getattr(self.policy, "last_chunk", None)
+        self.age = 0 if chunk is not self.chunk else self.age + 1
+        self.chunk = chunk
+        if step % _EVERY == 0:
+            self._film()
+
+    def end(self) -> None:
+        """Film the last step, if it was not."""
+        if self.last and not (self.filmed and self.filmed[-1].step == self.last[1]):
+            self._film()
+
+    def _film(self) -> None:
         if self.error is None:
             try:
-                self._watch(observation)
+                self.filmed.append(self._frame(*self.last))
             except Exception as error:
                 self.error = error
 
-    def _watch(self, observation: Observation) -> None:
-        self.views.append(np.stack([upright(observation[camera]) for camera in schema.CAMERAS]))
-        self.recursions.append(getattr(self.policy, "last_recursions", None))
-        chunk = getattr(self.policy, "last_chunk", None)
-        if chunk is None:
-            self.paths.append(([], 0))
-            return
-        self.age = 0 if chunk is not self.chunk else self.age + 1
-        self.chunk = chunk
-        path = intended_path(observation["ee_pos"], chunk[self.age:])
-        pixels = [self.env.project(path, camera) for camera in schema.CAMERAS]
-        self.paths.append((pixels, self.policy.execution_horizon - self.age))
+    def _frame(self, observation: Observation, step: int) -> _Frame:
+        paths, executed = [], 0
+        if self.chunk is not None:
+            path = intended_path(observation["ee_pos"], self.chunk[self.age:])
+            paths = [self.env.project(path, camera)
+                     for camera in (schema.FILM_CAMERA, *schema.CAMERAS)]
+            executed = self.policy.execution_horizon - self.age
+        return _Frame(step, self.env.film_frame(MAIN),
+                      [upright(observation[camera]) for camera in schema.CAMERAS], paths, executed,
+                      getattr(self.policy, "last_recursions", None))
 
-    def frames(self, horizon: int, outcome: str):
-        last = len(self.views) - 1
-        for step in [*range(last + 1), *[last] * FPS]:  # the last frame stays for a second
-            images = [enlarge(view, _SCALE) for view in self.views[step]]
-            pixels, executed = self.paths[step]
-            if step < last:  # after it nothing is predicted
-                images = [draw_path(image, _SCALE * points, executed)
-                          for image, points in zip(images, pixels, strict=False)] or images
-            used = self.recursions[step]
-            yield caption_frame(np.concatenate(images, axis=1), [
+    def frames(self, row: Mapping) -> Iterator[np.ndarray]:
+        phase = [name for name, steps in row["phases"] for _ in range(steps)] or [""]
+        seconds = row["steps"] / schema.CONTROL_HZ
+        end = (f"success after {seconds:.1f} s" if row["success"]
+               else "failure: error of the policy" if "policy_error" in row
+               else f"failure: time over ({seconds:.1f} s)")
+        last = self.filmed[-1]
+        for frame in [*self.filmed, *[last] * FPS]:  # the last frame stays for a second
+            now, limit = frame.step / schema.CONTROL_HZ, row["horizon"] / schema.CONTROL_HZ
+            images = [frame.main, *frame.views]
+            if frame is not last:  # after it nothing is predicted
+                images = [draw_path(image, points * (len(image) / self.env.image_size),
+                                    frame.executed)
+                          for image, points in zip(images, frame.paths, strict=False)] or images
+            yield film_frame(images[0], dict(zip(schema.CAMERA_TITLES.values(), images[1:],
+                                                 strict=True)), [
                 self.env.task.language,
-                " | ".join(schema.CAMERA_TITLES.values())
-                + (" | dots: predicted path" if pixels else ""),
-                f"step {step:3} of {horizon}"
-                + ("" if used is None else f"  recursions {used:2}")
-                + (f"  {outcome}" if step == last else ""),
-            ])
+                f"{phase[min(frame.step, len(phase) - 1)]:6} {now:4.1f} of {limit:.1f} s"
+                + ("" if frame.recursions is None else f", {frame.recursions} recursions"),
+                *(["dots: predicted path"] if frame.paths else ()),
+            ], min(1, now / limit), end if frame is last else "", row["success"])

@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import schema
 from ..software import check_pinned_versions, configure_gl, simulator_imports
-from .render import Scene
+from .render import Scene, upright
 
 _MAX_PLACEMENT_TRIES = 20  # LIBERO itself retries forever
 
@@ -290,6 +290,10 @@ class LiberoEnv(contextlib.AbstractContextManager):
         left, right = self.raw.robots[0]._ref_gripper_joint_pos_indexes
         return float(self.sim.data.qpos[left] - self.sim.data.qpos[right])
 
+    def film_frame(self, size: int) -> np.ndarray:
+        """uint8 (size, size, 3), upright, from ``schema.FILM_CAMERA``; changes no observation."""
+        return upright(Scene(self.raw).render(schema.FILM_CAMERA, size))
+
     def camera_position(self, camera: str) -> np.ndarray:
         """Position (3,) in metres of a camera."""
         return np.array(self.sim.data.cam_xpos[self._camera(camera)])
@@ -297,7 +301,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
     def project(self, points: np.ndarray, camera: str) -> np.ndarray:
         """Columns and rows (n, 2) of points (n, 3), in metres, in a camera's upright frame.
 
-        Points outside the frame are projected too; those behind the camera are NaN.
+        A frame has ``image_size`` rows, also one of ``schema.FILM_CAMERA``. Points outside the
+        frame are projected too; those behind the camera are NaN.
         """
         model, data = self.sim.model, self.sim.data
         index = self._camera(camera)
@@ -340,7 +345,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
     # --- inside -----------------------------------------------------------------------------------
 
     def _camera(self, name: str) -> int:
-        return self.sim.model.camera_name2id(schema.CAMERAS[name].removesuffix("_image"))
+        live = schema.CAMERAS.get(name, name)
+        return self.sim.model.camera_name2id(live.removesuffix("_image"))
 
     def _init_state(self, index: int) -> np.ndarray:
         if self._init_states is None:

@@ -6,6 +6,7 @@ All frames here are upright already (`sim.render.upright`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -14,25 +15,25 @@ import subprocess
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import schema
 from ..files import atomic_path
 from .colours import GREEN, ORANGE, RED, SKY
 
-FPS = 30  # one frame per control step (20 Hz): 1.5x speed
+FPS = 10  # every second control step (20 Hz) in real time: rendering takes most of a film's time
+MAIN = 320  # pixels of a film's main view; the policy's own views have half of it
 # metres that the arm moves in a control step for a command of 1: a quarter of where the controller
 # aims. Least squares over 8 steps of 30 demonstrations: 0.011, 0.0125, 0.0128 (x, y, z), r >= 0.95
 _STEP = 0.0125
 _TILE = 192  # pixels of an episode in a grid
-_FONT_SIZE = 14
+_FONT_SIZE, _LINE, _MARGIN = 14, 19, 8  # pixels
 _PATIENCE = 60.0  # seconds that ffmpeg may take for a frame
-_ENCODING = ("-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-movflags",
+_ENCODING = ("-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags",
              "+faststart")
 
 
@@ -76,20 +77,62 @@ def caption_frame(frame: np.ndarray, lines: Sequence[str]) -> np.ndarray:
         raise ValueError(
             f"frame has shape {frame.shape} and type {frame.dtype}; expected (H, W, 3) and uint8"
         )
-    from matplotlib.font_manager import findfont  # slow to import, and only captions need it
-
     height, width = frame.shape[:2]
-    font = ImageFont.truetype(findfont("DejaVu Sans Mono"), _FONT_SIZE)  # comes with matplotlib
-    margin, line_height = 8, 19
-    columns = int((width - 2 * margin) / font.getlength("m"))
-    text = [part for line in lines for part in textwrap.wrap(line, max(columns, 1)) or [""]]
-    band = line_height * len(text) + margin if text else 0
+    text = _wrapped(lines, width)
+    band = _LINE * len(text) + _MARGIN if text else 0
     canvas = Image.new("RGB", (width, height + band), "black")
-    draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(text):
-        draw.text((margin, margin // 2 + i * line_height), line, font=font, fill="white")
+    _write(ImageDraw.Draw(canvas), (_MARGIN, _MARGIN // 2), text)
     canvas.paste(Image.fromarray(frame), (0, band))
     return np.asarray(canvas)
+
+
+def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequence[str],
+               progress: float, outcome: str = "", success: bool = False) -> np.ndarray:
+    """A frame (MAIN, 2 * MAIN, 3) of a film, as a player shows it.
+
+    Args:
+        main: the large view on the left (MAIN, MAIN, 3).
+        views: the policy's own views by their titles, small, on the right below the text.
+        lines: the text.
+        progress: share of the allowed time, in [0, 1], drawn as a bar.
+        outcome: of the end: text on a green (``success``) or red band over the main view.
+    """
+    canvas = Image.new("RGB", (2 * MAIN, MAIN), "black")
+    canvas.paste(Image.fromarray(main), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    _write(draw, (MAIN + _MARGIN, _MARGIN), _wrapped(lines, MAIN))
+    small = MAIN // 2
+    bar = (MAIN + _MARGIN, small - 34, 2 * MAIN - _MARGIN, small - 28)
+    draw.rectangle(bar, fill="#444444")
+    draw.rectangle((*bar[:2], bar[0] + progress * (bar[2] - bar[0]), bar[3]), fill=SKY)
+    for number, (title, view) in enumerate(views.items()):
+        left = MAIN + number * small
+        image = Image.fromarray(view).resize((small, small), Image.Resampling.BICUBIC)
+        canvas.paste(image, (left, small))
+        _write(draw, (left + _MARGIN, small - _LINE - 2), [title])
+    if outcome:
+        draw.rectangle((0, MAIN - 52, MAIN - 1, MAIN - 1), fill=GREEN if success else RED)
+        text = [f"{'✓' if success else '✗'} {line}" if not i else f"  {line}"
+                for i, line in enumerate(_wrapped([outcome], MAIN - 30))]
+        _write(draw, (_MARGIN, MAIN - 26 - _LINE * len(text) / 2), text)
+    return np.asarray(canvas)
+
+
+def _wrapped(lines: Sequence[str], width: int) -> list[str]:
+    columns = int((width - 2 * _MARGIN) / _font().getlength("m"))
+    return [part for line in lines for part in textwrap.wrap(line, max(columns, 1)) or [""]]
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: Sequence[str]) -> None:
+    for number, line in enumerate(text):
+        draw.text((place[0], place[1] + number * _LINE), line, font=_font(), fill="white")
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    from matplotlib.font_manager import findfont  # slow to import, and only captions need it
+
+    return ImageFont.truetype(findfont("DejaVu Sans Mono"), _FONT_SIZE)  # comes with matplotlib
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int = FPS) -> Path:
@@ -179,7 +222,7 @@ def _killed_if_it_hangs(process: subprocess.Popen) -> Iterator[None]:
 
 def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
                labels: Sequence[str], successes: Sequence[bool], columns: int = 0) -> Path:
-    """Films of `rollout.record_episode` side by side, agent view only, each under its label.
+    """Films of `rollout.record_episode` side by side, main view only, each under its label.
 
     A film that has ended keeps its last frame, framed green for a success and red for a failure.
     ``columns`` 0 makes about as many rows as columns.
@@ -207,12 +250,12 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
 
 
 def _tiles(reader, label: str, success: bool) -> Iterator[np.ndarray]:
-    """A film's agent view as a tile of the grid; the last frame is framed."""
+    """A film's main view as a tile of the grid; the last frame is framed."""
     before = None
     for frame in reader.iter_data():
         if before is not None:
             yield caption_frame(before, [label])
-        side = frame.shape[1] // len(schema.CAMERAS)  # a square at the lower left
+        side = frame.shape[1] // 2  # a square at the lower left
         view = Image.fromarray(frame[-side:, :side])
         before = np.asarray(view.resize((_TILE, _TILE), Image.Resampling.LANCZOS))
     framed = Image.fromarray(before)
