@@ -213,10 +213,11 @@ print(f"Successes take {min(lengths)} to {max(lengths)} of {asked['horizon']} st
 # %% [markdown]
 # ## Watch the episodes
 #
-# In real time, from a camera that the policy does not see; its own cameras are small beside it. The
-# dots show the planned path, one per action of the chunk: orange for actions that are executed,
-# blue for actions that the next decision replaces. In a failed episode, did the policy miss the object, drop it, or miss the
-# target? Successes and failures are stored in separate folders.
+# In real time, from a camera that the policy does not see; its own cameras are small beside it.
+# The dots show the planned path, one per action of the chunk: orange for actions that are
+# executed, blue for actions that the next decision replaces. In a failed episode, did the policy
+# miss the object, drop it, or miss the target? Successes and failures are stored in separate
+# folders.
 
 # %%
 filmed = films_of(episodes, evaluation.folder)
