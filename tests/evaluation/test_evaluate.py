@@ -329,7 +329,7 @@ def test_a_missing_piece_of_a_run_costs_no_results(bounded, piece):
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     assert evaluate_run(bounded, config)["successes"] == first["successes"] == 2
     assert play_bounds(bounded, config)["replay"]["successes"] == 1
-    assert "2 of 2 episodes" in write_report(bounded).read_text()
+    assert "2 of 2 episodes" in write_report(bounded).with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(("line", "problem"), [
@@ -405,7 +405,7 @@ def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):
         file = bounded / "robustness" / f"{suite}-none" / "bounds" / "no-op" / "results.json"
         assert json.loads(file.read_text())["protocol"]["horizon"] == horizon
     evaluate_run(bounded, config)
-    text = write_report(bounded).read_text()
+    text = write_report(bounded).with_suffix(".md").read_text()
     assert "| no-op | 0 of 2 |" in text and "| replay | 2 of 2 |" in text
 
 
@@ -426,7 +426,7 @@ def test_the_report_shows_no_bound_of_another_suite(bounded):
     config = EvalConfig(num_episodes=1, bound_episodes=2, num_videos=0)
     evaluate_run(bounded, config)
     baselines.plan_baseline("no-op", bounded / "bounds" / "no-op", config, "libero_goal").play()
-    assert "no-op" not in write_report(bounded).read_text()
+    assert "no-op" not in write_report(bounded).with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize("wrong", ["bounds", "against", "other suite"])
@@ -484,10 +484,10 @@ def test_rows_carry_the_digest_of_what_was_loaded(run, monkeypatch):
 def test_results_of_older_weights_are_marked(run, capsys):
     evaluate_run(run, EvalConfig(num_episodes=2, num_videos=0))
     robustness_card(run, EvalConfig(num_episodes=2, num_videos=0), only=["swap"])
-    assert "Stale" not in write_report(run).read_text()
+    assert "Stale" not in write_report(run).with_suffix(".md").read_text()
     assert compare.stale_episodes(run) == []
     (run / "best.safetensors").write_bytes(b"trained further")
-    text = write_report(run).read_text()
+    text = write_report(run).with_suffix(".md").read_text()
     success, changed = text.split("## When something changes")
     assert "**Stale: made with other weights" in success and "**Stale" in changed
     (said,) = compare.stale_episodes(run)

@@ -6,7 +6,6 @@ All frames here are upright already (`sim.render.upright`).
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -33,7 +32,7 @@ _STEP = 0.0125
 _TILE = 192  # pixels of an episode in a grid
 _FONT_SIZE, _LINE, _MARGIN = 14, 19, 8  # pixels
 _PATIENCE = 60.0  # seconds that ffmpeg may take for a frame
-_ENCODING = ("-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-movflags",
+_ENCODING = ("-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "23", "-movflags",
              "+faststart")
 
 
@@ -128,7 +127,6 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: Sequence
         draw.text((place[0], place[1] + number * _LINE), line, font=_font(), fill="white")
 
 
-@functools.cache
 def _font() -> ImageFont.FreeTypeFont:
     from matplotlib.font_manager import findfont  # slow to import, and only captions need it
 
