@@ -14,15 +14,15 @@
 # Behaviour cloning trains the policy to reproduce the demonstrators' actions from the same
 # observations.
 #
-# **You will learn**
+# **What you will learn**
 # - to write a training loop in ten lines, and what the real trainer adds to it
 # - to read loss curves: when training is finished, and what overfitting looks like
 # - why a low loss is not the goal: it measures agreement with the demonstrator along demonstrated
 #   trajectories; success at the task is measured in the simulator (`06_eval`)
 # - to stop, resume and repeat a training, and what a run folder holds
 #
-# **Time:** 10 minutes to read, 3 to run (preset `demo`, two CPU cores).
-# **Needs:** demonstrations (collected if missing, see `01_explore`). **Writes:** a run folder
+# **Time**: 10 minutes to read; 3 to run (preset `demo`, two CPU cores).
+# **Needs** demonstrations (collected if missing, see `01_explore`). **Writes** a run folder
 # `artifacts/<run_name>/`, complete after every epoch: weights, settings, metrics, a figure.
 #
 # Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged preset is

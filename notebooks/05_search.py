@@ -14,14 +14,14 @@
 # A search trains the policy with several settings and ranks them. The grid combines learning rates,
 # widths and numbers of recursions.
 #
-# **You will learn**
+# **What you will learn**
 # - to read a ranking, and what it cannot tell: another seed changes a loss too
 # - to see which setting matters, from parallel coordinates and an importance estimate
 # - to choose between a grid, Optuna's sampler and successive halving
 # - to train the best settings in full, which is what the ranking is for
 #
-# **Time:** 10 minutes to read, 1 to run (preset `demo`, two CPU cores).
-# **Needs:** demonstrations (collected if missing, see `01_explore`). **Writes:**
+# **Time**: 10 minutes to read; one to run (preset `demo`, two CPU cores).
+# **Needs** demonstrations (collected if missing, see `01_explore`). **Writes**
 # `artifacts/<run_name>/search/`: a run folder per trial, `trials.json`, `best.yaml`; figures.
 #
 # The `demo` preset trains 4 of the 16 points for three epochs; `max_configs=0` trains all of them.

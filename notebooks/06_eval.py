@@ -15,14 +15,14 @@
 # benchmark's 50 official init states, which scripted demonstrations never use, and ends at success
 # or at the horizon, the number of steps allowed.
 #
-# **You will learn**
+# **What you will learn**
 # - why a success rate means little without its number of episodes, its interval and its protocol
 # - what bounds it: replayed demonstrations, the scripted expert, random actions, no action
 # - to see from films and counts how a policy fails
 # - to compare two policies on the same episodes, and when a difference is significant
 #
-# **Time:** 10 minutes to read, 2 to run (preset `demo`, two CPU cores).
-# **Needs:** the run folder of `04_train`. **Writes:** into it: `episodes.jsonl`, `results.json`,
+# **Time**: 10 minutes to read; 2 to run (preset `demo`, two CPU cores).
+# **Needs** the run folder of `04_train`. **Writes** into it `episodes.jsonl`, `results.json`,
 # `videos/`, `bounds/`, figures.
 #
 # Five successes in five episodes sound perfect, but a policy with a success rate of 50 % achieves

@@ -13,6 +13,16 @@
 #
 # What does the policy predict wrongly, how does the recursion change its state, how many recursions
 # does it need, and which pixels matter? The last code cell writes a report of the whole run.
+#
+# **What you will learn**
+# - to look for systematic errors of a policy: one dimension, a shrunken range, a wrong gripper
+# - to watch a recursion form an action, step by step, and to see whether it converges
+# - to measure what each recursion contributes, by differences on the same samples
+# - to read a saliency map, and what it does not prove
+#
+# **Time**: 10 minutes to read; less than one to run (preset `demo`, two CPU cores).
+# **Needs** the run folder of `04_train` and its demonstrations. **Writes** into the run folder
+# figures, `explain.json`, the report.
 
 # %% tags=["parameters"]
 # change these first
@@ -89,7 +99,8 @@ policy = load_policy(run, weights)
 looked_at = dict(task_ids=task_ids, num_demos=num_demos, demo_dir=demo_dir)
 seen = config.replace(**{name: value for name, value in looked_at.items() if value is not None})
 data = held_out(run, demonstrations_of(run, seen), seen, policy)
-observations = data.batch([len(data) // 3])["observations"]
+sample = len(data) // 3  # of the demonstrations that were held out
+observations = data.batch([sample])["observations"]
 
 # %% [markdown]
 # ## Predicted and demonstrated actions
@@ -103,7 +114,15 @@ observations = data.batch([len(data) // 3])["observations"]
 # %%
 report, fig = analyze_model_predictions(policy, data, num_errors=num_samples)
 plots.save_figure(fig, run / "figures" / "07_predictions.png")
-fig
+display(fig)
+
+# %%
+error, ratio = report["mean_absolute_error"], report["std_ratio"]
+worst = max(error, key=error.get)
+shrunk = [name for name, value in ratio.items() if value is not None and value < 0.8]
+print(f"{worst} has the largest error ({error[worst]:.3f} on average). Shrunk to less than 80 % of "
+      f"the demonstrated spread: {', '.join(shrunk) or 'no dimension'}. The gripper command is "
+      f"right in {100 * report['gripper_accuracy']:.0f} % of {report['count']} samples.")
 
 # %% [markdown]
 # ## Keypoints
@@ -120,6 +139,23 @@ if policy.config.keypoints:
                             keypoints.predicted_keypoints(policy, looked), policy.config.keypoints)
     plots.save_figure(fig, run / "figures" / "07_places.png")
     display(fig)
+else:
+    print("Not shown: this policy has no localizer. Train one with scenes=60 in 04_train (about 20 "
+          "minutes more per task on two CPU cores).")
+
+# %% [markdown]
+# ## The recursion, step by step
+#
+# One observation, and what each recursion makes of it. Above: all numbers of the hidden state as
+# coloured squares (purple positive, orange negative), and how far the step moved it, as a share of
+# its norm. Below: the action that the head reads from that state, in the environment's units, with
+# the demonstrated one as diamonds.
+
+# %%
+fig = explain.plot_recursion_steps(explain.recursion_steps(policy, data, sample))
+plots.save_figure(fig, run / "figures" / "07_steps.png")
+display(fig)
+print(fig.finding)
 
 # %% [markdown]
 # ## The state during recursion
@@ -127,14 +163,14 @@ if policy.config.keypoints:
 # Left: each row is one number of the hidden state, each column one step. Step 0 is the initial
 # state: the encoded observation with `variant="block"`, constant with `"trm"`. Middle: the norm of
 # the state. Right: the norm of its change in each step. A recursion that has converged stops
-# changing its state: the red curve falls below the dotted line, and the last columns on the left
-# look alike.
+# changing its state: the curve on the right falls below the dotted line, and the last columns on
+# the left look alike.
 
 # %%
 recursion, fig = visualize_recursive_states(policy, observations)
 plots.save_figure(fig, run / "figures" / "07_recursion.png")
+display(fig)
 print(recursion["sentence"])
-fig
 
 # %% [markdown]
 # Four moments of a held-out demonstration: how the action forms over the recursions. `report.html`
@@ -155,39 +191,44 @@ for moment in moments:
 # %% [markdown]
 # ## How many recursions are needed?
 #
-# The same weights with fewer and more recursions than in training. If the error falls up to the
-# dotted line (training depth), every recursion improves the action. If the curve is flat after it,
-# further recursions neither help nor harm. All depths use the same samples, so differences between
-# depths can be reliable even where the bands overlap.
+# The same weights with fewer and more recursions than in training. Samples differ in difficulty by
+# far more than depths do, so the middle panel shows differences on the same samples: the error at
+# each depth minus that at the training depth (dotted line), with the 95 % interval of these paired
+# differences. An interval above 0 left of the dotted line: the recursions up to there improve the
+# action. An interval around 0 right of it: further recursions neither help nor harm.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
 fig = explain.plot_depth_curve(curve)
 plots.save_figure(fig, run / "figures" / "07_depth.png")
-fig
+display(fig)
+print(explain.depth_sentence(curve))
 
 # %% [markdown]
-# The first action of one sample by depth. The lines should be constant from the training depth
-# onwards.
+# The first action of one sample by depth, also beyond the training depth. The lines should be
+# constant from there on.
 
 # %%
 depths = list(range(1, 2 * config.model.num_recursions + 1))
 fig = explain.plot_prediction_by_depth(
     depths, explain.prediction_by_depth(policy, observations, depths))
 plots.save_figure(fig, run / "figures" / "07_prediction_by_depth.png")
-fig
+display(fig)
+print(fig.finding)
 
 # %% [markdown]
 # A lower error on demonstrated states does not imply a higher success rate. With `depth_episodes`
 # above 0, the same weights are evaluated in the simulator from the same init states: as trained,
 # with fewer and more recursions, with a rule that stops when the action no longer changes, and with
-# the state carried over between decisions. Each row of the table costs one evaluation.
-# `python -m trm_helpers depth RUN` does the same.
+# the state carried over between decisions. `python -m trm_helpers depth RUN` does the same.
 
 # %%
 if depth_episodes:
     depth_card(run, config=dataclasses.replace(config.eval, num_episodes=depth_episodes),
                weights=weights, task_ids=task_ids or ())
+elif not (run / "depth.json").exists():
+    print("Not run: set depth_episodes=10 (seven evaluations of ten episodes per task, about seven "
+          "minutes per task on two CPU cores).")
 for path in run.glob("depth.json"):
     card = json.loads(path.read_text())
     if marked := stale(run, card):
@@ -201,6 +242,9 @@ for path in run.glob("depth.json"):
 # objects have moved has memorised their usual positions.
 
 # %%
+if not (run / "robustness.json").exists():
+    print("Not run: set robustness_episodes=10 in 06_eval (about twelve minutes per task on two "
+          "CPU cores), then run this notebook again.")
 for path in run.glob("robustness.json"):
     card = json.loads(path.read_text())
     if marked := stale(run, card):
@@ -216,24 +260,43 @@ for path in run.glob("robustness.json"):
 # threshold. A batch continues until its last sample has stopped.
 
 # %%
-fig = explain.plot_halting(explain.halting_profile(policy, data, num_samples))
+profile = explain.halting_profile(policy, data, num_samples)
+fig = explain.plot_halting(profile)
 plots.save_figure(fig, run / "figures" / "07_halting.png")
-fig
+display(fig)
+print(f"With halting={profile['halting']!r}, a sample uses {profile['mean']:.2f} of at most "
+      f"{profile['limit']} recursions.")
 
 # %% [markdown]
 # ## Which pixels matter?
 #
-# Integrated gradients of the arm's first predicted action. Bright pixels affect it most; they
-# should lie on the gripper, the object and the target, not on the wall. All cameras share one
-# scale, so a dark camera has little effect at this moment. Near the object, often only the wrist
-# camera has an effect.
+# Integrated gradients of the arm's first predicted action, over the image in grey. Bright pixels
+# affect it most; they should lie on the gripper, the object and the target, not on the wall. All
+# cameras share one scale, so a dark camera has little effect at this moment. Near the object, often
+# only the wrist camera has an effect.
 
 # %%
 maps = explain.saliency(policy, observations)
 images = {camera: observations[camera][0, 0].numpy() for camera in config.model.cameras}
 fig = explain.plot_saliency(images, {camera: maps[camera][0] for camera in images})
 plots.save_figure(fig, run / "figures" / "07_saliency.png")
-fig
+display(fig)
+print(explain.saliency_sentence({camera: maps[camera][0] for camera in images}))
+
+# %% [markdown]
+# ## What each figure can and cannot say
+#
+# - **Predictions** show which numbers are wrong on demonstrated states, and whether they shrink to
+#   the mean. Not whether the robot succeeds: small errors add up over an episode.
+# - **The recursion, step by step** shows how one action forms. Not that others form alike, nor that
+#   the last step is the best.
+# - **The state during recursion** shows whether it settles. Not whether on the right answer.
+# - **The error by depth** shows what each recursion contributes on demonstrated states. Not what
+#   depth is worth in control; that is `depth_episodes`.
+# - **The recursions used** show where a halting rule spends its steps. Not that those samples are
+#   harder.
+# - **Saliency** shows where a small change of a pixel changes the action. Not why, nor what happens
+#   if an object is moved; that is the robustness card of `06_eval`.
 
 # %% [markdown]
 # ## Report
@@ -253,7 +316,47 @@ write_json(run / "explain.json", {"weights": weights, "sha256": policy.sha256,
                                   "recursion": recursion, "moments": moments})
 page = write_report(run)
 print("open in a browser:", page)
-Markdown(page.with_suffix(".md").read_text().split("## Films")[0].split("## Figures")[0])
+text = page.with_suffix(".md").read_text().split("## Films")[0].split("## Figures")[0]
+display(Markdown(text))
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.** Why is the paired difference at the training depth exactly zero, and its interval without
+# width, although the error itself varies from sample to sample?
+#
+# <details><summary>Answer</summary>
+#
+# Each sample is compared with itself, so its difficulty cancels out; at the training depth the two
+# predictions are the same. The interval of the error itself is wide because samples differ in
+# difficulty. That does not matter for the question whether one depth is better than another.
+#
+# ```python
+# place = curve["depths"].index(curve["trained_depth"])
+# low, high = curve["arm_interval"][place]
+# print(f"error {low:.4f} to {high:.4f}, but difference {curve['arm_gap_interval'][place]}")
+# assert curve["arm_gap_interval"][place] == [0, 0] and low < high
+# ```
+#
+# </details>
+#
+# **2.** The norm of the state hardly changes after the first step. Does that mean that the state no
+# longer changes?
+#
+# <details><summary>Answer</summary>
+#
+# No: a vector can turn without changing its length, and layer normalisation keeps the length of the
+# state nearly constant whatever it holds. The norm of the change is what converges. It is always at
+# least as large as the change of the norm (triangle inequality).
+#
+# ```python
+# norms, changes = recursion["norms"], recursion["changes"]
+# for step, change in enumerate(changes, 1):
+#     print(f"step {step}: norm {norms[step] - norms[step - 1]:+.3f}, state {change:.3f}")
+#     assert abs(norms[step] - norms[step - 1]) <= change * 1.001 + 1e-4
+# ```
+#
+# </details>
 
 # %% [markdown]
 # This completes the series, from demonstrations to a trained, evaluated and explained policy. To

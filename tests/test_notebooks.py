@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from demo_files import write_demo_file
+from nbclient import NotebookClient
 
 from trm_helpers import paths
 from trm_helpers.__main__ import main
@@ -39,7 +40,8 @@ FIGURES = {
     "07_predictions", "07_recursion", "07_moments", "07_depth", "07_prediction_by_depth",
     "07_halting", "07_saliency",
 }
-WITH_EXERCISES = [*NAMES[:4], "04_train", "06_eval"]
+RETURN_NOTHING = ("display", "print", "session.begin", "session.keep", "show_notebook",
+                  "torch.testing.assert_close")
 
 
 def read(name: str):
@@ -79,6 +81,25 @@ def test_notebook_defines_nothing_and_keeps_cells_short(name):
     for cell in cells:
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell)))
     assert statistics.median(cell.count("\n") + 1 for cell in cells) < 10
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_cell_shows_its_last_value(name):
+    """It would appear in an executed notebook, but not with %run: `display` does in both."""
+    for cell in code(read(name)):
+        last = ast.parse(cell).body[-1]
+        if isinstance(last, ast.Expr):
+            assert ast.unparse(last).split("(")[0] in RETURN_NOTHING \
+                or ast.unparse(last).endswith(".backward()"), cell
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_begins_with_what_it_teaches_takes_and_writes(name):
+    first = read(name).cells[0].source
+    learned = first.split("**What you will learn**\n")[1].split("\n\n")[0]
+    assert 3 <= sum(line.startswith("- ") for line in learned.splitlines()) <= 4
+    assert re.search(r"\*\*Time\*\*: \d+ minutes to read[;.]", first)
+    assert "two CPU cores" in first and "**Needs**" in first and "**Writes**" in first
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -139,7 +160,7 @@ def answers(notebook) -> list[str]:
     return ["\n".join(re.findall(r"```python\n(.*?)```", answer, re.DOTALL)) for answer in folded]
 
 
-@pytest.mark.parametrize("name", WITH_EXERCISES)
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_ends_with_two_exercises_whose_answers_assert_something(name):
     assert read(name).cells[-2].source.startswith("## Exercises\n")
     found = answers(read(name))
@@ -251,6 +272,53 @@ def test_suite_started_again_does_nothing_again(tiny):
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("kept from before") == 8
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+# --- every way of running one -------------------------------------------------------------------
+
+
+def shown(notebook) -> list[str]:
+    """The kind of each figure, table and film in an executed notebook, in order."""
+    data = [output.get("data", {}) for cell in notebook.cells if cell.cell_type == "code"
+            for output in cell.outputs]
+    return [kind for each in data for kind in ("image/png", "text/html") if kind in each]
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_five_ways_of_running_show_the_same(tiny, tmp_path, monkeypatch):
+    """papermill (its copies exist), a client such as JupyterLab's, Kaggle's "Save & Run All", %run
+    in another notebook, and the display of executed copies in kaggle_all."""
+    environment, run, _ = tiny
+    for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR"):
+        monkeypatch.setenv(name, environment[name])
+    for name, least in (("03_model", 2), ("04_train", 3)):
+        executed = run / "notebooks" / f"{name}.ipynb"
+        expected = shown(nbformat.read(executed, as_version=4))
+        assert len(expected) >= least and "image/png" in expected and "text/html" in expected
+
+        (tmp_path / name).mkdir()
+        copy = tmp_path / name / "__notebook__.ipynb"
+        source = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
+        for parameter, usual in (("preset", "demo"), ("run_name", "")):
+            assert f'{parameter} = \\"{usual}\\"' in source
+            source = source.replace(f'{parameter} = \\"{usual}\\"', f'{parameter} = \\"tiny\\"')
+        copy.write_text(source)
+
+        other = nbformat.v4.new_notebook(cells=[
+            nbformat.v4.new_code_cell(f"%run {copy}"),
+            nbformat.v4.new_code_cell("from trm_helpers.notebooks import show_notebook\n"
+                                      f"show_notebook({str(executed)!r})")])
+        for notebook in (other, client := nbformat.read(copy, as_version=4)):
+            NotebookClient(notebook, resources={"metadata": {"path": copy.parent}}).execute()
+        subprocess.run([sys.executable, "-m", "nbconvert", "--to=notebook", "--execute",
+                        "--inplace", copy.name], cwd=copy.parent, check=True)
+        committed = nbformat.read(copy, as_version=4)
+        ways = {"client": client, "Save & Run All": committed, **{
+            way: nbformat.v4.new_notebook(cells=[cell])
+            for way, cell in zip(("%run", "show_notebook"), other.cells, strict=True)}}
+        assert {way: shown(notebook) for way, notebook in ways.items()} \
+            == dict.fromkeys(ways, expected), name
 
 
 # --- the README ---------------------------------------------------------------------------------
