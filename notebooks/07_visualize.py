@@ -227,7 +227,7 @@ if depth_episodes:
     depth_card(run, config=dataclasses.replace(config.eval, num_episodes=depth_episodes),
                weights=weights, task_ids=task_ids or ())
 elif not (run / "depth.json").exists():
-    print("Not run: set depth_episodes=10 (seven evaluations of ten episodes per task, about seven "
+    print("Not run: set depth_episodes=10 (seven evaluations of ten episodes per task, about eight "
           "minutes per task on two CPU cores).")
 for path in run.glob("depth.json"):
     card = json.loads(path.read_text())

@@ -275,13 +275,13 @@ def recursion_steps(policy, dataset, index: int) -> dict:
 def plot_recursion_steps(steps: Mapping) -> Figure:
     """The figure of :func:`recursion_steps`: observation, then state and action by step.
 
-    Of more than five steps, five from the first to the last.
+    Of more than four steps, four from the first to the last.
     """
     states, actions, target = steps["states"], steps["actions"], steps["target"]
     errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
-    shown = np.unique(np.linspace(1, len(actions), min(len(actions), 5)).round().astype(int))
+    shown = np.unique(np.linspace(1, len(actions), min(len(actions), 4)).round().astype(int))
     fig = new_figure(MAX_WIDTH, 4.6)
-    grid = fig.add_gridspec(2, len(shown) + 1)
+    grid = fig.add_gridspec(2, len(shown) + 2)
     for line, (camera, image) in enumerate(list(steps["images"].items())[:2]):
         axes = fig.add_subplot(grid[line, 0])
         show_image(axes, upright(image))
@@ -289,20 +289,24 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
     side = int(np.ceil(np.sqrt(states.shape[1])))  # of a square that holds the state's numbers
     limit = np.abs(states).max()
     place = np.arange(schema.ACTION_DIM)
-    for column, step in enumerate(shown, 1):
+    for column, step in enumerate([0, *shown], 1):
         square = np.full(side * side, np.nan)
         square[: states.shape[1]] = states[step]
-        top, bottom = fig.add_subplot(grid[0, column]), fig.add_subplot(grid[1, column])
+        top = fig.add_subplot(grid[0, column])
         show_image(top, square.reshape(side, side), cmap="PuOr", vmin=-limit, vmax=limit)
+        if step == 0:
+            top.set_title("start")
+            continue
         moved = np.linalg.norm(states[step] - states[step - 1]) / np.linalg.norm(states[step])
         top.set_title(f"step {step}\nmoved {100 * moved:.1f} %")
+        bottom = fig.add_subplot(grid[1, column])
         bottom.barh(place, actions[step - 1], 0.7, color=ORANGE, hatch="//", label="predicted")
         bottom.plot(target, place, "D", color=BLUE, markersize=4, linestyle="",
                     label="demonstrated")
         bottom.axvline(0, color=GREY, linewidth=0.6)
         reach = 1.05 * max(1.0, np.abs([*actions.flat, *target]).max())
         bottom.set(yticks=place, xlim=(-reach, reach),
-                   yticklabels=schema.ACTION_NAMES if column == 1 else [],
+                   yticklabels=schema.ACTION_NAMES if step == shown[0] else [],
                    title=f"arm error {errors[step - 1]:.3f}")
         bottom.invert_yaxis()
     fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -408,7 +412,7 @@ def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 
 
 def _mean_interval(values: np.ndarray) -> tuple[float, list[float]]:
     """Mean of (N,) and its 95 % interval [low, high]."""
-    mean, half = float(values.mean()), 1.96 * float(values.std()) / np.sqrt(len(values))
+    mean, half = float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
     return mean, [mean - half, mean + half]
 
 
