@@ -37,8 +37,8 @@ FIGURES = {
     "04_training",
     "05_search", "05_coordinates",
     "06_episodes", "06_success", "06_lengths", "06_rollout",
-    "07_predictions", "07_recursion", "07_moments", "07_depth", "07_prediction_by_depth",
-    "07_halting", "07_saliency",
+    "07_predictions", "07_steps", "07_recursion", "07_moments", "07_depth",
+    "07_prediction_by_depth", "07_halting", "07_saliency",
 }
 RETURN_NOTHING = ("display", "print", "session.begin", "session.keep", "show_notebook",
                   "torch.testing.assert_close")
