@@ -192,6 +192,26 @@ def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
         assert len(found["failures"]) == (wanted == "2")
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_worker_of_another_gpu_renders_there_where_egl_shows_it(
+        gl_environment, monkeypatch, tmp_path, devices):
+    """On two GPUs of which EGL shows one or both; the choice is the parent's, for all GPUs."""
+    started = pretend_rendering(
+        monkeypatch, tmp_path, f"print(json.dumps({{'devices': {devices}}}), flush=True)",
+        f"names = {['Tesla T4'] * devices}",
+        "name = names[int(os.environ['MUJOCO_EGL_DEVICE_ID'])]",
+        "print(json.dumps({'renderer': name, 'ms': 1.0}))")
+    chosen = []
+    for visible in (None, "0", "1", "1"):
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = configure_gl()
+        assert (found["renderer"], found["failures"]) == ("Tesla T4", [])
+        chosen.append(os.environ["MUJOCO_EGL_DEVICE_ID"])
+    assert chosen == ["0", "0", str(devices - 1), str(devices - 1)]
+    assert len(started()) == (4 if devices == 1 else 3)  # the last call starts none
+
+
 @pytest.mark.parametrize(("broken", "reason"), [
     ("os.abort()", "ended by signal 6"),
     ("time.sleep(60)", "no frame within 2 s"),
@@ -208,7 +228,7 @@ def test_nvidia_that_does_not_render_falls_back_to_mesa_then_osmesa(
     monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (folder,))
     monkeypatch.setattr(software, "_RENDERS_WITHIN", 2.0)
     started = pretend_rendering(
-        monkeypatch, tmp_path, f"if '{software._VENDOR_FILES}' not in os.environ: {broken}",
+        monkeypatch, tmp_path, f"if '{software.VENDOR_FILES}' not in os.environ: {broken}",
         f"else: {REPORTS}")
     found = configure_gl()
     assert found["settings"] == {

@@ -93,6 +93,16 @@ def test_a_session_without_anything_says_what_to_click(kaggle, capsys):
     assert paths.artifacts_dir() == kaggle / "working" / "artifacts"
 
 
+def test_both_gpus_are_named(kaggle, capsys, monkeypatch, tmp_path):
+    client = tmp_path / "bin" / "nvidia-smi"
+    client.parent.mkdir()
+    client.write_text("#!/bin/sh\necho Tesla T4\necho Tesla T4\n")
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+    session.begin()
+    assert lines(capsys)["GPU"] == "Tesla T4, Tesla T4"
+
+
 def test_a_machine_without_opengl_can_still_train(kaggle, capsys, monkeypatch):
     def fail():
         raise RuntimeError("no libEGL")

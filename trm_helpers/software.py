@@ -33,7 +33,7 @@ GL_INSTALL = (
 )
 GL_HINT = "install them with: sudo " + " && sudo ".join(" ".join(step) for step in GL_INSTALL)
 NVIDIA_EGL = "libEGL_nvidia.so.0"
-_VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
+VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
 _EGL_VENDOR_FOLDERS = (Path("/etc/glvnd/egl_vendor.d"), Path("/usr/share/glvnd/egl_vendor.d"))
 _SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast")
 _RENDERS_WITHIN = 90.0  # seconds, importing included; a broken driver may hang
@@ -156,7 +156,8 @@ def configure_gl() -> dict:
 
     Returns:
         ``renderer`` (GL_RENDERER), ``ms`` of one 128x128 frame of a nearly empty scene,
-        ``settings`` (environment variables), ``failures`` (earlier candidates, each with a reason).
+        ``settings`` (environment variables), ``failures`` (earlier candidates, each with a
+        reason), ``visible`` (``CUDA_VISIBLE_DEVICES``; on a GPU, others give another choice).
 
     Raises:
         RuntimeError: nothing renders, with each reason and the command that installs libraries.
@@ -166,13 +167,15 @@ def configure_gl() -> dict:
         kept = json.loads(os.environ[_RENDERER])  # chosen before, perhaps by a parent process
         if {"renderer", "ms", "failures"} <= kept.keys() and kept["settings"]["MUJOCO_GL"] and all(
                 os.environ.get(name) == value for name, value in kept["settings"].items()):
-            return kept
+            if renders_on_cpu(kept["renderer"]) or kept.get("visible") == _visible_gpus():
+                return kept
+            os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it was chosen for other GPUs
     _find_home_and_cache()
     failures: list[str] = []
-    for settings in _gl_settings():
+    for settings in gl_settings():
         found = _first_rendering(settings, failures)
         if found:
-            found["failures"] = failures
+            found |= {"failures": failures, "visible": _visible_gpus()}
             for name in found["settings"]:
                 os.environ.pop(name, None)
             os.environ.update(_set(found["settings"]), **{_RENDERER: json.dumps(found)})
@@ -181,15 +184,19 @@ def configure_gl() -> dict:
                        f"if libraries are missing, {GL_HINT}")
 
 
-def _gl_settings() -> list[dict[str, str | None]]:
-    """Environment variables of every backend to try, in order; ``None`` is an absent variable."""
+def _visible_gpus() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def gl_settings() -> list[dict[str, str | None]]:
+    """Environment variables of each renderer to try, in order; ``None`` is an absent variable."""
     wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
     if wanted not in ("", "egl", "osmesa", "glx"):
         raise ValueError(f"MUJOCO_GL={wanted!r} is not valid; expected egl, osmesa or glx")
-    installed = os.environ.get(_VENDOR_FILES)
+    installed = os.environ.get(VENDOR_FILES)
     mesa = (str(file) for folder in _EGL_VENDOR_FOLDERS for file in folder.glob("*mesa*.json"))
     vendors = dict.fromkeys([_nvidia_vendor_file() or installed, installed, next(mesa, installed)])
-    return [{"MUJOCO_GL": backend, _VENDOR_FILES: vendor,
+    return [{"MUJOCO_GL": backend, VENDOR_FILES: vendor,
              "PYOPENGL_PLATFORM": None if backend == "glx" else backend}
             for backend in ([wanted] if wanted else ["egl", "osmesa"])
             for vendor in (vendors if backend == "egl" else [installed])]
@@ -217,7 +224,7 @@ def _loadable(library: str) -> bool:
 def _first_rendering(settings: dict, failures: list[str]) -> dict | None:
     """What renders with these settings: the best of EGL's devices, or the backend itself."""
     asked = os.environ.get("MUJOCO_EGL_DEVICE_ID", "")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    visible = (_visible_gpus() or "").split(",")[0]
     egl = settings["MUJOCO_GL"] == "egl"
     devices = [*filter(str.isdecimal, (asked, visible)), "0"] if egl else [None]
     devices, best = list(dict.fromkeys(devices)), None

@@ -405,3 +405,11 @@ def test_a_cluster_whose_scheduler_ends_is_an_error(job, marks, dask_cluster, mo
         dask_cluster.close()
         with pytest.raises(ConnectionError, match="is lost; finished jobs are kept"):
             next(jobs)
+
+
+@pytest.mark.parametrize(("cores", "free", "workers"), [
+    (4, 31e9, 4), (4, 5e9, 2), (64, 1e12, 8), (2, 1e9, 1)])
+def test_the_default_number_of_processes_fits_cores_and_memory(monkeypatch, cores, free, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(parallel, "free_memory", lambda: int(free))
+    assert parallel.default_workers() == workers

@@ -30,11 +30,12 @@ from urllib.parse import urlsplit
 
 import cloudpickle
 
-from ..software import renderer
+from ..software import free_memory, renderer
 
 _ATTEMPTS = 2
 _POLL_SECONDS = 1.0
 _IDLE_SECONDS = 120.0  # for which a worker waits for another job
+PROCESS_BYTES = 2_000_000_000  # resident, with one environment of LIBERO-Spatial on a CPU
 _CONNECT_SECONDS = 15.0  # for a scheduler to answer
 _NO_WORKER_SECONDS = 60.0  # after which a cluster without workers is given up
 _START_CLUSTER = ("start one with `dask scheduler --host 127.0.0.1` and workers with "
@@ -56,8 +57,8 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
     Args:
         job: pickled with cloudpickle, so it may be defined in a script or a notebook.
         items: may be appended to while the results are consumed.
-        workers: single-threaded processes on this machine. ``None`` is one per CPU core, at most
-            8; 0 runs the jobs in this process.
+        workers: single-threaded processes on this machine. ``None`` is :func:`default_workers`; 0
+            runs the jobs in this process.
         cluster: address of a Dask scheduler. The cluster sets the number of workers and how often
             a job that loses its process is run (``distributed.scheduler.allowed-failures``).
         limit: seconds per job, including the start of its process; 0 means no limit. In this
@@ -76,8 +77,12 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
     elif workers == 0:
         yield from _in_this_process(job, items, limit)
     else:
-        workers = workers or min(len(os.sched_getaffinity(0)), 8)
-        yield from _in_processes(job, items, workers, limit, keep)
+        yield from _in_processes(job, items, workers or default_workers(), limit, keep)
+
+
+def default_workers() -> int:
+    """One per CPU core, at most 8 and at most as many as the free memory holds; at least 1."""
+    return max(1, min(len(os.sched_getaffinity(0)), 8, free_memory() // PROCESS_BYTES))
 
 
 def _in_this_process(job: Callable, items: Sequence, limit: float) -> Iterator[tuple]:
