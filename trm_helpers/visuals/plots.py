@@ -562,7 +562,8 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
     frame.set_title("observation")
     for values, colour, dashes in zip(changes.values(), PALETTE, DASHES, strict=False):
         change.plot(steps[1:], 100 * np.asarray(values), dashes, marker="o", color=colour)
-    change.set(ylim=(0, None), xlabel="step", title="change of the state (% of its norm)")
+    change.set(ylim=(0, 110 * max(map(max, changes.values()))), xlabel="step",
+               title="change of the state (% of its norm)")
     label_right(change, {name: (100 * values[-1], colour) for (name, values), colour
                          in zip(changes.items(), PALETTE, strict=False)})
     cells = table.imshow(actions.T, aspect="auto", cmap="PuOr", vmin=-1.5, vmax=1.5)
