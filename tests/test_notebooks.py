@@ -206,9 +206,11 @@ def tiny(tmp_path_factory):
 def test_suite_ends_with_the_success_line(tiny):
     _, run, output = tiny
     results = json.loads((run / "results.json").read_text())
-    assert output.splitlines()[-1].startswith(f"{results['successes']} of 2 episodes, success rate")
-    assert re.search(r"length \d+\.\d \+- \d+\.\d steps, \d+\.\d minutes", output.splitlines()[-1])
-    assert f"Everything is in {run}" in output
+    *_, success = [line for line in output.splitlines() if "success rate" in line]
+    assert success.startswith(f"{results['successes']} of 2 episodes, success rate")
+    assert re.search(r"length \d+\.\d \+- \d+\.\d steps, \d+\.\d minutes", success)
+    assert f"{run}: notebooks 8, figures {len(FIGURES)}, " in output
+    assert output.splitlines()[-1].startswith("next ")
 
 
 @pytest.mark.sim
