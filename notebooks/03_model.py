@@ -131,9 +131,10 @@ print(f"{steps} steps by hand and by the package: h {tuple(h.shape)} differs by 
 
 # %% [markdown]
 # `variant="trm"`, the recursion of Tiny Recursive Models: `x` is a sequence of tokens, and the
-# state is an answer `y` and a latent `z` of the same shape. One network updates both: `n` times the
-# latent, given observation and answer, then the answer, given the latent. This is one cycle; a
-# recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`.
+# state is an answer `y`, from which the actions are read, and a latent `z` of the same shape, a
+# working memory that only the network itself reads. One network updates both: `n` times the latent,
+# given observation and answer, then the answer, given the latent. This is one cycle; a recursion is
+# `T` cycles. The policy reads its actions from the last K tokens of `y`.
 
 # %%
 n, cycles, K = 2, 2, 3  # n and T in the paper; K actions
@@ -306,9 +307,8 @@ distance = (formed - formed[-1]).abs().amax(dim=1)  # of each cycle's action fro
 print(f"The first cycle changes y by {100 * changes['y'][0]:.0f} % of its norm and z by "
       f"{100 * changes['z'][0]:.0f} %, the last y by {100 * changes['y'][-1]:.0f} % and z by "
       f"{100 * changes['z'][-1]:.0f} %.")
-print("Largest difference of the seven numbers from the final action: "
-      + ", ".join(f"{value:.2f} after cycle {cycle}" for cycle, value in enumerate(distance[:-1]))
-      + ".")
+print("Largest difference from the final action before the first cycle and after each: "
+      + ", ".join(f"{value:.2f}" for value in distance))
 
 # %% [markdown]
 # ## The policy of this run
