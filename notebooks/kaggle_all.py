@@ -34,14 +34,18 @@ from pathlib import Path
 
 version = "0.1.0"
 if importlib.util.find_spec("trm_helpers") is None:
-    wheels = [*Path("/kaggle/input").rglob(f"trm_helpers-{version}-*.whl")]
+    attached = Path("/kaggle/input").rglob("trm_helpers-*.whl")
+    wheels = {wheel.name.split("-")[1]: wheel for wheel in attached}
     checkout = [folder for folder in Path.cwd().parents if (folder / "trm_helpers").is_dir()]
-    source = (["--no-index", "--find-links", wheels[0].parent, f"trm-helpers=={version}"] if wheels
-              else ["--editable", checkout[0]] if checkout else [os.environ.get("TRM_SOURCE", "")])
+    source = (["--no-index", "--find-links", wheels[version].parent, f"trm-helpers=={version}"]
+              if version in wheels else ["--editable", checkout[0]] if checkout else
+              [os.environ.get("TRM_SOURCE", "")])
     pip = [sys.executable, "-m", "pip", "install", "--quiet", *map(str, source)]
     assert source != [""] and subprocess.run(pip).returncode == 0, (
-        f"trm_helpers {version} was not installed for Python {sys.version.split()[0]}: attach the "
-        "data set of `make kaggle`, or set the variable TRM_SOURCE to what pip should install")
+        f"trm_helpers {version} was not installed for Python {sys.version.split()[0]}; attached: "
+        f"{', '.join(wheels) or 'no version of it'}. Add Input > Your Work > Datasets attaches the "
+        "data set of this version's `make kaggle`, which has wheels for Python 3.12 and 3.13. Or "
+        "turn on Settings > Internet and set TRM_SOURCE to what pip should install")
     sys.path[:0] = map(str, checkout[:1])
     importlib.invalidate_caches()
 from trm_helpers import session

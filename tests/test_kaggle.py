@@ -59,7 +59,14 @@ def test_all_notebooks_begin_with_the_same_cell_of_this_version():
     assert f'version = "{__version__}"' in first_cell(NOTEBOOKS[0])
 
 
-def test_the_first_cell_says_what_to_do_where_the_package_is_not(tmp_path):
+@pytest.mark.parametrize("layout", ["trm-helpers", "datasets/me/trm-helpers"])
+@pytest.mark.parametrize(("attached", "found"), [
+    ((), "no version of it"), (("9.9.9",), "9.9.9")])
+def test_the_first_cell_says_what_to_click_where_the_package_is_not(tmp_path, layout, attached,
+                                                                    found):
+    (tmp_path / layout).mkdir(parents=True)
+    for version in attached:
+        (tmp_path / layout / f"trm_helpers-{version}-py3-none-any.whl").touch()
     hidden = ("import importlib.util\nfind = importlib.util.find_spec\nimportlib.util.find_spec = "
               "lambda name, *_: None if name == 'trm_helpers' else find(name)\n")
     source = hidden + first_cell(NOTEBOOKS[0]).replace("/kaggle/input", str(tmp_path))
@@ -67,7 +74,10 @@ def test_the_first_cell_says_what_to_do_where_the_package_is_not(tmp_path):
     done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=environment, text=True,
                           capture_output=True)
     assert done.returncode == 1
-    assert f"trm_helpers {__version__} was not installed for Python 3." in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert f"trm_helpers {__version__} was not installed for Python 3." in said
+    assert "Add Input > Your Work > Datasets" in said and "Settings > Internet" in said
+    assert f"attached: {found}. Add" in said
 
 
 @pytest.mark.parametrize("arguments", [
