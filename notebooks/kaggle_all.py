@@ -14,6 +14,9 @@
 # Run all cells. Each notebook runs in a process of its own, and its prose, tables, figures and
 # films appear below. To resume in another session, attach the output of this notebook: training
 # continues from its last checkpoint, and finished episodes are not repeated.
+#
+# **Time**: 20 minutes to run with preset `demo` on two CPU cores, most of it for demonstrations.
+# **Needs** nothing else. **Writes** the run folder `artifacts/<run_name>/`, with `report.html`.
 
 # %% tags=["parameters"]
 preset = "demo"  # type: str; reference, demo, trm or tiny (config.PRESETS)
@@ -53,6 +56,10 @@ from trm_helpers import session
 session.begin(version)
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
 from trm_helpers.notebooks import run_notebook, show_notebook
 
 settings = {"preset": preset, "run_name": run_name or preset}
@@ -75,8 +82,24 @@ show_notebook(run_notebook("04_train", settings))
 # %%
 show_notebook(run_notebook("05_search", settings))
 
+# %% [markdown]
+# ## Two GPUs
+#
+# With two GPUs (Settings > Accelerator > GPU T4 x2), a second seed trains on the second one while
+# the policy is evaluated on the first. To compare the two seeds, run `06_eval` with `run_name` and
+# `baseline_run`. `05_search` has run one trial on each GPU.
+
 # %%
-show_notebook(run_notebook("06_eval", settings))
+if (gpus := torch.cuda.device_count()) < 2:
+    print(f"Skipped: this session has {gpus} GPU(s). The evaluation runs alone.")
+    show_notebook(run_notebook("06_eval", settings))
+else:
+    second = {**settings, "run_name": f"{settings['run_name']}-seed1", "seed": 1}
+    with ThreadPoolExecutor() as pool:
+        training = pool.submit(run_notebook, "04_train", second,
+                               environment={"CUDA_VISIBLE_DEVICES": "1"})
+        show_notebook(run_notebook("06_eval", settings, environment={"CUDA_VISIBLE_DEVICES": "0"}))
+    show_notebook(training.result())
 
 # %%
 show_notebook(run_notebook("07_visualize", settings))

@@ -8,6 +8,8 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -16,6 +18,7 @@ import jupytext
 import nbformat
 import numpy as np
 import pytest
+import torch
 import yaml
 from demo_files import write_demo_file
 from nbclient import NotebookClient
@@ -167,6 +170,38 @@ def test_notebook_ends_with_two_exercises_whose_answers_assert_something(name):
     assert len(found) == 2
     for answer in found:
         assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(answer)))
+
+
+# --- two GPUs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_kaggle_all_trains_a_second_seed_while_it_evaluates(gpus, monkeypatch, capsys):
+    both, ran, displayed = threading.Barrier(2, timeout=10), [], []
+
+    def run(name, settings, environment=None):
+        if gpus > 1:
+            both.wait()  # neither ends before the other has begun
+        ran.append((name, settings, environment))
+        return name
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    [cell] = [cell for cell in code(read("kaggle_all")) if "device_count" in cell]
+    exec(cell, {"torch": torch, "ThreadPoolExecutor": ThreadPoolExecutor, "run_notebook": run,
+                "show_notebook": displayed.append,
+                "settings": {"preset": "tiny", "run_name": "tiny"}})
+    evaluation = ("06_eval", {"preset": "tiny", "run_name": "tiny"})
+    if gpus < 2:
+        assert ran == [(*evaluation, None)] and displayed == ["06_eval"]
+        assert f"this session has {gpus} GPU(s)" in capsys.readouterr().out
+    else:
+        assert sorted(ran, key=lambda call: call[0]) == [
+            ("04_train", {"preset": "tiny", "run_name": "tiny-seed1", "seed": 1},
+             {"CUDA_VISIBLE_DEVICES": "1"}),
+            (*evaluation, {"CUDA_VISIBLE_DEVICES": "0"})]
+        assert displayed == ["06_eval", "04_train"]
+    for call in ran:
+        assert set(call[1]) <= set(notebook_parameters(ROOT / "notebooks" / f"{call[0]}.ipynb"))
 
 
 # --- a run of all eight against the real simulator ----------------------------------------------
