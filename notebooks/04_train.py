@@ -202,11 +202,11 @@ display(fig)
 # %%
 lowest, last = min(metrics, key=lambda row: row["val_loss"]), metrics[-1]
 rise = 100 * (last["val_loss"] / lowest["val_loss"] - 1)
-print(f"The validation loss is lowest in epoch {lowest['epoch']} of {last['epoch']} "
-      f"({lowest['val_loss']:.4f}) and {rise:.0f} % above that at the end: "
-      f"{'it rises' if rise > 5 else 'it does not rise'}. It is "
-      f"{last['val_loss'] / last['train_loss']:.1f} times the training loss"
-      f"{': the policy overfits.' if last['val_loss'] > 1.5 * last['train_loss'] else '.'}")
+ratio = last["val_loss"] / last["train_loss"]
+print(f"The validation loss {'rises' if rise > 5 else 'levels out'}: it is lowest in epoch "
+      f"{lowest['epoch']} of {last['epoch']} ({lowest['val_loss']:.4f}) and {rise:.0f} % higher at "
+      f"the end. There it is {ratio:.1f} times the training loss, "
+      f"{'a' if ratio > 1.5 else 'no'} sign of overfitting.")
 
 # %% [markdown]
 # The last epochs. `grad_norm` is the gradient norm before clipping; if it jumps, lower `lr`.
