@@ -3,7 +3,8 @@
     make gallery            # after make demo; python benchmarks/gallery.py artifacts/demo
 
 Figures are stored with 256 colours, a strip of six frames follows each film (GitHub plays none),
-and the paths of the machine and papermill's notes are removed.
+and the paths of the machine and papermill's notes are removed. A figure of each notebook goes to
+``docs/images/thumbs``, for the table in README.md.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from trm_helpers.notebooks import suite_notebooks
 
 _LIMIT = 12e6  # bytes of all copies together
 _FRAMES = 6
+_THUMBS = ("00_action", "01_frames", "02_augmentation", "03_latency", "04_training",
+           "05_coordinates", "06_rollout", "07_saliency")  # figures of the run
+_THUMB = 240, 140  # pixels at most
 _FILM = re.compile(r"data:video/mp4;base64,([A-Za-z0-9+/=]+)")
 
 
@@ -79,6 +83,17 @@ def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
     return notebook
 
 
+def thumbnails(run: Path, folder: Path) -> None:
+    """A small image of one figure per notebook."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _THUMBS:
+        with Image.open(run / "figures" / f"{name}.png") as figure, \
+                atomic_path(folder / f"{name[:2]}.webp") as temporary:
+            small = figure.convert("RGB")
+            small.thumbnail(_THUMB, Image.Resampling.LANCZOS)
+            small.save(temporary, format="WEBP", quality=80, method=6)
+
+
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder with executed notebooks")
@@ -103,6 +118,7 @@ def main() -> int | None:
         with atomic_path(given.out / name) as temporary:
             temporary.write_text(text + "\n")
         print(f"{given.out / name}: {len(text) / 1e6:.2f} MB")
+    thumbnails(given.run, given.out.parent / "images" / "thumbs")
     return None
 
 

@@ -266,6 +266,9 @@ def executed_run(tmp_path):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=outputs)])
         notebook.metadata.papermill = {"input_path": f"{tmp_path}/notebooks/{source.name}"}
         nbformat.write(notebook, run / "notebooks" / source.name)
+    (run / "figures").mkdir()
+    for name in runpy.run_path(str(FOLDER / "gallery.py"))["_THUMBS"]:
+        Image.new("RGB", (960, 280)).save(run / "figures" / f"{name}.png")
     return run
 
 
@@ -282,6 +285,9 @@ def test_executed_copies_are_published(script, executed_run, tmp_path):
         assert Image.open(io.BytesIO(base64.b64decode(figure.data["image/png"]))).size == (60, 40)
         assert "<video" in film.data["text/html"]
         assert Image.open(io.BytesIO(base64.b64decode(frames.data["image/png"]))).size == (288, 32)
+    for source in suite_notebooks():
+        with Image.open(tmp_path / "images" / "thumbs" / f"{source.name[:2]}.webp") as thumb:
+            assert thumb.size == (240, 70)
 
 
 def test_copies_of_an_incomplete_or_too_large_run_are_refused(script, executed_run, tmp_path):

@@ -16,7 +16,7 @@ from trm_helpers.evaluation.depth import (
 )
 from trm_helpers.evaluation.robustness import success_axes
 from trm_helpers.visuals.colours import GREY, PALETTE
-from trm_helpers.visuals.plots import new_figure, styled, success_bars
+from trm_helpers.visuals.plots import HATCHES, describe, new_figure, styled, success_bars
 
 _OTHER_DEPTH = "another depth"
 
@@ -37,18 +37,19 @@ def plot_cards(cards: Mapping[str, Mapping]) -> Figure:
     """Success rate under each change of several policies by name, beside one another."""
     titles = {row["name"]: row["title"] for card in cards.values() for row in card["rows"]}
     width = 0.8 / len(cards)
-    fig = new_figure(8.5, (0.18 * len(cards) + 0.14) * len(titles) + 1.9)
+    fig = new_figure(8.5, (0.2 * len(cards) + 0.14) * len(titles) + 1.9)
     axes = fig.subplots()
     for number, (label, card) in enumerate(cards.items()):
         rows = [row for row in card["rows"] if row["episodes"]]
         places = np.array([list(titles).index(row["name"]) for row in rows])
         success_bars(axes, places + (number - (len(cards) - 1) / 2) * width, rows, 0.9 * width,
-                     color=PALETTE[number % len(PALETTE)], label=label, text={"fontsize": 7})
+                     color=PALETTE[number % len(PALETTE)], label=label,
+                     hatch=HATCHES[number % len(HATCHES)])
     success_axes(axes, list(titles.values()))
     about = {tasks_in_short(card) for card in cards.values()}
     fig.suptitle("\n".join(["Success when something changes", *about][:1 + (len(about) == 1)]))
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return fig
+    return describe(fig, _in_words(cards, "title"))
 
 
 @styled
@@ -76,7 +77,13 @@ def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
                                marker=MARKERS[number % len(MARKERS)])
     fig.suptitle(f"{len(cards)} policies in control: {tasks_in_short(first)}")
     fig.legend(*panels["success"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return fig
+    return describe(fig, _in_words(cards, "name"))
+
+
+def _in_words(cards: Mapping[str, Mapping], key: str) -> str:
+    return " ".join(f"{label}: " + "; ".join(
+        f"{row[key]} {row['successes']} of {row['episodes']}" for row in card["rows"]) + "."
+        for label, card in cards.items())
 
 
 def _kind(row: Mapping) -> str:

@@ -10,11 +10,11 @@
 robustness.json or probes.json to ``docs/recursion/<group>/<label>.json``. Both refuse results of
 code with uncommitted changes; ``--dirty`` accepts them, and the page says how many there are.
 ``ship`` writes a policy for ``load_policy`` to ``pretrained/<name>``. ``strip`` writes one success
-per task side by side, from a folder with results.json and videos, as a GIF that plays within a
-page, to ``docs/images/<name>.gif``. ``write`` replaces the text between the marks
+per task side by side, from a run's films, as an animation that plays within a page, to
+``docs/images/<name>.webp``. ``write`` replaces the text between the marks
 ``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and writes
-``docs/images/<group>.png``. Cards whose labels begin with a number, "10 with recoveries", are
-plotted against that number of demonstrations.
+``docs/images/<group>.png`` and ``recursions.png``. Cards whose labels begin with a number, "10 with
+recoveries", are plotted against that number of demonstrations.
 """
 
 import argparse
@@ -57,7 +57,7 @@ MISSING = "—"  # a cell without a measurement; zero is 0
 REFERENCE = "reference"  # the row that the others are compared with
 _NUMBERED = re.compile(r"(\d+) (.+)")  # a label that begins with a number of demonstrations
 _MOST_TASKS = 3  # listed one by one
-_STRIP_COLUMNS, _STRIP_EVERY, _STRIP_SCALE = 5, 1, 0.75
+_STRIP_COLUMNS, _STRIP_EVERY, _STRIP_QUALITY = 5, 1, 60
 
 
 def uncommitted(content) -> bool:
@@ -123,28 +123,21 @@ def ship(name: str, run_name: str) -> None:
 
 
 def strip(name: str, folder: Path) -> None:
-    results = json.loads((folder / "results.json").read_text())
-    films, labels = [], []
-    for task in results["tasks"]:
-        names = f"{task['suite']}-task{task['task_id']}-init*.mp4"
-        films += sorted((folder / "videos" / "success").glob(names))[:1]
-        many = f": {task['successes']} of {task['episodes']}" if task["episodes"] > 1 else ""
-        labels.append(f"task {task['task_id']}{many}")
-    if len(films) < len(labels):
-        sys.exit(f"{folder / 'videos'} has successes of {len(films)} tasks; "
-                 f"expected all {len(labels)}")
+    films = {re.search(r"task(\d+)", film.stem)[1]: film  # the first success of each task
+             for film in sorted((folder / "videos" / "success").glob("*-init*.mp4"), reverse=True)}
+    tasks = sorted(films, key=int)
+    if not tasks:
+        sys.exit(f"{folder / 'videos' / 'success'} has no film of an episode")
     with tempfile.TemporaryDirectory() as scratch:
-        film = write_grid(Path(scratch) / "strip.mp4", films, labels, [True] * len(films),
-                          min(_STRIP_COLUMNS, len(films)))
+        film = write_grid(Path(scratch) / "strip.mp4", [films[task] for task in tasks],
+                          [f"task {task}" for task in tasks], [True] * len(tasks),
+                          min(_STRIP_COLUMNS, len(tasks)))
         frames = [Image.fromarray(frame) for frame in imageio.mimread(film, memtest=False)]
-    frames = [*frames[:-1:_STRIP_EVERY], frames[-1]]
-    size = [round(_STRIP_SCALE * side) for side in frames[0].size]
-    first, *rest = [frame.resize(size, Image.Resampling.LANCZOS).quantize(64)
-                    for frame in frames]
+    first, *rest = [*frames[:-1:_STRIP_EVERY], frames[-1]]
     milliseconds = 1000 * _STRIP_EVERY // FPS
-    with atomic_path(DOCS / "images" / f"{name}.gif") as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=rest, loop=0,
-                   duration=[milliseconds] * len(rest) + [2500])
+    with atomic_path(DOCS / "images" / f"{name}.webp") as temporary:
+        first.save(temporary, format="WEBP", save_all=True, append_images=rest, loop=0, method=6,
+                   quality=_STRIP_QUALITY, duration=[milliseconds] * len(rest) + [2500])
 
 
 def card(group: str, name: str, path: Path, dirty: bool = False) -> None:
@@ -170,6 +163,7 @@ def write() -> None:
                 plots.save_figure(fig, DOCS / "images" / f"{group.name}.png")
         with atomic_path(page) as temporary:
             temporary.write_text(text)
+    plots.save_figure(plots.plot_recursions(), DOCS / "images" / "recursions.png")
 
 
 def provenance(stored: list[dict]) -> str:
@@ -289,7 +283,9 @@ def plot_efficiency(cards: dict[str, dict]):
                    + tasks_in_short(next(iter(cards.values()))))
     axes.set_xlim(left=0)
     axes.legend(loc="lower right")
-    return fig
+    return plots.describe(fig, " ".join(f"{kind}: " + "; ".join(
+        f"{number} demonstrations, {row['successes']} of {row['episodes']}"
+        for number, row in rows.items()) + "." for kind, rows in by_kind(cards).items()))
 
 
 @plots.styled
@@ -318,7 +314,10 @@ def plot_probes(probes: dict):
              ylabel="share of variance explained", ylim=(-0.1, 1.02),
              title="What a linear probe reads from the state after each recursion")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return fig
+    last = list(rows)[-1]
+    return plots.describe(fig, f"At {last}: " + "; ".join(
+        f"{quantity} {rows[last][number, 0]:.2f}"
+        for number, quantity in enumerate(probes["quantities"])) + ".")
 
 
 # --- docs/results.md -----------------------------------------------------------------------------

@@ -515,15 +515,14 @@ def plot_recursions() -> Figure:
         axes.text(7.5, 4.8, repeated, va="center")
         _box(axes, 0.5, "K actions of seven numbers", "white")
     _box(block, 4.6, "h = block(h, x)\nadd x, attention, MLP", ORANGE)
+    _back(block, 4.2, 5.0, "h")
     _down(block, 3.9, 1.0)
     block.text(4.1, 1.9, "action head reads h", va="center")
     _box(trm, 5.6, "z = net(x + y + z)", ORANGE)
-    trm.text(6.3, 5.6, "n times", va="center", ha="center")
+    trm.text(6.2, 5.6, "n times", va="center", ha="center")
     _down(trm, 5.1, 4.2, "z")
     _box(trm, 3.7, "y = net(y + z)", GREEN)
-    trm.annotate("", (1.9, 5.6), (1.9, 3.7), arrowprops={
-        "arrowstyle": "-|>", "connectionstyle": "arc3,rad=-0.5", "color": "black"})
-    trm.text(1.1, 4.65, "y", ha="right", va="center")
+    _back(trm, 3.7, 5.4, "y")
     _down(trm, 3.2, 1.0)
     trm.text(4.1, 1.9, "action head reads the last K tokens of y", va="center")
     fig.suptitle("Two recursions: the same weights, applied to their own output")
@@ -536,6 +535,14 @@ def _box(axes, height: float, text: str, colour: str) -> None:
     axes.text(3.75, height, text, ha="center", va="center", bbox={
         "facecolor": matplotlib.colors.to_rgba(colour, 0.35), "edgecolor": "black",
         "boxstyle": "round,pad=0.4"})
+
+
+def _back(axes, start: float, end: float, label: str) -> None:
+    """An arrow from an output on the left side of its box to the input of the next application."""
+    axes.annotate("", (1.95, end), (1.95, start), arrowprops={
+        "arrowstyle": "-|>", "connectionstyle": "arc,angleA=180,angleB=180,armA=28,armB=28,rad=6",
+        "color": "black"})
+    axes.text(0.8, (start + end) / 2, label, ha="right", va="center")
 
 
 def _down(axes, start: float, end: float, label: str = "") -> None:
@@ -643,18 +650,20 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
             groups[name]["all"] = summary
     width = 0.8 / len(groups)
     bars = len(labels) * len(groups)
-    crowded = bars > 16  # then the counts stand upright
+    crowded, full = bars > 16, bars > 40  # counts stand upright, then there is no room for them
     fig = new_figure(np.clip(0.65 * bars + 1.6, 4.8, MAX_WIDTH), 4.2 if crowded else 3.8)
     axes = fig.subplots()
     for number, (name, tasks) in enumerate(groups.items()):
         places = [i for i, label in enumerate(labels) if label in tasks]
         success_bars(axes, np.array(places) + (number - (len(groups) - 1) / 2) * width,
                      [tasks[labels[i]] for i in places], 0.9 * width, vertical=True, label=name,
+                     labels=[""] * len(places) if full else (),
                      hatch=HATCHES[number % len(HATCHES)], text={"rotation": 90 if crowded else 0})
     axes.set(xticks=range(len(labels)), xticklabels=labels, xlim=(-0.8, len(labels) - 0.2),
-             xlabel="suite and task", ylim=(0, 126 if crowded else 112), yticks=range(0, 101, 20),
-             ylabel="success rate (%)",
-             title="Success rate with 95 % Wilson interval\n(above: successes/episodes)")
+             xlabel="suite and task", ylim=(0, 126 if crowded and not full else 112),
+             yticks=range(0, 101, 20), ylabel="success rate (%)",
+             title="Success rate with 95 % Wilson interval"
+                   + "\n(above: successes/episodes)" * (not full))
     if len(groups) > 1:
         fig.legend(loc="outside lower center", ncols=3)
     return describe(fig, "; ".join(f"{name}: {format_success(summary)}"
