@@ -147,9 +147,10 @@ class Figures:
             self.left_out.append(f"figures/{name}")
             return None
         self.free -= len(source)
-        caption = CAPTIONS.get(name, name.removesuffix(".png").replace("_", " "))
+        described = image.info.get("Description", "")
+        caption = CAPTIONS.get(name) or described or name.removesuffix(".png").replace("_", " ")
         return {"source": source, "caption": caption, "width": image.width, "height": image.height,
-                "alt": image.info.get("Description") or f"Figure: {caption}"}
+                "alt": described or f"Figure: {caption}"}
 
     def _open(self, name: str) -> Image.Image | None:
         path = inside(self.run, Path("figures", name))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import schema
 from ..config import Config, local_settings
+from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
 from ..evaluation.depth import depth_rows
@@ -41,7 +42,7 @@ class Section:
         code: a block of lines.
         missing: how to make a section that has no content yet.
         figures: names of files in ``figures/``, as far as they exist.
-        shown: what the page draws: ``bars``, ``episodes``, ``curve``, ``moments``, ``tasks``.
+        shown: what the page draws: ``bars``, ``episodes``, ``curve``, ``moments``.
     """
 
     title: str
@@ -75,12 +76,18 @@ def media(run: Path, pattern: str) -> list[str]:
 
 
 def _task(run: Path) -> Section:
-    data = load_config(run).data
-    tasks = {task_id: in_words(data.suite, task_id) for task_id in data.task_ids}
-    return Section("The task", shown={"tasks": tasks}, texts=[
-        "A robot arm in the LIBERO simulator is controlled from camera images, 20 commands per "
-        f"second. This policy was trained on {_count(len(tasks), 'task')} of {data.suite}."],
-        sentences=[f"Task {task_id}: {words}." for task_id, words in tasks.items()])
+    config = load_config(run)
+    suite, model, task_ids = config.data.suite, config.model, config.data.task_ids
+    network = (f"a Tiny Recursive Model ({model.variant}): a small network that applies one block "
+               f"{_count(model.num_recursions, 'time')} per decision"
+               if model.variant in schema.RECURSIVE else
+               f"a network without recursion ({model.variant}), for comparison")
+    return Section("The task", texts=[
+        "A simulated robot arm does household tasks of the LIBERO benchmark: a policy reads camera "
+        f"images and sends {schema.CONTROL_HZ} commands per second. This one was trained on "
+        f"{_count(len(task_ids), 'task')} of the suite {suite}. It is {network}; each decision "
+        f"predicts the arm's next {_count(model.chunk, 'movement')}."],
+        sentences=[f"Task {task_id}: {in_words(suite, task_id)}." for task_id in task_ids])
 
 
 def _success(run: Path) -> Section:
@@ -93,19 +100,27 @@ def _success(run: Path) -> Section:
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
              f"{protocol['num_episodes']} episodes per task from official init state "
              f"{protocol['first_init_state']}, {protocol['horizon']} steps; "
-             f"{protocol['weights']} weights."]
+             f"{protocol['weights']} weights.", f"{detectable(results)}."]
     summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
     if len(summaries) > 1:
         summaries["all"] = results
+    tasks = {f"{task['suite']} {task['task_id']}": f"task {task['task_id']}"
+             for task in results["tasks"]}
     for path in sorted(run.glob("bounds/*/results.json")):
         bound = _read(path)
         if all(bound["protocol"].get(key) == protocol.get(key) for key in _SAME):
             summaries[path.parent.name] = bound
+    if summaries.keys() - tasks.keys() - {"all"}:
+        texts.append("For comparison: replay sends the commands of the demonstrations again, "
+                     "expert is the scripted demonstrator, which knows all positions, random sends "
+                     "random commands, no-op none.")
     if results["errors"]:
         texts.append(f"{len(results['errors'])} episode(s) could not be run and are excluded; the "
                      f"first: {results['errors'][0]['error']}")
     return Section(title, stale(run, protocol), texts, comparison_rows(summaries),
-                   shown={"bars": _bars(summaries), "rate": _percent(results["success_rate"]),
+                   shown={"bars": _bars({tasks.get(name, name): row
+                                         for name, row in summaries.items()}),
+                          "rate": _percent(results["success_rate"]),
                           "counts": f"{results['successes']} of {results['episodes']}"})
 
 
@@ -219,7 +234,7 @@ def _depth(run: Path) -> Section:
             f"{run.name}, measures success with fewer and more recursions."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row, from the same init states."], depth_rows(card),
-        figures=["07_depth.png"])
+        figures=["07_depth.png"], shown={"bars": _bars({row["name"]: row for row in card["rows"]})})
 
 
 def _data(run: Path) -> Section:
@@ -236,6 +251,9 @@ def _data(run: Path) -> Section:
     quality = _read(run / "quality.json", list)
     checks = [f"{check['verdict']}: {check['check']}: {check['found']} (expected "
               f"{check['expected']})" for check in quality or ()]
+    if quality:
+        good = sum(check["verdict"] == GOOD for check in quality)
+        texts.append(f"Quality card of the files: {good} of {len(checks)} checks good.")
     return Section("Data card", texts=texts, rows=rows, sentences=checks,
                    figures=["01_frames.png"])
 
@@ -249,18 +267,14 @@ def _search(run: Path) -> Section:
 
 
 def _limits(run: Path) -> Section:
-    config, results = load_config(run), _read(run / "results.json")
-    card = _read(run / "robustness.json")
+    config = load_config(run)
     said = ["Simulation only: nothing here was measured on a physical robot.",
             "One training with one random seed; another seed can give another success rate.",
             f"Only {_count(len(config.data.task_ids), 'task')} of {config.data.suite}: no claim "
             "about other tasks, objects or scenes.",
             "Success is the simulator's own check of the goal; it ignores smoothness, force and "
-            "safety."]
-    if results:
-        said += [f"{detectable(results)}.",
-                 "Success rates depend on the versions of the simulator and of the renderer."]
-    if not card:
+            "safety, and depends on the versions of the simulator and of the renderer."]
+    if not (run / "robustness.json").exists():
         said.append("Robustness was not measured: how it behaves when the camera, the light or "
                     "the objects change is unknown.")
     return Section("Limits", sentences=said)
@@ -316,7 +330,7 @@ _SECTIONS = {  # with the files that each reads
     _task: "config.json", _success: "results.json and bounds/", _episodes: "episodes.jsonl",
     _inside: "explain.json", _training: "metrics.jsonl", _saliency: "figures/",
     _robustness: "robustness.json", _depth: "depth.json", _data: "policy.json and quality.json",
-    _search: "search/", _limits: "config.json and results.json", _reproduce: "config.json",
+    _search: "search/", _limits: "config.json", _reproduce: "config.json",
     _settings: "config.json"}
 
 
