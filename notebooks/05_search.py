@@ -250,8 +250,8 @@ if best.exists():
 #
 # <details><summary>Answer</summary>
 #
-# By 1.77 standard deviations of the seeds. The winner of a search looks better than it is, because
-# it was chosen for its luck too; hence the further seeds for the best three (`search_replicates`).
+# By 1.77 standard deviations of the seeds. Part of a winner's lead is luck, so it looks better than
+# it is; hence the further seeds for the best three (`search_replicates`).
 #
 # ```python
 # import numpy as np

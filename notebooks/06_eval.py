@@ -232,7 +232,7 @@ if not filmed:
     print("No film: set num_videos=2 to film two episodes per task in a new evaluation.")
 
 # %% [markdown]
-# How did the failed episodes end? The order in which objects rise by 2 cm tells it.
+# How did the failed episodes end? They are counted by the first object that rose by 2 cm.
 
 # %%
 modes = failure_modes(episodes)

@@ -162,6 +162,21 @@ display(fig)
 print(fig.finding)
 
 # %% [markdown]
+# Four moments of a held-out demonstration, in words; `report.html` shows them with a slider.
+
+# %%
+first = data.demos[0]
+samples = first.end - first.first - data.sequence_length + 1
+closed = data.batch(range(samples))["actions"].reshape(samples, -1, schema.ACTION_DIM)[:, 0, -1] > 0
+phase = phases(closed.tolist())
+moments, images = explain.recursion_moments(policy, data, {
+    step: f"{step / schema.CONTROL_HZ:.1f} s, {phase[step]}"
+    for step in (samples * share // 8 for share in (1, 3, 5, 7))})
+imageio.imwrite(run / "figures" / "07_moments.png", images)
+for moment in moments:
+    print(f"{moment['title']}: {moment['recursions'][-1]['sentence']}")
+
+# %% [markdown]
 # ## The state during recursion
 #
 # Left: each row is one number of the hidden state, each column one step. Step 0 is the initial
@@ -175,22 +190,6 @@ recursion, fig = visualize_recursive_states(policy, observations)
 plots.save_figure(fig, run / "figures" / "07_recursion.png")
 display(fig)
 print(recursion["sentence"])
-
-# %% [markdown]
-# Four moments of a held-out demonstration: how the action forms over the recursions. `report.html`
-# shows them with a slider.
-
-# %%
-first = data.demos[0]
-samples = first.end - first.first - data.sequence_length + 1
-closed = data.batch(range(samples))["actions"].reshape(samples, -1, schema.ACTION_DIM)[:, 0, -1] > 0
-phase = phases(closed.tolist())
-moments, images = explain.recursion_moments(policy, data, {
-    step: f"{step / schema.CONTROL_HZ:.1f} s, {phase[step]}"
-    for step in (samples * share // 8 for share in (1, 3, 5, 7))})
-imageio.imwrite(run / "figures" / "07_moments.png", images)
-for moment in moments:
-    print(f"{moment['title']}: {moment['recursions'][-1]['sentence']}")
 
 # %% [markdown]
 # ## How many recursions are needed?
