@@ -15,6 +15,7 @@ from demo_files import write_demo_file
 from trm_helpers import __version__, paths, session, software
 from trm_helpers.config import from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.training.runs import find_run
 
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
 
@@ -157,7 +158,9 @@ def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     assert len((home / "metrics.jsonl").read_text().splitlines()) == 5
     assert (home / "search" / "trials.csv").exists()
     assert [path.name for path in home.parent.iterdir()] == ["demo"]
-    assert f"demo, 5 epochs, 0 episodes, from {attached}" in lines(capsys)["attached runs"]
+    said = lines(capsys)["attached runs"]
+    assert f"demo, 5 epochs, 0 episodes, from {attached}" in said
+    assert said.endswith("other settings need another run_name")
     (home / "metrics.jsonl").write_text("")  # this user's modes, and it stays as it is
     session.begin()
     assert "stays as it is" in lines(capsys)["attached runs"]
@@ -257,6 +260,21 @@ def test_the_tracking_key_comes_from_the_attached_secrets(kaggle, capsys, monkey
         assert key == "a-key" and "wandb_mode='online' uses it" in said
     else:
         assert key is None and said.startswith("no key")
+
+
+def test_one_wandb_run_in_two_sessions_is_said(kaggle, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    session.begin()
+    said = lines(capsys)["W&B"]
+    assert "WANDB_RUN_ID=abc: sessions with the same one overwrite" in said and "delete" in said
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    session.begin()
+    assert "WANDB_RUN_ID" not in lines(capsys)["W&B"]
+
+
+def test_a_session_without_a_run_says_what_to_attach(kaggle):
+    with pytest.raises(FileNotFoundError, match="04_train makes one; Add Input > .* its output$"):
+        find_run("demo")
 
 
 def test_a_process_ends_though_a_call_never_answers():

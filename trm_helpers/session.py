@@ -63,7 +63,7 @@ def begin(version: str = __version__) -> None:
     if paths.on_kaggle():
         os.environ.setdefault("TRM_DATA_DIR", str(paths.KAGGLE_TEMPORARY / "data"))
         os.environ.setdefault("HF_HOME", str(paths.KAGGLE_TEMPORARY / "hub"))
-        for what, step in (("GPU", _gpus), ("network", _network), ("W&B", _tracking_key),
+        for what, step in (("GPU", _gpus), ("network", _network), ("W&B", _tracking),
                            ("time", _time_left), ("working disk", _free_space),
                            ("attached runs", _take_over_runs),
                            ("attached demos", _link_demonstrations), ("renderer", _renderer)):
@@ -128,6 +128,14 @@ def _network() -> str:
         return "off (Settings > Internet); nothing is downloaded, W&B logs offline"
 
 
+def _tracking() -> str:
+    said, run_id = _tracking_key(), os.environ.get("WANDB_RUN_ID", "").strip()
+    if run_id and not os.environ.get("WANDB_SWEEP_ID"):  # a sweep's agent gives each trial its own
+        said += (f"\nWANDB_RUN_ID={run_id}: sessions with the same one overwrite each other, so "
+                 "delete the cell that sets it and restart, then each gets a run of its own")
+    return said
+
+
 def _tracking_key() -> str:
     if os.environ.get("WANDB_API_KEY", "").strip():
         return "key in WANDB_API_KEY"
@@ -186,8 +194,9 @@ def _take_over_runs() -> str:
         if "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
             folders.clear()
             runs.setdefault(place.name, []).append(place)
-    return "\n".join(_guarded(lambda pair=pair: _take_over_run(*pair))
-                     for pair in sorted(runs.items())) or "none"
+    said = [_guarded(lambda pair=pair: _take_over_run(*pair)) for pair in sorted(runs.items())]
+    return "\n".join([*said, "04 resumes the run of its run_name; other settings need another "
+                      "run_name"] if said else ["none"])
 
 
 def _take_over_run(name: str, several: list[Path]) -> str:

@@ -158,7 +158,9 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
                 return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
     names = [run.name for run in trained] + shipped_policies()
     raise FileNotFoundError(f"no trained run {name!r} in {root}; "
-                            f"there are: {', '.join(names) or 'none'}. 04_train makes one")
+                            f"there are: {', '.join(names) or 'none'}. 04_train makes one"
+                            + ("; Add Input > Your Work > Notebooks attaches its output"
+                               if paths.on_kaggle() else ""))
 
 
 def _in_artifacts(run: Path, to_write: bool) -> Path:
