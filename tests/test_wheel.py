@@ -21,6 +21,7 @@ from trm_helpers.training.runs import find_run, shipped_policies
 from trm_helpers.data.language import embed_instruction
 from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.report import write_report
+from trm_helpers.search.figures import stored_example
 print(json.dumps({{
     "package": trm_helpers.__file__,
     "public": [getattr(trm_helpers, name) is not None for name in trm_helpers.__all__],
@@ -28,6 +29,7 @@ print(json.dumps({{
     "notebooks": [str(path) for path in suite_notebooks()],
     "parameters": [sum(weight.numel() for weight in trm_helpers.load_policy(name).parameters())
                    for name in shipped_policies()],
+    "search": len(stored_example()["trials"]),
     "page": write_report(shipped_policies()[0]).read_text(),
     "copies": [str(find_run(name, to_write=True)) for name in shipped_policies()],
 }}))
@@ -76,6 +78,7 @@ def test_what_the_package_reads_is_inside(python, installed, tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["package"] == str(installed / "trm_helpers" / "__init__.py")
     assert len(told["public"]) > 10 and all(told["public"])
+    assert told["search"] == 16
     assert sum(value**2 for value in told["embedding"]) == pytest.approx(1, abs=1e-5)
     assert [path.rsplit("/", 1)[1][:2] for path in told["notebooks"]] == [
         f"{number:02d}" for number in range(8)]
