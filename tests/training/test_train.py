@@ -41,7 +41,8 @@ def test_without_a_terminal_every_tenth_epoch_is_a_line(small_run, capsys):
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if line.startswith("epoch ")]
     assert [line.split(":")[0] for line in lines] == [f"epoch {n} of 12" for n in (1, 10, 12)]
-    assert f"validation loss {rows[9]['val_loss']:.4f}, at most " in lines[1]
+    assert f"validation loss {rows[9]['val_loss']:.4f}, about " in lines[1]
+    assert lines[2].endswith(f"validation loss {rows[11]['val_loss']:.4f}")
     assert "step/s" not in said.err
 
 
