@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from trm_helpers import paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.demos import collect
 from trm_helpers.demos.alignment import measure_alignment
-from trm_helpers.demos.collect import _run_attempts, _successes, collect_demonstrations
+from trm_helpers.demos.collect import (
+    _collect,
+    _Collection,
+    _successes,
+    collect_demonstrations,
+    collect_tasks,
+)
 from trm_helpers.demos.demo_files import DemoFileError, check_demo_file
 from trm_helpers.demos.experts import Style
 from trm_helpers.demos.quality import quality_card
@@ -28,27 +35,27 @@ from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.parallel import WorkerDied
 
 
-class Bar:
-    n = 0
-
-    def refresh(self):
-        pass
-
-
-def last_first(job, items, *, workers):
+def last_first(job, items, *, workers, group, wanted):
     """In place of ``run_jobs``: two at a time end in the opposite order."""
     done = 0
     while done < len(items):
         two = items[done:done + 2]
         done += len(two)
         for item in reversed(two):
-            yield item, job(item), None
+            if wanted(item):
+                yield item, job(item), None
 
 
-def run_attempts(attempt, known, num_demos, workers=0):
-    attempts = dict(known)
-    _run_attempts(attempt, attempts, num_demos, workers, Bar(), "a task")
-    return attempts
+def run_attempts(monkeypatch, attempt, known, num_demos):
+    """Collect without files: ``attempt(number)`` is its part; the attempts that are known then."""
+    task = types.SimpleNamespace(name="a task")
+    settings = {"suite": "libero_object", "task_id": 0, "seed": 0, "disturb": True,
+                "placement": "benchmark"}
+    collection = _Collection(task, Path("folder"), settings, num_demos)
+    collection.attempts, collection.write = dict(known), lambda: None
+    monkeypatch.setattr(collect, "_attempt", lambda *given: attempt(given[-1]))
+    _collect([collection], 0)
+    return collection.attempts
 
 
 def test_successes_count_only_up_to_the_first_open_attempt():
@@ -67,21 +74,21 @@ def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end(turn
         made.append(number)
         return None if number in (1, 2) else Path(str(number))
 
-    attempts = run_attempts(attempt, {}, 3)
+    attempts = run_attempts(monkeypatch, attempt, {}, 3)
     assert _successes(attempts)[:3] == [0, 3, 4]
     assert sorted(made) == [0, 1, 2, 3, 4]  # none that the file has no place for
     made.clear()
-    again = run_attempts(attempt, {0: Path("0"), 1: None}, 3)
+    again = run_attempts(monkeypatch, attempt, {0: Path("0"), 1: None}, 3)
     assert 0 not in made and 1 not in made  # what was finished is not done again
     assert _successes(again)[:3] == [0, 3, 4]
     made.clear()
-    run_attempts(attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)  # cut off in between
+    run_attempts(monkeypatch, attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)  # cut off in between
     assert sorted(made) == [1, 2, 3]
 
 
-def test_an_expert_that_cannot_do_it_is_given_up():
+def test_an_expert_that_cannot_do_it_is_given_up(monkeypatch):
     with pytest.raises(RuntimeError, match="failed 20 of 20 attempts at a task"):
-        run_attempts(lambda number: None, {}, 3)
+        run_attempts(monkeypatch, lambda number: None, {}, 3)
 
 
 @pytest.mark.parametrize("num_demos", [0, -1])
@@ -120,7 +127,7 @@ def attempt(*given):
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hangs once" and first:
         time.sleep(600)
-    collect._worker_env, collect.record_demonstration = lambda *_: None, record
+    collect.worker_env, collect.record_demonstration = lambda *_: None, record
     return real(*given)
 
 real = collect._attempt
@@ -136,7 +143,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("TROUBLE", str(tmp_path / "trouble"))
     monkeypatch.setattr(collect, "_problem_name", lambda _: "problem")
-    for name in ("_worker_env", "record_demonstration"):
+    for name in ("worker_env", "record_demonstration"):
         monkeypatch.setattr(collect, name, getattr(collect, name))  # put back afterwards
     sys.modules.pop("quick", None)
     import quick
@@ -243,6 +250,52 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quic
     assert not list(path.parent.glob(".*.parts"))
 
 
+def test_tasks_are_collected_side_by_side_and_equal_those_made_alone(quick, tmp_path):
+    files = collect_tasks("libero_object", [2, 0], 3, tmp_path / "both", workers=2)
+    assert list(files) == [0, 2]
+    assert [sorted(path.name for path in visible(tmp_path / "both"))] == [
+        sorted(path.name for path in files.values())]
+    for task_id, path in files.items():
+        alone = collect_demonstrations("libero_object", task_id, 3, tmp_path / "alone", workers=0)
+        assert alone.name == path.name and alone.read_bytes() == path.read_bytes()
+
+
+def test_a_task_that_is_given_up_costs_no_other(quick, tmp_path, monkeypatch):
+    real = collect._attempt
+
+    def attempt(*given):
+        return None if given[1] == 0 else real(*given)
+
+    monkeypatch.setattr(collect, "_attempt", attempt)
+    with pytest.raises(RuntimeError, match="failed 20 of 20 attempts at .*alphabet_soup"):
+        collect_tasks("libero_object", [0, 1, 2], 3, tmp_path / "some", workers=0)
+    made = visible(tmp_path / "some")
+    assert len(made) == 2 and not any("alphabet_soup" in path.name for path in made)
+
+
+def test_collecting_stops_in_time_and_the_next_call_continues(quick, tmp_path, monkeypatch):
+    real = collect._attempt
+
+    def attempt(*given):
+        if given[-1] == 1:
+            monkeypatch.setenv("TRM_STOP_AT", "0")
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "_attempt", attempt)
+        with pytest.raises(TimeoutError, match="time is up; demonstrations so far: 2 of 4 of pick"):
+            quick("stopped", 0)
+    (path,) = visible(tmp_path / "stopped")
+    with h5py.File(path) as file:
+        assert len(file["data"]) == 2
+    monkeypatch.delenv("TRM_STOP_AT")
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    quick("stopped", 0)
+    assert sorted(mark.name for mark in quick.trouble.iterdir()) == ["2", "3"]
+    assert path.read_bytes() == quick("straight", 0).read_bytes()
+
+
 # --- the real simulator ---------------------------------------------------------------------------
 
 
@@ -326,7 +379,7 @@ def test_stored_actions_replay_to_the_stored_states_and_success(collected):
 def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch):
     """What is there already is given back at once: somebody may be extending the file for long."""
     task = collected.name.removesuffix("_demo.hdf5")
-    monkeypatch.setattr(collect, "_collect", lambda path, *_: path)
+    monkeypatch.setattr(collect, "_collect", lambda *_: None)
     with ThreadPoolExecutor(1) as pool:
         with exclusive_lock(collected.parent, lock=f".{task}.lock"):
             assert collect_demonstrations("libero_object", 5, 2, collected.parent) == collected
@@ -341,12 +394,15 @@ def made(tmp_path, monkeypatch):
     """What was collected, in place of the simulator; no network and a Kaggle folder of its own."""
     asked = []
 
-    def collect_demonstrations(suite, task_id, num_demos, folder, *, seed=0, placement):
-        asked.append((suite, task_id, num_demos, folder.parent.name, seed, placement))
-        path = folder / f"{collect.load_task(suite, task_id).name}_demo.hdf5"
-        return write_demo_file(path, image_size=4, collection={"by": "a test"})
+    def collect_tasks(suite, task_ids, num_demos, folder, *, placement):
+        asked.extend((suite, task_id, num_demos, folder.parent.name, placement)
+                     for task_id in task_ids)
+        names = {task_id: collect.load_task(suite, task_id).name for task_id in task_ids}
+        return {task_id: write_demo_file(folder / f"{name}_demo.hdf5", image_size=4,
+                                         collection={"by": "a test"})
+                for task_id, name in names.items()}
 
-    monkeypatch.setattr(collect, "collect_demonstrations", collect_demonstrations)
+    monkeypatch.setattr(collect, "collect_tasks", collect_tasks)
     monkeypatch.setattr("huggingface_hub.snapshot_download",
                         lambda *_, **__: pytest.fail("downloaded"))
     monkeypatch.setattr(paths, "KAGGLE_INPUT", tmp_path / "kaggle")
@@ -361,8 +417,8 @@ def human(folder, task_id, suite="libero_spatial", **settings):
 def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
     files = collect.ensure_demonstrations(from_flat("tiny"))
     collect.ensure_demonstrations(from_flat("tiny", placement="wide"))
-    assert made == [("libero_object", 0, 2, "scripted", 0, "benchmark"),
-                    ("libero_object", 0, 2, "scripted-wide", 0, "wide")]
+    assert made == [("libero_object", 0, 2, "scripted", "benchmark"),
+                    ("libero_object", 0, 2, "scripted-wide", "wide")]
     assert list(files) == [0]
     assert "2 scripted demonstrations of each of 1 task(s)" in capsys.readouterr().out
 

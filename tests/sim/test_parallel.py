@@ -318,6 +318,42 @@ def test_workers_end_with_their_parent(job, marks, tmp_path, stop, busy):
     wait_for(lambda: not any(alive(worker) for worker in workers), seconds=5)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_stays_in_its_group(workers):
+    """Each group has one process, but for the last one, where the other helps."""
+    items = [(group, number) for group in "abcd" for number in range(6)]
+
+    def job(item):
+        time.sleep(0.01)
+        return os.getpid()
+
+    pids = {item: pid for item, pid, _ in run_jobs(job, items, workers=workers,
+                                                   group=lambda item: item[0])}
+    assert sorted(pids) == items
+    visited = {(group, pid) for (group, _), pid in pids.items()}
+    assert len(visited) <= 4 + workers - 1
+
+
+@pytest.mark.parametrize(("waiting", "own", "elsewhere", "chosen"), [
+    ("aabb", "b", "", "b"),  # its own
+    ("aabb", "c", "a", "b"),  # one without a process
+    ("abbcc", None, "", "b"),  # the largest
+    ("aaab", None, "aab", "a"),  # where most items per process are left
+    ("aabb", "c", "aab", "b")])
+def test_the_next_group(waiting, own, elsewhere, chosen):
+    assert parallel._next_group([*waiting], own, [*elsewhere]) == chosen
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_items_that_are_no_longer_wanted_are_dropped(workers):
+    items, done = list(range(30)), []
+    for item, result, error in run_jobs(lambda item: 10 * item, items, workers=workers,
+                                        wanted=lambda item: len(done) < 3):
+        assert result == 10 * item and error is None
+        done.append(item)
+    assert 3 <= len(done) <= 3 + max(0, workers - 1)
+
+
 def test_a_worker_without_work_ends_by_itself():
     process, connection = parallel.start_process(_work_briefly)
     assert process.wait(timeout=60) == 0
@@ -383,6 +419,13 @@ def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, dask_cluste
     assert attempts(marks, "dies") == 4  # Dask's own setting
     # a cluster that is closed while a nanny starts a worker fails to join it
     dask_cluster.wait_for_workers(2, timeout=60)
+
+
+def test_a_cluster_drops_items_that_are_not_wanted(job, marks, dask_cluster):
+    outcomes = {name: result for (name, _), result, _ in run_jobs(
+        job, [(name, str(marks)) for name in ("good1", "good2", "good3")],
+        cluster=dask_cluster.scheduler_address, wanted=lambda item: item[0] != "good2")}
+    assert set(outcomes) == {"good1", "good3"}
 
 
 def test_a_cluster_without_workers_is_an_error(job, marks, dask_cluster, monkeypatch):

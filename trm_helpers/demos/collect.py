@@ -6,10 +6,11 @@ order: the result depends neither on the number of workers nor on interruptions.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import h5py
@@ -20,8 +21,9 @@ from .. import paths, schema
 from ..config import Config
 from ..files import atomic_path, differences, exclusive_lock, read_json
 from ..sim import layouts
-from ..sim.env import LiberoEnv, load_task
+from ..sim.env import LiberoEnv, load_task, worker_env
 from ..sim.parallel import run_jobs
+from ..software import minutes_left
 from .demo_files import (
     COLLECTION_ATTR,
     VERSION_ATTR,
@@ -103,50 +105,132 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
             other settings.
         RuntimeError: the expert fails too often on this task.
         OSError: the disk is full; finished attempts are kept.
-        TimeoutError, WorkerDied: an attempt twice took longer than 15 minutes or lost its process.
+        TimeoutError: an attempt twice took longer than 15 minutes; or the session's time is up, and
+            the file holds the demonstrations so far.
+        WorkerDied: an attempt twice lost its process.
+    """
+    return collect_tasks(suite, [task_id], num_demos, folder, seed=seed, workers=workers,
+                         disturb=disturb, placement=placement)[task_id]
+
+
+def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: str | os.PathLike,
+                  *, seed: int = 0, workers: int | None = None, disturb: bool = True,
+                  placement: str = "benchmark") -> dict[int, Path]:
+    """:func:`collect_demonstrations` of several tasks side by side; the file of each.
+
+    If the expert fails too often on one task, the others are completed before the error.
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
     schema.check_option("placement", placement, schema.PLACEMENTS)
-    task = load_task(schema.check_training_suite(suite), task_id)
-    path = Path(folder) / f"{task.name}{schema.DEMO_FILE_SUFFIX}"
-    settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
-                "disturb": disturb, "placement": placement,
-                "observations": "what env.step returned", **schema.PINNED}
-    if _complete(path, settings, num_demos):  # no waiting for a call that extends it
-        return path
-    with exclusive_lock(path.parent, lock=f".{task.name}.lock"):  # a second call waits
-        return _collect(path, task, settings, num_demos, workers)
+    schema.check_training_suite(suite)
+    tasks = {}
+    for task_id in sorted(set(task_ids)):  # in one order, as two calls may lock the same tasks
+        settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
+                    "disturb": disturb, "placement": placement,
+                    "observations": "what env.step returned", **schema.PINNED}
+        tasks[task_id] = _Collection(load_task(suite, task_id), Path(folder), settings, num_demos)
+    with contextlib.ExitStack() as locks:
+        # no waiting for a call that extends a complete file
+        for task in [task for task in tasks.values() if not task.is_complete()]:
+            locks.enter_context(exclusive_lock(task.path.parent, lock=f".{task.name}.lock"))
+            if not task.is_complete():  # another call may have been faster
+                task.open()
+        opened = [task for task in tasks.values() if task.attempts is not None]
+        if opened:
+            _collect(opened, workers)
+    return {task_id: task.path for task_id, task in tasks.items()}
 
 
-def _complete(path: Path, settings: dict, num_demos: int) -> bool:
-    if not path.exists():
-        return False
-    _refuse_other_settings(path, settings)
-    with open_demo_file(path) as file:
-        return len(demo_names(file)) >= num_demos
+class _Collection:
+    """The demonstrations of one task: its file, and the attempts beside it until it is complete."""
+
+    def __init__(self, task, folder: Path, settings: dict, num_demos: int):
+        self.task, self.name = task, task.name
+        self.settings, self.num_demos = settings, num_demos
+        self.path = folder / f"{self.name}{schema.DEMO_FILE_SUFFIX}"
+        calm = "" if settings["disturb"] else ".calm"
+        self.parts = self.path.with_name(
+            f".{self.name}.{settings['placement']}{calm}.seed{settings['seed']}.parts")
+        self.attempts: dict[int, Path | None] | None = None  # a success's file, None for a failure
+
+    def is_complete(self) -> bool:
+        if not self.path.exists():
+            return False
+        _refuse_other_settings(self.path, self.settings)
+        with open_demo_file(self.path) as file:
+            return len(demo_names(file)) >= self.num_demos
+
+    def open(self) -> None:
+        self.attempts = _known_attempts(self.path, self.parts)
+        self.parts.mkdir(parents=True, exist_ok=True)
+
+    def missing(self) -> list[tuple]:
+        """Arguments of :func:`_attempt` for the attempts to make."""
+        keys = ("suite", "task_id", "seed", "disturb", "placement")
+        return [(*(self.settings[key] for key in keys), self.parts, number)
+                for number in _missing(self.attempts, self.num_demos)]
+
+    @property
+    def found(self) -> int:
+        return min(len(_successes(self.attempts)), self.num_demos)
+
+    def hopeless(self) -> str:
+        """Why the task is given up, or an empty text."""
+        failures = sum(part is None for part in self.attempts.values())
+        if failures < _MAX_FAILURES or failures <= len(self.attempts) / 2:
+            return ""
+        return (f"the scripted expert failed {failures} of {len(self.attempts)} attempts at "
+                f"{self.name}; it cannot demonstrate this task")
+
+    def write(self) -> None:
+        """Write the file; with all demonstrations in it, the attempts beside it are removed."""
+        with atomic_path(self.path) as temporary:
+            _assemble(temporary, self.task, self.settings, self.attempts, self.found)
+            check_demo_file(temporary)
+        if self.found == self.num_demos:
+            for part in self.parts.iterdir():
+                part.unlink()
+            self.parts.rmdir()
 
 
-def _collect(path: Path, task, settings: dict, num_demos: int, workers: int | None) -> Path:
-    suite, task_id, seed, disturb, placement = (
-        settings[key] for key in ("suite", "task_id", "seed", "disturb", "placement"))
-    calm = "" if disturb else ".calm"
-    parts = path.with_name(f".{task.name}.{placement}{calm}.seed{seed}.parts")
-    if _complete(path, settings, num_demos):
-        return path
-    attempts = _known_attempts(path, parts)
-    parts.mkdir(parents=True, exist_ok=True)
-    attempt = functools.partial(_attempt, suite, task_id, seed, disturb, placement, parts)
-    with tqdm(total=num_demos, desc=f"demonstrations of {suite} {task_id}", unit="demo",
-              initial=min(len(_successes(attempts)), num_demos)) as bar:
-        _run_attempts(attempt, attempts, num_demos, workers, bar, task.name)
-    with atomic_path(path) as temporary:
-        _assemble(temporary, task, settings, attempts, num_demos)
-        check_demo_file(temporary)
-    for part in parts.iterdir():
-        part.unlink()
-    parts.rmdir()
-    return path
+def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
+    """Make attempts until the first ``num_demos`` successes of each task are known."""
+    by_folder, given_up = {task.parts: task for task in tasks}, {}
+    attempts = [attempt for task in tasks for attempt in task.missing()]
+    numbers = " ".join(str(task.settings["task_id"]) for task in tasks)
+    with tqdm(total=sum(task.num_demos for task in tasks), unit="demo",
+              initial=sum(task.found for task in tasks),
+              desc=f"demonstrations of {tasks[0].settings['suite']} {numbers}") as bar:
+        for task in tasks:
+            if task.found == task.num_demos:  # cut off before the file was written
+                task.write()
+        attempt = _attempt  # as it is now, for the workers
+        for (*_, folder, number), part, error in run_jobs(
+                lambda arguments: attempt(*arguments), attempts, workers=workers,
+                group=lambda arguments: arguments[-2],
+                wanted=lambda arguments: arguments[-2] not in given_up and minutes_left() > 0):
+            if error:
+                raise error
+            task = by_folder[folder]
+            task.attempts[number] = part
+            attempts += [new for new in task.missing() if new not in attempts]
+            bar.n = sum(task.found for task in tasks)
+            bar.refresh()
+            if reason := task.hopeless():
+                given_up[folder] = reason
+            elif task.found == task.num_demos:
+                task.write()
+    if given_up:
+        raise RuntimeError("; ".join(given_up.values()))
+    short = [task for task in tasks if task.found < task.num_demos]
+    for task in short:
+        if task.found:
+            task.write()  # the next call extends it
+    if short:
+        counts = ", ".join(f"{task.found} of {task.num_demos} of {task.name}" for task in short)
+        raise TimeoutError(f"the session's time is up; demonstrations so far: {counts}. They are "
+                           f"in {short[0].path.parent}, and the same call continues")
 
 
 def ensure_demonstrations(config: Config) -> dict[int, Path]:
@@ -177,9 +261,8 @@ def ensure_demonstrations(config: Config) -> dict[int, Path]:
         print(f"{data.num_demos} scripted demonstrations of each of {len(missing)} task(s), in "
               f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
                              if data.demos == "auto" else ""))
-    for task_id in missing:
-        found[tasks[task_id].name] = collect_demonstrations(
-            data.suite, task_id, data.num_demos, folder, placement=data.placement)
+        made = collect_tasks(data.suite, missing, data.num_demos, folder, placement=data.placement)
+        found.update((tasks[task_id].name, path) for task_id, path in made.items())
     files = {task_id: found[task.name] for task_id, task in tasks.items()}
     for note in version_notes(files.values()):
         print(note)
@@ -227,22 +310,6 @@ def _successes(attempts: dict[int, Path | None]) -> list[int]:
     return [number for number in finished if attempts[number] is not None]
 
 
-def _run_attempts(attempt, attempts, num_demos, workers, bar, task_name) -> None:
-    """Make attempts until the first ``num_demos`` successes are known."""
-    numbers = _missing(attempts, num_demos)
-    for number, part, error in run_jobs(attempt, numbers, workers=workers):
-        if error:
-            raise error
-        attempts[number] = part
-        numbers += [n for n in _missing(attempts, num_demos) if n not in numbers]
-        bar.n = min(len(_successes(attempts)), num_demos)
-        bar.refresh()
-        failures = sum(part is None for part in attempts.values())
-        if failures >= _MAX_FAILURES and failures > len(attempts) / 2:
-            raise RuntimeError(f"the scripted expert failed {failures} of {len(attempts)} attempts "
-                               f"at {task_name}; it cannot demonstrate this task")
-
-
 def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
     """The attempts to make if each of them succeeds."""
     missing, number, found = [], 0, 0
@@ -254,15 +321,10 @@ def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
     return missing
 
 
-@functools.cache
-def _worker_env(suite: str, task_id: int) -> LiberoEnv:
-    return LiberoEnv(suite, task_id)
-
-
 def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str, parts: Path,
              number: int) -> Path | None:
     """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
-    env = _worker_env(suite, task_id)
+    env = worker_env(suite, task_id)
     generator = np.random.default_rng([seed, task_id, number])
     record = record_demonstration(env, generator, disturb, placement)
     if record is None:

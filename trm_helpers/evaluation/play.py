@@ -24,10 +24,10 @@ from ..files import (
     write_json,
 )
 from ..preflight import check_settling
-from ..schema import PROTOCOLS, EvalProtocol
-from ..sim.env import LiberoEnv
+from ..schema import PROTOCOLS
+from ..sim.env import LiberoEnv, worker_env
 from ..sim.parallel import run_jobs
-from ..software import renderer, software_versions
+from ..software import minutes_left, renderer, software_versions
 from ..stats import summarize_episodes
 from ..training.runs import load_policy
 from ..visuals.films import write_grid
@@ -135,17 +135,28 @@ class Evaluation(NamedTuple):
     def play(self) -> dict:
         """Play the missing episodes, and write the files of :func:`evaluate.evaluate_run`.
 
-        Raises ``RuntimeError`` if another process evaluates in the folder.
+        At the end of the session's time (``TRM_STOP_AT``) no further episode begins, and the
+        results count those that are ``not_run``.
+
+        Raises ``RuntimeError`` if another process evaluates in the folder, ``TimeoutError`` if the
+        time is up before the first episode.
         """
         with exclusive_lock(self.folder, wait=False, lock=".evaluation.lock"):
             finished = self.finished()
             missing = [episode for episode in self.planned if episode not in finished]
             new, errors = collect(
-                play_all(self.source, self.config, self.folder, missing), len(self.planned),
-                len(self.planned) - len(missing), self.ledger, self.conditions, desc="episodes")
+                play_all(self.source, self.config, self.folder, missing, stop_in_time=True),
+                len(self.planned), len(self.planned) - len(missing), self.ledger, self.conditions,
+                desc="episodes")
             finished |= new
             rows = [finished[episode] for episode in self.planned if episode in finished]
-            results = self._results(rows, errors)
+            if not_run := len(self.planned) - len(rows) - len(errors):
+                message = (f"the session's time is up: {not_run} of {len(self.planned)} episodes "
+                           "are not run; the same call continues")
+                if not rows:
+                    raise TimeoutError(message)
+                print(message)
+            results = {**self._results(rows, errors), "not_run": not_run}
             failed = [row["video_error"] for row in new.values() if "video_error" in row]
             if failed:
                 print(f"{len(failed)} film(s) could not be made, which costs no episode; the "
@@ -212,25 +223,33 @@ def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, 
     return rows, errors
 
 
-def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode]
-             ) -> Iterator[tuple[Episode, dict | None, str]]:
-    """``(episode, row, error)`` of each, as they end."""
+def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode],
+             stop_in_time: bool = False) -> Iterator[tuple[Episode, dict | None, str]]:
+    """``(episode, row, error)`` of each, as they end.
+
+    With ``stop_in_time`` none begins after the session's time is up.
+    """
     job = functools.partial(play_episode, source, config, folder)
     # starting one worker costs more than playing in this process
     workers = 0 if config.eval_workers == 1 else config.eval_workers
     try:
-        for episode, row, error in run_jobs(job, episodes, workers=workers, keep=True,
-                                            cluster=config.cluster):
+        for episode, row, error in run_jobs(
+                job, episodes, workers=workers, keep=True, cluster=config.cluster,
+                group=lambda episode: (episode.suite, episode.task_id),
+                wanted=lambda _: not stop_in_time or minutes_left() > 0):
             yield episode, row, f"{type(error).__name__}: {error}" if error else ""
     finally:  # this process plays no more; a worker's simulator ends with it
         _loaded.cache_clear()
-        _worker_env.cache_clear()
+        worker_env.cache_clear()
 
 
 def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     """The row of one episode; its film, if it has one, is below ``folder``."""
     protocol = PROTOCOLS[config.protocol]
-    env = _worker_env(episode.suite, episode.task_id, protocol)
+    if episode.suite.startswith("libero_spatial"):
+        check_settling()
+    env = worker_env(episode.suite, episode.task_id, settle_steps=protocol.settle_steps,
+                     settle_action=protocol.settle_action)
     if hasattr(source, "play"):
         row = source.play(env, episode)
     else:
@@ -248,14 +267,6 @@ def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> 
             row = run_episode(policy, env, number, horizon, seed=episode.seed,
                               placement=episode.placement)
     return {**row, "renderer": renderer()}
-
-
-@functools.lru_cache(maxsize=1)  # one environment per worker, kept over a task's episodes
-def _worker_env(suite: str, task_id: int, protocol: EvalProtocol) -> LiberoEnv:
-    if suite.startswith("libero_spatial"):
-        check_settling()
-    return LiberoEnv(suite, task_id, settle_steps=protocol.settle_steps,
-                     settle_action=protocol.settle_action)
 
 
 # --- films ---------------------------------------------------------------------------------------

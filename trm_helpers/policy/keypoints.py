@@ -83,7 +83,7 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
     return list(jobs)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _worker_env(suite: str, task_id: int) -> LiberoEnv:
     env = LiberoEnv(suite, task_id)
     env.reset()

