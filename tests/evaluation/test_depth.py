@@ -52,7 +52,7 @@ def run(trained, monkeypatch):
     """A run of depth 2 whose episodes are walked: init state n needs n + 1 whole steps of 4."""
     config = depth.load_config(trained).model
     assert config.num_recursions == 2
-    monkeypatch.setattr(play, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr("trm_helpers.sim.env.LiberoEnv", StraightRoad)
     monkeypatch.setattr(play, "load_policy", lambda *_: Thinker(config))
     errors = {"as trained": [0.2, 0.1, 0.3], "fixed 1": [0.4, 0.3, 0.5]}
     monkeypatch.setattr(depth, "action_errors", lambda *_: errors)

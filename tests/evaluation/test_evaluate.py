@@ -48,7 +48,7 @@ def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
 def run(trained, monkeypatch):
     """A trained run whose simulator is the straight road and whose policy walks it."""
     StraightRoad.made.clear()
-    monkeypatch.setattr(play, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr("trm_helpers.sim.env.LiberoEnv", StraightRoad)
     monkeypatch.setattr(play, "load_policy", lambda *_: CountingPolicy())
     monkeypatch.setattr(play, "software_versions", lambda: {"mujoco": "3.3.2"})
     return trained
@@ -120,6 +120,25 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     assert evaluate_run(run, config)["episodes"] == 3 and played == [0, 1, 1, 2]
     evaluate_run(run, config)
     assert played == [0, 1, 1, 2]
+
+
+def test_an_evaluation_stops_in_time_and_the_next_call_continues(run, monkeypatch, capsys):
+    config = EvalConfig(num_episodes=3, horizon=4, num_videos=0)
+    monkeypatch.setenv("TRM_STOP_AT", "0")
+    with pytest.raises(TimeoutError, match="3 of 3 episodes are not run; the same call continues"):
+        evaluate_run(run, config)
+    append = play.append_jsonl
+    monkeypatch.setattr(play, "append_jsonl", lambda *given: (
+        append(*given), monkeypatch.setenv("TRM_STOP_AT", "0")))
+    monkeypatch.delenv("TRM_STOP_AT")
+    results = evaluate_run(run, config)
+    assert (results["episodes"], results["not_run"]) == (1, 2)
+    assert "2 of 3 episodes are not run" in capsys.readouterr().out
+    assert evaluate.selection_success(run, load_config(run), 2)["episodes"] == 2  # within training
+    monkeypatch.setattr(play, "append_jsonl", append)
+    monkeypatch.delenv("TRM_STOP_AT")
+    results = evaluate_run(run, config)
+    assert (results["episodes"], results["not_run"]) == (3, 0)
 
 
 def test_others_play_the_same_run_meanwhile(run, monkeypatch):
@@ -592,7 +611,7 @@ def test_selection_goes_on_with_its_ledger(run):
 
 
 def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(play, "LiberoEnv", StraightRoad)
+    monkeypatch.setattr("trm_helpers.sim.env.LiberoEnv", StraightRoad)
     monkeypatch.setattr(play, "software_versions", dict)
     config = EvalConfig(num_episodes=2, horizon=3, num_videos=0)
     results = baselines.plan_baseline("no-op", tmp_path, config, "libero_object").play()

@@ -49,7 +49,7 @@ class LongerRoad(StraightRoad):
 @pytest.fixture
 def run(trained, monkeypatch):
     """A run of LIBERO-Object's task 0 whose episodes are walked, init state n in n + 1 steps."""
-    monkeypatch.setattr(play, "LiberoEnv", LongerRoad)
+    monkeypatch.setattr("trm_helpers.sim.env.LiberoEnv", LongerRoad)
     monkeypatch.setattr(play, "load_policy", lambda *_: CountingPolicy())
     monkeypatch.setattr(play, "software_versions", lambda: {"mujoco": "3.3.2"})
     return trained
@@ -242,7 +242,7 @@ def test_wide_placements_are_other_scenes_each(trained, monkeypatch):
                                           for name in ("alphabet_soup_1", "basket_1")]))
             return observation
 
-    monkeypatch.setattr(play, "LiberoEnv", Watched)
+    monkeypatch.setattr("trm_helpers.sim.env.LiberoEnv", Watched)
     card = robustness_card(trained, EvalConfig(num_episodes=2, horizon=2, num_videos=0),
                            only=["wide"])
     plain, wide = card["rows"]

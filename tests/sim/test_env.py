@@ -1,5 +1,6 @@
 """The real simulator: observations, and the order of an episode."""
 
+import types
 from importlib import metadata
 
 import numpy as np
@@ -165,6 +166,16 @@ def test_a_layout_that_is_never_found_ends_in_an_error(env, monkeypatch):
     with pytest.raises(RuntimeError, match="no collision-free layout of the objects in 20"):
         env.reset(seed=0)
     assert len(tries) == 20
+
+
+def test_a_suite_whose_files_are_not_installed_is_named(monkeypatch, tmp_path):
+    benchmark = types.SimpleNamespace(
+        get_task=lambda _: types.SimpleNamespace(name="a", language="a"),
+        get_task_bddl_file_path=lambda _: tmp_path / "a.bddl")
+    monkeypatch.setattr("trm_helpers.sim.env._benchmark", lambda _: benchmark)
+    with pytest.raises(FileNotFoundError, match="the files of libero_goal are not installed: no "
+                                                "/.*a.bddl.*make kaggle SUITES=libero_goal"):
+        load_task("libero_goal", 3)
 
 
 def test_another_mujoco_is_refused(monkeypatch):
