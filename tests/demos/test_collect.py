@@ -82,7 +82,7 @@ def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end(turn
     assert 0 not in made and 1 not in made  # what was finished is not done again
     assert _successes(again)[:3] == [0, 3, 4]
     made.clear()
-    run_attempts(monkeypatch, attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)  # cut off in between
+    run_attempts(monkeypatch, attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)
     assert sorted(made) == [1, 2, 3]
 
 
