@@ -209,8 +209,10 @@ def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):
     names = {"run": run, "config": load_config(run).replace(horizon=4), "weights": "best",
              "task_ids": None, "dataclasses": dataclasses, "robustness_card": robustness_card,
              "plot_card": plot_card, "card_rows": card_rows, "card_notes": card_notes, "pd": pd,
-             "display": lambda *given: shown.extend(given)}
+             "display": lambda *given: shown.extend(given),
+             "results": {"episodes": 4, "tasks": [{}, {}]}, "episodes": [{"seconds": 100.0}] * 4}
     exec(cell, {**names, "robustness_episodes": 0})
+    assert "set robustness_episodes=2 for" in capsys.readouterr().out
     assert not shown and not (run / "robustness").exists()
     exec(cell, {**names, "robustness_episodes": 2})
     assert "wrist camera black" in capsys.readouterr().out
