@@ -41,6 +41,13 @@ def test_a_run_that_was_only_trained_says_so(trained):
     assert not any(heading in text for heading in ("## Search", "## Inside", "## Films", "## When"))
 
 
+def test_results_on_some_tasks_are_shown_if_there_are_no_others(trained):
+    write_json(trained / "results-tasks-0.json", results(9))
+    assert "9 of 10 episodes" in markdown(trained)
+    write_json(trained / "results.json", results(8))
+    assert "9 of 10" not in markdown(trained) and "8 of 10 episodes" in markdown(trained)
+
+
 def test_everything_in_the_folder_is_on_the_page(trained, capsys):
     write_json(trained / "results.json", results(9, tasks=2))
     write_json(trained / "bounds" / "no-op" / "results.json", results(0))

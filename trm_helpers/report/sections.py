@@ -92,7 +92,7 @@ def _task(run: Path) -> Section:
 
 def _success(run: Path) -> Section:
     title = "Success in the simulator"
-    results = _read(run / "results.json")
+    results = _results(run)
     if results is None:
         return Section(title, texts=["Not evaluated yet; run 06_eval."])
     protocol = results["protocol"]
@@ -122,6 +122,12 @@ def _success(run: Path) -> Section:
                                          for name, row in summaries.items()}),
                           "rate": _percent(results["success_rate"]),
                           "counts": f"{results['successes']} of {results['episodes']}"})
+
+
+def _results(run: Path) -> dict | None:
+    """Results on the run's tasks; otherwise the latest on some of them."""
+    some = sorted(run.glob("results-tasks-*.json"), key=lambda path: path.stat().st_mtime)
+    return next(filter(None, map(_read, [run / "results.json", *reversed(some)])), None)
 
 
 def _episodes(run: Path) -> Section:
@@ -281,7 +287,7 @@ def _limits(run: Path) -> Section:
 
 
 def _reproduce(run: Path) -> Section:
-    config, results = load_config(run), _read(run / "results.json")
+    config, results = load_config(run), _results(run)
     saved = read_json(run / "config.json").get("software") or {}
     software = {"Trained": saved, "Evaluated": results["software"] if results else {}}
     revision = saved.get("revision")
