@@ -261,7 +261,7 @@ def suite(nb_dir, monkeypatch):
     for name in ("00_setup", "04_train", "06_eval"):
         write_notebook(nb_dir / f"{name}.ipynb",
                        f"with open('order', 'a') as file: file.write('{name[:2]} ')",
-                       "print('epoch 2 of 2: training loss 0.1, at most 0.0 minutes left')"
+                       "print('epoch 2 of 2: training loss 0.1, validation loss 0.1')"
                        if name == "04_train" else "print('done')")
     monkeypatch.setattr("trm_helpers.preflight.preflight", lambda: [Check("Python", "ok", "3")])
     monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations",

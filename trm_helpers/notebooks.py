@@ -42,7 +42,8 @@ _MINUTES = {  # of the stages of preset demo on two cores, for the time that is 
     "03_model": 0.1, "04_train": 3.3, "05_search": 1.1, "06_eval": 1.3, "07_visualize": 0.3}
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BAR = re.compile(r"(.*?):? *\d+%\|.*\| *(\d+)/(\d+) \[[\d:]+<([\d:?]+)")  # as tqdm writes it
-_EPOCH = re.compile(r"epoch (\d+) of (\d+): .* ([\d.]+) minutes left")  # the trainer's line
+# the trainer's line, of which the last has no minutes
+_EPOCH = re.compile(r"epoch (\d+) of (\d+): .*?(?:about ([\d.]+) minutes left)?$")
 
 
 class Stage(io.TextIOBase):
@@ -89,7 +90,7 @@ class Stage(io.TextIOBase):
                               enumerate(reversed(left.split(":"))) if part != "?")
                 minutes = seconds / 60
             elif epoch := _EPOCH.match(line):
-                what, done, of, minutes = "epoch", *epoch.groups()
+                what, done, of, minutes = "epoch", *epoch.groups("0")
             else:
                 others.append(line)
                 continue
