@@ -14,7 +14,8 @@ SHOWN := 2>&1 | tee -a $(LOG) | sed -un -E \
     -e 's/^ *(Downloading|Using cached) ([A-Za-z0-9_.]+)-.* (\([0-9]{2,}[0-9.]* [MG]B\))$$/  \2 \3/p' \
     -e 's/^Installing collected .*/  installing all packages/p' || { tail -n 20 $(LOG); exit 1; }
 
-.PHONY: help setup play demo lab test test-fast test-pythons lint notebooks gallery kaggle
+.PHONY: help setup play demo lab test test-fast test-pythons lint notebooks gallery kaggle \
+    gpu-check
 
 help:
 	@echo "make setup      virtual environment, pinned packages, OpenGL libraries"
@@ -27,6 +28,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make kaggle     dist/kaggle: wheels and kernels to push, for sessions without internet"
 	@echo "make notebooks  regenerate the .ipynb from their .py"
+	@echo "make gpu-check  minutes of measurements of this machine in one table, for a bug report"
 	@echo "make gallery    docs/notebooks: executed copies, from the run of make demo"
 
 setup: $(STAMP)
@@ -95,3 +97,6 @@ PARTS_MB ?=
 kaggle: setup
 	$(BIN)/python kaggle/build.py --user $(KAGGLE_USERNAME) $(if $(SUITES),--suites $(SUITES)) \
 	    $(if $(DEMOS),--demos $(DEMOS)) $(if $(PARTS_MB),--parts-mb $(PARTS_MB))
+
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py

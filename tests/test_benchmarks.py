@@ -162,6 +162,53 @@ def test_the_speed_of_a_search(script, file, monkeypatch):
     assert [row[0] for row in table(lines)] == ["in this process", "one worker", "two workers"]
 
 
+# --- the check of a machine ----------------------------------------------------------------------
+def test_steps_of_the_machine_check_fail_alone(script, tmp_path, monkeypatch):
+    """One step measures, others fail, hang, print nonsense or are not needed."""
+    monkeypatch.setenv("HOME", str(tmp_path / "somebody"))
+    names = runpy.run_path(str(FOLDER / "gpu_check.py"))
+    step, read = names["Step"], lambda text: (text.strip(), json.loads(text), True)
+
+    def prints(code, limit=30.0, **settings):
+        return step([sys.executable, "-c", code], limit, read, **settings)
+
+    def steps(device):
+        assert device == "cpu"
+        return {"good": prints("import os; print(7 if os.environ['TRM_DATA_DIR'] else 0)"),
+                "home": prints("import json, os; print(json.dumps(os.environ['HOME']))"),
+                "bad": prints("print(1); raise SystemExit('no driver')"),
+                "nonsense": prints("print('{')", needed=False),
+                "hangs": prints("import time; time.sleep(60)", limit=0.5)}.items()
+
+    out = tmp_path / "check.json"
+    arguments = ["--device", "cpu", "--out", out]
+    lines = script("gpu_check", *arguments, code=1, steps=steps)
+    status = {line.split()[1]: line.split()[0] for line in lines if line[:4].strip()}
+    assert status["machine"] == "warn" and "no GPU" in "".join(lines)
+    assert [status[name] for name in ("good", "home", "bad", "nonsense", "hangs")] == [
+        "ok", "ok", "fail", "warn", "fail"]
+    kept = {row["step"]: row for row in json.loads(out.read_text())["steps"]}
+    assert kept["good"]["measured"] == 7 and kept["home"]["measured"] == "~"
+    assert kept["bad"]["output"].endswith("no driver\n")
+    assert "took longer than 0.5 s" in kept["hangs"]["found"]
+    assert kept["machine"]["measured"]["mujoco"] == "3.3.2"
+    assert str(tmp_path / "somebody") not in out.read_text() + "".join(lines[:-1])
+    assert "ok" in script("gpu_check", *arguments, "--only", "good", code=0, steps=steps)[-2]
+
+
+@pytest.mark.sim
+def test_the_machine_check_measures_frames_and_training(script, tmp_path):
+    names = runpy.run_path(str(FOLDER / "gpu_check.py"))
+    names["SIZES"]["cpu"] |= {"frames": 1}
+    out = tmp_path / "check.json"
+    planned = dict(names["steps"]("cpu"))
+    script("gpu_check", "--device", "cpu", "--out", out, "--only", *list(planned)[1:2],
+           "training speed", code=0, SIZES=names["SIZES"])
+    _, frames, speed = json.loads(out.read_text())["steps"]
+    assert all(ms > 0 for ms in frames["measured"]["frame_ms"].values())
+    assert all(preset in speed["found"] for preset in ("preset demo", "preset trm"))
+
+
 # --- what a policy looks at ----------------------------------------------------------------------
 def test_units_that_are_off_are_counted(script, trained, tmp_path):
     (soup,) = tmp_path.glob("soup_demo.hdf5")
