@@ -81,6 +81,7 @@ from trm_helpers import paths, preflight, schema, software
 from trm_helpers.config import from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
+from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.visuals import plots
 
@@ -175,8 +176,10 @@ print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f
 # `demos="scripted"` ignores human files.
 
 # %%
-files = ensure_demonstrations(config)
-session.keep(files.values())
+try:
+    files = ensure_demonstrations(config)
+finally:  # on Kaggle, also demonstrations collected before the session's time was up
+    session.keep(scripted_dir(config.data.suite, config.data.placement).glob("*.hdf5"))
 
 # %%
 steps = {}
