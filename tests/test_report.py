@@ -215,20 +215,20 @@ def test_the_page_of_a_run_that_was_only_trained_says_how_to_make_the_rest(train
 
 
 def test_each_episode_is_a_tile_with_its_mark_seconds_and_film(trained):
-    play(trained, {(0, 0): True, (0, 1): False, (3, 0): True}, filmed=[(0, 1), (3, 0)])
+    play(trained, {(3, 0): True, (0, 10): False, (0, 2): True}, filmed=[(0, 10), (3, 0)])
     append_jsonl(trained / "episodes.jsonl",
                  {**PLAYED, "task_id": 3, "init_state": 1, "error": "it hung"})
     write_json(trained / "results.json", results(9))
     parsed = Page(trained)
     tiles = parsed.all("button")
     assert [(found["class"], text) for found, text in tiles] == [
-        ("tile success", "0✓4.5 s"), ("tile failure", "1 ▶✗14.0 s"),
+        ("tile success", "2✓4.5 s"), ("tile failure", "10 ▶✗14.0 s"),
         ("tile success", "0 ▶✓4.5 s"), ("tile excluded", "1–")]
-    assert tiles[1][0]["aria-label"] == ("Init state 1: Failure: time over after 14.0 s; "
+    assert tiles[1][0]["aria-label"] == ("Init state 10: Failure: time over after 14.0 s; "
                                          "the right one lifted. Film.")
     assert len({found["aria-controls"] for found, _ in tiles}) == 4
     assert films(parsed) == [(trained / "videos" / name).read_bytes()
-                             for name in ("0-1.mp4", "3-0.mp4")]
+                             for name in ("0-10.mp4", "3-0.mp4")]
     hero, = parsed.all("video", id="hero")
     assert hero[0]["data-episode"] == "2" and hero[0]["poster"].startswith("data:image/webp")
     assert "reach 3.0 s" in parsed.text and "Could not be run, excluded: it hung" in parsed.text

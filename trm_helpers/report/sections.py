@@ -139,7 +139,9 @@ def _episodes(run: Path) -> Section:
     for row in rows:  # an episode with an error is repeated by the next call
         latest[Episode.of(row)] = row
     episodes: dict[str, list[dict]] = {}
-    for number, (episode, row) in enumerate(sorted(latest.items(), key=str)):
+    ordered = sorted(latest.items(), key=lambda item: tuple(  # layouts have no init state
+        (value is not None, value) for value in item[0]))
+    for number, (episode, row) in enumerate(ordered):
         task = f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}"
         episodes.setdefault(task, []).append({
             "number": number, "task": task, "init_state": episode.init_state,

@@ -110,10 +110,10 @@ def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequenc
         canvas.paste(image, (left, small))
         _write(draw, (left + _MARGIN, small - _LINE - 2), [title])
     if outcome:
-        draw.rectangle((0, MAIN - 52, MAIN - 1, MAIN - 1), fill=GREEN if success else RED)
-        text = [f"{'✓' if success else '✗'} {line}" if not i else f"  {line}"
-                for i, line in enumerate(_wrapped([outcome], MAIN - 30))]
-        _write(draw, (_MARGIN, MAIN - 26 - _LINE * len(text) / 2), text)
+        draw.rectangle((0, MAIN - 60, MAIN - 1, MAIN - 1), fill=GREEN if success else RED)
+        text = textwrap.fill(outcome, 22, initial_indent="✓ " if success else "✗ ",
+                             subsequent_indent="  ")
+        draw.text((_MARGIN, MAIN - 30), text, font=_font(20), fill="black", anchor="lm")
     return np.asarray(canvas)
 
 
@@ -127,10 +127,10 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: Sequence
         draw.text((place[0], place[1] + number * _LINE), line, font=_font(), fill="white")
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int = _FONT_SIZE) -> ImageFont.FreeTypeFont:
     from matplotlib.font_manager import findfont  # slow to import, and only captions need it
 
-    return ImageFont.truetype(findfont("DejaVu Sans Mono"), _FONT_SIZE)  # comes with matplotlib
+    return ImageFont.truetype(findfont("DejaVu Sans Mono"), size)  # comes with matplotlib
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: int = FPS) -> Path:
