@@ -45,7 +45,12 @@ def test_a_trial_runs_in_a_notebook_once_per_epoch_asked_for(tmp_path):
 
     first = run_trial(notebook, parameters, tmp_path / "t")
     assert first["val_losses"] == [2.0]
+    state = tmp_path / "t" / "training_state.pt"
+    state.touch()
+    run_trial(notebook, parameters, tmp_path / "t")
+    assert state.exists()  # for the epochs that are left
     further = run_trial(notebook, {**parameters, "stop_epoch": 0}, tmp_path / "t")
+    assert not state.exists()
     assert further["val_losses"] == [2.0, 1.0, 2 / 3, 0.5]
     notebook.unlink()  # what was measured is not run again
     assert run_trial(notebook, parameters, tmp_path / "t") == first

@@ -60,6 +60,8 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
             raise
         rungs.append(found)
         write_json(run_dir / RECORD, record)
+        if wanted == parameters["epochs"]:  # nothing is left to resume; two thirds of the folder
+            (run_dir / "training_state.pt").unlink(missing_ok=True)
         return found
 
 
