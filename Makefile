@@ -50,9 +50,9 @@ PLAYED := pretrained/spatial-trm
 play: setup
 	$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1
 	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
-	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then $(BIN)/python -m webbrowser "$$page"; fi; \
-	    echo "page  $$page"; echo "film  $$(ls -t $$(dirname "$$page")/videos/*/*.mp4 | head -n 1)"; \
-	    echo "next  make demo"
+	    echo "page  $$page" && echo "films $$(dirname "$$page")/videos" && echo "next  make demo" && \
+	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
+	        $(BIN)/python -m webbrowser "file://$$page" > /dev/null || true; fi
 
 demo: setup
 	@TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo -p demos scripted

@@ -3,7 +3,9 @@
 import matplotlib
 import numpy as np
 import pytest
-from IPython.core.formatters import DisplayFormatter
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from IPython.utils.capture import capture_output
 from matplotlib.image import imread
 from matplotlib.text import Text
 
@@ -285,7 +287,7 @@ def test_a_figure_describes_itself_and_is_legible(name, tmp_path):
     figure = getattr(module, name)(*arguments)
     description = plots.alt_text(figure)
     assert expected in description and description.endswith("."), description
-    shown, metadata = DisplayFormatter().format(figure)  # IPython's, as display(figure) uses it
+    shown, metadata = figure._repr_mimebundle_()
     assert shown["text/plain"] == metadata["image/png"]["alt"] == description
     path = plots.save_figure(figure, tmp_path / "figure.png")
     assert plots.read_alt_text(path) == description
@@ -293,6 +295,21 @@ def test_a_figure_describes_itself_and_is_legible(name, tmp_path):
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     assert {text.get_text(): text.get_fontsize() for text in texts
             if text.get_fontsize() < 9} == {}
+
+
+def test_a_notebook_shows_the_figure_with_its_description():
+    figure = plots.plot_demo_lengths([100, 120])
+    InteractiveShell.instance()
+    try:
+        with capture_output() as shown:
+            display(figure)
+    finally:
+        InteractiveShell.clear_instance()
+    image, description = shown.outputs
+    text = "Lengths of 2 demonstrations. 100 to 120 steps, mean 110."
+    assert image.data["image/png"] and image.metadata == {"image/png": {"alt": text}}
+    assert "<summary>" in description.data["text/markdown"]
+    assert text in description.data["text/markdown"]
 
 
 def test_labels_at_the_right_edge_stay_apart_and_in_order():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import html
 import io
 import os
 import textwrap
@@ -67,10 +68,19 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 class DescribedFigure(Figure):
     """A figure with alt text, shown by notebooks where it is displayed or returned.
 
-    Jupyter keeps the alt text in the output's metadata, and shows it where it shows no images.
+    Jupyter keeps the alt text in the output's metadata. Most front ends do not show it from there,
+    so it also follows the image, as a description to unfold.
     """
 
     finding = ""
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        image, metadata = self._repr_mimebundle_()
+        display(image, metadata=metadata, raw=True)
+        display({"text/markdown": "<details><summary>Description of the figure</summary>\n\n"
+                                  f"{html.escape(alt_text(self))}\n\n</details>"}, raw=True)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         buffer, text = io.BytesIO(), alt_text(self)
