@@ -17,7 +17,7 @@ from trm_helpers.report import page, write_report
 from trm_helpers.stats import summarize_episodes
 from trm_helpers.training.runs import load_config
 from trm_helpers.visuals.films import write_video
-from trm_helpers.visuals.plots import new_axes, save_figure
+from trm_helpers.visuals.plots import describe, new_axes, save_figure
 
 PROTOCOL = dict(protocol="quick", source="openvla with ten episodes", num_episodes=10,
                 first_init_state=0, horizon=280, weights="best")
@@ -288,6 +288,7 @@ def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monke
 def test_figures_have_alt_text_and_damaged_or_foreign_files_are_left_out(trained, tmp_path):
     axes = new_axes(2, 2)
     axes.set_title("Where it looks")
+    describe(axes.figure, "Nowhere.")
     save_figure(axes.figure, trained / "figures" / "07_saliency.png")
     save_figure(axes.figure, tmp_path / "elsewhere.png")
     write_video(tmp_path / "elsewhere.mp4", FRAMES)
@@ -302,7 +303,8 @@ def test_figures_have_alt_text_and_damaged_or_foreign_files_are_left_out(trained
     (trained / "videos" / "link.mp4").symlink_to(tmp_path / "elsewhere.mp4")
     parsed = Page(trained)
     image, = parsed.all("img")
-    assert image[0]["alt"].startswith("Where it looks") and not parsed.all("video")
+    assert image[0]["alt"].startswith("Where it looks. Nowhere.") and not parsed.all("video")
+    assert "Where it looks. Nowhere. Bright pixels" in parsed.text
     assert "figures/damaged.png (UnidentifiedImageError)" in parsed.text
 
 

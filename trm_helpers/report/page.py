@@ -23,17 +23,15 @@ _FIGURE_WIDTH, _STILL_WIDTH = 1200, 480  # pixels
 _STILL_BYTES = 30_000  # at most
 _MAX_PIXELS = 40_000_000  # of a figure; a file from elsewhere may expand to more than the memory
 _MOMENTS = "07_moments.png"  # the images of explain.json's moments, side by side
-CAPTIONS = {
+HINTS = {  # below the alt text that a figure has from the function that drew it
     "01_frames.png": "Frames of a training demonstration, as the policy's cameras see them.",
     "05_search.png": "All configurations of the search, ranked.",
-    "07_depth.png": "Error on held-out demonstrations with fewer and more recursions than in "
-                    "training, which is the dotted line.",
-    "07_predictions.png": "Demonstrated (blue) and predicted (orange) actions of four held-out "
-                          "samples, and errors on average.",
-    "07_recursion.png": "Hidden state, its norm and its change in each recursion. A recursion "
-                        "that has converged stops changing its state.",
-    "07_saliency.png": "Attribution of the first predicted arm action: bright pixels affect it "
-                       "most. They should lie on the gripper, the object and the target.",
+    "07_depth.png": "Measured on held-out demonstrations; the dotted line is the training depth.",
+    "07_predictions.png": "Actions of four held-out samples: demonstrated in blue, predicted in "
+                          "orange; errors on average.",
+    "07_recursion.png": "A recursion that has converged stops changing its state.",
+    "07_saliency.png": "Bright pixels affect the action most; they should lie on the gripper, the "
+                       "object and the target.",
 }
 
 
@@ -148,7 +146,8 @@ class Figures:
             return None
         self.free -= len(source)
         described = image.info.get("Description", "")
-        caption = CAPTIONS.get(name) or described or name.removesuffix(".png").replace("_", " ")
+        caption = (f"{described} {HINTS.get(name, '')}".strip()
+                   or name.removesuffix(".png").replace("_", " "))
         return {"source": source, "caption": caption, "width": image.width, "height": image.height,
                 "alt": described or f"Figure: {caption}"}
 
