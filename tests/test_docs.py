@@ -167,6 +167,15 @@ def test_a_wrong_command_is_noticed(command, monkeypatch, capsys):
         test_a_command_is_accepted(command, monkeypatch, capsys)
 
 
+def test_the_makefile_calls_the_command_line_as_it_is():
+    played = re.search(r"^PLAYED := (.+)$", MAKEFILE, re.MULTILINE)[1]
+    assert (ROOT / played).is_dir()
+    calls = re.findall(r"python -m trm_helpers (.+?)(?: \||$)", MAKEFILE, re.MULTILINE)
+    assert len(calls) == 4  # preflight, evaluate, report, run
+    for call in calls:
+        accepted_by_the_command_line(shlex.split(call.replace("$(PLAYED)", played)))
+
+
 # --- links and paths -----------------------------------------------------------------------------
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives a page's headings."""
