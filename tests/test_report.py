@@ -335,7 +335,9 @@ def test_nothing_from_a_run_becomes_markup_or_is_loaded(trained):
 
 
 def test_the_commands_make_the_same_run_again(trained):
-    write_json(trained / "results.json", results(9))
+    made = results(9)
+    made["protocol"] = {**PROTOCOL, "task_ids": [0, 4]}
+    write_json(trained / "results-tasks-0-4.json", made)
     lines = re.findall("^    python -m .*", markdown(trained), re.MULTILINE)
     train, evaluate = (parse(shlex.split(line)[3:]) for line in lines)
     made = load_config(trained)
@@ -343,3 +345,4 @@ def test_the_commands_make_the_same_run_again(trained):
     assert (train.config.data, train.config.model) == (made.data, made.model)
     assert train.config.train.epochs == 2 and train.config.train.lr == made.train.lr
     assert (evaluate.run, evaluate.eval.episodes, evaluate.weights) == ("small-again", 10, "best")
+    assert evaluate.task_ids == (0, 4)

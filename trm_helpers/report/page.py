@@ -14,7 +14,7 @@ import jinja2
 from PIL import Image
 
 from ..files import inside, read_bytes
-from .sections import Section, media
+from .sections import Section, media, run_name
 
 MAX_BYTES = 10_000_000  # of the page
 _FIGURES = 3_000_000  # of them for figures
@@ -48,7 +48,8 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
     moments = sections["inside"].shown.get("moments", [])
     left_out = figures.left_out
     content = {
-        "name": run.name, "sections": sections, "figures": shown, "script": script, "style": style,
+        "name": run.name, "run_name": run_name(run), "sections": sections, "figures": shown,
+        "script": script, "style": style,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "moment_images": figures.parts(_MOMENTS, len(moments)),
         "others": figures.all(Path(name).name for name in others), "left_out": left_out}

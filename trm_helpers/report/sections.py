@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import schema
+from .. import paths, schema
 from ..config import Config, local_settings
 from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
@@ -224,8 +224,9 @@ def _robustness(run: Path) -> Section:
     title = "When something changes"
     card = _read(run / "robustness.json")
     if card is None:
-        return Section(title, missing="06_eval with robustness_episodes=10, or python -m "
-                       f"trm_helpers robustness {run.name}, measures which changes it survives.")
+        return Section(title, missing=(
+            "06_eval with robustness_episodes=10, or python -m trm_helpers robustness "
+            f"{run_name(run)}, measures which changes it survives."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row. Perturbed episodes start from the init states of the "
         "plain ones, episodes in LIBERO-PRO's suites from others."],
@@ -239,7 +240,7 @@ def _depth(run: Path) -> Section:
     if card is None:
         return Section(title, figures=["07_depth.png"], missing=(
             "07_visualize with depth_episodes=10, or python -m trm_helpers depth "
-            f"{run.name}, measures success with fewer and more recursions."))
+            f"{run_name(run)}, measures success with fewer and more recursions."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row, from the same init states."], depth_rows(card),
         figures=["07_depth.png"], shown={"bars": _bars({row["name"]: row for row in card["rows"]})})
@@ -314,6 +315,8 @@ def commands(name: str, config: Config, results: Mapping | None) -> list[list[st
     protocol = results["protocol"]
     asked = {key: protocol[key] for key in ("protocol", "num_episodes", "first_init_state",
                                             "horizon", "weights")}
+    if (task_ids := protocol.get("task_ids")) and task_ids != [*config.data.task_ids]:
+        asked["task_ids"] = task_ids
     return [train, ["evaluate", again, *_options(asked)]]
 
 
@@ -340,6 +343,11 @@ _SECTIONS = {  # with the files that each reads
     _robustness: "robustness.json", _depth: "depth.json", _data: "policy.json and quality.json",
     _search: "search/", _limits: "config.json", _reproduce: "config.json",
     _settings: "config.json"}
+
+
+def run_name(run: Path) -> str:
+    """A run under artifacts/ as commands take it."""
+    return run.relative_to(paths.artifacts_dir()).as_posix()
 
 
 # --- parts of sections ---------------------------------------------------------------------------
