@@ -237,6 +237,19 @@ def test_each_episode_is_a_tile_with_its_mark_seconds_and_film(trained):
     assert whisker[0]["style"] == f"left:59.6%;width:{98.2 - 59.6}%"
 
 
+def test_episodes_under_changes_can_be_looked_at_too(trained, tmp_path):
+    play(trained, {(0, 0): True})
+    for folder in (trained / "robustness" / "libero_object-brightness", tmp_path / "elsewhere"):
+        (folder / "videos").mkdir(parents=True)
+        play(folder, {(0, 1): False, (0, 2): False}, filmed=[(0, 1)])
+    (trained / "robustness" / "link").symlink_to(tmp_path / "elsewhere")
+    parsed = Page(trained)
+    assert [(found["class"], text) for found, text in parsed.all("button")] == [
+        ("tile success", "0✓4.5 s"), ("tile failure", "1 ▶✗14.0 s"), ("tile failure", "2✗14.0 s")]
+    assert "Episodes of libero_object-brightness" in parsed.text and "of link" not in parsed.text
+    assert "1 episode, of which 0 failed" in parsed.text and len(films(parsed)) == 1
+
+
 MOMENT = {"title": "0.8 s, reach", "demonstrated": [0.1] * 7, "recursions": [
     {"action": [0.2] * 7, "change": 0.9, "sentence": "one"},
     {"action": [0.1] * 7, "change": 0.1, "sentence": "two"}]}

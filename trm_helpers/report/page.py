@@ -14,7 +14,7 @@ import jinja2
 from PIL import Image
 
 from ..files import inside, read_bytes
-from .sections import Section, media, run_name
+from .sections import Section, every_episode, media, run_name
 
 MAX_BYTES = 10_000_000  # of the page
 _FIGURES = 3_000_000  # of them for figures
@@ -60,16 +60,16 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
 
 def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list[str]) -> dict:
     """Films and stills by the number of their episode, as many as fit; the film of the task."""
-    groups = sections["episodes"].shown.get("episodes", {}).values()
-    filmed = [each for group in groups for each in group if each["video"]]
+    filmed = [each for each in every_episode(sections["episodes"].shown.get("episodes", {}))
+              if each["video"]]
     successes = [each for each in filmed if each["outcome"] == "success"]
     first = next(iter(successes + filmed), None)
     ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
     wanted = {each["number"]: each["video"] for each in ordered}
     hero = None
     if first:
-        hero = {"number": first["number"], "caption": f"{first['task']}, init state "
-                f"{first['init_state']}. {first['end']}"}
+        hero = {"number": first["number"], "caption": (
+            f"{first['task']}, {first['start']}. {first['end']}")}
     elif demonstration := inside(run, "videos/01_demonstration.mp4"):
         wanted = {"demonstration": demonstration}
         hero = {"number": "demonstration", "caption": "A demonstration of the training data."}

@@ -132,27 +132,37 @@ def _results(run: Path) -> dict | None:
 
 def _episodes(run: Path) -> Section:
     title = "Every episode"
-    rows = read_jsonl(run / "episodes.jsonl")
-    if not rows:
+    groups: dict[str, dict[str, list[dict]]] = {}  # by change, then by task
+    for ledger in ["episodes.jsonl", *media(run, "robustness/*/episodes.jsonl")]:
+        latest: dict[Episode, Mapping] = {}
+        for row in read_jsonl(run / ledger):  # one with an error is repeated by the next call
+            latest[Episode.of(row)] = row
+        ordered = sorted(latest.items(), key=lambda item: tuple(  # layouts have no init state
+            (value is not None, value) for value in item[0]))
+        folder = Path(ledger).parent
+        for episode, row in ordered:
+            task = f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}"
+            start = (f"init state {episode.init_state}" if episode.init_state is not None
+                     else f"layout {episode.seed}")
+            groups.setdefault(folder.name, {}).setdefault(task, []).append({
+                "task": task, "start": start, **_outcome(row),
+                "video": row.get("video") and inside(run, folder / "videos" / str(row["video"]))})
+    if "" not in groups:
         return Section(title, missing="06_eval plays the episodes.")
-    latest: dict[Episode, Mapping] = {}
-    for row in rows:  # an episode with an error is repeated by the next call
-        latest[Episode.of(row)] = row
-    episodes: dict[str, list[dict]] = {}
-    ordered = sorted(latest.items(), key=lambda item: tuple(  # layouts have no init state
-        (value is not None, value) for value in item[0]))
-    for number, (episode, row) in enumerate(ordered):
-        task = f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}"
-        episodes.setdefault(task, []).append({
-            "number": number, "task": task, "init_state": episode.init_state,
-            **_outcome(row), "video": _film(run, row)})
-    shown = [each for group in episodes.values() for each in group]
-    failed = sum(each["outcome"] == "failure" for each in shown)
-    return Section(title, stale(run, rows[-1]), [
-        f"{_count(len(shown), 'episode')}, of which {failed} failed and "
-        f"{sum(each['outcome'] == 'excluded' for each in shown)} could not be run; "
-        f"{sum(bool(each['video']) for each in shown)} were filmed."],
-        shown={"episodes": episodes})
+    for number, each in enumerate(every_episode(groups)):
+        each["number"] = number
+    own = [*every_episode({"": groups[""]})]
+    failed = sum(each["outcome"] == "failure" for each in own)
+    return Section(title, stale(run, read_jsonl(run / "episodes.jsonl")[-1]), [
+        f"{_count(len(own), 'episode')}, of which {failed} failed and "
+        f"{sum(each['outcome'] == 'excluded' for each in own)} could not be run; "
+        f"{sum(bool(each['video']) for each in own)} were filmed."], shown={"episodes": groups})
+
+
+def every_episode(groups: Mapping[str, Mapping[str, list[dict]]]) -> Iterator[dict]:
+    for tasks in groups.values():
+        for episodes in tasks.values():
+            yield from episodes
 
 
 def _outcome(row: Mapping) -> dict:
@@ -172,10 +182,6 @@ def _outcome(row: Mapping) -> dict:
             f"; {mode}" for mode in modes) + "."
     return {"outcome": "success" if row["success"] else "failure", "seconds": seconds,
             "phases": phases, "end": end}
-
-
-def _film(run: Path, row: Mapping) -> Path | None:
-    return inside(run, Path("videos", str(row["video"]))) if row.get("video") else None
 
 
 def _inside(run: Path) -> Section:
