@@ -24,8 +24,8 @@
 # **Time**: 5 minutes to read. With preset `demo` on two CPU cores it runs for 11 minutes if it
 # collects the demonstrations, and for less than one if they exist.
 #
-# **Needs** nothing else. **Writes** demonstrations to the data folder and one figure to the run
-# folder. The [glossary](../docs/glossary.md) explains the terms of these notebooks.
+# **Needs** no other notebook. **Writes** demonstrations to the data folder and one figure to the
+# run folder. The [glossary](../docs/glossary.md) explains the terms of these notebooks.
 
 # %% tags=["parameters"]
 # change these first
@@ -211,21 +211,21 @@ for task, lengths in steps.items():
 #
 # </details>
 #
-# **2.** Every step stores two images of three bytes per pixel. How many megabytes of images do the
-# demonstrations hold, and how many numbers of actions stand beside them?
+# **2.** Every step stores two images of three bytes per pixel, and one action. How many megabytes
+# of images do the demonstrations hold, and how many action values?
 #
 # <details><summary>Answer</summary>
 #
-# Steps times cameras times height times width times 3. The images outweigh the seven numbers of an
-# action by four orders of magnitude, although the policy is judged by those seven alone.
+# Steps times cameras times height times width times 3 bytes. For each value that the policy has to
+# predict it receives about 14,000 bytes, most of which do not matter for it.
 #
 # ```python
 # total = sum(map(sum, steps.values()))
 # with open_demo_file(next(iter(files.values()))) as data:
 #     first = data["data"][demo_names(data)[0]]
 #     images = sum(first["obs"][camera][0].nbytes for camera in schema.CAMERAS)  # bytes per step
-# print(f"{total * images / 1e6:.0f} MB of images and {7 * total:,} numbers of actions")
-# assert images == 2 * 128 * 128 * 3 and images > 1000 * 7 * 8
+# print(f"{total * images / 1e6:.0f} MB of images and {7 * total:,} action values")
+# assert images == 2 * 128 * 128 * 3 and 14_000 < images / 7 < 14_100
 # ```
 #
 # </details>

@@ -24,8 +24,8 @@
 #
 # **Time**: 12 minutes to read; less than one to run (preset `demo`, two CPU cores).
 #
-# **Needs** nothing: it uses a demonstration of `00_setup` and the trained run of `04_train` if they
-# exist. **Writes** three figures to the run folder.
+# **Needs** no other notebook, and uses a demonstration of `00_setup` and the trained run of
+# `04_train` if they exist. **Writes** three figures to the run folder.
 
 # %% tags=["parameters"]
 # change these first
