@@ -9,6 +9,8 @@ from demo_files import data_set, write_demo_file
 from training.test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
 
 from trm_helpers import schema
+from trm_helpers.config import PRESETS
+from trm_helpers.training import captured, train
 from trm_helpers.training.runs import load_policy
 
 
@@ -76,6 +78,112 @@ def test_compiled_training_is_training(small_run, capsys, settings):
     rows = trainer.fit()
     assert trainer._compiled is not None and "torch.compile" not in capsys.readouterr().out
     assert np.allclose(losses(rows), losses(expected), rtol=1e-2)
+
+
+# --- the step as a CUDA graph; training/test_captured.py tests its logic on the CPU --------------
+def of_preset(preset, **settings):
+    """A preset's network and training on the small file of ``small_run``."""
+    return PRESETS[preset] | dict(suite="libero_object", task_ids=(0,), num_demos=5, batch_size=8,
+                                  epochs=3, device="cuda") | settings
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The real graphs' replays, counted."""
+    replay, counted = captured.CudaGraph.replay, []
+    monkeypatch.setattr(captured.CudaGraph, "replay", lambda graph: (
+        counted.append(graph) or replay(graph)))
+    return counted
+
+
+def eager(monkeypatch):
+    monkeypatch.setattr(train.BehaviorCloningTrainer, "_can_capture", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("preset", ["demo", "trm"])
+def test_captured_training_is_training(small_run, monkeypatch, capsys, replays, preset, precision):
+    """All batches are replayed but an epoch's last, which is smaller."""
+    settings = of_preset(preset, precision=precision)
+    trainer = small_run("captured", **settings)
+    found = trainer.fit()
+    assert "without a CUDA graph" not in capsys.readouterr().out
+    assert len(trainer.train_data) % 8
+    assert len(replays) == captured.STEPS + 3 * (trainer.steps_per_epoch - 1)
+    eager(monkeypatch)
+    expected = small_run("eager", **settings).fit()
+    assert np.allclose(losses(found), losses(expected), rtol=1e-3 if precision == "fp32" else 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [
+    dict(augmentation="reference", halting="learned"), dict(augmentation="none", gripper="mixture"),
+    dict(augmentation="colour", conditioning="task_id"), dict(augmentation="brightness", chunk=1,
+                                                              execution_horizon=1),
+    dict(augmentation="cutout", variant="transformer", halting="convergence")], ids=str)
+def test_other_steps_are_captured_too(small_run, monkeypatch, capsys, settings):
+    settings = of_preset("demo", **settings)
+    found = small_run("captured", **settings).fit()
+    assert "without a CUDA graph" not in capsys.readouterr().out
+    eager(monkeypatch)
+    assert np.allclose(losses(found), losses(small_run("eager", **settings).fit()), rtol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+def test_captured_training_resumes_bit_for_bit(small_run, monkeypatch, replays, interrupt):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    settings = of_preset("demo", precision="fp32")
+    expected = small_run("straight", **settings).fit()
+    interrupt(small_run("resumed", **settings), monkeypatch)
+    assert losses(small_run("resumed", resume=True, **settings).fit()) == losses(expected)
+    assert replays
+
+
+@pytest.mark.gpu
+def test_training_goes_on_when_recording_fails(small_run, monkeypatch, capsys, replays):
+    """A value read on the CPU ends a recording with an error of the driver's."""
+    settings = of_preset("demo", precision="fp16")
+    update = train.BehaviorCloningTrainer._update
+
+    def reads(trainer, batch):
+        results = update(trainer, batch)
+        results[0].item()
+        return results
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.BehaviorCloningTrainer, "_update", reads)
+        found = small_run("failed", **settings).fit()
+    assert "one kernel at a time, without a CUDA graph (" in capsys.readouterr().out
+    assert not replays
+    eager(monkeypatch)
+    assert np.allclose(losses(found), losses(small_run("eager", **settings).fit()), rtol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["demo", "trm"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_cpu_never_waits_for_the_gpu_within_an_epoch(small_run, preset, precision):
+    """Neither replayed nor one kernel at a time."""
+    trainer = small_run("run", **of_preset(preset, precision=precision))
+    trainer._captured = trainer._capture()
+    draws = trainer.train_data.draws(8, 0, 0)
+    trainer._replay(draws[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for draw in draws:  # the last one is smaller and not replayed
+            trainer._replay(draw)
+            trainer._step(trainer.train_data.make(draw, trainer.device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_auto_keeps_the_frames_on_the_gpu(small_run):
+    trainer = small_run(device="cuda")
+    assert trainer.train_data.device.type == trainer.val_data.device.type == "cuda"
+    assert small_run("other", device="cpu").train_data.device.type == "cpu"
 
 
 @pytest.mark.parametrize(("kind", "device"), [("mmap", "cpu"), on_gpu("gpu", "cuda"),

@@ -330,6 +330,24 @@ def test_metrics_are_restored_from_the_training_state(small_run, damage, epochs)
     assert read_jsonl(metrics) == again
 
 
+def test_a_run_of_a_gpu_resumes_with_the_optimizer_of_this_device(small_run, monkeypatch):
+    """A GPU's is fused, which its state says."""
+    expected = small_run("straight", epochs=2).fit()
+    small_run("run", epochs=2, stop_epoch=1).fit()
+    load = runs.load_training_state
+
+    def saved_on_a_gpu(run):
+        state = load(run)
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = True
+        return state
+
+    monkeypatch.setattr(runs, "load_training_state", saved_on_a_gpu)
+    trainer = small_run("run", resume=True, epochs=2)
+    assert losses(trainer.fit()) == losses(expected)
+    assert trainer.optimizer.param_groups[0]["fused"] is None
+
+
 def test_missing_weights_are_restored_or_reported(small_run):
     run = small_run("run").run
     small_run("run", True).fit()

@@ -190,8 +190,12 @@ class LIBERODataset(torch.utils.data.Dataset):
         if self._language is not None:
             tables["language"] = self._language  # (files, 384)
         # beside the frames, so that a batch is gathered where they are
-        self._tables = {name: table.to(self._steps.frames.device)
-                        for name, table in tables.items()}
+        self._tables = {name: table.to(self.device) for name, table in tables.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frames are, and a batch is gathered; the CPU if they are in files."""
+        return self._steps.frames.device
 
     def __len__(self) -> int:
         return len(self._tables["start"])
@@ -237,7 +241,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         With the frames and the draw on a GPU, nothing waits for it: no value is read, and no shape
         depends on one.
         """
-        tables, here = self._tables, self._steps.frames.device
+        tables, here = self._tables, self.device
         indices = draw["indices"].to(here)
         steps = tables["start"][indices].unsqueeze(1)
         steps = steps + torch.arange(self.sequence_length, device=here)  # (B, T)
@@ -313,8 +317,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         if shuffle:
             order = torch.randperm(len(self), generator=_generator(seed, epoch))
         draws = self._sampled(order.split(batch_size), (seed, epoch), start, as_bytes, part)
-        device = self._steps.frames.device
-        return draws if device.type == "cpu" else _moved_at_once(list(draws), device)
+        return draws if self.device.type == "cpu" else _moved_at_once(list(draws), self.device)
 
     def _sampled(self, order: Sequence[torch.Tensor], key: tuple[int, int], start: int,
                  as_bytes: bool, part: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:

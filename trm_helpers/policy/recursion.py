@@ -136,7 +136,7 @@ def recurse_fixed(block: nn.Module, x: torch.Tensor, state: torch.Tensor, steps:
         state = block(state.detach() if detach else state, x)
         states.append(block.readout(state))
     weights = x.new_zeros(len(x), steps, dtype=torch.float32)
-    weights[:, -1] = 1
+    weights[:, -1].fill_(1)
     depth = torch.full((len(x),), steps, device=x.device)
     return Recursion(states[-1], states, weights, depth, depth.float(), state)
 

@@ -26,7 +26,7 @@ from ..data.dataset import LIBERODataset
 from ..files import append_jsonl, write_bytes
 from ..policy.model import TRMPolicy
 from ..software import minutes_left
-from . import runs
+from . import captured, runs
 from .devices import (
     allow_tf32,
     choose_device,
@@ -57,8 +57,9 @@ class BehaviorCloningTrainer:
     AdamW, gradient clipping, cosine annealing over all steps down to 1e-6, early stopping on
     the validation loss. ``best`` and ``last`` hold averaged weights where ``ema_decay`` is set.
     :meth:`fit` resumes from the folder's training state, also within an epoch; with the same data,
-    settings and machine the losses equal those of an uninterrupted run. Under ``torchrun`` each
-    process takes its share of every batch: settings do not depend on the number of GPUs.
+    settings and machine the losses equal those of an uninterrupted run. On a GPU the step is a
+    CUDA graph where it can be, see :mod:`captured`. Under ``torchrun`` each process takes its share
+    of every batch: settings do not depend on the number of GPUs.
 
     Args:
         policy: trained in place.
@@ -89,6 +90,7 @@ class BehaviorCloningTrainer:
                                  use_buffers=True) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else self.policy  # to validate and save
         self._compiled = torch.compile(self.policy.loss) if config.compile else None
+        self._captured: captured.CapturedStep | None = None
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
             fused=True if self.device.type == "cuda" else None)
@@ -163,6 +165,7 @@ class BehaviorCloningTrainer:
         self._began = self._saved = time.perf_counter()
         with runs.only_writer(self.run) if self.team.is_main else contextlib.nullcontext():
             self._resume()
+            self._captured = self._capture()
             if self.team.is_main:
                 runs.save_description(self.run, self.policy, self.train_data)
             progress = tqdm(total=self.last_epoch * self.steps_per_epoch, desc="training",
@@ -206,12 +209,16 @@ class BehaviorCloningTrainer:
     def _train_epoch(self, progress: tqdm) -> bool:
         """Run the remaining updates of the epoch; False if the time is up before the last."""
         self.policy.train()
-        batches = self.train_data.batches(self.config.batch_size, self.config.seed, self.epoch,
-                                          device=self.device, start=len(self.measured),
-                                          part=(self.team.rank, self.team.size))
+        order = (self.config.batch_size, self.config.seed, self.epoch)
+        mine = dict(start=len(self.measured), part=(self.team.rank, self.team.size))
+        if self._captured:
+            step, batches = self._replay, self.train_data.draws(*order, **mine)
+        else:
+            step = self._step
+            batches = self.train_data.batches(*order, device=self.device, **mine)
         started = time.perf_counter() - self.seconds
         for batch in batches:
-            self.measured.append(self._step(batch))
+            self.measured.append(step(batch))
             if self.first_loss is None:
                 self.first_loss = self.measured[0][0].item()
             progress.update()
@@ -252,6 +259,34 @@ class BehaviorCloningTrainer:
         results = self._update(batch)
         self._advance()
         return results
+
+    def _replay(self, draw: dict) -> tuple[torch.Tensor, ...]:
+        """:meth:`_step` of a draw as the CUDA graph, which an epoch's smaller last batch lacks."""
+        if not self._captured.fits(draw):
+            return self._step(self.train_data.make(draw, self.device))
+        results = tuple(self._captured(draw))
+        self._advance()
+        return results
+
+    @property
+    def _can_capture(self) -> bool:
+        """Whether a step is the same kernels for every batch, none of which the CPU waits for."""
+        model = self.policy.config
+        return (self.device.type == "cuda" and self.team.size == 1 and not self.config.compile
+                and self.train_data.device.type == "cuda"
+                and model.halting not in captured.DATA_DEPENDENT
+                and model.variant != "act")  # its style is sampled on the CPU
+
+    def _capture(self) -> captured.CapturedStep | None:
+        if not self._can_capture:
+            return None
+        self.policy.train()
+        draws = [next(iter(self.train_data.draws(self.config.batch_size, self.config.seed, epoch)))
+                 for epoch in range(captured.STEPS)]
+        modules = {"weights": self.policy} | ({"averages": self.averaged} if self.ema else {})
+        return captured.capture(
+            lambda draw: self._update(self.train_data.make(draw, self.device)), modules,
+            self.optimizer, self.scaler, draws)
 
     def _update(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The part of a step that a GPU computes, without waiting for it."""
