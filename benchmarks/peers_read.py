@@ -23,7 +23,8 @@ import torch
 
 PEERS = ("robomimic==0.3.0", "hf-libero==0.1.4", "lerobot==0.4.4",
          "torchvision==0.28.0", "six==1.17.0", "accelerate==1.15.0", "av==18.1.0",
-         "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "pyarrow==26.0.1",
+         "datasets==5.2.0", "diffusers==0.42.1", "dill==0.4.1", "multiprocess==0.70.19",
+         "pyarrow==26.0.1",
          # what LeRobot's policies import
          "cachebox==6.2.10", "deepdiff==9.1.0", "draccus==0.11.6", "mergedeep==1.3.4",
          "mypy-extensions==1.2.0", "orderly-set==5.5.0", "pyserial==3.5", "pyyaml-include==2.2",

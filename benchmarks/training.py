@@ -1,25 +1,37 @@
-"""Training speed on one CPU thread compared with other projects' policies: docs/results.md.
+"""Training speed compared with other projects' policies: docs/results.md.
 
-    python benchmarks/training.py
+    python benchmarks/training.py                  # one CPU thread
+    python benchmarks/training.py --device cuda    # writes training-speed.json
 
-Samples per second of forward and backward passes and milliseconds per executed action, on random
-images of two cameras, proprioception and chunks of actions. Policies take turns in one process, so
-a ratio compares two policies of the same round. Without ``--peer-python`` the others are installed
-into a separate environment, build/peers. LIBERO's own BC-Transformer is excluded: its packages on
-the index (hf-libero 0.1.4, libero 0.1.1) lack ``lifelong.models.modules``; robomimic's stands in.
+On one CPU thread: samples per second of forward and backward passes and milliseconds per executed
+action, on random images of two cameras, proprioception and chunks of actions. Policies take turns
+in one process, so a ratio compares two policies of the same round. Without ``--peer-python`` the
+others are installed into a separate environment, build/peers. LIBERO's own BC-Transformer is
+excluded: its packages on the index (hf-libero 0.1.4, libero 0.1.1) lack
+``lifelong.models.modules``; robomimic's stands in.
+
+With ``--device``: samples per second of whole training steps, in the precision that training picks
+there. Ours are the trainer's steps from a file of random frames: sampling and moving an epoch's
+order and augmentation, gathering, augmentation, both passes, clipping, AdamW, moving average; one
+kernel at a time and as a CUDA graph. The others, if this Python has ``lerobot``, have both passes,
+clipping and fused AdamW on a batch that is on the device already.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import h5py
+import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -53,8 +65,8 @@ def ours(preset: str, **settings) -> tuple[torch.nn.Module, Callable, Callable]:
     return policy, loss, decide
 
 
-def lerobot_act(size: int, chunk: int = 10) -> tuple[torch.nn.Module, Callable, Callable]:
-    """LeRobot's ACT as it comes (ResNet-18, width 512), without the download of its weights."""
+def lerobot_policies() -> None:
+    """Make single policies of LeRobot importable."""
     import lerobot
     from peers_read import import_torchvision
 
@@ -62,31 +74,66 @@ def lerobot_act(size: int, chunk: int = 10) -> tuple[torch.nn.Module, Callable, 
     bare = types.ModuleType("lerobot.policies")  # its own __init__ imports every other policy
     bare.__path__ = [f"{lerobot.__path__[0]}/policies"]
     sys.modules["lerobot.policies"] = bare
+
+
+def lerobot_features(size: int) -> dict:
     from lerobot.configs.types import FeatureType, PolicyFeature
+
+    inputs = {f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, size, size))
+              for camera in CAMERAS}
+    return {"input_features": inputs | {"observation.state": PolicyFeature(FeatureType.STATE,
+                                                                           (12,))},
+            "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))}}
+
+
+def random_observations(*leading: int, size: int, device: str = "cpu") -> dict:
+    """LeRobot's names."""
+    images = {f"observation.images.{camera}": torch.rand(*leading, 3, size, size, device=device)
+              for camera in CAMERAS}
+    return {**images, "observation.state": torch.randn(*leading, 12, device=device)}
+
+
+def lerobot_act(size: int, chunk: int = 10, batch: int | None = None,
+                device: str = "cpu") -> tuple[torch.nn.Module, Callable, Callable]:
+    """LeRobot's ACT as it comes (ResNet-18, width 512), without the download of its weights."""
+    lerobot_policies()
     from lerobot.policies.act.configuration_act import ACTConfig
     from lerobot.policies.act.modeling_act import ACTPolicy
 
-    names = [f"observation.images.{camera}" for camera in CAMERAS]
-    features = {name: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for name in names}
-    features["observation.state"] = PolicyFeature(FeatureType.STATE, (12,))
-    policy = ACTPolicy(ACTConfig(
-        input_features=features,
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))}, device="cpu",
-        chunk_size=chunk, n_action_steps=chunk, pretrained_backbone_weights=None))
-
-    def observations(count: int) -> dict:
-        images = {name: torch.rand(count, 3, size, size) for name in names}
-        return {**images, "observation.state": torch.randn(count, 12)}
+    policy = ACTPolicy(ACTConfig(**lerobot_features(size), device=device, chunk_size=chunk,
+                                 n_action_steps=chunk, pretrained_backbone_weights=None))
 
     def loss() -> torch.Tensor:
-        return policy({**observations(BATCH), "action": torch.rand(BATCH, chunk, 7),
-                       "action_is_pad": torch.zeros(BATCH, chunk, dtype=torch.bool)})[0]
+        count = batch or BATCH
+        return policy({**random_observations(count, size=size, device=device),
+                       "action": torch.rand(count, chunk, 7, device=device),
+                       "action_is_pad": torch.zeros(count, chunk, dtype=torch.bool,
+                                                    device=device)})[0]
 
     def decide() -> int:
-        policy.predict_action_chunk(observations(1))
+        policy.predict_action_chunk(random_observations(1, size=size, device=device))
         return chunk
 
     return policy, loss, decide
+
+
+def lerobot_diffusion(size: int, batch: int, device: str) -> tuple[torch.nn.Module, Callable]:
+    """LeRobot's Diffusion Policy as it comes (horizon 16, two frames), without random crops."""
+    lerobot_policies()
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    policy = DiffusionPolicy(DiffusionConfig(**lerobot_features(size), device=device,
+                                             crop_shape=None, pretrained_backbone_weights=None))
+    horizon, frames = policy.config.horizon, policy.config.n_obs_steps
+
+    def loss() -> torch.Tensor:
+        return policy({**random_observations(batch, frames, size=size, device=device),
+                       "action": torch.rand(batch, horizon, 7, device=device),
+                       "action_is_pad": torch.zeros(batch, horizon, dtype=torch.bool,
+                                                    device=device)})[0]
+
+    return policy, loss
 
 
 def robomimic_transformer(size: int, context: int = 10) -> tuple[torch.nn.Module, ...]:
@@ -194,13 +241,164 @@ def measure(rounds: int, only: list[str]) -> None:
               f"{statistics.median(column['ms']):.2f} |")
 
 
+# --- whole training steps on a device ------------------------------------------------------------
+STEPS = 8192  # in the file of random frames: six batches of 1,024 in its training split
+PEERS = {"LeRobot ACT, 64 px, chunk 8": lambda batch, device: lerobot_act(64, 8, batch, device)[:2],
+         "LeRobot Diffusion Policy, 64 px, 2 frames":
+             lambda batch, device: lerobot_diffusion(64, batch, device)}
+
+
+def write_random_file(path: Path, steps: int, demos: int = 16) -> Path:
+    """A demonstration file in LIBERO's layout; the fingers never move."""
+    from trm_helpers import schema
+
+    generator, count = np.random.default_rng(0), steps // demos
+    with h5py.File(path, "w") as file:
+        group = file.create_group("data")
+        group.attrs["alignment"] = "raw"
+        group.attrs["problem_info"] = json.dumps({"language_instruction": "move at random"})
+        for number in range(demos):
+            demo = group.create_group(f"demo_{number}")
+            demo["actions"] = generator.uniform(-1, 1, (count, 7)).astype(np.float32)
+            demo["actions"][:, 6] = np.where(np.arange(count) < count // 2, -1, 1)
+            for name, width in schema.LOW_DIM.items():
+                demo[f"obs/{name}"] = np.full((count, width), 0.01 * number)
+            for camera in CAMERAS:
+                demo[f"obs/{camera}"] = generator.integers(0, 256, (count, 64, 64, 3), np.uint8)
+    return path
+
+
+def our_trainer(preset: str, batch: int, device: str, data: tuple):
+    """A trainer of the preset on the (training, validation) data; it writes nothing."""
+    from trm_helpers.config import from_flat
+    from trm_helpers.policy.model import TRMPolicy
+    from trm_helpers.training.train import BehaviorCloningTrainer
+
+    config = from_flat(preset, batch_size=batch, device=device)
+    policy = TRMPolicy(config.model, data[0].normalizer, data[0].proprio_stats)
+    return BehaviorCloningTrainer(policy, *data, config.train, "unused")
+
+
+def our_steps(trainer, captured: bool) -> Iterator[None]:
+    """Endless steps of whole batches, one kernel at a time or as a CUDA graph."""
+    trainer.policy.train()
+    data, size, epoch = trainer.train_data, trainer.config.batch_size, 0
+    while True:
+        for draw in data.draws(size, 0, epoch):
+            if len(draw["indices"]) == size:
+                if captured:
+                    trainer._replay(draw)
+                else:
+                    trainer._step(data.make(draw, trainer.device))
+                yield
+        epoch += 1
+
+
+def peer_steps(policy: torch.nn.Module, loss: Callable, precision: str,
+               device: str) -> Iterator[None]:
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=device == "cuda" or None)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    policy.train()
+    while True:
+        with torch.autocast(device, kind, enabled=kind is not None):
+            value = loss()
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+        scaler.step(optimizer)
+        scaler.update()
+        yield
+
+
+def rate(steps: Iterator[None], batch: int, device: str, seconds: float) -> float:
+    """Samples per second, after three steps that are not timed."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(3):
+        next(steps)
+    wait()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(4):
+            next(steps)
+        wait()  # the GPU must not fall behind: the clock is the CPU's
+        count += 4 * batch
+    return count / (time.perf_counter() - began)
+
+
+def measure_on_device(given) -> None:
+    from trm_helpers.config import from_flat
+    from trm_helpers.data.dataset import LIBERODataset
+    from trm_helpers.training.devices import choose_precision
+
+    device = torch.device(given.device)
+    precision = choose_precision("auto", device)
+    rows = []
+
+    def add(policy: str, batch: int, eager: float | None, captured: float | None, note: str = ""):
+        rows.append({"policy": policy, "batch": batch, "samples_per_second": eager,
+                     "samples_per_second_captured": captured, "note": note})
+        print(f"{policy}, batch {batch}: {eager} and captured {captured} {note}", file=sys.stderr,
+              flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_random_file(Path(folder) / "random_demo.hdf5", given.steps)
+        for preset in given.presets:
+            data = LIBERODataset.from_config(
+                {0: file}, from_flat(preset, task_ids=(0,), num_demos=1000), device)
+            for batch in given.batches:
+                trainer = our_trainer(preset, batch, given.device, data)
+                trainer._captured = trainer._capture()
+                rates = [rate(our_steps(trainer, captured), batch, given.device, given.seconds)
+                         if trainer._captured or not captured else None
+                         for captured in (False, True)]
+                add(f"ours, preset {preset}", batch, *rates)
+    for name, make in PEERS.items():
+        for batch in given.batches:
+            try:
+                policy, loss = make(batch, given.device)
+                policy.to(device)
+                add(name, batch, rate(peer_steps(policy, loss, precision, given.device), batch,
+                                      given.device, given.seconds), None)
+            except ImportError as error:
+                add(name, batch, None, None, f"not installed ({error.name})")
+                break
+            except torch.OutOfMemoryError:
+                add(name, batch, None, None, "out of memory")
+    machine = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
+    given.out.write_text(json.dumps({
+        "machine": machine, "torch": torch.__version__, "precision": precision,
+        "threads": torch.get_num_threads(), "seconds": given.seconds, "rows": rows}, indent=1))
+    print(f"{machine}, PyTorch {torch.__version__}, {precision}; samples per second\n\n"
+          "| policy | batch | one kernel at a time | CUDA graph | ratio |\n|---|---|---|---|---|")
+    for row in rows:
+        eager, captured = row["samples_per_second"], row["samples_per_second_captured"]
+        cells = [f"{value:,.0f}" if value else "-" for value in (eager, captured)]
+        ratio = f"{captured / eager:.1f}" if captured else "-"
+        print(f"| {row['policy']} | {row['batch']} | {row['note'] or cells[0]} | {cells[1]} | "
+              f"{ratio} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=POLICIES, default=[])
     parser.add_argument("--peer-python", type=Path, help="a Python that has the peers")
     parser.add_argument("--here", action="store_true", help="measure in this Python")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="measure whole training steps")
+    parser.add_argument("--presets", nargs="*", default=["demo", "trm"])
+    parser.add_argument("--batches", nargs="*", type=int, default=[64, 256, 1024])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the file of random frames")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring, per row")
+    parser.add_argument("--out", type=Path, default=Path("training-speed.json"))
     given = parser.parse_args()
+    if given.device:
+        from trm_helpers.training.devices import tf32
+
+        with tf32(torch.device(given.device)):
+            measure_on_device(given)
+        return
     if given.here:
         measure(given.rounds, given.only)
         return

@@ -19,6 +19,7 @@ import imageio.v3 as imageio
 import nbformat
 import numpy as np
 import pytest
+import torch
 from demo_files import write_demo_file
 from PIL import Image
 
@@ -91,6 +92,28 @@ def test_the_speed_of_training(script):
     rows = table(script("training", "--here", "--rounds", 1, "--only", *names, BATCH=2))
     assert [row[0] for row in rows] == names
     assert all(float(row[column].replace(",", "")) > 0 for row in rows for column in (2, 3, 5))
+
+
+def test_the_speed_of_training_steps_on_a_device(script, tmp_path):
+    """The table and the JSON file; a peer that is not installed is named."""
+    def missing(batch, device):
+        import package_that_nobody_has  # noqa: F401
+
+    def present(batch, device):
+        network = torch.nn.Linear(3, 1)
+        return network, lambda: network(torch.ones(batch, 3)).mean()
+
+    out = tmp_path / "speed.json"
+    rows = table(script("training", "--device", "cpu", "--presets", "demo", "--batches", 2, 4,
+                        "--steps", 96, "--seconds", 0.01, "--out", out,
+                        PEERS={"theirs": missing, "others": present}))
+    assert [row[:2] for row in rows] == [["ours, preset demo", "2"], ["ours, preset demo", "4"],
+                                         ["theirs", "2"], ["others", "2"], ["others", "4"]]
+    assert rows[2][2] == "not installed (package_that_nobody_has)"
+    assert all(row[3] == row[4] == "-" for row in rows)  # no CUDA graph on a CPU
+    measured = json.loads(out.read_text())
+    assert measured["machine"] == "CPU" and len(measured["rows"]) == 5
+    assert all(row["samples_per_second"] > 0 for row in measured["rows"] if not row["note"])
 
 
 def test_the_speed_of_loading(script, file):

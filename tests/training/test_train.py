@@ -21,7 +21,7 @@ from trm_helpers.files import DiskFullError, read_jsonl
 from trm_helpers.policy import model
 from trm_helpers.report import write_report
 from trm_helpers.training import runs, train
-from trm_helpers.training.devices import choose_device, choose_precision
+from trm_helpers.training.devices import choose_device, choose_precision, tf32
 from trm_helpers.training.runs import create_run, load_policy
 
 
@@ -712,6 +712,13 @@ def test_device_and_precision(monkeypatch):
         assert choose_device("auto") == cpu
         with pytest.raises(ValueError, match="finds no CUDA GPU"):
             choose_device("cuda")
+
+
+def test_tf32_is_of_training_on_a_gpu_alone():
+    for device, inside in (("cuda", "high"), ("cpu", "highest")):
+        with tf32(torch.device(device)):
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_training_loads_no_simulator(tmp_path):

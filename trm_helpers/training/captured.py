@@ -175,6 +175,8 @@ def capture(update: Callable[[Draw], Sequence[torch.Tensor]], modules: Mapping[s
         state.restore()
         reason = _difference(state.after(step, draws), expected)
     except Exception as error:  # of any type, from PyTorch or the driver
+        while error.__context__:  # the end of a failed recording fails as well
+            error = error.__context__
         reason = (f"{type(error).__name__}: "
                   + (str(error).strip().splitlines() or ["no reason given"])[0])
     if not reason:

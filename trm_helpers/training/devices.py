@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -25,10 +28,17 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
-def allow_tf32(device: torch.device) -> None:
+@contextlib.contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
     """Multiply fp32 matrices in TF32 (10-bit mantissa) on a GPU, as convolutions are by default."""
+    before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(before)
 
 
 def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:

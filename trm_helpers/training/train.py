@@ -27,13 +27,7 @@ from ..files import append_jsonl, write_bytes
 from ..policy.model import TRMPolicy
 from ..software import minutes_left
 from . import captured, runs
-from .devices import (
-    allow_tf32,
-    choose_device,
-    choose_precision,
-    random_state,
-    set_random_state,
-)
+from .devices import choose_device, choose_precision, random_state, set_random_state, tf32
 from .distributed import Team, own_device
 from .tracking import Tracker
 
@@ -82,7 +76,6 @@ class BehaviorCloningTrainer:
         self.train_data, self.val_data = train_data, val_data
         self.team = Team(choose_device(config.device).type)
         self.device = self.team.device
-        allow_tf32(self.device)
         self.precision = choose_precision(config.precision, self.device)
         self.policy = policy.to(self.device)
         average = get_ema_multi_avg_fn(config.ema_decay)
@@ -163,7 +156,8 @@ class BehaviorCloningTrainer:
         """
         self.team.barrier()
         self._began = self._saved = time.perf_counter()
-        with runs.only_writer(self.run) if self.team.is_main else contextlib.nullcontext():
+        lock = runs.only_writer(self.run) if self.team.is_main else contextlib.nullcontext()
+        with lock, tf32(self.device):
             self._resume()
             self._captured = self._capture()
             if self.team.is_main:
