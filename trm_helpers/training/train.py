@@ -203,6 +203,7 @@ class BehaviorCloningTrainer:
     def _train_epoch(self, progress: tqdm) -> bool:
         """Run the remaining updates of the epoch; False if the time is up before the last."""
         self.policy.train()
+        started = time.perf_counter() - self.seconds
         order = (self.config.batch_size, self.config.seed, self.epoch)
         mine = dict(start=len(self.measured), part=(self.team.rank, self.team.size))
         if self._captured:
@@ -210,7 +211,6 @@ class BehaviorCloningTrainer:
         else:
             step = self._step
             batches = self.train_data.batches(*order, device=self.device, **mine)
-        started = time.perf_counter() - self.seconds
         for batch in batches:
             self.measured.append(step(batch))
             if self.first_loss is None:
@@ -272,7 +272,7 @@ class BehaviorCloningTrainer:
                 and model.variant != "act")  # its style is sampled on the CPU
 
     def _capture(self) -> captured.CapturedStep | None:
-        if not self._can_capture:
+        if self.finished or not self._can_capture:
             return None
         self.policy.train()
         draws = [next(iter(self.train_data.draws(self.config.batch_size, self.config.seed, epoch)))
