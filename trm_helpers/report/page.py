@@ -129,7 +129,7 @@ class Figures:
     def parts(self, name: str, count: int) -> list[str]:
         """An image that holds ``count`` images side by side, cut up."""
         image = self._open(name) if count else None
-        if image is None:
+        if image is None or image.width < count:
             return []
         side = image.width // count
         parts = [_webp(image.crop((i * side, 0, (i + 1) * side, image.height)), _STILL_WIDTH)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 from .. import paths, schema
 from ..config import Config, local_settings
@@ -30,6 +31,7 @@ _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-b
              "gl_renderer")
 _ACTIONS = ("backward, forward", "right, left", "down, up", "turn about x", "turn about y",
             "turn about z", "gripper: open, close")  # -1 and +1 of schema.ACTION_NAMES
+_MOMENTS, _ERROR = 8, 300  # at most: moments with a slider, characters of an error
 _SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound shown beside them
 
 
@@ -169,13 +171,14 @@ def _outcome(row: Mapping) -> dict:
     """An episode's end in words, and the seconds of its phases."""
     if "error" in row:
         return {"outcome": "excluded", "seconds": None, "phases": [],
-                "end": f"Could not be run, excluded: {row['error']}"}
+                "end": f"Could not be run, excluded: {shorten(str(row['error']), _ERROR)}"}
     seconds = int(row["steps"]) / schema.CONTROL_HZ
     phases = [(str(name), int(steps) / schema.CONTROL_HZ) for name, steps in row.get("phases", ())]
     if row["success"]:
         end = f"Success after {seconds:.1f} s."
     elif "policy_error" in row:
-        end = f"Failure after {seconds:.1f} s: the policy raised {row['policy_error']}"
+        end = (f"Failure after {seconds:.1f} s: the policy raised "
+               f"{shorten(str(row['policy_error']), _ERROR)}")
     else:
         modes = [mode for mode, count in failure_modes([row]).items() if count]
         end = f"Failure: time over after {seconds:.1f} s" + "".join(
@@ -191,8 +194,8 @@ def _inside(run: Path) -> Section:
         return Section(title, missing="07_visualize looks inside the policy.")
     return Section(title, stale(run, found), sentences=found["sentences"],
                    figures=["07_recursion.png", "07_predictions.png"],
-                   shown={"moments": [_moment(moment) for moment in found.get("moments", ())],
-                          "names": _ACTIONS})
+                   shown={"names": _ACTIONS, "moments": [
+                       _moment(moment) for moment in found.get("moments", [])[:_MOMENTS]]})
 
 
 def _moment(moment: Mapping) -> dict:
