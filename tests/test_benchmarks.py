@@ -222,7 +222,7 @@ def test_steps_of_the_machine_check_fail_alone(script, tmp_path, monkeypatch):
 @pytest.mark.sim
 def test_the_machine_check_measures_frames_and_training(script, tmp_path):
     names = runpy.run_path(str(FOLDER / "gpu_check.py"))
-    names["SIZES"]["cpu"] |= {"frames": 1}
+    names["SIZES"]["cpu"] |= {"frames": 1, "batches": [2]}
     out = tmp_path / "check.json"
     planned = dict(names["steps"]("cpu"))
     script("gpu_check", "--device", "cpu", "--out", out, "--only", *list(planned)[1:2],
