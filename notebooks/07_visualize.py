@@ -144,8 +144,8 @@ if policy.config.keypoints:
     plots.save_figure(fig, run / "figures" / "07_places.png")
     display(fig)
 else:
-    print("Not shown: this policy has no localizer. Train one with scenes=60 in 04_train (about 20 "
-          "minutes more per task on two CPU cores).")
+    print("Not shown: this policy has no localizer. Train one with scenes=60 in 04_train (about "
+          "seven minutes more for 30 demonstrations of a task on two CPU cores).")
 
 # %% [markdown]
 # ## The recursion, step by step
