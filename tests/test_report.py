@@ -189,7 +189,8 @@ def play(run, outcomes, filmed=()):
     """Episodes of a run by (task, init state), with films of those in ``filmed``."""
     for (task, init_state), success in outcomes.items():
         row = {**PLAYED, "task_id": task, "init_state": init_state, "success": success,
-               "steps": 90 if success else 280, "phases": [["reach", 60], ["grasp", 8]]}
+               "steps": 90 if success else 280,
+               "phases": [["reach", 60], ["grasp", 8]] * (1 if success else 9)}
         if (task, init_state) in filmed:
             row["video"] = f"{task}-{init_state}.mp4"
             write_video(run / "videos" / row["video"], FRAMES)
