@@ -287,6 +287,7 @@ def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monke
     whole = Page(trained)
     film = 4 * len(films(whole)[0]) / 3
     assert len(films(whole)) == 6 and "not in this page" not in whole.text
+    assert "Not finished; 06_eval plays the missing episodes." in whole.text  # no results yet
     monkeypatch.setattr(page, "_STILL_BYTES", int(film / 5))  # a film takes the place of a still
     rest = len(whole.source) - 6 * film + page._RESERVE + 6 * page._STILL_BYTES
     monkeypatch.setattr(page, "MAX_BYTES", int(rest + 1.9 * film))

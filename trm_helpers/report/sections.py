@@ -96,7 +96,9 @@ def _success(run: Path) -> Section:
     title = "Success in the simulator"
     results = _results(run)
     if results is None:
-        return Section(title, texts=["Not evaluated yet; run 06_eval."])
+        return Section(title, texts=[
+            "Not finished; 06_eval plays the missing episodes." if (run / "episodes.jsonl").exists()
+            else "Not evaluated yet; run 06_eval."])
     protocol = results["protocol"]
     texts = [f"{format_success(results)}.",
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
