@@ -25,8 +25,8 @@ from trm_helpers.notebooks import suite_notebooks
 
 _LIMIT = 12e6  # bytes of all copies together
 _FRAMES = 6
-_THUMBS = ("00_action", "01_frames", "02_augmentation", "03_latency", "04_training",
-           "05_coordinates", "06_rollout", "07_saliency")  # figures of the run
+_THUMBS = ("00_action", "01_frames", "02_mask", "03_answer", "04_training",
+           "05_coordinates", "06_episodes", "07_saliency")  # figures of the run
 _THUMB = 240, 140  # pixels at most
 _FILM = re.compile(r"data:video/mp4;base64,([A-Za-z0-9+/=]+)")
 

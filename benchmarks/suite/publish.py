@@ -57,7 +57,7 @@ MISSING = "—"  # a cell without a measurement; zero is 0
 REFERENCE = "reference"  # the row that the others are compared with
 _NUMBERED = re.compile(r"(\d+) (.+)")  # a label that begins with a number of demonstrations
 _MOST_TASKS = 3  # listed one by one
-_STRIP_COLUMNS, _STRIP_EVERY, _STRIP_QUALITY = 5, 1, 60
+_STRIP_COLUMNS, _STRIP_EVERY, _STRIP_QUALITY = 5, 1, 50
 
 
 def uncommitted(content) -> bool:
