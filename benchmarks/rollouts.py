@@ -1,6 +1,7 @@
 """Evaluation speed, in episodes per minute, compared with LIBERO's loop: docs/results.md.
 
     python benchmarks/rollouts.py RUN --episodes 8 --rounds 3
+    python benchmarks/rollouts.py RUN --before CHECKOUT --episodes 2 --horizon 40 --demos 2
 
 Both loops play the same policy from the same official init states with the same number of
 processes, taking turns. LIBERO's (``libero/lifelong/metric.py``) steps a ``SubprocVectorEnv``,
@@ -8,11 +9,16 @@ whose environments render every camera in every step until the last episode of t
 with the policy in the parent. Here it gets the settle steps and the order of reset of our protocol,
 so that the episodes are the same: their outcomes and lengths are compared, and in one episode every
 observation that reaches the policy, bit for bit. The time to build environments is reported apart.
+
+With ``--before``, another checkout of this repository and this one take turns at all tasks of the
+run's suite, building included: episodes of the run, and scripted demonstrations.
 """
 
 import argparse
 import functools
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trm_helpers import load_policy, schema
+from trm_helpers import load_policy, paths, schema
 from trm_helpers.config import EvalConfig
 from trm_helpers.evaluation.plan import Episode
 from trm_helpers.evaluation.play import TrainedPolicy, play_episode
@@ -115,13 +121,71 @@ def unequal_observations(run: Path, suite: str, task_id: int, init_state: int) -
     return len(pairs), sum(any(not np.array_equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
+_PASS = """
+import sys, time
+from trm_helpers.config import EvalConfig, from_flat
+from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.evaluation.evaluate import evaluate_run
+from trm_helpers.schema import SUITES
+what, run, suite = sys.argv[1:4]
+count, horizon, workers = map(int, sys.argv[4:])
+tasks, began = tuple(range(SUITES[suite])), time.perf_counter()
+if what == "episodes":
+    config = EvalConfig(num_episodes=count, horizon=horizon, num_videos=0, eval_workers=workers)
+    assert not evaluate_run(run, config, suite=suite, task_ids=tasks)["errors"]
+else:
+    ensure_demonstrations(from_flat("demo", suite=suite, task_ids=tasks, num_demos=count,
+                                    demos="scripted"))
+print(time.perf_counter() - began)
+"""
+
+
+def pass_seconds(checkout: Path, what: str, *arguments) -> float:
+    """Seconds in which a checkout plays or collects everything, in new folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", _PASS, what, *map(str, arguments)], cwd=checkout, text=True,
+            stdout=subprocess.PIPE, check=True, env={
+                **os.environ, "PYTHONPATH": str(checkout), "TRM_DATA_DIR": folder,
+                "TRM_ARTIFACTS_DIR": folder, "OMP_NUM_THREADS": "1"})
+    return float(done.stdout.splitlines()[-1])
+
+
+def compare_checkouts(given: argparse.Namespace) -> None:
+    """Print a table of both checkouts' episodes and demonstrations per minute."""
+    run = find_run(given.run)
+    suite = load_config(run).data.suite
+    print(f"all {schema.SUITES[suite]} tasks of {suite}, {given.workers} processes, environments "
+          "built")
+    print("| what | before, per minute | now, per minute | ratio |\n|---|---|---|---|", flush=True)
+    for what, count in (("episodes", given.episodes), ("demonstrations", given.demos)):
+        took: dict[Path, list[float]] = {Path(given.before).resolve(): [], paths.repo_root(): []}
+        for _ in range(given.rounds if count else 0):
+            for checkout, seconds in took.items():
+                seconds.append(pass_seconds(checkout, what, run, suite, count, given.horizon,
+                                            given.workers))
+                print(what, took, file=sys.stderr, flush=True)
+        if count:
+            rates = [60 * count * schema.SUITES[suite] / statistics.median(seconds)
+                     for seconds in took.values()]
+            ratios = [a / b for a, b in zip(*took.values(), strict=True)]
+            print(f"| {what} | {rates[0]:.1f} | {rates[1]:.1f} | {statistics.median(ratios):.2f} "
+                  f"({min(ratios):.2f} to {max(ratios):.2f}) |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a trained run")
     parser.add_argument("--episodes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--before", default="", help="another checkout, to compare with this one")
+    parser.add_argument("--horizon", type=int, default=0, help="with --before; 0: the suite's")
+    parser.add_argument("--demos", type=int, default=0, help="with --before: of each task")
     given = parser.parse_args()
+    if given.before:
+        compare_checkouts(given)
+        return
     from libero.libero.envs import SubprocVectorEnv
 
     run = find_run(given.run)

@@ -90,7 +90,7 @@ import pandas as pd
 from IPython.display import Video, display
 
 from trm_helpers.config import check_parameters
-from trm_helpers.evaluation.baselines import plan_bounds
+from trm_helpers.evaluation.baselines import plan_bounds, play_bounds
 from trm_helpers.evaluation.compare import (
     comparable,
     compare_runs,
@@ -179,7 +179,7 @@ display(pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_s
 # says little about a policy.
 
 # %%
-bounds = {name: bound.play() for name, bound in planned_bounds.items()}
+bounds = play_bounds(planned_bounds)
 solved = {name: f"{name} {bound['successes']} of {bound['episodes']}"
           for name, bound in bounds.items()}
 by_chance = sum(bounds[name]["successes"] for name in ("random", "no-op") if name in bounds)
@@ -303,9 +303,12 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 # %%
 if robustness_episodes:
     changed = dataclasses.replace(config.eval, num_episodes=robustness_episodes, num_videos=0)
-    card = robustness_card(run, changed, weights, task_ids or ())
-    display(pd.DataFrame(card_rows(card)), plot_card(card))
-    print("\n".join(card_notes(card)))
+    try:
+        card = robustness_card(run, changed, weights, task_ids or ())
+        display(pd.DataFrame(card_rows(card)), plot_card(card))
+        print("\n".join(card_notes(card)))
+    except TimeoutError as error:  # the session ends before the first episode
+        print(error)
 else:
     print(f"Not run: set robustness_episodes={results['episodes'] // len(results['tasks'])} for as "
           "many episodes as above under each change (on two CPU cores about "

@@ -39,6 +39,9 @@ class StraightRoad:
                                           language="walk to the end")
         self.made.append(self)
 
+    def close(self):
+        pass
+
     def reset(self, init_state=None, seed=None, arrange=None):
         self.picked = False
         first = plan.WIDE_SEED if arrange else plan.SELECTION_SEED

@@ -190,7 +190,7 @@ class Evaluate(_Rollouts):
     against: Name = ""  # another evaluated run to compare with, episode by episode
 
     def __call__(self) -> Result:
-        from .evaluation.baselines import BASELINES, plan_baseline, plan_bounds
+        from .evaluation.baselines import BASELINES, plan_baseline, plan_bounds, play_bounds
         from .evaluation.compare import comparable, compare_runs, stale_episodes
         from .evaluation.evaluate import plan_run
         from .stats import detectable, format_comparison, format_success
@@ -211,7 +211,7 @@ class Evaluate(_Rollouts):
                 comparable(planned, self.against)
             bounds = plan_bounds(self.run, self.eval, self.suite, self.task_ids, self.demo_dir)
         results = planned.play()
-        bounds = {name: bound.play() for name, bound in bounds.items()}
+        bounds = play_bounds(bounds)
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]

@@ -140,6 +140,23 @@ def test_a_way_that_was_played_otherwise_is_refused_before_the_first_episode(run
     assert [path.name for path in (run / "depth").iterdir()] == ["fixed-1"]
 
 
+def test_rows_for_which_no_time_is_left_are_named(run, monkeypatch, capsys):
+    append = play.append_jsonl
+
+    def stop_after_four(ledger, row):
+        append(ledger, row)
+        if row["init_state"] == 3:
+            monkeypatch.setenv("TRM_STOP_AT", "0")
+
+    monkeypatch.setattr(play, "append_jsonl", stop_after_four)
+    card = depth_card(run, [1], config=CONFIG, only=["fixed 1"])
+    assert [row["name"] for row in card["rows"]] == ["as trained"]
+    assert "fixed 1: the session's time is up: 4 of 4 episodes" in capsys.readouterr().out
+    monkeypatch.delenv("TRM_STOP_AT")
+    card = depth_card(run, [1], config=CONFIG, only=["fixed 1"])
+    assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 1"]
+
+
 def test_a_policy_that_fails_at_once_has_a_row(run, monkeypatch):
     monkeypatch.setattr(Thinker, "act", lambda *_: 1 / 0)
     card = depth_card(run, [1], [], CONFIG, only=["fixed 1"])

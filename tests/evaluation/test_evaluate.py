@@ -404,7 +404,24 @@ def bounded(run, monkeypatch):
 
 
 def play_bounds(*given):
-    return {name: bound.play() for name, bound in baselines.plan_bounds(*given).items()}
+    return baselines.play_bounds(baselines.plan_bounds(*given))
+
+
+def test_bounds_for_which_no_time_is_left_are_named_and_left_out(bounded, monkeypatch, capsys):
+    config, append = EvalConfig(bound_episodes=1, num_videos=0), play.append_jsonl
+    monkeypatch.setattr(play, "append_jsonl", lambda *given: (
+        append(*given), monkeypatch.setenv("TRM_STOP_AT", "0")))
+    assert list(play_bounds(bounded, config)) == ["replay"]
+    assert "no-op: the session's time is up: 1 of 1 episodes are not run" in capsys.readouterr().out
+    monkeypatch.delenv("TRM_STOP_AT")
+    assert list(play_bounds(bounded, config)) == ["replay", "no-op"]
+
+    def collect(*_):
+        raise TimeoutError("the session's time is up; demonstrations so far: 0")
+
+    monkeypatch.setattr(baselines, "demonstrations_of", collect)
+    assert list(baselines.plan_bounds(bounded, config)) == ["no-op"]
+    assert "no replay: the session's time is up; demonstrations" in capsys.readouterr().out
 
 
 def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):

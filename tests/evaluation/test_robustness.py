@@ -137,6 +137,28 @@ def test_an_interrupted_card_goes_on(run, monkeypatch):
     assert [row["successes"] for row in card["rows"]] == [4, 3, 2]
 
 
+def test_changes_for_which_no_time_is_left_are_listed(run, monkeypatch):
+    config, append = dataclasses.replace(CONFIG, num_episodes=2), play.append_jsonl
+    monkeypatch.setenv("TRM_STOP_AT", "0")
+    with pytest.raises(TimeoutError, match="2 of 2 episodes are not run; the same call continues"):
+        robustness_card(run, config, only=["swap"])
+    monkeypatch.delenv("TRM_STOP_AT")
+
+    def stop_after_two(ledger, row):
+        append(ledger, row)
+        if row["init_state"] == 1:
+            monkeypatch.setenv("TRM_STOP_AT", "0")
+
+    monkeypatch.setattr(play, "append_jsonl", stop_after_two)
+    card = robustness_card(run, config, only=["swap"])
+    assert [(row["name"], row["episodes"]) for row in card["rows"]] == [("plain", 2)]
+    assert [(row["name"], "time is up" in row["reason"]) for row in card["failed"]] \
+        == [("swap", True)]
+    monkeypatch.delenv("TRM_STOP_AT")
+    card = robustness_card(run, config, only=["swap"])
+    assert [row["episodes"] for row in card["rows"]] == [2, 2] and not card["failed"]
+
+
 def test_rows_stay_while_the_card_is_about_the_same_episodes(run):
     robustness_card(run, CONFIG, only=["swap"])
     card = robustness_card(run, CONFIG, only=["delay_1"])

@@ -1,7 +1,13 @@
 """The real simulator: observations, and the order of an episode."""
 
+import os
+import shutil
+import subprocess
+import sys
 import types
 from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -176,6 +182,54 @@ def test_a_suite_whose_files_are_not_installed_is_named(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="the files of libero_goal are not installed: no "
                                                 "/.*a.bddl.*make kaggle SUITES=libero_goal"):
         load_task("libero_goal", 3)
+
+
+def test_init_states_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr("libero.libero.benchmark.get_libero_path", lambda _: "/nowhere")
+    with pytest.raises(FileNotFoundError, match="the files of libero_goal are not installed: no "
+                                                "/nowhere/libero_goal/open_the.*npz; "):
+        load_init_states("libero_goal", 0)
+
+
+@pytest.mark.parametrize("kind", ["model", "mesh"])
+def test_an_asset_that_is_not_installed_is_named(tmp_path, kind):
+    """In a process of its own: LIBERO finds the folder of the assets when it is imported."""
+    from libero.libero import get_libero_path
+
+    assets = Path(get_libero_path("assets"))
+    found = assets / "stable_hope_objects" / "alphabet_soup" / "alphabet_soup.xml"
+    if kind == "mesh":
+        found = found.parent / ElementTree.parse(found).find(".//mesh").get("file")
+    copy = tmp_path / "assets"
+    shutil.copytree(assets, copy, copy_function=os.symlink)
+    (copy / found.relative_to(assets)).unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", "from trm_helpers.sim.env import LiberoEnv, load_task\n"
+         f"load_task({SUITE!r}, {TASK})\nimport libero.libero\n"
+         f"libero.libero._packaged_asset_path = lambda: {str(copy)!r}\n"
+         f"LiberoEnv({SUITE!r}, {TASK})"], capture_output=True, text=True)
+    assert f"the files of {SUITE} are not installed: no {copy}" in done.stderr, done.stderr
+    assert found.name in done.stderr.splitlines()[-1]
+
+
+def test_the_environment_of_a_process_is_kept_for_a_task_and_closed_for_the_next(monkeypatch):
+    made = []
+
+    class Env:
+        def __init__(self, *asked, **settings):
+            assert all(env.closed for env in made)  # two never take memory at once
+            self.closed = False
+            made.append(self)
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(sim, "LiberoEnv", Env)
+    kept = sim._WorkerEnv()
+    assert kept(SUITE, 0) is kept(SUITE, 0) and len(made) == 1
+    kept(SUITE, 1), kept(SUITE, 1, settle_steps=5)
+    kept.cache_clear()
+    assert len(made) == 3 and all(env.closed for env in made)
 
 
 def test_another_mujoco_is_refused(monkeypatch):

@@ -160,10 +160,21 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
     if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
         try:
             files = demonstrations_of(run, trained.replace(demo_dir=demo_dir))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, TimeoutError) as error:  # none, or no time to collect them
             print(f"no replay: {error}")
         else:
             bounds["replay"] = plan_replay(files, folder / "replay", config, suite, task_ids,
                                            results)
     return bounds | {name: plan_baseline(name, folder / name, config, suite, task_ids, results)
                      for name in BASELINES}
+
+
+def play_bounds(planned: Mapping[str, Evaluation]) -> dict[str, dict]:
+    """Results of :func:`plan_bounds`, without those for which no time is left in the session."""
+    results = {}
+    for name, bound in planned.items():
+        try:
+            results[name] = bound.play()
+        except TimeoutError as error:
+            print(f"{name}: {error}")
+    return results

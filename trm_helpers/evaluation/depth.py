@@ -122,6 +122,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
 
     Raises:
         ValueError: the policy does not recurse, a depth below 1, or an unknown name in ``only``.
+        TimeoutError: the session's time is up before the first episode as trained; other rows
+            without an episode are left out.
     """
     run = find_run(run, to_write=True)
     trained = load_config(run)
@@ -149,7 +151,13 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         errors = action_errors(source, trained, settings)
     rows: list[dict] = []
     for name, evaluation in evaluations.items():
-        results, episodes = evaluation.play(), evaluation.rows()
+        try:
+            results, episodes = evaluation.play(), evaluation.rows()
+        except TimeoutError as error:
+            if not rows:
+                raise
+            print(f"{name}: {error}")
+            continue
         row = {"name": name, **settings[name], **measured(results), **_thinking(episodes),
                "action_error": errors.get(name)}
         if name != AS_TRAINED:

