@@ -7,6 +7,7 @@ All take the rows of `search.run_search`, best first, and the names of the setti
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -101,7 +102,9 @@ def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, flo
     ped_anova = optuna.importance.PedAnovaImportanceEvaluator
     known = inspect.signature(ped_anova).parameters
     quantile = "target_quantile" if "target_quantile" in known else "baseline_quantile"  # 4.5
-    evaluator = ped_anova(**{quantile: _BEST})
+    with warnings.catch_warnings():  # experimental in Optuna 4
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = ped_anova(**{quantile: _BEST})
     return optuna.importance.get_param_importances(study, evaluator=evaluator)
 
 
