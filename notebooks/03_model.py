@@ -13,13 +13,13 @@
 #
 # A recursive policy applies one small block repeatedly to its own output and to the encoded
 # observation. More recursions cost time but no parameters. This notebook writes the recursion out,
-# line by line, and checks that it has an effect: in several public implementations every step after
-# the first gave the same output, unnoticed.
+# line by line, and checks that it is wired correctly: a faulty loop can give the same output after
+# every step without anyone noticing. Whether depth helps is measured in `07_visualize`.
 #
 # **What you will learn**
 # - the two recursions of this package, `block` and `trm`, in ten lines each;
 # - what the answer `y` and the latent `z` are, and how they change on a real observation;
-# - how an action forms, step by step;
+# - how an action forms, cycle by cycle;
 # - four checks that every recursive network should pass, and what a recursion costs.
 #
 # **Time**: 12 minutes to read; less than one to run (preset `demo`, two CPU cores).
@@ -102,9 +102,10 @@ print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
 # %% [markdown]
 # ## Two recursions
 #
-# `x` is the encoded observation: of the camera images and, where the preset has them, of the
-# proprioception and the task. It enters every step, so that no step has to remember it. The dashed
-# part repeats with the same weights.
+# `x` encodes the observation: the camera images and, in some presets, the proprioception (the
+# robot's own joint and gripper readings) and the task. It is computed once, does not change, and
+# enters every cycle, so that no state has to remember it. The dashed part repeats with the same
+# weights; the state (`h`, or `y` and `z`) is carried over.
 
 # %%
 display(plots.plot_recursions())
@@ -136,12 +137,12 @@ print(f"{steps} steps by hand and by the package: h {tuple(h.shape)} differs by 
 # %% [markdown]
 # `variant="trm"`, the recursion of Tiny Recursive Models: `x` is a sequence of tokens, and the
 # state is an answer `y`, from which the actions are read, and a latent `z` of the same shape, a
-# working memory that only the network itself reads. One network updates both: `n` times the latent,
-# given observation and answer, then the answer, given the latent. This is one cycle; a recursion is
-# `T` cycles. The policy reads its actions from the last K tokens of `y`.
+# working memory that only the network itself reads. In a cycle one network updates the latent `n`
+# times, from observation, answer and latent, and then the answer once, from answer and latent. A
+# recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`.
 
 # %%
-n, cycles, K = 2, 2, 3  # n and T in the paper; K actions
+n, cycles, K = 2, 2, 3  # n and T in the paper, which uses larger values; K actions
 block = TRMBlock(width, heads, num_layers=2, chunk=K, latent_updates=n, cycles=cycles).eval()
 x = torch.randn(2, 10, width)  # (B, N, D): tokens of two observations, the last K for the actions
 first = block.initial_state(x)  # (B, 2, N, D): y and z, the same for every observation
@@ -160,10 +161,10 @@ print(f"{steps} recursions by hand and by the package: y of the {K} actions "
 # ## Parameters
 #
 # Where are the parameters? The block is shared by all `num_recursions` recursions. A recursion
-# applies its network once in `block` and `cycles * (latent_updates + 1)` times in `trm`, where it
-# is one supervision step of the paper: in training, a loss follows each. The other variants,
-# `transformer` and `act` (Action Chunking with Transformers), are baselines that apply their
-# network once.
+# applies its network once in `block` and `cycles * (latent_updates + 1)` times in `trm`. In `trm` a
+# recursion is one supervision step of the paper: in training, a loss is computed after each
+# recursion. The other variants, `transformer` and `act` (Action Chunking with Transformers), are
+# baselines that apply their network once.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")
@@ -223,8 +224,8 @@ print("All four hold.")
 # %% [markdown]
 # ## Time per recursion
 #
-# Milliseconds per decision (one observation), median of 20. The encoder runs once; each further
-# recursion adds a little.
+# Milliseconds per decision (one observation), median of 20. The encoder runs once, and each further
+# recursion adds about the same time, apart from measurement noise.
 
 # %%
 single = {name: value[:1] for name, value in observations.items()}
@@ -243,7 +244,8 @@ plots.save_figure(fig, folder / "figures" / "03_latency.png")
 display(fig)
 each = (milliseconds[-1] - milliseconds[0]) / (depths[-1] - depths[0])
 print(f"A decision takes {milliseconds[0]:.1f} ms with one recursion and about {each:.2f} ms more "
-      f"for each further one. The robot needs an action every {1000 / schema.CONTROL_HZ:.0f} ms.")
+      f"for each further one. It yields {model.chunk} action(s); the robot needs one every "
+      f"{1000 / schema.CONTROL_HZ:.0f} ms.")
 
 # %% [markdown]
 # ## A real observation
@@ -272,13 +274,13 @@ else:
     print("no demonstration found: this observation is random")
 
 # %% [markdown]
-# ## y and z, step by step
+# ## y and z, cycle by cycle
 #
 # `spatial-trm` is a trained policy with `variant="trm"` that comes with this package. It has
 # learned the ten tasks of LIBERO-Spatial, so its actions mean nothing for other suites. The loop is
 # the one above. After every cycle the action head reads the answer `y`, which in an episode it does
-# only once, at the end. `y` and `z` begin as the same random numbers for every observation: the
-# action before the first cycle knows nothing.
+# only once, at the end. `y` and `z` start from fixed random values that do not depend on the
+# observation, so the action before the first cycle carries no information about it.
 
 # %%
 shipped = load_policy("pretrained/spatial-trm")
@@ -302,7 +304,7 @@ changes = {name: [((after - before).norm() / after.norm()).item()
                   for before, after in zip(states, states[1:], strict=False)]
            for name, states in (("y", ys), ("z", zs))}
 still = observation[schema.STILL_CAMERA]
-fig = plots.plot_refinement(still, changes, formed, "spatial-trm: one observation, cycle by cycle")
+fig = plots.plot_refinement(still, changes, formed, "spatial-trm: one observation", unit="cycle")
 plots.save_figure(fig, folder / "figures" / "03_answer.png")
 display(fig)
 
@@ -313,13 +315,16 @@ print(f"The first cycle changes y by {100 * changes['y'][0]:.0f} % of its norm a
       f"{100 * changes['z'][-1]:.0f} %.")
 print("Largest difference from the final action before the first cycle and after each: "
       + ", ".join(f"{value:.2f}" for value in distance))
+print(f"The first cycle changes it by {distance[0] - distance[1]:+.2f} towards the final action, "
+      f"all the others by {distance[1]:+.2f}.")
 
 # %% [markdown]
 # ## The policy of this run
 #
-# The same for the policy that this run trains, with the state that its action head reads: `h`, or
-# of `trm` the last K tokens of `y`. Before `04_train` has run, the network is untrained and its
-# action arbitrary; run this notebook again afterwards. A trained run keeps its own settings.
+# Now the same figure for this run's own policy. Its state is what the action head reads: `h` in
+# `block`, the last K tokens of `y` in `trm`. Before `04_train` has run, the network is untrained
+# and its action arbitrary; run this notebook again afterwards. If a trained run exists, its saved
+# settings replace the parameters above.
 
 # %%
 trained = (folder / "best.safetensors").exists()
@@ -331,8 +336,8 @@ changes = [((after - before).norm() / after.norm()).item()
            for before, after in zip(states, states[1:], strict=False)]
 
 # %%
-title = f"{folder.name}, {'trained' if trained else 'untrained'}: recursion by recursion"
-fig = plots.plot_refinement(still, {"state": changes}, formed, title)
+title = f"{folder.name}, {'trained' if trained else 'untrained'}"
+fig = plots.plot_refinement(still, {"state": changes}, formed, title, unit="recursion")
 plots.save_figure(fig, folder / "figures" / "03_state.png")
 display(fig)
 print(f"This network is {'trained' if trained else 'not trained yet'}. Recursion {len(changes)} "

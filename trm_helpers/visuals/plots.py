@@ -563,13 +563,14 @@ def _down(axes, start: float, end: float, label: str = "") -> None:
 
 @styled
 def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
-                    title: str) -> Figure:
+                    title: str, unit: str = "step") -> Figure:
     """How a decision on one observation forms over n steps of a recursion.
 
     Args:
         image: the observation's stored frame (H, W, 3).
         changes: of each part of the state, the relative change in each step (n,).
         actions: (n + 1, 7), the first action read before the first and after each step.
+        unit: name of a step.
     """
     actions = np.asarray(actions)
     steps = np.arange(len(actions))
@@ -579,13 +580,13 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
     frame.set_title("observation")
     for values, colour, dashes in zip(changes.values(), PALETTE, DASHES, strict=False):
         change.plot(steps[1:], 100 * np.asarray(values), dashes, marker="o", color=colour)
-    change.set(ylim=(0, 110 * max(map(max, changes.values()))), xlabel="step",
+    change.set(ylim=(0, 110 * max(map(max, changes.values()))), xlabel=unit,
                title="change of the state (% of its norm)")
     label_right(change, {name: (100 * values[-1], colour) for (name, values), colour
                          in zip(changes.items(), PALETTE, strict=False)})
     cells = table.imshow(actions.T, aspect="auto", cmap="PuOr", vmin=-1.5, vmax=1.5)
     table.set(xticks=steps, yticks=range(schema.ACTION_DIM), yticklabels=schema.ACTION_NAMES,
-              xlabel="steps taken", title="first action (final: right column)")
+              xlabel=f"{unit}s completed", title="first action (final: right column)")
     table.axvline(steps[-1] - 0.5, color="black", linewidth=2)
     if len(steps) <= 8:  # numbers would overlap
         for (step, dim), value in np.ndenumerate(np.round(actions, 2) + 0.0):  # no -0.00
@@ -596,7 +597,7 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
     fig.suptitle(title)
     distance = np.abs(actions - actions[-1]).max(axis=1)
     return describe(fig, "Largest distance of the action from the final one: " + ", ".join(
-        f"{value:.2f} after step {step}" for step, value in enumerate(distance[:-1])) + ".")
+        f"{value:.2f} after {unit} {step}" for step, value in enumerate(distance[:-1])) + ".")
 
 
 # --- training and search -------------------------------------------------------------------------
