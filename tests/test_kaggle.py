@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import nbformat
 import pytest
 from demo_files import write_demo_file
 
-from trm_helpers import __version__, schema
+from trm_helpers import __version__, schema, software
 from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import notebooks_dir, repo_root
 
@@ -195,7 +196,8 @@ def kaggle(built, tmp_path_factory):
         done = subprocess.run(
             [*alone, folder / "venv" / "bin" / "python", "-c", execute, "__notebook__.ipynb",
              "--inplace"], cwd=working, stdin=subprocess.DEVNULL, text=True, capture_output=True,
-            env={**environment, "TRM_KAGGLE": str(kaggle), "KAGGLE_KERNEL_RUN_TYPE": "Batch"})
+            env={**environment, "TRM_KAGGLE": str(kaggle), "KAGGLE_KERNEL_RUN_TYPE": "Batch",
+                 software.STOP_AT: str(time.time() + 3600)})  # this machine may run for longer
         assert done.returncode == 0, done.stderr[-4000:]
         played[name] = working
         return nbformat.read(working / "__notebook__.ipynb", as_version=4), working

@@ -158,7 +158,7 @@ def _tracking_key() -> str:
 
 
 def _time_left() -> str:
-    """Set when training and searches stop, unless the environment says so already."""
+    """Set when long work stops, unless the environment says so already."""
     if not os.environ.get(software.STOP_AT, "").strip():
         ends = psutil.Process(1).create_time() + 3600 * SESSION_HOURS
         if ends < time.time():
@@ -166,9 +166,9 @@ def _time_left() -> str:
         os.environ[software.STOP_AT] = str(ends - 60 * _SAVING_MINUTES)
     left = software.minutes_left()
     if left <= 0:
-        return "the time to stop has passed: training ends after one epoch, searches at once"
-    return (f"training and searches stop {left / 60:.1f} hours from now with everything saved; "
-            "attach this notebook's output to a new session to resume")
+        return "the time to stop has passed: training ends after one epoch, the rest at once"
+    return (f"collection, training, searches and evaluations stop {left / 60:.1f} hours from now "
+            "with everything saved; attach this notebook's output to a new session to resume")
 
 
 def _free_space() -> str:
