@@ -411,7 +411,7 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
     if "--help-notebook" not in words:
         words += ["-p", "preset", "tiny"]
     if "06_eval.ipynb" in words:
-        words += ["-p", "num_episodes", "1", "-p", "horizon", "8", "-p", "num_videos", "1"]
+        words += ["-p", "num_episodes", "1", "-p", "num_videos", "1"]
     return words, ROOT / "notebooks"
 
 
