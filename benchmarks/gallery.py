@@ -43,6 +43,8 @@ def strip(film: bytes) -> Image.Image:
     """Frames at equal intervals, the first and the last included, side by side."""
     frames = imageio.imread(film, extension=".mp4")
     chosen = frames[np.linspace(0, len(frames) - 1, _FRAMES).round().astype(int)]
+    if chosen.shape[2] >= 2 * chosen.shape[1]:  # of an episode: the main view, on the left
+        chosen = chosen[:, :, :chosen.shape[1]]
     row = Image.fromarray(np.concatenate(list(chosen), axis=1))
     row.thumbnail((1600, 1600))
     return row
@@ -77,8 +79,8 @@ def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
                     "text/plain": f"{_FRAMES} frames of the film"}))
         if outputs:
             cell.outputs = outputs
-    note = (f"*Executed copy of [notebooks/{path.name}](../../notebooks/{path.name}), made by "
-            f"`make demo` at revision {revision}.*")
+    note = (f"*Executed copy of [notebooks/{path.name}](../../notebooks/{path.name}), preset "
+            f"`demo`, revision {revision}.*")
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(note, id="executed-copy"))
     return notebook
 

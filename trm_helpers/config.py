@@ -418,7 +418,7 @@ _CONTROL = dict(
 _DEMO = dict(
     _CONTROL, suite="libero_spatial", task_ids=(2,), num_demos=30,
     num_recursions=4, epochs=70, lr=1e-3, loss="l1", ema_decay=0.99, patience=0,
-    normalize_actions="none", augmentation="shift", num_videos=2, eval_workers=2,
+    normalize_actions="none", augmentation="shift", num_videos=2, eval_workers=2, bound_episodes=2,
     search_epochs=3, max_configs=4,
 )
 # The paper's recursion on tokens: eight times the computation of the demo's block.
