@@ -71,8 +71,8 @@ def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
             for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
                 data[kind] = without_paths(data[kind])
             if "image/png" in data:
-                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-                data["image/png"] = min(data["image/png"].strip(), small_png(picture), key=len)
+                figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+                data["image/png"] = min(data["image/png"].strip(), small_png(figure), key=len)
             if film := _FILM.search(data.get("text/html", "")):
                 outputs.append(nbformat.v4.new_output("display_data", {
                     "image/png": small_png(strip(base64.b64decode(film[1]))),

@@ -13,7 +13,7 @@ import pytest
 
 from trm_helpers.__main__ import main, parse
 from trm_helpers.files import append_jsonl, write_json
-from trm_helpers.report import page, write_report
+from trm_helpers.report import page, sections, write_report
 from trm_helpers.stats import summarize_episodes
 from trm_helpers.training.runs import load_config
 from trm_helpers.visuals.films import write_video
@@ -361,3 +361,12 @@ def test_the_commands_make_the_same_run_again(trained):
     assert train.config.train.epochs == 2 and train.config.train.lr == made.train.lr
     assert (evaluate.run, evaluate.eval.episodes, evaluate.weights) == ("small-again", 10, "best")
     assert evaluate.task_ids == (0, 4)
+
+
+@pytest.mark.parametrize("error", [ImportError, FileNotFoundError, RuntimeError, ValueError])
+def test_a_task_whose_suite_is_not_installed_has_its_number(monkeypatch, error):
+    def load_task(suite, task_id):
+        raise error
+
+    monkeypatch.setattr(sections, "load_task", load_task)
+    assert sections.in_words("libero_goal", 3) == "libero_goal 3"

@@ -135,8 +135,8 @@ class Evaluation(NamedTuple):
     def play(self) -> dict:
         """Play the missing episodes, and write the files of :func:`evaluate.evaluate_run`.
 
-        At the end of the session's time (``TRM_STOP_AT``) no further episode begins, and the
-        results count those that are ``not_run``.
+        After the session's time (``TRM_STOP_AT``) no further episode begins; ``not_run`` in the
+        results is the number of episodes left.
 
         Raises ``RuntimeError`` if another process evaluates in the folder, ``TimeoutError`` if the
         time is up before the first episode.

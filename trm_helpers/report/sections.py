@@ -363,10 +363,10 @@ def run_name(run: Path) -> str:
 
 # --- parts of sections ---------------------------------------------------------------------------
 def in_words(suite: str, task_id: int) -> str:
-    """The instruction of a task; without the simulator, its number."""
+    """The instruction of a task; without the simulator or the suite's files, its number."""
     try:
         return load_task(suite, task_id).language
-    except (ImportError, RuntimeError, ValueError):
+    except (ImportError, OSError, RuntimeError, ValueError):
         return f"{suite} {task_id}"
 
 
