@@ -191,7 +191,7 @@ def test_image_positions_are_of_the_stored_frame_upside_down():
             return positions[:, :2].copy()
 
     pixels = np.array([[0.0, 0.0, 9], [31.5, 95.5, 9], [63.5, 10.5, 9], [20.0, 130.0, 9]])
-    places = keypoints._image_positions(Camera(), pixels)
+    places = keypoints.image_positions(Camera(), pixels)
     half = 0.5 / 128
     np.testing.assert_allclose(places, [[half, 1 - half], [0.25, 0.25], [0.5, 1 - 11 / 128],
                                         [NAN, NAN]])
@@ -303,7 +303,7 @@ def test_scenes_show_randomised_layouts_with_image_positions(demonstration, caps
         demo = file[schema.DATA_GROUP][names[0]]
         env.set_fixtures(demo.attrs["model_file"])
         env.set_state(demo["states"][0])
-        [basket] = keypoints._image_positions(env, env.object_position("basket_1")[None])
+        [basket] = keypoints.image_positions(env, env.object_position("basket_1")[None])
     shift = np.linalg.norm(places[:, things.index("target")] - basket, axis=1)
     as_shown = shift < 0.005  # of the frame's side
     assert 0 < as_shown.sum() < len(shift)  # about half keep the layout of the demonstration
@@ -325,13 +325,13 @@ def test_scenes_show_randomised_layouts_with_image_positions(demonstration, caps
 def test_an_image_position_is_where_the_frame_changes_without_the_object():
     with LiberoEnv("libero_object", 0) as env:
         there = env.reset(init_state=0)[schema.STILL_CAMERA].astype(int)
-        [place] = keypoints._image_positions(env, env.object_position("cream_cheese_1")[None])
+        [place] = keypoints.image_positions(env, env.object_position("cream_cheese_1")[None])
         joint = env.raw.get_object("cream_cheese_1").joints[-1]
         position = env.sim.data.get_joint_qpos(joint).copy()
         position[2] -= 5
         env.sim.data.set_joint_qpos(joint, position)
         gone = env.set_state(env.state())[schema.STILL_CAMERA].astype(int)
-        [below] = keypoints._image_positions(env, env.object_position("cream_cheese_1")[None])
+        [below] = keypoints.image_positions(env, env.object_position("cream_cheese_1")[None])
     rows, columns = np.nonzero(np.abs(there - gone).sum(-1) > 30)
     assert len(rows) > 20
     centre = np.array([np.median(columns) + 0.5, np.median(rows) + 0.5]) / 128

@@ -92,35 +92,46 @@ def _worker_env(suite: str, task_id: int) -> LiberoEnv:
 
 def _render(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, str, int]]) -> None:
     path, (file, name, seed) = job
-    env, generator = _worker_env(suite, task_id), np.random.default_rng(seed)
+    env = _worker_env(suite, task_id)
+    with open_demo_file(file) as content:
+        demo = content[schema.DATA_GROUP][name]
+        env.set_fixtures(demo.attrs["model_file"])
+        states = demo["states"][()]
+    frames, places = sample_scenes(env, states, count, np.random.default_rng(seed))
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        np.savez_compressed(out, frames=frames, places=places, version=schema.COLLECTION_VERSION,
+                            things=np.array([*env.goal_parts(), HAND]))
+
+
+def sample_scenes(env: LiberoEnv, states: np.ndarray, count: int,
+                  generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (count, H, W, 3) uint8 and image positions (count, K, 2) of an episode's scenes.
+
+    The robot is as in one of the ``states`` (T, S), the objects are elsewhere; the keypoints are
+    the goal's parts in their order, then the hand.
+    """
     objects, goal = sorted(env.raw.obj_body_id), env.goal_parts()
 
     def positions(names: Sequence[str]) -> np.ndarray:
         return np.array([env.object_position(name) for name in names])
 
     frames, places = [], []
-    with open_demo_file(file) as content:
-        demo = content[schema.DATA_GROUP][name]
-        env.set_fixtures(demo.attrs["model_file"])
-        states = demo["states"][()]
-        env.set_state(states[0])
-        first = positions(objects)
-        for step in generator.integers(len(states), size=count):
-            env.set_state(states[step])
-            moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
-            staying = set(np.array(objects)[moved])
-            if generator.random() < _GOAL_UNMOVED:
-                staying.update(goal.values())
-            randomise_layout(env, generator, staying)
-            frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
-            places.append(_image_positions(env, np.array([*positions(goal.values()),
-                                                          env.end_effector()])))
-    with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        np.savez_compressed(out, frames=np.array(frames), places=np.array(places),
-                            things=np.array([*goal, HAND]), version=schema.COLLECTION_VERSION)
+    env.set_state(states[0])
+    first = positions(objects)
+    for step in generator.integers(len(states), size=count):
+        env.set_state(states[step])
+        moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
+        staying = set(np.array(objects)[moved])
+        if generator.random() < _GOAL_UNMOVED:
+            staying.update(goal.values())
+        randomise_layout(env, generator, staying)
+        frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
+        places.append(image_positions(env, np.array([*positions(goal.values()),
+                                                     env.end_effector()])))
+    return np.array(frames), np.array(places)
 
 
-def _image_positions(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
+def image_positions(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
     """(n, 2) from 0 to 1 across the stored frame, of positions (n, 3) in metres."""
     place = (env.project(positions, schema.STILL_CAMERA) + 0.5) / env.image_size
     place[:, 1] = 1 - place[:, 1]  # frames are stored upside down
