@@ -25,6 +25,7 @@ _MAX_PIXELS = 40_000_000  # of a figure; a file from elsewhere may expand to mor
 _MOMENTS = "07_moments.png"  # the images of explain.json's moments, side by side
 HINTS = {  # below the alt text that a figure has from the function that drew it
     "01_frames.png": "Frames of a training demonstration, as the policy's cameras see them.",
+    "04_training.png": "A low loss does not imply a high success rate.",
     "05_search.png": "All configurations of the search, ranked.",
     "07_depth.png": "Measured on held-out demonstrations; the dotted line is the training depth.",
     "07_predictions.png": "Actions of four held-out samples: demonstrated in blue, predicted in "

@@ -22,6 +22,7 @@ from ..search.search import verdict
 from ..sim.env import load_task
 from ..stats import comparison_rows, detectable, format_success
 from ..training.runs import description, load_config
+from ..visuals.plots import plot_training_curves, save_figure
 
 # the main settings; all are in config.json
 _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
@@ -44,7 +45,7 @@ class Section:
         code: a block of lines.
         missing: how to make a section that has no content yet.
         figures: names of files in ``figures/``, as far as they exist.
-        shown: what the page draws: ``bars``, ``episodes``, ``curve``, ``moments``.
+        shown: what the page draws: ``bars``, ``episodes``, ``moments``.
     """
 
     title: str
@@ -220,10 +221,11 @@ def _training(run: Path) -> Section:
         return Section("Training", missing="04_train trains a policy.")
     best = min(epochs, key=lambda row: row["val_loss"])
     minutes = sum(row["seconds"] for row in epochs) / 60
+    save_figure(plot_training_curves(epochs), run / "figures" / "04_training.png")
     return Section("Training", texts=[
         f"{len(epochs)} epochs in {minutes:.1f} minutes; lowest validation loss "
         f"{best['val_loss']:.4g} in epoch {best['epoch']}, final training loss "
-        f"{epochs[-1]['train_loss']:.4g}."], shown={"curve": _curve(epochs)})
+        f"{epochs[-1]['train_loss']:.4g}."], figures=["04_training.png"])
 
 
 def _saliency(run: Path) -> Section:
@@ -376,46 +378,6 @@ def _bars(summaries: Mapping[str, Mapping]) -> list[dict]:
              "low": _percent(row["wilson_low"]), "high": _percent(row["wilson_high"]),
              "counts": f"{row['successes']} of {row['episodes']}"}
             for label, row in summaries.items()]
-
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BELOW, _ABOVE = 720, 260, 60, 110, 40, 20  # of the curve
-
-
-def _curve(epochs: Sequence[Mapping]) -> dict:
-    """Coordinates of both losses (log scale) with ticks, labels and the epoch that was kept."""
-    numbers = [int(row["epoch"]) for row in epochs]
-    losses = {name: [max(float(row[key]), 1e-9) for row in epochs]
-              for name, key in (("training", "train_loss"), ("validation", "val_loss"))}
-    every = [loss for values in losses.values() for loss in values]
-    low, high = math.log10(min(every)) - 0.02, math.log10(max(every)) + 0.02
-    last = max(numbers)
-
-    def x(epoch: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (epoch - 1) / max(last - 1, 1), 1)
-
-    def y(loss: float) -> float:
-        return round(_ABOVE + (_HEIGHT - _ABOVE - _BELOW)
-                     * (high - math.log10(loss)) / (high - low), 1)
-
-    ticks = [digit * 10.0 ** power for power in range(math.floor(low), math.ceil(high) + 1)
-             for digit in (1, 2, 3, 5)]
-    # the trainer's rule: successes in rollouts first, if there were any
-    kept = max(range(len(epochs)), key=lambda i: (epochs[i].get("success_rate", -1.0),
-                                                  -losses["validation"][i]))
-    ends = sorted((y(values[-1]), name) for name, values in losses.items())
-    apart = max(0.0, 16 - (ends[1][0] - ends[0][0])) / 2  # between the two labels
-    return {
-        "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BELOW,
-        "right": _WIDTH - _RIGHT, "labels": {ends[0][1]: ends[0][0] - apart,
-                                             ends[1][1]: ends[1][0] + apart},
-        "lines": {name: " ".join(f"{x(n)},{y(loss)}" for n, loss in
-                                 zip(numbers, values, strict=True))
-                  for name, values in losses.items()},
-        "x": {str(n): x(n) for n in sorted({1, *(round(last * part / 4) for part in range(1, 5))})
-              if n >= 1},
-        "y": {f"{tick:g}": y(tick) for tick in ticks if low <= math.log10(tick) <= high},
-        "kept": {"x": x(numbers[kept]), "y": y(losses["validation"][kept]),
-                 "text": f"kept: epoch {numbers[kept]}, {losses['validation'][kept]:.3g}"}}
 
 
 def _percent(share: float) -> float:
