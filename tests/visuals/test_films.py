@@ -38,6 +38,7 @@ def test_a_grid_frames_each_film_by_its_outcome_once_it_has_ended(tmp_path):
     assert len(read) == 5
     band = read[0].shape[0] // 2 - 192
     assert read[0].shape == (2 * (192 + band), 2 * 192, 3)
+    assert band == 27 and read[0][:band].max() > 200  # white letters
 
     def edge(frame, row, column):
         """Colour on the left edge of a tile, halfway down."""
@@ -58,17 +59,6 @@ def test_a_grid_frames_each_film_by_its_outcome_once_it_has_ended(tmp_path):
         assert reader.get_next_data().shape == (192 + band + 1, 3 * 192, 3)  # even
 
 
-def test_caption_stands_above_the_picture():
-    frame = films.enlarge(np.full((128, 128, 3), 200, np.uint8), 3)
-    short = films.caption_frame(frame, ["step 12 of 280"])
-    assert short.shape == (384 + 27, 384, 3) and short.dtype == np.uint8
-    assert (short[-384:] == 200).all()
-    assert short[:-384].max() > 200  # white letters on the band
-    long = films.caption_frame(frame, ["pick up the black bowl " * 4, "step 12 of 280"])
-    assert (len(long) - len(short)) % 19 == 0 and len(long) > len(short) + 19
-    assert films.caption_frame(frame, []).shape == (384, 384, 3)
-
-
 def test_a_film_frame_has_a_large_view_the_policys_own_text_time_and_an_end():
     main, own = np.full((320, 320, 3), 200, np.uint8), np.full((64, 64, 3), 90, np.uint8)
     views = {"agent view": own, "wrist camera": own // 2}
@@ -83,11 +73,6 @@ def test_a_film_frame_has_a_large_view_the_policys_own_text_time_and_an_end():
         end = films.film_frame(main, views, [], 1, "success after 3.6 s", success)
         assert (end[-3, :320] == colour).all() and (end[:260, :320] == 200).all()
         assert (end[280:300, 8:250] == 0).all(axis=-1).any()  # black letters
-
-
-def test_caption_refuses_other_frames():
-    with pytest.raises(ValueError, match="expected \\(H, W, 3\\) and uint8"):
-        films.caption_frame(np.zeros((8, 8, 3)), ["x"])
 
 
 def test_video_plays_with_even_sides(tmp_path):

@@ -132,13 +132,14 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
 # --- rollouts that choose among checkpoints and settings -----------------------------------------
 
 
-def selection_success(run: str | Path, config: Config, episodes: int, weights: str = "last",
+def selection_success(run: str | Path, config: Config, episodes: int,
                       ledger: str | Path | None = None) -> dict:
-    """Success of ``episodes`` per task from sampled placements, never the official init states.
+    """Success of a run's ``last`` weights from sampled placements, never the official init states.
 
     For choosing among checkpoints and settings, so that the reported episodes are held out.
 
     Args:
+        episodes: per task.
         ledger: a JSON-lines file that gets each episode's row, with the digest of the weights, the
             moment it ends. Episodes that these weights have played in it are not played again.
 
@@ -148,7 +149,7 @@ def selection_success(run: str | Path, config: Config, episodes: int, weights: s
     """
     run = Path(run)
     settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
-    source = TrainedPolicy.load(run, weights)
+    source = TrainedPolicy.load(run, "last")
     planned = selection_episodes(config, episodes)
     before = {Episode.of(row): row for row in _rows_of(ledger, source.sha256)} if ledger else {}
     missing = [episode for episode in planned if episode not in before]
@@ -169,9 +170,9 @@ def selection_rate(run: str | Path, config: Config) -> Callable[[], float]:
     return lambda: selection_success(run, config, ROLLOUT_EPISODES)["success_rate"]
 
 
-def selection_rows(run: str | Path, ledger: str | Path, weights: str = "last") -> list[dict]:
-    """The episodes of the run's present weights in a ledger of :func:`selection_success`."""
-    return _rows_of(ledger, weights_digest(Path(run), weights))
+def selection_rows(run: str | Path, ledger: str | Path) -> list[dict]:
+    """Episodes of a run's present ``last`` weights in a ledger of :func:`selection_success`."""
+    return _rows_of(ledger, weights_digest(Path(run), "last"))
 
 
 def _rows_of(ledger: str | Path, sha256: str) -> list[dict]:

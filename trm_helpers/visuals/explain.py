@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import matplotlib
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients, Saliency
+from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .. import schema
 from ..sim.render import upright
 from ..stats import wilson_interval
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
-from .films import enlarge
 from .plots import (
     MAX_WIDTH,
     count_axis,
@@ -34,8 +34,7 @@ DIVERGED_CHANGE = 1.5  # last change over the first
 DIVERGED_NORM = 2.0  # last norm over the first
 SETTLED = 0.01  # environment units: an action this close to the last step's
 STEPS = 64  # of integrated gradients
-_MOMENT_SIZE = 256  # pixels, at least, of an image shown beside the recursion
-METHODS = ("integrated_gradients", "gradient")
+_MOMENT_SIZE = 256  # pixels of an image shown beside the recursion
 
 
 @contextlib.contextmanager
@@ -65,7 +64,7 @@ def _targets(dataset, batch: Mapping) -> np.ndarray:
     return dataset.normalizer.denormalize(first.flatten(0, 1)).cpu().numpy()
 
 
-def _batches(policy, dataset, num_samples: int, seed: int) -> Iterator[dict]:
+def _batches(policy, dataset, num_samples: int, seed: int = 0) -> Iterator[dict]:
     """Random samples without replacement or augmentation, batched on the policy's device."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not valid; expected >= 1")
@@ -343,8 +342,8 @@ def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[
                  "sentence": _moment_sentence(k, actions, target, float(changes[k]))}
                 for k in range(len(actions))]})
         image = steps["images"][policy.config.cameras[0]]
-        image = (255 * upright(image)).round().astype(np.uint8)
-        images.append(enlarge(image, -(-_MOMENT_SIZE // len(image))))
+        image = Image.fromarray((255 * upright(image)).round().astype(np.uint8))
+        images.append(image.resize((_MOMENT_SIZE, _MOMENT_SIZE), Image.Resampling.BICUBIC))
     return moments, np.concatenate(images, axis=1)
 
 
@@ -365,8 +364,7 @@ def _moment_sentence(k: int, actions: np.ndarray, target: np.ndarray, change: fl
 
 # --- depth and halting ---------------------------------------------------------------------------
 @torch.no_grad()
-def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 256,
-                seed: int = 0) -> dict:
+def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 256) -> dict:
     """Error of the first action when the policy recurses ``depths`` times at inference.
 
     A policy with a halting rule may stop before the depth it is given.
@@ -386,7 +384,7 @@ def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 
     depths = list(depths) or sorted({1, 2, 4, 8, 16, trained})
     targets, predictions = [], {depth: [] for depth in depths}
     with _evaluating(policy):
-        for batch in _batches(policy, dataset, num_samples, seed):
+        for batch in _batches(policy, dataset, num_samples):
             targets.append(_targets(dataset, batch))
             for depth in depths:
                 actions = policy(batch["observations"], num_recursions=depth)
@@ -488,7 +486,7 @@ def plot_prediction_by_depth(depths: Sequence[int], actions: np.ndarray) -> Figu
 
 
 @torch.no_grad()
-def halting_profile(policy, dataset, num_samples: int = 512, seed: int = 0) -> dict:
+def halting_profile(policy, dataset, num_samples: int = 512) -> dict:
     """Recursions used by each of up to ``num_samples`` samples.
 
     Returns:
@@ -497,7 +495,7 @@ def halting_profile(policy, dataset, num_samples: int = 512, seed: int = 0) -> d
     """
     depths: list[int] = []
     with _evaluating(policy):
-        for batch in _batches(policy, dataset, num_samples, seed):
+        for batch in _batches(policy, dataset, num_samples):
             policy(batch["observations"])
             depths += policy.last_depth.tolist()
     return {"depths": depths, "mean": float(np.mean(depths)),
@@ -523,18 +521,15 @@ def plot_halting(profile: Mapping) -> Figure:
 
 
 # --- saliency ------------------------------------------------------------------------------------
-def saliency(policy, observations: Mapping,
-             method: str = "integrated_gradients") -> dict[str, np.ndarray]:
+def saliency(policy, observations: Mapping) -> dict[str, np.ndarray]:
     """How much the arm's first action depends on each pixel: a map (B, H, W) per camera.
 
-    Attributes the sum of the absolute six arm outputs (normalised). ``integrated_gradients``
-    (Sundararajan et al. 2017, arXiv 1703.01365) takes 64 steps from a black image, ``gradient``
-    (Simonyan et al. 2013, arXiv 1312.6034) is the gradient at the image. Absolute attributions are
-    summed over colours and divided by the sample's maximum over all cameras, so that maps lie in
-    [0, 1] and cameras can be compared; upside down, as images are stored. T folds into B. Raises
-    ``ValueError`` for another method.
+    Attributes the sum of the absolute six arm outputs (normalised) by integrated gradients
+    (Sundararajan et al. 2017, arXiv 1703.01365) in 64 steps from a black image. Absolute
+    attributions are summed over colours and divided by the sample's maximum over all cameras, so
+    that maps lie in [0, 1] and cameras can be compared; upside down, as images are stored. T folds
+    into B.
     """
-    schema.check_option("method", method, METHODS)
     cameras = policy.config.cameras
     inputs = tuple(observations[camera].detach().flatten(0, -4).requires_grad_()
                    for camera in cameras)  # (B, H, W, 3)
@@ -548,11 +543,8 @@ def saliency(policy, observations: Mapping,
         return actions[:, : schema.ARM_DIM].abs().sum(dim=1)
 
     with _evaluating(policy):
-        if method == "gradient":
-            maps = Saliency(arm_activity).attribute(inputs, additional_forward_args=others)
-        else:
-            maps = IntegratedGradients(arm_activity).attribute(
-                inputs, additional_forward_args=others, n_steps=STEPS, internal_batch_size=BATCH)
+        maps = IntegratedGradients(arm_activity).attribute(
+            inputs, additional_forward_args=others, n_steps=STEPS, internal_batch_size=BATCH)
     maps = torch.stack([each.abs().sum(dim=-1) for each in maps]).detach().cpu()  # (C, B, H, W)
     peak = maps.amax(dim=(0, 2, 3)).clamp(min=1e-12)
     return dict(zip(cameras, (maps / peak[:, None, None]).float().numpy(), strict=True))

@@ -60,31 +60,6 @@ def draw_path(image: np.ndarray, pixels: np.ndarray, executed: int) -> np.ndarra
     return np.asarray(canvas)
 
 
-def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """A uint8 image (H, W, 3) as (scale * H, scale * W, 3)."""
-    height, width = scale * image.shape[0], scale * image.shape[1]
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def caption_frame(frame: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """A uint8 frame (H, W, 3) under a black band that holds ``lines``, as (H + band, W, 3).
-
-    Lines too long for the width are wrapped, which heightens the band: all frames of a video need
-    lines of about the same length.
-    """
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
-        raise ValueError(
-            f"frame has shape {frame.shape} and type {frame.dtype}; expected (H, W, 3) and uint8"
-        )
-    height, width = frame.shape[:2]
-    text = _wrapped(lines, width)
-    band = _LINE * len(text) + _MARGIN if text else 0
-    canvas = Image.new("RGB", (width, height + band), "black")
-    _write(ImageDraw.Draw(canvas), (_MARGIN, _MARGIN // 2), text)
-    canvas.paste(Image.fromarray(frame), (0, band))
-    return np.asarray(canvas)
-
-
 def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequence[str],
                progress: float, outcome: str = "", success: bool = False) -> np.ndarray:
     """A frame (MAIN, 2 * MAIN, 3) of a film, as a player shows it.
@@ -248,15 +223,18 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
 
 
 def _tiles(reader, label: str, success: bool) -> Iterator[np.ndarray]:
-    """A film's main view as a tile of the grid; the last frame is framed."""
-    before = None
+    """A film's main view under its label, as a tile of the grid; the last frame is framed."""
+    text = _wrapped([label], _TILE)
+    band = _LINE * len(text) + _MARGIN
+    tile = None
     for frame in reader.iter_data():
-        if before is not None:
-            yield caption_frame(before, [label])
+        if tile:
+            yield np.asarray(tile)
         side = frame.shape[1] // 2  # a square at the lower left
         view = Image.fromarray(frame[-side:, :side])
-        before = np.asarray(view.resize((_TILE, _TILE), Image.Resampling.LANCZOS))
-    framed = Image.fromarray(before)
-    ImageDraw.Draw(framed).rectangle((0, 0, _TILE - 1, _TILE - 1), width=_TILE // 32,
-                                     outline=GREEN if success else RED)
-    yield caption_frame(np.asarray(framed), [label])
+        tile = Image.new("RGB", (_TILE, band + _TILE), "black")
+        _write(ImageDraw.Draw(tile), (_MARGIN, _MARGIN // 2), text)
+        tile.paste(view.resize((_TILE, _TILE), Image.Resampling.LANCZOS), (0, band))
+    ImageDraw.Draw(tile).rectangle((0, band, _TILE - 1, band + _TILE - 1), width=_TILE // 32,
+                                   outline=GREEN if success else RED)
+    yield np.asarray(tile)
