@@ -29,7 +29,7 @@ help:
 	@echo "make kaggle     dist/kaggle: wheels and kernels to push, for sessions without internet"
 	@echo "make notebooks  regenerate the .ipynb from their .py"
 	@echo "make gpu-check  minutes of measurements of this machine in one table, for a bug report"
-	@echo "make gallery    docs/notebooks: executed copies, from the run of make demo"
+	@echo "make gallery    docs/notebooks: executed copies, from the run of make demo; 03 again, trained"
 
 setup: $(STAMP)
 
@@ -87,6 +87,7 @@ notebooks: setup
 	$(BIN)/jupytext --update --to ipynb notebooks/*.py
 
 gallery: setup
+	$(BIN)/python -m trm_helpers run 03_model -p preset demo
 	$(BIN)/python benchmarks/gallery.py artifacts/demo
 
 # SUITES="libero_spatial libero_object" DEMOS=data/scripted PARTS_MB=60 choose what is packed.

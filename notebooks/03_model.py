@@ -75,6 +75,7 @@ session.begin(version)
 # %%
 import time
 
+import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
@@ -104,8 +105,15 @@ print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
 #
 # `x` encodes the observation: the camera images and, in some presets, the proprioception (the
 # robot's own joint and gripper readings) and the task. It is computed once, does not change, and
-# enters every cycle, so that no state has to remember it. The dashed part repeats with the same
-# weights; the state (`h`, or `y` and `z`) is carried over.
+# enters every cycle, so that no state has to remember it. The dashed parts repeat with the same
+# weights; the state (`h`, or `y` and `z`) is carried over. This notebook uses four words:
+#
+# | word | in `block` | in `trm` |
+# |---|---|---|
+# | application | one pass through the block | one pass through the network `net` |
+# | cycle | | n applications for the latent, one for the answer |
+# | recursion | one application | T cycles |
+# | decision | `num_recursions` recursions, then K actions | the same |
 
 # %%
 display(plots.plot_recursions())
@@ -114,24 +122,25 @@ display(plots.plot_recursions())
 # ## The recursion, line by line
 #
 # `variant="block"`: the state `h` and the encoded observation `x` are one vector of width D per
-# observation. A step adds `x` to the state, then applies self-attention and an MLP, each with a
-# residual connection and LayerNorm. All steps share the same weights. The assertion compares these
-# lines with `trm_helpers/policy/recursion.py`.
+# observation. A recursion adds `x` to the state, then applies self-attention and an MLP, each with a
+# residual connection and LayerNorm. The state is a single token, so attention has nothing to choose
+# from and is a linear map (exercise 2). All recursions share the same weights. The assertion
+# compares these lines with `trm_helpers/policy/recursion.py`.
 
 # %%
-width, heads, steps = config.model.hidden_dim, schema.NUM_HEADS, 4
+width, heads, recursions = config.model.hidden_dim, schema.NUM_HEADS, 4
 block = RecursiveBlock(width, heads).eval()
 x = torch.randn(2, width)  # (B, D): two encoded observations
 h = x  # the initial state
-for _ in range(steps):
+for _ in range(recursions):
     tokens = (h + x).unsqueeze(1)  # (B, 1, D)
     attended, _ = block.attention(tokens, tokens, tokens, need_weights=False)
     tokens = block.attention_norm(tokens + attended)
     h = block.mlp_norm(tokens + block.mlp(tokens)).squeeze(1)  # (B, D)
 
-packaged = recurse_fixed(block, x, x, steps).output
+packaged = recurse_fixed(block, x, x, recursions).output
 torch.testing.assert_close(h, packaged)
-print(f"{steps} steps by hand and by the package: h {tuple(h.shape)} differs by at most "
+print(f"{recursions} recursions by hand and by the package: h {tuple(h.shape)} differs by at most "
       f"{(h - packaged).abs().max():.1g}")
 
 # %% [markdown]
@@ -139,32 +148,36 @@ print(f"{steps} steps by hand and by the package: h {tuple(h.shape)} differs by 
 # state is an answer `y`, from which the actions are read, and a latent `z` of the same shape, a
 # working memory that only the network itself reads. In a cycle one network updates the latent `n`
 # times, from observation, answer and latent, and then the answer once, from answer and latent. A
-# recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`.
+# recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`. `net` is two
+# transformer layers (self-attention and a gated MLP).
+#
+# Training adds three rules of the paper: a loss on the answer of every recursion (deep
+# supervision); each recursion starts from the detached state of the one before; and only the last
+# cycle of a recursion has a gradient.
 
 # %%
-n, cycles, K = 2, 2, 3  # n and T in the paper, which uses larger values; K actions
+n, cycles, K = 2, 2, 3  # n and T, in the paper 6 and 3; K actions
 block = TRMBlock(width, heads, num_layers=2, chunk=K, latent_updates=n, cycles=cycles).eval()
 x = torch.randn(2, 10, width)  # (B, N, D): tokens of two observations, the last K for the actions
 first = block.initial_state(x)  # (B, 2, N, D): y and z, the same for every observation
 y, z = first[:, 0], first[:, 1]
-for _ in range(steps * cycles):
+for _ in range(recursions * cycles):
     for _ in range(n):
         z = block.net(x + y + z)
     y = block.net(y + z)
 
-packaged = recurse_fixed(block, x, first, steps).output
+packaged = recurse_fixed(block, x, first, recursions).output
 torch.testing.assert_close(y[:, -K:], packaged)
-print(f"{steps} recursions by hand and by the package: y of the {K} actions "
+print(f"{recursions} recursions by hand and by the package: y of the {K} actions "
       f"{tuple(packaged.shape)} differs by at most {(y[:, -K:] - packaged).abs().max():.1g}")
 
 # %% [markdown]
 # ## Parameters
 #
 # Where are the parameters? The block is shared by all `num_recursions` recursions. A recursion
-# applies its network once in `block` and `cycles * (latent_updates + 1)` times in `trm`. In `trm` a
-# recursion is one supervision step of the paper: in training, a loss is computed after each
-# recursion. The other variants, `transformer` and `act` (Action Chunking with Transformers), are
-# baselines that apply their network once.
+# applies its network once in `block` and `cycles * (latent_updates + 1)` times in `trm`. The other
+# variants, `transformer` and `act` (Action Chunking with Transformers), are baselines that apply
+# their network once.
 
 # %%
 parts = pd.Series(count_parameters(policy), name="parameters")
@@ -176,10 +189,10 @@ print(f"{parts.sum():,} parameters in all: {shares['encoders']:.0f} % in the ima
 # %% [markdown]
 # ## Shapes
 #
-# What passes through the network? A batch of two random observations: images -> one vector `x_cond`
-# (x above) of width D -> a state of the same width before and after every recursion -> seven
-# numbers per future action. With `variant="trm"`, `x_cond` is a sequence of tokens: of the images,
-# of the proprioception, of the task, and one per future action, from which the answer is read.
+# What passes through the network? A batch of two random observations: images -> one vector x of
+# width D -> a state of the same width before and after every recursion -> seven numbers per future
+# action. With `variant="trm"`, x is a sequence of tokens: of the images, of the proprioception, of
+# the task, and one per future action, from which the answer is read.
 
 # %%
 size = config.model.image_size
@@ -187,10 +200,10 @@ observations = {camera: torch.rand(2, size, size, 3) for camera in config.model.
 observations |= {"proprio": torch.randn(2, schema.PROPRIO_DIM),
                  "task_id": torch.zeros(2, dtype=torch.int64),
                  "language": torch.randn(2, schema.LANGUAGE_DIM)}
-x_cond = policy.encode(observations)
+encoded = policy.encode(observations)
 actions, states = policy(observations, return_all_states=True)
-print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[-1].shape),
-      "| actions", tuple(actions.shape))
+print(f"x {tuple(encoded.shape)} | {len(states)} states {tuple(states[-1].shape)}, the initial one "
+      f"included | actions {tuple(actions.shape)}")
 
 # %% [markdown]
 # ## Does the recursion have an effect?
@@ -206,9 +219,9 @@ print("x_cond", tuple(x_cond.shape), "| states", len(states), "x", tuple(states[
 with torch.inference_mode():
     once, often, far = (policy(observations, num_recursions=n) for n in (1, 8, 64))
 deeper = TRMPolicy(config.replace(num_recursions=4 * config.model.num_recursions).model)
-x = x_cond.detach().requires_grad_()  # the encoded observation
-carry = policy.recurse(x_cond).carry.detach()  # the final state, as a constant
-policy.recurse(x, 1, carry=carry).output[..., 0].sum().backward()  # one of the D numbers
+x = encoded.detach().requires_grad_()
+carry = policy.recurse(encoded).carry.detach()  # the final state, as a constant
+policy.recurse(x, 1, carry=carry).output[..., 0].sum().backward()  # gradient of one feature
 
 # %%
 change = (once - often).abs().max().item()
@@ -224,8 +237,8 @@ print("All four hold.")
 # %% [markdown]
 # ## Time per recursion
 #
-# Milliseconds per decision (one observation), median of 20. The encoder runs once, and each further
-# recursion adds about the same time, apart from measurement noise.
+# Milliseconds per decision (one observation), median of 20 on this machine. The encoder runs once,
+# and each further recursion adds about the same time, apart from measurement noise.
 
 # %%
 single = {name: value[:1] for name, value in observations.items()}
@@ -236,7 +249,7 @@ for _ in range(20):
         with torch.inference_mode():
             policy(single, num_recursions=depth)
         measured.append(1000 * (time.perf_counter() - began))
-depths, milliseconds = list(times), [sorted(measured)[10] for measured in times.values()]
+depths, milliseconds = list(times), [np.median(measured) for measured in times.values()]
 
 # %%
 fig = plots.plot_latency(depths, milliseconds)
@@ -244,8 +257,8 @@ plots.save_figure(fig, folder / "figures" / "03_latency.png")
 display(fig)
 each = (milliseconds[-1] - milliseconds[0]) / (depths[-1] - depths[0])
 print(f"A decision takes {milliseconds[0]:.1f} ms with one recursion and about {each:.2f} ms more "
-      f"for each further one. It yields {model.chunk} action(s); the robot needs one every "
-      f"{1000 / schema.CONTROL_HZ:.0f} ms.")
+      f"for each further one. Its {model.chunk} action(s) take the robot "
+      f"{1000 * model.chunk / schema.CONTROL_HZ:.0f} ms.")
 
 # %% [markdown]
 # ## A real observation
@@ -315,8 +328,8 @@ print(f"The first cycle changes y by {100 * changes['y'][0]:.0f} % of its norm a
       f"{100 * changes['z'][-1]:.0f} %.")
 print("Largest difference from the final action before the first cycle and after each: "
       + ", ".join(f"{value:.2f}" for value in distance))
-print(f"The first cycle changes it by {distance[0] - distance[1]:+.2f} towards the final action, "
-      f"all the others by {distance[1]:+.2f}.")
+print(f"On this observation the action is within {distance[1]:.2f} of the final one after the first "
+      f"cycle, and within {distance[1:-1].max():.2f} after every later one (commands lie in -1 to 1).")
 
 # %% [markdown]
 # ## The policy of this run

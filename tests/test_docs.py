@@ -170,7 +170,7 @@ def test_the_makefile_calls_the_command_line_as_it_is():
     played = re.search(r"^PLAYED := (.+)$", MAKEFILE, re.MULTILINE)[1]
     assert (ROOT / played).is_dir()
     calls = re.findall(r"python -m trm_helpers (.+?)(?: \||$)", MAKEFILE, re.MULTILINE)
-    assert len(calls) == 4  # preflight, evaluate, report, run
+    assert len(calls) == 5  # preflight, evaluate, report, run twice
     for call in calls:
         accepted_by_the_command_line(shlex.split(call.replace("$(PLAYED)", played)))
 

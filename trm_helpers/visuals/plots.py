@@ -509,36 +509,46 @@ def plot_chunk_mask(mask, title: str) -> Figure:
 @styled
 def plot_recursions() -> Figure:
     """A drawing of both recursions: of ``variant="block"`` and of ``variant="trm"``."""
-    fig = new_figure(9, 4.4)
+    fig = new_figure(9, 4.8)
     block, trm = fig.subplots(1, 2)
-    for axes, title, repeated in (
-            (block, "block: one state h", "num_recursions\ntimes"),
-            (trm, "trm: an answer y and a latent z", "T cycles,\nnum_recursions\ntimes")):
+    for axes, title, start in ((block, "block: one state h", "h starts as x"),
+                               (trm, "trm: an answer y and a latent z, one network",
+                                "y and z start as\nfixed random values")):
         axes.set(xlim=(0, 10), ylim=(0, 10), title=title)
         axes.axis("off")
-        _box(axes, 9.4, "images, proprioception, task", "white")
-        _down(axes, 8.9, 8.2, "encoders, once")
-        _box(axes, 7.7, "x", SKY)
-        _down(axes, 7.2, 6.1 if axes is trm else 5.3)
-        axes.add_patch(matplotlib.patches.Rectangle((0.3, 2.9), 6.9, 3.8, fill=False,
-                                                    linestyle="--"))
-        axes.text(7.5, 4.8, repeated, va="center")
+        _box(axes, 9.5, "images, proprioception, task", "white")
+        _down(axes, 9.0, 8.5, "encoders, once")
+        _box(axes, 8.0, "x, the encoded observation", SKY)
+        _down(axes, 7.5, 6.1 if axes is trm else 5.5)
+        axes.text(6.3, 7.1, start, va="center", style="italic")
         _box(axes, 0.5, "K actions of seven numbers", "white")
-    _box(block, 4.6, "h = block(h, x)\nadd x, attention, MLP", ORANGE)
-    _back(block, 4.2, 5.0, "h")
-    _down(block, 3.9, 1.0)
-    block.text(4.1, 1.9, "action head reads h", va="center")
+        _dashed(axes, 0.1, 2.5, 9.7, 4.1, "repeated num_recursions times")
+    _box(block, 4.8, "h = block(h, x)\nadd x, attention, MLP", ORANGE)
+    _back(block, 4.4, 5.2, "h")
+    _down(block, 4.1, 1.0)
+    block.text(4.1, 1.8, "action head reads h", va="center")
+    _dashed(trm, 0.4, 3.2, 7.9, 3.2, "one cycle,\nrepeated T times")
     _box(trm, 5.6, "z = net(x + y + z)", ORANGE)
-    trm.text(6.2, 5.6, "n times", va="center", ha="center")
-    _down(trm, 5.1, 4.2, "z")
-    _box(trm, 3.7, "y = net(y + z)", GREEN)
-    _back(trm, 3.7, 5.4, "y")
-    _down(trm, 3.2, 1.0)
-    trm.text(4.1, 1.9, "action head reads the last K tokens of y", va="center")
+    trm.annotate("", (5.5, 5.9), (5.5, 5.3), arrowprops={
+        "arrowstyle": "-|>", "connectionstyle": "arc,angleA=0,angleB=0,armA=20,armB=20,rad=6",
+        "color": "black"})
+    trm.text(6.05, 5.6, "z, n times", va="center")
+    _down(trm, 5.1, 4.7, "z")
+    _box(trm, 4.2, "y = net(y + z)", ORANGE)
+    _back(trm, 4.2, 5.6, "y")
+    _down(trm, 3.7, 1.0)
+    trm.text(4.1, 1.8, "action head reads the last K tokens of y", va="center")
     fig.suptitle("Two recursions: the same weights, applied to their own output")
     return describe(fig, "block: h = block(h, x), num_recursions times, then the action head reads "
                          "h. trm: n times z = net(x + y + z), then y = net(y + z), for T cycles in "
                          "each recursion; the action head reads the last K tokens of y.")
+
+
+def _dashed(axes, left: float, bottom: float, width: float, height: float, label: str) -> None:
+    """A dashed frame around what is repeated, with a label in its lower right corner."""
+    axes.add_patch(matplotlib.patches.Rectangle((left, bottom), width, height, fill=False,
+                                                linestyle="--"))
+    axes.text(left + width - 0.2, bottom + 0.15, label, ha="right", va="bottom")
 
 
 def _box(axes, height: float, text: str, colour: str) -> None:
@@ -581,12 +591,12 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
     for values, colour, dashes in zip(changes.values(), PALETTE, DASHES, strict=False):
         change.plot(steps[1:], 100 * np.asarray(values), dashes, marker="o", color=colour)
     change.set(ylim=(0, 110 * max(map(max, changes.values()))), xlabel=unit,
-               title="change of the state (% of its norm)")
+               title="change of the state, % of its new norm")
     label_right(change, {name: (100 * values[-1], colour) for (name, values), colour
                          in zip(changes.items(), PALETTE, strict=False)})
     cells = table.imshow(actions.T, aspect="auto", cmap="PuOr", vmin=-1.5, vmax=1.5)
     table.set(xticks=steps, yticks=range(schema.ACTION_DIM), yticklabels=schema.ACTION_NAMES,
-              xlabel=f"{unit}s completed", title="first action (final: right column)")
+              xlabel=f"{unit}s completed", title="first of the K actions (final: right)")
     table.axvline(steps[-1] - 0.5, color="black", linewidth=2)
     if len(steps) <= 8:  # numbers would overlap
         for (step, dim), value in np.ndenumerate(np.round(actions, 2) + 0.0):  # no -0.00
