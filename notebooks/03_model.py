@@ -122,9 +122,9 @@ display(plots.plot_recursions())
 # ## The recursion, line by line
 #
 # `variant="block"`: the state `h` and the encoded observation `x` are one vector of width D per
-# observation. A recursion adds `x` to the state, then applies self-attention and an MLP, each with a
-# residual connection and LayerNorm. The state is a single token, so attention has nothing to choose
-# from and is a linear map (exercise 2). All recursions share the same weights. The assertion
+# observation. A recursion adds `x` to the state, then applies self-attention and an MLP, each with
+# a residual connection and LayerNorm. The state is a single token, so attention has nothing to
+# choose from and is a linear map (exercise 2). All recursions share the same weights. The assertion
 # compares these lines with `trm_helpers/policy/recursion.py`.
 
 # %%
@@ -328,8 +328,9 @@ print(f"The first cycle changes y by {100 * changes['y'][0]:.0f} % of its norm a
       f"{100 * changes['z'][-1]:.0f} %.")
 print("Largest difference from the final action before the first cycle and after each: "
       + ", ".join(f"{value:.2f}" for value in distance))
-print(f"On this observation the action is within {distance[1]:.2f} of the final one after the first "
-      f"cycle, and within {distance[1:-1].max():.2f} after every later one (commands lie in -1 to 1).")
+print(f"On this observation the action is within {distance[1]:.2f} of the final one after the "
+      f"first cycle, and within {distance[1:-1].max():.2f} after every later one; commands lie in "
+      "-1 to 1.")
 
 # %% [markdown]
 # ## The policy of this run
