@@ -10,7 +10,7 @@ made, and ``test.npz`` 100 of 5 others, which are opened once. ``swap.npz`` has 
 observation of 10 official init states of LIBERO-PRO's exchanged objects.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +73,14 @@ def write(path: Path, frames: np.ndarray, places: np.ndarray, task_id: int) -> N
     print(path, len(frames), flush=True)
 
 
-def main(suite: str, folder: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=["libero_object", "libero_spatial"])
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    suite = given.suite
     for task_id in range(schema.SUITES[suite]):
-        paths = {split: Path(folder) / f"{suite}-{task_id}-{split}.npz"
+        paths = {split: given.folder / f"{suite}-{task_id}-{split}.npz"
                  for split in [*SPLITS, "swap"]}
         if not all(paths[split].exists() for split in SPLITS):
             with LiberoEnv(suite, task_id) as env:
@@ -86,4 +91,4 @@ def main(suite: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
