@@ -296,7 +296,7 @@ def main() -> None:
         return predict
 
     splits = {}
-    for split in (given.split, "swap"):
+    for split in ("dev",) if given.split == "dev" else ("test", "swap"):
         scenes = load(given.folder, given.suite, split)
         found = {"first look": errors(
             lambda images, tasks: Localizer.points(first(small(images), tasks)), scenes),
