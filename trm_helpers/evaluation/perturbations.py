@@ -10,18 +10,16 @@ import copy
 import functools
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .. import schema
-
-if TYPE_CHECKING:
-    from ..config import ModelConfig
-    from ..sim.env import LiberoEnv
-    from .rollout import Policy
+from ..config import ModelConfig
+from ..sim.env import LiberoEnv, Observation, load_task
+from .rollout import Policy
 
 SHIFT = 3 / 32  # of an image's side: 12 of 128 pixels; the augmentation `shift` goes up to 8
 BRIGHTNESS = 0.4  # pixel values times 0.6 or 1.4; the augmentations stay within 0.8 and 1.2
@@ -85,8 +83,10 @@ class PerturbedPolicy:
         self.policy.reset()
 
     def act(self, observation: Mapping) -> np.ndarray:
-        self.pending.append(
-            self.policy.act(PerturbedObservation(observation, self.changes, self.step)))
+        read = {key: functools.partial(observation.__getitem__, key) for key in observation}
+        changed = {key: functools.partial(change, read[key], self.step)
+                   for key, change in self.changes.items()}
+        self.pending.append(self.policy.act(Observation(read | changed)))
         self.step += 1
         return self.pending.popleft()
 
@@ -95,28 +95,6 @@ class PerturbedPolicy:
         if name.startswith("__") or "policy" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
         return getattr(self.policy, name)
-
-
-class PerturbedObservation(Mapping):
-    """An observation with replaced entries, each computed when it is first read."""
-
-    def __init__(self, original: Mapping, changes: dict[str, Replacement], step: int):
-        self._original, self._changes, self._step = original, changes, step
-        self._values: dict[str, Any] = {}
-
-    def __getitem__(self, key: str):
-        if key not in self._changes:
-            return self._original[key]
-        if key not in self._values:
-            read = functools.partial(self._original.__getitem__, key)
-            self._values[key] = self._changes[key](read, self._step)
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._original)
-
-    def __len__(self) -> int:
-        return len(self._original)
 
 
 def why_unused(name: str, model: ModelConfig) -> str:
@@ -207,8 +185,6 @@ def _without_proprioception(policy: Policy, env: LiberoEnv, key: tuple) -> dict[
 # --- instruction ---------------------------------------------------------------------------------
 def _another_instruction(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
     """The instruction of another task of the suite, the same for the whole episode."""
-    from ..sim.env import load_task
-
     task = env.task
     suite = {load_task(task.suite, task_id).language
              for task_id in range(schema.SUITES[task.suite])}
