@@ -48,6 +48,10 @@ class Check:
     hint: str = ""
 
 
+def _row(name: str, fits: bool, found: str, hint: str, otherwise: str = "fail") -> Check:
+    return Check(name, "ok" if fits else otherwise, found, "" if fits else hint)
+
+
 def preflight(quick: bool = False) -> list[Check]:
     """Check this machine. A check that raises is a row that fails.
 
@@ -95,8 +99,7 @@ def table(checks: list[Check]) -> str:
 def _check_python() -> Check:
     oldest, newest = (".".join(map(str, version)) for version in PYTHONS)
     fits = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
-    return Check("Python", "ok" if fits else "fail", platform.python_version(),
-                 "" if fits else f"use Python {oldest} to {newest}")
+    return _row("Python", fits, platform.python_version(), f"use Python {oldest} to {newest}")
 
 
 def _check_torch() -> Check:
@@ -104,16 +107,15 @@ def _check_torch() -> Check:
     if not found:
         return Check("torch", "fail", "missing", "run: make setup")
     fits = tuple(map(int, found.split(".")[:2])) >= OLDEST_TORCH
-    return Check("torch", "ok" if fits else "fail", found,
-                 "" if fits else "needs {}.{} or newer: loading a training state could run code "
-                                 "from the file".format(*OLDEST_TORCH))
+    return _row("torch", fits, found, "needs {}.{} or newer: loading a training state could run "
+                "code from the file".format(*OLDEST_TORCH))
 
 
 def _check_versions() -> Iterator[Check]:
     problems = version_problems()
     for name in dict.fromkeys([*schema.PINNED, *problems]):
-        yield Check(name, "fail" if name in problems else "ok",
-                    installed_version(name) or "missing", problems.get(name, ""))
+        yield _row(name, name not in problems, installed_version(name) or "missing",
+                   problems.get(name, ""))
 
 
 def _check_gl() -> Check:
@@ -138,7 +140,7 @@ def run_check(check: SimulatorCheck, subject: Subject) -> Check:
         found, right = check.measure(subject)
     except Exception as error:
         found, right = f"{type(error).__name__}: {error}", False
-    return Check(check.name, "ok" if right else "fail", found, "" if right else check.hint)
+    return _row(check.name, right, found, check.hint)
 
 
 def _check_scene(*chosen: SimulatorCheck) -> Iterator[Check]:
@@ -188,8 +190,8 @@ def _check_cores() -> Check:
 
 def _check_memory() -> Check:
     memory = free_memory() / _GB
-    return Check("memory", "ok" if memory > 4 else "warn", f"{memory:.1f} GB free",
-                 "" if memory > 4 else "the demo needs 4 GB; close other programs")
+    return _row("memory", memory > 4, f"{memory:.1f} GB free",
+                "the demo needs 4 GB; close other programs", "warn")
 
 
 def _check_disk(name: str, folder: Path) -> Check:
@@ -198,7 +200,6 @@ def _check_disk(name: str, folder: Path) -> Check:
         return Check(f"disk of {name}", "fail", f"{folder} cannot be written",
                      f"set TRM_{name.upper()}_DIR to another folder")
     free = shutil.disk_usage(existing).free / _GB
-    return Check(f"disk of {name}", "ok" if free > 3 else "warn" if free > 1 else "fail",
-                 f"{free:.0f} GB free at {folder}",
-                 "" if free > 3 else "the demo needs 3 GB; make room, or set TRM_DATA_DIR and "
-                                     "TRM_ARTIFACTS_DIR to folders on another disk")
+    return _row(f"disk of {name}", free > 3, f"{free:.0f} GB free at {folder}",
+                "the demo needs 3 GB; make room, or set TRM_DATA_DIR and TRM_ARTIFACTS_DIR to "
+                "folders on another disk", "warn" if free > 1 else "fail")

@@ -159,10 +159,6 @@ def _exchange(env, observation: Mapping) -> dict:
                     strict=True))
 
 
-def _blacken(env, observation: Mapping) -> dict:
-    return {key: np.zeros_like(observation[key]) for key in schema.CAMERAS}
-
-
 def _negate_quaternion(env, observation: Mapping) -> dict:
     angle = np.linalg.norm(observation["ee_ori"])
     return {"ee_ori": observation["ee_ori"] * (angle - 2 * np.pi) / angle}
@@ -199,18 +195,6 @@ def _other_mujoco(subject: Subject):
         yield subject
 
 
-def _in_metres(chunk: np.ndarray) -> Policy:
-    return chunk_policy(chunk * [0.05, 0.05, 0.05, 0.5, 0.5, 0.5, 1])
-
-
-def _backwards(chunk: np.ndarray) -> Policy:
-    return chunk_policy(chunk[::-1].copy())
-
-
-def _horizon_of_another_suite(policy: Policy, env) -> dict:
-    return run_episode(policy, env, 0, PROTOCOLS["openvla"].horizon("libero_object"))
-
-
 class Fault(NamedTuple):
     """A fault, the check that detects it, and its variants: how each is seeded."""
 
@@ -231,10 +215,13 @@ FAULTS = (
     Fault("gripper's other sign", checks.gripper,
           (_wrapped(send=lambda action: action * [1, 1, 1, 1, 1, 1, -1]),)),
     Fault("cameras exchanged", checks.cameras, (_wrapped(observe=_exchange),)),
-    Fault("black frames", checks.frames, (_wrapped(observe=_blacken),)),
-    Fault("chunk's unit or order", chunk,
-          (_replaced(policy=_in_metres), _replaced(policy=_backwards))),
-    Fault("horizon of another suite", horizon, (_replaced(play=_horizon_of_another_suite),)),
+    Fault("black frames", checks.frames, (_wrapped(
+        observe=lambda env, seen: {key: np.zeros_like(seen[key]) for key in schema.CAMERAS}),)),
+    Fault("chunk's unit or order", chunk, (
+        _replaced(policy=lambda chunk: chunk_policy(chunk * [.05, .05, .05, .5, .5, .5, 1])),
+        _replaced(policy=lambda chunk: chunk_policy(chunk[::-1].copy())))),
+    Fault("horizon of another suite", horizon, (_replaced(play=lambda policy, env: run_episode(
+        policy, env, 0, PROTOCOLS["openvla"].horizon("libero_object"))),)),
     Fault("stale first frame", checks.first_frame, (_wrapped(_StaleFirstFrame),)),
 )
 

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,23 +84,18 @@ def call_within(seconds: float, function: Callable[[], Any]) -> Any:
     For calls without a time limit of their own, such as name resolution. Any exception of the
     function is raised here.
     """
-    outcome: list = []
+    outcome: futures.Future = futures.Future()
 
     def run() -> None:
         try:
-            outcome.append((function(), None))
+            outcome.set_result(function())
         except BaseException as error:  # a client may call sys.exit
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
+    threading.Thread(target=run, daemon=True).start()
+    if not futures.wait([outcome], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
+    return outcome.result()
 
 
 def minutes_left() -> float:

@@ -41,7 +41,7 @@ class Policy(Protocol):
 
 
 def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon: int = 0,
-                watch: Callable[[Observation, int], None] | None = None, seed: int = 0,
+                watch: Callable[[Observation, int, bool], None] | None = None, seed: int = 0,
                 placement: str = "benchmark") -> dict:
     """One episode; ends with success, at the horizon, or when the policy fails.
 
@@ -51,8 +51,8 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     Args:
         init_state: an official one; ``None`` samples a placement.
         horizon: steps allowed; 0 takes the suite's.
-        watch: called with each observation and the number of executed steps, after the policy's
-            decision and before the arm moves, and once more at the end.
+        watch: called with each observation, the number of executed steps and whether the episode
+            has ended, after the policy's decision and before the arm moves.
         seed, placement: of a sampled placement, see :func:`layouts.reset`.
 
     Returns:
@@ -79,14 +79,14 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
             break
         recursions.append(getattr(policy, "last_recursions", None))
         if watch:
-            watch(observation, steps)
+            watch(observation, steps, False)
         observation, success = env.step(action)
         closed.append(action[schema.GRIPPER_INDEX] > 0)
         steps += 1
         lifted += [name for name, height in env.heights().items()
                    if height > resting[name] + _LIFTED and name not in lifted]
     if watch:
-        watch(observation, steps)
+        watch(observation, steps, True)
     used = np.array([count for count in recursions if isinstance(count, Real)])
     named = phases(closed)
     phase = np.array(named)[:len(used)]
@@ -151,7 +151,6 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
     outcome = "success" if row["success"] else "failure"
     path = Path(str(path).replace("{outcome}", outcome))
     try:
-        film.end()
         if film.error:
             raise film.error
         write_video(path, film.frames(row))
@@ -177,26 +176,15 @@ class _Film:
         self.policy, self.env = policy, env
         self.filmed: list[_Frame] = []
         self.chunk, self.age = None, 0
-        self.last: tuple[Observation, int] | None = None
         self.error: Exception | None = None
 
-    def watch(self, observation: Observation, step: int) -> None:
-        self.last = observation, step
+    def watch(self, observation: Observation, step: int, ended: bool) -> None:
         chunk = getattr(self.policy, "last_chunk", None)
         self.age = 0 if chunk is not self.chunk else self.age + 1
         self.chunk = chunk
-        if step % _EVERY == 0:
-            self._film()
-
-    def end(self) -> None:
-        """Film the last step, if it was not."""
-        if self.last and not (self.filmed and self.filmed[-1].step == self.last[1]):
-            self._film()
-
-    def _film(self) -> None:
-        if self.error is None:
+        if self.error is None and (ended or step % _EVERY == 0):
             try:
-                self.filmed.append(self._frame(*self.last))
+                self.filmed.append(self._frame(observation, step))
             except Exception as error:
                 self.error = error
 
