@@ -83,7 +83,7 @@ from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
 from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.sim.env import LiberoEnv
-from trm_helpers.visuals import plots
+from trm_helpers.visuals import action_plots, plots
 
 # %%
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
@@ -142,7 +142,7 @@ env = LiberoEnv(config.data.suite, config.data.task_ids[0], image_size=256)
 observation = env.reset(seed=0)
 frames = {camera: observation[camera] for camera in schema.CAMERAS}
 print(f"{env.task.language}: two frames in {1000 * observation.rendering_seconds:.0f} ms")
-fig = plots.plot_action_axes(frames, env.end_effector(), env.project)
+fig = action_plots.plot_action_axes(frames, env.end_effector(), env.project)
 plots.save_figure(fig, folder / "figures" / "00_action.png")
 display(fig)
 

@@ -84,7 +84,7 @@ from trm_helpers.demos.quality import quality_card
 from trm_helpers.evaluation.rollout import phases
 from trm_helpers.files import write_json
 from trm_helpers.sim.env import LiberoEnv
-from trm_helpers.visuals import films, plots
+from trm_helpers.visuals import action_plots, films, plots
 
 # %%
 check_parameters(replays=replays)
@@ -146,7 +146,7 @@ with open_demo_file(file) as data:
 
 # %%
 every = np.concatenate(actions)  # (N, 7)
-fig = plots.plot_action_statistics(every)
+fig = action_plots.plot_action_statistics(every)
 plots.save_figure(fig, folder / "figures" / "01_action_statistics.png")
 display(fig)
 spread, grip = every.std(axis=0), every[:, schema.GRIPPER_INDEX]
@@ -169,7 +169,7 @@ print(f"Standard deviations: {spread[:3].min():.2f} to {spread[:3].max():.2f} of
 # %%
 closed = [values[:, schema.GRIPPER_INDEX] > 0 for values in actions]
 pushed = [(done != asked).any(axis=1) for done, asked in zip(executed, actions, strict=True)]
-fig = plots.plot_action_phases(actions[0], phases(closed[0]), pushed[0])
+fig = action_plots.plot_action_phases(actions[0], phases(closed[0]), pushed[0])
 plots.save_figure(fig, folder / "figures" / "01_action_trace.png")
 display(fig)
 

@@ -87,7 +87,7 @@ from trm_helpers.demos.find_demos import survey_demonstrations
 from trm_helpers.policy.model import count_parameters
 from trm_helpers.policy.recursion import TRMBlock, recurse_fixed
 from trm_helpers.sim.env import load_task
-from trm_helpers.visuals import plots
+from trm_helpers.visuals import plots, unrolled
 
 # %%
 folder = paths.run_dir(run_name or preset)
@@ -116,7 +116,7 @@ print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
 # | decision | `num_recursions` recursions, then K actions | the same |
 
 # %%
-display(plots.plot_recursions())
+display(unrolled.plot_recursions())
 
 # %% [markdown]
 # ## The recursion, line by line
@@ -317,7 +317,7 @@ changes = {name: [((after - before).norm() / after.norm()).item()
                   for before, after in zip(states, states[1:], strict=False)]
            for name, states in (("y", ys), ("z", zs))}
 still = observation[schema.STILL_CAMERA]
-fig = plots.plot_refinement(still, changes, formed, "spatial-trm: one observation", unit="cycle")
+fig = unrolled.plot_refinement(still, changes, formed, "spatial-trm: one observation", unit="cycle")
 plots.save_figure(fig, folder / "figures" / "03_answer.png")
 display(fig)
 
@@ -351,7 +351,7 @@ changes = [((after - before).norm() / after.norm()).item()
 
 # %%
 title = f"{folder.name}, {'trained' if trained else 'untrained'}"
-fig = plots.plot_refinement(still, {"state": changes}, formed, title, unit="recursion")
+fig = unrolled.plot_refinement(still, {"state": changes}, formed, title, unit="recursion")
 plots.save_figure(fig, folder / "figures" / "03_state.png")
 display(fig)
 print(f"This network is {'trained' if trained else 'not trained yet'}. Recursion {len(changes)} "

@@ -93,7 +93,7 @@ from trm_helpers.files import write_json
 from trm_helpers.policy import keypoints
 from trm_helpers.report import write_report
 from trm_helpers.training.runs import find_run, held_out, load_config
-from trm_helpers.visuals import explain, plots
+from trm_helpers.visuals import explain, plots, unrolled
 
 # %%
 check_parameters(weights=weights, num_samples=num_samples, depth_episodes=depth_episodes)
@@ -156,7 +156,7 @@ else:
 # the demonstrated one as diamonds.
 
 # %%
-fig = explain.plot_recursion_steps(explain.recursion_steps(policy, data, sample))
+fig = unrolled.plot_recursion_steps(unrolled.recursion_steps(policy, data, sample))
 plots.save_figure(fig, run / "figures" / "07_steps.png")
 display(fig)
 print(fig.finding)
@@ -169,7 +169,7 @@ first = data.demos[0]
 samples = first.end - first.first - data.sequence_length + 1
 closed = data.batch(range(samples))["actions"].reshape(samples, -1, schema.ACTION_DIM)[:, 0, -1] > 0
 phase = phases(closed.tolist())
-moments, images = explain.recursion_moments(policy, data, {
+moments, images = unrolled.recursion_moments(policy, data, {
     step: f"{step / schema.CONTROL_HZ:.1f} s, {phase[step]}"
     for step in (samples * share // 8 for share in (1, 3, 5, 7))})
 imageio.imwrite(run / "figures" / "07_moments.png", images)

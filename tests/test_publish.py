@@ -29,11 +29,11 @@ def written(tmp_path_factory):
     shutil.copytree(repo_root() / "docs", copy)
     names = runpy.run_path(str(SCRIPT))
     names["write"].__globals__.update(DOCS=copy)
-    names["plots"].save_figure, kept = lambda *_: None, names["plots"].save_figure
+    names["figure"].save_figure, kept = lambda *_: None, names["figure"].save_figure
     try:
         names["write"]()
     finally:
-        names["plots"].save_figure = kept
+        names["figure"].save_figure = kept
     return copy
 
 

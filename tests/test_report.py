@@ -16,8 +16,8 @@ from trm_helpers.files import append_jsonl, write_json
 from trm_helpers.report import page, sections, write_report
 from trm_helpers.stats import summarize_episodes
 from trm_helpers.training.runs import load_config
+from trm_helpers.visuals.figure import describe, new_axes, save_figure
 from trm_helpers.visuals.films import write_video
-from trm_helpers.visuals.plots import describe, new_axes, save_figure
 
 PROTOCOL = dict(protocol="quick", source="openvla with ten episodes", num_episodes=10,
                 first_init_state=0, horizon=280, weights="best")

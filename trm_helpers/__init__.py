@@ -27,7 +27,7 @@ _MODULE_OF = {
     "PolicyEvaluator": "evaluation.evaluate",
     "record_episode": "evaluation.rollout",
     "analyze_model_predictions": "visuals.explain",
-    "visualize_recursive_states": "visuals.explain",
+    "visualize_recursive_states": "visuals.unrolled",
     "collect_demonstrations": "demos.collect",
     "load_policy": "training.runs",
     "run_notebook": "notebooks",

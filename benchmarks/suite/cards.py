@@ -16,7 +16,7 @@ from trm_helpers.evaluation.depth import (
 )
 from trm_helpers.evaluation.robustness import success_axes
 from trm_helpers.visuals.colours import GREY, PALETTE
-from trm_helpers.visuals.plots import HATCHES, describe, new_figure, styled, success_bars
+from trm_helpers.visuals.figure import HATCHES, describe, new_figure, styled, success_bars
 
 _OTHER_DEPTH = "another depth"
 

@@ -48,7 +48,8 @@ from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # 
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 from trm_helpers.training.runs import find_run, load_config  # noqa: E402
-from trm_helpers.visuals import plots  # noqa: E402
+from trm_helpers.visuals import figure, plots, unrolled  # noqa: E402
+from trm_helpers.visuals.colours import PALETTE  # noqa: E402
 from trm_helpers.visuals.films import FPS, write_grid
 
 DOCS = repo_root() / "docs"
@@ -160,10 +161,10 @@ def write() -> None:
             if not found:
                 sys.exit(f"{page} has no mark <!-- {group.name} --> for {group}")
             if fig is not None:
-                plots.save_figure(fig, DOCS / "images" / f"{group.name}.png")
+                figure.save_figure(fig, DOCS / "images" / f"{group.name}.png")
         with atomic_path(page) as temporary:
             temporary.write_text(text)
-    plots.save_figure(plots.plot_recursions(), DOCS / "images" / "recursions.png")
+    figure.save_figure(unrolled.plot_recursions(), DOCS / "images" / "recursions.png")
 
 
 def provenance(stored: list[dict]) -> str:
@@ -267,35 +268,35 @@ def efficiency_lines(cards: dict[str, dict]) -> list[list]:
         for kind, rows in kinds.items()]
 
 
-@plots.styled
+@figure.styled
 def plot_efficiency(cards: dict[str, dict]):
     """Success by the number of demonstrations, a line for each kind of them."""
-    fig = plots.new_figure(7, 4)
+    fig = figure.new_figure(7, 4)
     axes = fig.subplots()
     for number, (kind, rows) in enumerate(by_kind(cards).items()):
-        rate, whiskers = plots.success_rates(list(rows.values()))
-        axes.errorbar(list(rows), rate, whiskers, capsize=3, color=plots.PALETTE[number],
+        rate, whiskers = figure.success_rates(list(rows.values()))
+        axes.errorbar(list(rows), rate, whiskers, capsize=3, color=PALETTE[number],
                       marker="os^D"[number % 4], label=kind)
-    plots.count_axis(axes.xaxis)
+    figure.count_axis(axes.xaxis)
     axes.set(xlabel="demonstrations per task, of which a fifth chooses the epoch",
              ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104),
              title="Success by the number of demonstrations\n"
                    + tasks_in_short(next(iter(cards.values()))))
     axes.set_xlim(left=0)
     axes.legend(loc="lower right")
-    return plots.describe(fig, " ".join(f"{kind}: " + "; ".join(
+    return figure.describe(fig, " ".join(f"{kind}: " + "; ".join(
         f"{number} demonstrations, {row['successes']} of {row['episodes']}"
         for number, row in rows.items()) + "." for kind, rows in by_kind(cards).items()))
 
 
-@plots.styled
+@figure.styled
 def plot_probes(probes: dict):
     """Variance that the probe explains of each quantity, by depth."""
     rows = {row["state"]: np.array(row["explained"]) for row in probes["rows"]}
-    fig = plots.new_figure(9.5, 4)
+    fig = figure.new_figure(9.5, 4)
     axes = fig.subplots()
     for number, quantity in enumerate(probes["quantities"]):
-        colour = plots.PALETTE[number % len(plots.PALETTE)]
+        colour = PALETTE[number % len(PALETTE)]
         axes.axhline(rows["input"][number, 0], color=colour, linestyle=":", linewidth=1)
         for word, style in (("answer", "-"), ("latent", "--")):
             depths = [int(name.split()[-1]) for name in rows if name.startswith(word)]
@@ -309,13 +310,13 @@ def plot_probes(probes: dict):
     for word, style in (("answer y", "-"), ("latent z", "--"), ("input x", ":")):
         if any(name.startswith(word.split()[0]) for name in rows):
             axes.plot([], [], color="black", linestyle=style, label=word)
-    plots.count_axis(axes.xaxis)
+    figure.count_axis(axes.xaxis)
     axes.set(xlabel="recursions (below the axis: worse than the mean)",
              ylabel="share of variance explained", ylim=(-0.1, 1.02),
              title="What a linear probe reads from the state after each recursion")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     last = list(rows)[-1]
-    return plots.describe(fig, f"At {last}: " + "; ".join(
+    return figure.describe(fig, f"At {last}: " + "; ".join(
         f"{quantity} {rows[last][number, 0]:.2f}"
         for number, quantity in enumerate(probes["quantities"])) + ".")
 

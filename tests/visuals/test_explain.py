@@ -15,7 +15,7 @@ from trm_helpers import schema
 from trm_helpers.config import ModelConfig
 from trm_helpers.data.normalize import ActionNormalizer
 from trm_helpers.policy.model import TRMPolicy
-from trm_helpers.visuals import explain
+from trm_helpers.visuals import explain, unrolled
 
 matplotlib.use("agg")
 CAMERA = "agentview_rgb"
@@ -166,13 +166,13 @@ def test_a_sample_is_needed():
     ],
 )
 def test_recursion_verdict(changes, norms, word):
-    found, sentence = explain.recursion_verdict(changes, norms)
+    found, sentence = unrolled.recursion_verdict(changes, norms)
     assert found == word
     assert word in sentence
 
 
 def test_recursion_verdict_gives_its_numbers():
-    assert explain.recursion_verdict([6, 2], [8, 12, 10])[1] == (
+    assert unrolled.recursion_verdict([6, 2], [8, 12, 10])[1] == (
         "The recursion is drifting: step 2 changes the state by 20.0 % of its norm "
         "(the first step by 50.0 %)."
     )
@@ -181,13 +181,13 @@ def test_recursion_verdict_gives_its_numbers():
 @pytest.mark.parametrize("norms", [[1.0], [1.0, 1.0, 1.0]])
 def test_recursion_verdict_refuses_lists_that_do_not_fit(norms):
     with pytest.raises(ValueError, match=r"expected N >= 1 changes, N \+ 1 norms"):
-        explain.recursion_verdict([1.0], norms)
+        unrolled.recursion_verdict([1.0], norms)
 
 
 def test_recursive_states_by_hand():
     batch = FakeDataset()
     batch.augmentation = "none"
-    report, figure = explain.visualize_recursive_states(
+    report, figure = unrolled.visualize_recursive_states(
         FakePolicy(), batch.batch([0, 1])["observations"]
     )
     assert report["norms"] == pytest.approx([5, 5, 5])
@@ -203,7 +203,7 @@ def test_recursive_states_by_hand():
 def test_moments_say_how_the_action_forms():
     """Targets are half of the image's mean, predictions the mean / depth; the gripper is +1."""
     data = FakeDataset(4)
-    moments, images = explain.recursion_moments(FakePolicy(), data, {2: "first", 3: "last"})
+    moments, images = unrolled.recursion_moments(FakePolicy(), data, {2: "first", 3: "last"})
     assert [moment["title"] for moment in moments] == ["first", "last"]
     one, two = moments[0]["recursions"]
     assert moments[0]["demonstrated"] == pytest.approx([0.1] * 6 + [-1])
@@ -265,11 +265,11 @@ def test_differences_between_depths_are_paired():
 
 def test_recursion_steps_are_of_one_sample():
     policy, dataset = FakePolicy(), FakeDataset(4)
-    steps = explain.recursion_steps(policy, dataset, 3)
+    steps = unrolled.recursion_steps(policy, dataset, 3)
     assert steps["states"].shape == (3, 2) and steps["actions"].shape == (2, 7)
     np.testing.assert_allclose(steps["actions"][:, 0], [3 / 10, 3 / 20], rtol=1e-5)
     assert steps["target"][0] == pytest.approx(3 / 20)
-    figure = explain.plot_recursion_steps(steps)
+    figure = unrolled.plot_recursion_steps(steps)
     assert [axes.get_title() for axes in figure.axes if "step" in axes.get_title()] == [
         "step 1\nmoved 63.2 %", "step 2\nmoved 0.0 %"]  # sqrt(10) of 5, as above
     assert "from step 2 on it changes by less than 0.01." in figure.finding
@@ -347,7 +347,7 @@ def test_the_real_policy_and_data_set(tmp_path, halting):
         assert np.abs(np.array(known) - sample["target"]).max(axis=1).min() < 1e-5
 
     observations = dataset.batch([0, 1])["observations"]
-    report, _ = explain.visualize_recursive_states(policy, observations)
+    report, _ = unrolled.visualize_recursive_states(policy, observations)
     norms = [state.norm(dim=-1).mean().item() for state in
              policy(observations, return_all_states=True)[1]]
     assert report["norms"] == pytest.approx(norms)

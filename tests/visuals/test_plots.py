@@ -8,13 +8,15 @@ from IPython.display import display
 from IPython.utils.capture import capture_output
 from matplotlib.image import imread
 from matplotlib.text import Text
+from PIL import Image
 
 from trm_helpers.evaluation import depth, robustness
 from trm_helpers.schema import ACTION_NAMES
 from trm_helpers.search import figures
 from trm_helpers.sim.render import upright
 from trm_helpers.stats import summarize_episodes, wilson_interval
-from trm_helpers.visuals import explain, plots
+from trm_helpers.visuals import action_plots, explain, plots, unrolled
+from trm_helpers.visuals import figure as base
 
 matplotlib.use("agg")
 
@@ -94,13 +96,14 @@ def test_action_statistics_are_shares_of_the_steps():
     actions = np.zeros((4, 7))
     actions[:, 0] = (0.5, 0.5, 0.5, -0.5)
     actions[:, 6] = (-1, 1, 1, 1)
-    figure = plots.plot_action_statistics(actions)
+    figure = action_plots.plot_action_statistics(actions)
     assert sorted(bar_heights(figure.axes[0]))[-2:] == [25, 75]
     assert (bar_heights(figure.axes[6])[0], bar_heights(figure.axes[6])[-1]) == (25, 75)
     assert figure.axes[0].get_title() == "dx: mean +0.25, std 0.43"
 
 
-@pytest.mark.parametrize("draw", [plots.plot_action_statistics, plots.plot_action_trace])
+@pytest.mark.parametrize("draw", [action_plots.plot_action_statistics,
+                                  action_plots.plot_action_trace])
 @pytest.mark.parametrize("shape", [(0, 7), (5, 6), (7,)])
 def test_actions_of_another_shape_are_refused(draw, shape):
     with pytest.raises(ValueError, match=r"expected \(T, 7\)"):
@@ -109,7 +112,7 @@ def test_actions_of_another_shape_are_refused(draw, shape):
 
 def test_action_trace_is_in_seconds():
     actions = np.linspace(-1, 1, 40 * 7).reshape(40, 7)
-    figure = plots.plot_action_trace(actions)
+    figure = action_plots.plot_action_trace(actions)
     move, turn, grip = figure.axes
     lines = [*move.patches, *turn.patches, *grip.patches]
     for dim, line in enumerate(lines):
@@ -209,18 +212,20 @@ def project(points, camera):
 EXAMPLES = {  # every function that draws a figure, and words that its alt text must hold
     "plot_frames": (plots, [{"agentview_rgb": stored(6)}, "lift the bowl"],
                     "lift the bowl. 6 images each of agent view"),
-    "plot_action_statistics": (plots, [ACTIONS], "dx: mean -0.02"),
+    "plot_action_statistics": (action_plots, [ACTIONS], "dx: mean -0.02"),
     "plot_demo_lengths": (plots, [[66, 70, 80], 220], "66 to 80 steps, mean 72; horizon 220."),
-    "plot_action_trace": (plots, [np.sign(ACTIONS)], "2.0 s of translation, rotation and gripper; "
+    "plot_action_trace": (action_plots, [np.sign(ACTIONS)],
+                          "2.0 s of translation, rotation and gripper; "
                           "the gripper switches at 1.0 s."),
-    "plot_action_axes": (plots, [{"agentview_rgb": stored(1, 256)[0]}, HAND, project],
+    "plot_action_axes": (action_plots, [{"agentview_rgb": stored(1, 256)[0]}, HAND, project],
                          "dx points away from the robot's base, dy to its left, dz up"),
-    "plot_action_phases": (plots, [ACTIONS, ["reach"] * 20 + ["grasp"] * 20, ACTIONS[:, 0] > 0],
+    "plot_action_phases": (action_plots,
+                           [ACTIONS, ["reach"] * 20 + ["grasp"] * 20, ACTIONS[:, 0] > 0],
                            "Phases: reach, then grasp. The arm is pushed in 20 of 40 steps."),
     "plot_chunk_mask": (plots, [[[1, 1], [1, 0], [1, 1], [1, 0]], "Mask of demo_0"],
                         "after a push: 1 of 8 actions; past the end: 1 of 8 actions."),
-    "plot_recursions": (plots, [], "trm: n times z = net(x + y + z), then y = net(y + z)"),
-    "plot_refinement": (plots, [stored(1)[0], {"y": [1.2, 0.5], "z": [1.1, 0.4]}, ACTIONS[::19],
+    "plot_recursions": (unrolled, [], "trm: n times z = net(x + y + z), then y = net(y + z)"),
+    "plot_refinement": (unrolled, [stored(1)[0], {"y": [1.2, 0.5], "z": [1.1, 0.4]}, ACTIONS[::19],
                                 "trained"], "one: 1.91 after step 0, 0.95 after step 1."),
     "plot_alignment": (plots, ["shift", {"method": "delay", "fraction": None, "delay": 0.25}],
                        "obs[t] -> actions[t+1]. Measured: delay +0.25 control steps."),
@@ -245,7 +250,7 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
                            "success. 6 images: step 0 (0.0 s), step 10"),
     "plot_predictions": (explain, [stored(4), explain.prediction_report(ACTIONS, ACTIONS**3, 4)],
                          "over 40 samples; the largest mean absolute error is that of "),
-    "plot_recursion": (explain, [np.eye(3), {"norms": [1, 2, 2.0], "changes": [1, 0.5],
+    "plot_recursion": (unrolled, [np.eye(3), {"norms": [1, 2, 2.0], "changes": [1, 0.5],
                                              "sentence": "The recursion is drifting."}],
                        "The recursion is drifting. Norm of the state 1 before"),
     "plot_depth_curve": (explain, [{
@@ -253,7 +258,7 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
         "gripper_accuracy": [0.9, 1], "gripper_interval": [[0.8, 1], [0.9, 1]],
         "arm_gap": [0.1, 0], "arm_gap_interval": [[0.05, 0.15], [0, 0]], "trained_depth": 2}],
         "depth 1 +0.1000 (+0.0500 to +0.1500)."),
-    "plot_recursion_steps": (explain, [{
+    "plot_recursion_steps": (unrolled, [{
         "images": {"agentview_rgb": stored(1)[0]}, "target": ACTIONS[0], "actions": ACTIONS[:7],
         "states": np.ones((8, 30))}], "away from that of step 7"),
     "plot_prediction_by_depth": (explain, [[1, 2], ACTIONS[:2] * np.arange(7)],
@@ -275,7 +280,8 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
 
 
 def test_every_function_that_draws_a_figure_has_an_example():
-    drawing = {name for module in (plots, explain, figures, depth, robustness)
+    modules = action_plots, plots, explain, unrolled, figures, depth, robustness
+    drawing = {name for module in modules
                for name, value in vars(module).items()
                if hasattr(value, "__wrapped__") and name.startswith("plot_")}
     assert drawing == set(EXAMPLES)
@@ -285,13 +291,14 @@ def test_every_function_that_draws_a_figure_has_an_example():
 def test_a_figure_describes_itself_and_is_legible(name, tmp_path):
     module, arguments, expected = EXAMPLES[name]
     figure = getattr(module, name)(*arguments)
-    description = plots.alt_text(figure)
+    description = base.alt_text(figure)
     assert expected in description and description.endswith("."), description
     shown, metadata = figure._repr_mimebundle_()
     assert shown["text/plain"] == metadata["image/png"]["alt"] == description
-    path = plots.save_figure(figure, tmp_path / "figure.png")
-    assert plots.read_alt_text(path) == description
-    assert imread(path).shape[1] <= plots.MAX_WIDTH * plots.DPI
+    path = base.save_figure(figure, tmp_path / "figure.png")
+    with Image.open(path) as written:
+        assert written.info["Description"] == description
+    assert imread(path).shape[1] <= base.MAX_WIDTH * base.DPI
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     assert {text.get_text(): text.get_fontsize() for text in texts
             if text.get_fontsize() < 9} == {}
@@ -313,20 +320,14 @@ def test_a_notebook_shows_the_figure_with_its_description():
 
 
 def test_labels_at_the_right_edge_stay_apart_and_in_order():
-    axes = plots.new_axes(6, 3)
+    axes = base.new_axes(6, 3)
     axes.set(ylim=(0, 1))
-    plots.label_right(axes, {"b": (0.5, "red"), "a": (0.49, "blue"), "c": (0.9, "black")})
+    base.label_right(axes, {"b": (0.5, "red"), "a": (0.49, "blue"), "c": (0.9, "black")})
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
     assert heights["c"] == pytest.approx(0.9)
     assert heights["a"] + heights["b"] == pytest.approx(0.99)  # both move by half of what is needed
     assert 0.05 < heights["b"] - heights["a"] < 0.15
     assert [text.get_color() for text in axes.texts] == ["blue", "red", "black"]
-
-
-def test_a_file_without_alt_text_has_none(tmp_path):
-    figure = plots.plot_demo_lengths([100, 120])
-    figure.savefig(tmp_path / "old.png")
-    assert plots.read_alt_text(tmp_path / "old.png") == ""
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
     figure = plots.plot_demo_lengths([100, 120])
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.pyplot.get_fignums() == []
-    path = plots.save_figure(figure, tmp_path / "figures" / "lengths.png")
+    path = base.save_figure(figure, tmp_path / "figures" / "lengths.png")
     assert imread(path).shape[:2] == (3.2 * 150, 6 * 150)
     assert [file.name for file in path.parent.iterdir()] == ["lengths.png"]
 
@@ -343,7 +344,7 @@ def test_style_stays_inside_and_the_figure_is_written_whole(tmp_path):
 # --- explanations --------------------------------------------------------------------------------
 def test_action_arrows_point_along_the_axes_of_the_upright_frame():
     frames = {"agentview_rgb": stored(size=256)[0], "eye_in_hand_rgb": stored(size=256)[0]}
-    figure = plots.plot_action_axes(frames, HAND, project)
+    figure = action_plots.plot_action_axes(frames, HAND, project)
     for axes in figure.axes:
         assert_upright(axes)
         labels = {text.get_text(): np.array(text.xy) - 128 for text in axes.texts}
@@ -356,7 +357,7 @@ def test_action_arrows_point_along_the_axes_of_the_upright_frame():
 def test_phases_and_pushes_are_where_they_happened():
     phases = ["reach"] * 4 + ["grasp"] * 2 + ["carry"] * 14
     pushed = np.arange(20) == 7
-    figure = plots.plot_action_phases(np.zeros((20, 7)), phases, pushed)
+    figure = action_plots.plot_action_phases(np.zeros((20, 7)), phases, pushed)
     places = {text.get_text(): text.get_position()[0] for text in figure.axes[0].texts}
     assert {name: places[name] for name in ("reach", "grasp", "carry")} == {
         "reach": 0.1, "grasp": 0.25, "carry": 0.65}  # seconds, in the middle of each

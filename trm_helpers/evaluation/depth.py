@@ -22,7 +22,7 @@ from ..sim.env import LiberoEnv
 from ..stats import paired_mcnemar
 from ..training.runs import find_run, held_out, load_config
 from ..visuals.colours import GREY, PALETTE
-from ..visuals.plots import (
+from ..visuals.figure import (
     count_axis,
     describe,
     new_figure,

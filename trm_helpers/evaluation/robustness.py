@@ -19,7 +19,7 @@ from ..files import dispensable, read_json, write_json
 from ..stats import detectable, paired_mcnemar
 from ..training.runs import find_run, load_config
 from ..visuals.colours import BLUE, GREY, ORANGE
-from ..visuals.plots import HATCHES, describe, new_figure, save_figure, styled, success_bars
+from ..visuals.figure import HATCHES, describe, new_figure, save_figure, styled, success_bars
 from .cards import cells, measured, tasks_in_short
 from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused

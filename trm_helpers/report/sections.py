@@ -22,7 +22,8 @@ from ..search.search import verdict
 from ..sim.env import load_task
 from ..stats import comparison_rows, detectable, format_success
 from ..training.runs import description, load_config
-from ..visuals.plots import plot_training_curves, save_figure
+from ..visuals.figure import save_figure
+from ..visuals.plots import plot_training_curves
 
 # the main settings; all are in config.json
 _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",

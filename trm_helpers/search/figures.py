@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from ..files import read_json
 from ..visuals.colours import BLUE, GREY, RED
-from ..visuals.plots import (
+from ..visuals.figure import (
     MAX_WIDTH,
     count_axis,
     describe,

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
-from PIL import Image
 
 from .. import schema
 from ..sim.render import upright
 from ..stats import wilson_interval
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
-from .plots import (
+from .figure import (
     MAX_WIDTH,
     count_axis,
     describe,
@@ -29,16 +28,11 @@ from .plots import (
 )
 
 BATCH = 64
-CONVERGED = 0.05  # last change, as a share of the state's norm
-DIVERGED_CHANGE = 1.5  # last change over the first
-DIVERGED_NORM = 2.0  # last norm over the first
-SETTLED = 0.01  # environment units: an action this close to the last step's
 STEPS = 64  # of integrated gradients
-_MOMENT_SIZE = 256  # pixels of an image shown beside the recursion
 
 
 @contextlib.contextmanager
-def _evaluating(policy) -> Iterator[None]:
+def evaluating(policy) -> Iterator[None]:
     """Evaluation mode for a while; gradients are the caller's business."""
     training = policy.training
     policy.eval()
@@ -57,7 +51,7 @@ def _first_actions(policy, actions: torch.Tensor) -> np.ndarray:
     return actions.detach().float().cpu().numpy()
 
 
-def _targets(dataset, batch: Mapping) -> np.ndarray:
+def demonstrated(dataset, batch: Mapping) -> np.ndarray:
     """The demonstrated first action (N, 7) of each observation, in the environment's units."""
     actions = batch["actions"]  # (B, T, 7) or (B, T, K, 7)
     first = actions if dataset.chunk == 1 else actions[:, :, 0]
@@ -69,10 +63,10 @@ def _batches(policy, dataset, num_samples: int, seed: int = 0) -> Iterator[dict]
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is not valid; expected >= 1")
     order = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
-    yield from _batches_of(policy, dataset, order.tolist())
+    yield from batches_of(policy, dataset, order.tolist())
 
 
-def _batches_of(policy, dataset, indices: Sequence[int]) -> Iterator[dict]:
+def batches_of(policy, dataset, indices: Sequence[int]) -> Iterator[dict]:
     plain = copy.copy(dataset)
     plain.augmentation = "none"
     device = next(policy.parameters()).device
@@ -97,10 +91,10 @@ def analyze_model_predictions(policy, dataset, num_samples: int = 4, seed: int =
         the mean; None if targets do not vary) and ``gripper_accuracy`` (share with the right sign).
     """
     targets, predictions, images = [], [], []
-    with _evaluating(policy):
+    with evaluating(policy):
         for batch in _batches(policy, dataset, max(num_samples, num_errors), seed):
             predictions.append(_first_actions(policy, policy(batch["observations"])))
-            targets.append(_targets(dataset, batch))
+            targets.append(demonstrated(dataset, batch))
             if len(images) < num_samples:
                 images.extend(batch["observations"][policy.config.cameras[0]].flatten(0, 1).cpu())
     report = prediction_report(np.concatenate(targets), np.concatenate(predictions), num_samples)
@@ -169,199 +163,6 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
                          f"{report['mean_absolute_error'][worst]:.3f}.")
 
 
-# --- recursion -----------------------------------------------------------------------------------
-def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple[str, str]:
-    """Whether the recursion converges, as one word and one sentence.
-
-    ``converged``: the last change is at most 5 % of the last norm. Else ``diverging``: the last
-    change is over 1.5 times the first, or the last norm over twice the first, or a number is not
-    finite. Else ``drifting``: the state still moves, at a bounded size.
-
-    Args:
-        changes: ``||h_k - h_(k-1)||`` for k = 1 ... N.
-        norms: ``||h_k||`` for k = 0 ... N.
-    """
-    if len(changes) == 0 or len(norms) != len(changes) + 1:
-        raise ValueError(
-            f"{len(changes)} changes and {len(norms)} norms; expected N >= 1 changes, N + 1 norms")
-    if not np.isfinite([*changes, *norms]).all():
-        return "diverging", "The recursion is diverging: its states are not finite."
-    share = changes[-1] / max(norms[-1], 1e-12)
-    if share <= CONVERGED:
-        word = "converged"
-    elif changes[-1] > DIVERGED_CHANGE * changes[0] or norms[-1] > DIVERGED_NORM * norms[0]:
-        word = "diverging"
-    else:
-        word = "drifting"
-    verb = "has converged" if word == "converged" else f"is {word}"
-    return word, (
-        f"The recursion {verb}: step {len(changes)} changes the state by {100 * share:.1f} % of "
-        f"its norm (the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %).")
-
-
-@torch.no_grad()
-def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Figure]:
-    """How the hidden state moves over the recursion, for batched observations.
-
-    Returns:
-        a dictionary and its figure: ``norms`` (N + 1 floats, ``||h_k||`` from h0), ``changes`` (N
-        floats, ``||h_k - h_(k-1)||``), both L2 and averaged over the batch, and ``verdict`` and
-        ``sentence`` of :func:`recursion_verdict`. The heat map shows the first sample's features,
-        sorted by their last value.
-    """
-    with _evaluating(policy):
-        _, states = policy(observations, return_all_states=True)
-    states = torch.stack(states).float().cpu().flatten(2)  # (N + 1, B, D), or K * D of tokens
-    norms = states.norm(dim=-1).mean(dim=1).tolist()
-    changes = states.diff(dim=0).norm(dim=-1).mean(dim=1).tolist()
-    verdict, sentence = recursion_verdict(changes, norms)
-    report = {"norms": norms, "changes": changes, "verdict": verdict, "sentence": sentence}
-    return report, plot_recursion(states[:, 0].numpy(), report)
-
-
-@styled
-def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
-    """Heat map of one sample's states (N + 1, D), and norm and change of the state by step."""
-    steps = np.arange(len(states))
-    fig = new_figure(MAX_WIDTH, 3.6)
-    heat, norm, change = fig.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    limit = np.abs(states).max()
-    image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
-                        vmin=-limit, vmax=limit, origin="lower")
-    heat.set(xlabel="recursion step (0: before it)", xlim=(-0.5, len(states) - 0.5),
-             ylabel="feature, sorted by last value", title="Hidden state of one sample")
-    fig.colorbar(image, ax=heat, label="activation")
-    norm.plot(steps, report["norms"], marker="o")
-    norm.set(xlabel="recursion step", title="L2 norm of the state",
-             ylim=(0, 1.15 * max(report["norms"])))
-    change.plot(steps[1:], report["changes"], marker="o", color=RED)
-    change.axhline(CONVERGED * report["norms"][-1], color=GREY, linestyle=":",
-                   label=f"converged below\n({100 * CONVERGED:.0f} % of the norm)")
-    change.set(xlabel="recursion step", title="L2 norm of its change",
-               ylim=(0, 1.25 * max(report["changes"])))
-    change.legend(loc="upper right")
-    for axes in (heat, norm, change):
-        count_axis(axes.xaxis)
-    fig.suptitle(report["sentence"])
-    return describe(fig, f"Norm of the state {report['norms'][0]:.3g} before the first step and "
-                         f"{report['norms'][-1]:.3g} after the last; change "
-                         f"{report['changes'][0]:.3g} in the first and "
-                         f"{report['changes'][-1]:.3g} in the last.")
-
-
-@torch.no_grad()
-def recursion_steps(policy, dataset, index: int) -> dict:
-    """One sample's recursion, step by step.
-
-    Returns:
-        ``images``, the stored image (H, W, 3) by camera; ``target``, the demonstrated first action
-        (7,), and ``actions`` (N, 7), the one read out after each step, in the environment's units;
-        ``states`` (N + 1, D), or K * D of tokens, from h0.
-    """
-    batch = next(_batches_of(policy, dataset, [index]))
-    observations = batch["observations"]
-    with _evaluating(policy):
-        _, states = policy(observations, return_all_states=True)
-    steps = range(1, len(states))
-    return {"images": {camera: observations[camera].flatten(0, -4)[0].cpu().numpy()
-                       for camera in policy.config.cameras},
-            "target": _targets(dataset, batch)[0],
-            "actions": prediction_by_depth(policy, observations, steps),
-            "states": torch.stack(states)[:, 0].flatten(1).float().cpu().numpy()}
-
-
-@styled
-def plot_recursion_steps(steps: Mapping) -> Figure:
-    """The figure of :func:`recursion_steps`: observation, then state and action by step.
-
-    Of more than four steps, four from the first to the last.
-    """
-    states, actions, target = steps["states"], steps["actions"], steps["target"]
-    errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
-    shown = np.unique(np.linspace(1, len(actions), min(len(actions), 4)).round().astype(int))
-    fig = new_figure(MAX_WIDTH, 4.6)
-    grid = fig.add_gridspec(2, len(shown) + 2)
-    for line, (camera, image) in enumerate(list(steps["images"].items())[:2]):
-        axes = fig.add_subplot(grid[line, 0])
-        show_image(axes, upright(image))
-        axes.set_title(schema.CAMERA_TITLES[camera])
-    side = int(np.ceil(np.sqrt(states.shape[1])))  # of a square that holds the state's numbers
-    limit = np.abs(states).max()
-    place = np.arange(schema.ACTION_DIM)
-    for column, step in enumerate([0, *shown], 1):
-        square = np.full(side * side, np.nan)
-        square[: states.shape[1]] = states[step]
-        top = fig.add_subplot(grid[0, column])
-        show_image(top, square.reshape(side, side), cmap="PuOr", vmin=-limit, vmax=limit)
-        if step == 0:
-            top.set_title("start")
-            continue
-        moved = np.linalg.norm(states[step] - states[step - 1]) / np.linalg.norm(states[step])
-        top.set_title(f"step {step}\nmoved {100 * moved:.1f} %")
-        bottom = fig.add_subplot(grid[1, column])
-        bottom.barh(place, actions[step - 1], 0.7, color=ORANGE, hatch="//", label="predicted")
-        bottom.plot(target, place, "D", color=BLUE, markersize=4, linestyle="",
-                    label="demonstrated")
-        bottom.axvline(0, color=GREY, linewidth=0.6)
-        reach = 1.05 * max(1.0, np.abs([*actions.flat, *target]).max())
-        bottom.set(yticks=place, xlim=(-reach, reach),
-                   yticklabels=schema.ACTION_NAMES if step == shown[0] else [],
-                   title=f"arm error {errors[step - 1]:.3f}")
-        bottom.invert_yaxis()
-    fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("The state (above) and the action read from it (below) after each step")
-    away = np.abs(actions - actions[-1]).max(axis=1)
-    settled = 2 + max(np.flatnonzero(away >= SETTLED), default=-1)
-    return describe(fig, f"After step 1 the action is up to {away[0]:.3f} away from that of step "
-                         f"{len(actions)}; from step {settled} on it changes by less than "
-                         f"{SETTLED:g}.")
-
-
-def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[dict], np.ndarray]:
-    """How the first action forms over the recursions, at a few moments of demonstrations.
-
-    Args:
-        titles: the name of each moment by its sample in ``dataset``.
-
-    Returns:
-        a list of ``title``, ``demonstrated`` (7 floats, environment units) and ``recursions``, one
-        per step: ``action`` (7 floats) read after it, ``change``, the norm of the state's change
-        over the norm of the state, and ``sentence``; and the first camera's images, upright and
-        enlarged, side by side as uint8 (S, n * S, 3).
-    """
-    moments, images = [], []
-    for index, title in titles.items():
-        steps = recursion_steps(policy, dataset, index)
-        states, actions, target = steps["states"], steps["actions"], steps["target"]
-        norms = np.linalg.norm(states[1:], axis=1).clip(min=1e-12)
-        changes = np.linalg.norm(np.diff(states, axis=0), axis=1) / norms
-        moments.append({
-            "title": title, "demonstrated": target.tolist(),
-            "recursions": [
-                {"action": actions[k].tolist(), "change": float(changes[k]),
-                 "sentence": _moment_sentence(k, actions, target, float(changes[k]))}
-                for k in range(len(actions))]})
-        image = steps["images"][policy.config.cameras[0]]
-        image = Image.fromarray((255 * upright(image)).round().astype(np.uint8))
-        images.append(image.resize((_MOMENT_SIZE, _MOMENT_SIZE), Image.Resampling.BICUBIC))
-    return moments, np.concatenate(images, axis=1)
-
-
-def _moment_sentence(k: int, actions: np.ndarray, target: np.ndarray, change: float) -> str:
-    """The step ``k`` of actions (N, 7) against the demonstrated one (7,)."""
-    errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
-    gripper = "right" if (np.sign(actions[k, schema.GRIPPER_INDEX])
-                          == np.sign(target[schema.GRIPPER_INDEX])) else "wrong"
-    difference = errors[k] - errors[k - 1] if k else 0.0
-    compared = "" if not k else (", as after the recursion before" if abs(difference) < 0.005 else
-                                 f", {abs(difference):.2f} {'more' if difference > 0 else 'less'} "
-                                 "than after the recursion before")
-    return (f"After recursion {k + 1} of {len(actions)}, the arm's movement differs from the "
-            f"demonstrated one by {errors[k]:.2f} on average{compared}; the gripper command is "
-            f"{gripper}. This recursion changed the state by {100 * change:.0f} % of its norm"
-            f"{': it has almost stopped changing' if k and change <= CONVERGED else ''}.")
-
-
 # --- depth and halting ---------------------------------------------------------------------------
 @torch.no_grad()
 def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 256) -> dict:
@@ -383,9 +184,9 @@ def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 
     trained = policy.config.num_recursions
     depths = list(depths) or sorted({1, 2, 4, 8, 16, trained})
     targets, predictions = [], {depth: [] for depth in depths}
-    with _evaluating(policy):
+    with evaluating(policy):
         for batch in _batches(policy, dataset, num_samples):
-            targets.append(_targets(dataset, batch))
+            targets.append(demonstrated(dataset, batch))
             for depth in depths:
                 actions = policy(batch["observations"], num_recursions=depth)
                 predictions[depth].append(_first_actions(policy, actions))
@@ -461,7 +262,7 @@ def plot_depth_curve(curve: Mapping) -> Figure:
 @torch.no_grad()
 def prediction_by_depth(policy, observations: Mapping, depths: Sequence[int]) -> np.ndarray:
     """First action (len(depths), 7), environment units, of the batch's first sample by depth."""
-    with _evaluating(policy):
+    with evaluating(policy):
         return np.stack([_first_actions(policy, policy(observations, num_recursions=depth))[0]
                          for depth in depths])
 
@@ -494,7 +295,7 @@ def halting_profile(policy, dataset, num_samples: int = 512) -> dict:
         (``fixed`` always uses the limit).
     """
     depths: list[int] = []
-    with _evaluating(policy):
+    with evaluating(policy):
         for batch in _batches(policy, dataset, num_samples):
             policy(batch["observations"])
             depths += policy.last_depth.tolist()
@@ -542,7 +343,7 @@ def saliency(policy, observations: Mapping) -> dict[str, np.ndarray]:
         actions = actions if policy.config.chunk == 1 else actions[:, 0]
         return actions[:, : schema.ARM_DIM].abs().sum(dim=1)
 
-    with _evaluating(policy):
+    with evaluating(policy):
         maps = IntegratedGradients(arm_activity).attribute(
             inputs, additional_forward_args=others, n_steps=STEPS, internal_batch_size=BATCH)
     maps = torch.stack([each.abs().sum(dim=-1) for each in maps]).detach().cpu()  # (C, B, H, W)
