@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trm_helpers import notebooks, paths
 from trm_helpers.notebooks import notebook_parameters, run_notebook, run_suite
 from trm_helpers.preflight import Check
+from trm_helpers.progress import Stage
 
 PARAMETERS = '''
 preset: str = "reference"  # which settings
@@ -319,7 +320,7 @@ class Terminal(io.StringIO):
 
 def test_a_stage_is_a_line_of_its_own_that_is_rewritten(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with notebooks.Stage("[2/4] demonstrations", 6.2) as stage:
+    with Stage("[2/4] demonstrations", 6.2) as stage:
         for done, seconds in ((0, 0), (19, 19 * 19)):
             stage.write("\r" + tqdm.format_meter(done, 30, seconds, prefix="demonstrations of x"))
         stage.write("\rloading: 50%|##  | 1/2 [1:00:00<1:00:00, 19s/demo]\nUserWarning: ours\n")

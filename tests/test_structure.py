@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "trm_helpers"
 # from the bottom up; a room is a folder, or a file at the package's top
 ROOMS = ("schema", "files", "paths", "stats", "software", "config", "sim", "preflight", "demos",
-         "data", "policy", "training", "visuals", "evaluation", "selftest", "session", "notebooks",
-         "search", "report", "__main__")
+         "data", "policy", "training", "visuals", "evaluation", "selftest", "session", "progress",
+         "notebooks", "search", "report", "__main__")
 
 
 def modules(package: Path) -> dict[str, Path]:

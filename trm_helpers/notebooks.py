@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,6 +23,7 @@ from types import SimpleNamespace
 from . import paths
 from .config import PRESETS, Config, check_parameters, from_flat, settings_by_part
 from .files import atomic_path, read_json, visible, write_json
+from .progress import Stage, without_colours
 from .schema import did_you_mean
 from .sim.parallel import start_process
 
@@ -40,74 +39,6 @@ _PRODUCTS = {
 _MINUTES = {  # of the stages of preset demo on two cores, for the time that is left at the start
     "checks": 0.3, "demonstrations": 10.4, "00_setup": 0.2, "01_explore": 0.4, "02_dataset": 0.1,
     "03_model": 0.1, "04_train": 3.3, "05_search": 1.1, "06_eval": 1.3, "07_visualize": 0.3}
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_BAR = re.compile(r"(.*?):? *\d+%\|.*\| *(\d+)/(\d+) \[[\d:]+<([\d:?]+)")  # as tqdm writes it
-# the trainer's line, of which the last has no minutes
-_EPOCH = re.compile(r"epoch (\d+) of (\d+): .*?(?:about ([\d.]+) minutes left)?$")
-
-
-class Stage(io.TextIOBase):
-    """A line on the terminal for a stage of the work, from the progress bars written into it.
-
-    On a terminal the line is rewritten while the stage lasts; elsewhere it is printed when the
-    stage ends. Other text than bars is passed on.
-
-    Args:
-        title: such as ``[2/10] demonstrations``.
-        rest: minutes that later stages are expected to take.
-    """
-
-    def __init__(self, title: str, rest: float | None = None):
-        super().__init__()
-        self.title, self.output, self.started = title, sys.stderr, time.monotonic()
-        self.then = "" if rest is None else f", then about {max(1, round(rest))} min"
-        self.share = self.left = ""
-
-    def __enter__(self) -> Stage:
-        self._show()
-        return self
-
-    def __exit__(self, error: type | None, *_) -> None:
-        self.left = f", {'stopped' if error else 'done'} after {self.minutes:.1f} min"
-        self._show(last=True)
-
-    @property
-    def minutes(self) -> float:
-        return (time.monotonic() - self.started) / 60
-
-    def write(self, text: str) -> int:
-        for line in self.follow(text):
-            self.output.write(f"{self._clear()}{line}\n")
-        return len(text)
-
-    def follow(self, text: str) -> list[str]:
-        """Show the progress in ``text``; returns its other lines."""
-        others = []
-        for line in filter(str.strip, re.split(r"[\r\n]+", _ANSI.sub("", text))):
-            if bar := _BAR.match(line):
-                what, done, of, left = bar.groups()
-                seconds = sum(int(part) * 60**power for power, part in
-                              enumerate(reversed(left.split(":"))) if part != "?")
-                minutes = seconds / 60
-            elif epoch := _EPOCH.match(line):
-                what, done, of, minutes = "epoch", *epoch.groups("0")
-            else:
-                others.append(line)
-                continue
-            what = "" if what.partition(" ")[0] in self.title else f" {what}"
-            self.share = f"{what} {done} of {of}"
-            self.left = f", {float(minutes):.1f} min" if float(minutes) else ""
-            self._show()
-        return others
-
-    def _show(self, last: bool = False) -> None:
-        if last or self.output.isatty():
-            self.output.write(f"{self._clear()}{self.title}{self.share}{self.left}{self.then}"
-                              + "\n" * last)
-            self.output.flush()
-
-    def _clear(self) -> str:
-        return "\r\x1b[K" if self.output.isatty() else ""
 
 
 # --- one notebook --------------------------------------------------------------------------------
@@ -278,7 +209,7 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
                 coalesce_streams=True,  # of a progress bar, the copy keeps the last state
                 extra_arguments=["--log-level=ERROR"])  # no warning that its sockets are local TCP
     except papermill.PapermillExecutionError as error:
-        lines = _ANSI.sub("", "\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]
+        lines = without_colours("\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]
         connection.send("\n".join([f"{error.ename}: {error.evalue}", *lines])[:_ERROR_LENGTH])
         sys.exit(1)
 

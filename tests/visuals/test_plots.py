@@ -260,7 +260,8 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
         "depth 1 +0.1000 (+0.0500 to +0.1500)."),
     "plot_recursion_steps": (unrolled, [{
         "images": {"agentview_rgb": stored(1)[0]}, "target": ACTIONS[0], "actions": ACTIONS[:7],
-        "states": np.ones((8, 30))}], "away from that of step 7"),
+        "states": np.ones((8, 30)), "errors": np.zeros(7), "changes": np.zeros(7)}],
+        "away from that of step 7"),
     "plot_prediction_by_depth": (explain, [[1, 2], ACTIONS[:2] * np.arange(7)],
                                  f"{ACTION_NAMES[-1]} changes most, from -5.74 at depth 1"),
     "plot_halting": (explain, [{"depths": [1, 3], "mean": 2, "limit": 4, "halting": "learned"}],

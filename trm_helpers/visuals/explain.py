@@ -236,15 +236,13 @@ def plot_depth_curve(curve: Mapping) -> Figure:
     error.set(ylabel="mean absolute error", title="Error of the arm",
               ylim=(0, 1.1 * max(curve["arm_error"])))
     gap.axhline(0, color=GREY, linewidth=0.6)
-    low, high = np.transpose(curve["arm_gap_interval"])
-    gap.errorbar(curve["depths"], curve["arm_gap"],
-                 [np.subtract(curve["arm_gap"], low), np.subtract(high, curve["arm_gap"])],
-                 marker="o", capsize=3, label="with 95 % interval of the pairs")
     gap.set(ylabel="difference of the error", title="Arm, against the trained depth")
-    low, high = np.transpose(curve["gripper_interval"])
-    gripper.errorbar(curve["depths"], curve["gripper_accuracy"],
-                     [np.subtract(curve["gripper_accuracy"], low),
-                      np.subtract(high, curve["gripper_accuracy"])], marker="o", capsize=3)
+    for axes, key, ends in ((gap, "arm_gap", "arm_gap_interval"),
+                            (gripper, "gripper_accuracy", "gripper_interval")):
+        low, high = np.transpose(curve[ends])
+        axes.errorbar(curve["depths"], curve[key],
+                      [np.subtract(curve[key], low), np.subtract(high, curve[key])],
+                      marker="o", capsize=3, label="with 95 % interval of the pairs")
     gripper.set(ylabel="share with the right sign", title="Gripper (95 % Wilson interval)")
     for axes in (error, gap, gripper):
         axes.axvline(curve["trained_depth"], color=GREY, linestyle=":",

@@ -225,18 +225,23 @@ def recursion_steps(policy, dataset, index: int) -> dict:
     Returns:
         ``images``, the stored image (H, W, 3) by camera; ``target``, the demonstrated first action
         (7,), and ``actions`` (N, 7), the one read out after each step, in the environment's units;
-        ``states`` (N + 1, D), or K * D of tokens, from h0.
+        ``states`` (N + 1, D), or K * D of tokens, from h0; by step, ``errors`` (N,), the mean
+        absolute error of the arm's six numbers, and ``changes`` (N,), the norm of the state's
+        change over the norm of the state.
     """
     batch = next(batches_of(policy, dataset, [index]))
     observations = batch["observations"]
     with evaluating(policy):
         _, states = policy(observations, return_all_states=True)
-    steps = range(1, len(states))
+    states = torch.stack(states)[:, 0].flatten(1).float().cpu().numpy()
+    target = demonstrated(dataset, batch)[0]
+    actions = prediction_by_depth(policy, observations, range(1, len(states)))
     return {"images": {camera: observations[camera].flatten(0, -4)[0].cpu().numpy()
                        for camera in policy.config.cameras},
-            "target": demonstrated(dataset, batch)[0],
-            "actions": prediction_by_depth(policy, observations, steps),
-            "states": torch.stack(states)[:, 0].flatten(1).float().cpu().numpy()}
+            "target": target, "actions": actions, "states": states,
+            "errors": np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1),
+            "changes": np.linalg.norm(np.diff(states, axis=0), axis=1)
+            / np.linalg.norm(states[1:], axis=1).clip(min=1e-12)}
 
 
 @styled
@@ -246,7 +251,6 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
     Of more than four steps, four from the first to the last.
     """
     states, actions, target = steps["states"], steps["actions"], steps["target"]
-    errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
     shown = np.unique(np.linspace(1, len(actions), min(len(actions), 4)).round().astype(int))
     fig = new_figure(MAX_WIDTH, 4.6)
     grid = fig.add_gridspec(2, len(shown) + 2)
@@ -265,8 +269,7 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
         if step == 0:
             top.set_title("start")
             continue
-        moved = np.linalg.norm(states[step] - states[step - 1]) / np.linalg.norm(states[step])
-        top.set_title(f"step {step}\nmoved {100 * moved:.1f} %")
+        top.set_title(f"step {step}\nmoved {100 * steps['changes'][step - 1]:.1f} %")
         bottom = fig.add_subplot(grid[1, column])
         bottom.barh(place, actions[step - 1], 0.7, color=ORANGE, hatch="//", label="predicted")
         bottom.plot(target, place, "D", color=BLUE, markersize=4, linestyle="",
@@ -275,7 +278,7 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
         reach = 1.05 * max(1.0, np.abs([*actions.flat, *target]).max())
         bottom.set(yticks=place, xlim=(-reach, reach),
                    yticklabels=schema.ACTION_NAMES if step == shown[0] else [],
-                   title=f"arm error {errors[step - 1]:.3f}")
+                   title=f"arm error {steps['errors'][step - 1]:.3f}")
         bottom.invert_yaxis()
     fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle("The state (above) and the action read from it (below) after each step")
@@ -301,24 +304,21 @@ def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[
     moments, images = [], []
     for index, title in titles.items():
         steps = recursion_steps(policy, dataset, index)
-        states, actions, target = steps["states"], steps["actions"], steps["target"]
-        norms = np.linalg.norm(states[1:], axis=1).clip(min=1e-12)
-        changes = np.linalg.norm(np.diff(states, axis=0), axis=1) / norms
         moments.append({
-            "title": title, "demonstrated": target.tolist(),
-            "recursions": [
-                {"action": actions[k].tolist(), "change": float(changes[k]),
-                 "sentence": _moment_sentence(k, actions, target, float(changes[k]))}
-                for k in range(len(actions))]})
+            "title": title, "demonstrated": steps["target"].tolist(),
+            "recursions": [{"action": action.tolist(), "change": float(steps["changes"][k]),
+                            "sentence": _moment_sentence(k, steps)}
+                           for k, action in enumerate(steps["actions"])]})
         image = steps["images"][policy.config.cameras[0]]
         image = Image.fromarray((255 * upright(image)).round().astype(np.uint8))
         images.append(image.resize((_MOMENT_SIZE, _MOMENT_SIZE), Image.Resampling.BICUBIC))
     return moments, np.concatenate(images, axis=1)
 
 
-def _moment_sentence(k: int, actions: np.ndarray, target: np.ndarray, change: float) -> str:
-    """The step ``k`` of actions (N, 7) against the demonstrated one (7,)."""
-    errors = np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
+def _moment_sentence(k: int, steps: Mapping) -> str:
+    """The step ``k`` of :func:`recursion_steps` against the demonstrated action."""
+    actions, target, errors = steps["actions"], steps["target"], steps["errors"]
+    change = steps["changes"][k]
     gripper = "right" if (np.sign(actions[k, schema.GRIPPER_INDEX])
                           == np.sign(target[schema.GRIPPER_INDEX])) else "wrong"
     difference = errors[k] - errors[k - 1] if k else 0.0
