@@ -47,6 +47,8 @@ seed = None  # type: int; initial weights and order of the samples; None keeps t
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+actor = None  # type: str; run that acts while the expert labels (DAgger); None: the expert acts
+beta = None  # type: float; with actor: probability that the expert acts in a decision; None: 0.5
 scenes = None  # type: int; scenes per demonstration to train a localizer; None: the preset's
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
@@ -116,6 +118,7 @@ from IPython.display import display
 from trm_helpers import BehaviorCloningTrainer
 from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.evaluation.actor import actor_of
 from trm_helpers.evaluation.evaluate import selection_rate, selection_success
 from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.stats import format_success
@@ -127,7 +130,8 @@ from trm_helpers.visuals import plots
 check_parameters(selection_episodes=selection_episodes, resume=resume)
 config = from_flat(
     preset, more, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-    num_demos=num_demos, placement=placement, scenes=scenes, max_demos_per_task=max_demos_per_task,
+    num_demos=num_demos, placement=placement, actor=actor, beta=beta, scenes=scenes,
+    max_demos_per_task=max_demos_per_task,
     storage=storage, augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr,
     loss=loss, variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
     num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,
@@ -137,7 +141,7 @@ config = from_flat(
     num_threads=num_threads, wandb_mode=wandb_mode)
 usual = preset if config == from_flat(preset) else ""
 run = create_run(config, run_name or usual, resume)
-files = ensure_demonstrations(config)
+files = ensure_demonstrations(config, actor_of(config))
 
 # %%
 trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),

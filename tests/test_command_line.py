@@ -188,7 +188,7 @@ def test_search_prints_the_trials_in_order(monkeypatch, capsys):
                 {"trial": "d", "state": "failed", "error": "no GPU\nat line 3"}]
         return rows[:config.search.max_configs]
 
-    monkeypatch.setattr(collect, "ensure_demonstrations", lambda config: {0: "file"})
+    monkeypatch.setattr(collect, "ensure_demonstrations", lambda *_: {0: "file"})
     monkeypatch.setattr(search, "run_search", run_search)
     usual = ["search", "tiny", "--run-name", "s", "--search-lrs", "0.5", "--max-configs"]
     assert main([*usual, "1", "--json"]) == 0

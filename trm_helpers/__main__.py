@@ -40,14 +40,19 @@ class Collect:
     """Find the demonstrations of the tasks, or collect scripted ones.
 
     Example: `python -m trm_helpers collect demo --task-ids 0 2 5`
+
+    DAgger: `python -m trm_helpers collect demo --actor my-run --beta 0.5 --num-demos 40`
     """
 
     data: OmitArgPrefixes[DataConfig]
+    preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = "demo"
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
+        from .evaluation.actor import actor_of
 
-        files = ensure_demonstrations(dataclasses.replace(Config(), data=self.data))
+        config = dataclasses.replace(from_flat(self.preset), data=self.data)
+        files = ensure_demonstrations(config, actor_of(config))
         return {task_id: str(path) for task_id, path in files.items()}, [], True
 
 
@@ -93,6 +98,7 @@ class Train:
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
+        from .evaluation.actor import actor_of
         from .evaluation.evaluate import selection_rate
         from .policy.keypoints import trained_localizer
         from .training.devices import choose_device
@@ -106,7 +112,7 @@ class Train:
         run = paths.run_dir(self.run_name)
         if team.is_main:
             create_run(self.config, self.run_name, resume=True)
-        files = ensure_demonstrations(self.config)
+        files = ensure_demonstrations(self.config, actor_of(self.config))
         if team.is_main:
             team.barrier()
         rows = BehaviorCloningTrainer.from_config(
@@ -131,6 +137,7 @@ class Search:
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
+        from .evaluation.actor import actor_of
         from .search.search import claim, run_search, verdict
         from .search.sweeps import export_sweep
 
@@ -139,7 +146,7 @@ class Search:
             file = export_sweep(self.config, folder, self.export_sweep)
             return {"sweep": str(file)}, [f"wandb sweep {file}"], True
         claim(self.config, folder)  # refuses other settings before anything is collected
-        ensure_demonstrations(self.config)
+        ensure_demonstrations(self.config, actor_of(self.config))
         trials = run_search(self.config, folder)
         lines = [f"{place}. {trial['trial']}: {_summary(trial)}"
                  for place, trial in enumerate(trials, 1)]
@@ -358,7 +365,9 @@ def parse(argv: list[str]) -> Any:
     if takes_preset:
         preset = rest.pop(0) if rest and not rest[0].startswith("-") else "demo"
         config = from_flat(preset)
-        given = {"data": config.data} if kind is Collect else {"config": config}
+        given = {"config": config}
+        if kind is Collect:
+            given = {"data": config.data, "preset": preset}
         description = f"{inspect.getdoc(kind)}\n\n{_common_settings(kind, config)}"
     elif issubclass(kind, _Rollouts):
         if rest and rest[0].startswith("-") and not HELP & {*rest}:

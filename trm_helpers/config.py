@@ -117,6 +117,8 @@ class DataConfig(_Part):
     demo_dir: str = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input
     num_demos: int = 50  # demonstrations to collect per task if scripted ones are needed
     placement: Literal[schema.PLACEMENTS] = "benchmark"  # layouts of scripted demos; wide: random
+    actor: str = ""  # run that acts while the expert labels (DAgger); "": the expert acts
+    beta: float = 0.5  # with an actor: probability that the expert acts in a decision
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
     sequence_length: int = 1  # T: consecutive steps in one sample
     alignment: Literal[schema.ALIGNMENT_OPTIONS] = "auto"  # auto: by the file, else measured
@@ -133,6 +135,9 @@ class DataConfig(_Part):
         for task_id in self.task_ids:
             schema.check_task_id(self.suite, task_id)
         self.require("num_demos", self.num_demos >= 2, "at least 2, to split")
+        self.require("beta", self.beta <= 1, "a probability in [0, 1]")
+        self.require("demos", not (self.actor and self.demos == "human"),
+                     "auto or scripted with an actor, which the scripted expert labels")
 
 
 @dataclass(frozen=True)

@@ -272,10 +272,11 @@ def _collected_as(path: Path) -> Path:
     with open_demo_file(path) as file:
         made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     suite, placement = str(made.get("suite")), str(made.get("placement", "benchmark"))
+    actor, beta = str(made.get("actor", "")), float(made.get("beta", 0.0))
     if suite not in schema.SUITES or placement not in schema.PLACEMENTS:
         raise DemoFileError(f"{path}: made for suite {suite!r}, placement {placement!r}, which "
                             "this version does not have")
-    return scripted_dir(suite, placement) / path.name
+    return scripted_dir(suite, placement, actor, beta) / path.name
 
 
 def _demos(path: Path) -> int:

@@ -27,6 +27,7 @@ from trm_helpers.demos.collect import (
     collect_demonstrations,
     collect_tasks,
 )
+from trm_helpers.demos.dagger import Actor
 from trm_helpers.demos.demo_files import DemoFileError, check_demo_file
 from trm_helpers.demos.experts import Style
 from trm_helpers.demos.quality import quality_card
@@ -107,12 +108,12 @@ import numpy as np
 from trm_helpers import schema
 from trm_helpers.demos import collect
 
-def record(env, generator, disturb, placement):
+def record(env, generator, disturb, placement, actor):
     values = generator.uniform(-1, 1, (5, 7))
     seen = {**{key: np.ones(size) for key, size in schema.LOW_DIM.items()},
             **{key: np.zeros((128, 128, 3), np.uint8) for key in schema.CAMERAS}}
     return {"observations": [seen] * 5, "actions": values, "executed_actions": values,
-            "states": values, "model_file": "<mujoco/>"}
+            "states": values, "model_file": "<mujoco/>", "attributes": {}}
 
 def attempt(*given):
     number, parts = given[-1], given[-2]
@@ -294,6 +295,52 @@ def test_collecting_stops_in_time_and_the_next_call_continues(quick, tmp_path, m
     quick("stopped", 0)
     assert sorted(mark.name for mark in quick.trouble.iterdir()) == ["2", "3"]
     assert path.read_bytes() == quick("straight", 0).read_bytes()
+
+
+def test_an_actors_file_begins_with_its_demonstrations_and_keeps_to_the_actor(
+        quick, tmp_path, monkeypatch):
+    base = quick("base", 0, num_demos=3, attempt_1="fails")
+    actor = Actor("run", 0.5, "a" * 64, "a policy", {0: base}, 2)
+    folder = tmp_path / "dagger"
+
+    def collect_with(actor, num_demos=4):
+        return collect_demonstrations("libero_object", 0, num_demos, folder, workers=0,
+                                      actor=actor)
+
+    def attempt(*given):
+        if given[-1] == 4:
+            raise RuntimeError("cut off")
+        assert given[3] is False and given[-3] == actor  # nobody pushes
+        return real(*given)
+
+    real = collect._attempt
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "_attempt", attempt)
+        with pytest.raises(RuntimeError, match="cut off"):
+            collect_with(actor)
+    other = actor._replace(sha256="b" * 64)
+    with pytest.raises(ValueError, match="unfinished demonstrations by another actor .*b{12}"):
+        collect_with(other)
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    path = collect_with(actor)
+    assert [mark.name for mark in quick.trouble.iterdir()] == ["4"]
+    with h5py.File(path) as file, h5py.File(base) as before:
+        demos = [file[f"data/demo_{number}"] for number in range(4)]
+        assert [demo.attrs["attempt"] for demo in demos] == [0, 2, 3, 4]
+        assert np.array_equal(demos[1]["actions"], before["data/demo_1/actions"])
+        made = json.loads(file["data"].attrs["collection"])
+    assert (made["actor"], made["beta"], made["failed_attempts"]) == ("run", 0.5, [1])
+    unknown = Actor("run", 0.5)  # in a notebook that only reads
+    assert collect_with(unknown) == path
+    with pytest.raises(FileNotFoundError, match="not hold 5 demonstrations yet.*--actor run"):
+        collect_with(unknown, 5)
+    with pytest.raises(ValueError, match="other settings .*actor_sha256: 'a{64}' there, 'b{64}'"):
+        collect_with(other, 5)
+    with pytest.raises(ValueError, match="beta: 0.5 there, 0.0 now"):
+        collect_with(actor._replace(beta=0.0))
+    with pytest.raises(ValueError, match="actor: 'run' there, none now"):
+        collect_with(None)
 
 
 # --- the real simulator ---------------------------------------------------------------------------

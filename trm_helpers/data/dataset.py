@@ -47,7 +47,8 @@ class LIBERODataset(torch.utils.data.Dataset):
     float32 normalised, "mask": (T,) float32}``. With ``chunk`` K > 1 actions are (T, K, 7) and mask
     (T, K): the action of the step and the K - 1 after it. Past the demonstration's end the last
     action is repeated with mask 0; the mask is also 0 after a push (see
-    :class:`collect.Disturbance`). Batches, with B in front, come from :meth:`batch` and
+    :class:`collect.Disturbance`) or an actor's departure from the labels (see
+    :func:`storage.next_push_steps`). Batches, with B in front, come from :meth:`batch` and
     :meth:`batches`.
 
     Args:
@@ -102,7 +103,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         chosen = []
         for file in opened:
             limit = data.max_demos_per_task
-            if config is not None and file.source == "scripted" and not data.demo_dir:
+            if config is not None and file.source != "human" and not data.demo_dir:
                 limit = limit or data.num_demos  # another run may have collected more since
             with open_demo_file(file.path) as content:
                 chosen.append(demo_names(content)[:limit or None])

@@ -59,7 +59,7 @@ class Steps:
     actions: torch.Tensor  # (N, 7) float32, environment's units
     proprio: torch.Tensor  # (N, P) float32, m and rad
     file_of_step: torch.Tensor  # (N,) int64
-    next_push_step: torch.Tensor  # (N,) int64, first disturbed step from here on; large if none
+    next_push_step: torch.Tensor  # (N,) int64, see next_push_steps
 
 
 class BatchMemory:
@@ -301,7 +301,7 @@ def _fill(steps: Steps, demo: Demo, group: h5py.Group, images: dict[str, torch.T
     late = len(group["actions"]) - length
     steps.actions[place] = torch.from_numpy(group["actions"][late:].astype(np.float32))
     steps.file_of_step[place] = demo.file
-    steps.next_push_step[place] = torch.from_numpy(_next_push(group, demo.first - late))[late:]
+    steps.next_push_step[place] = torch.from_numpy(next_push_steps(group, demo.first - late))[late:]
     parts = [group["obs"][key][:length] for key in schema.PROPRIO_KEYS]
     steps.proprio[place] = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
     for camera, stored in images.items():
@@ -309,13 +309,25 @@ def _fill(steps: Steps, demo: Demo, group: h5py.Group, images: dict[str, torch.T
         stored[place] = resize_frames(frames, stored.shape[1]).to(stored.device)
 
 
-def _next_push(group: h5py.Group, first: int) -> np.ndarray:
-    """(T,) the first step from t on whose executed action is another; a large number if none.
+def next_push_steps(group: h5py.Group, first: int) -> np.ndarray:
+    """(T,) the last step whose action can be predicted at t; a large number if all can.
 
-    Steps are counted from ``first``. Only this project's files contain pushes.
+    It is the first step from t on whose executed action is another than the stored one: the state
+    after it is the push's doing. Where a policy acted (DAgger), hardly any executed action equals
+    its label, yet labels stay predictable while the two are close: there it is the first step up to
+    which their differences since t add up to more than ``LABEL_TOLERANCE`` along any dimension.
+
+    Steps are counted from ``first``. Only this project's files contain either.
     """
-    pushed = np.full(len(group["actions"]), np.iinfo(np.int64).max)
-    if schema.EXECUTED_ACTIONS in group:
-        differs = (group["actions"][:] != group[schema.EXECUTED_ACTIONS][:]).any(axis=1)
-        pushed[differs] = first + np.flatnonzero(differs)
-    return np.minimum.accumulate(pushed[::-1])[::-1].copy()
+    count, last = len(group["actions"]), np.iinfo(np.int64).max
+    if schema.EXECUTED_ACTIONS not in group:
+        return np.full(count, last)
+    differences = group[schema.EXECUTED_ACTIONS][:] - group["actions"][:]
+    if "actor" not in group.attrs:
+        pushed = np.where((differences != 0).any(axis=1), first + np.arange(count), last)
+        return np.minimum.accumulate(pushed[::-1])[::-1].copy()
+    total = np.concatenate([np.zeros((1, schema.ACTION_DIM)), differences.cumsum(axis=0)])
+    departed = np.stack([(np.abs(total[1:] - before) > schema.LABEL_TOLERANCE).any(axis=1)
+                         for before in total[:-1]])  # (t, up to and including this step)
+    departed = np.triu(departed)
+    return np.where(departed.any(axis=1), first + departed.argmax(axis=1), last)

@@ -24,6 +24,7 @@ from ..sim import layouts
 from ..sim.env import LiberoEnv, load_task, worker_env
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
+from .dagger import Actor, Mixture
 from .demo_files import (
     COLLECTION_ATTR,
     VERSION_ATTR,
@@ -86,7 +87,8 @@ class Disturbance:
 
 def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str | os.PathLike,
                            *, seed: int = 0, workers: int | None = None,
-                           disturb: bool = True, placement: str = "benchmark") -> Path:
+                           disturb: bool = True, placement: str = "benchmark",
+                           actor: Actor | None = None) -> Path:
     """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
 
     Layouts are sampled by the environment's reset, never taken from the official init states.
@@ -99,10 +101,14 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
         workers: see :func:`parallel.run_jobs`.
         disturb: push the arm (see :class:`Disturbance`).
         placement: of the objects: ``benchmark`` or ``wide``, see :func:`layouts.reset`.
+        actor: acts in place of the expert, which labels (DAgger, see :class:`dagger.Mixture`). The
+            file begins with the demonstrations that the actor was trained on. Nothing else pushes
+            the arm. An episode ends with success or at the suite's horizon; either way it is kept,
+            because its labels are right whether or not the actor succeeds.
 
     Raises:
-        ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; an existing file with
-            other settings.
+        ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a task without an
+            expert; an existing file with other settings, as of another actor.
         RuntimeError: the expert fails too often on this task.
         OSError: the disk is full; finished attempts are kept.
         TimeoutError: an attempt twice took longer than 15 minutes; or the session's time is up, and
@@ -110,12 +116,12 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
         WorkerDied: an attempt twice lost its process.
     """
     return collect_tasks(suite, [task_id], num_demos, folder, seed=seed, workers=workers,
-                         disturb=disturb, placement=placement)[task_id]
+                         disturb=disturb, placement=placement, actor=actor)[task_id]
 
 
 def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: str | os.PathLike,
                   *, seed: int = 0, workers: int | None = None, disturb: bool = True,
-                  placement: str = "benchmark") -> dict[int, Path]:
+                  placement: str = "benchmark", actor: Actor | None = None) -> dict[int, Path]:
     """:func:`collect_demonstrations` of several tasks side by side; the file of each.
 
     If the expert fails too often on one task, the others are completed before the error.
@@ -127,9 +133,13 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
     tasks = {}
     for task_id in sorted(set(task_ids)):  # in one order, as two calls may lock the same tasks
         settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
-                    "disturb": disturb, "placement": placement,
+                    "disturb": disturb and actor is None, "placement": placement,
                     "observations": "what env.step returned", **schema.PINNED}
-        tasks[task_id] = _Collection(load_task(suite, task_id), Path(folder), settings, num_demos)
+        if actor:
+            settings |= {"by": "a policy, labelled by the scripted expert (DAgger)",
+                         "actor": actor.run, "actor_sha256": actor.sha256, "beta": actor.beta}
+        tasks[task_id] = _Collection(load_task(suite, task_id), Path(folder), settings, num_demos,
+                                     actor)
     with contextlib.ExitStack() as locks:
         # no waiting for a call that extends a complete file
         for task in [task for task in tasks.values() if not task.is_complete()]:
@@ -145,11 +155,14 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
 class _Collection:
     """The demonstrations of one task: its file, and the attempts beside it until it is complete."""
 
-    def __init__(self, task, folder: Path, settings: dict, num_demos: int):
+    def __init__(self, task, folder: Path, settings: dict, num_demos: int,
+                 actor: Actor | None = None):
         self.task, self.name = task, task.name
-        self.settings, self.num_demos = settings, num_demos
+        self.settings, self.num_demos, self.actor = settings, num_demos, actor
         self.path = folder / f"{self.name}{schema.DEMO_FILE_SUFFIX}"
         calm = "" if settings["disturb"] else ".calm"
+        if actor:
+            calm = f".{actor.sha256[:12]}"
         self.parts = self.path.with_name(
             f".{self.name}.{settings['placement']}{calm}.seed{settings['seed']}.parts")
         self.attempts: dict[int, Path | None] | None = None  # a success's file, None for a failure
@@ -162,13 +175,30 @@ class _Collection:
             return len(demo_names(file)) >= self.num_demos
 
     def open(self) -> None:
-        self.attempts = _known_attempts(self.path, self.parts)
+        if self.actor:
+            self._refuse_other_actor()
+            if not self.path.exists():
+                self.attempts = _of_file(self.actor.base[self.settings["task_id"]],
+                                         self.actor.base_count)
+        self.attempts = {**(self.attempts or {}), **_known_attempts(self.path, self.parts)}
         self.parts.mkdir(parents=True, exist_ok=True)
+
+    def _refuse_other_actor(self) -> None:
+        if not self.actor.source:
+            raise FileNotFoundError(
+                f"{self.path} does not hold {self.num_demos} demonstrations yet; collect them with "
+                f"the run {self.actor.run!r}: python -m trm_helpers collect --actor "
+                f"{self.actor.run}")
+        for parts in self.path.parent.glob(f".{self.name}.*.parts"):
+            if parts != self.parts:
+                raise ValueError(f"{parts} holds unfinished demonstrations by another actor or "
+                                 f"seed than {self.actor.run!r} with the weights "
+                                 f"{self.actor.sha256[:12]}; remove it")
 
     def missing(self) -> list[tuple]:
         """Arguments of :func:`_attempt` for the attempts to make."""
         keys = ("suite", "task_id", "seed", "disturb", "placement")
-        return [(*(self.settings[key] for key in keys), self.parts, number)
+        return [(*(self.settings[key] for key in keys), self.actor, self.parts, number)
                 for number in _missing(self.attempts, self.num_demos)]
 
     @property
@@ -233,17 +263,29 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
                            f"in {short[0].path.parent}, and the same call continues")
 
 
-def ensure_demonstrations(config: Config) -> dict[int, Path]:
+def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[int, Path]:
     """The demonstration file of each task of ``config.data``, found, downloaded or collected.
 
     With ``demo_dir`` no other folder is searched, and nothing is collected or downloaded.
     Otherwise ``demos="auto"`` uses human demonstrations of the tasks that have any and scripted
-    ones of the others. Prints one line for each kind.
+    ones of the others, and with ``config.data.actor`` all tasks have its file. Prints one line for
+    each kind.
+
+    Args:
+        actor: of :func:`evaluation.actor.actor_of`, to collect with; without it only complete
+            files are found.
     """
     data = config.data
     tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
     names = [task.name for task in tasks.values()]
+    if data.actor and not data.demo_dir:
+        folder = scripted_dir(data.suite, data.placement, data.actor, data.beta)
+        print(f"{data.num_demos} demonstrations of each of {len(tasks)} task(s), with the run "
+              f"{data.actor!r} acting and the scripted expert labelling, in {folder}")
+        return collect_tasks(data.suite, tasks, data.num_demos, folder, placement=data.placement,
+                             actor=actor or Actor(data.actor, data.beta))
     kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
+    kinds += ["dagger"] if "scripted" in kinds else []
     places = [paths.data_dir(), paths.KAGGLE_INPUT]
     if data.demo_dir:
         found = given_demonstrations(data.demo_dir, names, kinds)
@@ -280,7 +322,7 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
         raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
                                 "the folder with these demonstrations on this machine")
     trained_on = read_json(run / "policy.json", keys=["trained_on.files"])["trained_on"]["files"]
-    if {file["source"] for file in trained_on} == {"scripted"}:  # human ones may be new here
+    if "human" not in {file["source"] for file in trained_on}:  # human ones may be new here
         config = config.replace(demos="scripted")
     return ensure_demonstrations(config)
 
@@ -290,18 +332,22 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
 
 def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
     """Finished attempts: the file of a success, ``None`` for a failure."""
-    known: dict[int, Path | None] = {}
-    if path.exists():
-        with open_demo_file(path) as file:
-            collection = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
-            known.update(dict.fromkeys(collection["failed_attempts"]))
-            known.update((int(file[schema.DATA_GROUP][name].attrs["attempt"]), path)
-                         for name in demo_names(file))
+    known = _of_file(path) if path.exists() else {}
     if parts.is_dir():
         for part in parts.glob("attempt_*"):
             number = int(part.stem.split("_")[1])
             known[number] = part if part.suffix == ".hdf5" else None
     return known
+
+
+def _of_file(path: Path, count: int | None = None) -> dict[int, Path | None]:
+    """The attempts in a file, or up to its first ``count`` demonstrations."""
+    with open_demo_file(path) as file:
+        data = file[schema.DATA_GROUP]
+        numbers = [int(data[name].attrs["attempt"]) for name in demo_names(file)[:count]]
+        failed = json_attribute(data, COLLECTION_ATTR)["failed_attempts"]
+    return {**{number: None for number in failed if count is None or number < numbers[-1]},
+            **dict.fromkeys(numbers, path)}
 
 
 def _successes(attempts: dict[int, Path | None]) -> list[int]:
@@ -321,12 +367,12 @@ def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
     return missing
 
 
-def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str, parts: Path,
-             number: int) -> Path | None:
+def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str,
+             actor: Actor | None, parts: Path, number: int) -> Path | None:
     """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
     env = worker_env(suite, task_id)
     generator = np.random.default_rng([seed, task_id, number])
-    record = record_demonstration(env, generator, disturb, placement)
+    record = record_demonstration(env, generator, disturb, placement, actor)
     if record is None:
         (parts / f"attempt_{number:05d}.failed").touch()
         return None
@@ -339,29 +385,37 @@ def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str,
 
 
 def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
-                         disturb: bool = True, placement: str = "benchmark") -> dict | None:
-    """One episode of the expert from a sampled layout; ``None`` when it fails.
+                         disturb: bool = True, placement: str = "benchmark",
+                         actor: Actor | None = None) -> dict | None:
+    """One episode of the expert, or of an actor that it labels, from a sampled layout.
 
     Returns:
         ``observations`` before each action, the expert's ``actions`` (T, 7), the
-        ``executed_actions`` (T, 7), the ``states`` (T, S) before each action.
+        ``executed_actions`` (T, 7), the ``states`` (T, S) before each action, and ``attributes``.
+        ``None`` when the expert fails; an actor's episode is kept.
     """
     observation = layouts.reset(env, int(generator.integers(2**31)), placement)
     expert = make_expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
+    mixture = actor and Mixture(env, actor.source.make(env), actor.beta, expert, generator)
     record = {"observations": [], "actions": [], schema.EXECUTED_ACTIONS: [], "states": [],
-              "model_file": env.model_xml()}
-    for _ in range(env.horizon):  # a longer episode is a failure
-        action = expert.act()
-        executed = disturbance.apply(action) if disturbance else action
+              "model_file": env.model_xml(), "attributes": {}}
+    success = False
+    while not success and len(record["actions"]) < env.horizon:  # a longer episode is a failure
+        if mixture:
+            action, executed = mixture.act(observation)
+        else:
+            action = expert.act()
+            executed = disturbance.apply(action) if disturbance else action
         record["observations"].append(dict(observation))
         record["actions"].append(action)
         record[schema.EXECUTED_ACTIONS].append(executed)
         record["states"].append(env.state())
         observation, success = env.step(executed)
-        if success:
-            return record
-    return None
+    if mixture:
+        record["attributes"] = {"actor": actor.run, "actor_sha256": actor.sha256,
+                                "beta": actor.beta, "success": success}
+    return record if success or mixture else None
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -376,9 +430,11 @@ def _write_demo(group: h5py.Group, record: dict) -> None:
     for key in ("actions", schema.EXECUTED_ACTIONS, "states"):
         group[key] = np.stack(record[key])
     group["robot_states"] = _robot_states(stacked)
-    group["rewards"] = group["dones"] = (np.arange(length) == length - 1).astype(np.uint8)
+    last = (np.arange(length) == length - 1).astype(np.uint8)
+    group["rewards"], group["dones"] = last * record["attributes"].get("success", True), last
     group.attrs.update({"num_samples": length, VERSION_ATTR: schema.COLLECTION_VERSION,
-                        "init_state": record["states"][0], "model_file": record["model_file"]})
+                        "init_state": record["states"][0], "model_file": record["model_file"],
+                        **record["attributes"]})
 
 
 def _robot_states(stacked: dict[str, np.ndarray]) -> np.ndarray:
@@ -436,6 +492,9 @@ def _refuse_other_settings(path: Path, settings: dict) -> None:
         found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     found.pop("failed_attempts", None)
     found.setdefault("placement", "benchmark")  # former files do not name it
+    if not settings.get("actor_sha256"):  # unknown while complete files are read
+        found.pop("actor_sha256", None)
+        settings = {key: value for key, value in settings.items() if key != "actor_sha256"}
     different = differences(found, settings)
     if different:
         raise ValueError(f"{path} was made with other settings ({different}); "

@@ -153,10 +153,15 @@ def json_attribute(group: h5py.Group, name: str) -> dict:
 
 
 def source_of(path: str | Path) -> str:
-    """``scripted`` for a file with our ``collection`` attribute, otherwise ``human``."""
+    """``scripted`` for a file with our ``collection`` attribute, ``dagger`` if it names an actor.
+
+    ``human`` for any other file.
+    """
     with open_demo_file(path) as file:
         group = file.get(schema.DATA_GROUP)
-        return "scripted" if group is not None and COLLECTION_ATTR in group.attrs else "human"
+        if group is None or COLLECTION_ATTR not in group.attrs:
+            return "human"
+        return "dagger" if "actor" in json_attribute(group, COLLECTION_ATTR) else "scripted"
 
 
 def instruction_of(path: str | Path) -> str:
@@ -181,7 +186,7 @@ def version_notes(paths: Iterable[str | Path]) -> list[str]:
         with open_demo_file(path) as file:
             versions = {int(file[schema.DATA_GROUP][name].attrs.get(VERSION_ATTR, 0))
                         for name in demo_names(file)}
-        if source_of(path) == "scripted" and versions != {schema.COLLECTION_VERSION}:
+        if source_of(path) != "human" and versions != {schema.COLLECTION_VERSION}:
             notes.append(f"{path}: collected by version {', '.join(map(str, sorted(versions)))} of "
                          "the code (0: before versions were recorded); this is version "
                          f"{schema.COLLECTION_VERSION}, whose demonstrations may differ")
@@ -256,7 +261,8 @@ def finger_motion(demos: Iterable[h5py.Group]) -> tuple[int, int]:
     for demo in demos:
         width = np.abs(demo["obs/gripper_states"][()]).sum(axis=1)
         change = np.diff(width)[1:]
-        command = np.sign(demo["actions"][:, schema.GRIPPER_INDEX])
+        sent = schema.EXECUTED_ACTIONS if schema.EXECUTED_ACTIONS in demo else "actions"
+        command = np.sign(demo[sent][:, schema.GRIPPER_INDEX])
         # the delay of the fingers depends on the alignment: the steps of a switch do not count
         steady = (command[:-2] == command[1:-1]) & (command[1:-1] == command[2:])
         fast = (np.abs(change) > 1e-3) & steady  # m in a step

@@ -13,9 +13,10 @@ HUMAN_REPOSITORY = "yifengzhu-hf/LIBERO-datasets"  # CC BY 4.0, on the Hugging F
 HUMAN_REVISION = "f13aa24a3da8c43c7225569f28c562979fa0e35a"  # of May 2025
 
 
-def scripted_dir(suite: str, placement: str) -> Path:
-    """Where scripted demonstrations of a suite are collected."""
-    kind = "scripted" if placement == "benchmark" else f"scripted-{placement}"
+def scripted_dir(suite: str, placement: str, actor: str = "", beta: float = 0.0) -> Path:
+    """Where scripted demonstrations of a suite are collected, or those with a run as the actor."""
+    kind = f"dagger-{Path(actor).name}-beta{beta:g}" if actor else "scripted"
+    kind += "" if placement == "benchmark" else f"-{placement}"
     return paths.data_dir() / kind / suite
 
 
@@ -33,7 +34,7 @@ def survey_demonstrations(
 
     Args:
         task_names: tasks to find; None finds all.
-        sources: ``human``, ``scripted`` or both; empty takes either without opening the file.
+        sources: of ``human``, ``scripted``, ``dagger``; empty takes any without opening the file.
 
     Raises :class:`DemoFileError` where every file of a task is unusable.
     """

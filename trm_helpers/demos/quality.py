@@ -70,6 +70,7 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
         rows += [_frames(demos, camera) for camera in schema.CAMERAS]
         rows += [_gripper_sign(demos), _gripper_switches(demos), _no_ops(demos),
                  _ranges(demos), _lengths(demos, horizon)]
+        rows += [_actors(demos)] if any("actor" in demo.attrs for demo in demos) else []
     rows += [_alignment(path), _instruction(path)]
     rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
     if env is not None:
@@ -203,6 +204,15 @@ def _lengths(demos: list[h5py.Group], horizon: int) -> dict:
                 not horizon or max(lengths) <= horizon, LOOK)
 
 
+def _actors(demos: list[h5py.Group]) -> dict:
+    acted = [demo.attrs for demo in demos if "actor" in demo.attrs]
+    runs = sorted({f"{attrs['actor']} (beta {attrs['beta']:g})" for attrs in acted})
+    unsolved = sum(not attrs["success"] for attrs in acted)
+    return _row("actor", f"a policy acted in {len(acted)} of {len(demos)} demonstrations and the "
+                         f"expert labelled: {', '.join(runs)}; {unsolved} end unsolved",
+                "any, named in the file", GOOD)
+
+
 def _alignment(path: str | Path) -> dict:
     name, evidence = measure_alignment(path)
     with open_demo_file(path) as file:
@@ -226,7 +236,8 @@ def _in_simulator(path: str | Path, env: LiberoEnv, replays: int) -> list[dict]:
     with open_demo_file(path) as file:
         demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
         rows = [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
-        return rows + ([_replays(env, demos[:replays])] if replays else [])
+        solved = [demo for demo in demos if demo.attrs.get("success", True)]
+        return rows + ([_replays(env, solved[:replays])] if replays and solved else [])
 
 
 def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:

@@ -124,16 +124,17 @@ def plan_replay(files: Mapping[int, str | Path], folder: str | Path, config: Eva
         ValueError: ``folder`` holds replays of other demonstrations.
     """
     stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
-    counts, content = {}, b""
+    solved, content = {}, b""
     for task_id, path in stored.items():
         with open_demo_file(path) as file:
             names = demo_names(file)
-            counts[task_id] = min(config.episodes, len(names))
+            solved[task_id] = [number for number, name in enumerate(names)  # an actor may fail
+                               if file[schema.DATA_GROUP][name].attrs.get("success", True)]
             # the first demonstration identifies a file, which may move or grow at its end
             content += file[schema.DATA_GROUP][names[0]]["actions"][()].tobytes()
     planned = [Episode(suite, task_id, None, number)
                for task_id in tuple(dict.fromkeys(task_ids)) or stored
-               for number in range(counts[task_id])]
+               for number in solved[task_id][:config.episodes]]
     return Evaluation(Replay(tuple(stored.items())),
                       {"weights": "replay", "sha256": digest(content)}, Path(folder), config,
                       suite, planned, results).checked()

@@ -1,0 +1,234 @@
+import h5py
+import numpy as np
+import pytest
+from demo_files import data_set, write_demo_file
+
+from trm_helpers import paths, schema
+from trm_helpers.config import from_flat
+from trm_helpers.data.storage import next_push_steps
+from trm_helpers.demos import dagger
+from trm_helpers.demos.collect import record_demonstration
+from trm_helpers.demos.dagger import Actor, Labeller, Mixture
+from trm_helpers.demos.demo_files import source_of
+from trm_helpers.demos.experts import make_expert
+from trm_helpers.demos.find_demos import scripted_dir
+from trm_helpers.demos.quality import quality_card
+from trm_helpers.demos.skills import Skill, Style
+from trm_helpers.sim.env import LiberoEnv, worker_env
+
+OPEN, CLOSED = np.append(np.zeros(6), -1.0), np.append(np.zeros(6), 1.0)
+
+
+class Still:
+    """An environment whose gripper stays in one place; a policy that always sends the same."""
+
+    execution_horizon = 4
+
+    def __init__(self, action=OPEN):
+        self.action, self.asked = action, 0
+
+    def end_effector(self):
+        return np.zeros(3)
+
+    def reset(self):
+        self.asked = 0
+
+    def act(self, observation):
+        self.asked += 1
+        return self.action
+
+
+class Phases(Skill):
+    """An expert that stays in its phase and wants to be ``far`` metres away."""
+
+    closed = ("close", "lift")
+    far = 0.0
+
+    def act(self):
+        self._steps_in_phase += 1
+        return CLOSED if self.phase in self.closed else OPEN
+
+    def _goal(self):
+        return np.array([self.far, 0, 0])
+
+
+def in_phase(phase, steps=7, far=0.0):
+    skill = Phases(Still())
+    skill.phase, skill._steps_in_phase, skill.far = phase, steps, far
+    return skill
+
+
+# --- who acts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("beta", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_the_expert_acts_with_probability_beta_for_whole_decisions(beta, share):
+    policy = Still(np.full(7, 0.5))
+    mixture = Mixture(Still(), policy, beta, in_phase("approach"), np.random.default_rng(0))
+    by_expert = []
+    for _ in range(4000):
+        label, executed = mixture.act({})
+        assert label is mixture.labeller.last and executed is (label if mixture.expert_acts
+                                                               else mixture.labeller.executed)
+        by_expert.append(executed is label)
+    decisions = np.reshape(by_expert, (-1, 4))
+    assert (decisions == decisions[:, :1]).all()
+    assert decisions.mean() == pytest.approx(share, abs=0.04)
+    assert policy.asked == 4000  # its plan stays that of the episode
+
+
+def test_an_actor_that_sends_no_action_is_an_error():
+    mixture = Mixture(Still(), Still(np.full(7, np.nan)), 0.5, in_phase("approach"),
+                      np.random.default_rng(0))
+    with pytest.raises(ValueError, match="action is .*nan"):
+        mixture.act({})
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def phase_after(skill, *executed):
+    """Phase and steps in it after the actor has sent these actions."""
+    labeller = Labeller(Still(), skill)
+    labeller.label()
+    for action in executed:
+        labeller.executed = action.copy()  # not the label itself
+        labeller.label()
+    return skill.phase, skill._steps_in_phase
+
+
+def test_a_phase_waits_until_the_grippers_command_is_executed():
+    assert phase_after(in_phase("close", 5), CLOSED) == ("close", 7)
+    assert phase_after(in_phase("close", 5), OPEN) == ("close", 0)
+    assert phase_after(in_phase("release", 1), OPEN) == ("release", 3)
+    assert phase_after(in_phase("release", 1), CLOSED, CLOSED) == ("release", 0)
+
+
+def test_a_grip_that_the_actor_opened_is_closed_again_or_given_up():
+    assert phase_after(in_phase("lift"), OPEN) == ("close", 0)
+    assert phase_after(in_phase("lift", far=0.05), OPEN) == ("release", 0)
+
+
+def test_an_arm_that_somebody_else_moves_is_not_blocked():
+    assert phase_after(in_phase("approach", 7), OPEN, OPEN) == ("approach", 8)
+    skill = in_phase("approach", 7)
+    labeller = Labeller(Still(), skill)
+    for _ in range(3):
+        labeller.executed = labeller.label()  # the expert itself
+    assert skill._steps_in_phase == 10
+
+
+# --- the chunk's mask -----------------------------------------------------------------------------
+
+
+def labelled(path, differences, **attributes):
+    """A demonstration of 6 steps whose executed actions differ from the labels by these."""
+    with h5py.File(write_demo_file(path, (6, 6)), "a") as file:
+        for name in ("demo_0", "demo_1"):
+            demo = file["data"][name]
+            demo[schema.EXECUTED_ACTIONS] = demo["actions"][:] + np.array(differences)
+            demo.attrs.update(attributes)
+    return path
+
+
+def test_labels_count_until_the_actor_has_departed_from_them(tmp_path):
+    differences = np.zeros((6, 7))
+    differences[:, 1] = [0.2, 0.2, 0.2, -0.6, 0.1, 0.4]
+    differences[5, 6] = 2.0  # the gripper
+    path = labelled(tmp_path / "a_demo.hdf5", differences, actor="run")
+    with h5py.File(path) as file:
+        found = next_push_steps(file["data/demo_0"], 10)
+    # from 0: 0.2, 0.4, 0.6; from 1: 0.2, 0.4, -0.2, -0.1, gripper; from 3: -0.6
+    assert found.tolist() == [12, 15, 15, 13, 15, 15]
+    data = data_set(path, chunk=3)
+    assert data.batch(range(4))["mask"][:, 0].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 1],
+                                                           [1, 0, 0]]
+
+
+def test_pushes_of_the_expert_still_count_exactly(tmp_path):
+    differences = np.zeros((6, 7))
+    differences[2, 0] = 0.01
+    path = labelled(tmp_path / "a_demo.hdf5", differences)
+    with h5py.File(path) as file:
+        found = next_push_steps(file["data/demo_0"], 0)
+    assert found[:3].tolist() == [2, 2, 2] and (found[3:] > 10**9).all()
+
+
+# --- settings and files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"beta": 1.1}, "beta=1.1 is not valid; expected a probability"),
+    ({"beta": -0.1}, "beta=-0.1 is not valid; expected >= 0"),
+    ({"demos": "human"}, "demos='human' is not valid; expected auto or scripted with an actor")])
+def test_bad_settings_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        from_flat("demo", actor="run", **settings)
+
+
+def test_the_folder_names_actor_and_beta():
+    assert scripted_dir("libero_goal", "wide", "pretrained/a", 0.25) == \
+        paths.data_dir() / "dagger-a-beta0.25-wide" / "libero_goal"
+
+
+def test_a_file_with_an_actor_is_told_from_a_plain_one(tmp_path):
+    attributes = {"actor": "run", "beta": 0.5, "success": False}
+    path = labelled(tmp_path / "a_demo.hdf5", np.zeros((6, 7)), **attributes)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["collection"] = '{"actor": "run"}'
+    assert source_of(path) == "dagger"
+    (row,) = [row for row in quality_card(path) if row["check"] == "actor"]
+    assert row["found"] == ("a policy acted in 2 of 2 demonstrations and the expert labelled: "
+                            "run (beta 0.5); 2 end unsolved")
+
+
+# --- the real simulator ---------------------------------------------------------------------------
+
+
+class Grasper:
+    """Grasps the object beside the expert's place and carries it, or never closes the gripper."""
+
+    execution_horizon = 4
+
+    def __init__(self, env, closes=True):
+        self.env, self.closes = env, closes
+
+    def make(self, env):
+        return self
+
+    def reset(self):
+        self.expert = None
+
+    def act(self, observation):
+        if self.expert is None:
+            self.expert = make_expert(self.env, Style(grasp_offset=(0.012, -0.006)))
+        action = self.expert.act()
+        return action if self.closes else np.append(action[:6], schema.GRIPPER_OPEN)
+
+
+@pytest.fixture
+def env(monkeypatch):
+    monkeypatch.setattr(LiberoEnv, "horizon", property(lambda _: 70))
+    yield worker_env("libero_spatial", 2)
+    worker_env.cache_clear()
+
+
+@pytest.mark.sim
+def test_labels_follow_the_scene_whoever_acts(env):
+    """The same layout twice: an actor that never grasps, and one with a grasp of its own."""
+    seen = []
+    for closes in (False, True):
+        actor = Actor("run", 0.0, "abc", Grasper(env, closes))
+        record = record_demonstration(env, np.random.default_rng(0), False, actor=actor)
+        labels, executed = np.array(record["actions"]), np.array(record["executed_actions"])
+        wide = np.array([each["gripper_states"][0] - each["gripper_states"][1]
+                         for each in record["observations"]])
+        seen.append((labels[:, 6] > 0, executed[:, 6] > 0, wide, labels[:, 2]))
+        assert record["attributes"] == {"actor": "run", "actor_sha256": "abc", "beta": 0.0,
+                                        "success": False}  # kept although not solved
+    label, sent, _, up = seen[0]
+    assert not sent.any() and label[-20:].all()  # it is to close, and not to lift before it has
+    assert np.abs(up[-20:]).max() < 0.3
+    label, sent, wide, up = seen[1]
+    held = np.flatnonzero(sent & (wide < 0.03))[dagger.CLOSE_STEPS:]
+    assert len(held) > 10 and label[held].all() and up[held].max() > 0.5

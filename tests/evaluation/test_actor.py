@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from conftest import SMALL
+
+from trm_helpers import files
+from trm_helpers.config import from_flat
+from trm_helpers.evaluation import actor
+from trm_helpers.evaluation.actor import actor_of
+
+
+@pytest.fixture
+def asked(trained, monkeypatch):
+    """A trained run on scripted demonstrations, and settings that collect with it."""
+    policy = json.loads((trained / "policy.json").read_text())
+    policy["trained_on"]["files"][0]["source"] = "scripted"
+    (trained / "policy.json").write_text(json.dumps(policy))
+    monkeypatch.setattr(actor, "demonstrations_of",
+                        lambda run, config: dict.fromkeys(config.data.task_ids, "a file"))
+    return from_flat("tiny", **{**SMALL, "num_demos": 8}, actor=trained.name, beta=0.25)
+
+
+def test_a_run_acts_with_its_weights_and_its_demonstrations(asked, trained):
+    found = actor_of(asked)
+    assert (found.run, found.beta, found.base, found.base_count) == (
+        trained.name, 0.25, {0: "a file"}, 5)
+    assert found.sha256 == files.digest((trained / "best.safetensors").read_bytes())
+    assert found.source.make(None).execution_horizon == 1
+
+
+def test_no_actor_is_needed_without_one_or_with_a_folder(asked, tmp_path):
+    assert actor_of(asked.replace(actor="")) is None
+    assert actor_of(asked.replace(demo_dir=str(tmp_path))) is None
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"cameras": ("agentview_rgb", "eye_in_hand_rgb")},
+     "was trained on the cameras agentview_rgb; expected those of the policy to train, "
+     "agentview_rgb, eye_in_hand_rgb"),
+    ({"suite": "libero_goal"},
+     "was trained on task 0 of libero_object; expected task 0 of libero_goal"),
+    ({"task_ids": (0, 3)},
+     "was trained on task 0 of libero_object; expected task 0, 3 of libero_object"),
+    ({"num_demos": 5}, "num_demos=5 is not valid; expected more than 5, the demonstrations per")])
+def test_an_actor_for_something_else_is_refused(asked, settings, said):
+    with pytest.raises(ValueError, match=said):
+        actor_of(asked.replace(**settings))
+
+
+def test_an_actor_without_weights_or_without_a_run_is_refused(asked, trained):
+    with pytest.raises(FileNotFoundError, match="no trained run 'nobody'"):
+        actor_of(asked.replace(actor="nobody"))
+    (trained / "best.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="the run has no best weights yet"):
+        actor_of(asked)
+
+
+def test_an_actor_whose_demonstrations_cannot_come_first_is_refused(asked, trained, monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError("trained with demo_dir='/elsewhere'")
+
+    monkeypatch.setattr(actor, "demonstrations_of", missing)
+    with pytest.raises(ValueError, match="found again .*elsewhere.*; expected a run trained with"):
+        actor_of(asked)
+    policy = json.loads((trained / "policy.json").read_text())
+    policy["trained_on"]["files"][0]["source"] = "human"
+    (trained / "policy.json").write_text(json.dumps(policy))
+    with pytest.raises(ValueError, match="trained on human demonstrations; expected scripted"):
+        actor_of(asked)

@@ -1,0 +1,148 @@
+"""DAgger: a policy acts while the scripted expert labels every step (arXiv 1011.0686).
+
+Behaviour cloning shows the policy the states that the expert visits. DAgger adds the states that
+the policy itself gets into, with the expert's action for each of them. It is imitation learning:
+success and reward play no part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import schema
+from ..sim.env import LiberoEnv, Observation, check_action
+from ..sim.geometry import Boxes
+from .experts import PickPlaceExpert, SkillSequence
+from .skills import CLOSE_STEPS, Skill
+
+# In these phases the number of steps counts; in the others it only tells that the arm is blocked.
+_TIMED = ("close", "release", "retreat", "back", "away")
+_PLACED = 0.06  # metres beside the target up to which a release is right
+_NEAR = 0.04  # metres from the grasp up to which a grip that was opened is closed again
+_OPEN = 0.075  # metres between the fingers of an open gripper; an object is narrower
+
+
+class Actor(NamedTuple):
+    """A run's policy that acts in collection, and the demonstrations to aggregate with.
+
+    Args:
+        run: its name, as in ``config.data.actor``.
+        beta: probability that the expert acts in a decision.
+        sha256: digest of the weights; empty while only complete files are read.
+        source: pickled to workers; ``make(env)`` returns an object with ``reset()`` and
+            ``act(observation)``.
+        base: the file of each task with the demonstrations that the policy was trained on.
+        base_count: of them, the first ones, which come first in the new file as well.
+    """
+
+    run: str
+    beta: float
+    sha256: str = ""
+    source: Any = None
+    base: Mapping[int, Path] = {}
+    base_count: int = 0
+
+
+class Mixture:
+    """The policy that acts in an episode: the expert with probability beta, else the actor.
+
+    Ross et al. mix the two in every iteration i with probability beta_i, in practice step by step.
+    A policy with action chunks decides once per ``execution_horizon`` steps, so the choice is made
+    per decision here; sampled per step, it would execute parts of chunks, which control never does.
+    The actor is asked in every step, also while the expert acts, so that its plan and its memory
+    stay those of the episode.
+
+    Args:
+        policy: an object with ``reset()`` and ``act(observation)``.
+        expert: of :func:`experts.make_expert`, for the scene after the reset.
+        generator: the attempt's own.
+    """
+
+    def __init__(self, env: LiberoEnv, policy, beta: float, expert: Skill | SkillSequence,
+                 generator: np.random.Generator):
+        self.policy, self.beta, self.generator = policy, beta, generator
+        self.labeller = Labeller(env, expert)
+        self.decision = getattr(policy, "execution_horizon", 1)  # steps
+        self.step = 0
+        policy.reset()
+
+    def act(self, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+        """The expert's action and the action to execute, (7,) each.
+
+        Raises ``ValueError`` for an action of the policy that is not seven finite numbers.
+        """
+        if self.step % self.decision == 0:
+            self.expert_acts = self.generator.random() < self.beta
+        self.step += 1
+        label, answer = self.labeller.label(), check_action(self.policy.act(observation))
+        executed = label if self.expert_acts else answer
+        self.labeller.executed = executed
+        return label, executed
+
+
+class Labeller:
+    """The expert's answer in every step of an episode in which somebody else may act.
+
+    The expert is a state machine that observes the scene in every step but takes it for granted
+    that its own commands are executed: that the gripper has closed after 9 steps of ``close``, and
+    that an arm that does not arrive is blocked. Before each label, its phase is set to what really
+    happened: a phase waits for the gripper's command to be executed, a grip that the actor opened
+    is closed again, and an object that the actor has grasped by itself is carried on.
+    """
+
+    def __init__(self, env: LiberoEnv, expert: Skill | SkillSequence):
+        self.env, self.expert = env, expert
+        self.last: np.ndarray | None = None  # label
+        self.executed: np.ndarray | None = None  # action (7,) of the last step
+        self._closed_steps = 0  # for which the gripper's executed command has been to close
+
+    def label(self) -> np.ndarray:
+        """The expert's action (7,) for the scene as it is now."""
+        if self.executed is not None:
+            closed = self.executed[schema.GRIPPER_INDEX] > 0
+            self._closed_steps = self._closed_steps + 1 if closed else 0
+            if self.executed is not self.last:
+                self._correct(getattr(self.expert, "current", self.expert), closed)
+        self.last = self.expert.act()
+        return self.last
+
+    def _correct(self, skill: Skill, closed: bool) -> None:
+        """Set the phase to what the last step, in which the actor acted, has left of it."""
+        if skill.phase in skill.closed and not closed:
+            skill.phase, skill._steps_in_phase = "close", -1
+            if np.linalg.norm(self.env.end_effector() - skill._goal()) > _NEAR:
+                skill.phase = "release"  # it has fallen
+        elif skill.phase == "release" and closed:
+            skill._steps_in_phase = -1
+        elif skill.phase not in _TIMED:
+            skill._steps_in_phase -= 1
+        if isinstance(skill, PickPlaceExpert) and skill.phase != "close" \
+                and self._closed_steps >= CLOSE_STEPS and self._grasped(skill):
+            beside = np.linalg.norm((self.env.end_effector() - skill._place_point())[:2])
+            if skill.phase != "release" or beside > _PLACED:
+                self._adopt(skill)
+
+    def _grasped(self, skill: PickPlaceExpert) -> bool:
+        """Both fingers touch the object, and are not open."""
+        raw = self.env.raw
+        return self.env.fingers() < _OPEN and raw._check_grasp(
+            raw.robots[0].gripper, raw.get_object(skill.object).contact_geoms)
+
+    def _adopt(self, skill: PickPlaceExpert) -> None:
+        """Carry on with the actor's own grasp, as it is now: an object slips and turns."""
+        ee = self.env.end_effector()
+        offset = ee - self.env.object_position(skill.object)
+        if skill.phase in skill.closed:
+            skill.grasp = dataclasses.replace(skill.grasp, offset=offset)
+            return
+        low, _ = Boxes.of_geoms(self.env, skill._object_geoms).bounds()
+        bottom = ee[2] - low[2]
+        skill._travel_height += bottom - skill.grasp.bottom
+        skill._lift_from, skill._way_out = ee, np.zeros(3)
+        skill.grasp = dataclasses.replace(skill.grasp, offset=offset, bottom=bottom)
+        skill.phase, skill._steps_in_phase = "lift", -1
