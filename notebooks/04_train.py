@@ -30,6 +30,10 @@
 # time. To train with the best settings of `05_search`, run
 # `papermill 04_train.ipynb out.ipynb -f .../best.yaml`. Pass lists as YAML:
 # `-y "task_ids: [0, 1]"`.
+#
+# `actor="demo", num_demos=40` is an iteration of DAgger: the policy of the run `demo` acts in new
+# episodes, the expert labels every step, and a new run is trained on the demonstrations of `demo`
+# and these episodes. They show how to correct the errors that this policy makes.
 
 # %% tags=["parameters"]
 # change these first
@@ -131,17 +135,17 @@ check_parameters(selection_episodes=selection_episodes, resume=resume)
 config = from_flat(
     preset, more, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
     num_demos=num_demos, placement=placement, actor=actor, beta=beta, scenes=scenes,
-    max_demos_per_task=max_demos_per_task,
-    storage=storage, augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr,
-    loss=loss, variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
-    num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,
-    gripper=gripper, image_size=image_size,
+    max_demos_per_task=max_demos_per_task, storage=storage, augmentation=augmentation,
+    epochs=epochs, batch_size=batch_size, lr=lr, loss=loss, variant=variant,
+    conditioning=conditioning, hidden_dim=hidden_dim, num_recursions=num_recursions,
+    deep_supervision=deep_supervision, halting=halting, gripper=gripper, image_size=image_size,
     chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
     rollout_every=rollout_every, max_minutes=max_minutes, stop_epoch=stop_epoch,
     num_threads=num_threads, wandb_mode=wandb_mode)
 usual = preset if config == from_flat(preset) else ""
 run = create_run(config, run_name or usual, resume)
 files = ensure_demonstrations(config, actor_of(config))
+session.keep(files.values() if actor else ())  # on Kaggle
 
 # %%
 trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),

@@ -221,6 +221,16 @@ def test_attached_scripted_demonstrations_are_used_and_not_collected_again(
     assert not (kaggle / "working" / "data").exists()  # both are attached
 
 
+def test_attached_demonstrations_with_an_actor_are_not_taken_for_plain_ones(kaggle, capsys):
+    made = {"suite": "libero_object", "placement": "benchmark", "actor": "a-run", "beta": 0.25}
+    attached = write_demo_file(kaggle / "input" / f"{SOUP}_demo.hdf5", collection=made)
+    read_only(kaggle / "input")
+    session.begin()
+    (linked,) = paths.data_dir().rglob("*_demo.hdf5")
+    assert linked.resolve() == attached
+    assert linked.parent == paths.data_dir() / "dagger-a-run-beta0.25" / "libero_object"
+
+
 def test_collected_demonstrations_become_part_of_the_output(kaggle, capsys):
     session.begin()
     made = write_demo_file(paths.data_dir() / "scripted" / "libero_object" / "z_demo.hdf5", (6,))

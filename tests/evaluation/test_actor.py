@@ -4,7 +4,9 @@ import pytest
 from conftest import SMALL
 
 from trm_helpers import files
+from trm_helpers.__main__ import main
 from trm_helpers.config import from_flat
+from trm_helpers.demos import collect
 from trm_helpers.evaluation import actor
 from trm_helpers.evaluation.actor import actor_of
 
@@ -45,6 +47,18 @@ def test_no_actor_is_needed_without_one_or_with_a_folder(asked, tmp_path):
 def test_an_actor_for_something_else_is_refused(asked, settings, said):
     with pytest.raises(ValueError, match=said):
         actor_of(asked.replace(**settings))
+
+
+def test_collection_with_an_actor_from_the_command_line(asked, trained, monkeypatch, capsys):
+    """The cameras to compare with are those of the preset."""
+    given = ["--task-ids", "0", "--num-demos", "9", "--actor", trained.name]
+    assert main(["collect", "tiny", *given]) == 1
+    assert "error: actor='small' was trained on the cameras agentview_rgb; expected those of the " \
+        "policy to train, agentview_rgb, eye_in_hand_rgb" in capsys.readouterr().err
+    monkeypatch.setattr(collect, "collect_tasks", lambda *_, actor, **__: {0: actor.sha256})
+    monkeypatch.setattr(collect, "version_notes", list)
+    assert main(["collect", "reference", "--suite", "libero_object", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"0": actor_of(asked).sha256}
 
 
 def test_an_actor_without_weights_or_without_a_run_is_refused(asked, trained):

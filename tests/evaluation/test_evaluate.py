@@ -9,6 +9,7 @@ import threading
 import time
 import types
 
+import h5py
 import imageio.v3 as imageio
 import numpy as np
 import psutil
@@ -422,6 +423,16 @@ def test_bounds_for_which_no_time_is_left_are_named_and_left_out(bounded, monkey
     monkeypatch.setattr(baselines, "demonstrations_of", collect)
     assert list(baselines.plan_bounds(bounded, config)) == ["no-op"]
     assert "no replay: the session's time is up; demonstrations" in capsys.readouterr().out
+
+
+def test_episodes_that_an_actor_left_unsolved_are_not_replayed(bounded):
+    """The upper bound of a run trained with DAgger consists of solved demonstrations."""
+    (described,) = json.loads((bounded / "policy.json").read_text())["trained_on"]["files"]
+    with h5py.File(described["file"], "a") as file:
+        file["data/demo_1"].attrs["success"] = False
+    play_bounds(bounded, EvalConfig(bound_episodes=2, num_videos=0))
+    replayed = read_jsonl(bounded / "bounds" / "replay" / "episodes.jsonl")
+    assert [(row["seed"], row["steps"]) for row in replayed] == [(0, 6), (2, 8)]
 
 
 def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):

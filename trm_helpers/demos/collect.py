@@ -282,8 +282,11 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta)
         print(f"{data.num_demos} demonstrations of each of {len(tasks)} task(s), with the run "
               f"{data.actor!r} acting and the scripted expert labelling, in {folder}")
-        return collect_tasks(data.suite, tasks, data.num_demos, folder, placement=data.placement,
-                             actor=actor or Actor(data.actor, data.beta))
+        files = collect_tasks(data.suite, tasks, data.num_demos, folder, placement=data.placement,
+                              actor=actor or Actor(data.actor, data.beta))
+        for note in version_notes(files.values()):
+            print(note)
+        return files
     kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
     kinds += ["dagger"] if "scripted" in kinds else []
     places = [paths.data_dir(), paths.KAGGLE_INPUT]
