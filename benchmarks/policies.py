@@ -19,7 +19,7 @@ import torch
 from trm_helpers import BehaviorCloningTrainer, load_policy, schema
 from trm_helpers.config import Config, EvalConfig, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
-from trm_helpers.evaluation.evaluate import evaluate_run
+from trm_helpers.evaluation.evaluate import plan_run
 from trm_helpers.files import read_jsonl
 from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.stats import detectable, paired_mcnemar
@@ -62,7 +62,7 @@ def train_and_evaluate(name: str, settings: dict, given: argparse.Namespace, see
     trainer.fit()
     evaluation = EvalConfig(num_episodes=given.episodes, first_init_state=given.first_init_state,
                             num_videos=0, eval_workers=given.workers)
-    results = evaluate_run(run, evaluation, weights="best")
+    results = plan_run(run, evaluation).play()
     return {
         "name": name, "seed": seed, **results, "rows": read_jsonl(run / "episodes.jsonl"),
         "parameters": sum(weight.numel() for weight in trainer.policy.parameters()),

@@ -125,14 +125,14 @@ _PASS = """
 import sys, time
 from trm_helpers.config import EvalConfig, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
-from trm_helpers.evaluation.evaluate import evaluate_run
+from trm_helpers.evaluation.evaluate import plan_run
 from trm_helpers.schema import SUITES
 what, run, suite = sys.argv[1:4]
 count, horizon, workers = map(int, sys.argv[4:])
 tasks, began = tuple(range(SUITES[suite])), time.perf_counter()
 if what == "episodes":
     config = EvalConfig(num_episodes=count, horizon=horizon, num_videos=0, eval_workers=workers)
-    assert not evaluate_run(run, config, suite=suite, task_ids=tasks)["errors"]
+    assert not plan_run(run, config, suite=suite, task_ids=tasks).play()["errors"]
 else:
     ensure_demonstrations(from_flat("demo", suite=suite, task_ids=tasks, num_demos=count,
                                     demos="scripted"))

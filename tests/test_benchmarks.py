@@ -66,7 +66,7 @@ def file(tmp_path):
 @pytest.fixture
 def played(file):
     """What stands in for demonstrations and for playing episodes: two of three succeed."""
-    def evaluate_run(run, config, **_):
+    def play(run):
         rows = [{"suite": "libero_object", "task_id": 0, "init_state": state, "success": state > 0,
                  "steps": 80} for state in range(3)]
         for row in rows:
@@ -74,7 +74,8 @@ def played(file):
         return {**summarize_episodes(rows), "errors": []}
 
     return {"ensure_demonstrations": lambda config: dict.fromkeys(config.data.task_ids, file),
-            "evaluate_run": evaluate_run}
+            "plan_run": lambda run, *_, **more: types.SimpleNamespace(
+                play=lambda: play(run))}
 
 
 # --- speed ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from policies import POLICIES  # noqa: E402
 from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter  # noqa: E402
 from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
-from trm_helpers.evaluation.evaluate import evaluate_run  # noqa: E402
+from trm_helpers.evaluation.evaluate import plan_run  # noqa: E402
 from trm_helpers.policy.keypoints import trained_localizer  # noqa: E402
 from trm_helpers.preflight import preflight, table  # noqa: E402
 from trm_helpers.schema import PROTOCOLS  # noqa: E402
@@ -73,8 +73,8 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
           f"{rows[-1]['val_loss']:.4f}", flush=True)
     if not trainer.finished:
         return False
-    results = evaluate_run(run, EvalConfig(protocol=given.protocol, num_episodes=given.episodes,
-                                           num_videos=1, eval_workers=given.workers))
+    results = plan_run(run, EvalConfig(protocol=given.protocol, num_episodes=given.episodes,
+                                       num_videos=1, eval_workers=given.workers)).play()
     print(format_success(results), flush=True)
     return not results["errors"]
 

@@ -21,7 +21,7 @@ from trm_helpers.__main__ import main
 from trm_helpers.config import EvalConfig
 from trm_helpers.demos.experts import PickPlaceExpert
 from trm_helpers.evaluation import baselines, compare, evaluate, plan, play
-from trm_helpers.evaluation.evaluate import PolicyEvaluator, evaluate_run
+from trm_helpers.evaluation.evaluate import PolicyEvaluator, plan_run
 from trm_helpers.evaluation.robustness import robustness_card
 from trm_helpers.files import exclusive_lock, read_jsonl
 from trm_helpers.report import write_report
@@ -29,6 +29,10 @@ from trm_helpers.sim.env import LiberoEnv, Observation
 from trm_helpers.stats import format_success
 from trm_helpers.training.runs import find_run, load_config
 from trm_helpers.visuals import films
+
+
+def evaluate_run(*asked, **more):
+    return plan_run(*asked, **more).play()
 
 
 def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):

@@ -178,7 +178,8 @@ def test_what_cannot_be_asked_is_refused(run):
 
 
 def test_a_change_that_was_played_otherwise_is_refused_before_the_first_episode(run):
-    evaluate.evaluate_run(run, dataclasses.replace(CONFIG, horizon=3), suite="libero_object_swap")
+    evaluate.plan_run(run, dataclasses.replace(CONFIG, horizon=3),
+                      suite="libero_object_swap").play()
     with pytest.raises(ValueError, match="swap-none/episodes.jsonl .*horizon: 3 there, 4 now"):
         robustness_card(run, CONFIG)
     assert [path.name for path in (run / "robustness").iterdir()] == ["libero_object_swap-none"]

@@ -110,7 +110,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     Args:
         depths: default 1, half, once and twice the trained one.
         thresholds: squared changes of the actions below which the convergence rule stops.
-        config: as for :func:`evaluate.evaluate_run`; default the run's. Nothing is filmed.
+        config: as for :func:`evaluate.plan_run`; default the run's. Nothing is filmed.
         task_ids: default the run's.
         only: names of the rows to be played beside the policy as trained; default all.
 

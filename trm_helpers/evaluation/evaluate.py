@@ -68,32 +68,10 @@ class PolicyEvaluator:
         return {**summarize_episodes(rows), "rows": rows}
 
 
-def evaluate_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
-                 suite: str = "", task_ids: Iterable[int] = (), apart: bool = False,
-                 wide: bool = False) -> dict:
-    """Evaluate a run's policy and write ``episodes.jsonl``, ``results.json`` and ``videos/``.
-
-    All episodes are planned and checked before the first, with the arguments of :func:`plan_run`.
-    Each row is written the moment its episode ends, and an interrupted call resumes. An episode in
-    which the policy raises or returns no valid action is a failure (``policy_errors`` counts them).
-    One in which the simulator raised, hung or lost its process twice is recorded as an error, not
-    as a failure, and the next call tries it again.
-
-    Returns:
-        what ``results.json`` holds: :func:`stats.summarize_episodes`, errors, protocol, versions
-        of this call's software, and every renderer that drew a part of the episodes.
-
-    Raises:
-        ValueError: as :func:`plan_run`.
-        RuntimeError: no episode could be run; with the first error.
-    """
-    return plan_run(run, config, weights, suite, task_ids, apart, wide).play()
-
-
 def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
              suite: str = "", task_ids: Iterable[int] = (), apart: bool = False,
              wide: bool = False) -> Evaluation:
-    """The episodes of :func:`evaluate_run`, checked, with the policy loaded.
+    """The episodes of a run's policy, checked, with the policy loaded; ``play()`` plays them.
 
     Args:
         run: folder, or name of a folder in ``artifacts/``.

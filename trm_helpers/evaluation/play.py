@@ -133,13 +133,21 @@ class Evaluation(NamedTuple):
         return [finished[episode] for episode in self.planned if episode in finished]
 
     def play(self) -> dict:
-        """Play the missing episodes, and write the files of :func:`evaluate.evaluate_run`.
+        """Play the missing episodes and write ``episodes.jsonl``, results and ``videos/``.
 
-        After the session's time (``TRM_STOP_AT``) no further episode begins; ``not_run`` in the
-        results is the number of episodes left.
+        Each row is written the moment its episode ends, and an interrupted call resumes. An episode
+        in which the policy raises or returns no valid action is a failure (``policy_errors`` counts
+        them). One in which the simulator raised, hung or lost its process twice is recorded as an
+        error, not as a failure, and the next call tries it again. After the session's time
+        (``TRM_STOP_AT``) no further episode begins; ``not_run`` is the number of episodes left.
 
-        Raises ``RuntimeError`` if another process evaluates in the folder, ``TimeoutError`` if the
-        time is up before the first episode.
+        Returns:
+            :func:`stats.summarize_episodes`, errors, protocol, versions of this call's software,
+            and every renderer that drew a part of the episodes.
+
+        Raises:
+            RuntimeError: another process evaluates in the folder, or no episode could be run.
+            TimeoutError: the time is up before the first episode.
         """
         with exclusive_lock(self.folder, wait=False, lock=".evaluation.lock"):
             finished = self.finished()

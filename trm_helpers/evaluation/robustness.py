@@ -76,7 +76,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     and the run's own evaluation stays as it is.
 
     Args:
-        config: as for :func:`evaluate.evaluate_run`, without a perturbation; default the run's,
+        config: as for :func:`evaluate.plan_run`, without a perturbation; default the run's,
             without films.
         task_ids: default the run's.
         only: names of the changes to be played beside the plain episodes; default all. Rows of
