@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from trm_helpers.paths import repo_root
+from trm_helpers.visuals.figure import alt_text
 
 SCRIPT = repo_root() / "benchmarks" / "suite" / "publish.py"
 
@@ -35,6 +37,11 @@ def written(tmp_path_factory):
     finally:
         names["figure"].save_figure = kept
     return copy
+
+
+def test_the_stored_drawing_of_both_recursions_is_the_current_one(publish):
+    with Image.open(publish["DRAWING"]) as image:
+        assert image.info["Description"] == alt_text(publish["plot_recursions"]())
 
 
 @pytest.mark.parametrize("page", ["results.md", "recursion.md"])

@@ -79,6 +79,7 @@ def test_what_the_package_reads_is_inside(python, installed, tmp_path):
     assert told["package"] == str(installed / "trm_helpers" / "__init__.py")
     assert len(told["public"]) > 10 and all(told["public"])
     assert told["search"] == 16
+    assert (installed / "trm_helpers" / "visuals" / "recursions.png").is_file()
     assert sum(value**2 for value in told["embedding"]) == pytest.approx(1, abs=1e-5)
     assert [path.rsplit("/", 1)[1][:2] for path in told["notebooks"]] == [
         f"{number:02d}" for number in range(8)]

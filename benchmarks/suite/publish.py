@@ -13,8 +13,8 @@ code with uncommitted changes; ``--dirty`` accepts them, and the page says how m
 per task side by side, from a run's films, as an animation that plays within a page, to
 ``docs/images/<name>.webp``. ``write`` replaces the text between the marks
 ``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and writes
-``docs/images/<group>.png`` and ``recursions.png``. Cards whose labels begin with a number, "10 with
-recoveries", are plotted against that number of demonstrations.
+``docs/images/<group>.png`` and the package's drawing of both recursions. Cards whose labels begin
+with a number, "10 with recoveries", are plotted against that number of demonstrations.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from suite.cards import (  # noqa: E402
     plot_depth_cards,
     rate_in_short,
 )
+from suite.drawing import plot_recursions  # noqa: E402
 
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.evaluation.cards import tasks_in_short  # noqa: E402
@@ -48,11 +49,12 @@ from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # 
 from trm_helpers.paths import repo_root  # noqa: E402
 from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
 from trm_helpers.training.runs import find_run, load_config  # noqa: E402
-from trm_helpers.visuals import figure, plots, unrolled  # noqa: E402
+from trm_helpers.visuals import figure, plots  # noqa: E402
 from trm_helpers.visuals.colours import PALETTE  # noqa: E402
 from trm_helpers.visuals.films import FPS, write_grid
 
 DOCS = repo_root() / "docs"
+DRAWING = repo_root() / "trm_helpers" / "visuals" / "recursions.png"
 _EPISODE = ("suite", "task_id", "init_state", "seed", "success", "steps")
 MISSING = "—"  # a cell without a measurement; zero is 0
 REFERENCE = "reference"  # the row that the others are compared with
@@ -164,7 +166,7 @@ def write() -> None:
                 figure.save_figure(fig, DOCS / "images" / f"{group.name}.png")
         with atomic_path(page) as temporary:
             temporary.write_text(text)
-    figure.save_figure(unrolled.plot_recursions(), DOCS / "images" / "recursions.png")
+    figure.save_figure(plot_recursions(), DRAWING)
 
 
 def provenance(stored: list[dict]) -> str:

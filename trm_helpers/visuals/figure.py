@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from ..files import atomic_path
 from .colours import PALETTE
@@ -59,27 +60,35 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 class DescribedFigure(Figure):
-    """A figure with alt text, shown by notebooks where it is displayed or returned.
-
-    Jupyter keeps the alt text in the output's metadata. Most front ends do not show it from there,
-    so it also follows the image, as a description to unfold.
-    """
+    """A figure with alt text, shown by notebooks where it is displayed or returned."""
 
     finding = ""
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        image, metadata = self._repr_mimebundle_()
-        display(image, metadata=metadata, raw=True)
-        display({"text/markdown": "<details><summary>Description of the figure</summary>\n\n"
-                                  f"{html.escape(alt_text(self))}\n\n</details>"}, raw=True)
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        buffer, text = io.BytesIO(), alt_text(self)
+        buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=SCREEN_DPI, bbox_inches="tight")
-        png = base64.b64encode(buffer.getvalue()).decode()
-        return {"image/png": png, "text/plain": text}, {"image/png": {"alt": text}}
+        _show(buffer.getvalue(), alt_text(self))
+
+
+def show_recursions() -> None:
+    """Show a drawing of both recursions: of ``variant="block"`` and of ``variant="trm"``."""
+    path = Path(__file__).with_name("recursions.png")
+    with Image.open(path) as image:
+        _show(path.read_bytes(), image.info["Description"])
+
+
+def _show(png: bytes, text: str) -> None:
+    """Display an image in a notebook, with ``text`` as its alt text.
+
+    Jupyter keeps the alt text in the output's metadata. Most front ends do not show it from there,
+    so it also follows the image, as a description to unfold.
+    """
+    from IPython.display import display
+
+    display({"image/png": base64.b64encode(png).decode(), "text/plain": text},
+            metadata={"image/png": {"alt": text}}, raw=True)
+    display({"text/markdown": "<details><summary>Description of the figure</summary>\n\n"
+                              f"{html.escape(text)}\n\n</details>"}, raw=True)
 
 
 def new_figure(width: float, height: float) -> DescribedFigure:
