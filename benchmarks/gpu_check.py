@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trm_helpers import paths, schema, software
+from trm_helpers import opengl, paths, schema, software
 from trm_helpers.config import from_flat
 from trm_helpers.files import write_json
 from trm_helpers.notebooks import DEMO_FLOOR
@@ -90,7 +90,7 @@ def measure_frames(count: int) -> dict:
                 observation[camera]
                 taken += time.perf_counter() - began
             milliseconds[camera] = 1000 * taken / count
-    return {"frame_ms": milliseconds, **software.configure_gl()}
+    return {"frame_ms": milliseconds, **opengl.configure_gl()}
 
 
 def measure_demonstration(_: int) -> dict:
@@ -172,8 +172,8 @@ def command(*arguments) -> list:
 
 def frame_steps(count: int) -> Iterator[tuple[str, Step]]:
     """One step for each renderer; only the first has to work."""
-    for number, settings in enumerate(software.gl_settings()):
-        library = Path(settings[software.VENDOR_FILES] or "").stem
+    for number, settings in enumerate(opengl.gl_settings()):
+        library = Path(settings[opengl.VENDOR_FILES] or "").stem
         name = " ".join(filter(None, ["frames,", settings["MUJOCO_GL"], library]))
         yield name, Step(own("frames", count), 120, read_frames,
                          {**settings, "TRM_RENDERER": None}, needed=not number)

@@ -77,7 +77,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import display
 
-from trm_helpers import paths, preflight, schema, software
+from trm_helpers import opengl, paths, preflight, schema
 from trm_helpers.config import from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
@@ -98,9 +98,9 @@ folder = paths.run_dir(run_name or preset)
 # milliseconds.
 
 # %%
-renderer = software.ensure_gl()
+renderer = opengl.ensure_gl()
 print(f"{renderer['renderer']} renders a small test frame in {renderer['ms']:.1f} ms: the "
-      f"{'CPU' if software.renders_on_cpu(renderer['renderer']) else 'GPU'} renders")
+      f"{'CPU' if opengl.renders_on_cpu(renderer['renderer']) else 'GPU'} renders")
 
 # %% [markdown]
 # ## Checks

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from trm_helpers.software import configure_gl
+from trm_helpers.opengl import configure_gl
 
 _GPU_SEEN = {name: getattr(torch.cuda, name) for name in ("is_available", "device_count")}
 

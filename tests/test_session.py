@@ -12,7 +12,7 @@ import psutil
 import pytest
 from demo_files import write_demo_file
 
-from trm_helpers import __version__, paths, session, software
+from trm_helpers import __version__, opengl, paths, session, software
 from trm_helpers.config import from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.training.runs import find_run
@@ -37,7 +37,7 @@ def kaggle(tmp_path, monkeypatch):
 
     monkeypatch.setattr(session, "connect", no_network)
     monkeypatch.setattr(session, "_set_offline", [])
-    monkeypatch.setattr(software, "ensure_gl", lambda: {"renderer": "Tesla T4", "ms": 1.5})
+    monkeypatch.setattr(opengl, "ensure_gl", lambda: {"renderer": "Tesla T4", "ms": 1.5})
     began = time.time() - 3600
     monkeypatch.setattr(psutil, "Process",
                         lambda pid: types.SimpleNamespace(create_time=lambda: began))
@@ -108,7 +108,7 @@ def test_a_machine_without_opengl_can_still_train(kaggle, capsys, monkeypatch):
     def fail():
         raise RuntimeError("no libEGL")
 
-    monkeypatch.setattr(software, "ensure_gl", fail)
+    monkeypatch.setattr(opengl, "ensure_gl", fail)
     session.begin()
     assert "none (no libEGL); training works" in lines(capsys)["renderer"]
 

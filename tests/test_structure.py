@@ -11,9 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "trm_helpers"
 # from the bottom up; a room is a folder, or a file at the package's top
-ROOMS = ("schema", "files", "paths", "stats", "software", "config", "sim", "preflight", "demos",
-         "data", "policy", "training", "visuals", "evaluation", "selftest", "session", "progress",
-         "notebooks", "search", "report", "__main__")
+ROOMS = ("schema", "files", "paths", "stats", "opengl", "software", "config", "sim", "preflight",
+         "demos", "data", "policy", "training", "visuals", "evaluation", "selftest", "session",
+         "progress", "notebooks", "search", "report", "__main__")
 
 
 def modules(package: Path) -> dict[str, Path]:

@@ -330,8 +330,8 @@ class Preflight:
     selftest: bool = False  # only check that twelve seeded faults of evaluations are detected
 
     def __call__(self) -> Result:
+        from .opengl import ensure_gl
         from .preflight import preflight, table
-        from .software import ensure_gl
 
         if self.gl:
             found = ensure_gl()

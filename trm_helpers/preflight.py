@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import paths, schema
-from .software import (
-    NVIDIA_EGL,
-    configure_gl,
-    free_memory,
-    installed_version,
-    renders_on_cpu,
-    version_problems,
-    writable,
-)
+from .opengl import NVIDIA_EGL, configure_gl, renders_on_cpu, writable
+from .software import free_memory, installed_version, version_problems
 
 if TYPE_CHECKING:
     from .sim.checks import SimulatorCheck, Subject

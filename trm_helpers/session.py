@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from . import __version__, paths, schema, software
+from . import __version__, opengl, paths, schema, software
 from .demos.demo_files import (
     COLLECTION_ATTR,
     DemoFileError,
@@ -180,7 +180,7 @@ def _free_space() -> str:
 
 def _renderer() -> str:
     try:
-        found = software.ensure_gl()
+        found = opengl.ensure_gl()
     except RuntimeError as error:
         return f"none ({error}); training works, the simulator does not"
     return f"{found['renderer']}, {found['ms']:.1f} ms for a small test frame"

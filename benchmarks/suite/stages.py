@@ -22,10 +22,10 @@ from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter  # noqa: E402
 from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
 from trm_helpers.evaluation.evaluate import plan_run  # noqa: E402
+from trm_helpers.opengl import ensure_gl  # noqa: E402
 from trm_helpers.policy.keypoints import trained_localizer  # noqa: E402
 from trm_helpers.preflight import preflight, table  # noqa: E402
 from trm_helpers.schema import PROTOCOLS  # noqa: E402
-from trm_helpers.software import ensure_gl  # noqa: E402
 from trm_helpers.stats import format_success  # noqa: E402
 from trm_helpers.training.runs import create_run  # noqa: E402
 

@@ -23,11 +23,12 @@ from ..files import (
     read_jsonl,
     write_json,
 )
+from ..opengl import renderer
 from ..preflight import check_settling
 from ..schema import PROTOCOLS
 from ..sim.env import LiberoEnv, worker_env
 from ..sim.parallel import run_jobs
-from ..software import minutes_left, renderer, software_versions
+from ..software import minutes_left, software_versions
 from ..stats import summarize_episodes
 from ..training.runs import load_policy
 from ..visuals.films import write_grid

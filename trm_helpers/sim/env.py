@@ -22,7 +22,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from .. import schema
-from ..software import check_pinned_versions, configure_gl, simulator_imports
+from ..opengl import configure_gl, simulator_imports
+from ..software import check_pinned_versions
 from .render import Scene, upright
 
 _MAX_PLACEMENT_TRIES = 20  # LIBERO itself retries forever

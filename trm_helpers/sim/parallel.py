@@ -30,7 +30,8 @@ from urllib.parse import urlsplit
 
 import cloudpickle
 
-from ..software import free_memory, renderer
+from ..opengl import renderer
+from ..software import free_memory
 
 _ATTEMPTS = 2
 _POLL_SECONDS = 1.0
