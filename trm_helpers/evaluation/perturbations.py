@@ -85,7 +85,7 @@ class PerturbedPolicy:
     def act(self, observation: Mapping) -> np.ndarray:
         read = {key: functools.partial(observation.__getitem__, key) for key in observation}
         changed = {key: functools.partial(change, read[key], self.step)
-                   for key, change in self.changes.items()}
+                   for key, change in self.changes.items() if key in read}
         self.pending.append(self.policy.act(Observation(read | changed)))
         self.step += 1
         return self.pending.popleft()
