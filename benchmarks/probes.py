@@ -26,7 +26,6 @@ from trm_helpers import load_policy, schema
 from trm_helpers.data.dataset import split_demonstrations
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
-from trm_helpers.demos.experts import pick_place_goal
 from trm_helpers.files import write_json
 from trm_helpers.sim.env import LiberoEnv, Task
 from trm_helpers.software import software_versions
@@ -39,14 +38,14 @@ _PENALTIES = 10.0 ** np.arange(-2, 8)  # of the ridge, chosen on the last fifth 
 
 def positions(env: LiberoEnv, demo: h5py.Group) -> dict[str, np.ndarray]:
     """Positions (T, n) of object, target and hand by name, from the demonstration's states."""
-    name, target = pick_place_goal(env)
+    parts = env.goal_parts()
     env.set_fixtures(demo.attrs["model_file"])
     found = {"object": [], "target": [], "hand": []}
     for state in demo["states"]:
         env.sim.set_state_from_flattened(state)
         env.sim.forward()
-        found["object"].append(env.object_position(name))
-        found["target"].append(env.object_position(target))
+        found["object"].append(env.object_position(parts["object"]))
+        found["target"].append(env.object_position(parts["target"]))
         found["hand"].append(env.end_effector())
     where = {key: np.array(value) for key, value in found.items()}
     return {"object": where["object"], "target": where["target"],

@@ -4,18 +4,27 @@ import numpy as np
 import pytest
 
 from trm_helpers.demos.collect import Disturbance, record_demonstration
-from trm_helpers.demos.experts import Style, make_expert, pick_place_goal
+from trm_helpers.demos.experts import Style, make_expert, plan
 from trm_helpers.sim import geometry, layouts
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.geometry import UP, Boxes
 
+DRAWER, DOOR = ("in", "bowl", "drawer"), ("in", "mug", "oven_inside")
+JOINTS = {"drawer": "rail", "other_drawer": "other rail", "oven_inside": "hinge", "oven": "hinge",
+          "stove": "knob"}
 
-def scene(goal, bodies=("soup_1", "basket_1")):
-    """As much of an environment as the goal is read from."""
-    sites = {"basket_1_contain_region": types.SimpleNamespace(parent_name="basket_1", joints=[]),
-             "main_table_front_region": types.SimpleNamespace(parent_name=None, joints=None)}
-    raw = types.SimpleNamespace(parsed_problem={"goal_state": goal},
-                                obj_body_id=dict.fromkeys(bodies, 1), object_sites_dict=sites)
+
+def planned(goal, true=(), shut=()):
+    return plan(goal, lambda predicate: predicate in true,
+                lambda predicate: None if predicate[0] == "on" else JOINTS.get(predicate[-1]),
+                lambda joint: joint in shut)
+
+
+def scene(goal):
+    """As much of an environment as a goal is read from."""
+    drawer = types.SimpleNamespace(parent_name="cabinet", joints=["cabinet_rail"])
+    raw = types.SimpleNamespace(parsed_problem={"goal_state": goal}, objects_dict={"soup_1": 1},
+                                object_sites_dict={"cabinet_drawer": drawer}, fixtures_dict={})
     return types.SimpleNamespace(raw=raw, task=types.SimpleNamespace(name="a task"))
 
 
@@ -25,21 +34,45 @@ def boxes(*low_high):
     return Boxes((low + high) / 2, np.stack([np.eye(3)] * len(low)), (high - low) / 2)
 
 
-def test_goal_is_read_from_the_predicates():
-    assert pick_place_goal(scene([["in", "soup_1", "basket_1_contain_region"]])) \
-        == ("soup_1", "basket_1")
-    assert pick_place_goal(scene([["On", "soup_1", "basket_1"]])) == ("soup_1", "basket_1")
-    assert pick_place_goal(scene([["On", "soup_1", "main_table_front_region"]])) \
-        == ("soup_1", None)
+# --- planning ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("goal", [
-    [["open", "basket_1_contain_region"]],  # nothing there slides
-    [["close", "drawer_1"]],
-    [["on", "soup_1", "basket_1"], ["on", "basket_1", "soup_1"]],
+@pytest.mark.parametrize(("goal", "shut", "order"), [
+    ([("close", "drawer"), DRAWER], (), [DRAWER, ("close", "drawer")]),  # put in before it closes
+    ([("close", "drawer"), DRAWER], ("rail",), [("open", "drawer"), DRAWER, ("close", "drawer")]),
+    ([DOOR, ("close", "oven")], (), [DOOR, ("close", "oven")]),  # a region behind a door
+    ([DRAWER, ("open", "drawer")], ("rail",), [("open", "drawer"), DRAWER]),  # opened only once
+    ([("on", "pot", "stove"), ("turnon", "stove")], (),
+     [("turnon", "stove"), ("on", "pot", "stove")]),  # the pot may stand in the knob's way
+    ([("on", "bowl", "lid"), ("close", "drawer")], (),
+     [("close", "drawer"), ("on", "bowl", "lid")]),
+    ([("open", "other_drawer"), ("close", "drawer")], (),
+     [("close", "drawer"), ("open", "other_drawer")]),
+    ([("on", "cup", "bowl"), ("in", "bowl", "tray")], (),
+     [("in", "bowl", "tray"), ("on", "cup", "bowl")]),  # the lower one of a stack is first
+    ([("in", "soup", "basket"), ("in", "milk", "basket")], (),
+     [("in", "soup", "basket"), ("in", "milk", "basket")]),  # as written
 ])
-def test_other_goals_are_refused(goal):
-    with pytest.raises(ValueError, match="a task: the goal .* is not one On or In predicate"):
+def test_predicates_are_ordered_by_what_bars_the_way(goal, shut, order):
+    assert planned(goal, shut=shut) == order
+
+
+def test_what_holds_is_skipped_until_it_holds_no_more():
+    goal = [("in", "soup", "basket"), ("in", "milk", "basket")]
+    assert planned(goal, true=goal[:1]) == goal[1:]
+    assert planned(goal, true=goal[1:]) == goal[:1]  # the first fell out
+    assert planned(goal, true=goal) == goal
+    filled = [DRAWER, ("close", "drawer")]
+    assert planned(filled, true=filled[:1], shut=("rail",)) == filled[1:]  # reopened: close it
+
+
+@pytest.mark.parametrize(("goal", "lacking"), [
+    ([["Up", "soup_1"]], r"up\(soup_1\)"),
+    ([["on", "table", "soup_1"], ["on", "soup_1", "table"]], r"on\(table, soup_1\) of"),
+    ([["Open", "soup_1"], ["close", "cabinet_drawer"]], r"open\(soup_1\) of"),
+])
+def test_a_goal_without_skills_is_refused_by_name(goal, lacking):
+    with pytest.raises(ValueError, match=f"a task: no skill for {lacking}"):
         make_expert(scene(goal))
 
 
@@ -167,14 +200,14 @@ def test_what_is_dropped_is_grasped_again():
 def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
     with LiberoEnv("libero_spatial", 2) as env:
         env.reset(seed=1)
-        assert make_expert(env).grasp.key[1] == 1.0  # turned, for a plate that is far out
+        assert make_expert(env).skill.grasp.key[1] == 1.0  # turned, for a plate that is far out
         grasps, joint = [], env.raw.objects_dict["plate_1"].joints[0]
         for place in ([0.07, 0.2], [0.06, 0.04], [-0.2, -0.17]):
             pose = env.sim.data.get_joint_qpos(joint)
             pose[:2] = place
             env.sim.data.set_joint_qpos(joint, pose)
             env.sim.forward()
-            grasps.append(make_expert(env).grasp)
+            grasps.append(make_expert(env).skill.grasp)
         for grasp in grasps:
             np.testing.assert_allclose(grasp.offset, grasps[0].offset, atol=1e-6)
 
@@ -186,7 +219,7 @@ def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(task_id)
         sides = []
         for seed in range(6):
             layouts.reset(env, seed, "wide")
-            sides.append(make_expert(env).grasp.key[1])
+            sides.append(make_expert(env).skill.grasp.key[1])
         assert sides == [1.0] * 6
 
 
@@ -199,8 +232,8 @@ def test_a_grasp_that_closes_on_nothing_is_tried_again():
 
         def slip_away_once(expert, action):
             if expert.phase == "close" and not slipped:
-                slipped.append(expert.grasp.key)
-                joint = env.raw.objects_dict[expert.object].joints[0]
+                slipped.append(expert.skill.grasp.key)
+                joint = env.raw.objects_dict[expert.skill.object].joints[0]
                 pose = env.sim.data.get_joint_qpos(joint)
                 pose[0] += 0.06
                 env.sim.data.set_joint_qpos(joint, pose)
@@ -210,7 +243,7 @@ def test_a_grasp_that_closes_on_nothing_is_tried_again():
         _, phases, success = run(env, expert, env.horizon, slip_away_once)
         order = [phase for phase, before in zip(phases, [None, *phases], strict=False)
                  if phase != before]
-        assert success and slipped and expert._misses[slipped[0]] == 1
+        assert success and slipped and expert.skill._misses[slipped[0]] == 1
         assert order[:6] == ["approach", "descend", "close", "release", "retreat", "approach"]
         assert order.count("close") == 2 and "carry" in order[6:]
 
@@ -228,6 +261,23 @@ def test_each_skill_solves_its_task(suite, task_id, phases):
         actions, seen, success = run(env, make_expert(env), env.horizon)
         assert success and phases <= set(seen)
         assert np.abs(actions).max() <= 1
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("task_id", "skills"), [
+    (3, ["PickPlace", "PushShut"]),  # a bowl in the bottom drawer, which is then closed
+    (9, ["PutInside", "PushShut"]),  # a mug in the microwave
+])
+def test_a_goal_of_two_predicates_is_a_sequence_of_skills(task_id, skills):
+    with LiberoEnv("libero_10", task_id) as env:
+        env.reset(seed=2)
+        expert, used, success = make_expert(env), [], False
+        while not success and env.horizon > len(used):
+            action = expert.act()
+            used.append(type(expert.skill).__name__)
+            _, success = env.step(action)
+        assert success and list(dict.fromkeys(used)) == skills
+        assert len(used) < 300
 
 
 @pytest.mark.sim

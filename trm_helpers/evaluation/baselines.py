@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import schema
 from ..config import EvalConfig
-from ..demos import experts, skills
+from ..demos import experts, joints, pick_place, put_inside, skills
 from ..demos.collect import demonstrations_of
 from ..demos.demo_files import demo_names, open_demo_file
 from ..demos.quality import replay_demonstration
@@ -104,7 +104,8 @@ def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
     count = schema.SUITES[schema.check_suite(suite)]
     task_ids = tuple(dict.fromkeys(task_ids)) or tuple(range(count))
     # a changed expert is another policy: its code is its weights
-    modules = (experts, skills, geometry) if name == "expert" else ()
+    modules = ((experts, joints, pick_place, put_inside, skills, geometry)
+               if name == "expert" else ())
     source = b"".join(Path(module.__file__).read_bytes() for module in modules)
     identity = {"weights": name, "sha256": digest(source) if source else ""}
     return Evaluation(Baseline(name), identity, Path(folder), config, suite,

@@ -1,0 +1,369 @@
+"""The skill that moves an object: grasps, carries and sets down, or pushes over the table."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..sim.env import LiberoEnv
+from ..sim.geometry import UP, Boxes, crowding, geoms_of, overreach, turned, way_out
+from .skills import CLOSE_STEPS, DOWNWARD, OPEN_STEPS, Skill, Style
+
+# Lengths in metres
+_OPENING = 0.07  # widest object between the fingers
+_RIM_INSET = 0.005  # from an object's outline to its wall
+_RIM_DEPTH = 0.018  # of a rim between the fingers; at 0.012 it slips now and then
+_FINGER_WIDTH = 0.02  # along the jaw
+_FINGERTIP = 0.014  # lowest height of the end-effector site above a support
+_REACH = 0.032  # depth of an object between the fingers that touches the palm
+_CORRIDOR = 0.06  # the arm passes over objects nearer than this to the straight path
+_CONTAINER_DEPTH = 0.045  # a deeper target is filled from above its rim
+# Turning the gripper takes time, so a yaw other than zero has to be worth it. Plus 90 degrees
+# brings joint 7 near the middle of its range, minus 90 near its end.
+_YAWS = np.radians([0, 30, -30, 60, -60, 90])
+_ALONG = (0.0, -0.02, 0.02)  # along the jaw from the middle of the object
+# A rim is lifted at its left, seen from the arm, unless that side is blocked. If the other objects
+# decided the side, a policy trained on few scenes would close between the two, on nothing.
+_SAME_SIDE = 3.0
+_COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # heights over the grasp where the gripper needs room
+_KNOB = 0.008  # height of an object's narrow part over the rest, from which it is grasped there
+_FLAT = 0.03  # a wider object of less height is pushed over the table
+_ON_AXIS = 0.01  # beside the vertical; up to this a descent is not slowed
+_HANGS = 0.02  # an object this near after the retreat hangs on a finger, as a gable can
+_RETREAT_STEPS = 8
+_STANDS, _STILL_STEPS = 0.001, 8  # metres in a step that a lowered object does not sink: it stands
+_PATIENCE = 60  # steps in a phase; after more, something blocks the arm
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """A grasp of an object by the end effector, and its cost."""
+
+    offset: np.ndarray  # (3,) metres from the object's body
+    yaw: float  # radians about the vertical; at zero the jaw closes along y
+    bottom: float  # metres from the end effector down to the object's lowest point
+    key: tuple[float, float, float]  # yaw, side and shift, which identify it in every plan
+    cost: float  # without the cost of narrow places
+
+
+class PickPlace(Skill):
+    """Picks up an object and places it on, or in, a target.
+
+    A flat object that goes to another part of the table is held at its edge and pushed there.
+
+    Args:
+        item: the object's name.
+        region: the target's name: an object, or a region of an object, a fixture or the table.
+        beside: metres (2,) from the target's middle, for one of several objects on it.
+    """
+
+    closed = ("close", "lift", "carry", "lower")
+
+    def __init__(self, env: LiberoEnv, item: str, region: str, style: Style | None = None,
+                 beside: np.ndarray | float = 0.0):
+        super().__init__(env, style)
+        self.object, self._region, self._beside = item, region, beside
+        sites = env.raw.object_sites_dict
+        self.target = region if region in env.raw.obj_body_id else sites[region].parent_name
+        self._enclosed = (region in sites and self.target in env.raw.fixtures_dict
+                          and region_box(env, region)[1][2] > _FLAT / 2)
+        self._object_geoms = geoms_of(env, self.object)
+        others = [name for name in env.raw.obj_body_id if name != self.object]
+        self._other_geoms = geoms_of(env, *others)
+        self._target_geoms = geoms_of(env, self.target) if self.target else []
+        self._table = Boxes.of_geoms(env, geoms_of(env, *env.raw.objects_dict)).bounds()[0][2]
+        self._knob, self._knob_from = self._find_knob()
+        low, high = Boxes.of_geoms(env, self._object_geoms).bounds()
+        self._slides = (self.target is None and high[1] - low[1] > _OPENING
+                        and high[2] - low[2] < _FLAT)
+        self._misses: Counter = Counter()
+        self._height, self._still = 0.0, 0  # of the end effector while lowering, in metres; steps
+        self._deeper = 0.0  # metres below the target's support, to free a hanging object
+        self._plan()
+
+    # --- planning ---------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Choose a grasp and the heights of the gripper's approach and the object's transport."""
+        self._shift = self._spot() if self._enclosed else np.zeros(2)
+        self.grasp = self._choose_grasp()
+        others = Boxes.of_geoms(self.env, self._other_geoms)
+        ee, start = self.env.end_effector(), self.env.object_position(self.object)
+        tops = others.tops_along(ee, start + self.grasp.offset, _CORRIDOR)
+        self._approach_height = max(tops, default=0.0) + 0.03
+        end, support = self._support()
+        self._lift_from = start + self.grasp.offset
+        self._way_out = np.zeros(3)
+        if self._slides:
+            self._travel_height = self._lift_from[2]
+            return
+        start = start[:2] + 0.25 * (end - start[:2])  # it rises straight up beside its neighbours
+        tops = others.tops_along(start, end, _CORRIDOR)
+        self._travel_height = max([*tops, support]) + self.grasp.bottom + self.style.clearance
+        self._way_out = way_out(self._outline(), self._travel_height - self._lift_from[2],
+                                others.near(self._lift_from, 0.3))
+
+    def _find_knob(self) -> tuple[list[int], float]:
+        """The part by which an object too wide for the gripper is grasped, if it has one.
+
+        Returns its geometry in a list, and the height (m) above the body from which it is free.
+        """
+        boxes = Boxes.of_geoms(self.env, self._object_geoms)
+        width = min(np.subtract(*boxes.bounds(yaw)[::-1])[1] for yaw in _YAWS)
+        low, high = boxes.corners()
+        top = int(np.argmax(high[:, 2]))
+        rest = np.delete(np.arange(len(high)), top)
+        size = high[top] - low[top]
+        if width < _OPENING or high[top, 2] - high[rest, 2].max() < _KNOB or size.min() > _OPENING:
+            return [], 0.0
+        middle = (low[top, :2] + high[top, :2]) / 2
+        away = np.linalg.norm(middle - np.clip(middle, low[rest, :2], high[rest, :2]), axis=1)
+        below = max(high[rest[away < _FINGER_WIDTH], 2], default=low[:, 2].min())
+        return [self._object_geoms[top]], below - self.env.object_position(self.object)[2]
+
+    def _spot(self) -> np.ndarray:
+        """Metres (2,) from the region's centre to where the object meets least of the fixture."""
+        centre, half = region_box(self.env, self._region)
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
+        fixture = Boxes.of_geoms(self.env, self._target_geoms)
+        return free_spot(fixture, centre, half, high - low, high[2] - low[2] + 0.1)
+
+    def _outline(self) -> np.ndarray:
+        """Points (64, 3) of the object's top and bottom, taken as discs."""
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
+        radius, angle, end = np.meshgrid(
+            (0.6, 1.0), np.arange(0, 2 * np.pi, np.pi / 8), (-1.0, 1.0))
+        disc = np.stack([radius * np.cos(angle), radius * np.sin(angle), end], axis=-1)
+        return (low + high) / 2 + disc.reshape(-1, 3) * (high - low) / 2
+
+    def _choose_grasp(self) -> Grasp:
+        """The candidate of least cost; contacts, 5 ms each, are computed only where they matter."""
+        candidates = [grasp for yaw in _YAWS for grasp in self._candidates_at(yaw)]
+        best, least = candidates[0], np.inf
+        for grasp in sorted(candidates, key=lambda grasp: grasp.cost):
+            if grasp.cost >= least:  # so is every later one, and crowding costs are not negative
+                break
+            cost = grasp.cost + self._crowding_cost(grasp)
+            if cost < least:
+                best, least = grasp, cost
+        return best
+
+    def _candidates_at(self, yaw: float) -> list[Grasp]:
+        """Grasps at one yaw: at the middle of a narrow object, or at a bowl's rim on two sides."""
+        position = self.env.object_position(self.object)
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(yaw)
+        lowest = low[2]
+        if self._knob:
+            low, high = Boxes.of_geoms(self.env, self._knob).bounds(yaw)
+            low[2] = position[2] + self._knob_from
+        width = high[1] - low[1]
+        sides, height = (0.0,), max((low[2] + high[2]) / 2, high[2] - _REACH)
+        if width > _OPENING:
+            sides, height = (1.0, -1.0), high[2] - _RIM_DEPTH
+        along, up = self.style.grasp_offset
+        room = (high[0] - low[0]) / 2 - _FINGER_WIDTH  # beyond it the fingers miss the object
+        shifts = [shift for shift in _ALONG if abs(shift) <= max(room, 0.0)]
+        grasps = []
+        for side, shift in itertools.product(sides, shifts):
+            point = (low + high) / 2
+            point[0] += along + shift
+            point[1] += side * (width / 2 - _RIM_INSET)
+            point[2] = max(height + up, low[2] + _FINGERTIP)
+            bottom = point[2] - lowest
+            offset = turned(yaw) @ point - position
+            place = self._place_point(offset, bottom)
+            key = (float(yaw), side, shift)
+            cost = (
+                0.5 * abs(yaw) + 10.0 * abs(shift) + 3.0 * abs(side) + 1.5 * self._misses[key]
+                + 50.0 * sum(overreach(self.env, reached) for reached in (
+                    position + offset, position + offset + self.style.hover * UP, place))
+                + abs(place[1]) + 0.1 * (1.0 + place[0])  # preferably near the arm's own plane
+                + _SAME_SIDE * (side < 0 and not self._slides)
+            )
+            grasps.append(Grasp(offset, float(yaw), bottom, key, cost))
+        return grasps
+
+    def _crowding_cost(self, grasp: Grasp) -> float:
+        """Cost of contacts of the open gripper on its way to the grasp and at the target."""
+        others = Boxes.of_geoms(self.env, self._other_geoms)
+        start = self.env.object_position(self.object) + grasp.offset
+        end = self._place_point(grasp.offset, grasp.bottom)
+        around_start, around_end = others.near(start, 0.3), others.near(end, 0.3)
+        here = max(crowding(start + height * UP, grasp.yaw, around_start) for height in _COLUMN)
+        there = crowding(end, grasp.yaw, around_end)
+        return 2.0 * (here > 0) + 60.0 * here + 1.0 * (there > 0) + 30.0 * there
+
+    def _support(self) -> tuple[np.ndarray, float]:
+        """Centre (2,) of the object's destination, and the height of its lowest point there."""
+        raw = self.env.raw
+        if self._region in raw.object_sites_dict and self.target not in raw.objects_dict:
+            centre, size = region_box(self.env, self._region)  # of the table or a fixture
+            if self.target is None:
+                return centre[:2], centre[2] - size[2] if self._slides else self._table
+            return centre[:2] + self._beside + self._shift, centre[2] - size[2]
+        low, high = Boxes.of_geoms(self.env, self._target_geoms).bounds()
+        height = (low[2] + high[2]) / 2  # of a plate
+        if high[2] - low[2] > _CONTAINER_DEPTH:
+            height = high[2]  # the object falls from the rim of a container
+        return self.env.object_position(self.target)[:2] + self._beside, height
+
+    def finished(self) -> bool:
+        """The object stands free of the open, risen gripper."""
+        hangs = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < _HANGS
+        return self.phase == "retreat" and self._steps_in_phase >= _RETREAT_STEPS and not hangs
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def _next_phase(self) -> str:
+        ee, grasp = self.env.end_effector(), self._grasp_point()
+        off_axis = np.linalg.norm((ee - grasp)[:2])
+        held = self._holding()
+        match self.phase:
+            case "approach":
+                aligned = np.abs(self._turn_left()).max() < 0.15
+                if aligned and off_axis < 0.02 and ee[2] - grasp[2] < self.style.hover + 0.02:
+                    return "descend"
+                if self._steps_in_phase > _PATIENCE:
+                    return self._missed()
+            case "descend":
+                if off_axis > 0.03:
+                    return "approach"
+                if off_axis < 0.008 and abs(ee[2] - grasp[2]) < 0.006:
+                    return "close"
+                if self._steps_in_phase > _PATIENCE / 2:  # blocked
+                    return "close" if np.linalg.norm(ee - grasp) < 0.02 else self._missed()
+            case "close":
+                if self._steps_in_phase >= CLOSE_STEPS:
+                    return "lift" if held else self._missed()
+            case "lift" if not held:
+                return self._missed()
+            case "carry" | "lower" if not held:
+                return "release"
+            case "lift":
+                if ee[2] > self._travel_height - 0.015:
+                    return "carry"
+            case "carry":
+                if np.linalg.norm((ee - self._place_point())[:2]) < 0.018:
+                    return "lower"
+            case "lower":
+                if np.linalg.norm((ee - self._place_point())[:2]) > 0.06:
+                    return "lift"
+                sunk, self._height = self._height - ee[2], ee[2]
+                self._still = self._still + 1 if sunk < _STANDS else 0
+                if (ee[2] - self._place_point()[2] < 0.008 or self._steps_in_phase > _PATIENCE
+                        or self._still > _STILL_STEPS):
+                    return "release"
+            case "release":
+                if self._steps_in_phase >= OPEN_STEPS:
+                    return "retreat"
+            case "retreat":
+                if self._steps_in_phase >= _RETREAT_STEPS:
+                    if np.linalg.norm(ee - grasp) < _HANGS:
+                        self._deeper += 0.1
+                        return "close"
+                    self._plan()
+                    return "approach"
+        return self.phase
+
+    def _missed(self) -> str:
+        self._misses[self.grasp.key] += 1  # raises its cost: another grasp is tried soon
+        return "release"
+
+    def _holding(self) -> bool:
+        """The closing fingers are apart, with the object between them."""
+        near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.04
+        return bool(near and self.env.fingers() > 0.002)
+
+    def _grasp_point(self) -> np.ndarray:
+        return self.env.object_position(self.object) + self.grasp.offset
+
+    def _place_point(self, hang: np.ndarray | None = None,
+                     bottom: float | None = None) -> np.ndarray:
+        """Position of the end effector that brings the object's body over the target's centre.
+
+        ``hang`` leads from the object's body to the end effector, by default as they are now.
+        """
+        if hang is None:
+            hang = self.env.end_effector() - self.env.object_position(self.object)
+            bottom = self.grasp.bottom
+        centre, support = self._support()
+        return np.array([*(centre + hang[:2]), support + bottom + 0.005 - self._deeper])
+
+    # --- motion -----------------------------------------------------------------------------------
+
+    def _orientation(self) -> np.ndarray:
+        return turned(self.grasp.yaw) @ DOWNWARD
+
+    def _goal(self) -> np.ndarray:
+        ee, grasp = self.env.end_effector(), self._grasp_point()
+        match self.phase:
+            case "approach":
+                return self._approach_goal(ee, grasp)
+            case "descend":
+                return _straight_down(ee, grasp)
+            case "close":
+                return grasp
+            case "lift":
+                return self._lift_goal(ee)
+            case "carry":
+                return np.array([*self._place_point()[:2], self._travel_height])
+            case "lower":
+                return _straight_down(ee, self._place_point())
+            case "release":
+                return ee
+        return ee + 0.03 * UP  # retreat
+
+    def _lift_goal(self, ee: np.ndarray) -> np.ndarray:
+        """Straight up, or first sideways from under an obstacle."""
+        goal = np.array([*ee[:2], self._travel_height])
+        out = self._lift_from + self._way_out
+        if self._way_out.any() and np.linalg.norm((ee - out)[:2]) > 0.008 \
+                and ee[2] < self._lift_from[2] + 0.06:
+            goal = out + 0.02 * UP
+        return goal
+
+    def _approach_goal(self, ee: np.ndarray, grasp: np.ndarray) -> np.ndarray:
+        """Over the obstacles, then to above the grasp."""
+        goal = grasp + self.style.hover * UP
+        left = np.linalg.norm((ee - grasp)[:2])
+        if left < _CORRIDOR:
+            return goal
+        if ee[2] < self._approach_height - 0.05 and left > 2 * _CORRIDOR:
+            return np.array([*ee[:2], self._approach_height])
+        goal[2] = max(goal[2], self._approach_height)
+        return goal
+
+
+def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """The goal, raised while the arm is beside it: a fast descent swings the arm by 2 cm."""
+    beside = np.linalg.norm((ee - goal)[:2])
+    return np.array([*goal[:2], max(goal[2], min(ee[2], goal[2] + 4 * (beside - _ON_AXIS)))])
+
+
+def free_spot(fixture: Boxes, centre: np.ndarray, half: np.ndarray, size: np.ndarray,
+              height: float) -> np.ndarray:
+    """Metres (2,) from a region's ``centre`` to where an upright cylinder meets the least boxes.
+
+    The region has ``half`` its size (3,), the cylinder the diameters of ``size`` and stands 2 cm
+    above the region's bottom with a ``height`` in metres. At equal amounts the nearest is chosen.
+    """
+    radius, angle = np.meshgrid(np.linspace(0, 0.5, 6), np.arange(0, 2 * np.pi, np.pi / 8))
+    disc = np.stack([size[0] * radius * np.cos(angle), size[1] * radius * np.sin(angle),
+                     np.zeros_like(angle)], axis=-1).reshape(-1, 3)
+    levels = centre[2] - half[2] + 0.02 + np.arange(0.0, height, 0.02)
+    column = (disc + levels[:, None, None] * UP).reshape(-1, 3)
+    spots = [np.zeros(2)] + [share * turned(angle)[0, :2] * half[:2]
+                             for share in np.arange(0.1, 0.9, 0.1)
+                             for angle in np.radians(np.arange(0, 360, 45))]
+    met = [fixture.share_inside(column + [*(centre[:2] + spot), 0.0]) for spot in spots]
+    return spots[int(np.argmin(met))]
+
+
+def region_box(env: LiberoEnv, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A region's centre and half size (3,) in world axes."""
+    size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
+    rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
+    return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)
