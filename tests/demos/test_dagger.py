@@ -43,6 +43,7 @@ class Phases(Skill):
 
     closed = ("close", "lift")
     far = 0.0
+    skill = property(lambda self: self)  # an expert with this skill only
 
     def act(self):
         self._steps_in_phase += 1

@@ -17,7 +17,8 @@ import numpy as np
 from .. import schema
 from ..sim.env import LiberoEnv, Observation, check_action
 from ..sim.geometry import Boxes
-from .experts import PickPlaceExpert, SkillSequence
+from .experts import Expert
+from .pick_place import PickPlace
 from .skills import CLOSE_STEPS, Skill
 
 # In these phases the number of steps counts; in the others it only tells that the arm is blocked.
@@ -63,7 +64,7 @@ class Mixture:
         generator: the attempt's own.
     """
 
-    def __init__(self, env: LiberoEnv, policy, beta: float, expert: Skill | SkillSequence,
+    def __init__(self, env: LiberoEnv, policy, beta: float, expert: Expert,
                  generator: np.random.Generator):
         self.policy, self.beta, self.generator = policy, beta, generator
         self.labeller = Labeller(env, expert)
@@ -95,7 +96,7 @@ class Labeller:
     is closed again, and an object that the actor has grasped by itself is carried on.
     """
 
-    def __init__(self, env: LiberoEnv, expert: Skill | SkillSequence):
+    def __init__(self, env: LiberoEnv, expert: Expert):
         self.env, self.expert = env, expert
         self.last: np.ndarray | None = None  # label
         self.executed: np.ndarray | None = None  # action (7,) of the last step
@@ -107,13 +108,13 @@ class Labeller:
             closed = self.executed[schema.GRIPPER_INDEX] > 0
             self._closed_steps = self._closed_steps + 1 if closed else 0
             if self.executed is not self.last:
-                self._correct(getattr(self.expert, "current", self.expert), closed)
+                self._correct(self.expert.skill, closed)
         self.last = self.expert.act()
         return self.last
 
     def _correct(self, skill: Skill, closed: bool) -> None:
         """Set the phase to what the last step, in which the actor acted, has left of it."""
-        if skill.phase in skill.closed and not closed:
+        if "close" in skill.closed and skill.phase in skill.closed and not closed:
             skill.phase, skill._steps_in_phase = "close", -1
             if np.linalg.norm(self.env.end_effector() - skill._goal()) > _NEAR:
                 skill.phase = "release"  # it has fallen
@@ -121,19 +122,19 @@ class Labeller:
             skill._steps_in_phase = -1
         elif skill.phase not in _TIMED:
             skill._steps_in_phase -= 1
-        if isinstance(skill, PickPlaceExpert) and skill.phase != "close" \
+        if isinstance(skill, PickPlace) and skill.phase != "close" \
                 and self._closed_steps >= CLOSE_STEPS and self._grasped(skill):
             beside = np.linalg.norm((self.env.end_effector() - skill._place_point())[:2])
             if skill.phase != "release" or beside > _PLACED:
                 self._adopt(skill)
 
-    def _grasped(self, skill: PickPlaceExpert) -> bool:
+    def _grasped(self, skill: PickPlace) -> bool:
         """Both fingers touch the object, and are not open."""
         raw = self.env.raw
         return self.env.fingers() < _OPEN and raw._check_grasp(
             raw.robots[0].gripper, raw.get_object(skill.object).contact_geoms)
 
-    def _adopt(self, skill: PickPlaceExpert) -> None:
+    def _adopt(self, skill: PickPlace) -> None:
         """Carry on with the actor's own grasp, as it is now: an object slips and turns."""
         ee = self.env.end_effector()
         offset = ee - self.env.object_position(skill.object)
