@@ -104,7 +104,7 @@ def _success(run: Path) -> Section:
     protocol = results["protocol"]
     texts = [f"{format_success(results)}.",
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
-             f"{protocol['num_episodes']} episodes per task from official init state "
+             f"{protocol['num_episodes']} per task from official init state "
              f"{protocol['first_init_state']}, {protocol['horizon']} steps; "
              f"{protocol['weights']} weights.", f"{detectable(results)}."]
     summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
