@@ -102,10 +102,10 @@ def _success(run: Path) -> Section:
             "Not finished; 06_eval plays the missing episodes." if (run / "episodes.jsonl").exists()
             else "Not evaluated yet; run 06_eval."])
     protocol = results["protocol"]
-    episodes = f"{(many := protocol['num_episodes'])} episode{'s' if many > 1 else ''}"
     texts = [f"{format_success(results)}.",
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
-             f"{episodes} per task from official init state "
+             f"{protocol['num_episodes']} episode{'s' * (protocol['num_episodes'] > 1)} per task "
+             "from official init state "
              f"{protocol['first_init_state']}, {protocol['horizon']} steps; "
              f"{protocol['weights']} weights.", f"{detectable(results)}."]
     summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
