@@ -128,7 +128,7 @@ def test_images_are_described_and_the_page_fits(opened, look):
     window = opened(**look)
     images = window.locator("img").evaluate_all(
         "all => all.map(image => [image.alt, image.naturalWidth])")
-    assert len(images) == 3 and all(alt and width for alt, width in images)
+    assert len(images) == 4 and all(alt and width for alt, width in images)
     window.locator(".tile.failure").click()  # an episode of many phases
     across = window.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert across[0] <= across[1]
