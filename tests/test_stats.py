@@ -36,16 +36,14 @@ def test_wilson_interval_in_percent(successes, count, low, high):
 
 
 def test_wilson_interval_equals_its_formula():
-    n, z = 10, 1.6448536269514722  # 90 %
+    n, z = 10, 1.959963984540054  # 95 %
     p = 0.3
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert wilson_interval(3, 10, confidence=0.9) == pytest.approx((centre - half, centre + half))
+    assert wilson_interval(3, 10) == pytest.approx((centre - half, centre + half))
 
 
-@pytest.mark.parametrize(
-    "arguments", [(1, 0), (-1, 5), (6, 5), (3, 5, 0.0), (3, 5, 1.0), (3, 5, 95)]
-)
+@pytest.mark.parametrize("arguments", [(1, 0), (-1, 5), (6, 5)])
 def test_wilson_interval_refuses(arguments):
     with pytest.raises(ValueError, match="is not valid; expected"):
         wilson_interval(*arguments)

@@ -181,9 +181,9 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> Path | None:
         return None
 
 
-def short_name(name: str, longest: int = 100) -> str:
+def short_name(name: str) -> str:
     """``name``, with a digest in place of its end if it is too long for a file system."""
-    return name if len(name) <= longest else f"{name[:longest - 17]}-{digest(name.encode())}"
+    return name if len(name) <= 100 else f"{name[:83]}-{digest(name.encode())}"
 
 
 def differences(there: Mapping, now: Mapping, missing: str = "none") -> str:

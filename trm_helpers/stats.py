@@ -12,20 +12,17 @@ from scipy.stats import binomtest, bootstrap
 EPISODE_KEYS = ("suite", "task_id", "init_state", "success", "steps")
 
 
-def wilson_interval(successes: int, episodes: int,
-                    confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval (low, high), in [0, 1], of a success rate.
+def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
+    """95 % Wilson score interval (low, high), in [0, 1], of a success rate.
 
     It keeps its coverage at few episodes and at rates near 0 and 1, where the usual
     ``p +- 1.96 sqrt(p (1 - p) / n)`` fails (Wilson 1927; Brown, Cai and DasGupta 2001). Raises
-    ``ValueError`` for impossible counts and for a confidence outside (0, 1).
+    ``ValueError`` for impossible counts.
     """
     if episodes < 1 or not 0 <= successes <= episodes:
         raise ValueError(f"successes={successes} of episodes={episodes} is not valid; "
                          "expected episodes >= 1 and successes from 0 to episodes")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is not valid; expected in (0, 1)")
-    interval = binomtest(int(successes), int(episodes)).proportion_ci(confidence, method="wilson")
+    interval = binomtest(int(successes), int(episodes)).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
