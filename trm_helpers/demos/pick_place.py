@@ -61,6 +61,7 @@ class PickPlace(Skill):
     """
 
     closed = ("close", "lift", "carry", "lower")
+    _turning = ("carry", "lower", "release", "retreat")
 
     def __init__(self, env: LiberoEnv, item: str, region: str, style: Style | None = None,
                  beside: np.ndarray | float = 0.0):
@@ -88,12 +89,16 @@ class PickPlace(Skill):
 
     def _plan(self) -> None:
         """Choose a grasp and the heights of the gripper's approach and the object's transport."""
+        self._turn = self._drop = 0.0  # radians, metres: on the way into a narrow region
         self._shift = self._spot() if self._enclosed else np.zeros(2)
         self.grasp = self._choose_grasp()
         others = Boxes.of_geoms(self.env, self._other_geoms)
         ee, start = self.env.end_effector(), self.env.object_position(self.object)
         tops = others.tops_along(ee, start + self.grasp.offset, _CORRIDOR)
         self._approach_height = max(tops, default=0.0) + 0.03
+        self._turn = self._turn_to_fit() if self._enclosed else 0.0
+        if self._turn:
+            self._shift, self._drop = self._spot(), self._free_height()
         end, support = self._support()
         self._lift_from = start + self.grasp.offset
         self._way_out = np.zeros(3)
@@ -127,9 +132,34 @@ class PickPlace(Skill):
     def _spot(self) -> np.ndarray:
         """Metres (2,) from the region's centre to where the object meets least of the fixture."""
         centre, half = region_box(self.env, self._region)
-        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
+        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(-self._turn)
         fixture = Boxes.of_geoms(self.env, self._target_geoms)
         return free_spot(fixture, centre, half, high - low, high[2] - low[2] + 0.1)
+
+    def _turn_to_fit(self) -> float:
+        """Radians by which a long object is turned on its way into a region narrower than it."""
+        boxes = Boxes.of_geoms(self.env, self._object_geoms)
+        low, high = boxes.bounds()
+        _, half = region_box(self.env, self._region)
+        if (high - low <= 2 * half)[:2].all():
+            return 0.0
+        yaws = np.radians(np.arange(-90, 90, 5))
+        thin = min(yaws, key=lambda yaw: np.subtract(*boxes.bounds(yaw)[::-1])[1])
+        wanted = np.pi / 2 if half[0] < half[1] else 0.0  # its thin side along the region's
+        turn = (wanted - thin + np.pi / 2) % np.pi - np.pi / 2
+        if self.grasp.yaw + turn < -np.pi / 3:  # joint 7 turns less far this way
+            turn += np.pi
+        return turn
+
+    def _free_height(self) -> float:
+        """Metres above the support from which a turned object falls: the hand meets nothing."""
+        others = Boxes.of_geoms(self.env, self._other_geoms)
+        end = self._place_point(turned(self._turn) @ self.grasp.offset, self.grasp.bottom)
+        near = others.near(end, 0.3)
+        heights = np.arange(0.0, 0.1, 0.01)
+        met = [crowding(end + height * UP, self.grasp.yaw + self._turn, near)
+               for height in heights]
+        return float(heights[int(np.argmin(met))])
 
     def _outline(self) -> np.ndarray:
         """Points (64, 3) of the object's top and bottom, taken as discs."""
@@ -246,7 +276,8 @@ class PickPlace(Skill):
                 if ee[2] > self._travel_height - 0.015:
                     return "carry"
             case "carry":
-                if np.linalg.norm((ee - self._place_point())[:2]) < 0.018:
+                turned_to_fit = not self._turn or np.abs(self._turn_left()).max() < 0.1
+                if turned_to_fit and np.linalg.norm((ee - self._place_point())[:2]) < 0.018:
                     return "lower"
             case "lower":
                 if np.linalg.norm((ee - self._place_point())[:2]) > 0.06:
@@ -278,7 +309,11 @@ class PickPlace(Skill):
         return bool(near and self.env.fingers() > 0.002)
 
     def _grasp_point(self) -> np.ndarray:
-        return self.env.object_position(self.object) + self.grasp.offset
+        offset = self.grasp.offset
+        if self._turn and self.phase in self._turning:  # the object turns with the gripper
+            now = self._site_rotation() @ DOWNWARD.T
+            offset = turned(np.arctan2(now[1, 0], now[0, 0]) - self.grasp.yaw) @ offset
+        return self.env.object_position(self.object) + offset
 
     def _place_point(self, hang: np.ndarray | None = None,
                      bottom: float | None = None) -> np.ndarray:
@@ -287,15 +322,20 @@ class PickPlace(Skill):
         ``hang`` leads from the object's body to the end effector, by default as they are now.
         """
         if hang is None:
-            hang = self.env.end_effector() - self.env.object_position(self.object)
+            held = self.env.object_position(self.object)
+            if self._turn:  # in a narrow region the walls matter, not the body's own centre
+                held = sum(Boxes.of_geoms(self.env, self._object_geoms).bounds()) / 2
+            hang = self.env.end_effector() - held
             bottom = self.grasp.bottom
         centre, support = self._support()
-        return np.array([*(centre + hang[:2]), support + bottom + 0.005 - self._deeper])
+        height = support + bottom + 0.005 + self._drop - self._deeper
+        return np.array([*(centre + hang[:2]), height])
 
     # --- motion -----------------------------------------------------------------------------------
 
     def _orientation(self) -> np.ndarray:
-        return turned(self.grasp.yaw) @ DOWNWARD
+        turn = self._turn if self.phase in self._turning else 0.0
+        return turned(self.grasp.yaw + turn) @ DOWNWARD
 
     def _goal(self) -> np.ndarray:
         ee, grasp = self.env.end_effector(), self._grasp_point()
