@@ -87,8 +87,7 @@ from trm_helpers.demos.find_demos import survey_demonstrations
 from trm_helpers.policy.model import count_parameters
 from trm_helpers.policy.recursion import TRMBlock, recurse_fixed
 from trm_helpers.sim.env import load_task
-from trm_helpers.visuals import plots, unrolled
-from trm_helpers.visuals.figure import show_recursions
+from trm_helpers.visuals import figure, plots, unrolled
 
 # %%
 folder = paths.run_dir(run_name or preset)
@@ -117,7 +116,7 @@ print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
 # | decision | `num_recursions` recursions, then K actions | the same |
 
 # %%
-show_recursions()
+display(figure.RECURSIONS)
 
 # %% [markdown]
 # ## The recursion, line by line

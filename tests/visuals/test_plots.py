@@ -305,7 +305,8 @@ def test_a_figure_describes_itself_and_is_legible(name, tmp_path):
 @pytest.mark.parametrize(("show", "text"), [
     (lambda: display(plots.plot_demo_lengths([100, 120])),
      "Lengths of 2 demonstrations. 100 to 120 steps, mean 110."),
-    (base.show_recursions, "Two recursions: the same weights, applied to their own output. bl")])
+    (lambda: display(base.RECURSIONS),
+     "Two recursions: the same weights, applied to their own output. block: h = block(h, x)")])
 def test_a_notebook_shows_a_figure_with_its_description(show, text):
     InteractiveShell.instance()
     try:

@@ -70,11 +70,19 @@ class DescribedFigure(Figure):
         _show(buffer.getvalue(), alt_text(self))
 
 
-def show_recursions() -> None:
-    """Show a drawing of both recursions: of ``variant="block"`` and of ``variant="trm"``."""
-    path = Path(__file__).with_name("recursions.png")
-    with Image.open(path) as image:
-        _show(path.read_bytes(), image.info["Description"])
+class StoredFigure:
+    """A PNG file of :func:`save_figure`, shown by notebooks as the figure itself."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _ipython_display_(self) -> None:
+        with Image.open(self.path) as image:
+            _show(self.path.read_bytes(), image.info["Description"])
+
+
+# a drawing of both recursions, of ``variant="block"`` and of ``variant="trm"``
+RECURSIONS = StoredFigure(Path(__file__).with_name("recursions.png"))
 
 
 def _show(png: bytes, text: str) -> None:
