@@ -105,6 +105,22 @@ def test_a_phase_waits_until_the_grippers_command_is_executed():
     assert phase_after(in_phase("release", 1), CLOSED, CLOSED) == ("release", 0)
 
 
+def test_a_descent_that_the_actor_began_continues():
+    """The gripper is at the origin; of the grasp, x and height are given in metres."""
+    for grasp, phase in (((0.02, -0.05), "descend"), ((0.04, -0.05), "approach"),
+                         ((0.02, -0.15), "approach")):
+        skill = in_phase("approach")
+        skill._grasp_point = lambda at=grasp: np.array([at[0], 0, at[1]])
+        assert phase_after(skill, OPEN)[0] == phase
+
+
+def test_what_the_actor_has_left_nearby_does_not_hang_on_a_finger():
+    for distance, steps in ((0.02, 7), (0.05, 8)):
+        skill = in_phase("retreat", 6)
+        skill._grasp_point = lambda at=distance: np.array([0, 0, -at])
+        assert phase_after(skill, OPEN) == ("retreat", steps)
+
+
 def test_a_grip_that_the_actor_opened_is_closed_again_or_given_up():
     assert phase_after(in_phase("lift"), OPEN) == ("close", 0)
     assert phase_after(in_phase("lift", far=0.05), OPEN) == ("release", 0)

@@ -18,12 +18,17 @@ from .. import schema
 from ..sim.env import LiberoEnv, Observation, check_action
 from ..sim.geometry import Boxes
 from .experts import Expert
+from .joints import TurnKnob
 from .pick_place import PickPlace
 from .skills import CLOSE_STEPS, Skill
 
 # In these phases the number of steps counts; in the others it only tells that the arm is blocked.
 _TIMED = ("close", "release", "retreat", "back", "away")
 _PLACED = 0.06  # metres beside the target up to which a release is right
+# Metres beside the vertical through the grasp in which a descent continues. The expert begins it
+# nearer to the vertical; an actor that is already on its way down would be sent up again, from
+# where the demonstrations go down.
+_ABOVE = 0.03
 _NEAR = 0.04  # metres from the grasp up to which a grip that was opened is closed again
 _OPEN = 0.075  # metres between the fingers of an open gripper; an object is narrower
 
@@ -92,8 +97,9 @@ class Labeller:
     The expert is a state machine that observes the scene in every step but takes it for granted
     that its own commands are executed: that the gripper has closed after 9 steps of ``close``, and
     that an arm that does not arrive is blocked. Before each label, its phase is set to what really
-    happened: a phase waits for the gripper's command to be executed, a grip that the actor opened
-    is closed again, and an object that the actor has grasped by itself is carried on.
+    happened: a phase waits for the gripper's command to be executed, a descent that the actor began
+    continues, a grip that it opened is closed again, and an object that it has grasped by itself is
+    carried on.
     """
 
     def __init__(self, env: LiberoEnv, expert: Expert):
@@ -114,17 +120,25 @@ class Labeller:
 
     def _correct(self, skill: Skill, closed: bool) -> None:
         """Set the phase to what the last step, in which the actor acted, has left of it."""
+        ee = self.env.end_effector()
         if "close" in skill.closed and skill.phase in skill.closed and not closed:
             skill.phase, skill._steps_in_phase = "close", -1
-            if np.linalg.norm(self.env.end_effector() - skill._goal()) > _NEAR:
+            if np.linalg.norm(ee - skill._goal()) > _NEAR:
                 skill.phase = "release"  # it has fallen
         elif skill.phase == "release" and closed:
             skill._steps_in_phase = -1
         elif skill.phase not in _TIMED:
             skill._steps_in_phase -= 1
+        if isinstance(skill, PickPlace | TurnKnob):
+            ahead = ee - skill._grasp_point()
+            if skill.phase == "retreat" and np.linalg.norm(ahead) < _NEAR:
+                skill._steps_in_phase -= 1  # or what it left is taken to hang on a finger
+            elif skill.phase == "approach" and np.linalg.norm(ahead[:2]) < _ABOVE \
+                    and ahead[2] < skill.style.hover + 0.02:
+                skill.phase, skill._steps_in_phase = "descend", -1
         if isinstance(skill, PickPlace) and skill.phase != "close" \
                 and self._closed_steps >= CLOSE_STEPS and self._grasped(skill):
-            beside = np.linalg.norm((self.env.end_effector() - skill._place_point())[:2])
+            beside = np.linalg.norm((ee - skill._place_point())[:2])
             if skill.phase != "release" or beside > _PLACED:
                 self._adopt(skill)
 
