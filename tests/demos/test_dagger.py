@@ -6,15 +6,15 @@ from demo_files import data_set, write_demo_file
 from trm_helpers import paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.data.storage import next_push_steps
-from trm_helpers.demos import dagger
 from trm_helpers.demos.collect import record_demonstration
 from trm_helpers.demos.dagger import Actor, Labeller, Mixture
 from trm_helpers.demos.demo_files import source_of
 from trm_helpers.demos.experts import make_expert
 from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.demos.quality import quality_card
-from trm_helpers.demos.skills import Skill, Style
-from trm_helpers.sim.env import LiberoEnv, worker_env
+from trm_helpers.demos.skills import CLOSE_STEPS, Skill, Style
+from trm_helpers.sim import layouts
+from trm_helpers.sim.env import LiberoEnv
 
 OPEN, CLOSED = np.append(np.zeros(6), -1.0), np.append(np.zeros(6), 1.0)
 
@@ -223,29 +223,39 @@ class Grasper:
         return action if self.closes else np.append(action[:6], schema.GRIPPER_OPEN)
 
 
-@pytest.fixture
-def env(monkeypatch):
-    monkeypatch.setattr(LiberoEnv, "horizon", property(lambda _: 70))
-    yield worker_env("libero_spatial", 2)
-    worker_env.cache_clear()
+@pytest.fixture(scope="module")
+def env():
+    with LiberoEnv("libero_spatial", 2) as env:
+        yield env
 
 
 @pytest.mark.sim
-def test_labels_follow_the_scene_whoever_acts(env):
-    """The same layout twice: an actor that never grasps, and one with a grasp of its own."""
-    seen = []
-    for closes in (False, True):
-        actor = Actor("run", 0.0, "abc", Grasper(env, closes))
-        record = record_demonstration(env, np.random.default_rng(0), False, actor=actor)
-        labels, executed = np.array(record["actions"]), np.array(record["executed_actions"])
-        wide = np.array([each["gripper_states"][0] - each["gripper_states"][1]
-                         for each in record["observations"]])
-        seen.append((labels[:, 6] > 0, executed[:, 6] > 0, wide, labels[:, 2]))
-        assert record["attributes"] == {"actor": "run", "actor_sha256": "abc", "beta": 0.0,
-                                        "success": False}  # kept although not solved
-    label, sent, _, up = seen[0]
-    assert not sent.any() and label[-20:].all()  # it is to close, and not to lift before it has
-    assert np.abs(up[-20:]).max() < 0.3
-    label, sent, wide, up = seen[1]
-    held = np.flatnonzero(sent & (wide < 0.03))[dagger.CLOSE_STEPS:]
-    assert len(held) > 10 and label[held].all() and up[held].max() > 0.5
+def test_an_unsolved_episode_is_kept_with_its_actor(env, monkeypatch):
+    monkeypatch.setattr(LiberoEnv, "horizon", property(lambda _: 24))
+    actor = Actor("run", 0.5, "abc", Grasper(env))
+    record = record_demonstration(env, np.random.default_rng(0), False, actor=actor)
+    assert record["attributes"] == {"actor": "run", "actor_sha256": "abc", "beta": 0.5,
+                                    "success": False}
+    by_expert = (np.array(record["actions"]) == np.array(record["executed_actions"])).all(axis=1)
+    decisions = by_expert.reshape(6, 4)
+    assert (decisions == decisions[:, :1]).all() and set(decisions[:, 0]) == {True, False}
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("closes", [False, True])
+def test_labels_follow_the_scene_whoever_acts(env, closes):
+    """An actor that never closes the gripper, and one with a grasp of its own."""
+    observation = layouts.reset(env, 3)
+    mixture = Mixture(env, Grasper(env, closes), 0.0, make_expert(env), np.random.default_rng(0))
+    labels, wide = [], []
+    for _ in range(60):
+        label, executed = mixture.act(observation)
+        labels.append(label)
+        wide.append(env.fingers())
+        observation, _ = env.step(executed)
+    up, to_close = np.array(labels)[:, 2], np.array(labels)[:, 6] > 0
+    if closes:
+        held = np.flatnonzero(np.array(wide) < 0.03)[CLOSE_STEPS:]
+        assert len(held) > 5 and to_close[held].all() and up[held].max() > 0.5
+    else:  # nothing is lifted before the gripper has closed
+        assert to_close.sum() > 5 and up[to_close].max() < 0.3
