@@ -11,6 +11,7 @@ from trm_helpers.demos.dagger import Actor, Labeller, Mixture
 from trm_helpers.demos.demo_files import source_of
 from trm_helpers.demos.experts import make_expert
 from trm_helpers.demos.find_demos import scripted_dir
+from trm_helpers.demos.pick_place import PickPlace
 from trm_helpers.demos.quality import quality_card
 from trm_helpers.demos.skills import CLOSE_STEPS, Skill, Style
 from trm_helpers.sim import layouts
@@ -53,8 +54,20 @@ class Phases(Skill):
         return np.array([self.far, 0, 0])
 
 
-def in_phase(phase, steps=7, far=0.0):
-    skill = Phases(Still())
+class Picks(Phases, PickPlace):
+    """The same with a grasp at ``grasp``."""
+
+    grasp = (0.0, 0.0, 0.0)
+
+    def __init__(self, env):
+        Skill.__init__(self, env)
+
+    def _grasp_point(self):
+        return np.array(self.grasp)
+
+
+def in_phase(phase, steps=7, far=0.0, kind=Phases):
+    skill = kind(Still())
     skill.phase, skill._steps_in_phase, skill.far = phase, steps, far
     return skill
 
@@ -109,15 +122,15 @@ def test_a_descent_that_the_actor_began_continues():
     """The gripper is at the origin; of the grasp, x and height are given in metres."""
     for grasp, phase in (((0.02, -0.05), "descend"), ((0.04, -0.05), "approach"),
                          ((0.02, -0.15), "approach")):
-        skill = in_phase("approach")
-        skill._grasp_point = lambda at=grasp: np.array([at[0], 0, at[1]])
+        skill = in_phase("approach", kind=Picks)
+        skill.grasp = (grasp[0], 0.0, grasp[1])
         assert phase_after(skill, OPEN)[0] == phase
 
 
 def test_what_the_actor_has_left_nearby_does_not_hang_on_a_finger():
     for distance, steps in ((0.02, 7), (0.05, 8)):
-        skill = in_phase("retreat", 6)
-        skill._grasp_point = lambda at=distance: np.array([0, 0, -at])
+        skill = in_phase("retreat", 6, kind=Picks)
+        skill.grasp = (0.0, 0.0, -distance)
         assert phase_after(skill, OPEN) == ("retreat", steps)
 
 
