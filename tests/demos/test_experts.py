@@ -68,8 +68,8 @@ def test_what_holds_is_skipped_until_it_holds_no_more():
 
 @pytest.mark.parametrize(("goal", "lacking"), [
     ([["Up", "soup_1"]], r"up\(soup_1\)"),
-    ([["on", "table", "soup_1"], ["on", "soup_1", "table"]], r"on\(table, soup_1\) of"),
-    ([["Open", "soup_1"], ["close", "cabinet_drawer"]], r"open\(soup_1\) of"),
+    ([["on", "table", "soup_1"], ["on", "soup_1", "table"]], r"on\(table, soup_1\) in"),
+    ([["Open", "soup_1"], ["close", "cabinet_drawer"]], r"open\(soup_1\) in"),
 ])
 def test_a_goal_without_skills_is_refused_by_name(goal, lacking):
     with pytest.raises(ValueError, match=f"a task: no skill for {lacking}"):

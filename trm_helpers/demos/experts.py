@@ -42,11 +42,11 @@ class Expert:
         self.env = env
         self.style = style
         self.goal = goal_predicates(env)
-        lacking = [predicate for predicate in self.goal if not _is_served(env, predicate)]
+        lacking = self._lacking(self.goal) or self._lacking(self._plan())
         if lacking:
-            raise ValueError(f"{env.task.name}: no skill for {_written(lacking)} of the goal; "
-                             "expected On or In of an object, Open of a drawer, Close of a drawer "
-                             "or a door, TurnOn or TurnOff of a knob")
+            raise ValueError(f"{env.task.name}: no skill for {_written(lacking)} in the goal or "
+                             "on the way to it; expected On or In of an object, Open of a drawer, "
+                             "Close of a drawer or a door, TurnOn or TurnOff of a knob")
         self._beside = _share_targets(env, self.goal)
         self._begin(self._next_predicate())
 
@@ -67,8 +67,15 @@ class Expert:
         self.skill = self._skill(predicate)
 
     def _next_predicate(self) -> Predicate:
+        # a door that was pushed half shut stays so: there is no skill to open it
+        return next(predicate for predicate in self._plan() if not self._lacking([predicate]))
+
+    def _lacking(self, predicates: Sequence[Predicate]) -> list[Predicate]:
+        return [predicate for predicate in predicates if not _is_served(self.env, predicate)]
+
+    def _plan(self) -> list[Predicate]:
         return plan(self.goal, functools.partial(holds, self.env),
-                    functools.partial(_joint_name, self.env), self._is_shut)[0]
+                    functools.partial(_joint_name, self.env), self._is_shut)
 
     def _is_shut(self, joint: str) -> bool:
         joint = Joint(self.env, joint)
