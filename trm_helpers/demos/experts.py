@@ -19,6 +19,7 @@ from .skills import Skill, Style
 
 Predicate = tuple[str, ...]  # a lower-case verb and the names that it relates
 _PLACING = ("on", "in")
+_STILL_STEPS = 8
 _SPREAD = 0.65  # of a region's half size, from its middle to the outer objects that share it
 
 
@@ -86,7 +87,10 @@ class Expert:
         if verb in _PLACING:
             if (out := way_into(self.env, predicate[2])) is not None:
                 return PutInside(self.env, name, predicate[2], out, self.style)
-            return PickPlace(self.env, name, predicate[2], self.style, self._beside[predicate])
+            # a single placement ends the episode on contact; a former one would cost the time
+            timing = {"still_steps": _STILL_STEPS} if len(self.goal) > 1 else {}
+            return PickPlace(self.env, name, predicate[2], self.style, self._beside[predicate],
+                             **timing)
         joint = Joint(self.env, _joint_name(self.env, predicate))
         match verb:
             case "open":

@@ -34,7 +34,7 @@ _FLAT = 0.03  # a wider object of less height is pushed over the table
 _ON_AXIS = 0.01  # beside the vertical; up to this a descent is not slowed
 _HANGS = 0.02  # an object this near after the retreat hangs on a finger, as a gable can
 _RETREAT_STEPS = 8
-_STANDS, _STILL_STEPS = 0.001, 8  # metres in a step that a lowered object does not sink: it stands
+_STANDS = 0.001  # metres in a step that a lowered object does not sink: it stands
 _PATIENCE = 60  # steps in a phase; after more, something blocks the arm
 
 
@@ -58,15 +58,17 @@ class PickPlace(Skill):
         item: the object's name.
         region: the target's name: an object, or a region of an object, a fixture or the table.
         beside: metres (2,) from the target's middle, for one of several objects on it.
+        still_steps: steps without sinking after which a lowered object is released.
     """
 
     closed = ("close", "lift", "carry", "lower")
     _turning = ("carry", "lower", "release", "retreat")
 
     def __init__(self, env: LiberoEnv, item: str, region: str, style: Style | None = None,
-                 beside: np.ndarray | float = 0.0):
+                 beside: np.ndarray | float = 0.0, still_steps: int = _PATIENCE):
         super().__init__(env, style)
         self.object, self._region, self._beside = item, region, beside
+        self._still_steps = still_steps
         sites = env.raw.object_sites_dict
         self.target = region if region in env.raw.obj_body_id else sites[region].parent_name
         self._enclosed = (region in sites and self.target in env.raw.fixtures_dict
@@ -285,7 +287,7 @@ class PickPlace(Skill):
                 sunk, self._height = self._height - ee[2], ee[2]
                 self._still = self._still + 1 if sunk < _STANDS else 0
                 if (ee[2] - self._place_point()[2] < 0.008 or self._steps_in_phase > _PATIENCE
-                        or self._still > _STILL_STEPS):
+                        or self._still > self._still_steps):
                     return "release"
             case "release":
                 if self._steps_in_phase >= OPEN_STEPS:
