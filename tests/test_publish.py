@@ -185,3 +185,26 @@ def test_depth_cards_of_several_policies_share_their_tables(publish):
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
     assert labels[:4] == ["trm", "other", "as trained", "another depth"]
     assert labels.count("another depth") == 1 and "fixed 1" not in labels
+
+
+def test_looks_are_compared_scene_by_scene_and_over_the_seeds_that_have_an_arm(publish):
+    from suite import looks
+
+    def run(suite, seed, **arms):
+        arms = {arm: {"close": close, "near": "1111", "close by looks": [0.5] * 7}
+                for arm, close in arms.items()}
+        return {"kind": "look-again", "suite": suite, "seed": seed,
+                "splits": {split: {"tasks": "0011", "arms": arms} for split in ("test", "swap")}}
+
+    every = dict.fromkeys(looks.ORDER, "0100") | {looks.RECURSION: "0110"}
+    forward = looks.ORDER[1]
+    without = {arm: close for arm, close in every.items() if arm != forward}
+    stored = [run("libero_object", 0, **every), run("libero_object", 1, **without)]
+    lines = {line[0]: line[1:] for line in looks.lines(stored, "test")}
+    assert lines[looks.RECURSION] == ["50.0 %", "21.5 to 78.5 %", "reference", "", "100.0 %"]
+    assert lines["one look"][0] == "25.0 %"
+    assert lines["one look"][2] == "+25.0, p = 0.5 (2 against 0)"
+    assert lines["one look"][3] == "+0.0 to +50.0"  # the gap is in the second task only
+    assert lines[f"{forward} (seed 0)"][2] == "+25.0, p = 1 (1 against 0)"
+    text, fig = publish["show_cards"](stored)
+    assert text.count("| one look, wide |") == 2 and "look again" in alt_text(fig)

@@ -36,23 +36,31 @@ def gap_interval(stored: list[dict], split: str, arm: str) -> tuple[float, float
     return float(low), float(high)
 
 
+def having(stored: list[dict], split: str, arm: str) -> list[dict]:
+    """The runs in which an arm was trained."""
+    return [run for run in stored if arm in run["splits"][split]["arms"]]
+
+
 def lines(stored: list[dict], split: str) -> list[list[str]]:
     """A head and one line per arm: all suites and seeds together."""
     table = [["arm", "within 1 % of the side", "95 % Wilson interval",
               f"{RECURSION} against it: gap in points, p", "95 %, tasks and seeds resampled",
               "within 5 %"]]
-    recursion = hits(stored, split, RECURSION, "close")
     for arm in ORDER:
-        close, near = (hits(stored, split, arm, what) for what in ("close", "near"))
+        runs = having(stored, split, arm)
+        recursion, close, near = (hits(runs, split, *which) for which in (
+            (RECURSION, "close"), (arm, "close"), (arm, "near")))
         low, high = wilson_interval(int(close.sum()), close.size)
-        row = [arm, f"{100 * close.mean():.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+        seeds = sorted({run["seed"] for run in runs})
+        name = arm if len(runs) == len(stored) else f"{arm} (seed {', '.join(map(str, seeds))})"
+        row = [name, f"{100 * close.mean():.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
         if arm == RECURSION:
             row += ["reference", ""]
         else:
             better, worse = int((recursion > close).sum()), int((recursion < close).sum())
             p = binomtest(better, better + worse).pvalue if better + worse else 1.0
             gap = 100 * (recursion.mean() - close.mean())
-            from_, to = gap_interval(stored, split, arm)
+            from_, to = gap_interval(runs, split, arm)
             row += [f"{gap:+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} "
                     f"({better} against {worse})", f"{from_:+.1f} to {to:+.1f}"]
         table.append([*row, f"{100 * near.mean():.1f} %"])
@@ -76,7 +84,7 @@ def plot_looks(stored: list[dict]):
             axes.plot([], [], style, color=colour, label=arm.removesuffix(", 12 looks"))
         for arm, colour, style in (("one look, wide", plots.PALETTE[3], "--"),
                                    ("feed-forward, 128 px", plots.PALETTE[4], ":")):
-            share = 100 * hits(runs, "test", arm, "close").mean()
+            share = 100 * hits(having(runs, "test", arm), "test", arm, "close").mean()
             axes.axhline(share, color=colour, linestyle=style, label=arm)
         axes.axvline(6, color="grey", linewidth=1)
         plots.count_axis(axes.xaxis)
