@@ -4,8 +4,9 @@
     python benchmarks/look_again.py FOLDER --suite libero_object --seed 0
     python benchmarks/look_again.py FOLDER --suite libero_object --seed 100 --split dev
 
-trains one frozen first look and all arms on the same batches, and writes the errors in the split's
-scenes to ``docs/recursion/look-again/<suite>-<seed>.json`` (of development scenes to FOLDER).
+trains one frozen first look and all arms on the same batches, and writes what they hit in the
+split's scenes to ``FOLDER/<suite>-<seed>.json``; those of the test are in
+``docs/recursion/look-again``.
 
 Shape letters: B batch, K keypoints, P = B * K.
 """
@@ -23,9 +24,9 @@ from tqdm import tqdm
 
 from trm_helpers.data.augment import augment_images
 from trm_helpers.files import write_json
-from trm_helpers.paths import repo_root
 from trm_helpers.policy.keypoints import cross_entropy
 from trm_helpers.policy.layers import Centre, Localizer
+from trm_helpers.software import software_versions
 from trm_helpers.stats import wilson_interval
 
 SIDE, CROP = 128, 24  # pixels
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
     given = parser.parse_args()
+    software = software_versions()  # of the code as it is now
     torch.manual_seed(given.seed)
     data = load(given.folder, given.suite, "train")
 
@@ -314,10 +316,8 @@ def main() -> None:
                   f"({100 * low:.1f} to {100 * high:.1f} %), within 5 %: "
                   f"{row['near'].count('1')}  by looks {row['close by looks']} median "
                   f"{row['median']}", flush=True)
-    folder = given.folder if given.split == "dev" else repo_root() / "docs/recursion/look-again"
-    folder.mkdir(exist_ok=True)
-    write_json(folder / f"{given.suite}-{given.seed}.json", {
-        "suite": given.suite, "seed": given.seed, "first_steps": given.first_steps,
+    write_json(given.folder / f"{given.suite}-{given.seed}.json", {
+        "kind": "look-again", "software": software, "suite": given.suite, "seed": given.seed, "first_steps": given.first_steps,
         "steps": given.steps, "lr": given.lr, "seconds": {k: round(v) for k, v in seconds.items()},
         "parameters": {name: sum(p.numel() for p in arm.parameters())
                        for name, arm in networks.items()},

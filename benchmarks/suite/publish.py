@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
+from suite import looks  # noqa: E402
 from suite.cards import (  # noqa: E402
     failures_in_short,
     plot_cards,
@@ -183,6 +184,8 @@ def markdown(lines: list[list]) -> str:
 def show_cards(stored: list[dict]):
     """Tables and figure of a group's cards, all of one kind."""
     kind = stored[0]["kind"]
+    if kind == "look-again":
+        return looks.show(stored, markdown)
     cards = {each["label"]: each["card"] for each in stored}
     if kind == "robustness":
         cards = {label: titled(card) for label, card in cards.items()}
