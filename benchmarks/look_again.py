@@ -317,8 +317,8 @@ def main() -> None:
                   f"{row['near'].count('1')}  by looks {row['close by looks']} median "
                   f"{row['median']}", flush=True)
     write_json(given.folder / f"{given.suite}-{given.seed}.json", {
-        "kind": "look-again", "software": software, "suite": given.suite, "seed": given.seed, "first_steps": given.first_steps,
-        "steps": given.steps, "lr": given.lr, "seconds": {k: round(v) for k, v in seconds.items()},
+        "kind": "look-again", "software": software, "suite": given.suite, "seed": given.seed,
+        "first_steps": given.first_steps, "steps": given.steps, "lr": given.lr, "seconds": {k: round(v) for k, v in seconds.items()},
         "parameters": {name: sum(p.numel() for p in arm.parameters())
                        for name, arm in networks.items()},
         "splits": splits})
