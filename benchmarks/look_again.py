@@ -6,7 +6,8 @@
 
 trains one frozen first look and all arms on the same batches, and writes what they hit in the
 split's scenes to ``FOLDER/<suite>-<seed>.json``; those of the test are in
-``docs/recursion/look-again``.
+``docs/recursion/look-again``. ``--parts looks`` or ``--parts feed-forward`` trains a part, with the
+same result as both together, and adds it to the file.
 
 Shape letters: B batch, K keypoints, P = B * K.
 """
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from trm_helpers.data.augment import augment_images
-from trm_helpers.files import write_json
+from trm_helpers.files import read_json, write_json
 from trm_helpers.policy.keypoints import cross_entropy
 from trm_helpers.policy.layers import Centre, Localizer
 from trm_helpers.software import software_versions
@@ -34,6 +35,7 @@ LOOKS, MOST_LOOKS = 6, 12  # in training, in evaluation
 GAMMA = 0.8  # weight of a look's loss against the next one's
 TASKS, KEYPOINTS = 10, 2  # object, target
 WIDTHS = (24, 48, 64)  # channels of a look
+FORWARD = "feed-forward, 128 px"
 CLOSE, NEAR = 0.01, 0.05  # share of the side
 
 
@@ -273,6 +275,8 @@ def main() -> None:
     parser.add_argument("--suite", required=True, choices=["libero_object", "libero_spatial"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test", choices=["dev", "test"])
+    parser.add_argument("--parts", nargs="+", choices=["looks", "feed-forward"],
+                        default=["looks", "feed-forward"])
     parser.add_argument("--first-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -282,15 +286,18 @@ def main() -> None:
     data = load(given.folder, given.suite, "train")
 
     first, forward = FirstLook((24, 48)), FirstLook((16, 32))
-    seconds = train({"first look": loss_of_maps(first, small), "feed-forward, 128 px":
-                     loss_of_maps(forward)}, {"first look": first, "feed-forward, 128 px": forward},
-                    data, given.first_steps, 3e-3, given.seed, "first look")
+    modules, losses = {}, {}
+    if "looks" in given.parts:
+        modules["first look"], losses["first look"] = first, loss_of_maps(first, small)
+    if "feed-forward" in given.parts:
+        modules[FORWARD], losses[FORWARD] = forward, loss_of_maps(forward)
+    seconds = train(losses, modules, data, given.first_steps, 3e-3, given.seed, "first look")
     first.requires_grad_(False).eval()
-    networks = arms()
+    networks = arms() if "looks" in given.parts else {}
     losses = {name: loss_of_looks(arm, torch.Generator().manual_seed(given.seed))
               for name, arm in networks.items()}
-    seconds |= train(losses, networks, data, given.steps, given.lr, given.seed, "looks",
-                     first)
+    if networks:
+        seconds |= train(losses, networks, data, given.steps, given.lr, given.seed, "looks", first)
 
     def looking(name: str, steps: int) -> Callable:
         def predict(images, tasks):
@@ -300,14 +307,17 @@ def main() -> None:
     splits = {}
     for split in ("dev",) if given.split == "dev" else ("test", "swap"):
         scenes = load(given.folder, given.suite, split)
-        found = {"first look": errors(
-            lambda images, tasks: Localizer.points(first(small(images), tasks)), scenes),
-            "feed-forward, 128 px": errors(
-            lambda images, tasks: Localizer.points(forward(images, tasks)), scenes)}
-        for name, arm in networks.items():
-            found[name] = errors(looking(name, arm.trained), scenes)
-        found["look again, stopped after one"] = errors(looking("look again", 1), scenes)
-        found[f"look again, {MOST_LOOKS} looks"] = errors(looking("look again", MOST_LOOKS), scenes)
+        found = {}
+        if "feed-forward" in given.parts:
+            found[FORWARD] = errors(
+                lambda images, tasks: Localizer.points(forward(images, tasks)), scenes)
+        if networks:
+            found["first look"] = errors(looking("look again", 0), scenes)
+            found |= {name: errors(looking(name, arm.trained), scenes)
+                      for name, arm in networks.items()}
+            found["look again, stopped after one"] = errors(looking("look again", 1), scenes)
+            found[f"look again, {MOST_LOOKS} looks"] = errors(
+                looking("look again", MOST_LOOKS), scenes)
         splits[split] = report(found, scenes[2])
         for name, row in splits[split]["arms"].items():
             hits = row["close"].count("1")
@@ -316,12 +326,17 @@ def main() -> None:
                   f"({100 * low:.1f} to {100 * high:.1f} %), within 5 %: "
                   f"{row['near'].count('1')}  by looks {row['close by looks']} median "
                   f"{row['median']}", flush=True)
-    write_json(given.folder / f"{given.suite}-{given.seed}.json", {
+    path = given.folder / f"{given.suite}-{given.seed}.json"
+    if path.exists():
+        before = read_json(path)
+        for split, content in splits.items():
+            content["arms"] = before["splits"][split]["arms"] | content["arms"]
+        seconds = before["seconds"] | seconds
+        software = {**software, "dirty": software["dirty"] or before["software"]["dirty"]}
+    write_json(path, {
         "kind": "look-again", "software": software, "suite": given.suite, "seed": given.seed,
-        "first_steps": given.first_steps, "steps": given.steps, "lr": given.lr, "seconds": {k: round(v) for k, v in seconds.items()},
-        "parameters": {name: sum(p.numel() for p in arm.parameters())
-                       for name, arm in networks.items()},
-        "splits": splits})
+        "first_steps": given.first_steps, "steps": given.steps, "lr": given.lr,
+        "seconds": {name: round(value) for name, value in seconds.items()}, "splits": splits})
 
 
 if __name__ == "__main__":
