@@ -50,7 +50,7 @@ PLAYED := pretrained/spatial-trm
 play: setup
 	$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1
 	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
-	    echo "page  $$page" && echo "films $$(dirname "$$page")/videos" && echo "next  make demo" && \
+	    echo "page  $$page" && echo "films $$(dirname "$$page")/videos/success (or failure)" && echo "next  make demo" && \
 	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
 	        $(BIN)/python -m webbrowser "file://$$page" > /dev/null || true; fi
 

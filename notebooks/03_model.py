@@ -328,9 +328,8 @@ print(f"The first cycle changes y by {100 * changes['y'][0]:.0f} % of its norm a
       f"{100 * changes['z'][-1]:.0f} %.")
 print("Largest difference from the final action before the first cycle and after each: "
       + ", ".join(f"{value:.2f}" for value in distance))
-print(f"On this observation the action is within {distance[1]:.2f} of the final one after the "
-      f"first cycle, and within {distance[1:-1].max():.2f} after every later one; commands lie in "
-      "-1 to 1.")
+print(f"On this observation the action is {distance[1]:.2f} from the final one after the first "
+      f"cycle and at most {distance[2:-1].max():.2f} after a later one; commands lie in -1 to 1.")
 
 # %% [markdown]
 # ## The policy of this run

@@ -98,6 +98,9 @@ def test_the_keyboard_does_what_the_mouse_does(opened):
     assert "init state 1" in window.locator(".episode:visible").inner_text()
     window.keyboard.press("Escape")
     assert window.locator(".episode:visible").count() == 0
+    assert window.locator(".tile[aria-expanded=false]").count() == window.locator(".tile").count()
+    assert window.locator(".tile[tabindex='0']").get_attribute("aria-label").startswith(
+        "Init state 1")
     window.locator("#step").focus()
     window.keyboard.press("ArrowRight")
     assert window.locator("#sentence").inner_text() == "two"

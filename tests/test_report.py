@@ -327,6 +327,22 @@ def test_figures_have_alt_text_and_damaged_or_foreign_files_are_left_out(trained
     assert "figures/damaged.png (UnidentifiedImageError)" in parsed.text
 
 
+def test_a_damaged_film_is_left_out_and_named(trained):
+    play(trained, {(0, 0): True, (0, 1): True}, filmed=[(0, 0), (0, 1)])
+    (trained / "videos" / "0-0.mp4").write_bytes(b"")
+    parsed = Page(trained)
+    assert len(films(parsed)) == 1 and parsed.source.count("▶</span>") == 1
+    assert "0-0.mp4 (" in parsed.text and "not in this page" not in parsed.text
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_folder_in_the_place_of_a_page_is_named_before_anything_is_written(trained, name):
+    (trained / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{name} is a folder; expected a file or nothing"):
+        write_report(trained)
+    assert [path.name for path in trained.glob("report.*")] == [name]
+
+
 def test_nothing_from_a_run_becomes_markup_or_is_loaded(trained):
     trained = trained.rename(trained.with_name("a<script>'\""))
     evil = "</script><script>alert(1)</script><img src=http://a.b onerror='x'>\" onload=\"x"

@@ -122,8 +122,9 @@ def _find_notebook(name_or_path: str | os.PathLike) -> Path:
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()
     known = [p.stem for p in suite_notebooks()]
-    raise FileNotFoundError(f"no notebook {str(path)!r}; expected the path of an .ipynb or one of "
-                            f"{', '.join(known)}{did_you_mean(str(path), [*known, *PRESETS])}")
+    raise FileNotFoundError(f"no preset or notebook {str(path)!r}; expected the path of an .ipynb, "
+                            f"one of {', '.join(known)}, or a preset, one of "
+                            f"{', '.join(PRESETS)}{did_you_mean(str(path), [*known, *PRESETS])}")
 
 
 def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:

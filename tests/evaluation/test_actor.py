@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import h5py
 import pytest
 from conftest import SMALL
 
@@ -18,21 +20,33 @@ def asked(trained, monkeypatch):
     policy["trained_on"]["files"][0]["source"] = "scripted"
     (trained / "policy.json").write_text(json.dumps(policy))
     monkeypatch.setattr(actor, "demonstrations_of",
-                        lambda run, config: dict.fromkeys(config.data.task_ids, "a file"))
+                        lambda run, config: dict.fromkeys(config.data.task_ids, Path("a file")))
     return from_flat("tiny", **{**SMALL, "num_demos": 8}, actor=trained.name, beta=0.25)
 
 
 def test_a_run_acts_with_its_weights_and_its_demonstrations(asked, trained):
     found = actor_of(asked)
     assert (found.run, found.beta, found.base, found.base_count) == (
-        trained.name, 0.25, {0: "a file"}, 5)
+        trained.name, 0.25, {0: Path("a file")}, 5)
     assert found.sha256 == files.digest((trained / "best.safetensors").read_bytes())
     assert found.source.make(None).execution_horizon == 1
 
 
-def test_no_actor_is_needed_without_one_or_with_a_folder(asked, tmp_path):
+def test_an_actor_is_asked_for_by_name_and_not_with_a_folder(asked, tmp_path):
     assert actor_of(asked.replace(actor="")) is None
-    assert actor_of(asked.replace(demo_dir=str(tmp_path))) is None
+    with pytest.raises(ValueError, match="actor='small' is not valid; expected none with demo_dir"):
+        actor_of(asked.replace(demo_dir=str(tmp_path)))
+
+
+def test_an_actor_whose_file_holds_other_demonstrations_is_refused(asked, trained, monkeypatch):
+    described, = json.loads((trained / "policy.json").read_text())["trained_on"]["files"]
+    path = Path(described["file"])
+    monkeypatch.setattr(actor, "demonstrations_of", lambda *_: {0: path})
+    assert actor_of(asked).base == {0: path}
+    with h5py.File(path, "r+") as file:
+        file["data"][described["demos"][0]]["actions"][0, 0] *= 0.5
+    with pytest.raises(ValueError, match="was trained on other demonstrations than .* holds"):
+        actor_of(asked)
 
 
 @pytest.mark.parametrize(("settings", "said"), [

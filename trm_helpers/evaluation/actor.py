@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import schema
 from ..config import Config
 from ..demos.collect import demonstrations_of
 from ..demos.dagger import Actor
+from ..demos.demo_files import open_demo_file
+from ..files import digest
 from ..training.runs import description, find_run, load_config
 from .play import TrainedPolicy
 
@@ -13,17 +19,20 @@ def actor_of(config: Config) -> Actor | None:
     """The run ``config.data.actor`` with its ``best`` weights and demonstrations, checked.
 
     The demonstrations that it was trained on are collected now if they are missing. ``None``
-    without an actor, or with a ``demo_dir``, into which nothing is collected.
+    without an actor.
 
     Raises:
         FileNotFoundError: no such run, or it has no weights.
         ValueError: the run was trained on other cameras than ``config.model.cameras``, on another
-            suite or without one of the tasks, on a ``demo_dir`` or on human demonstrations; or
-            ``num_demos`` is not above the number of demonstrations that it was trained on.
+            suite or without one of the tasks, on a ``demo_dir``, on human demonstrations or on
+            others than the files hold now; ``num_demos`` is not above the number of
+            demonstrations that it was trained on; or a ``demo_dir`` is given.
     """
     data = config.data
-    if not data.actor or data.demo_dir:
+    if not data.actor:
         return None
+    data.require("actor", not data.demo_dir, f"none with demo_dir={data.demo_dir!r}, into which "
+                 "nothing is collected")
     run = find_run(data.actor)
     trained = load_config(run)
     cameras = trained.model.cameras
@@ -34,7 +43,8 @@ def actor_of(config: Config) -> Actor | None:
         raise _unfit(data.actor, f"was trained on {_tasks(trained)}", f"{_tasks(config)}, whose "
                      "demonstrations come first in the file")
     source = TrainedPolicy.load(run, "best")
-    if "human" in {file["source"] for file in description(run)["trained_on"]["files"]}:
+    trained_on = description(run)["trained_on"]["files"]
+    if "human" in {file["source"] for file in trained_on}:
         raise _unfit(data.actor, "was trained on human demonstrations",
                      "scripted ones: a file has one alignment of observations and actions")
     count = trained.data.max_demos_per_task or trained.data.num_demos
@@ -46,7 +56,21 @@ def actor_of(config: Config) -> Actor | None:
     except FileNotFoundError as error:
         raise _unfit(data.actor, f"has demonstrations that are not found again ({error})",
                      "a run trained without demo_dir") from error
+    files = {path.name: path for path in base.values()}
+    for file in trained_on:
+        path = files.get(Path(file["file"]).name)
+        if path and _actions(path, file["demos"]) != file.get("actions", ""):
+            raise _unfit(data.actor, f"was trained on other demonstrations than {path} holds",
+                         "the same, which come first in the new file")
     return Actor(data.actor, data.beta, source.sha256, source, base, count)
+
+
+def _actions(path: Path, demos: Sequence[str]) -> str:
+    """Digest of the demonstrations' actions, as :meth:`LIBERODataset.describe` gives it."""
+    with open_demo_file(path) as content:
+        actions = [content[schema.DATA_GROUP][name]["actions"][:].astype("float32").tobytes()
+                   for name in demos if name in content[schema.DATA_GROUP]]
+    return digest(b"".join(actions))
 
 
 def _tasks(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,12 +24,20 @@ def write_report(run: str | Path) -> Path:
     07_visualize, training, robustness, depth, data, search, limits and the commands that reproduce
     the run, as far as they exist. Results of other weights than the run's are marked. A section
     that cannot be read gives the reason instead. ``report.html`` holds its films and figures, loads
-    nothing, and has at most 10 MB. Raises ``FileNotFoundError`` for a folder without a trained run.
+    nothing, and has at most 10 MB. Raises ``FileNotFoundError`` for a folder without a trained run,
+    ``OSError`` for one in which they cannot be written.
     """
     run = find_run(run, to_write=True)
+    names = ("report.md", "report.html")
+    for name in names:
+        if (run / name).is_dir():
+            raise IsADirectoryError(f"{run / name} is a folder; expected a file or nothing there")
+    if not os.access(run, os.W_OK):
+        raise PermissionError(f"the folder {run} is not writable, so {' and '.join(names)} cannot "
+                              "be written")
     sections = read_sections(run)
-    for name, text in (("report.md", _markdown(run, sections.values())),
-                       ("report.html", render(run, sections))):
+    texts = _markdown(run, sections.values()), render(run, sections)
+    for name, text in zip(names, texts, strict=True):
         with atomic_path(run / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return run / "report.html"

@@ -7,7 +7,7 @@ const tiles = all(".tile");
 const figureOf = (tile) => document.getElementById(tile.getAttribute("aria-controls"));
 
 function show(tile) {
-  const open = tile && tile.getAttribute("aria-expanded") !== "true";
+  const open = tile !== null && tile.getAttribute("aria-expanded") !== "true";
   for (const each of tiles) {
     const shown = open && each === tile;
     each.setAttribute("aria-expanded", shown);
@@ -23,7 +23,11 @@ for (const [number, tile] of tiles.entries()) {
   tile.addEventListener("click", () => show(tile));
   tile.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (step) tiles[Math.max(0, Math.min(tiles.length - 1, number + step))].focus();
+    if (!step) return;
+    const next = tiles[Math.max(0, Math.min(tiles.length - 1, number + step))];
+    tile.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
   });
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") show(null); });

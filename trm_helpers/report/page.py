@@ -61,8 +61,17 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
 
 def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list[str]) -> dict:
     """Films and stills by the number of their episode, as many as fit; the film of the task."""
+    stills = {}
+
+    def has_still(number: int | str, path: Path) -> bool:
+        try:
+            stills[number] = _still(path)
+        except Exception as error:  # ffmpeg's, of a damaged film
+            left_out.append(f"{path.name} ({type(error).__name__})")
+        return number in stills
+
     filmed = [each for each in every_episode(sections["episodes"].shown.get("episodes", {}))
-              if each["video"]]
+              if each["video"] and has_still(each["number"], each["video"])]
     successes = [each for each in filmed if each["outcome"] == "success"]
     first = next(iter(successes + filmed), None)
     ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
@@ -71,22 +80,19 @@ def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list
     if first:
         hero = {"number": first["number"], "caption": (
             f"{first['task']}, {first['start']}. {first['end']}")}
-    elif demonstration := inside(run, "videos/01_demonstration.mp4"):
+    elif (demonstration := inside(run, "videos/01_demonstration.mp4")) \
+            and has_still("demonstration", demonstration):
         wanted = {"demonstration": demonstration}
         hero = {"number": "demonstration", "caption": "A demonstration of the training data."}
-    films, stills = {}, {}
-    free -= _STILL_BYTES * len(wanted)  # kept for stills
+    films = {}
+    free -= _STILL_BYTES * len(wanted)  # of a film that does not fit
     for number, path in wanted.items():
         if film := _embedded(path, "video/mp4", free + _STILL_BYTES):
             films[number], free = film, free + _STILL_BYTES - len(film)
-    for number, path in wanted.items():
-        if number not in films or hero["number"] == number:  # printed pages show no film
-            try:
-                stills[number] = _still(path)
-            except Exception as error:  # ffmpeg's, of a damaged film
-                left_out.append(f"{path.name} ({type(error).__name__})")
-    return {"films": films, "stills": stills, "hero": hero,
-            "not_embedded": len(wanted) - len(films)}
+    not_embedded = len(wanted) - len(films)
+    stills = {number: still for number, still in stills.items()
+              if number not in films or hero["number"] == number}  # printed pages show no film
+    return {"films": films, "stills": stills, "hero": hero, "not_embedded": not_embedded}
 
 
 def _embedded(path: Path, kind: str, most: int) -> str:

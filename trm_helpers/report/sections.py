@@ -82,8 +82,10 @@ def media(run: Path, pattern: str) -> list[str]:
 def _task(run: Path) -> Section:
     config = load_config(run)
     suite, model, task_ids = config.data.suite, config.model, config.data.task_ids
-    network = (f"a Tiny Recursive Model ({model.variant}): a small network that applies one block "
-               f"{_count(model.num_recursions, 'time')} per decision"
+    each = model.cycles * (model.latent_updates + 1) if model.variant == "trm" else 1
+    network = (f"a Tiny Recursive Model ({model.variant}), which applies one small network "
+               f"{_count(each * model.num_recursions, 'time')} per decision"
+               + (f" ({_count(model.num_recursions, 'recursion')} of {each})" if each > 1 else "")
                if model.variant in schema.RECURSIVE else
                f"a network without recursion ({model.variant}), for comparison")
     return Section("The task", texts=[
@@ -313,8 +315,9 @@ def _reproduce(run: Path) -> Section:
              *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
                for words in commands(run.name, config, results))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
-        "In a checkout of the project, with its virtual environment activated"
-        + (" (the run was made with uncommitted changes)" if saved.get("dirty") else "") + ":",
+        "In a checkout of the project, with its virtual environment activated:",
+        *(["The run was made with uncommitted changes, which this revision lacks: these commands "
+           "train a similar policy, not this one."] if saved.get("dirty") else ()),
         *(f"{done} with " + "; ".join(f"{key} {versions[key]}" for key in _SOFTWARE
                                       if versions.get(key)) + "."
           for done, versions in software.items() if any(map(versions.get, _SOFTWARE)))])

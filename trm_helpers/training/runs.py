@@ -156,9 +156,15 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
         for run in (root / name, beside / name, paths.absolute(name)):
             if (run / "policy.json").exists():
                 return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
-    names = [run.name for run in trained] + shipped_policies()
-    raise FileNotFoundError(f"no trained run {name!r} in {root}; "
-                            f"there are: {', '.join(names) or 'none'}. 04_train makes one"
+    shipped = shipped_policies()
+    names = [run.name for run in trained] + shipped
+    alike = [each for each in shipped if Path(each).name == name]
+    hint = f"; did you mean {alike[0]!r}?" if alike else schema.did_you_mean(name, names)
+    found = "no run has been trained" if not name else (
+        f"the run {name!r} has not been trained" if (root / name).is_dir()
+        else f"no trained run {name!r}")
+    raise FileNotFoundError(f"{found} in {root}; there are: {', '.join(names) or 'none'}{hint}. "
+                            "04_train makes one, or `python -m trm_helpers train demo`"
                             + ("; Add Input > Your Work > Notebooks attaches its output"
                                if paths.on_kaggle() else ""))
 
