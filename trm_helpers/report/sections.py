@@ -198,7 +198,8 @@ def _inside(run: Path) -> Section:
     title = "Inside the recursion"
     found = _read(run / "explain.json")
     if found is None:
-        return Section(title, missing="07_visualize looks inside the policy.")
+        return Section(title, missing="07_visualize looks inside the policy: "
+                       + _played(run, "07_visualize"))
     return Section(title, stale(run, found), sentences=found["sentences"],
                    figures=["07_recursion.png", "07_predictions.png"],
                    shown={"names": _ACTIONS, "moments": [
@@ -234,7 +235,8 @@ def _training(run: Path) -> Section:
 
 def _saliency(run: Path) -> Section:
     return Section("Where it looks", figures=["07_saliency.png"],
-                   missing="07_visualize computes which pixels affect the action.")
+                   missing="07_visualize computes which pixels affect the action: "
+                           + _played(run, "07_visualize"))
 
 
 def _robustness(run: Path) -> Section:
@@ -243,7 +245,7 @@ def _robustness(run: Path) -> Section:
     if card is None:
         return Section(title, missing=(
             "06_eval with robustness_episodes=10, or python -m trm_helpers robustness "
-            f"{run_name(run)}, measures which changes it survives."))
+            f"{shlex.quote(run_name(run))}, measures which changes it survives."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row. Perturbed episodes start from the init states of the "
         "plain ones, episodes in LIBERO-PRO's suites from others."],
@@ -257,7 +259,7 @@ def _depth(run: Path) -> Section:
     if card is None:
         return Section(title, figures=["07_depth.png"], missing=(
             "07_visualize with depth_episodes=10, or python -m trm_helpers depth "
-            f"{run_name(run)}, measures success with fewer and more recursions."))
+            f"{shlex.quote(run_name(run))}, measures success with fewer and more recursions."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row, from the same init states."], depth_rows(card),
         figures=["07_depth.png"], shown={"bars": _bars({row["name"]: row for row in card["rows"]})})
@@ -304,6 +306,10 @@ def _limits(run: Path) -> Section:
         said.append("Robustness was not measured: how it behaves when the camera, the light or "
                     "the objects change is unknown.")
     return Section("Limits", sentences=said)
+
+
+def _played(run: Path, notebook: str) -> str:
+    return f"python -m trm_helpers run {notebook} -p run_name {shlex.quote(run_name(run))}"
 
 
 def _reproduce(run: Path) -> Section:

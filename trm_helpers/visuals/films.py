@@ -69,7 +69,8 @@ def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequenc
         views: the policy's own views by their titles, small, on the right below the text.
         lines: the text.
         progress: share of the allowed time, in [0, 1], drawn as a bar.
-        outcome: of the end: text on a green (``success``) or red band over the main view.
+        outcome: of the end: text on a green (``success``) or red band at the top of the main view,
+            which shows the wall.
     """
     canvas = Image.new("RGB", (2 * MAIN, MAIN), "black")
     canvas.paste(Image.fromarray(main), (0, 0))
@@ -85,10 +86,10 @@ def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequenc
         canvas.paste(image, (left, small))
         _write(draw, (left + _MARGIN, small - _LINE - 2), [title])
     if outcome:
-        draw.rectangle((0, MAIN - 60, MAIN - 1, MAIN - 1), fill=GREEN if success else RED)
+        draw.rectangle((0, 0, MAIN - 1, 60), fill=GREEN if success else RED)
         text = textwrap.fill(outcome, 22, initial_indent="✓ " if success else "✗ ",
                              subsequent_indent="  ")
-        draw.text((_MARGIN, MAIN - 30), text, font=_font(20), fill="black", anchor="lm")
+        draw.text((_MARGIN, 30), text, font=_font(20), fill="black", anchor="lm")
     return np.asarray(canvas)
 
 
