@@ -22,7 +22,7 @@ def pretend(monkeypatch):
         train_into(run_dir, given)
 
     monkeypatch.setattr(trials, "run_notebook", run_notebook)
-    monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations", lambda config: {})
+    monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations", lambda *_: {})
 
 
 def test_a_sweep_runs_the_trials_of_the_search(tmp_path, pretend, capsys, monkeypatch):
