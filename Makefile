@@ -87,7 +87,7 @@ notebooks: setup
 	$(BIN)/jupytext --update --to ipynb notebooks/*.py
 
 gallery: setup
-	$(BIN)/python -m trm_helpers run 03_model -p preset demo
+	$(BIN)/python -m trm_helpers run 03_model --run-name demo -p preset demo
 	$(BIN)/python benchmarks/gallery.py artifacts/demo
 
 # SUITES="libero_spatial libero_object" DEMOS=data/scripted PARTS_MB=60 choose what is packed.
