@@ -65,7 +65,7 @@ class FirstLook(nn.Module):
 class Look(nn.Module):
     """Crops (P, 3, 24, 24) to a correction of the estimates, through a recurrent state (P, 128).
 
-    It is told the task and the keypoint, and how far the estimate is from the middle of the crop.
+    Its other inputs are the task, the keypoint and the estimate's offset from the crop's centre.
     """
 
     def __init__(self, widths: tuple[int, ...]):

@@ -312,8 +312,8 @@ def _fill(steps: Steps, demo: Demo, group: h5py.Group, images: dict[str, torch.T
 def next_push_steps(group: h5py.Group, first: int) -> np.ndarray:
     """(T,) the last step whose action can be predicted at t; a large number if all can.
 
-    It is the first step from t on whose executed action is another than the stored one: the state
-    after it is the push's doing. Where a policy acted (DAgger), hardly any executed action equals
+    It is the first step from t on whose executed action differs from the stored one: a push decides
+    the state after it. Where a policy acted (DAgger), hardly any executed action equals
     its label, yet labels stay predictable while the two are close: there it is the first step up to
     which their differences since t add up to more than ``LABEL_TOLERANCE`` along any dimension.
 

@@ -87,7 +87,8 @@ class Expert:
         if verb in _PLACING:
             if (out := way_into(self.env, predicate[2])) is not None:
                 return PutInside(self.env, name, predicate[2], out, self.style)
-            # a single placement ends the episode on contact; a former one would cost the time
+            # A single placement ends the episode on contact. In a sequence, an object that stands
+            # is released early, so that its lowering does not use up the time.
             timing = {"still_steps": _STILL_STEPS} if len(self.goal) > 1 else {}
             return PickPlace(self.env, name, predicate[2], self.style, self._beside[predicate],
                              **timing)

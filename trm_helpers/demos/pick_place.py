@@ -387,7 +387,7 @@ def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 def free_spot(fixture: Boxes, centre: np.ndarray, half: np.ndarray, size: np.ndarray,
               height: float) -> np.ndarray:
-    """Metres (2,) from a region's ``centre`` to where an upright cylinder meets the least boxes.
+    """Metres (2,) from a region's ``centre`` to where an upright cylinder overlaps the boxes least.
 
     The region has ``half`` its size (3,), the cylinder the diameters of ``size`` and stands 2 cm
     above the region's bottom with a ``height`` in metres. At equal amounts the nearest is chosen.
