@@ -208,7 +208,8 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
                 progress_bar=False, stderr_file=progress,
                 stdout_file=SimpleNamespace(write=progress.follow, flush=progress.flush),
                 coalesce_streams=True,  # of a progress bar, the copy keeps the last state
-                extra_arguments=["--log-level=ERROR"])  # no warning that its sockets are local TCP
+                # no warning that its sockets are local TCP, no error that its shutdown interrupts it
+                extra_arguments=["--log-level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
         lines = without_colours("\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]
         connection.send("\n".join([f"{error.ename}: {error.evalue}", *lines])[:_ERROR_LENGTH])
