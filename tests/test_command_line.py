@@ -91,7 +91,9 @@ def test_a_preset_and_settings_on_top():
 
 
 def test_wrong_usage_and_bad_values_have_their_own_codes(capsys):
-    for wrong, said in ((["--learning-rate", "1"], "--learning-rate"),
+    for wrong, said in ((["--learning-rate", "1"],
+                         "unknown option --learning-rate; did you mean --lr?"),
+                        (["--epoch=3"], "unknown option --epoch; did you mean --epochs"),
                         (["--lr", "-1"], "lr=-1.0 is not valid")):
         with pytest.raises(SystemExit) as ended:
             main(["train", "demo", "--run-name", "r", *wrong])

@@ -249,9 +249,13 @@ def test_a_notebook_that_reads_a_run_takes_its_path_and_writes_to_a_copy(
     assert run_notebook("06_eval", {"run_name": "theirs/"}).parent == copy / "notebooks"
     assert json.loads((nb_dir / "said.json").read_text())["run_name"] in ("theirs/", "theirs")
     assert not (tmp_path / "input" / "theirs" / "notebooks").exists()
-    for name, error in (("../input/theirs", ValueError), ("nobody", FileNotFoundError)):
+    assert run_notebook("06_eval").parent == copy / "notebooks"  # the newest run's
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(tmp_path / "none"))
+    for name, error in (("../input/theirs", ValueError), ("nobody", FileNotFoundError),
+                        ("", FileNotFoundError)):
         with pytest.raises(error):
             run_notebook("06_eval", {"run_name": name})
+    assert not (paths.artifacts_dir() / "notebooks").exists()  # nothing was executed
 
 
 # --- the suite -----------------------------------------------------------------------------------

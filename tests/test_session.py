@@ -1,5 +1,6 @@
 """What a notebook's first call finds in a Kaggle session; the folders stand in a test's own."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +43,21 @@ def kaggle(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "Process",
                         lambda pid: types.SimpleNamespace(create_time=lambda: began))
     return tmp_path / "kaggle"
+
+
+PARAMETERS = "lr = None  # type: float; learning rate\nrun_name = ''  # type: str; folder"
+
+
+@pytest.mark.parametrize(("cells", "refused"), [
+    ([PARAMETERS, "# Parameters\nlrr = 1e-3\n"], "no parameter 'lrr'; did you mean 'lr'"),
+    ([PARAMETERS, "# Parameters\nlearning_rate = 1e-3\n"], "did you mean 'lr'"),
+    ([PARAMETERS, '# Parameters\nlr = 1e-3\nrun_name = "x"\n'], None),
+    (["!ls", "# Parameters\nlrr = 1e-3\n"], None),  # not after a cell of parameters
+    ([PARAMETERS, "lrr = 1e-3"], None)])
+def test_a_parameter_that_a_notebook_does_not_have_ends_it(monkeypatch, cells, refused):
+    monkeypatch.setattr(sys.modules["__main__"], "In", ["", *cells], raising=False)
+    with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():
+        session.begin()
 
 
 def run_folder(folder, epochs):

@@ -7,11 +7,14 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import sys
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +24,17 @@ from tyro.conf import OmitArgPrefixes, Positional, SuppressFixed
 
 from . import config as settings
 from . import paths, schema
-from .config import COMMON, PRESETS, Config, DataConfig, EvalConfig, from_flat, parse_parameter
+from .config import (
+    COMMON,
+    PARTS,
+    PRESETS,
+    Config,
+    DataConfig,
+    EvalConfig,
+    from_flat,
+    parse_parameter,
+    types_of,
+)
 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
 Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
@@ -383,13 +396,27 @@ def parse(argv: list[str]) -> Any:
         with contextlib.redirect_stdout(page) if HELP & {*rest} else contextlib.nullcontext():
             return tyro.cli(kind, args=rest, default=kind(**{**required, **given}),
                             description=description, prog=f"python -m trm_helpers {name}")
-    except SystemExit:
+    except SystemExit as wrong:
+        if wrong.code and (hints := _hints(kind, rest)):
+            print("\n".join(hints), file=sys.stderr)
         if text := page.getvalue():  # tyro's usage has the options before the positional arguments
             usage, _, rest = text.partition("\n")
             usage = re.sub(r" \[.*?\]", "", usage) + " [PRESET]" * takes_preset
             rest = re.sub(r"config\.(\w+ options)", r"\1", rest)
             _print(f"{usage} [OPTIONS]\n{rest}")
         raise
+
+
+def _hints(kind: type, given: Sequence[str]) -> list[str]:
+    """For each option that a command does not have, the one that may be meant."""
+    types = typing.get_type_hints(kind).values()
+    parts = [PARTS.values() if part is Config else [part]
+             for part in types if dataclasses.is_dataclass(part)]
+    known = [name for part in [kind, *itertools.chain(*parts)] for name in types_of(part)]
+    names = [text[2:].partition("=")[0].replace("-", "_") for text in given if text[:2] == "--"]
+    said = [f"unknown option '{name}'{hint}" for name in names
+            if name not in [*known, "help"] and (hint := schema.did_you_mean(name, known))]
+    return [re.sub("'(.*?)'", r"--\1", line).replace("_", "-") for line in said]
 
 
 def _print(text: str) -> None:

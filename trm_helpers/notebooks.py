@@ -58,8 +58,8 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
         name_or_path: ``"04_train"`` for one of the suite, or a path to an ``.ipynb``.
         parameters: values for its ``parameters`` cell.
         output: the executed copy; by default ``<run_dir>/notebooks/<name>.ipynb``.
-        run_dir: by default ``artifacts/<run_name>`` with the parameter of that name, else
-            ``artifacts``.
+        run_dir: by default the run that the notebook evaluates, or ``artifacts/<run_name>`` with
+            the parameter of that name, else ``artifacts``.
         environment: additional variables of its process.
         log: a file for its printed output, instead of the terminal.
         stop: ends the notebook when set; for calls from threads, which Ctrl-C does not reach.
@@ -155,8 +155,8 @@ def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]
 
     folder = paths.artifacts_dir()
     for name in ("baseline_run", "run_name"):
-        if checked.get(name):
-            found = find_run(checked[name], to_write=name == "run_name")
+        if checked.get(name) or name == "run_name":  # without a name, the newest run
+            found = find_run(checked.get(name) or "", to_write=name == "run_name")
             if found.parent != paths.artifacts_dir():
                 checked[name] = str(found)
             if name == "run_name":
@@ -208,7 +208,7 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
                 progress_bar=False, stderr_file=progress,
                 stdout_file=SimpleNamespace(write=progress.follow, flush=progress.flush),
                 coalesce_streams=True,  # of a progress bar, the copy keeps the last state
-                # no warning that its sockets are local TCP, no error that its shutdown interrupts it
+                # no warning of local TCP sockets, no error when its shutdown interrupts it
                 extra_arguments=["--log-level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
         lines = without_colours("\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]

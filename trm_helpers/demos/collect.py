@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from .. import paths, schema
 from ..config import Config
 from ..files import atomic_path, differences, exclusive_lock, read_json
+from ..opengl import simulator_imports
 from ..sim import layouts
-from ..sim.env import LiberoEnv, load_task, worker_env
+from ..sim.env import LiberoEnv, load_task, quiet, worker_env
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
 from .dagger import Actor, Mixture
@@ -484,7 +485,8 @@ def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
 
 
 def _problem_name(bddl_file: str) -> str:
-    from libero.libero.envs import bddl_utils
+    with quiet(), simulator_imports():
+        from libero.libero.envs import bddl_utils
 
     return bddl_utils.get_problem_info(bddl_file)["problem_name"]
 

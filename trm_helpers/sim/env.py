@@ -44,7 +44,7 @@ class Task:
 def _benchmark(suite: str):
     schema.check_suite(suite)
     check_pinned_versions()
-    with _quiet(), simulator_imports():
+    with quiet(), simulator_imports():
         from libero.libero import benchmark
 
         return benchmark.get_benchmark(suite)()
@@ -177,7 +177,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
         self._official_start: np.ndarray | None = None
         self._scenes: dict[str, Scene] = {}
         configure_gl()
-        with _quiet():
+        with quiet():
             with simulator_imports():
                 from libero.libero.envs import OffScreenRenderEnv
 
@@ -457,7 +457,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Suppress what LIBERO and robosuite print, log and warn of while they load."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
