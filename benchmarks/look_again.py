@@ -26,7 +26,8 @@ from tqdm import tqdm
 from trm_helpers.data.augment import augment_images
 from trm_helpers.files import read_json, write_json
 from trm_helpers.policy.keypoints import cross_entropy
-from trm_helpers.policy.layers import Centre, Localizer
+from trm_helpers.policy.layers import Centre
+from trm_helpers.policy.localizer import Localizer
 from trm_helpers.software import software_versions
 from trm_helpers.stats import wilson_interval
 

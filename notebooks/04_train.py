@@ -54,6 +54,7 @@ placement = None  # type: str; object layouts, benchmark or wide (randomised); N
 actor = None  # type: str; run that acts while the expert labels (DAgger); None: the expert acts
 beta = None  # type: float; with actor: probability that the expert acts in a decision; None: 0.5
 scenes = None  # type: int; scenes per demonstration to train a localizer; None: the preset's
+looks = None  # type: int; with scenes: how often the localizer looks again; None: the preset's
 max_demos_per_task = None  # type: int; demonstrations read per task, 0 all; None keeps the preset's
 storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
 augmentation = None  # type: str; none, brightness, colour, reference, shift or cutout
@@ -135,13 +136,13 @@ check_parameters(selection_episodes=selection_episodes, resume=resume)
 config = from_flat(
     preset, more, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
     num_demos=num_demos, placement=placement, actor=actor, beta=beta, scenes=scenes,
-    max_demos_per_task=max_demos_per_task, storage=storage, augmentation=augmentation,
-    epochs=epochs, batch_size=batch_size, lr=lr, loss=loss, variant=variant,
-    conditioning=conditioning, hidden_dim=hidden_dim, num_recursions=num_recursions,
-    deep_supervision=deep_supervision, halting=halting, gripper=gripper, image_size=image_size,
-    chunk=chunk, execution_horizon=execution_horizon, seed=seed, patience=patience,
-    rollout_every=rollout_every, max_minutes=max_minutes, stop_epoch=stop_epoch,
-    num_threads=num_threads, wandb_mode=wandb_mode)
+    looks=looks, max_demos_per_task=max_demos_per_task, storage=storage,
+    augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr, loss=loss,
+    variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
+    num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,
+    gripper=gripper, image_size=image_size, chunk=chunk, execution_horizon=execution_horizon,
+    seed=seed, patience=patience, rollout_every=rollout_every, max_minutes=max_minutes,
+    stop_epoch=stop_epoch, num_threads=num_threads, wandb_mode=wandb_mode)
 usual = preset if config == from_flat(preset) else ""
 run = create_run(config, run_name or usual, resume)
 files = ensure_demonstrations(config, actor_of(config))

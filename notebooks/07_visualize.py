@@ -75,6 +75,7 @@ import json
 
 import imageio.v3 as imageio
 import pandas as pd
+import torch
 from IPython.display import Markdown, display
 
 from trm_helpers import (
@@ -93,7 +94,7 @@ from trm_helpers.files import write_json
 from trm_helpers.policy import keypoints
 from trm_helpers.report import write_report
 from trm_helpers.training.runs import find_run, held_out, load_config
-from trm_helpers.visuals import explain, plots, unrolled
+from trm_helpers.visuals import explain, keypoint_plots, plots, unrolled
 
 # %%
 check_parameters(weights=weights, num_samples=num_samples, depth_episodes=depth_episodes)
@@ -134,15 +135,22 @@ print(f"{worst} has the largest error ({error[worst]:.3f} on average). Shrunk to
 # Keypoints are the positions of the goal's objects in the agent view, predicted by a small network,
 # the localizer. A policy trained with `scenes` above 0 receives only keypoints from the agent view.
 # A mark far from its object means that the localizer did not find it, often because the arm hides
-# it.
+# it. A localizer trained with `looks` corrects its first estimate: it looks again, at the pixels
+# around the estimate, and the second figure shows what it sees in each look.
 
 # %%
 if policy.config.keypoints:
     looked = data.batch([len(data) * share // 8 for share in (1, 3, 5, 7)])["observations"]
-    fig = plots.plot_places(looked["agentview_rgb"][:, 0],
-                            keypoints.predicted_keypoints(policy, looked), policy.config.keypoints)
+    frames = (255 * looked["agentview_rgb"][:, 0]).round().to(torch.uint8).numpy()
+    trails, names = keypoints.predicted_keypoints(policy, looked), policy.config.keypoints
+    fig = keypoint_plots.plot_places(frames, trails[:, -1], names)
     plots.save_figure(fig, run / "figures" / "07_places.png")
     display(fig)
+    if policy.config.looks:
+        shown = "object" if "object" in names else names[0]
+        fig = keypoint_plots.plot_looks(frames[:2], trails[:2], names, shown)
+        plots.save_figure(fig, run / "figures" / "07_looks.png")
+        display(fig)
 else:
     print("Not shown: this policy has no localizer. Train one with scenes=60 in 04_train (about "
           "seven minutes more for 30 demonstrations of a task on two CPU cores).")

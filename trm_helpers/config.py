@@ -37,7 +37,8 @@ _POSITIVE = {
 # A policy from elsewhere must not exhaust this machine; the last two are PyTorch's limits
 _LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
             "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
-            "keypoint_tasks": 1000, "chunk": 1024, "num_threads": 1024, "seed": 2**63 - 1}
+            "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "num_threads": 1024,
+            "seed": 2**63 - 1}
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -162,6 +163,7 @@ class ModelConfig(_Part):
     image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: images centred on 0
     keypoints: Annotated[tuple[str, ...], Fixed] = ()  # set by training: objects to locate
     keypoint_tasks: Annotated[int, Fixed] = 0  # set by training: the localizer's tasks
+    looks: int = 0  # with scenes: how often the localizer looks again at its own estimates
     proprioception: bool = False  # observe joint angles, finger positions, end effector
     conditioning: Literal[schema.CONDITIONING] = "none"  # task number or instruction
     num_tasks: int = 10  # size of the task embedding
@@ -182,6 +184,8 @@ class ModelConfig(_Part):
             self.require("cameras", schema.STILL_CAMERA in self.cameras,
                          f"{schema.STILL_CAMERA} among them, where keypoints are located")
             self.require("image_size", self.image_size % 4 == 0, "a multiple of 4 with keypoints")
+        self.require("image_size", not self.looks or self.image_size % 8 == 0,
+                     "a multiple of 8 with looks")
         if self.variant == "block":
             self.require("image_size", self.image_size >= 36,
                          ">= 36, required by the three convolutions")
@@ -324,6 +328,9 @@ class Config:
                                f"{schema.STILL_CAMERA} among them, which the localizer reads")
             self.model.require("keypoints", not self.model.keypoints,
                                "none with scenes, from which training derives them")
+        else:
+            self.model.require("looks", not self.model.looks or bool(self.model.keypoints),
+                               "0 without scenes, which train the localizer that looks")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

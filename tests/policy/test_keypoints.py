@@ -22,9 +22,10 @@ from trm_helpers.policy.keypoints import (
     localization_errors,
     render_scenes,
     train_localizer,
+    train_looks,
     visible_keypoints,
 )
-from trm_helpers.policy.layers import KeypointEncoder, Localizer
+from trm_helpers.policy.localizer import CROP, KeypointEncoder, Localizer, crops
 from trm_helpers.sim.env import LiberoEnv, load_task
 from trm_helpers.training.train import BehaviorCloningTrainer
 
@@ -107,7 +108,7 @@ def test_a_policy_conditions_its_localizer_on_its_task():
     localizer.known.copy_(torch.eye(3))
     seen = {schema.STILL_CAMERA: torch.rand(1, 36, 36, 3).expand(2, -1, -1, -1),
             "task_id": torch.tensor([0, 1])}
-    first, second = keypoints.predicted_keypoints(policy, seen)
+    first, second = keypoints.predicted_keypoints(policy, seen)[:, -1]
     assert not np.allclose(first, second, atol=1e-5)
     maps = localizer(seen[schema.STILL_CAMERA], F.one_hot(torch.tensor([0, 1]), 3).float())
     torch.testing.assert_close(torch.from_numpy(np.stack([first, second])),
@@ -180,6 +181,83 @@ def test_the_same_seed_gives_the_same_weights(trained_on_squares):
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
+# --- looking again ------------------------------------------------------------------------------
+def test_a_crop_holds_the_pixels_around_the_estimate():
+    images = torch.rand(2, 40, 48, 3)
+    estimates = torch.tensor([[[20 / 48, 14 / 40], [0.0, 1.0]], [[30 / 48, 25 / 40], [0.5, 0.5]]])
+    found = crops(images, estimates)  # (B, K, 3, 24, 24)
+    assert found.shape == (2, 2, 3, CROP, CROP)
+    torch.testing.assert_close(found[0, 0].permute(1, 2, 0), images[0, 2:26, 8:32])
+    torch.testing.assert_close(found[1, 0].permute(1, 2, 0), images[1, 13:37, 18:42])
+    corner = images[0, -1, 0].expand(CROP // 2, CROP // 2, 3)  # outside: the border's pixels
+    torch.testing.assert_close(found[0, 1].permute(1, 2, 0)[CROP // 2:, :CROP // 2], corner)
+
+
+def test_each_look_sees_the_crop_at_the_last_estimate():
+    localizer, seen = Localizer(1, looks=3), []
+
+    def step(crop, which, state):
+        seen.append(crop)
+        return torch.tensor([[[4.0, -2.0]]]), state
+
+    localizer.look.forward = step
+    images = torch.rand(1, 64, 64, 3)
+    found = localizer.locate(images)
+    assert found.shape == (1, 4, 1, 2)
+    torch.testing.assert_close(found.diff(dim=1)[0, :, 0], torch.tensor([[4.0, -2.0]] * 3) / 64)
+    for crop, estimate in zip(seen, found[:, :3].unbind(1), strict=True):
+        torch.testing.assert_close(crop, crops(images, estimate))
+
+
+def test_all_looks_share_their_weights_and_the_first_look_sees_half_the_size():
+    two, six = Localizer(3, looks=2), Localizer(3, looks=6)
+    assert [w.shape for w in two.parameters()] == [w.shape for w in six.parameters()]
+    assert two(torch.rand(1, 64, 64, 3)).shape == (1, 3, 16, 16)
+    assert two.locate(torch.rand(1, 64, 64, 3), looks=9).shape == (1, 10, 3, 2)
+    with pytest.raises(ValueError, match="looks=1 is not valid for a localizer trained with"):
+        Localizer(3).locate(torch.rand(1, 64, 64, 3), looks=1)
+
+
+def test_looks_learn_to_correct_the_first_look_which_stays_as_it_is():
+    scenes, new = squares(400, size=64), squares(200, size=64, seed=1)
+    torch.manual_seed(0)
+    localizer = Localizer(2, looks=3)
+    train_localizer(localizer, *scenes, steps=60)
+    before = {name: w.clone() for name, w in localizer.state_dict().items()}
+    train_looks(localizer, *scenes, steps=150)
+    for name, weight in localizer.state_dict().items():
+        assert torch.equal(weight, before[name]) != name.startswith("look."), name
+    frames, places = new
+    with torch.no_grad():
+        trail = localizer.locate(frames.float() / 255)
+    by_look = (trail - places.unsqueeze(1)).norm(dim=-1).nanquantile(0.5, dim=0).mean(-1)
+    assert by_look[-1] < 0.5 * by_look[0], by_look
+    torch.testing.assert_close(localization_errors(localizer, *new),
+                               (trail[:, -1] - places).norm(dim=-1), equal_nan=True)
+
+
+def test_the_task_selects_what_a_look_corrects_towards():
+    """Two squares in one crop; the task's number says which of them is the object."""
+    frames, places = squares(600, size=64)
+    near = (places[:, 0] - places[:, 1]).norm(dim=-1) < 14 / 64  # not so where one is absent
+    images, places = frames[near].float() / 255, places[near]
+    which = torch.arange(len(images)) % 2
+    wanted, between = places[torch.arange(len(images)), which].unsqueeze(1), places.mean(1, True)
+    torch.manual_seed(0)
+    localizer = Localizer(1, 2, 2, looks=2)
+    localizer.known.copy_(torch.eye(2))
+    tasks = F.one_hot(which, 2).float()
+    optimizer = torch.optim.Adam(localizer.look.parameters(), 3e-3)
+    for _ in range(150):
+        found = localizer.look_again(images, tasks, between, 2)
+        optimizer.zero_grad()
+        (found - wanted.unsqueeze(1)).abs().mean().backward()
+        optimizer.step()
+    error, of_the_other = ((localizer.look_again(images, asked, between, 2)[:, -1] - wanted)
+                           .norm(dim=-1).mean() for asked in (tasks, 1 - tasks))
+    assert error < 0.5 * of_the_other, (error, of_the_other)
+
+
 # --- scenes as files, and a run --------------------------------------------------------------
 def test_image_positions_are_of_the_stored_frame_upside_down():
     """Pixel centres of an upright 128 x 128 image; the last lies outside."""
@@ -227,13 +305,14 @@ def rendered(tmp_path, monkeypatch):
         return [write_scenes(path, *squares(60, seed=len(asked[-1][3])))]
 
     monkeypatch.setattr(keypoints, "render_scenes", draw)
-    monkeypatch.setattr(train_localizer, "__kwdefaults__",
-                        {**train_localizer.__kwdefaults__, "steps": 30})
+    for train in (train_localizer, train_looks):
+        monkeypatch.setattr(train, "__kwdefaults__", {**train.__kwdefaults__, "steps": 30})
     return asked
 
 
-def test_a_run_trains_its_localizer_first(small_run, rendered):
-    trainer = small_run(scenes=20)
+@pytest.mark.parametrize("looks", [0, 2])
+def test_a_run_trains_its_localizer_first(small_run, rendered, looks):
+    trainer = small_run(scenes=20, looks=looks, image_size=40)
     encoder = trainer.policy.encoders[schema.STILL_CAMERA]
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     trainer.fit()
@@ -248,8 +327,10 @@ def test_a_run_trains_its_localizer_first(small_run, rendered):
     assert known["things"] == ["green", "red"] and known["measured_on"] == 60
     [errors_of] = [value for name, value in known.items() if name.startswith("median and 90 %")]
     assert all(median < most for median, most in errors_of.values())
-    seen = {schema.STILL_CAMERA: torch.rand(2, 36, 36, 3), "proprio": torch.zeros(2, 12)}
+    seen = {schema.STILL_CAMERA: torch.rand(2, 40, 40, 3), "proprio": torch.zeros(2, 12)}
     torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
+    assert keypoints.predicted_keypoints(policy, seen).shape == (2, 1 + looks, 2, 2)
+    assert any(name.startswith("locator.look.") for name in before) == bool(looks)
 
 
 @pytest.mark.parametrize("change", [

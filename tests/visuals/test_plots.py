@@ -15,7 +15,7 @@ from trm_helpers.schema import ACTION_NAMES
 from trm_helpers.search import figures
 from trm_helpers.sim.render import upright
 from trm_helpers.stats import summarize_episodes, wilson_interval
-from trm_helpers.visuals import action_plots, explain, plots, unrolled
+from trm_helpers.visuals import action_plots, explain, keypoint_plots, plots, unrolled
 from trm_helpers.visuals import figure as base
 
 matplotlib.use("agg")
@@ -81,7 +81,7 @@ def test_frames_are_upright_in_every_figure_of_images():
 
 def test_places_are_marked_where_the_upright_picture_shows_them():
     places = np.array([[[0.25, 0.0], [1.0, 0.5]], [[0.5, 1.0], [0.0, 0.0]]])
-    figure = plots.plot_places(stored(), places, ["plate_1", "basket_1"])
+    figure = keypoint_plots.plot_places(stored(), places, ["plate_1", "basket_1"])
     height, width = stored().shape[1:3]
     for axes, expected in zip(figure.axes, places, strict=True):
         assert_upright(axes)
@@ -89,6 +89,20 @@ def test_places_are_marked_where_the_upright_picture_shows_them():
         np.testing.assert_allclose(marks, [(u * width - 0.5, (1 - v) * height - 0.5)
                                            for u, v in expected])
     assert [text.get_text() for text in figure.legends[0].texts] == ["plate 1", "basket 1"]
+
+
+def test_a_look_shows_the_pixels_around_its_estimate_and_where_the_last_one_is():
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    image[0, 10:12, 40:42] = 255  # in the stored image; upright at row 52
+    trail = np.array([[[0.5, 0.25]], [[41 / 64, 11 / 64]]])[None]  # (1, 2, 1, 2)
+    figure = keypoint_plots.plot_looks(image, trail, ["bowl_1"], "bowl_1")
+    frame, first, last = figure.axes
+    np.testing.assert_allclose(frame.lines[0].get_xydata(), [(31.5, 47.5), (40.5, 52.5)])
+    for axes, bright in ((first, (20.5, 16.5)), (last, (11.5, 11.5))):  # column, row in the crop
+        seen = np.argwhere(axes.images[0].get_array()[..., 0] > 0.9)[:, ::-1]
+        np.testing.assert_allclose(seen.mean(0), bright)
+        np.testing.assert_allclose(axes.lines[0].get_xydata()[0], bright)  # the ring is on it
+    assert first.get_xlabel() == f"moves {np.hypot(9, 5):.1f} px"
 
 
 # --- curves and bars -----------------------------------------------------------------------------
@@ -229,7 +243,10 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
     "plot_alignment": (plots, ["shift", {"method": "delay", "fraction": None, "delay": 0.25}],
                        "obs[t] -> actions[t+1]. Measured: delay +0.25 control steps."),
     "plot_augmentation": (plots, [stored(6), stored(6)], "each of original, augmented"),
-    "plot_places": (plots, [stored(6), np.full((6, 2, 2), 0.5), ["plate_1", "bowl_1"]],
+    "plot_looks": (keypoint_plots, [
+        stored(2), np.linspace([[0.5, 0.5]] * 2, [[0.75, 0.5]] * 2, 3).swapaxes(0, 1)[:, :, None],
+        ["bowl_1"], "bowl_1"], "Image 1: moved by"),
+    "plot_places": (keypoint_plots, [stored(6), np.full((6, 2, 2), 0.5), ["plate_1", "bowl_1"]],
                     "6 images, each with a mark for plate 1, bowl 1."),
     "plot_batch": (plots, [BATCH], "The first 6 of 6 samples"),
     "plot_training_curves": (plots, [[
@@ -280,7 +297,7 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
 
 
 def test_every_function_that_draws_a_figure_has_an_example():
-    modules = action_plots, plots, explain, unrolled, figures, depth, robustness
+    modules = action_plots, keypoint_plots, plots, explain, unrolled, figures, depth, robustness
     drawing = {name for module in modules
                for name, value in vars(module).items()
                if hasattr(value, "__wrapped__") and name.startswith("plot_")}

@@ -29,13 +29,16 @@ from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_j
 from ..sim.env import LiberoEnv, load_task
 from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
-from .layers import Localizer
+from .localizer import Localizer
 from .model import read_weights
 
 HAND = "hand"  # keypoint between the fingers
 _MOVED = 0.01  # metres; an object further from its start was moved by the robot and stays in place
 _GOAL_UNMOVED = 0.5  # share of scenes that keep the goal's objects where the demonstration has them
 _STEPS, _BATCH, _LR = 1500, 64, 3e-3  # of training
+_LOOK_STEPS, _LOOK_LR = 2500, 2e-3  # of training the further looks
+_LOOK_DISCOUNT = 0.8  # weight of a look's error against the next one's
+_DISPLACED = (0.0, 2.0, 8.0)  # pixels, standard deviations of the starts in training
 
 
 # --- scenes --------------------------------------------------------------------------------------
@@ -184,14 +187,56 @@ def train_localizer(localizer: Localizer, frames: torch.Tensor, places: torch.Te
     autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
                               enabled=precision == "bf16")
     for _ in tqdm(range(steps), desc="training the localizer", unit="step"):
-        chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
-        images = augment_images(frames[chosen].to(device).float() / 255, "colour", generator)
+        images, task, known = _batch(frames, places, tasks, generator, device)
         with autocast:
-            maps = localizer(images, None if tasks is None else tasks[chosen].to(device))
+            maps = localizer(images, task)
         optimizer.zero_grad()
-        cross_entropy(maps, places[chosen].to(device)).backward()
+        cross_entropy(maps, known).backward()
         optimizer.step()
         schedule.step()
+
+
+def train_looks(localizer: Localizer, frames: torch.Tensor, places: torch.Tensor,
+                tasks: torch.Tensor | None = None, *, seed: int = 0, steps: int = _LOOK_STEPS,
+                device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+    """Train the further looks in place; the first look, trained before, stays as it is.
+
+    Each batch begins at displaced first estimates and takes a random number of looks. The loss is
+    the distance after each look, weighted by ``0.8 ** looks still to come``. Arguments as of
+    :func:`train_localizer`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(localizer.look.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LOOK_LR, steps)
+    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
+                              enabled=precision == "bf16")
+    for _ in tqdm(range(steps), desc="training its further looks", unit="step"):
+        images, task, known = _batch(frames, places, tasks, generator, device)
+        looks = int(torch.randint(1, localizer.looks + 1, (), generator=generator))
+        size = torch.tensor(_DISPLACED)[torch.randint(len(_DISPLACED), (*known.shape[:2], 1),
+                                                      generator=generator)]
+        moved = (size * torch.randn(known.shape, generator=generator) / images.shape[1]).to(device)
+        with autocast:
+            with torch.no_grad():
+                first = localizer.points(localizer(images, task))
+            found = localizer.look_again(images, task, first + moved, looks)
+        error = images.shape[1] * (found - known.nan_to_num(0.5).unsqueeze(1)).abs().sum(-1)
+        weights = _LOOK_DISCOUNT ** torch.arange(looks - 1, -1, -1, device=device)
+        inside = (~known.isnan().any(-1)).unsqueeze(1) * weights[:, None]  # (B, looks, K)
+        optimizer.zero_grad()
+        ((error * inside).sum() / inside.sum().clamp(min=1)).backward()
+        torch.nn.utils.clip_grad_norm_(localizer.look.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _batch(frames: torch.Tensor, places: torch.Tensor, tasks: torch.Tensor | None,
+           generator: torch.Generator, device: torch.device | str) -> tuple:
+    """Augmented images, task vectors (None without tasks) and places of random scenes."""
+    chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
+    images = augment_images(frames[chosen].to(device).float() / 255, "colour", generator)
+    return (images, None if tasks is None else tasks[chosen].to(device),
+            places[chosen].to(device))
 
 
 def cross_entropy(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -223,18 +268,19 @@ def localization_errors(localizer: Localizer, frames: torch.Tensor, places: torc
     predicted = []
     for some in torch.arange(len(frames)).split(256):
         task = None if tasks is None else tasks[some].to(device)
-        maps = localizer(frames[some].to(device).float() / 255, task)
-        predicted.append(localizer.points(maps).cpu())
+        predicted.append(
+            localizer.locate(frames[some].to(device).float() / 255, task)[:, -1].cpu())
     return (torch.cat(predicted) - places).norm(dim=-1)
 
 
 @torch.inference_mode()
 def predicted_keypoints(policy, observations: Mapping) -> np.ndarray:
-    """Image positions (B, K, 2) from 0 to 1 that a policy with keypoints acts on."""
+    """Image positions (B, 1 + looks, K, 2) from 0 to 1; a policy with keypoints acts on the last.
+    """
     localizer = policy.encoders[schema.STILL_CAMERA].locator
     images = observations[schema.STILL_CAMERA]
     images = images.reshape(-1, *images.shape[-3:]).to(next(localizer.parameters()))
-    return localizer.points(localizer(images, policy.task(observations))).cpu().numpy()
+    return localizer.locate(images, policy.task(observations)).cpu().numpy()
 
 
 # --- a run's localizer ---------------------------------------------------------------------------
@@ -262,9 +308,11 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
             names = visible_keypoints(scenes)
             with torch.random.fork_rng():  # the policy's initial weights do not depend on this
                 torch.manual_seed(seed)
-                localizer = _localizer(names, tasks).to(device)
+                localizer = _localizer(names, tasks, config.model.looks).to(device)
             data = _load_with_tasks(scenes, names, tasks, config)
             train_localizer(localizer, *data, seed=seed, device=device, precision=precision)
+            if localizer.looks:
+                train_looks(localizer, *data, seed=seed, device=device, precision=precision)
             held_out = _load_with_tasks(other_scenes, names, tasks, config)
             distance = localization_errors(localizer, *held_out, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
@@ -276,7 +324,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
             write_bytes(path, save({name: weight.cpu().contiguous()
                                     for name, weight in localizer.state_dict().items()}))
     names = tuple(read_json(report, keys=["things"])["things"])
-    localizer = _localizer(names, tasks)
+    localizer = _localizer(names, tasks, config.model.looks)
     localizer.load_state_dict(read_weights(path)[0])
     return names, localizer
 
@@ -291,11 +339,11 @@ def _task_vectors(config: Config) -> torch.Tensor | None:
     return None
 
 
-def _localizer(names: Sequence[str], tasks: torch.Tensor | None) -> Localizer:
+def _localizer(names: Sequence[str], tasks: torch.Tensor | None, looks: int) -> Localizer:
     """With random weights; conditioned on the run's tasks where the policy is."""
     if tasks is None:
-        return Localizer(len(names))
-    localizer = Localizer(len(names), *tasks.shape)
+        return Localizer(len(names), looks=looks)
+    localizer = Localizer(len(names), *tasks.shape, looks=looks)
     localizer.known.copy_(tasks)
     return localizer
 

@@ -1,4 +1,4 @@
-"""Layers of the policies: image encoders, localizer, transformer layer and action head.
+"""Layers of the policies: image encoders, transformer layer and action head.
 
 Shape letters: B batch, K chunk, H W image, N tokens, D hidden, P proprioception.
 """
@@ -17,7 +17,6 @@ CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
 TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))  # ..., stride, padding
 NUM_EXPERTS = 4  # of the mixture head
 STYLE_DIM = 32  # of ACT's latent
-TASK_TEMPERATURE = 0.001  # of the localizer: cosine similarity within a suite reaches 0.995
 TOKEN_STRIDE = 8  # pixels per cell of the feature map
 
 
@@ -89,71 +88,6 @@ class TokenEncoder(nn.Module):
         maps = self.convolutions(rearrange(images, "b h w c -> b c h w"))
         patches = rearrange(maps, "b c (g h) (k w) -> b (g k) (c h w)", g=self.grid, k=self.grid)
         return self.norm(self.project(patches)) + self.position
-
-
-class Localizer(nn.Module):
-    """Images (B, H, W, 3) in [0, 1] to the image positions of K keypoints.
-
-    Convolutional maps of half the image size for the position and of a quarter for the identity;
-    H and W are multiples of 4. A keypoint is a part in the task, such as the goal's object: the
-    task scales and shifts the coarse maps (FiLM, arXiv 1709.07871). It is assigned to the most
-    similar of the ``known`` tasks (T, ``task_dim``), because instructions differ by little and may
-    be rephrased.
-    """
-
-    def __init__(self, count: int, num_tasks: int = 0, task_dim: int = 0):
-        super().__init__()
-
-        def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.SiLU()]
-
-        self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
-        self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
-                                    *convolution(64, 64, 3, 1))
-        self.task = nn.Linear(num_tasks, 2 * 64) if num_tasks else None
-        self.register_buffer("known", torch.zeros(num_tasks, task_dim))
-        self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
-
-    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, K, H / 2, W / 2); their softmax over the image is a keypoint's position."""
-        fine = self.fine(rearrange(images, "b h w c -> b c h w"))
-        coarse = self.coarse(fine)
-        if self.task is not None:
-            scale, shift = self.task(self.which(task))[..., None, None].chunk(2, dim=1)
-            coarse = coarse * (1 + scale) + shift
-        coarse = F.interpolate(coarse, scale_factor=2)
-        return self.maps(torch.cat([fine, coarse], dim=1)).float()
-
-    def which(self, task: torch.Tensor) -> torch.Tensor:
-        """Soft assignment (B, T) of each task embedding to the known tasks."""
-        # not a matrix product, which autocast would round
-        alike = F.cosine_similarity(task.unsqueeze(1), self.known, dim=-1)
-        return (alike / TASK_TEMPERATURE).softmax(-1)
-
-    @staticmethod
-    def points(maps: torch.Tensor) -> torch.Tensor:
-        """(B, K, 2): column and row of each keypoint, from 0 to 1 across the image."""
-        height, width = maps.shape[-2:]
-        shares = maps.flatten(2).softmax(-1).unflatten(2, (height, width))
-        columns = (torch.arange(width, device=maps.device) + 0.5) / width
-        rows = (torch.arange(height, device=maps.device) + 0.5) / height
-        # sums, not matrix products, which autocast would round to half a pixel of 128
-        return torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], -1)
-
-
-class KeypointEncoder(nn.Module):
-    """Images (B, H, W, 3) in [0, 1] to features (B, D) of the positions of K keypoints alone."""
-
-    def __init__(self, hidden_dim: int, count: int, num_tasks: int = 0, task_dim: int = 0):
-        super().__init__()
-        # `locator` in the weights of trained policies
-        self.locator = Localizer(count, num_tasks, task_dim)
-        self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
-                                     nn.Linear(hidden_dim, hidden_dim))
-
-    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
-        points = self.locator.points(self.locator(images, task))
-        return self.project(4 * (2 * points - 1).flatten(1))
 
 
 # --- blocks --------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from ..config import ModelConfig
 from ..data.normalize import ActionNormalizer
 from ..data.observations import prepare_observation, read_batch
 from ..files import digest, read_bytes
-from .layers import STYLE_DIM, ActionHead, KeypointEncoder, TokenEncoder, VisualEncoder
+from .layers import STYLE_DIM, ActionHead, TokenEncoder, VisualEncoder
+from .localizer import KeypointEncoder
 from .recursion import (
     Convergence,
     Recursion,
@@ -75,7 +76,8 @@ class TRMPolicy(nn.Module):
         if config.keypoints:
             task_dim = {"language": schema.LANGUAGE_DIM, "task_id": config.num_tasks, "none": 0}
             self.encoders[schema.STILL_CAMERA] = KeypointEncoder(
-                dim, len(config.keypoints), config.keypoint_tasks, task_dim[config.conditioning])
+                dim, len(config.keypoints), config.keypoint_tasks, task_dim[config.conditioning],
+                config.looks)
         parts = len(config.cameras)
         if config.proprioception:
             parts += 1

@@ -17,7 +17,7 @@ from .. import schema
 from ..demos.alignment import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..sim.render import upright
 from ..stats import format_success
-from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
+from .colours import BLUE, GREEN, GREY, ORANGE, RED
 from .figure import (
     HATCHES,
     MAX_WIDTH,
@@ -184,27 +184,6 @@ def plot_chunk_mask(mask, title: str) -> Figure:
 
 
 # --- training and policy -------------------------------------------------------------------------
-@styled
-def plot_places(images, places, names: Sequence[str]) -> Figure:
-    """Images (n, H, W, 3) with the predicted position of each object, (n, K, 2) from 0 to 1."""
-    side = min(2.4, (MAX_WIDTH - 0.4) / len(images))
-    fig = new_figure(side * len(images) + 0.4, side + 1)
-    for axes, image, found in zip(fig.subplots(1, len(images), squeeze=False)[0], upright(images),
-                                  np.asarray(places), strict=True):
-        show_image(axes, image)
-        height, width = image.shape[:2]
-        for index, ((column, row), name) in enumerate(zip(found, names, strict=True)):
-            axes.plot(column * width - 0.5, (1 - row) * height - 0.5, linestyle="",
-                      marker="o^s"[index // len(PALETTE) % 3], markersize=7,
-                      markerfacecolor="none", markeredgewidth=1.6,
-                      color=PALETTE[index % len(PALETTE)], label=name.replace("_", " "))
-    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
-               ncols=min(len(names), 4))
-    fig.suptitle("Predicted object positions in the agent view")
-    return describe(fig, f"{len(images)} images, each with a mark for "
-                         f"{', '.join(name.replace('_', ' ') for name in names)}.")
-
-
 @styled
 def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
     """Rows of a run's ``metrics.jsonl``: ``epoch, train_loss, val_loss, lr, seconds``."""

@@ -1,0 +1,177 @@
+"""The localizer: image positions of the goal's objects, from one look at the frame or from several.
+
+Shape letters: B batch, H W image, K keypoints, T known tasks, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .layers import Centre
+
+TASK_TEMPERATURE = 0.001  # cosine similarity of instructions within a suite reaches 0.995
+CROP = 24  # pixels, side of what a further look sees
+_LOOK_DIM = 128  # width of the state that is carried from look to look
+_LOOK_CONVOLUTIONS = ((24, 5), (48, 3), (64, 3))  # channels, kernel; stride 2
+
+
+class Localizer(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to the image positions of K keypoints.
+
+    Convolutional maps of half the image size for the position and of a quarter for the identity;
+    H and W are multiples of 4. A keypoint is a part in the task, such as the goal's object: the
+    task scales and shifts the coarse maps (FiLM, arXiv 1709.07871). It is assigned to the most
+    similar of the ``known`` tasks (T, ``task_dim``), because instructions differ by little and may
+    be rephrased.
+
+    With ``looks`` the maps are those of the image at half its size, and their positions are first
+    estimates only. Each look then sees the 24 x 24 pixels around an estimate and moves it: one
+    :class:`Look` applied again and again, each time at the place where it arrived before.
+    """
+
+    def __init__(self, count: int, num_tasks: int = 0, task_dim: int = 0, looks: int = 0):
+        super().__init__()
+        self.looks = looks
+
+        def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.SiLU()]
+
+        self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
+        self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
+                                    *convolution(64, 64, 3, 1))
+        self.task = nn.Linear(num_tasks, 2 * 64) if num_tasks else None
+        self.register_buffer("known", torch.zeros(num_tasks, task_dim))
+        self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
+        self.look = Look(count, max(num_tasks, 1)) if looks else None
+
+    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, K, h, w) of the first look; their softmax is a keypoint's position.
+
+        h and w are half of H and W, with further ``looks`` a quarter.
+        """
+        images = rearrange(images, "b h w c -> b c h w")
+        fine = self.fine(F.avg_pool2d(images, 2) if self.looks else images)
+        coarse = self.coarse(fine)
+        if self.task is not None:
+            scale, shift = self.task(self.which(task))[..., None, None].chunk(2, dim=1)
+            coarse = coarse * (1 + scale) + shift
+        coarse = F.interpolate(coarse, scale_factor=2)
+        return self.maps(torch.cat([fine, coarse], dim=1)).float()
+
+    def locate(self, images: torch.Tensor, task: torch.Tensor | None = None,
+               looks: int | None = None) -> torch.Tensor:
+        """Estimates (B, 1 + looks, K, 2) of the first look and of each further one.
+
+        ``looks`` may differ from the number in training; None takes that number. The last estimate
+        is the answer: column and row, from 0 to 1 across the image.
+        """
+        looks = self.looks if looks is None else looks
+        if looks and self.look is None:
+            raise ValueError(f"looks={looks} is not valid for a localizer trained with looks=0; "
+                             "expected 0")
+        first = self.points(self(images, task))
+        return torch.cat([first.unsqueeze(1), self.look_again(images, task, first, looks)], dim=1)
+
+    def look_again(self, images: torch.Tensor, task: torch.Tensor | None, estimates: torch.Tensor,
+                   looks: int) -> torch.Tensor:
+        """Estimates (B, looks, K, 2) after each further look, from initial ones (B, K, 2).
+
+        A look has no gradient through the place where it looks, only through its state.
+        """
+        if not looks:
+            return estimates.new_zeros(len(estimates), 0, *estimates.shape[1:])
+        which = images.new_ones(len(images), 1) if self.task is None else self.which(task)
+        state, found = None, []
+        for _ in range(looks):
+            estimates = estimates.detach()
+            move, state = self.look(crops(images, estimates), which, state)
+            estimates = estimates + move / images.shape[1]
+            found.append(estimates)
+        return torch.stack(found, dim=1)
+
+    def which(self, task: torch.Tensor) -> torch.Tensor:
+        """Soft assignment (B, T) of each task embedding to the known tasks."""
+        # not a matrix product, which autocast would round
+        alike = F.cosine_similarity(task.unsqueeze(1), self.known, dim=-1)
+        return (alike / TASK_TEMPERATURE).softmax(-1)
+
+    @staticmethod
+    def points(maps: torch.Tensor) -> torch.Tensor:
+        """(B, K, 2): column and row of each keypoint, from 0 to 1 across the image."""
+        height, width = maps.shape[-2:]
+        shares = maps.flatten(2).softmax(-1).unflatten(2, (height, width))
+        columns = (torch.arange(width, device=maps.device) + 0.5) / width
+        rows = (torch.arange(height, device=maps.device) + 0.5) / height
+        # sums, not matrix products, which autocast would round to half a pixel of 128
+        return torch.stack([(shares.sum(2) * columns).sum(-1), (shares.sum(3) * rows).sum(-1)], -1)
+
+
+class Look(nn.Module):
+    """What is seen around an estimate, to a correction of the estimate.
+
+    The crops of K keypoints are read by the same convolutions; task and keypoint scale and shift
+    what they find. A GRU carries a state from look to look.
+    """
+
+    def __init__(self, count: int, num_tasks: int):
+        super().__init__()
+        layers, channels, side = [Centre()], 3, CROP
+        for width, kernel in _LOOK_CONVOLUTIONS:
+            layers += [nn.Conv2d(channels, width, kernel, 2, kernel // 2), nn.SiLU()]
+            channels, side = width, (side + 1) // 2
+        self.see = nn.Sequential(*layers, nn.Flatten(),
+                                 nn.Linear(channels * side * side, _LOOK_DIM), nn.SiLU())
+        self.name = nn.Parameter(torch.zeros(num_tasks, count, 2 * _LOOK_DIM))
+        self.update = nn.GRUCell(_LOOK_DIM, _LOOK_DIM)
+        self.move = nn.Sequential(nn.Linear(_LOOK_DIM, _LOOK_DIM), nn.SiLU(),
+                                  nn.Linear(_LOOK_DIM, 2))
+
+    def forward(self, crop: torch.Tensor, which: torch.Tensor, state: torch.Tensor | None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Corrections (B, K, 2) in pixels, at most half a crop, and the state (B * K, D).
+
+        Args:
+            crop: (B, K, 3, 24, 24).
+            which: weights (B, T) of the tasks.
+            state: of the look before; None in the first.
+        """
+        name = (which[..., None, None] * self.name).sum(1).flatten(0, 1)  # (B * K, 2 * D)
+        scale, shift = name.chunk(2, dim=1)
+        seen = self.see(crop.flatten(0, 1)) * (1 + scale) + shift
+        state = self.update(seen, state)
+        move = CROP / 2 * torch.tanh(self.move(state).float())
+        return move.unflatten(0, crop.shape[:2]), state
+
+
+def crops(images: torch.Tensor, estimates: torch.Tensor) -> torch.Tensor:
+    """The pixels (B, K, 3, 24, 24) of images (B, H, W, 3) around estimates (B, K, 2) from 0 to 1.
+
+    Between pixels they are interpolated; outside the image its border is repeated.
+    """
+    count, size = estimates.shape[1], images.new_tensor([images.shape[2], images.shape[1]])
+    side = torch.arange(CROP, device=images.device) - (CROP - 1) / 2
+    rows, columns = torch.meshgrid(side, side, indexing="ij")
+    points = estimates[:, :, None, None] + torch.stack([columns, rows], dim=-1) / size
+    found = F.grid_sample(rearrange(images, "b h w c -> b c h w"),
+                          rearrange(2 * points - 1, "b k h w two -> b (k h) w two"),
+                          align_corners=False, padding_mode="border")
+    return rearrange(found, "b c (k h) w -> b k c h w", k=count)
+
+
+class KeypointEncoder(nn.Module):
+    """Images (B, H, W, 3) in [0, 1] to features (B, D) of the positions of K keypoints alone."""
+
+    def __init__(self, hidden_dim: int, count: int, num_tasks: int = 0, task_dim: int = 0,
+                 looks: int = 0):
+        super().__init__()
+        # `locator` in the weights of trained policies
+        self.locator = Localizer(count, num_tasks, task_dim, looks)
+        self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
+                                     nn.Linear(hidden_dim, hidden_dim))
+
+    def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
+        points = self.locator.locate(images, task)[:, -1]
+        return self.project(4 * (2 * points - 1).flatten(1))
