@@ -179,7 +179,8 @@ print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f
 try:
     files = ensure_demonstrations(config)
 finally:  # on Kaggle, also demonstrations collected before the session's time was up
-    session.keep(scripted_dir(config.data.suite, config.data.placement).glob("*.hdf5"))
+    for suite in {schema.own_suite(config.data.suite, task)[0] for task in config.data.task_ids}:
+        session.keep(scripted_dir(suite, config.data.placement).glob("*.hdf5"))
 
 # %%
 steps = {}

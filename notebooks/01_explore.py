@@ -193,7 +193,8 @@ print(f"Of {len(actions)} demonstrations {np.count_nonzero(pushes)} were pushed,
 # errors.
 
 # %%
-lengths, horizon = [len(values) for values in actions], schema.HORIZONS[config.data.suite]
+suite, _ = schema.own_suite(config.data.suite, next(iter(files)))
+lengths, horizon = [len(values) for values in actions], schema.HORIZONS[suite]
 fig = plots.plot_demo_lengths(lengths, horizon)
 plots.save_figure(fig, folder / "figures" / "01_lengths.png")
 display(fig)

@@ -9,7 +9,8 @@ from trm_helpers.demos.collect import collect_demonstrations
 from trm_helpers.schema import PROTOCOLS
 from trm_helpers.sim.env import LiberoEnv, load_init_states, load_task, written_instruction
 
-STANDARD = [suite for suite in schema.SUITES if suite not in schema.PRO_SUITES]
+STANDARD = [suite for suite in schema.SUITES
+            if suite not in schema.PRO_SUITES and suite != schema.JOINT_SUITE]
 
 
 def test_there_are_sixteen_variations():
@@ -47,6 +48,38 @@ def test_a_variation_goes_task_by_task(suite):
             assert normalize_instruction(task.language) != normalize_instruction(plain.language)
     with pytest.raises(ValueError, match=f"task_id=10 is not in {suite}; expected 0 to 9"):
         load_task(suite, 10)
+
+
+def test_the_joint_suite_has_the_tasks_of_four_one_after_the_other():
+    tasks = [load_task("libero_40", task_id) for task_id in range(schema.SUITES["libero_40"])]
+    own = [load_task(suite, task_id) for suite in schema.JOINED for task_id in range(10)]
+    assert [task.name for task in tasks] == [task.name for task in own]
+    assert [task.bddl_file for task in tasks] == [task.bddl_file for task in own]
+    assert {(task.suite, task.task_id) for task in tasks} == {("libero_40", n) for n in range(40)}
+    assert len({normalize_instruction(task.language) for task in tasks}) == 40
+    assert schema.own_suite("libero_40", 39) == ("libero_10", 9)
+    assert schema.own_suite("libero_90", 39) == ("libero_90", 39)
+    assert np.array_equal(load_init_states("libero_40", 20), load_init_states("libero_goal", 0))
+    for task_id in (40, -1):
+        with pytest.raises(ValueError, match=f"task_id={task_id} is not in libero_40; expected 0 "):
+            load_task("libero_40", task_id)
+    assert PROTOCOLS["libero"].horizon("libero_40") == 0  # that of each suite
+
+
+def test_nothing_is_collected_as_of_the_joint_suite(tmp_path):
+    with pytest.raises(ValueError, match="no demonstrations of its own; expected one of libero_sp"):
+        collect_demonstrations("libero_40", 0, 2, tmp_path)
+
+
+@pytest.mark.sim
+def test_an_episode_of_the_joint_suite_is_one_of_its_own_suite():
+    with LiberoEnv("libero_40", 12) as joint, LiberoEnv("libero_object", 2) as own:
+        found, expected = joint.reset(init_state=1), own.reset(init_state=1)
+        assert joint.horizon == own.horizon == 280
+        assert (found["task_id"], expected["task_id"]) == (12, 2)
+        assert found["language"] == expected["language"]
+        for key in (*schema.CAMERAS, *schema.LOW_DIM):
+            assert np.array_equal(found[key], expected[key]), key
 
 
 BOWL = "pick up the black bowl from table center and place it on the plate"

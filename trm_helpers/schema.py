@@ -67,7 +67,8 @@ SUITES = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_
           "libero_90": 90}
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
             "libero_90": 400}
-# LIBERO-PRO (arXiv 2510.03827) varies four suites in four ways, per task; for evaluation only
+JOINED = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+# LIBERO-PRO (arXiv 2510.03827) varies these four in four ways, per task; for evaluation only
 VARIATIONS = {
     "swap": "objects exchanged",
     "object": "objects of a different appearance",
@@ -75,10 +76,10 @@ VARIATIONS = {
     "task": "another goal in the same scene",
 }
 PRO_SUITES = {  # name: (suite it varies, variation)
-    f"{base}_{variation}": (base, variation)
-    for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-    for variation in VARIATIONS
+    f"{base}_{variation}": (base, variation) for base in JOINED for variation in VARIATIONS
 }
+JOINT_SUITE = "libero_40"  # this project's: the tasks of the four, 0 to 39, for one policy
+SUITES[JOINT_SUITE] = sum(SUITES[suite] for suite in JOINED)
 TRAINING_SUITES = tuple(SUITES)
 SUITES |= dict.fromkeys(PRO_SUITES, 10)
 NUM_INIT_STATES = 50  # official init states per task, for evaluation only
@@ -159,6 +160,18 @@ def base_suite(suite: str) -> str:
     return PRO_SUITES[suite][0] if check_suite(suite) in PRO_SUITES else suite
 
 
+def own_suite(suite: str, task_id: int) -> tuple[str, int]:
+    """The suite and id under which LIBERO knows a task; of other suites than the joint one, these.
+    """
+    task_id = check_task_id(suite, task_id)
+    if suite == JOINT_SUITE:
+        for suite in JOINED:
+            if task_id < SUITES[suite]:
+                break
+            task_id -= SUITES[suite]
+    return suite, task_id
+
+
 def has_other_goals(suite: str) -> bool:
     """Whether a suite has other goals in the scenes of the suite it varies."""
     return suite in PRO_SUITES and PRO_SUITES[suite][1] == "task"
@@ -185,8 +198,11 @@ class EvalProtocol:
     settle_action: tuple[float, ...] = NO_OP
 
     def horizon(self, suite: str) -> int:
-        """Steps allowed per episode; a LIBERO-PRO suite has the horizon of its base suite."""
-        return dict(self.horizons)[base_suite(suite)]
+        """Steps allowed per episode; a LIBERO-PRO suite has the horizon of its base suite.
+
+        0 of the joint suite, whose tasks have that of their own suites.
+        """
+        return dict(self.horizons).get(base_suite(suite), 0)
 
 
 _OPENVLA = tuple(HORIZONS.items())

@@ -470,6 +470,27 @@ def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
     assert "2 scripted demonstrations of each of 1 task(s)" in capsys.readouterr().out
 
 
+def test_tasks_of_the_joint_suite_are_collected_with_their_own_suites(made, monkeypatch):
+    asked = dict(suite="libero_40", task_ids=(39, 0, 12, 11), num_demos=3)
+    files = collect.ensure_demonstrations(from_flat("demo", **asked))
+    assert made == [("libero_10", 9, 3, "scripted", "benchmark"),
+                    ("libero_spatial", 0, 3, "scripted", "benchmark"),
+                    ("libero_object", 2, 3, "scripted", "benchmark"),
+                    ("libero_object", 1, 3, "scripted", "benchmark")]
+    assert [path.parent.name for path in files.values()] == [
+        "libero_10", "libero_spatial", "libero_object", "libero_object"]
+    assert list(files) == [39, 0, 12, 11]
+    wanted = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *_, allow_patterns, **__: wanted.extend(allow_patterns))
+    with pytest.raises(FileNotFoundError, match="no human demonstrations for"):
+        collect.ensure_demonstrations(from_flat("demo", demos="human", **asked))
+    assert [pattern.partition("/")[0] for pattern in wanted] == [
+        "libero_10", "libero_spatial", "libero_object", "libero_object"]
+    with pytest.raises(ValueError, match="actor='x' cannot act in suite='libero_40'; expected"):
+        collect.ensure_demonstrations(from_flat("demo", actor="x", **asked))
+
+
 @pytest.mark.parametrize("preset", ["demo", "trm", "tiny", "reference"])
 def test_each_task_has_human_demonstrations_or_scripted_ones(tmp_path, made, capsys, preset):
     attached = {task: human(tmp_path / "kaggle" / "x", task) for task in (1, 4, 7)}

@@ -108,7 +108,7 @@ def test_human_demonstrations_attached_on_kaggle(folders):
     small(folders / "mine" / "soup_demo.hdf5", collection=SCRIPTED)
     attached = small(folders / "kaggle" / "datasets" / "me" / "x" / "soup_demo.hdf5",
                      alignment=None)
-    found = human_demonstrations("libero_object", ["soup"], [folders / "mine"], download=False)
+    found = human_demonstrations({"soup": "libero_object"}, [folders / "mine"], download=False)
     assert found == {"soup": attached}
 
 
@@ -123,27 +123,27 @@ def test_human_demonstrations_are_downloaded_by_name(folders, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     attached = small(folders / "kaggle" / "bowl_demo.hdf5", alignment=None)
     small(folders / "mine" / "stove_demo.hdf5", collection=SCRIPTED)
-    tasks = ["drawer", "bowl", "stove"]
-    found = human_demonstrations("libero_goal", tasks, [folders / "mine"], download=True)
+    tasks = dict.fromkeys(["drawer", "bowl", "stove"], "libero_goal")
+    found = human_demonstrations(tasks, [folders / "mine"], download=True)
     target = folders / "data" / "human" / "libero_goal"
     assert found == {"drawer": target / "drawer_demo.hdf5", "bowl": attached,
                      "stove": target / "stove_demo.hdf5"}
     assert calls == [("yifengzhu-hf/LIBERO-datasets", "dataset", 40,  # a commit, not a branch
                       ["libero_goal/drawer_demo.hdf5", "libero_goal/stove_demo.hdf5"])]
-    assert human_demonstrations("libero_goal", tasks, [], download=True) == found
+    assert human_demonstrations(tasks, [], download=True) == found
     assert len(calls) == 1  # the second time it is there
 
 
 def test_human_demonstrations_without_them(folders, monkeypatch):
     with pytest.raises(FileNotFoundError, match="Attach a data set.*scripted demonstrations"):
-        human_demonstrations("libero_goal", ["drawer"], [], download=False)
+        human_demonstrations({"drawer": "libero_goal"}, [], download=False)
 
     def offline(*_, **__):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match="could not download libero_goal/drawer.*no route"):
-        human_demonstrations("libero_goal", ["drawer"], [], download=True)
+        human_demonstrations({"drawer": "libero_goal"}, [], download=True)
 
 
 # --- unusable files ------------------------------------------------------------------------------

@@ -176,6 +176,25 @@ def test_the_protocol_decides_and_is_named(run):
         evaluate_run(run, EvalConfig(protocol="lerobot"))
 
 
+def test_each_task_of_the_joint_suite_has_the_steps_of_its_own(run, monkeypatch):
+    played, run_episode = {}, play.run_episode
+
+    def watch(policy, env, init_state, horizon, **more):
+        played[env.task.task_id] = horizon
+        return run_episode(policy, env, init_state, horizon, **more)
+
+    monkeypatch.setattr(play, "run_episode", watch)
+    monkeypatch.setattr(play, "check_settling", lambda: None)
+    config = EvalConfig(num_episodes=1, num_videos=0)
+    results = evaluate_run(run, config, suite="libero_40", task_ids=(3, 13, 23, 33))
+    assert played == {3: 220, 13: 280, 23: 300, 33: 520}
+    assert results["protocol"]["horizon"] == 0 and results["episodes"] == 4
+    assert evaluate_run(run, config, suite="libero_40", task_ids=(3, 13, 23, 33)) == results
+    with pytest.raises(ValueError, match="horizon: 0 there, 50 now"):
+        evaluate_run(run, dataclasses.replace(config, horizon=50), suite="libero_40",
+                     task_ids=(3,))
+
+
 def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch):
     run_episode, tried = play.run_episode, []
 

@@ -11,11 +11,11 @@ from trm_helpers.config import ModelConfig
 from trm_helpers.policy import model
 from trm_helpers.policy.layers import (
     STYLE_DIM,
-    Localizer,
     TokenEncoder,
     TransformerLayer,
     VisualEncoder,
 )
+from trm_helpers.policy.localizer import Localizer
 from trm_helpers.policy.model import TRMPolicy
 from trm_helpers.policy.recursion import TRMBlock
 from trm_helpers.policy.variants import StyleEncoder, make_block

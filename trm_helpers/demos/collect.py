@@ -131,6 +131,9 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
     schema.check_option("placement", placement, schema.PLACEMENTS)
     schema.check_training_suite(suite)
+    if suite == schema.JOINT_SUITE:
+        raise ValueError(f"suite={suite!r} has no demonstrations of its own; expected one of "
+                         f"{', '.join(schema.JOINED)}, or ensure_demonstrations")
     tasks = {}
     for task_id in sorted(set(task_ids)):  # in one order, as two calls may lock the same tasks
         settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
@@ -280,6 +283,9 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
     names = [task.name for task in tasks.values()]
     if data.actor and not data.demo_dir:
+        if data.suite == schema.JOINT_SUITE:
+            raise ValueError(f"actor={data.actor!r} cannot act in suite={data.suite!r}; expected "
+                             f"one of {', '.join(schema.JOINED)}")
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta)
         print(f"{data.num_demos} demonstrations of each of {len(tasks)} task(s), with the run "
               f"{data.actor!r} acting and the scripted expert labelling, in {folder}")
@@ -294,7 +300,9 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     if data.demo_dir:
         found = given_demonstrations(data.demo_dir, names, kinds)
     elif data.demos == "human":
-        found = human_demonstrations(data.suite, names, places, download=True)
+        found = human_demonstrations({
+            task.name: schema.own_suite(data.suite, task_id)[0]
+            for task_id, task in tasks.items()}, places, download=True)
     else:
         found, _ = survey_demonstrations(places if data.demos == "auto" else [], names, ["human"])
     for kind in kinds:
@@ -302,13 +310,15 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
         if of_kind:
             print(f"{kind} demonstrations of {len(of_kind)} task(s): {', '.join(of_kind)}")
     missing = [task_id for task_id, task in tasks.items() if task.name not in found]
-    if missing:
-        folder = scripted_dir(data.suite, data.placement)
-        print(f"{data.num_demos} scripted demonstrations of each of {len(missing)} task(s), in "
+    owned = [schema.own_suite(data.suite, task_id) for task_id in missing]
+    for suite in dict.fromkeys(suite for suite, _ in owned):
+        folder = scripted_dir(suite, data.placement)
+        wanted = [task_id for each, task_id in owned if each == suite]
+        print(f"{data.num_demos} scripted demonstrations of each of {len(wanted)} task(s), in "
               f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
                              if data.demos == "auto" else ""))
-        made = collect_tasks(data.suite, missing, data.num_demos, folder, placement=data.placement)
-        found.update((tasks[task_id].name, path) for task_id, path in made.items())
+        made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement)
+        found.update((load_task(suite, task_id).name, path) for task_id, path in made.items())
     files = {task_id: found[task.name] for task_id, task in tasks.items()}
     for note in version_notes(files.values()):
         print(note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import paths, schema
@@ -143,20 +143,24 @@ def given_demonstrations(folder: str | Path, task_names: Sequence[str],
     return found
 
 
-def human_demonstrations(suite: str, task_names: Sequence[str], folders: Iterable[str | Path],
+def human_demonstrations(task_names: Mapping[str, str], folders: Iterable[str | Path],
                          download: bool) -> dict[str, Path]:
     """Task name -> file of human demonstrations: attached, on disk or from the Hugging Face hub.
 
     Searches ``folders`` and Kaggle's input folder. With ``download``, missing files are fetched
     into ``data_dir()/human``. Raises ``FileNotFoundError`` for a task without a file; the message
     says how to get one.
+
+    Args:
+        task_names: with the suite of each.
     """
     target = paths.data_dir() / "human"
     places = [*folders, paths.KAGGLE_INPUT, target]
     found, left_out = survey_demonstrations(places, task_names, ["human"])
     missing = [name for name in task_names if name not in found]
     if missing and download:
-        _download([f"{suite}/{name}{schema.DEMO_FILE_SUFFIX}" for name in missing], target)
+        _download([f"{task_names[name]}/{name}{schema.DEMO_FILE_SUFFIX}" for name in missing],
+                  target)
         found, left_out = survey_demonstrations(places, task_names, ["human"])
     try:
         _refuse_missing(found, left_out, places, task_names, ["human"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from .. import files
+from .. import files, schema
 from ..config import EvalConfig
 from ..files import (
     append_jsonl,
@@ -255,14 +255,15 @@ def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode],
 def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     """The row of one episode; its film, if it has one, is below ``folder``."""
     protocol = PROTOCOLS[config.protocol]
-    if episode.suite.startswith("libero_spatial"):
+    if schema.own_suite(*episode[:2])[0].startswith("libero_spatial"):
         check_settling()
     env = worker_env(episode.suite, episode.task_id, settle_steps=protocol.settle_steps,
                      settle_action=protocol.settle_action)
     if hasattr(source, "play"):
         row = source.play(env, episode)
     else:
-        policy, horizon = source.make(env), config.horizon or protocol.horizon(episode.suite)
+        suite, _ = schema.own_suite(episode.suite, episode.task_id)
+        policy, horizon = source.make(env), config.horizon or protocol.horizon(suite)
         if config.perturbation != "none":
             policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
         number = episode.init_state

@@ -57,6 +57,7 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
         per_demo: n, scenes per demonstration.
         workers: see :func:`parallel.run_jobs`.
     """
+    suite, task_id = schema.own_suite(suite, task_id)
     folder = paths.data_dir() / "scenes" / suite / load_task(suite, task_id).name
     jobs = {}
     for file, names in demos.items():

@@ -108,7 +108,7 @@ def _success(run: Path) -> Section:
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
              f"{protocol['num_episodes']} episode{'s' * (protocol['num_episodes'] > 1)} per task "
              "from official init state "
-             f"{protocol['first_init_state']}, {protocol['horizon']} steps; "
+             f"{protocol['first_init_state']}, {protocol['horizon'] or 'of each suite its'} steps; "
              f"{protocol['weights']} weights.", f"{detectable(results)}."]
     summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
     if len(summaries) > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import io
 import logging
@@ -55,7 +56,11 @@ def load_task(suite: str, task_id: int) -> Task:
 
     Raises ``ValueError`` for an unknown one, ``FileNotFoundError`` if its suite is not installed.
     """
-    task_id = schema.check_task_id(suite, task_id)
+    own, task_id_there = schema.own_suite(suite, task_id)
+    if own != suite:
+        task = load_task(own, task_id_there)
+        return dataclasses.replace(task, suite=suite, task_id=int(task_id))
+    task_id = task_id_there
     benchmark = _benchmark(suite)
     task = benchmark.get_task(task_id)
     path = str(benchmark.get_task_bddl_file_path(task_id))
@@ -82,7 +87,7 @@ def load_init_states(suite: str, task_id: int) -> np.ndarray:
 
     Raises ``FileNotFoundError`` if they are not installed.
     """
-    task_id = schema.check_task_id(suite, task_id)
+    suite, task_id = schema.own_suite(suite, task_id)
     try:
         return np.asarray(_benchmark(suite).get_task_init_states(task_id))
     except FileNotFoundError as error:
@@ -304,7 +309,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
     @property
     def horizon(self) -> int:
         """Steps that the suite's protocol allows."""
-        return schema.HORIZONS[schema.base_suite(self.task.suite)]
+        suite, _ = schema.own_suite(self.task.suite, self.task.task_id)
+        return schema.HORIZONS[schema.base_suite(suite)]
 
     def state(self) -> np.ndarray:
         """The flattened MuJoCo state (S,): time, positions, velocities."""
