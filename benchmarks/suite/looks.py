@@ -4,7 +4,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from trm_helpers.stats import wilson_interval
-from trm_helpers.visuals import plots
+from trm_helpers.visuals import figure
+from trm_helpers.visuals.colours import PALETTE
 
 RECURSION = "look again"
 ORDER = ("first look", "feed-forward, 128 px", "one look", "one look, wide", "untied looks",
@@ -67,34 +68,34 @@ def lines(stored: list[dict], split: str) -> list[list[str]]:
     return table
 
 
-@plots.styled
+@figure.styled
 def plot_looks(stored: list[dict]):
     """Share of test scenes within 1 % after each look, a line for each seed."""
-    fig = plots.new_figure(9, 3.8)
+    fig = figure.new_figure(9, 3.8)
     suites = sorted({run["suite"] for run in stored})
     for axes, suite in zip(fig.subplots(1, len(suites), sharey=True, squeeze=False)[0], suites,
                            strict=True):
         runs = [run for run in stored if run["suite"] == suite]
-        for arm, colour, style in (("look again, 12 looks", plots.PALETTE[0], "o-"),
-                                   ("untied looks", plots.PALETTE[1], "s--"),
-                                   ("same crop", plots.PALETTE[2], "^:")):
+        for arm, colour, style in (("look again, 12 looks", PALETTE[0], "o-"),
+                                   ("untied looks", PALETTE[1], "s--"),
+                                   ("same crop", PALETTE[2], "^:")):
             by_looks = 100 * np.array([run["splits"]["test"]["arms"][arm]["close by looks"]
                                        for run in runs])
             axes.plot(by_looks.T, style, color=colour, markersize=4)
             axes.plot([], [], style, color=colour, label=arm.removesuffix(", 12 looks"))
-        for arm, colour, style in (("one look, wide", plots.PALETTE[3], "--"),
-                                   ("feed-forward, 128 px", plots.PALETTE[4], ":")):
+        for arm, colour, style in (("one look, wide", PALETTE[3], "--"),
+                                   ("feed-forward, 128 px", PALETTE[4], ":")):
             share = 100 * hits(having(runs, "test", arm), "test", arm, "close").mean()
             axes.axhline(share, color=colour, linestyle=style, label=arm)
         axes.axvline(6, color="grey", linewidth=1)
-        plots.count_axis(axes.xaxis)
+        figure.count_axis(axes.xaxis)
         axes.set(xlabel="looks (at most 6 in training)", title=suite)
     fig.axes[0].set(ylabel="scenes within 1 % of the side (%)")
     fig.axes[-1].legend(loc="lower right")
     fig.suptitle("Accuracy after each look")
     shares = {arm: 100 * hits(stored, "test", arm, "close").mean()
               for arm in ("first look", "one look", RECURSION)}
-    return plots.describe(fig, "; ".join(f"{arm}: {share:.0f} % of all scenes"
+    return figure.describe(fig, "; ".join(f"{arm}: {share:.0f} % of all scenes"
                                          for arm, share in shares.items()) + ".")
 
 
