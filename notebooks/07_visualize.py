@@ -148,7 +148,7 @@ if policy.config.keypoints:
     display(fig)
     if policy.config.looks:
         shown = "object" if "object" in names else names[0]
-        fig = keypoint_plots.plot_looks(frames[:2], trails[:2], names, shown)
+        fig = keypoint_plots.plot_looks(frames, trails, names, shown)
         plots.save_figure(fig, run / "figures" / "07_looks.png")
         display(fig)
 else:

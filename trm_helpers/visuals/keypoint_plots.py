@@ -44,7 +44,7 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     """What a localizer sees in each look: the crop around its estimate of one keypoint.
 
     Args:
-        images: (n, H, W, 3) uint8, a row each.
+        images: (n, H, W, 3) uint8; a row each of the two in which the estimate moves most.
         trails: (n, 1 + looks, K, 2), as of :func:`keypoints.predicted_keypoints`.
         names: of the K keypoints.
         name: the one that is shown.
@@ -52,6 +52,8 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     images, trail = np.asarray(images), np.asarray(trails)[:, :, list(names).index(name)]
     size = np.array(images.shape[2:0:-1])  # width, height
     looks, label = trail.shape[1] - 1, name.replace("_", " ")
+    most = np.linalg.norm(trail[:, -1] - trail[:, 0], axis=-1).argsort()[:-3:-1]
+    images, trail = images[most], trail[most]
     seen = crops(torch.from_numpy(images).float() / 255, torch.from_numpy(trail).float())
     seen = upright(seen.permute(0, 1, 3, 4, 2).numpy())
     moved = np.linalg.norm(np.diff(trail, axis=1) * size, axis=-1)  # (n, looks) pixels
