@@ -297,7 +297,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
         config: of the run; ``config.data.scenes`` are rendered around each demonstration.
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
     """
-    path, report = Path(run) / "locator.safetensors", Path(run) / "scenes.json"
+    path = Path(run) / "locator.safetensors"
     tasks, seed = _task_vectors(config), config.train.seed
     with exclusive_lock(run, lock=".locator.lock"):  # one of several processes trains
         if not path.exists():
@@ -317,17 +317,33 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
             held_out = _load_with_tasks(other_scenes, names, tasks, config)
             distance = localization_errors(localizer, *held_out, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
-            write_json(report, {
+            save_localizer(run, localizer, names, {
                 "scenes": len(data[0]), "measured_on": len(held_out[0]),
-                "things": names, "median and 90 % error, share of the picture's side": {
+                "median and 90 % error, share of the picture's side": {
                     name: [None if math.isnan(value) else round(value, 4) for value in row]
                     for name, row in zip(names, distance.tolist(), strict=True)}})
-            write_bytes(path, save({name: weight.cpu().contiguous()
-                                    for name, weight in localizer.state_dict().items()}))
-    names = tuple(read_json(report, keys=["things"])["things"])
-    localizer = _localizer(names, tasks, config.model.looks)
-    localizer.load_state_dict(read_weights(path)[0])
-    return names, localizer
+    return load_localizer(run)
+
+
+def save_localizer(folder: str | Path, localizer: Localizer, names: Sequence[str],
+                   measured: Mapping) -> None:
+    """Write ``scenes.json``, which holds ``measured``, and then ``locator.safetensors``."""
+    write_json(Path(folder) / "scenes.json", {"things": list(names), "looks": localizer.looks,
+                                              **measured})
+    write_bytes(Path(folder) / "locator.safetensors", save({
+        name: weight.cpu().contiguous() for name, weight in localizer.state_dict().items()}))
+
+
+def load_localizer(folder: str | Path) -> tuple[tuple[str, ...], Localizer]:
+    """Names of the keypoints of a folder's localizer, and the localizer itself.
+
+    ``pretrained/spatial-looks`` knows object and target of the ten tasks of LIBERO-Spatial.
+    """
+    found = read_json(Path(folder) / "scenes.json", keys=["things"])
+    weights, _ = read_weights(Path(folder) / "locator.safetensors")
+    localizer = Localizer(len(found["things"]), *weights["known"].shape, found.get("looks", 0))
+    localizer.load_state_dict(weights)
+    return tuple(found["things"]), localizer
 
 
 def _task_vectors(config: Config) -> torch.Tensor | None:
