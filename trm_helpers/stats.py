@@ -102,13 +102,16 @@ def _by_episode(rows: Sequence[Mapping], name: str) -> dict[tuple, Mapping]:
 def format_success(summary: Mapping) -> str:
     """One line on a summary of :func:`summarize_episodes`, or on one of its tasks.
 
-    It names failures of the policy, which count, and errors of the machine, which do not.
+    It has the counts of each suite of the joint one, failures of the policy, which count, and
+    errors of the machine, which do not.
     """
     tasks = errors = ""
+    for suite, counts in summary.get("suites", {}).items():
+        tasks += f"; {suite} {counts['successes']} of {counts['episodes']}"
     if "task_mean" in summary:
-        tasks = (f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} % "
-                 f"(tasks resampled: {100 * summary['task_low']:.0f} to "
-                 f"{100 * summary['task_high']:.0f} %)")
+        tasks += (f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} % "
+                  f"(tasks resampled: {100 * summary['task_low']:.0f} to "
+                  f"{100 * summary['task_high']:.0f} %)")
     if summary.get("policy_errors"):
         errors += (f"; counted as failures: {summary['policy_errors']} in which the policy raised "
                    "an error or gave no valid action")

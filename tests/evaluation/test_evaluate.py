@@ -189,6 +189,8 @@ def test_each_task_of_the_joint_suite_has_the_steps_of_its_own(run, monkeypatch)
     results = evaluate_run(run, config, suite="libero_40", task_ids=(3, 13, 23, 33))
     assert played == {3: 220, 13: 280, 23: 300, 33: 520}
     assert results["protocol"]["horizon"] == 0 and results["episodes"] == 4
+    assert list(results["suites"]) == [*schema.JOINED]
+    assert "; libero_goal 1 of 1; libero_10 1 of 1; mean of 4 tasks" in format_success(results)
     assert evaluate_run(run, config, suite="libero_40", task_ids=(3, 13, 23, 33)) == results
     with pytest.raises(ValueError, match="horizon: 0 there, 50 now"):
         evaluate_run(run, dataclasses.replace(config, horizon=50), suite="libero_40",

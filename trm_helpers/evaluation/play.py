@@ -178,7 +178,7 @@ class Evaluation(NamedTuple):
     def _results(self, rows: list[dict], errors: Mapping[Episode, str]) -> dict:
         protocol, first = PROTOCOLS[self.config.protocol], self.planned[0]
         return {
-            **summarize_episodes(rows),
+            **summarize_episodes(rows), **_by_own_suite(rows),
             "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
             "protocol": {"suite": self.suite,
                          "task_ids": sorted({episode.task_id for episode in self.planned}),
@@ -193,6 +193,18 @@ class Evaluation(NamedTuple):
             "software": software_versions(),
             "renderers": sorted({row["renderer"] for row in rows if row.get("renderer")}),
         }
+
+
+def _by_own_suite(rows: Iterable[Mapping]) -> dict[str, dict]:
+    """Of episodes of the joint suite, ``suites``: successes and episodes of each of the four."""
+    suites: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row["suite"] == schema.JOINT_SUITE:
+            own, _ = schema.own_suite(row["suite"], row["task_id"])
+            counts = suites.setdefault(own, {"successes": 0, "episodes": 0})
+            counts["successes"] += bool(row["success"])
+            counts["episodes"] += 1
+    return {"suites": suites} if suites else {}
 
 
 # --- the one loop --------------------------------------------------------------------------------
