@@ -9,8 +9,10 @@ from pathlib import Path
 from textwrap import indent
 from urllib.parse import quote
 
-from ..files import atomic_path
+from ..files import atomic_path, dispensable, read_jsonl
 from ..training.runs import find_run
+from ..visuals.figure import save_figure
+from ..visuals.plots import plot_training_curves
 from .page import render
 from .sections import Section, media, read_sections
 
@@ -35,6 +37,9 @@ def write_report(run: str | Path) -> Path:
     if not os.access(run, os.W_OK):
         raise PermissionError(f"the folder {run} is not writable, so {' and '.join(names)} cannot "
                               "be written")
+    with dispensable("the figure of the losses"):
+        if epochs := read_jsonl(run / "metrics.jsonl"):
+            save_figure(plot_training_curves(epochs), run / "figures" / "04_training.png")
     sections = read_sections(run)
     texts = _markdown(run, sections.values()), render(run, sections)
     for name, text in zip(names, texts, strict=True):

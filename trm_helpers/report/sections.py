@@ -22,8 +22,6 @@ from ..search.search import verdict
 from ..sim.env import load_task
 from ..stats import comparison_rows, detectable, format_success
 from ..training.runs import description, load_config
-from ..visuals.figure import save_figure
-from ..visuals.plots import plot_training_curves
 
 # the main settings; all are in config.json
 _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
@@ -226,7 +224,6 @@ def _training(run: Path) -> Section:
         return Section("Training", missing="04_train trains a policy.")
     best = min(epochs, key=lambda row: row["val_loss"])
     minutes = sum(row["seconds"] for row in epochs) / 60
-    save_figure(plot_training_curves(epochs), run / "figures" / "04_training.png")
     return Section("Training", texts=[
         f"{len(epochs)} epochs in {minutes:.1f} minutes; lowest validation loss "
         f"{best['val_loss']:.4g} in epoch {best['epoch']}, final training loss "
