@@ -210,9 +210,9 @@ display(fig)
 
 # %%
 lengths = [row["steps"] for row in episodes if row["success"]]
-print(f"Successes take {min(lengths)} to {max(lengths)} of {asked['horizon']} steps "
+print(f"Successes take {min(lengths)} to {max(lengths)} steps "
       f"({min(lengths) / CONTROL_HZ:.1f} to {max(lengths) / CONTROL_HZ:.1f} seconds)."
-      if lengths else f"No episode succeeded within {asked['horizon']} steps.")
+      if lengths else "No episode succeeded within the horizon.")
 
 # %% [markdown]
 # ## Watch the episodes
