@@ -107,6 +107,13 @@ def test_wrong_usage_and_bad_values_have_their_own_codes(capsys):
     assert "'expert' needs a suite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("right", ["--no-proprioception", "--epochs=2", "--storage"])
+def test_no_other_option_is_proposed_for_one_that_exists(right, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "demo", "--run-name", "r", right, "--lr", "abc"])
+    assert "unknown option" not in capsys.readouterr().err
+
+
 def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, capsys):
     name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
     write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)

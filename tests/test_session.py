@@ -52,8 +52,11 @@ PARAMETERS = "lr = None  # type: float; learning rate\nrun_name = ''  # type: st
     ([PARAMETERS, "# Parameters\nlrr = 1e-3\n"], "no parameter 'lrr'; did you mean 'lr'"),
     ([PARAMETERS, "# Parameters\nlearning_rate = 1e-3\n"], "did you mean 'lr'"),
     ([PARAMETERS, '# Parameters\nlr = 1e-3\nrun_name = "x"\n'], None),
-    (["!ls", "# Parameters\nlrr = 1e-3\n"], None),  # not after a cell of parameters
-    ([PARAMETERS, "lrr = 1e-3"], None)])
+    (["!ls", "# Parameters\nlrr = 1e-3\n"], None),  # no cell of parameters
+    ([PARAMETERS, "lrr = 1e-3"], None),
+    ([PARAMETERS, "# Parameters\nlrr = 1\n", "x = 1", "# Parameters\nlr = 1\n"], None),  # mended
+    ([PARAMETERS, "# Parameters\nlr = \n"], None), ([3], None),
+    ([PARAMETERS, '# Parameters\nPAPERMILL_INPUT_PATH = "a.ipynb"\n'], None)])
 def test_a_parameter_that_a_notebook_does_not_have_ends_it(monkeypatch, cells, refused):
     monkeypatch.setattr(sys.modules["__main__"], "In", ["", *cells], raising=False)
     with pytest.raises(ValueError, match=refused) if refused else contextlib.nullcontext():

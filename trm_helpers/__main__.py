@@ -238,7 +238,7 @@ class Evaluate(_Rollouts):
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
         test = None
         if self.against:
-            test = compare_runs(self.run, self.against, self.suite, self.task_ids)
+            test = compare_runs(self.run, self.against, planned.suite, self.task_ids)
             lines += [format_comparison(test, self.run, self.against), detectable(results),
                       *stale_episodes(self.against, planned.suite)]
         return ({**results, "bounds": bounds, "comparison": test}, lines, not results["errors"])
@@ -413,9 +413,11 @@ def _hints(kind: type, given: Sequence[str]) -> list[str]:
     parts = [PARTS.values() if part is Config else [part]
              for part in types if dataclasses.is_dataclass(part)]
     known = [name for part in [kind, *itertools.chain(*parts)] for name in types_of(part)]
-    names = [text[2:].partition("=")[0].replace("-", "_") for text in given if text[:2] == "--"]
+    known += ["help", *(f"no_{name}" for name in known)]
+    names = dict.fromkeys(text[2:].partition("=")[0].replace("-", "_") for text in given
+                          if text[:2] == "--")
     said = [f"unknown option '{name}'{hint}" for name in names
-            if name not in [*known, "help"] and (hint := schema.did_you_mean(name, known))]
+            if name not in known and (hint := schema.did_you_mean(name, known))]
     return [re.sub("'(.*?)'", r"--\1", line).replace("_", "-") for line in said]
 
 

@@ -112,7 +112,7 @@ def _is_a(value: Any, kind: type) -> bool:
 class DataConfig(_Part):
     """Demonstrations and how they become samples."""
 
-    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40: four
+    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40 joins 4
     task_ids: tuple[int, ...] = (0,)  # task indices in the suite
     demos: Literal[schema.DEMOS] = "auto"  # human or scripted; auto: human ones if found
     demo_dir: str = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input
@@ -137,6 +137,8 @@ class DataConfig(_Part):
             schema.check_task_id(self.suite, task_id)
         self.require("num_demos", self.num_demos >= 2, "at least 2, to split")
         self.require("beta", self.beta <= 1, "a probability in [0, 1]")
+        self.require("suite", not self.actor or self.suite != schema.JOINT_SUITE,
+                     f"one of {', '.join(schema.JOINED)} with an actor")
         self.require("demos", not (self.actor and self.demos == "human"),
                      "auto or scripted with an actor, which the scripted expert labels")
 
@@ -330,7 +332,7 @@ class Config:
                                "none with scenes, from which training derives them")
         else:
             self.model.require("looks", not self.model.looks or bool(self.model.keypoints),
-                               "0 without scenes, which train the localizer that looks")
+                               "0 without scenes, on which the localizer is trained")
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -161,8 +161,7 @@ def base_suite(suite: str) -> str:
 
 
 def own_suite(suite: str, task_id: int) -> tuple[str, int]:
-    """The suite and id under which LIBERO knows a task; of other suites than the joint one, these.
-    """
+    """The suite and id under which LIBERO knows a task; only the joint suite's are others."""
     task_id = check_task_id(suite, task_id)
     if suite == JOINT_SUITE:
         for suite in JOINED:
@@ -200,7 +199,7 @@ class EvalProtocol:
     def horizon(self, suite: str) -> int:
         """Steps allowed per episode; a LIBERO-PRO suite has the horizon of its base suite.
 
-        0 of the joint suite, whose tasks have that of their own suites.
+        0 for the joint suite: each task has the horizon of its own suite.
         """
         return dict(self.horizons).get(base_suite(suite), 0)
 

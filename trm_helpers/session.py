@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import filecmp
-import itertools
 import os
 import shutil
 import subprocess
@@ -34,7 +33,8 @@ from .training.runs import copy_run, description, load_config
 from .training.tracking import connect
 
 SESSION_HOURS = 12.0
-_INJECTED, _TYPED = "# Parameters\n", "  # type: "  # of papermill's cell, of the one before it
+_INJECTED, _TYPED = "# Parameters\n", "  # type: "  # of papermill's cell, of the notebook's own
+_PAPERMILLS = "PAPERMILL_"  # of what papermill adds with --inject-paths
 _SAVING_MINUTES = 20.0  # of a session, kept back for figures, the report and Kaggle's own saving
 _ANSWER_WITHIN = 5.0  # seconds, for Kaggle's secrets
 _LEAST_FREE = 2e9  # bytes of the working disk
@@ -98,20 +98,24 @@ def keep(files: Iterable[str | os.PathLike]) -> None:
 
 def _refuse_unknown_parameters() -> None:
     """papermill only warns of them, and the notebook would run with its defaults for hours."""
-    cells = getattr(sys.modules.get("__main__"), "In", [])  # IPython's executed cells
-    for own, injected in itertools.pairwise(cells):
-        if injected.startswith(_INJECTED) and _TYPED in own:
-            known = _assigned(own)
-            for name in _assigned(injected):
-                if name not in known:
-                    raise ValueError(
-                        f"this notebook has no parameter {name!r}"
-                        f"{schema.did_you_mean(name, known)}; it has {', '.join(known)}")
+    executed = getattr(sys.modules.get("__main__"), "In", None)  # IPython's list of cells
+    cells = [cell for cell in executed or () if isinstance(cell, str)]
+    injected = next((cell for cell in reversed(cells) if cell.startswith(_INJECTED)), "")
+    own = next((cell for cell in reversed(cells) if _TYPED in cell), "")
+    known = _assigned(own)
+    for name in _assigned(injected):
+        if known and name not in known and not name.startswith(_PAPERMILLS):
+            raise ValueError(f"this notebook has no parameter {name!r}"
+                             f"{schema.did_you_mean(name, known) or '.'} It has {', '.join(known)}")
 
 
 def _assigned(cell: str) -> list[str]:
-    """The names that a cell's own lines assign to."""
-    return [target.id for line in ast.parse(cell).body if isinstance(line, ast.Assign)
+    """The names that a cell's own lines assign to; none of a cell that is no Python."""
+    try:
+        lines = ast.parse(cell).body
+    except SyntaxError:
+        return []
+    return [target.id for line in lines if isinstance(line, ast.Assign)
             for target in line.targets if isinstance(target, ast.Name)]
 
 

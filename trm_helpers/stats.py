@@ -102,8 +102,8 @@ def _by_episode(rows: Sequence[Mapping], name: str) -> dict[tuple, Mapping]:
 def format_success(summary: Mapping) -> str:
     """One line on a summary of :func:`summarize_episodes`, or on one of its tasks.
 
-    It has the counts of each suite of the joint one, failures of the policy, which count, and
-    errors of the machine, which do not.
+    For the joint suite it gives each suite's counts. It also names failures of the policy, which
+    count, and errors of the machine, which do not.
     """
     tasks = errors = ""
     for suite, counts in summary.get("suites", {}).items():

@@ -18,7 +18,7 @@ from walking import CountingPolicy, StraightRoad
 
 from trm_helpers import files, preflight, schema
 from trm_helpers.__main__ import main
-from trm_helpers.config import EvalConfig
+from trm_helpers.config import EvalConfig, from_flat
 from trm_helpers.demos.experts import make_expert
 from trm_helpers.evaluation import baselines, compare, evaluate, plan, play
 from trm_helpers.evaluation.evaluate import PolicyEvaluator, plan_run
@@ -191,10 +191,23 @@ def test_each_task_of_the_joint_suite_has_the_steps_of_its_own(run, monkeypatch)
     assert results["protocol"]["horizon"] == 0 and results["episodes"] == 4
     assert list(results["suites"]) == [*schema.JOINED]
     assert "; libero_goal 1 of 1; libero_10 1 of 1; mean of 4 tasks" in format_success(results)
+    rows = read_jsonl(run / "robustness" / "libero_40-none" / "episodes.jsonl")
+    assert {row["task_id"]: row["horizon"] for row in rows} == played
     assert evaluate_run(run, config, suite="libero_40", task_ids=(3, 13, 23, 33)) == results
-    with pytest.raises(ValueError, match="horizon: 0 there, 50 now"):
+    with pytest.raises(ValueError, match="horizon: 220 there, 50 now"):
         evaluate_run(run, dataclasses.replace(config, horizon=50), suite="libero_40",
                      task_ids=(3,))
+
+
+def test_a_policy_for_several_suites_is_asked_for_the_tasks_that_it_knows():
+    trained = from_flat("demo", suite="libero_40", task_ids=(3, 13, 15), conditioning="language")
+    assert plan.trained_tasks(trained, "libero_40") == (3, 13, 15)
+    assert plan.trained_tasks(trained, "libero_object") == (3, 5)
+    assert plan.trained_tasks(trained, "libero_object_swap") == (3, 5)
+    with pytest.raises(ValueError, match="trained on no task of libero_goal; expected task_ids"):
+        plan.trained_tasks(trained, "libero_goal")
+    one = from_flat("demo", suite="libero_spatial", task_ids=(3,))
+    assert plan.trained_tasks(one, "libero_object") == (3,)
 
 
 def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch):

@@ -218,6 +218,25 @@ def test_all_looks_share_their_weights_and_the_first_look_sees_half_the_size():
         Localizer(3).locate(torch.rand(1, 64, 64, 3), looks=1)
 
 
+@pytest.mark.parametrize("change", [
+    {"things": ["a", "b", "c"]}, {"things": "ab"}, {"things": None}, {"looks": 0}, {"looks": "6"},
+    {"looks": -1}, {"looks": None}])
+def test_a_saved_localizer_is_loaded_or_named_as_damaged(tmp_path, change):
+    torch.manual_seed(0)
+    localizer, images = Localizer(2, 3, 4, looks=2), torch.rand(1, 64, 64, 3)
+    keypoints.save_localizer(tmp_path, localizer, ["a", "b"], {"scenes": 9})
+    names, again = keypoints.load_localizer(tmp_path)
+    assert names == ("a", "b")
+    torch.testing.assert_close(again.locate(images, torch.eye(4)[:1]),
+                               localizer.locate(images, torch.eye(4)[:1]))
+    with pytest.raises(ValueError, match="looks=-1 is not valid"):
+        again.locate(images, torch.eye(4)[:1], looks=-1)
+    said = json.loads((tmp_path / "scenes.json").read_text())
+    (tmp_path / "scenes.json").write_text(json.dumps({**said, **change}))
+    with pytest.raises(ValueError, match="does not hold a localizer"):
+        keypoints.load_localizer(tmp_path)
+
+
 def test_looks_learn_to_correct_the_first_look_which_stays_as_it_is():
     scenes, new = squares(400, size=64), squares(200, size=64, seed=1)
     torch.manual_seed(0)

@@ -283,9 +283,6 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
     names = [task.name for task in tasks.values()]
     if data.actor and not data.demo_dir:
-        if data.suite == schema.JOINT_SUITE:
-            raise ValueError(f"actor={data.actor!r} cannot act in suite={data.suite!r}; expected "
-                             f"one of {', '.join(schema.JOINED)}")
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta)
         print(f"{data.num_demos} demonstrations of each of {len(tasks)} task(s), with the run "
               f"{data.actor!r} acting and the scripted expert labelling, in {folder}")

@@ -152,7 +152,7 @@ def human_demonstrations(task_names: Mapping[str, str], folders: Iterable[str | 
     says how to get one.
 
     Args:
-        task_names: with the suite of each.
+        task_names: task name -> its suite.
     """
     target = paths.data_dir() / "human"
     places = [*folders, paths.KAGGLE_INPUT, target]

@@ -21,7 +21,13 @@ from ..files import digest
 from ..sim import geometry
 from ..sim.env import LiberoEnv
 from ..training.runs import find_run, load_config
-from .plan import Episode, evaluation_folder, official_episodes, results_name
+from .plan import (
+    Episode,
+    evaluation_folder,
+    official_episodes,
+    results_name,
+    trained_tasks,
+)
 from .play import Evaluation
 from .rollout import Policy
 
@@ -154,7 +160,7 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
     run = find_run(run, to_write=True)
     trained = load_config(run)
     suite, folder = suite or trained.data.suite, evaluation_folder(run, suite) / "bounds"
-    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained_tasks(trained, suite)
     results = results_name(task_ids, trained.data.task_ids)
     config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
                                  perturbation="none")

@@ -20,6 +20,7 @@ from .plan import (
     results_name,
     robustness_folder,
     selection_episodes,
+    trained_tasks,
     wide_episodes,
 )
 from .play import Evaluation, TrainedPolicy, collect, play_all, weights_digest
@@ -92,7 +93,7 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
     run = find_run(run, to_write=True)
     trained = load_config(run)
     suite = suite or trained.data.suite
-    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained_tasks(trained, suite)
     refuse_unknown_tasks(trained, suite, task_ids)
     config = config or trained.eval
     perturbed = config.perturbation != "none"

@@ -71,6 +71,23 @@ def robustness_folder(run: Path, suite: str, perturbation: str, wide: bool = Fal
     return run / "robustness" / f"{suite}-{'wide-' * wide}{perturbation}"
 
 
+def trained_tasks(trained: Config, suite: str) -> tuple[int, ...]:
+    """The tasks of a suite that a run was trained on; of an unrelated suite the run's own ids.
+
+    Raises ``ValueError`` for a run of the joint suite that was trained on none of them.
+    """
+    own, task_ids = trained.data.suite, trained.data.task_ids
+    if own != schema.JOINT_SUITE or suite == own:
+        return task_ids
+    base = schema.base_suite(suite)
+    found = [task_id for name, task_id in (schema.own_suite(own, each) for each in task_ids)
+             if name == base]
+    if not found:
+        raise ValueError(f"the policy was trained on no task of {base}; expected task_ids, the "
+                         "tasks that it should try")
+    return tuple(found)
+
+
 def refuse_unknown_tasks(trained: Config, suite: str, task_ids: tuple[int, ...]) -> None:
     """Raise ``ValueError`` if a policy conditioned on task numbers was not trained on these.
 

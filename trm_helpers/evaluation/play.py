@@ -98,6 +98,12 @@ class Evaluation(NamedTuple):
                 "horizon": self.config.horizon or protocol.horizon(self.suite),
                 "perturbation": self.config.perturbation}
 
+    def _conditions_of(self, episode: Episode) -> dict:
+        """:attr:`conditions`, with the horizon of the episode's own suite."""
+        suite, _ = schema.own_suite(episode.suite, episode.task_id)
+        return {**self.conditions,
+                "horizon": self.config.horizon or PROTOCOLS[self.config.protocol].horizon(suite)}
+
     @property
     def ledger(self) -> Path:
         return self.folder / "episodes.jsonl"
@@ -109,7 +115,7 @@ class Evaluation(NamedTuple):
 
     def finished(self) -> dict[Episode, dict]:
         """Rows of all episodes that were played; ``ValueError`` as in :meth:`checked`."""
-        conditions, played = self.conditions, {}
+        played = {}
         for number, row in enumerate(read_jsonl(self.ledger), start=1):
             try:
                 episode = Episode.of(row)
@@ -120,6 +126,7 @@ class Evaluation(NamedTuple):
                 raise ValueError(f"{self.ledger}, line {number} is damaged: it holds no "
                                  f"{', '.join(missing)}")
             row = {"perturbation": "none", **row}  # older rows do not say so
+            conditions = self._conditions_of(episode)
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:
                 raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
@@ -153,9 +160,11 @@ class Evaluation(NamedTuple):
         with exclusive_lock(self.folder, wait=False, lock=".evaluation.lock"):
             finished = self.finished()
             missing = [episode for episode in self.planned if episode not in finished]
+            # without the joint suite's, as each row has its own
+            stamp = {key: value for key, value in self.conditions.items() if value != 0}
             new, errors = collect(
                 play_all(self.source, self.config, self.folder, missing, stop_in_time=True),
-                len(self.planned), len(self.planned) - len(missing), self.ledger, self.conditions,
+                len(self.planned), len(self.planned) - len(missing), self.ledger, stamp,
                 desc="episodes")
             finished |= new
             rows = [finished[episode] for episode in self.planned if episode in finished]

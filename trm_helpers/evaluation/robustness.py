@@ -171,7 +171,10 @@ def card_rows(card: Mapping) -> list[dict]:
 
 def card_notes(card: Mapping) -> list[str]:
     """The difference that the episodes can show; what was not played and why, a line each."""
-    return [detectable(card["rows"][0])] + [
+    apart = [] if card.get("suite") != schema.JOINT_SUITE else [
+        "not part of this card: LIBERO-PRO's variations, which belong to one suite each; evaluate "
+        "them by name, for example with --suite libero_goal_swap"]
+    return [detectable(card["rows"][0]), *apart] + [
         f"{why}: {row['title']}: {row['reason']}"
         for why, rows in (("not used by this policy", card["not_used"]),
                           ("could not be played", card["failed"])) for row in rows]

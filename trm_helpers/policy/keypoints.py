@@ -21,7 +21,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from .. import paths, schema
-from ..config import Config
+from ..config import Config, convert
 from ..data.augment import augment_images, resize_images
 from ..data.language import embed_instruction
 from ..demos.demo_files import DemoFileError, open_demo_file
@@ -337,13 +337,19 @@ def save_localizer(folder: str | Path, localizer: Localizer, names: Sequence[str
 def load_localizer(folder: str | Path) -> tuple[tuple[str, ...], Localizer]:
     """Names of the keypoints of a folder's localizer, and the localizer itself.
 
-    ``pretrained/spatial-looks`` knows object and target of the ten tasks of LIBERO-Spatial.
+    ``pretrained/spatial-looks`` knows object and target of the ten tasks of LIBERO-Spatial. Raises
+    ``FileNotFoundError`` without its two files, ``ValueError`` if they are damaged.
     """
     found = read_json(Path(folder) / "scenes.json", keys=["things"])
     weights, _ = read_weights(Path(folder) / "locator.safetensors")
-    localizer = Localizer(len(found["things"]), *weights["known"].shape, found.get("looks", 0))
-    localizer.load_state_dict(weights)
-    return tuple(found["things"]), localizer
+    try:
+        names = convert("things", found["things"], tuple[str, ...])
+        looks = convert("looks", found.get("looks", 0), int)
+        localizer = Localizer(len(names), *weights["known"].shape, max(looks, 0))
+        localizer.load_state_dict(weights)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} does not hold a localizer: {error}") from error
+    return names, localizer
 
 
 def _task_vectors(config: Config) -> torch.Tensor | None:

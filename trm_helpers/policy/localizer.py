@@ -69,9 +69,9 @@ class Localizer(nn.Module):
         is the answer: column and row, from 0 to 1 across the image.
         """
         looks = self.looks if looks is None else looks
-        if looks and self.look is None:
-            raise ValueError(f"looks={looks} is not valid for a localizer trained with looks=0; "
-                             "expected 0")
+        if looks < 0 or looks and self.look is None:
+            raise ValueError(f"looks={looks} is not valid for a localizer trained with looks="
+                             f"{self.looks}; expected {'0' if self.look is None else '>= 0'}")
         first = self.points(self(images, task))
         return torch.cat([first.unsqueeze(1), self.look_again(images, task, first, looks)], dim=1)
 

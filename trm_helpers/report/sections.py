@@ -105,9 +105,10 @@ def _success(run: Path) -> Section:
     texts = [f"{format_success(results)}.",
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
              f"{protocol['num_episodes']} episode{'s' * (protocol['num_episodes'] > 1)} per task "
-             "from official init state "
-             f"{protocol['first_init_state']}, {protocol['horizon'] or 'of each suite its'} steps; "
-             f"{protocol['weights']} weights.", f"{detectable(results)}."]
+             f"from official init state {protocol['first_init_state']}, "
+             + (f"{protocol['horizon']} steps; " if protocol["horizon"]
+                else "with the horizon of each task's own suite; ")
+             + f"{protocol['weights']} weights.", f"{detectable(results)}."]
     summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
     if len(summaries) > 1:
         summaries["all"] = results

@@ -163,8 +163,9 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     found = "no run has been trained" if not name else (
         f"the run {name!r} has not been trained" if (root / name).is_dir()
         else f"no trained run {name!r}")
-    raise FileNotFoundError(f"{found} in {root}; there are: {', '.join(names) or 'none'}{hint}. "
-                            "04_train makes one, or `python -m trm_helpers train demo`"
+    raise FileNotFoundError(f"{found} in {root}; there are: {', '.join(names) or 'none'}"
+                            f"{hint or '.'} 04_train makes one, or `python -m trm_helpers train "
+                            "demo`"
                             + ("; Add Input > Your Work > Notebooks attaches its output"
                                if paths.on_kaggle() else ""))
 

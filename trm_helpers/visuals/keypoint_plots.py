@@ -77,8 +77,8 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     for number, axes in enumerate(grid[0, 1:-1], start=1):
         axes.set_title(f"look {number}")
     grid[0, -1].set_title("last")
-    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate; the ring is "
-                 "the last one")
+    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate; the ring "
+                 "marks the last one")
     return describe(fig, "; ".join(
         f"Image {number}: moved by {', '.join(f'{step:.1f}' for step in steps)} pixels"
         for number, steps in enumerate(moved, start=1)) + ".")
