@@ -36,7 +36,7 @@ FIGURES = {
     "00_action",
     "01_frames", "01_action_statistics", "01_action_trace", "01_lengths", "01_alignment",
     "02_mask", "02_augmentation", "02_batch",
-    "03_latency", "03_answer", "03_state",
+    "03_latency", "03_answer", "03_looks", "03_state",
     "04_training",
     "05_search", "05_coordinates",
     "06_episodes", "06_success", "06_lengths", "06_rollout",
