@@ -266,3 +266,15 @@ def test_points_are_projected_as_robosuite_projects_them(env):
         assert np.abs(env.project(points, camera) - rows_columns[:, ::-1]).max() <= 1
     behind = env.sim.data.cam_xpos[env.sim.model.camera_name2id("agentview")] + [1, 0, 0]
     assert np.isnan(env.project(behind[None], "agentview_rgb")).all()
+
+
+@pytest.mark.sim
+def test_another_environment_that_is_reset_or_closed_leaves_the_frames_alone():
+    other = LiberoEnv("libero_object", 1)
+    other.reset(seed=1)["agentview_rgb"]
+    with LiberoEnv("libero_object", 2) as env:
+        first = np.array(env.reset(init_state=1)["agentview_rgb"])
+        other.reset(seed=2)  # while the other's OpenGL context is not the current one
+        assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)
+        other.close()
+        assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)

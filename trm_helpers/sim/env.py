@@ -200,7 +200,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
                 raise
         if lazy:
             self._install_lazy_cameras()
-        self._close_at_exit = weakref.finalize(self, self.raw.close)
+        self._close_at_exit = weakref.finalize(self, _close, self.raw)
         atexit.register(self._close_at_exit)  # before EGL's own exit handler
 
     # --- episodes ---------------------------------------------------------------------------------
@@ -402,6 +402,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
         self.raw.object_property_initializers.clear()
         for _ in range(_MAX_PLACEMENT_TRIES):
             with contextlib.suppress(RandomizationError):
+                _use_context_of(self.raw)  # a hard reset frees the old model's renderer
                 self.raw.reset()
                 return
         raise RuntimeError(f"{self.task.name}: no collision-free layout of the objects in "
@@ -460,6 +461,22 @@ class LiberoEnv(contextlib.AbstractContextManager):
         setup = raw._setup_observables
         raw._setup_observables = lambda: make_lazy(setup())
         make_lazy(raw._observables)
+
+
+def _use_context_of(raw) -> None:
+    """Make an environment's OpenGL context the current one.
+
+    Its renderer is freed in the current context: in another environment's, that one's textures and
+    meshes would be freed in its place.
+    """
+    context = getattr(raw.sim, "_render_context_offscreen", None)
+    if context is not None:
+        context.gl_ctx.make_current()
+
+
+def _close(raw) -> None:
+    _use_context_of(raw)
+    raw.close()
 
 
 @contextlib.contextmanager
