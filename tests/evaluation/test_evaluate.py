@@ -199,6 +199,21 @@ def test_each_task_of_the_joint_suite_has_the_steps_of_its_own(run, monkeypatch)
                      task_ids=(3,))
 
 
+def test_replays_of_the_joint_suite_are_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(play, "worker_env", lambda *_, **__: None)
+
+    class Replay:  # its rows give the length of the demonstration as the horizon
+        def play(self, env, episode):
+            return {**episode._asdict(), "success": True, "steps": 9, "horizon": 9}
+
+    planned = [plan.Episode("libero_40", task_id, 0) for task_id in (13, 23)]
+    monkeypatch.setattr(play.worker_env, "cache_clear", lambda: None, raising=False)
+    asked = Replay(), {}, tmp_path, EvalConfig(num_videos=0), "libero_40"
+    assert play.Evaluation(*asked, planned[:1]).play()["successes"] == 1
+    assert play.Evaluation(*asked, planned).play()["successes"] == 2
+    assert [row["horizon"] for row in read_jsonl(tmp_path / "episodes.jsonl")] == [280, 300]
+
+
 def test_a_policy_for_several_suites_is_asked_for_the_tasks_that_it_knows():
     trained = from_flat("demo", suite="libero_40", task_ids=(3, 13, 15), conditioning="language")
     assert plan.trained_tasks(trained, "libero_40") == (3, 13, 15)

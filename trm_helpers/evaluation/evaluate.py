@@ -133,7 +133,7 @@ def selection_success(run: str | Path, config: Config, episodes: int,
     before = {Episode.of(row): row for row in _rows_of(ledger, source.sha256)} if ledger else {}
     missing = [episode for episode in planned if episode not in before]
     new, errors = collect(play_all(source, settings, run, missing), len(planned),
-                          len(planned) - len(missing), ledger, {"sha256": source.sha256},
+                          len(planned) - len(missing), ledger, lambda _: {"sha256": source.sha256},
                           desc="selection", leave=False)
     rows = {**before, **new}
     errors = [f"{tuple(episode)}: {error}" for episode, error in errors.items()]

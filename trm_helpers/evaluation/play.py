@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,9 +100,7 @@ class Evaluation(NamedTuple):
 
     def _conditions_of(self, episode: Episode) -> dict:
         """:attr:`conditions`, with the horizon of the episode's own suite."""
-        suite, _ = schema.own_suite(episode.suite, episode.task_id)
-        return {**self.conditions,
-                "horizon": self.config.horizon or PROTOCOLS[self.config.protocol].horizon(suite)}
+        return {**self.conditions, "horizon": _horizon(self.config, episode)}
 
     @property
     def ledger(self) -> Path:
@@ -160,12 +158,10 @@ class Evaluation(NamedTuple):
         with exclusive_lock(self.folder, wait=False, lock=".evaluation.lock"):
             finished = self.finished()
             missing = [episode for episode in self.planned if episode not in finished]
-            # without the joint suite's, as each row has its own
-            stamp = {key: value for key, value in self.conditions.items() if value != 0}
             new, errors = collect(
                 play_all(self.source, self.config, self.folder, missing, stop_in_time=True),
-                len(self.planned), len(self.planned) - len(missing), self.ledger, stamp,
-                desc="episodes")
+                len(self.planned), len(self.planned) - len(missing), self.ledger,
+                self._conditions_of, desc="episodes")
             finished |= new
             rows = [finished[episode] for episode in self.planned if episode in finished]
             if not_run := len(self.planned) - len(rows) - len(errors):
@@ -220,14 +216,15 @@ def _by_own_suite(rows: Iterable[Mapping]) -> dict[str, dict]:
 
 
 def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, finished: int = 0,
-            ledger: str | Path | None = None, stamp: Mapping = {}, **bar
+            ledger: str | Path | None = None,
+            stamp: Callable[[Episode], Mapping] = lambda _: {}, **bar
             ) -> tuple[dict[Episode, dict], dict[Episode, str]]:
     """Rows and errors of episodes, each appended to the ledger the moment it ends.
 
     Args:
         outcomes: an episode with its row, or with what went wrong.
         planned, finished: number of episodes, and of those played before.
-        stamp: further entries of each line in the ledger.
+        stamp: further entries of an episode's line in the ledger.
         bar: how ``tqdm`` shows the progress.
 
     Raises:
@@ -239,7 +236,8 @@ def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, 
             tqdm(total=planned, initial=finished, unit="episode", **bar) as progress:
         for episode, row, error in outcomes:
             if ledger:
-                append_jsonl(ledger, {**(row or {**episode._asdict(), "error": error}), **stamp})
+                append_jsonl(ledger, {**(row or {**episode._asdict(), "error": error}),
+                                       **stamp(episode)})
             if error:
                 errors[episode] = error
             else:
@@ -273,6 +271,11 @@ def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode],
         worker_env.cache_clear()
 
 
+def _horizon(config: EvalConfig, episode: Episode) -> int:
+    suite, _ = schema.own_suite(episode.suite, episode.task_id)
+    return config.horizon or PROTOCOLS[config.protocol].horizon(suite)
+
+
 def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     """The row of one episode; its film, if it has one, is below ``folder``."""
     protocol = PROTOCOLS[config.protocol]
@@ -283,8 +286,7 @@ def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> 
     if hasattr(source, "play"):
         row = source.play(env, episode)
     else:
-        suite, _ = schema.own_suite(episode.suite, episode.task_id)
-        policy, horizon = source.make(env), config.horizon or protocol.horizon(suite)
+        policy, horizon = source.make(env), _horizon(config, episode)
         if config.perturbation != "none":
             policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
         number = episode.init_state

@@ -56,11 +56,10 @@ def load_task(suite: str, task_id: int) -> Task:
 
     Raises ``ValueError`` for an unknown one, ``FileNotFoundError`` if its suite is not installed.
     """
-    own, task_id_there = schema.own_suite(suite, task_id)
+    own, own_id = schema.own_suite(suite, task_id)
     if own != suite:
-        task = load_task(own, task_id_there)
-        return dataclasses.replace(task, suite=suite, task_id=int(task_id))
-    task_id = task_id_there
+        return dataclasses.replace(load_task(own, own_id), suite=suite, task_id=int(task_id))
+    task_id = own_id
     benchmark = _benchmark(suite)
     task = benchmark.get_task(task_id)
     path = str(benchmark.get_task_bddl_file_path(task_id))
