@@ -45,6 +45,8 @@ POLICIES = {
     "trm, one step, one cycle, one update, relu": dict(
         _TRM, latent_updates=1, cycles=1, num_recursions=1, image_activation="relu"),
     "ACT-style": dict(_TOKENS, variant="act"),
+    # the whole chunk before the next decision, where the others execute half of it
+    "block, depth 4, execute 8": dict(variant="block", num_recursions=4, execution_horizon=8),
 }
 
 

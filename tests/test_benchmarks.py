@@ -24,6 +24,8 @@ from demo_files import write_demo_file
 from PIL import Image
 
 from trm_helpers import paths
+from trm_helpers.evaluation.plan import SELECTION_SEED
+from trm_helpers.evaluation.rollout import run_episode
 from trm_helpers.files import append_jsonl, write_json
 from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import repo_root
@@ -274,6 +276,25 @@ def test_the_expert_succeeds_in_its_table(script):
         "experts", "--suite", "libero_object", "--tasks", 0, "--episodes", 1, "--init-states",
         "--workers", 1))
     assert (task, successes) == ("0", "1 of 1")
+
+
+@pytest.mark.sim
+def test_the_number_of_executed_actions_is_chosen_on_sampled_placements(script, small_run):
+    trainer = small_run(suite="libero_object", task_ids=(0,), chunk=4, execution_horizon=2)
+    trainer.fit()
+    seen = []
+
+    def play(policy, env, init_state, seed):
+        row = run_episode(policy, env, init_state, horizon=3, seed=seed)
+        seen.append((init_state, seed, policy.execution_horizon, env.task.task_id))
+        return {**row, "success": policy.execution_horizon == 4}
+
+    rows = table(script("execution_horizon", trainer.run, "--horizons", 2, 4, "--episodes", 2,
+                        run_episode=play))
+    assert seen == [(None, SELECTION_SEED + number, horizon, 0)
+                    for horizon in (2, 4) for number in (0, 1)]
+    assert [row[1:3] for row in rows] == [["2", "0 of 2"], ["4", "2 of 2"]]
+    assert rows[1][-1].startswith("+100 points")
 
 
 LOOPS = """

@@ -73,8 +73,9 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
           f"{rows[-1]['val_loss']:.4f}", flush=True)
     if not trainer.finished:
         return False
-    results = plan_run(run, EvalConfig(protocol=given.protocol, num_episodes=given.episodes,
-                                       num_videos=1, eval_workers=given.workers)).play()
+    results = plan_run(run, EvalConfig(
+        protocol=given.protocol, num_episodes=given.episodes, num_videos=1,
+        first_init_state=given.first_init_state, eval_workers=given.workers)).play()
     print(format_success(results), flush=True)
     return not results["errors"]
 
@@ -98,6 +99,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--protocol", default="quick", choices=PROTOCOLS)
     parser.add_argument("--episodes", type=int, default=50, help="per task")
+    parser.add_argument("--first-init-state", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, in training")
     parser.add_argument("--workers", type=int, default=2, help="processes that evaluate")
