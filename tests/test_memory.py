@@ -1,0 +1,109 @@
+"""benchmarks/memory.py: what a policy sees where a camera blinks, in training as in control."""
+
+import runpy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from trm_helpers import schema
+from trm_helpers.data.normalize import ActionNormalizer
+from trm_helpers.paths import repo_root
+
+memory = SimpleNamespace(**runpy.run_path(str(repo_root() / "benchmarks" / "memory.py")))
+LENGTHS, APART, CHUNK, KEYPOINTS = (30, 21), 4, 8, ("bowl", "plate")
+
+
+class Localizer(torch.nn.Module):
+    """Positions that are the image's mean; of a black image 0."""
+
+    known = torch.zeros(3, schema.LANGUAGE_DIM)
+
+    def locate(self, images, task):
+        return images.mean((1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 1, len(KEYPOINTS), 2)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    for name in ("observed", "windows"):
+        monkeypatch.setitem(getattr(memory, name).__globals__, "NOISE", 0.0)
+    torch.manual_seed(0)
+    count = sum(LENGTHS)
+    levels = torch.randint(1, 256, (count,))  # of a grey image at each step
+    points = (levels / 255).view(-1, 1, 1).expand(-1, len(KEYPOINTS), 2)
+    return levels, memory.Steps(
+        points, torch.zeros_like(points), torch.randn(count, schema.PROPRIO_DIM),
+        torch.randn(count, schema.LANGUAGE_DIM), torch.rand(count, CHUNK, 7) * 2 - 1,
+        torch.ones(count, CHUNK), [(0, LENGTHS[0]), (LENGTHS[0], count)])
+
+
+def make_policy(arm, condition="fourth"):
+    data = SimpleNamespace(
+        normalizer=ActionNormalizer("none").fit(np.zeros((2, 7))),
+        proprio_stats={"mean": [0.0] * schema.PROPRIO_DIM, "std": [1.0] * schema.PROPRIO_DIM})
+    return memory.BlinkingPolicy(arm, condition, data, Localizer(), KEYPOINTS)
+
+
+def test_windows_hold_every_decision_of_every_episode_once(steps):
+    stream = memory.windows(steps[1], 100, APART, torch.Generator().manual_seed(0))
+    seen, firsts = [], 0
+    for number in range(2 * 2):  # two epochs of all eight episodes: 8 decisions in 2 windows
+        index, exists, is_first = next(stream)
+        assert index.shape == (8, memory.WINDOW) and is_first == (number % 2 == 0)
+        seen += index[exists].tolist()
+        firsts += is_first
+    assert firsts == 2 and sorted(seen) == sorted(2 * list(range(sum(LENGTHS))))
+
+
+@pytest.mark.parametrize("condition", memory.SEEN)
+@pytest.mark.parametrize("arm", memory.ARMS)
+def test_training_shows_what_control_shows(steps, arm, condition, monkeypatch):
+    """Every decision of one episode: the same positions, proprioception and age."""
+    levels, steps = steps
+    policy = make_policy(arm, condition)
+    generator, before, shown = torch.Generator(), [], []
+    one = steps._replace(demos=[(0, LENGTHS[0])])
+    stream = memory.windows(one, APART, APART, torch.Generator().manual_seed(0))
+    while len(shown) < 8:
+        index, exists, is_first = next(stream)
+        seen = memory.observed(arm, condition, steps, index, is_first, before, generator)
+        row = index[:, 0].argmin()  # the episode that begins with the demonstration
+        shown += [{key: value[row, place] for key, value in seen.items()}
+                  for place in range(memory.WINDOW)]
+    policy.reset()
+    for decision in range(LENGTHS[0] // APART):
+        step = APART * decision
+        monkeypatch.setattr(
+            memory.TRMPolicy, "prepare", lambda self, _, step=step: {
+                memory.CAMERA: (levels[step] / 255).expand(1, 4, 4, 3),
+                "proprio": steps.proprio[step][None], "language": steps.language[step][None]})
+        found = policy.prepare({})
+        for key in ("points", "proprio"):
+            torch.testing.assert_close(found[key][0], shown[decision][key].reshape(
+                found[key][0].shape))
+
+
+@pytest.mark.parametrize("arm", memory.ARMS)
+def test_every_arm_learns_and_plays(steps, arm):
+    _, steps = steps
+    torch.manual_seed(0)
+    policy = make_policy(arm)
+    before = {name: weight.clone() for name, weight in policy.named_parameters()}
+    memory.train(policy, "fourth", steps, 3, 0)
+    still = [name for name, weight in policy.named_parameters()
+             if torch.equal(weight, before[name])]
+    assert still == []
+    policy.eval().reset()
+    observation = {schema.STILL_CAMERA: np.full((64, 64, 3), 9, np.uint8),
+                   "language": "pick up the black bowl from table center and place it on the plate",
+                   **{key: np.zeros(schema.LOW_DIM[key]) for key in schema.PROPRIO_KEYS}}
+    for _ in range(2 * APART):
+        assert policy.act(observation).shape == (7,)
+    assert (policy._carry is not None) == policy.config.carry_over and policy.decision == 2
+
+
+def test_the_gru_is_not_larger_than_the_recursion():
+    gru, recursion = (sum(weight.numel() for weight in make_policy(arm).block.parameters())
+                      for arm in ("gru", "reset"))
+    assert 0.95 * recursion < gru <= recursion
