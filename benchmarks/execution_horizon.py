@@ -38,11 +38,11 @@ def play(runs: list[Path], horizons: list[int], episodes: int) -> dict[tuple[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=find_run)
+    parser.add_argument("runs", nargs="+")
     parser.add_argument("--horizons", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--episodes", type=int, default=5, help="per task")
     given = parser.parse_args()
-    rows = play(given.runs, given.horizons, given.episodes)
+    rows = play([*map(find_run, given.runs)], given.horizons, given.episodes)
     print("| run | executed | successes | 95 % Wilson interval | against the first: gap, p |\n"
           "| --- | --- | --- | --- | --- |")
     for (name, horizon), played in rows.items():
