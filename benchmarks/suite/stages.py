@@ -21,6 +21,7 @@ from policies import POLICIES  # noqa: E402
 from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter  # noqa: E402
 from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
+from trm_helpers.evaluation.actor import actor_of  # noqa: E402
 from trm_helpers.evaluation.evaluate import plan_run  # noqa: E402
 from trm_helpers.opengl import ensure_gl  # noqa: E402
 from trm_helpers.policy.keypoints import trained_localizer  # noqa: E402
@@ -59,7 +60,8 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
         print(table(checks), flush=True)
         if any(check.status == "fail" for check in checks):
             return False
-    files = ensure_demonstrations(settings(given, 0))
+    config = settings(given, 0)
+    files = ensure_demonstrations(config, actor_of(config))
     print(f"{len(files)} tasks demonstrated, {(deadline - time.monotonic()) / 60:.1f} minutes left",
           flush=True)
     config = settings(given, max((deadline - time.monotonic()) / 60 - _LEFT_FOR_THE_REST, 0.01))
