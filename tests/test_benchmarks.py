@@ -75,7 +75,8 @@ def played(file):
             append_jsonl(Path(run) / "episodes.jsonl", row)
         return {**summarize_episodes(rows), "errors": []}
 
-    return {"ensure_demonstrations": lambda config: dict.fromkeys(config.data.task_ids, file),
+    return {"ensure_demonstrations":
+            lambda config, actor=None: dict.fromkeys(config.data.task_ids, file),
             "plan_run": lambda run, *_, **more: types.SimpleNamespace(
                 play=lambda: play(run))}
 
