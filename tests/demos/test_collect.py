@@ -23,7 +23,6 @@ from trm_helpers.demos.alignment import measure_alignment
 from trm_helpers.demos.collect import (
     _collect,
     _Collection,
-    _successes,
     collect_demonstrations,
     collect_tasks,
 )
@@ -53,16 +52,21 @@ def run_attempts(monkeypatch, attempt, known, num_demos):
     settings = {"suite": "libero_object", "task_id": 0, "seed": 0, "disturb": True,
                 "placement": "benchmark"}
     collection = _Collection(task, Path("folder"), settings, num_demos)
-    collection.attempts, collection.write = dict(known), lambda: None
+    collection.attempts, collection.write = known, lambda: None
     monkeypatch.setattr(collect, "_attempt", lambda *given: attempt(given[-1]))
     _collect([collection], 0)
-    return collection.attempts
+    return collection.chosen
 
 
-def test_successes_count_only_up_to_the_first_open_attempt():
-    part = Path("part")
-    assert _successes({0: part, 1: None, 2: part, 4: part}) == [0, 2]
-    assert _successes({1: part}) == []
+@pytest.mark.parametrize(("known", "chosen", "missing"), [
+    ({0: "a", 1: None, 2: "b", 4: "c"}, [0, 2], [3]), ({1: "a"}, [], [0, 2]),
+    ({0: "a", 1: "b", 2: "c", 3: "d"}, [0, 1, 2], [])])
+def test_successes_count_only_up_to_the_first_open_attempt(known, chosen, missing):
+    settings = {"disturb": True, "placement": "benchmark", "seed": 0}
+    collection = _Collection(types.SimpleNamespace(name="a task"), Path("folder"), settings, 3)
+    collection.attempts = known
+    assert collection.chosen == chosen
+    assert [number for *_, number in collection.missing()] == missing
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -75,13 +79,11 @@ def test_the_first_successes_in_order_are_chosen_in_whatever_order_they_end(turn
         made.append(number)
         return None if number in (1, 2) else Path(str(number))
 
-    attempts = run_attempts(monkeypatch, attempt, {}, 3)
-    assert _successes(attempts)[:3] == [0, 3, 4]
+    assert run_attempts(monkeypatch, attempt, {}, 3) == [0, 3, 4]
     assert sorted(made) == [0, 1, 2, 3, 4]  # none that the file has no place for
     made.clear()
-    again = run_attempts(monkeypatch, attempt, {0: Path("0"), 1: None}, 3)
+    assert run_attempts(monkeypatch, attempt, {0: Path("0"), 1: None}, 3) == [0, 3, 4]
     assert 0 not in made and 1 not in made  # what was finished is not done again
-    assert _successes(again)[:3] == [0, 3, 4]
     made.clear()
     run_attempts(monkeypatch, attempt, {0: Path("0"), 4: Path("4"), 5: Path("5")}, 3)
     assert sorted(made) == [1, 2, 3]
@@ -265,7 +267,7 @@ def test_a_task_that_is_given_up_costs_no_other(quick, tmp_path, monkeypatch):
     real = collect._attempt
 
     def attempt(*given):
-        return None if given[1] == 0 else real(*given)
+        return None if given[0]["task_id"] == 0 else real(*given)
 
     monkeypatch.setattr(collect, "_attempt", attempt)
     with pytest.raises(RuntimeError, match="failed 20 of 20 attempts at .*alphabet_soup"):
@@ -310,7 +312,7 @@ def test_an_actors_file_begins_with_its_demonstrations_and_keeps_to_the_actor(
     def attempt(*given):
         if given[-1] == 4:
             raise RuntimeError("cut off")
-        assert given[3] is False and given[-3] == actor  # nobody pushes
+        assert given[0]["disturb"] is False and given[1] == actor  # nobody pushes
         return real(*given)
 
     real = collect._attempt
@@ -531,7 +533,7 @@ def test_a_folder_that_was_given_is_the_only_one(tmp_path, made, demos, capsys):
     human(tmp_path / "data", 3)
     human(tmp_path / "data", 5)
     given = tmp_path / "libero_spatial_no_noops"
-    with pytest.raises(FileNotFoundError, match="demo_dir='.*no_noops' is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"no_noops \(no such folder\)"):
         collect.ensure_demonstrations(from_flat("demo", demos=demos, demo_dir=str(given), **GIVEN))
     collection = {"by": "a test"} if demos == "scripted" else None
     expected = {task: human(given / "deep", task, collection=collection) for task in (3, 5)}

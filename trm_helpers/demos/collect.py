@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -38,8 +39,9 @@ from .demo_files import (
 )
 from .experts import Style, make_expert
 from .find_demos import (
-    given_demonstrations,
+    find_demonstrations,
     human_demonstrations,
+    left_out_text,
     scripted_dir,
     survey_demonstrations,
 )
@@ -141,18 +143,21 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
                     "observations": "what env.step returned", **schema.PINNED}
         if actor:
             settings |= {"by": "a policy, labelled by the scripted expert (DAgger)",
-                         "actor": actor.run, "actor_sha256": actor.sha256, "beta": actor.beta}
+                         "actor": actor.run, "beta": actor.beta}
+            if actor.sha256:  # unknown while complete files are read
+                settings["actor_sha256"] = actor.sha256
         tasks[task_id] = _Collection(load_task(suite, task_id), Path(folder), settings, num_demos,
                                      actor)
-    with contextlib.ExitStack() as locks:
-        # no waiting for a call that extends a complete file
-        for task in [task for task in tasks.values() if not task.is_complete()]:
+    incomplete = [task for task in tasks.values() if not task.is_complete()]
+    with contextlib.ExitStack() as locks:  # not of complete files: a call may be extending one
+        for task in incomplete:
             locks.enter_context(exclusive_lock(task.path.parent, lock=f".{task.name}.lock"))
-            if not task.is_complete():  # another call may have been faster
-                task.open()
-        opened = [task for task in tasks.values() if task.attempts is not None]
-        if opened:
-            _collect(opened, workers)
+        # another call may have been faster
+        incomplete = [task for task in incomplete if not task.is_complete()]
+        for task in incomplete:
+            task.open()
+        if incomplete:
+            _collect(incomplete, workers)
     return {task_id: task.path for task_id, task in tasks.items()}
 
 
@@ -169,7 +174,7 @@ class _Collection:
             calm = f".{actor.sha256[:12]}"
         self.parts = self.path.with_name(
             f".{self.name}.{settings['placement']}{calm}.seed{settings['seed']}.parts")
-        self.attempts: dict[int, Path | None] | None = None  # a success's file, None for a failure
+        self.attempts: dict[int, Path | None] = {}  # the file of a success, None for a failure
 
     def is_complete(self) -> bool:
         if not self.path.exists():
@@ -179,13 +184,18 @@ class _Collection:
             return len(demo_names(file)) >= self.num_demos
 
     def open(self) -> None:
+        """Read the attempts that are finished: those in the file and those beside it."""
         if self.actor:
             self._refuse_other_actor()
-            if not self.path.exists():
-                self.attempts = _of_file(self.actor.base[self.settings["task_id"]],
-                                         self.actor.base_count)
-        self.attempts = {**(self.attempts or {}), **_known_attempts(self.path, self.parts)}
+        if self.path.exists():
+            self.attempts = _of_file(self.path)
+        elif self.actor:
+            self.attempts = _of_file(self.actor.base[self.settings["task_id"]],
+                                     self.actor.base_count)
         self.parts.mkdir(parents=True, exist_ok=True)
+        for part in self.parts.glob("attempt_*"):
+            number = int(part.stem.split("_")[1])
+            self.attempts[number] = part if part.suffix == ".hdf5" else None
 
     def _refuse_other_actor(self) -> None:
         if not self.actor.source:
@@ -200,14 +210,21 @@ class _Collection:
                                  f"{self.actor.sha256[:12]}; remove it")
 
     def missing(self) -> list[tuple]:
-        """Arguments of :func:`_attempt` for the attempts to make."""
-        keys = ("suite", "task_id", "seed", "disturb", "placement")
-        return [(*(self.settings[key] for key in keys), self.actor, self.parts, number)
-                for number in _missing(self.attempts, self.num_demos)]
+        """Arguments of :func:`_attempt` for the attempts to make if each of them succeeds."""
+        not_failed = (number for number in itertools.count() if self.attempts.get(number, True))
+        return [(self.settings, self.actor, self.parts, number)
+                for number in itertools.islice(not_failed, self.num_demos)
+                if number not in self.attempts]
+
+    @property
+    def chosen(self) -> list[int]:
+        """The first successful attempts, in order, up to the first unfinished one."""
+        finished = itertools.takewhile(self.attempts.__contains__, itertools.count())
+        return [number for number in finished if self.attempts[number]][:self.num_demos]
 
     @property
     def found(self) -> int:
-        return min(len(_successes(self.attempts)), self.num_demos)
+        return len(self.chosen)
 
     def hopeless(self) -> str:
         """Why the task is given up, or an empty text."""
@@ -220,12 +237,10 @@ class _Collection:
     def write(self) -> None:
         """Write the file; with all demonstrations in it, the attempts beside it are removed."""
         with atomic_path(self.path) as temporary:
-            _assemble(temporary, self.task, self.settings, self.attempts, self.found)
+            _assemble(temporary, self.task, self.settings, self.attempts, self.chosen)
             check_demo_file(temporary)
         if self.found == self.num_demos:
-            for part in self.parts.iterdir():
-                part.unlink()
-            self.parts.rmdir()
+            shutil.rmtree(self.parts)
 
 
 def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
@@ -239,9 +254,8 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
         for task in tasks:
             if task.found == task.num_demos:  # cut off before the file was written
                 task.write()
-        attempt = _attempt  # as it is now, for the workers
         for (*_, folder, number), part, error in run_jobs(
-                lambda arguments: attempt(*arguments), attempts, workers=workers,
+                lambda arguments: _attempt(*arguments), attempts, workers=workers,
                 group=lambda arguments: arguments[-2],
                 wanted=lambda arguments: arguments[-2] not in given_up and minutes_left() > 0):
             if error:
@@ -294,14 +308,16 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
     kinds += ["dagger"] if "scripted" in kinds else []
     places = [paths.data_dir(), paths.KAGGLE_INPUT]
+    found = {}
     if data.demo_dir:
-        found = given_demonstrations(data.demo_dir, names, kinds)
+        found, left_out = find_demonstrations([data.demo_dir], names, kinds)
+        if left_out:
+            print(f"left out: {left_out_text(left_out)}")
     elif data.demos == "human":
-        found = human_demonstrations({
-            task.name: schema.own_suite(data.suite, task_id)[0]
-            for task_id, task in tasks.items()}, places, download=True)
-    else:
-        found, _ = survey_demonstrations(places if data.demos == "auto" else [], names, ["human"])
+        found = human_demonstrations({task.name: schema.own_suite(data.suite, task_id)[0]
+                                      for task_id, task in tasks.items()})
+    elif data.demos == "auto":
+        found, _ = survey_demonstrations(places, names, ["human"])
     for kind in kinds:
         of_kind = [str(path) for path in found.values() if source_of(path) == kind]
         if of_kind:
@@ -341,16 +357,6 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
 # --- attempts -----------------------------------------------------------------------------------
 
 
-def _known_attempts(path: Path, parts: Path) -> dict[int, Path | None]:
-    """Finished attempts: the file of a success, ``None`` for a failure."""
-    known = _of_file(path) if path.exists() else {}
-    if parts.is_dir():
-        for part in parts.glob("attempt_*"):
-            number = int(part.stem.split("_")[1])
-            known[number] = part if part.suffix == ".hdf5" else None
-    return known
-
-
 def _of_file(path: Path, count: int | None = None) -> dict[int, Path | None]:
     """The attempts in a file, or up to its first ``count`` demonstrations."""
     with open_demo_file(path) as file:
@@ -361,29 +367,11 @@ def _of_file(path: Path, count: int | None = None) -> dict[int, Path | None]:
             **dict.fromkeys(numbers, path)}
 
 
-def _successes(attempts: dict[int, Path | None]) -> list[int]:
-    """Successful attempts, in order, up to the first unfinished one."""
-    finished = itertools.takewhile(attempts.__contains__, itertools.count())
-    return [number for number in finished if attempts[number] is not None]
-
-
-def _missing(attempts: dict[int, Path | None], num_demos: int) -> list[int]:
-    """The attempts to make if each of them succeeds."""
-    missing, number, found = [], 0, 0
-    while found < num_demos:
-        if number not in attempts:
-            missing.append(number)
-        found += attempts.get(number, Path()) is not None
-        number += 1
-    return missing
-
-
-def _attempt(suite: str, task_id: int, seed: int, disturb: bool, placement: str,
-             actor: Actor | None, parts: Path, number: int) -> Path | None:
+def _attempt(settings: dict, actor: Actor | None, parts: Path, number: int) -> Path | None:
     """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
-    env = worker_env(suite, task_id)
-    generator = np.random.default_rng([seed, task_id, number])
-    record = record_demonstration(env, generator, disturb, placement, actor)
+    env = worker_env(settings["suite"], settings["task_id"])
+    generator = np.random.default_rng([settings["seed"], settings["task_id"], number])
+    record = record_demonstration(env, generator, settings["disturb"], settings["placement"], actor)
     if record is None:
         (parts / f"attempt_{number:05d}.failed").touch()
         return None
@@ -433,6 +421,8 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
 
 
 def _write_demo(group: h5py.Group, record: dict) -> None:
+    from robosuite.utils.transform_utils import axisangle2quat
+
     length = len(record["actions"])
     stacked = {key: np.stack([each[key] for each in record["observations"]])
                for key in (*schema.CAMERAS, *schema.LOW_DIM)}
@@ -440,7 +430,9 @@ def _write_demo(group: h5py.Group, record: dict) -> None:
         group[f"obs/{key}"] = values
     for key in ("actions", schema.EXECUTED_ACTIONS, "states"):
         group[key] = np.stack(record[key])
-    group["robot_states"] = _robot_states(stacked)
+    quaternions = np.stack([axisangle2quat(vector) for vector in stacked["ee_ori"]])  # x, y, z, w
+    group["robot_states"] = np.concatenate(
+        [stacked["gripper_states"], stacked["ee_pos"], quaternions], axis=1)
     last = (np.arange(length) == length - 1).astype(np.uint8)
     group["rewards"], group["dones"] = last * record["attributes"].get("success", True), last
     group.attrs.update({"num_samples": length, VERSION_ATTR: schema.COLLECTION_VERSION,
@@ -448,29 +440,22 @@ def _write_demo(group: h5py.Group, record: dict) -> None:
                         **record["attributes"]})
 
 
-def _robot_states(stacked: dict[str, np.ndarray]) -> np.ndarray:
-    """LIBERO's (T, 9): fingers, end-effector position and quaternion (x, y, z, w)."""
-    from robosuite.utils.transform_utils import axisangle2quat
-
-    quaternions = np.stack([axisangle2quat(vector) for vector in stacked["ee_ori"]])
-    return np.concatenate([stacked["gripper_states"], stacked["ee_pos"], quaternions], axis=1)
-
-
-def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) -> None:
-    chosen = _successes(attempts)[:num_demos]
+def _assemble(path: Path, task, settings: dict, attempts: dict, chosen: list[int]) -> None:
     failed = [n for n in range(chosen[-1]) if attempts[n] is None]
     with h5py.File(path, "w") as file:
         data = file.create_group(schema.DATA_GROUP)
         for index, number in enumerate(chosen):
             with open_demo_file(attempts[number]) as source:
-                source.copy(_demo_of_attempt(source, number), data, f"demo_{index}")
+                demos = source.get(schema.DATA_GROUP, source).values()  # a part has no group
+                demo = next(demo for demo in demos if demo.attrs["attempt"] == number)
+                source.copy(demo, data, f"demo_{index}")
         kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": schema.CONTROL_HZ,
                   "camera_names": [n.removesuffix("_image") for n in schema.CAMERAS.values()],
                   "camera_heights": schema.IMAGE_SIZE, "camera_widths": schema.IMAGE_SIZE,
                   "bddl_file_name": task.bddl_file}
         name = _problem_name(task.bddl_file)
         data.attrs.update({
-            "num_demos": num_demos,
+            "num_demos": len(chosen),
             "total": sum(int(demo.attrs["num_samples"]) for demo in data.values()),
             "env_name": name,
             "env_args": json.dumps({"type": 1, "env_name": name, "problem_name": name,
@@ -482,13 +467,6 @@ def _assemble(path: Path, task, settings: dict, attempts: dict, num_demos: int) 
             "macros_image_convention": "opengl",
             schema.ALIGNMENT_ATTR: "raw",
             COLLECTION_ATTR: json.dumps({**settings, "failed_attempts": failed})})
-
-
-def _demo_of_attempt(file: h5py.File, number: int) -> h5py.Group:
-    if "demo" in file:
-        return file["demo"]
-    demos = (file[schema.DATA_GROUP][name] for name in demo_names(file))
-    return next(demo for demo in demos if int(demo.attrs["attempt"]) == number)
 
 
 def _problem_name(bddl_file: str) -> str:
@@ -504,10 +482,8 @@ def _refuse_other_settings(path: Path, settings: dict) -> None:
         found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     found.pop("failed_attempts", None)
     found.setdefault("placement", "benchmark")  # former files do not name it
-    if not settings.get("actor_sha256"):  # unknown while complete files are read
+    if "actor_sha256" not in settings:
         found.pop("actor_sha256", None)
-        settings = {key: value for key, value in settings.items() if key != "actor_sha256"}
-    different = differences(found, settings)
-    if different:
+    if different := differences(found, settings):
         raise ValueError(f"{path} was made with other settings ({different}); "
                          "move it away or collect into another folder")

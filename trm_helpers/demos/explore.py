@@ -35,7 +35,7 @@ def explore_libero_dataset(path: str | Path) -> dict:
     Raises ``FileNotFoundError`` for a folder without any, :class:`DemoFileError` for a broken file.
     """
     path = Path(path)
-    files = list(find_demonstrations(path).values()) if path.is_dir() else [path]
+    files = list(find_demonstrations([path])[0].values()) if path.is_dir() else [path]
     actions = []
     for each in files:
         check_demo_file(each)
@@ -44,30 +44,15 @@ def explore_libero_dataset(path: str | Path) -> dict:
     alignment, evidence = measure_alignment(files[0])
     lengths = [len(demo) for demo in actions]
     columns = np.concatenate(actions).T.astype(np.float64)
-    return {
-        "files": [str(each) for each in files],
-        "source": source_of(files[0]),
-        "language_instruction": instruction_of(files[0]),
-        **_describe_first(files[0]),
-        "alignment": {"name": alignment, "evidence": evidence},
-        "num_demos": len(lengths),
-        "lengths": {"min": min(lengths), "max": max(lengths),
-                    "mean": float(np.mean(lengths)), "total": sum(lengths)},
-        "actions": [{"name": name, "meaning": meaning,
-                     "min": float(column.min()), "max": float(column.max()),
-                     "mean": float(column.mean()), "std": float(column.std())}
-                    for name, meaning, column in zip(
-                        schema.ACTION_NAMES, schema.ACTION_MEANING, columns, strict=True)],
-    }
-
-
-def _describe_first(path: Path) -> dict:
-    with open_demo_file(path) as file:
+    with open_demo_file(files[0]) as file:
         group = file[schema.DATA_GROUP]
         demo = group[demo_names(file)[0]]
-        chosen = np.linspace(0, len(demo["actions"]) - 1, 4).round().astype(int)
+        chosen = np.linspace(0, lengths[0] - 1, 4).round().astype(int)
         return {
-            "file": str(path),
+            "files": [str(each) for each in files],
+            "file": str(files[0]),
+            "source": source_of(files[0]),
+            "language_instruction": instruction_of(files[0]),
             "collection": json_attribute(group, COLLECTION_ATTR) or None,
             "structure": {name: {"shape": demo[name].shape, "dtype": str(demo[name].dtype)}
                           for name in dataset_names(demo)},
@@ -75,4 +60,13 @@ def _describe_first(path: Path) -> dict:
             "action_shape": demo["actions"].shape,
             "frames": {camera: np.stack([demo["obs"][camera][t] for t in chosen])
                        for camera in schema.CAMERAS},
+            "alignment": {"name": alignment, "evidence": evidence},
+            "num_demos": len(lengths),
+            "lengths": {"min": min(lengths), "max": max(lengths),
+                        "mean": float(np.mean(lengths)), "total": sum(lengths)},
+            "actions": [{"name": name, "meaning": meaning,
+                         "min": float(column.min()), "max": float(column.max()),
+                         "mean": float(column.mean()), "std": float(column.std())}
+                        for name, meaning, column in zip(
+                            schema.ACTION_NAMES, schema.ACTION_MEANING, columns, strict=True)],
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import paths, schema
@@ -21,8 +21,8 @@ def scripted_dir(suite: str, placement: str, actor: str = "", beta: float = 0.0)
 
 
 def survey_demonstrations(
-    folder: str | Path | Iterable[str | Path],
-    task_names: Sequence[str] | None = None,
+    folders: Iterable[str | Path],
+    task_names: Collection[str] | None = None,
     sources: Sequence[str] = (),
 ) -> tuple[dict[str, Path], dict[Path, str]]:
     """Demonstration files below folders, by task name, and the reason to leave out each other file.
@@ -40,7 +40,7 @@ def survey_demonstrations(
     """
     candidates: dict[str, list[Path]] = {}
     left_out: dict[Path, str] = {}
-    for path in (path for each in _folders(folder) for path in _hdf5_files(Path(each))):
+    for path in (path for folder in folders for path in _hdf5_files(Path(folder))):
         task = path.name.removesuffix(schema.DEMO_FILE_SUFFIX)
         if task == path.name:
             left_out[path] = f"not named <task name>{schema.DEMO_FILE_SUFFIX}"
@@ -82,41 +82,32 @@ def _choose(files: list[Path], sources: Sequence[str]) -> tuple[Path | None, dic
                                if path != chosen}
 
 
-def _folders(folder: str | Path | Iterable[str | Path]) -> list[str | Path]:
-    return [folder] if isinstance(folder, (str, Path)) else list(folder)
-
-
 def _hdf5_files(folder: Path) -> list[Path]:
     return sorted(place / name for place, _, names in walk(folder) for name in names
                   if name.endswith((".hdf5", ".h5")))
 
 
 def find_demonstrations(
-    folder: str | Path | Iterable[str | Path],
-    task_names: Sequence[str] | None = None,
-    *,
+    folders: Sequence[str | Path],
+    task_names: Collection[str] | None = None,
     sources: Sequence[str] = (),
-) -> dict[str, Path]:
+) -> tuple[dict[str, Path], dict[Path, str]]:
     """:func:`survey_demonstrations`, with an error for a missing task.
 
     Raises ``FileNotFoundError`` when nothing or not every one of ``task_names`` was found, with the
     folders and the files left out.
     """
-    found, left_out = survey_demonstrations(_folders(folder), task_names, sources)
-    _refuse_missing(found, left_out, _folders(folder), task_names, sources)
-    return found
-
-
-def _refuse_missing(found, left_out, folders, task_names, sources) -> None:
+    found, left_out = survey_demonstrations(folders, task_names, sources)
     missing = [name for name in task_names or () if name not in found]
     if missing or not found:
-        searched = ", ".join(f"{each}{'' if Path(each).exists() else ' (no such folder)'}"
+        searched = ", ".join(f"{each}{'' if Path(each).is_dir() else ' (no such folder)'}"
                              for each in folders)
         what = f"{' or '.join(sources)} demonstrations".strip()
         raise FileNotFoundError(
             f"no {what} for {', '.join(missing) or 'any task'}; "
-            f"looked for *{schema.DEMO_FILE_SUFFIX} below: {searched or 'no folder'}"
+            f"looked for *{schema.DEMO_FILE_SUFFIX} below: {searched}"
             + (f"; left out: {left_out_text(left_out)}" if left_out else ""))
+    return found, left_out
 
 
 def left_out_text(left_out: dict[Path, str]) -> str:
@@ -127,59 +118,30 @@ def left_out_text(left_out: dict[Path, str]) -> str:
     return "; ".join(f"{', '.join(files)} ({reason})" for reason, files in reasons.items())
 
 
-def given_demonstrations(folder: str | Path, task_names: Sequence[str],
-                         sources: Sequence[str]) -> dict[str, Path]:
-    """Task name -> file in the one folder of ``demo_dir``; prints the files left out.
-
-    Raises ``FileNotFoundError`` for a missing folder or a task without a file.
-    """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"demo_dir={str(folder)!r} is not a folder; expected one with "
-                                f"<task name>{schema.DEMO_FILE_SUFFIX} files")
-    found, left_out = survey_demonstrations(folder, task_names, sources)
-    _refuse_missing(found, left_out, [folder], task_names, sources)
-    if left_out:
-        print(f"left out: {left_out_text(left_out)}")
-    return found
-
-
-def human_demonstrations(task_names: Mapping[str, str], folders: Iterable[str | Path],
-                         download: bool) -> dict[str, Path]:
+def human_demonstrations(suites: Mapping[str, str]) -> dict[str, Path]:
     """Task name -> file of human demonstrations: attached, on disk or from the Hugging Face hub.
 
-    Searches ``folders`` and Kaggle's input folder. With ``download``, missing files are fetched
-    into ``data_dir()/human``. Raises ``FileNotFoundError`` for a task without a file; the message
-    says how to get one.
+    Missing files are downloaded into ``data_dir()/human``. Raises ``FileNotFoundError`` for a task
+    without a file.
 
     Args:
-        task_names: task name -> its suite.
+        suites: the suite of each task, by the task's name.
     """
-    target = paths.data_dir() / "human"
-    places = [*folders, paths.KAGGLE_INPUT, target]
-    found, left_out = survey_demonstrations(places, task_names, ["human"])
-    missing = [name for name in task_names if name not in found]
-    if missing and download:
-        _download([f"{task_names[name]}/{name}{schema.DEMO_FILE_SUFFIX}" for name in missing],
-                  target)
-        found, left_out = survey_demonstrations(places, task_names, ["human"])
-    try:
-        _refuse_missing(found, left_out, places, task_names, ["human"])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}. Attach a data set that holds them, let them be downloaded from "
-            f"{HUMAN_REPOSITORY}, or use scripted demonstrations") from error
-    return found
-
-
-def _download(patterns: list[str], target: Path) -> None:
+    folders = [paths.data_dir(), paths.KAGGLE_INPUT]
+    found, _ = survey_demonstrations(folders, suites, ["human"])
+    missing = [f"{suite}/{name}{schema.DEMO_FILE_SUFFIX}" for name, suite in suites.items()
+               if name not in found]
+    if not missing:
+        return found
     import huggingface_hub
 
     try:
         huggingface_hub.snapshot_download(HUMAN_REPOSITORY, repo_type="dataset",
-                                          revision=HUMAN_REVISION, allow_patterns=patterns,
-                                          local_dir=target)
+                                          revision=HUMAN_REVISION, allow_patterns=missing,
+                                          local_dir=paths.data_dir() / "human")
     except Exception as error:  # the hub's client raises its HTTP library's own types
         raise FileNotFoundError(
-            f"could not download {', '.join(patterns)} from {HUMAN_REPOSITORY} "
+            f"could not download {', '.join(missing)} from {HUMAN_REPOSITORY} "
             f"({type(error).__name__}: {error}). Without internet access, attach a data set that "
             "holds these files or use scripted demonstrations") from error
+    return find_demonstrations(folders, suites, ["human"])[0]
