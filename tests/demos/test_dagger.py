@@ -7,7 +7,7 @@ from trm_helpers import paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.data.storage import next_push_steps
 from trm_helpers.demos.collect import record_demonstration
-from trm_helpers.demos.dagger import Actor, Labeller, Mixture
+from trm_helpers.demos.dagger import Actor, Mixture
 from trm_helpers.demos.demo_files import source_of
 from trm_helpers.demos.experts import make_expert
 from trm_helpers.demos.find_demos import scripted_dir
@@ -82,8 +82,7 @@ def test_the_expert_acts_with_probability_beta_for_whole_decisions(beta, share):
     by_expert = []
     for _ in range(4000):
         label, executed = mixture.act({})
-        assert label is mixture.labeller.last and executed is (label if mixture.expert_acts
-                                                               else mixture.labeller.executed)
+        assert executed is label or executed is policy.action
         by_expert.append(executed is label)
     decisions = np.reshape(by_expert, (-1, 4))
     assert (decisions == decisions[:, :1]).all()
@@ -103,11 +102,10 @@ def test_an_actor_that_sends_no_action_is_an_error():
 
 def phase_after(skill, *executed):
     """Phase and steps in it after the actor has sent these actions."""
-    labeller = Labeller(Still(), skill)
-    labeller.label()
-    for action in executed:
-        labeller.executed = action.copy()  # not the label itself
-        labeller.label()
+    policy = Still()
+    mixture = Mixture(Still(), policy, 0.0, skill, np.random.default_rng(0))
+    for policy.action in (*executed, OPEN):  # the last one is not looked at
+        mixture.act({})
     return skill.phase, skill._steps_in_phase
 
 
@@ -142,9 +140,9 @@ def test_a_grip_that_the_actor_opened_is_closed_again_or_given_up():
 def test_an_arm_that_somebody_else_moves_is_not_blocked():
     assert phase_after(in_phase("approach", 7), OPEN, OPEN) == ("approach", 8)
     skill = in_phase("approach", 7)
-    labeller = Labeller(Still(), skill)
+    mixture = Mixture(Still(), Still(), 1.0, skill, np.random.default_rng(0))
     for _ in range(3):
-        labeller.executed = labeller.label()  # the expert itself
+        mixture.act({})  # the expert itself
     assert skill._steps_in_phase == 10
 
 

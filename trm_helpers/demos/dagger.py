@@ -63,6 +63,13 @@ class Mixture:
     The actor is asked in every step, also while the expert acts, so that its plan and its memory
     stay those of the episode.
 
+    The expert is a state machine that observes the scene in every step but takes it for granted
+    that its own commands are executed: that the gripper has closed after 9 steps of ``close``, and
+    that an arm that does not arrive is blocked. Before each label, its phase is set to what really
+    happened: a phase waits for the gripper's command to be executed, a descent that the actor began
+    continues, a grip that it opened is closed again, and an object that it has grasped by itself is
+    carried on.
+
     Args:
         policy: an object with ``reset()`` and ``act(observation)``.
         expert: of :func:`experts.make_expert`, for the scene after the reset.
@@ -71,10 +78,12 @@ class Mixture:
 
     def __init__(self, env: LiberoEnv, policy, beta: float, expert: Expert,
                  generator: np.random.Generator):
-        self.policy, self.beta, self.generator = policy, beta, generator
-        self.labeller = Labeller(env, expert)
+        self.env, self.policy, self.beta, self.expert = env, policy, beta, expert
+        self.generator = generator
         self.decision = getattr(policy, "execution_horizon", 1)  # steps
         self.step = 0
+        self._expert_acts = True
+        self._closed_steps = 0  # for which the gripper's executed command has been to close
         policy.reset()
 
     def act(self, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
@@ -82,45 +91,20 @@ class Mixture:
 
         Raises ``ValueError`` for an action of the policy that is not seven finite numbers.
         """
+        if not self._expert_acts:
+            self._correct(self.expert.skill)
         if self.step % self.decision == 0:
-            self.expert_acts = self.generator.random() < self.beta
+            self._expert_acts = self.generator.random() < self.beta
         self.step += 1
-        label, answer = self.labeller.label(), check_action(self.policy.act(observation))
-        executed = label if self.expert_acts else answer
-        self.labeller.executed = executed
+        label, answer = self.expert.act(), check_action(self.policy.act(observation))
+        executed = label if self._expert_acts else answer
+        closed = executed[schema.GRIPPER_INDEX] > 0
+        self._closed_steps = self._closed_steps + 1 if closed else 0
         return label, executed
 
-
-class Labeller:
-    """The expert's answer in every step of an episode in which somebody else may act.
-
-    The expert is a state machine that observes the scene in every step but takes it for granted
-    that its own commands are executed: that the gripper has closed after 9 steps of ``close``, and
-    that an arm that does not arrive is blocked. Before each label, its phase is set to what really
-    happened: a phase waits for the gripper's command to be executed, a descent that the actor began
-    continues, a grip that it opened is closed again, and an object that it has grasped by itself is
-    carried on.
-    """
-
-    def __init__(self, env: LiberoEnv, expert: Expert):
-        self.env, self.expert = env, expert
-        self.last: np.ndarray | None = None  # label
-        self.executed: np.ndarray | None = None  # action (7,) of the last step
-        self._closed_steps = 0  # for which the gripper's executed command has been to close
-
-    def label(self) -> np.ndarray:
-        """The expert's action (7,) for the scene as it is now."""
-        if self.executed is not None:
-            closed = self.executed[schema.GRIPPER_INDEX] > 0
-            self._closed_steps = self._closed_steps + 1 if closed else 0
-            if self.executed is not self.last:
-                self._correct(self.expert.skill, closed)
-        self.last = self.expert.act()
-        return self.last
-
-    def _correct(self, skill: Skill, closed: bool) -> None:
+    def _correct(self, skill: Skill) -> None:
         """Set the phase to what the last step, in which the actor acted, has left of it."""
-        ee = self.env.end_effector()
+        ee, closed = self.env.end_effector(), self._closed_steps > 0
         if "close" in skill.closed and skill.phase in skill.closed and not closed:
             skill.phase, skill._steps_in_phase = "close", -1
             if np.linalg.norm(ee - skill._goal()) > _NEAR:
