@@ -71,13 +71,15 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
         rows += [_gripper_sign(demos), _gripper_switches(demos), _no_ops(demos),
                  _ranges(demos), _lengths(demos, horizon)]
         rows += [_actors(demos)] if any("actor" in demo.attrs for demo in demos) else []
-    rows += [_alignment(path), _instruction(path)]
-    rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
-    if env is not None:
-        try:
-            rows += _in_simulator(path, env, replays)
-        except (KeyError, ValueError) as error:  # no states, or those of another task
-            rows.append(_row("states", str(error), f"those of {env.task.name}", BAD))
+        rows += [_alignment(path), _instruction(path)]
+        rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
+        if env is not None:
+            solved = [demo for demo in demos if demo.attrs.get("success", True)][:replays]
+            try:
+                rows += [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
+                rows += [_replays(env, solved)] if solved else []
+            except (KeyError, ValueError) as error:  # no states, or those of another task
+                rows.append(_row("states", str(error), f"those of {env.task.name}", BAD))
     return rows
 
 
@@ -230,14 +232,6 @@ def _instruction(path: str | Path) -> dict:
         return _row("instruction", str(error), "text", BAD)
     return _row("instruction", found or "none", "text, for policies conditioned on it", bool(found),
                 LOOK)
-
-
-def _in_simulator(path: str | Path, env: LiberoEnv, replays: int) -> list[dict]:
-    with open_demo_file(path) as file:
-        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
-        rows = [_orientation(env, demos[0], camera) for camera in schema.CAMERAS]
-        solved = [demo for demo in demos if demo.attrs.get("success", True)]
-        return rows + ([_replays(env, solved[:replays])] if replays and solved else [])
 
 
 def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
