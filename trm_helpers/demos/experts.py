@@ -42,10 +42,11 @@ class Expert:
     def __init__(self, env: LiberoEnv, style: Style | None = None):
         self.env = env
         self.style = style
-        self.goal = goal_predicates(env)
-        lacking = self._lacking(self.goal) or self._lacking(self._plan())
-        if lacking:
-            raise ValueError(f"{env.task.name}: no skill for {_written(lacking)} in the goal or "
+        self.goal = [(verb.lower(), *names)
+                     for verb, *names in env.raw.parsed_problem["goal_state"]]
+        if lacking := self._lacking(self.goal) or self._lacking(self._plan()):
+            written = ", ".join(f"{verb}({', '.join(names)})" for verb, *names in lacking)
+            raise ValueError(f"{env.task.name}: no skill for {written} in the goal or "
                              "on the way to it; expected On or In of an object, Open of a drawer, "
                              "Close of a drawer or a door, TurnOn or TurnOff of a knob")
         self._beside = _share_targets(env, self.goal)
@@ -75,7 +76,7 @@ class Expert:
         return [predicate for predicate in predicates if not _is_served(self.env, predicate)]
 
     def _plan(self) -> list[Predicate]:
-        return plan(self.goal, functools.partial(holds, self.env),
+        return plan(self.goal, self.env.raw._eval_predicate,
                     functools.partial(_joint_name, self.env), self._is_shut)
 
     def _is_shut(self, joint: str) -> bool:
@@ -136,17 +137,6 @@ def plan(goal: Sequence[Predicate], holds: Callable[[Predicate], bool],
     return sorted([*dict.fromkeys(opening), *todo], key=rank)
 
 
-def goal_predicates(env: LiberoEnv) -> list[Predicate]:
-    """The predicates of the task's goal, all of which have to hold."""
-    return [(predicate[0].lower(), *predicate[1:])
-            for predicate in env.raw.parsed_problem["goal_state"]]
-
-
-def holds(env: LiberoEnv, predicate: Predicate) -> bool:
-    """Whether a predicate is true in the scene as it is now."""
-    return bool(env.raw._eval_predicate(predicate))
-
-
 def _is_served(env: LiberoEnv, predicate: Predicate) -> bool:
     verb = predicate[0]
     if verb in _PLACING:
@@ -185,7 +175,3 @@ def _share_targets(env: LiberoEnv, goal: Sequence[Predicate]) -> dict[Predicate,
         for predicate, place in zip(row, np.linspace(spread, -spread, len(row)), strict=True):
             beside[predicate][axis] = place
     return beside
-
-
-def _written(predicates: Sequence[Predicate]) -> str:
-    return ", ".join(f"{verb}({', '.join(names)})" for verb, *names in predicates)

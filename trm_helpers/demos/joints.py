@@ -47,6 +47,7 @@ class OpenDrawer(Skill):
     """Grasps a drawer's handle with a tilted gripper and pulls along the rail, its ``joint``."""
 
     closed = ("close", "pull")
+    timed = {"close": (CLOSE_STEPS, "pull"), "release": (OPEN_STEPS, "back")}
     _TILT = np.radians(75)  # from pointing down; flatter, the hand hits objects on the table
     _BEFORE = 0.10  # metres in front of the handle where the gripper is aligned
     _BACK = 0.004  # metres short of the handle's middle, or the upper finger meets the drawer
@@ -88,17 +89,11 @@ class OpenDrawer(Skill):
                     return "approach"
                 if np.linalg.norm(from_handle) < 0.007 or self._steps_in_phase > 40:
                     return "close"
-            case "close":
-                if self._steps_in_phase >= CLOSE_STEPS:
-                    return "pull"
             case "pull":
                 if self.env.fingers() < 0.003 or np.linalg.norm(from_handle) > 0.03:
                     return "release"
                 if self.joint.opened() > 0.97 * self.joint.end:
                     return "release"
-            case "release":
-                if self._steps_in_phase >= OPEN_STEPS:
-                    return "back"
             case "back":
                 if self._steps_in_phase >= 8:
                     return "away" if self.joint.opened() > 0.9 * self.joint.end else "approach"
@@ -128,6 +123,7 @@ class PushShut(Skill):
     """
 
     closed = ("approach", "descend", "push", "retreat")
+    timed = {"retreat": (_RETREAT_STEPS, "approach")}
     _TILT = np.radians(30)  # from pointing down, for a drawer
     _BEFORE = 0.06  # metres in front of the contact where the fingers come down
     _FINGERS = 0.015  # half their depth
@@ -184,15 +180,9 @@ class PushShut(Skill):
                 if abs(ee[2] - touch[2]) < 0.01 or self._steps_in_phase > 40:
                     return "push"
             case "push":
-                if self._is_shut() or self._steps_in_phase > 80:
+                if self.joint.opened() < 0 or self._steps_in_phase > 80:
                     return "retreat"
-            case "retreat":
-                if self._steps_in_phase >= _RETREAT_STEPS:
-                    return "approach"
         return self.phase
-
-    def _is_shut(self) -> bool:
-        return self.joint.opened() < 0
 
     def _goal(self) -> np.ndarray:
         ee, (touch, out) = self.env.end_effector(), self._contact()
@@ -215,6 +205,7 @@ class TurnKnob(Skill):
     """Grasps a knob's ridge from above and turns it, ``on`` or off, about its vertical hinge."""
 
     closed = ("close", "turn")
+    timed = {"close": (CLOSE_STEPS, "turn"), "release": (OPEN_STEPS, "retreat")}
     _STEP = 0.4  # radians by which the commanded turn is ahead
     _FINGER_DEPTH = 0.014  # metres of the ridge between the fingers
 
@@ -226,9 +217,6 @@ class TurnKnob(Skill):
 
     def finished(self) -> bool:
         return self.phase == "retreat" and self._steps_in_phase >= _RETREAT_STEPS
-
-    def _is_turned(self) -> bool:
-        return self.joint.opened() > _ON_ANGLE if self.on else self.joint.opened() < _OFF_ANGLE
 
     def _plan(self) -> None:
         """The yaw that puts the jaw across the ridge, the highest part of the knob."""
@@ -266,17 +254,12 @@ class TurnKnob(Skill):
                     return "approach"
                 if ee[2] - grasp[2] < 0.006 or self._steps_in_phase > 40:
                     return "close"
-            case "close":
-                if self._steps_in_phase >= CLOSE_STEPS:
-                    return "turn"
             case "turn":
-                if self._is_turned():
+                angle = self.joint.opened()
+                if angle > _ON_ANGLE if self.on else angle < _OFF_ANGLE:
                     return "release"
                 if off_axis > 0.03 or self.env.fingers() < 0.003 or self._steps_in_phase > 60:
                     return "release"
-            case "release":
-                if self._steps_in_phase >= OPEN_STEPS:
-                    return "retreat"
             case "retreat":
                 if self._steps_in_phase >= _RETREAT_STEPS:
                     self._plan()

@@ -62,6 +62,7 @@ class PickPlace(Skill):
     """
 
     closed = ("close", "lift", "carry", "lower")
+    timed = {"release": (OPEN_STEPS, "retreat")}
     _turning = ("carry", "lower", "release", "retreat")
 
     def __init__(self, env: LiberoEnv, item: str, region: str, style: Style | None = None,
@@ -289,9 +290,6 @@ class PickPlace(Skill):
                 if (ee[2] - self._place_point()[2] < 0.008 or self._steps_in_phase > _PATIENCE
                         or self._still > self._still_steps):
                     return "release"
-            case "release":
-                if self._steps_in_phase >= OPEN_STEPS:
-                    return "retreat"
             case "retreat":
                 if self._steps_in_phase >= _RETREAT_STEPS:
                     if np.linalg.norm(ee - grasp) < _HANGS:

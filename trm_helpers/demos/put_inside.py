@@ -37,6 +37,7 @@ class PutInside(Skill):
     """
 
     closed = ("close", "lift", "carry", "insert", "lower")
+    timed = {"release": (OPEN_STEPS, "back"), "back": (_BACK_STEPS, "approach")}
     _TILT = np.radians(30)  # from pointing down: the hand stays outside
     _PART = 0.015  # metres from the object's end that are grasped
     _BEFORE = 0.08  # metres in front of the grasp where the gripper is aligned
@@ -73,9 +74,6 @@ class PutInside(Skill):
     def _grasp_point(self) -> np.ndarray:
         low, high = Boxes.of_geoms(self.env, self._part).bounds()
         return (low + high) / 2
-
-    def _hang(self) -> np.ndarray:
-        return self.env.end_effector() - self.env.object_position(self.object)
 
     def _in_front(self) -> np.ndarray:
         """The object's position (3,) before it slides in."""
@@ -117,16 +115,11 @@ class PutInside(Skill):
                 self._still = self._still + 1 if sunk < 0.001 else 0
                 if self._still > 5:
                     return "release"
-            case "release":
-                if self._steps_in_phase >= OPEN_STEPS:
-                    return "back"
-            case "back":
-                if self._steps_in_phase >= _BACK_STEPS:
-                    return "approach"
         return self.phase
 
     def _goal(self) -> np.ndarray:
-        ee, grasp, hang = self.env.end_effector(), self._grasp_point(), self._hang()
+        ee, grasp = self.env.end_effector(), self._grasp_point()
+        hang = ee - self.env.object_position(self.object)
         match self.phase:
             case "approach":
                 return grasp - self._BEFORE * self._pointing

@@ -48,8 +48,9 @@ class Style:
 class Skill:
     """A state machine whose phase sets the goal of the end effector.
 
-    A subclass defines ``_next_phase()``, ``_goal()`` in metres, ``_orientation()`` of the site and
-    the ``closed`` phases, in which the gripper is closed.
+    A subclass defines ``_next_phase()``, ``_goal()`` in metres, ``_orientation()`` of the site,
+    ``finished()``, whether the next skill of a sequence may begin, and two lists of phases: those
+    that are ``closed``, in which the gripper is closed, and those that are ``timed``.
 
     Args:
         env: the environment, already reset.
@@ -57,6 +58,7 @@ class Skill:
     """
 
     closed: tuple[str, ...] = ()
+    timed: dict[str, tuple[int, str]] = {}  # steps in a phase, and the phase that follows
 
     def __init__(self, env: LiberoEnv, style: Style | None = None):
         self.env = env
@@ -66,22 +68,13 @@ class Skill:
 
     def act(self) -> np.ndarray:
         """The action (7,) for the scene as it is now, in [-1, 1]."""
-        phase = self._next_phase()
+        steps, after = self.timed.get(self.phase, (np.inf, ""))
+        phase = after if self._steps_in_phase >= steps else self._next_phase()
         self._steps_in_phase = self._steps_in_phase + 1 if phase == self.phase else 0
         self.phase = phase
         gripper = schema.GRIPPER_CLOSED if phase in self.closed else schema.GRIPPER_OPEN
         turn = np.clip(_GAIN * self._turn_left() / _RADIANS_PER_UNIT, -_TURN_LIMIT, _TURN_LIMIT)
         return np.concatenate([self._servo(self._goal()), turn, [gripper]])
-
-    def finished(self) -> bool:
-        """Whether the next skill of a sequence may begin."""
-        return False
-
-    def _next_phase(self) -> str:
-        raise NotImplementedError
-
-    def _goal(self) -> np.ndarray:
-        raise NotImplementedError
 
     def _orientation(self) -> np.ndarray:
         return DOWNWARD
