@@ -221,8 +221,7 @@ def test_data_kept_elsewhere_are_refused_by_every_reader(tmp_path, make, message
     path = small(tmp_path / "folder" / "soup_demo.hdf5", collection=SCRIPTED)
     make(path)
     readers = [check_demo_file, source_of, explore_libero_dataset, measure_alignment, frame_size,
-               LIBERODataset, lambda path: data_set(path, storage="mmap"),
-               lambda path: collect._refuse_other_settings(path, {}), collect._of_file]
+               LIBERODataset, lambda path: data_set(path, storage="mmap"), collect._of_file]
     for read in readers:
         with pytest.raises(DemoFileError, match=message):
             read(path)

@@ -131,7 +131,7 @@ def test_styles_vary_within_their_bounds_and_follow_the_seed():
 
 
 def test_a_disturbance_comes_in_bursts_and_leaves_the_gripper_alone():
-    disturbance = Disturbance(np.random.default_rng(0), probability=0.05)
+    disturbance = Disturbance(np.random.default_rng(0))
     action = np.array([0.1, 0.2, 0.3, 0, 0, 0, 1.0])
     executed = np.array([disturbance.apply(action) for _ in range(2000)])
     pushed = (executed != action).any(axis=1)
@@ -140,12 +140,6 @@ def test_a_disturbance_comes_in_bursts_and_leaves_the_gripper_alone():
     assert (executed[:, 6] == 1).all() and (executed[~pushed] == action).all()
     strength = np.linalg.norm(executed[pushed, :3], axis=1)
     assert strength.min() >= 0.3 and strength.max() <= 0.9
-
-
-def test_no_disturbance_without_probability():
-    calm = Disturbance(np.random.default_rng(0), probability=0.0, start_probability=0.0)
-    action = np.full(7, 0.5)
-    assert all((calm.apply(action) == action).all() for _ in range(100))
 
 
 # --- in the simulator ---------------------------------------------------------------------------

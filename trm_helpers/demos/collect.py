@@ -46,6 +46,8 @@ from .find_demos import (
     survey_demonstrations,
 )
 
+_BURST_PROBABILITY = 0.04  # of a burst of pushing beginning in a step
+_START_PROBABILITY = 0.5  # of a longer burst in the first steps, for a varied start
 _MAX_FAILURES = 20  # this many failures, and more than successes: the expert cannot do the task
 
 
@@ -55,25 +57,18 @@ class Disturbance:
     During a burst a random command is executed in place of the expert's; the stored action remains
     the expert's answer to its new position (after DART, arXiv 1703.09327, with bursts instead of
     noise).
-
-    Args:
-        generator: the attempt's own.
-        probability: of a burst beginning in a step.
-        start_probability: of a longer burst in the first steps, for a varied start.
     """
 
-    def __init__(self, generator: np.random.Generator, probability: float = 0.04,
-                 start_probability: float = 0.5):
+    def __init__(self, generator: np.random.Generator):
         self.generator = generator
-        self.probability = probability
         self.left = 0
         self.push = np.zeros(schema.ARM_DIM)
-        if generator.random() < start_probability:
+        if generator.random() < _START_PROBABILITY:
             self._begin(generator.integers(6, 16))
 
     def apply(self, action: np.ndarray) -> np.ndarray:
         """The command executed for ``action`` (7,); the gripper is never disturbed."""
-        if self.left == 0 and self.generator.random() < self.probability:
+        if self.left == 0 and self.generator.random() < _BURST_PROBABILITY:
             self._begin(self.generator.integers(3, 8))
         if self.left == 0:
             return action
@@ -177,11 +172,21 @@ class _Collection:
         self.attempts: dict[int, Path | None] = {}  # the file of a success, None for a failure
 
     def is_complete(self) -> bool:
+        """Raises ``ValueError`` for an existing file that is damaged or has other settings."""
         if not self.path.exists():
             return False
-        _refuse_other_settings(self.path, self.settings)
+        check_demo_file(self.path)
         with open_demo_file(self.path) as file:
-            return len(demo_names(file)) >= self.num_demos
+            count = len(demo_names(file))
+            found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
+        found.pop("failed_attempts", None)
+        found.setdefault("placement", "benchmark")  # former files do not name it
+        if "actor_sha256" not in self.settings:
+            found.pop("actor_sha256", None)
+        if different := differences(found, self.settings):
+            raise ValueError(f"{self.path} was made with other settings ({different}); "
+                             "move it away or collect into another folder")
+        return count >= self.num_demos
 
     def open(self) -> None:
         """Read the attempts that are finished: those in the file and those beside it."""
@@ -363,7 +368,7 @@ def _of_file(path: Path, count: int | None = None) -> dict[int, Path | None]:
         data = file[schema.DATA_GROUP]
         numbers = [int(data[name].attrs["attempt"]) for name in demo_names(file)[:count]]
         failed = json_attribute(data, COLLECTION_ATTR)["failed_attempts"]
-    return {**{number: None for number in failed if count is None or number < numbers[-1]},
+    return {**{number: None for number in failed if number < numbers[-1]},
             **dict.fromkeys(numbers, path)}
 
 
@@ -474,16 +479,3 @@ def _problem_name(bddl_file: str) -> str:
         from libero.libero.envs import bddl_utils
 
     return bddl_utils.get_problem_info(bddl_file)["problem_name"]
-
-
-def _refuse_other_settings(path: Path, settings: dict) -> None:
-    check_demo_file(path)
-    with open_demo_file(path) as file:
-        found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
-    found.pop("failed_attempts", None)
-    found.setdefault("placement", "benchmark")  # former files do not name it
-    if "actor_sha256" not in settings:
-        found.pop("actor_sha256", None)
-    if different := differences(found, settings):
-        raise ValueError(f"{path} was made with other settings ({different}); "
-                         "move it away or collect into another folder")

@@ -119,23 +119,6 @@ def replay_demonstration(env: LiberoEnv, demo: h5py.Group) -> dict:
     return {"success": success, "steps": len(divergence), "divergence": divergence}
 
 
-def frame_orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> tuple[str, dict]:
-    """The one of eight flips and turns of a stored frame nearest to a render of its state.
-
-    Returns its name and every mean absolute difference in grey levels by name; for a frame that is
-    not square, of the four that keep its shape.
-    """
-    step = len(demo["actions"]) // 2  # the arm is in view
-    rendered = _place(env, demo, step)[camera].astype(np.float64)
-    stored = demo["obs"][camera][step]
-    if stored.shape[:2] != rendered.shape[:2]:
-        raise ValueError(f"frames of {camera} have shape {stored.shape}; the environment renders "
-                         f"{rendered.shape}. Expected an environment with that image_size")
-    distances = {name: float(np.abs(turn(stored) - rendered).mean())
-                 for name, turn in ORIENTATIONS.items() if turn(stored).shape == rendered.shape}
-    return min(distances, key=distances.get), distances
-
-
 # --- rows ----------------------------------------------------------------------------------------
 def _row(check: str, found: str, expected: str, verdict: str | bool, otherwise: str = BAD) -> dict:
     if isinstance(verdict, bool | np.bool_):
@@ -235,8 +218,16 @@ def _instruction(path: str | Path) -> dict:
 
 
 def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
-    best, distances = frame_orientation(env, demo, camera)
-    first = next(iter(ORIENTATIONS))
+    """The one of eight flips and turns of a stored frame nearest to a render of its state."""
+    step = len(demo["actions"]) // 2  # the arm is in view
+    rendered = _place(env, demo, step)[camera].astype(np.float64)
+    stored = demo["obs"][camera][step]
+    if stored.shape[:2] != rendered.shape[:2]:
+        raise ValueError(f"frames of {camera} have shape {stored.shape}; the environment renders "
+                         f"{rendered.shape}. Expected an environment with that image_size")
+    distances = {name: float(np.abs(turn(stored) - rendered).mean())
+                 for name, turn in ORIENTATIONS.items()}
+    best, first = min(distances, key=distances.get), next(iter(ORIENTATIONS))
     return _row(f"orientation, {schema.CAMERA_TITLES[camera]}",
                 f"{best} ({distances[best]:.1f} grey levels from a render of its state, "
                 f"{sorted(distances.values())[1]:.1f} the next best)",

@@ -42,9 +42,6 @@ class Style:
                                  generator.uniform(-0.003, 0.003)))
 
 
-# --- motion ---------------------------------------------------------------------------------------
-
-
 class Skill:
     """A state machine whose phase sets the goal of the end effector.
 
