@@ -86,11 +86,9 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
 def frame_size(path: str | Path) -> int:
     """Height of a file's first frame; ``schema.IMAGE_SIZE`` for a file without frames."""
     with open_demo_file(path) as file:
-        for frames in (file.get(f"{schema.DATA_GROUP}/{name}/obs/{camera}")
-                       for name in demo_names(file) for camera in schema.CAMERAS):
-            if frames is not None and frames.ndim == 4:
-                return int(frames.shape[1])
-    return schema.IMAGE_SIZE
+        first = f"{schema.DATA_GROUP}/{demo_names(file)[0]}/obs/{schema.STILL_CAMERA}"
+        shape = getattr(file.get(first), "shape", ())
+    return int(shape[1]) if len(shape) == 4 else schema.IMAGE_SIZE
 
 
 def replay_demonstration(env: LiberoEnv, demo: h5py.Group) -> dict:
