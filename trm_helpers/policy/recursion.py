@@ -98,6 +98,9 @@ class TRMBlock(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
             for _ in range(self.cycles - 1):
                 y, z = self.refine_latent_then_answer(x, y, z)
+        if self.training and not torch.compiler.is_compiling():
+            # PyTorch 2.10 would use the casts of weights made there, which have no gradient
+            torch.clear_autocast_cache()
         return torch.stack(self.refine_latent_then_answer(x, y, z), dim=1)  # (B, 2, N, D)
 
     def refine_latent_then_answer(self, x: torch.Tensor, y: torch.Tensor,
