@@ -15,6 +15,7 @@ from training.test_train import losses, out_of_time_after_an_epoch, out_of_time_
 
 from trm_helpers import schema
 from trm_helpers.config import PRESETS
+from trm_helpers.policy.localizer import Localizer
 from trm_helpers.training import captured
 from trm_helpers.training.train import BehaviorCloningTrainer
 
@@ -291,6 +292,13 @@ def test_only_two_halting_rules_read_values_in_training(small_run, monkeypatch, 
     found = waits_of_a_step(small_run, variant=variant, halting=halting, augmentation="shift",
                             image_size=64, conditioning="task_id")
     assert bool(found) == (halting in captured.DATA_DEPENDENT)
+
+
+def test_the_cpu_waits_for_none_of_the_looks():
+    images, task = torch.rand(2, 32, 32, 3), torch.rand(2, 4)
+    with Waits() as waits:
+        Localizer(3, 5, 4, looks=2).locate(images, task)
+    assert waits.found == set()
 
 
 def test_a_wait_is_seen():

@@ -151,10 +151,11 @@ def crops(images: torch.Tensor, estimates: torch.Tensor) -> torch.Tensor:
 
     Between pixels they are interpolated; outside the image its border is repeated.
     """
-    count, size = estimates.shape[1], images.new_tensor([images.shape[2], images.shape[1]])
+    count, (height, width) = estimates.shape[1], images.shape[1:3]
     side = torch.arange(CROP, device=images.device) - (CROP - 1) / 2
     rows, columns = torch.meshgrid(side, side, indexing="ij")
-    points = estimates[:, :, None, None] + torch.stack([columns, rows], dim=-1) / size
+    around = torch.stack([columns / width, rows / height], dim=-1)
+    points = estimates[:, :, None, None] + around
     found = F.grid_sample(rearrange(images, "b h w c -> b c h w"),
                           rearrange(2 * points - 1, "b k h w two -> b (k h) w two"),
                           align_corners=False, padding_mode="border")
