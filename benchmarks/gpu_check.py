@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,13 +63,16 @@ def measure_machine(_: int) -> dict:
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                            capture_output=True, text=True) if gpus else None
+    driver = None
+    if gpus and shutil.which("nvidia-smi"):  # not in every container
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True).stdout.split("\n")[0]
     return {
         "gpus": [{"name": gpu.name, "memory": gpu.total_memory,
                   "capability": f"{gpu.major}.{gpu.minor}"} for gpu in gpus],
         "bf16": bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False),
-        "cuda": torch.version.cuda, "driver": driver and driver.stdout.split("\n")[0],
+        "cuda": torch.version.cuda, "driver": driver,
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)), "free_memory": software.free_memory(),
         "threads": torch.get_num_threads(), **software.software_versions()}

@@ -223,6 +223,17 @@ def test_steps_of_the_machine_check_fail_alone(script, tmp_path, monkeypatch):
     assert "ok" in script("gpu_check", *arguments, "--only", "good", code=0, steps=steps)[-2]
 
 
+def test_the_machine_check_finds_a_gpu_without_nvidia_smi(monkeypatch, tmp_path):
+    found = types.SimpleNamespace(name="Tesla T4", total_memory=16e9, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    names = runpy.run_path(str(FOLDER / "gpu_check.py"))
+    measured = json.dumps(names["measure_machine"](0))
+    assert names["read_machine"](measured)[0] == "Tesla T4 (16 GB), fp16, driver None"
+
+
 @pytest.mark.sim
 def test_the_machine_check_measures_frames_and_training(script, tmp_path):
     names = runpy.run_path(str(FOLDER / "gpu_check.py"))
