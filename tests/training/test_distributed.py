@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,6 +69,38 @@ def test_shares_of_a_batch_add_up_to_the_batch(tmp_path):
             else:
                 assert not part["mask"].any()
         assert sum(part["mask"].sum() for part in parts) == whole["mask"].sum()
+
+
+class Pair(Team):
+    """One of two processes, here threads."""
+
+    together, sums = threading.Barrier(2, timeout=10), [None, None]
+
+    def __init__(self, rank):
+        self.size, self.rank, self.device = 2, rank, torch.device("cpu")
+
+    def sum(self, value):
+        self.sums[self.rank] = value.detach()
+        self.together.wait()
+        assert self.sums[0].shape == self.sums[1].shape  # else a GPU waits for ever
+        total = self.sums[0] + self.sums[1]
+        self.together.wait()
+        return total
+
+
+def test_a_weight_without_gradient_in_one_process_gets_that_of_the_other():
+    layers = [torch.nn.Linear(2, 2) for _ in range(2)]
+    for number, layer in enumerate(layers):
+        layer.unused, layer.frozen = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+        layer.frozen.requires_grad_(False)
+        layer.weight.grad = torch.full((2, 2), 2.0 + 4 * number)
+    layers[1].bias.grad = torch.tensor([1.0, 3.0])  # in the first process there is none
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: Pair(rank).average_gradients(layers[rank]), range(2)))
+    for layer in layers:
+        assert torch.equal(layer.weight.grad, torch.full((2, 2), 4.0))
+        assert layer.bias.grad.tolist() == [0.5, 1.5]
+        assert layer.unused.grad is layer.frozen.grad is None
 
 
 @pytest.mark.parametrize("variables", [

@@ -77,7 +77,22 @@ class Team:
         return count * self.size / self.sum(count).clamp(min=1)
 
     def average_gradients(self, module: torch.nn.Module) -> None:
-        if self.size > 1:
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.sum(parameter.grad) / self.size
+        """In one sum, also of weights that have a gradient in some of the processes only.
+
+        Where all samples of a process halt at their first step, its halting head has none.
+        """
+        if self.size == 1:
+            return
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        found = [weight.grad is not None for weight in weights]
+        sums = self.sum(torch.cat([
+            torch.tensor(found, dtype=torch.float32, device=self.device),
+            *((weight.grad if has else torch.zeros_like(weight)).flatten()
+              for weight, has in zip(weights, found, strict=True))]))
+        anywhere, *averages = (sums / self.size).split(
+            [len(weights), *(weight.numel() for weight in weights)])
+        if not all(found):
+            found = (anywhere > 0).tolist()
+        for weight, has, average in zip(weights, found, averages, strict=True):
+            if has:
+                weight.grad = average.view_as(weight)
