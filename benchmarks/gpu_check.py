@@ -188,7 +188,7 @@ def steps(device: str) -> Iterator[tuple[str, Step]]:
     yield "preflight", Step(command("preflight"), 120, read_preflight)
     yield from frame_steps(sizes["frames"])
     if device == "cuda":
-        yield "tests", Step([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 300,
+        yield "tests", Step([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 600,
                             read_tests)
     yield "training speed", Step(
         [sys.executable, "benchmarks/training.py", "--device", device, "--seconds", 1,
