@@ -14,12 +14,11 @@ returns an observation and whether the task is solved, and passes every other at
 
 from __future__ import annotations
 
-import contextlib
+from collections import ChainMap
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
-from unittest import mock
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ import torch
 from . import schema
 from .config import ModelConfig
 from .data.normalize import ActionNormalizer
+from .evaluation.baselines import NoOpPolicy
 from .evaluation.rollout import Policy, run_episode
 from .policy.model import TRMPolicy
 from .preflight import Check, run_check
@@ -38,36 +38,19 @@ from .sim.env import LiberoEnv
 _STEP = 0.0125  # metres that the arm moves on average for a command of 1
 
 
-class _Predicted(torch.nn.Module):
-    def __init__(self, chunk: torch.Tensor):
-        super().__init__()
-        self.chunk = chunk
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.chunk.expand(1, 1, *self.chunk.shape)
-
-
 def chunk_policy(chunk: np.ndarray) -> TRMPolicy:
     """A policy of this package whose network predicts one chunk (K, 7), in environment units."""
     normalizer = ActionNormalizer("zscore").fit(np.random.default_rng(0).uniform(-1, 1, (64, 7)))
     policy = TRMPolicy(ModelConfig(chunk=len(chunk), execution_horizon=len(chunk), hidden_dim=16,
                                    image_size=36), normalizer).eval()
-    policy.head = _Predicted(torch.tensor(normalizer.normalize(chunk), dtype=torch.float32))
+    predicted = torch.tensor(normalizer.normalize(chunk), dtype=torch.float32)
+    policy.head.forward = lambda features: predicted.expand(1, 1, *chunk.shape)
     return policy
 
 
-def play_episode(policy: Policy, env: LiberoEnv) -> dict:
-    """One episode from init state 0 as an evaluation plays it; its row has the ``steps``."""
-    return run_episode(policy, env, 0, PROTOCOLS["openvla"].horizon(env.task.suite))
-
-
-class _Still:
-    """Sends the benchmark's no-op."""
-
-    def reset(self) -> None: ...
-
-    def act(self, observation: Mapping) -> np.ndarray:
-        return HOLD.copy()
+def play_episode(policy: Policy, env: LiberoEnv, suite: str = "") -> dict:
+    """One episode from init state 0, with the horizon of ``suite``; its row has the ``steps``."""
+    return run_episode(policy, env, 0, PROTOCOLS["openvla"].horizon(suite or env.task.suite))
 
 
 # --- checks of policies and evaluations ----------------------------------------------------------
@@ -96,15 +79,11 @@ def horizon(subject: Subject) -> Finding:
     env = subject.env
     suite = next(name for name in env.raw.bddl_file_name.split("/")[::-1] if name in schema.SUITES)
     expected = PROTOCOLS["openvla"].horizon(suite)
-    steps = (subject.play or play_episode)(_Still(), env)["steps"]
+    steps = (subject.play or play_episode)(NoOpPolicy(env), env)["steps"]
     return f"{steps} steps played in {suite}; the protocol allows {expected}", steps == expected
 
 
 # --- seeded faults -------------------------------------------------------------------------------
-def _reset(env, init_state: int) -> Mapping:
-    return env.reset(init_state=init_state)
-
-
 class Wrapper:
     """Passes everything through except what a fault replaces.
 
@@ -114,9 +93,8 @@ class Wrapper:
         observe: entries that replace those of an observation, ``observe(env, observation)``.
     """
 
-    def __init__(self, env, reset: Callable[[Any, int], Mapping] = _reset,
-                 send: Callable[[np.ndarray], np.ndarray] = np.asarray,
-                 observe: Callable[[Any, Mapping], Mapping] | None = None):
+    def __init__(self, env, reset=lambda env, init_state: env.reset(init_state=init_state),
+                 send=np.asarray, observe=lambda env, observation: {}):
         self.env, self._reset, self._send, self._observe = env, reset, send, observe
 
     def reset(self, init_state: int = 0) -> Mapping:
@@ -127,9 +105,7 @@ class Wrapper:
         return self._observed(observation), done
 
     def _observed(self, observation: Mapping) -> Mapping:
-        if self._observe is None:
-            return observation
-        return {**observation, **self._observe(self.env, observation)}
+        return ChainMap(self._observe(self.env, observation), observation)
 
     def __getattr__(self, name: str):
         return getattr(self.env, name)
@@ -177,34 +153,21 @@ class _StaleFirstFrame(Wrapper):
         return observation
 
 
-Seed = Callable[[Subject], AbstractContextManager[Subject]]
-
-
-def _wrapped(kind: type[Wrapper] = Wrapper, **replaced) -> Seed:
-    return lambda subject: contextlib.nullcontext(
-        replace(subject, env=kind(subject.env, **replaced)))
-
-
-def _replaced(**fields) -> Seed:
-    return lambda subject: contextlib.nullcontext(replace(subject, **fields))
-
-
-@contextlib.contextmanager
-def _other_mujoco(subject: Subject):
-    with mock.patch("mujoco.__version__", "3.17.0"):
-        yield subject
+def _wrapped(kind: type[Wrapper] = Wrapper, **replaced) -> Callable[[Subject], Subject]:
+    return lambda subject: replace(subject, env=kind(subject.env, **replaced))
 
 
 class Fault(NamedTuple):
-    """A fault, the check that detects it, and its variants: how each is seeded."""
+    """A fault, the check that detects it, and its variants: each makes the subject faulty."""
 
     name: str
     check: SimulatorCheck
-    seeds: tuple[Seed, ...]
+    seeds: tuple[Callable[[Subject], Subject], ...]
 
 
 FAULTS = (
-    Fault("MuJoCo past 3.3", checks.contacts, (_other_mujoco, _wrapped(reset=_slide))),
+    Fault("MuJoCo past 3.3", checks.contacts,
+          (partial(replace, mujoco="3.17.0"), _wrapped(reset=_slide))),
     Fault("init state wiped by a reset", checks.init_state, (_wrapped(reset=_reset_again),)),
     Fault("init ids stuck at one", checks.init_ids,
           (_wrapped(reset=lambda env, init_state: env.reset(init_state=1)),)),
@@ -218,10 +181,10 @@ FAULTS = (
     Fault("black frames", checks.frames, (_wrapped(
         observe=lambda env, seen: {key: np.zeros_like(seen[key]) for key in schema.CAMERAS}),)),
     Fault("chunk's unit or order", chunk, (
-        _replaced(policy=lambda chunk: chunk_policy(chunk * [.05, .05, .05, .5, .5, .5, 1])),
-        _replaced(policy=lambda chunk: chunk_policy(chunk[::-1].copy())))),
-    Fault("horizon of another suite", horizon, (_replaced(play=lambda policy, env: run_episode(
-        policy, env, 0, PROTOCOLS["openvla"].horizon("libero_object"))),)),
+        partial(replace, policy=lambda chunk: chunk_policy(chunk * [.05, .05, .05, .5, .5, .5, 1])),
+        partial(replace, policy=lambda chunk: chunk_policy(chunk[::-1].copy())))),
+    Fault("horizon of another suite", horizon, (
+        partial(replace, play=partial(play_episode, suite="libero_object")),)),
     Fault("stale first frame", checks.first_frame, (_wrapped(_StaleFirstFrame),)),
 )
 
@@ -244,8 +207,7 @@ def _test(fault: Fault, subject: Subject) -> Check:
         return replace(healthy, name=fault.name)
     found, status, hint = [f"healthy: {healthy.found}"], "ok", fault.check.hint
     for seed in fault.seeds:
-        with seed(subject) as spoiled:
-            seeded = run_check(fault.check, spoiled)
+        seeded = run_check(fault.check, seed(subject))
         found.append(f"seeded: {seeded.found}")
         if seeded.status == "ok":
             status, hint = "fail", "the seeded fault was not detected"

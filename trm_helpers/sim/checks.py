@@ -45,11 +45,13 @@ class Subject:
         env: a wrapper of :class:`sim.LiberoEnv`, see :mod:`selftest`.
         policy: makes a policy that predicts a given chunk (K, 7); None takes this package's.
         play: plays an episode of a policy and returns its row; None takes this package's.
+        mujoco: its version; None takes the loaded one's.
     """
 
     env: Any
     policy: Callable[[np.ndarray], Any] | None = None
     play: Callable[[Any, Any], dict] | None = None
+    mujoco: str | None = None
 
     @functools.cached_property
     def views(self) -> dict[str, View]:
@@ -108,11 +110,11 @@ def contacts(subject: Subject) -> Finding:
     """
     import mujoco
 
-    env = subject.env
+    env, version = subject.env, subject.mujoco or mujoco.__version__
     env.reset(init_state=0)
     distance = math.dist(env.object_position(BOWL)[:2], env.object_position(RAMEKIN)[:2])
-    return (f"MuJoCo {mujoco.__version__}, bowl {100 * distance:.1f} cm off the ramekin's centre",
-            mujoco.__version__ == schema.PINNED["mujoco"] and distance < 0.03)
+    return (f"MuJoCo {version}, bowl {100 * distance:.1f} cm off the ramekin's centre",
+            version == schema.PINNED["mujoco"] and distance < 0.03)
 
 
 @check("init state", "reset first, then set the init state, then settle")
