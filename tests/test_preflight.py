@@ -162,9 +162,7 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("damaged", [
-    "", "[]", "null", '{"renderer": "x"}', '{"settings": null}',
-    '{"settings": {"MUJOCO_GL": null}}',
-    '{"renderer": "x", "ms": 1, "failures": [], "settings": {}}'])
+    "", "[]", "null", '{"renderer": "x"}', '{"settings": null}'])
 def test_a_choice_that_says_nothing_is_made_again(gl_environment, monkeypatch, tmp_path, damaged):
     started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
     monkeypatch.setenv("TRM_RENDERER", damaged)
@@ -301,22 +299,12 @@ def test_nvidia_without_its_vendor_file_gets_one(gl_environment, monkeypatch, tm
     assert os.environ["__EGL_VENDOR_LIBRARY_FILENAMES"] == str(file)
 
 
-def test_the_temporary_cache_of_a_killed_process_is_removed_by_the_next(monkeypatch, tmp_path):
+def test_the_temporary_cache_is_removed_when_its_process_ends(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    program = ("import os, sys; from trm_helpers import opengl\n"
-               "print(opengl._cache_folder(), flush=True)\n"
-               "if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
-               "print(len(os.listdir(os.environ['TMPDIR'])))")
-
-    def run(how):
-        return subprocess.run([sys.executable, "-c", program, how], capture_output=True,
-                              text=True).stdout.split()
-
-    (left,) = run("killed")
-    assert Path(left).parent == tmp_path and Path(left).is_dir()
-    mine, count = run("ends")
-    assert mine != left and count == "1" and not list(tmp_path.iterdir())
+    program = "from trm_helpers import opengl; print(opengl._cache_folder().is_dir())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True\n" and not list(tmp_path.iterdir())
 
 
 def test_processes_that_render_share_the_temporary_cache_of_the_one_that_asks(

@@ -21,8 +21,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-_LOCK_POLL = 0.5  # seconds
-_TEMPORARY = re.compile(r"\..+?(?:\.(?P<machine>[0-9a-f]{8}))?\.(?P<pid>\d+)\.part(?:\.\w+)?")
+_TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})\.(?P<pid>\d+)\.part(\.\w+)?")
 _ABANDONED = 24 * 3600.0  # seconds after which another machine's temporary file is removed
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded",
@@ -50,8 +49,8 @@ def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    name = f".{short_name(path.name)}.{machine()}.{os.getpid()}.part{path.suffix}"
+    _remove_leftovers(path.parent)
+    name = f".{short_name(path.name)}.{_machine()}.{os.getpid()}.part{path.suffix}"
     temporary = path.with_name(name)
     try:
         yield temporary
@@ -80,7 +79,7 @@ def _raise_if_disk_is_full(error: BaseException, path: Path, needed: int) -> Non
 
 
 @functools.cache
-def machine() -> str:
+def _machine() -> str:
     """The machine, or the container on it, whose process numbers can be compared."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
@@ -89,17 +88,14 @@ def machine() -> str:
     return digest(f"{platform.node()} {processes}".encode())[:8]
 
 
-def remove_leftovers(folder: Path, names: re.Pattern = _TEMPORARY) -> None:
-    """Remove temporary files of ended processes here, and of other machines after a day.
-
-    ``names`` has a group ``pid`` and may have a group ``machine``.
-    """
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of ended processes here, and of other machines after a day."""
     for path in folder.iterdir():
-        found = names.fullmatch(path.name)
+        found = _TEMPORARY.fullmatch(path.name)
         if not found:
             continue
         with contextlib.suppress(OSError):  # another process removes it too, or another user's
-            if found.groupdict().get("machine") in (None, machine()):
+            if found["machine"] == _machine():
                 abandoned = not psutil.pid_exists(int(found["pid"]))
             else:
                 abandoned = time.time() - path.stat().st_mtime > _ABANDONED
@@ -130,20 +126,15 @@ def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    guard = FileLock(folder / lock)
-    while not guard.is_locked:
-        try:
-            guard.acquire(timeout=_LOCK_POLL if wait else 0)
-        except Timeout:
-            if not wait:
-                raise RuntimeError(f"another process works in {folder}; wait until it has ended, "
-                                   "or choose another name") from None
-            if stop and stop.is_set():
-                raise KeyboardInterrupt from None
     try:
+        held = FileLock(folder / lock).acquire(blocking=wait, cancel_check=stop and stop.is_set)
+    except Timeout:
+        if wait:
+            raise KeyboardInterrupt from None
+        raise RuntimeError(f"another process works in {folder}; wait until it has ended, or choose "
+                           "another name") from None
+    with held:
         yield
-    finally:
-        guard.release()
 
 
 def walk(folder: str | os.PathLike) -> Iterator[tuple[Path, list[str], list[str]]]:
