@@ -63,11 +63,8 @@ def cluster_bootstrap(task_rates: Sequence[float]) -> tuple[float, float]:
     """95 % percentile interval (low, high) of the mean over tasks, with whole tasks resampled.
 
     Episodes of one task are alike, so an interval over episodes is too narrow for "tasks like
-    these". With fewer than ten tasks this one is too narrow as well. Raises ``ValueError`` for
-    fewer than two.
+    these". With fewer than ten tasks this one is too narrow as well.
     """
-    if len(task_rates) < 2:
-        raise ValueError(f"{len(task_rates)} task(s); expected at least 2 to resample")
     interval = bootstrap((np.asarray(task_rates),), np.mean, n_resamples=10_000,
                          method="percentile",
                          random_state=np.random.default_rng(0)).confidence_interval
@@ -186,23 +183,17 @@ def format_comparison(test: Mapping, name: str, other: str) -> str:
 
 
 def detectable(summary: Mapping) -> str:
-    """The gap between success rates that this number of episodes usually reveals, in one line."""
-    rate = min(max(summary["success_rate"], 0.1), 0.9)
-    gap = minimum_detectable_difference(summary["episodes"], rate)
+    """The gap between success rates that this number of episodes usually reveals, in one line.
+
+    Of two independent groups of n episodes, with a two-sided test at level 0.05 and probability
+    0.8: ``(z_0.975 + z_0.8) sqrt(2 p (1 - p) / n)``, the normal approximation with the variance at
+    this success rate p, which counts as 0.1 to 0.9.
+    """
+    rate, episodes = min(max(summary["success_rate"], 0.1), 0.9), summary["episodes"]
+    z = NormalDist().inv_cdf
+    gap = (z(0.975) + z(0.8)) * math.sqrt(2 * rate * (1 - rate) / episodes)
     if gap > 1:
-        return f"Too few episodes per policy ({summary['episodes']}) to detect any difference"
-    return (f"With {summary['episodes']} episodes per policy you will usually (80 %) detect a "
+        return f"Too few episodes per policy ({episodes}) to detect any difference"
+    return (f"With {episodes} episodes per policy you will usually (80 %) detect a "
             f"difference of {100 * gap:.0f} points; comparing on the same episodes detects "
             "smaller ones")
-
-
-def minimum_detectable_difference(episodes: int, success_rate: float) -> float:
-    """Smallest difference of two success rates that ``episodes`` per policy usually detect.
-
-    Two independent groups, two-sided test at level 0.05, detected with probability 0.8; normal
-    approximation with the variance at ``success_rate``:
-    ``(z_0.975 + z_0.8) sqrt(2 p (1 - p) / n)``. Pairs of the same episodes detect smaller
-    differences.
-    """
-    z = NormalDist().inv_cdf
-    return (z(0.975) + z(0.8)) * math.sqrt(2 * success_rate * (1 - success_rate) / episodes)
