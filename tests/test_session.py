@@ -55,7 +55,7 @@ PARAMETERS = "lr = None  # type: float; learning rate\nrun_name = ''  # type: st
     (["!ls", "# Parameters\nlrr = 1e-3\n"], None),  # no cell of parameters
     ([PARAMETERS, "lrr = 1e-3"], None),
     ([PARAMETERS, "# Parameters\nlrr = 1\n", "x = 1", "# Parameters\nlr = 1\n"], None),  # mended
-    ([PARAMETERS, "# Parameters\nlr = \n"], None), ([3], None),
+    ([PARAMETERS, "# Parameters\nlr = \n"], None),
     ([PARAMETERS, '# Parameters\nPAPERMILL_INPUT_PATH = "a.ipynb"\n'], None)])
 def test_a_parameter_that_a_notebook_does_not_have_ends_it(monkeypatch, cells, refused):
     monkeypatch.setattr(sys.modules["__main__"], "In", ["", *cells], raising=False)

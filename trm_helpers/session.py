@@ -7,6 +7,7 @@ off, and a session ends after twelve hours. Elsewhere :func:`begin` only says wh
 from __future__ import annotations
 
 import ast
+import contextlib
 import filecmp
 import os
 import shutil
@@ -98,10 +99,9 @@ def keep(files: Iterable[str | os.PathLike]) -> None:
 
 def _refuse_unknown_parameters() -> None:
     """papermill only warns of them, and the notebook would run with its defaults for hours."""
-    executed = getattr(sys.modules.get("__main__"), "In", None)  # IPython's list of cells
-    cells = [cell for cell in executed or () if isinstance(cell, str)]
-    injected = next((cell for cell in reversed(cells) if cell.startswith(_INJECTED)), "")
-    own = next((cell for cell in reversed(cells) if _TYPED in cell), "")
+    latest_first = getattr(sys.modules["__main__"], "In", [])[::-1]  # IPython's list of cells
+    injected = next((cell for cell in latest_first if cell.startswith(_INJECTED)), "")
+    own = next((cell for cell in latest_first if _TYPED in cell), "")
     known = _assigned(own)
     for name in _assigned(injected):
         if known and name not in known and not name.startswith(_PAPERMILLS):
@@ -124,22 +124,21 @@ def _say(what: str, found: str) -> None:
         print(f"{what + ':':16} {line}", flush=True)
 
 
-def _guarded(step: Callable[[], str]) -> str:
+def _guarded(step: Callable[..., str], *arguments) -> str:
     try:
-        return step()
+        return step(*arguments)
     except Exception as error:  # of drivers, clients, disks, attached files
         return f"failed: {type(error).__name__}: {error}"
 
 
 # --- the steps on Kaggle -------------------------------------------------------------------------
 def _gpus() -> str:
-    try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-                              capture_output=True, text=True, errors="replace", timeout=30)
-        names = [] if done.returncode else done.stdout.split("\n")
-    except (OSError, subprocess.TimeoutExpired):
-        names = []
-    return ", ".join(filter(None, map(str.strip, names))) or (
+    names: list[str] = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no driver, or one that hangs
+        names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                               check=True, capture_output=True, text=True,
+                               timeout=30).stdout.splitlines()
+    return ", ".join(names) or (
         "none; choose Settings > Accelerator > GPU T4 x2 to train in minutes instead of hours")
 
 
@@ -222,7 +221,7 @@ def _take_over_runs() -> str:
         if "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
             folders.clear()
             runs.setdefault(place.name, []).append(place)
-    said = [_guarded(lambda pair=pair: _take_over_run(*pair)) for pair in sorted(runs.items())]
+    said = [_guarded(_take_over_run, *pair) for pair in sorted(runs.items())]
     return "\n".join([*said, "04 resumes the run of its run_name; other settings need another "
                       "run_name"] if said else ["none"])
 
@@ -269,47 +268,39 @@ def _link_demonstrations() -> str:
     scripted: dict[Path, list[tuple[int, Path]]] = {}
     human, said = 0, []
     for place, _, names in _attached():
-        for path in (place / name for name in names):
-            if path.name.removesuffix(schema.DEMO_FILE_SUFFIX) in ("", path.name):
-                continue  # without the suffix, or nothing else
+        for path in (place / name for name in names if name.endswith(schema.DEMO_FILE_SUFFIX)):
             try:
                 if source_of(path) == "human":
                     human += 1
                 else:
-                    scripted.setdefault(_collected_as(path), []).append((_demos(path), path))
+                    home, count = _collected_as(path)
+                    scripted.setdefault(home, []).append((count, path))
             except (DemoFileError, OSError) as error:
                 said.append(f"left out: {error}")
     for home, several in scripted.items():
-        said += _link_largest(home, several)
+        if home.exists() and not home.is_symlink():
+            said += [f"left out: {path}, since {home} exists" for _, path in several]
+            continue
+        (count, chosen), *others = sorted(several, reverse=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        home.unlink(missing_ok=True)
+        home.symlink_to(chosen)
+        said += [f"left out: {path} ({number} demonstrations), since {chosen} has {count}"
+                 for number, path in others]
     return "\n".join([f"{len(scripted)} scripted and {human} human file(s)", *said])
 
 
-def _link_largest(home: Path, several: list[tuple[int, Path]]) -> list[str]:
-    """Link the largest file as ``home``, unless one is collected there; what is left out."""
-    count, chosen = max(several, key=lambda each: each[0])
-    if home.exists() and not home.is_symlink():
-        return [f"left out: {path}, since {home} exists" for _, path in several]
-    home.parent.mkdir(parents=True, exist_ok=True)
-    home.unlink(missing_ok=True)
-    home.symlink_to(chosen)
-    return [f"left out: {path} ({number} demonstrations), since {chosen} has {count}"
-            for number, path in several if path != chosen]
-
-
-def _collected_as(path: Path) -> Path:
+def _collected_as(path: Path) -> tuple[Path, int]:
+    """Where collection keeps a scripted file, and its number of demonstrations."""
     with open_demo_file(path) as file:
+        count = len(demo_names(file))
         made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     suite, placement = str(made.get("suite")), str(made.get("placement", "benchmark"))
     actor, beta = str(made.get("actor", "")), float(made.get("beta", 0.0))
     if suite not in schema.SUITES or placement not in schema.PLACEMENTS:
         raise DemoFileError(f"{path}: made for suite {suite!r}, placement {placement!r}, which "
                             "this version does not have")
-    return scripted_dir(suite, placement, actor, beta) / path.name
-
-
-def _demos(path: Path) -> int:
-    with open_demo_file(path) as file:
-        return len(demo_names(file))
+    return scripted_dir(suite, placement, actor, beta) / path.name, count
 
 
 def _attached() -> Iterator[tuple[Path, list[str], list[str]]]:
