@@ -93,7 +93,7 @@ def test_a_preset_and_settings_on_top():
 def test_wrong_usage_and_bad_values_have_their_own_codes(capsys):
     for wrong, said in ((["--learning-rate", "1"],
                          "unknown option --learning-rate; did you mean --lr?"),
-                        (["--epoch=3"], "unknown option --epoch; did you mean --epochs"),
+                        (["--epoch=3"], "--epochs INT"),  # tyro's proposal
                         (["--lr", "-1"], "lr=-1.0 is not valid")):
         with pytest.raises(SystemExit) as ended:
             main(["train", "demo", "--run-name", "r", *wrong])
@@ -215,12 +215,21 @@ def test_search_prints_the_trials_in_order(monkeypatch, capsys):
 
 def test_run_reads_values_as_python(monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(notebooks, "run_suite", lambda *given: ran.append(given) or tmp_path)
+    monkeypatch.setattr(notebooks, "run_suite", lambda **given: ran.append(given) or tmp_path)
     monkeypatch.setattr(notebooks, "run_notebook", lambda *given: ran.append(given) or tmp_path)
     assert main(["run", "demo", "--run-name", "r", "-p", "lr", "1e-3", "-p", "seed", "4"]) == 0
     assert main(["run", "06_eval", "-p", "run_name", "r", "-p", "task_ids", "[0, 1]"]) == 0
-    assert ran == [("demo", "r", {"lr": 0.001, "seed": 4}),
+    assert ran == [{"preset": "demo", "run_name": "r", "lr": 0.001, "seed": 4},
                    ("06_eval", {"run_name": "r", "task_ids": [0, 1]})]
+
+
+@pytest.mark.parametrize("twice", [["demo", "-p", "preset", "tiny"],
+                                   ["demo", "--run-name", "r", "-p", "run_name", "s"],
+                                   ["06_eval", "--run-name", "r", "-p", "run_name", "s"],
+                                   ["04_train", "-p", "lr", "1", "-p", "lr", "2"]])
+def test_run_refuses_two_values_of_a_parameter(twice, capsys):
+    assert main(["run", *twice]) == 1
+    assert "contradicts" in capsys.readouterr().err
 
 
 def test_an_unknown_notebook_parameter_is_refused(capsys):
@@ -246,7 +255,7 @@ def test_a_lack_of_memory_is_a_message(monkeypatch, capsys):
 
 
 def test_an_interrupted_command_says_how_to_resume(monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(**_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(notebooks, "run_suite", interrupt)

@@ -477,7 +477,7 @@ def test_training_does_not_touch_a_run_that_it_may_not_resume(tiny, monkeypatch,
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with pytest.raises(RuntimeError, match="exists already; choose another run_name"):
         run_notebook("04_train", {"preset": "tiny", "run_name": "tiny", "resume": False},
-                     output=tmp_path / "refused.ipynb")
+                     run_dir=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 

@@ -110,34 +110,34 @@ def test_parameters_have_their_comments(tmp_path):
 def test_failure_has_the_traceback_and_keeps_the_copy(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "print('before')", "wheels = 4\nwheels / 0",
                               "print('after')")
-    output = tmp_path / "out" / "a.ipynb"
+    copies = tmp_path / "notebooks"
     with pytest.raises(RuntimeError) as error:
-        run_notebook(notebook, output=output)
+        run_notebook(notebook, run_dir=tmp_path)
     assert "a.ipynb failed: ZeroDivisionError: division by zero" in str(error.value)
     assert "wheels / 0" in str(error.value)
     assert "\x1b" not in str(error.value)
-    assert [p.name for p in output.parent.iterdir()] == ["a.failed.ipynb"]
+    assert [p.name for p in copies.iterdir()] == ["a.failed.ipynb"]
 
     write_notebook(notebook, "print('before')")
-    run_notebook(notebook, output=output)
-    assert [p.name for p in output.parent.iterdir()] == ["a.ipynb"]
+    run_notebook(notebook, run_dir=tmp_path)
+    assert [p.name for p in copies.iterdir()] == ["a.ipynb"]
 
 
 def test_failed_run_leaves_the_earlier_copy(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "print('good')")
-    output = run_notebook(notebook, output=tmp_path / "out.ipynb")
+    output = run_notebook(notebook)
     good = output.read_bytes()
     write_notebook(notebook, "1 / 0")
     with pytest.raises(RuntimeError):
-        run_notebook(notebook, output=output)
+        run_notebook(notebook)
     assert output.read_bytes() == good
 
 
 def test_killed_kernel_is_an_error(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "import os\nos._exit(9)")
     with pytest.raises(RuntimeError, match="a.ipynb failed: its kernel ended"):
-        run_notebook(notebook, output=tmp_path / "out.ipynb")
-    assert not (tmp_path / "out.ipynb").exists()
+        run_notebook(notebook, run_dir=tmp_path)
+    assert not (tmp_path / "notebooks" / "a.ipynb").exists()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
@@ -168,18 +168,17 @@ def test_a_notebook_that_is_the_main_module_runs_another(tmp_path):
     write_notebook(tmp_path / "inner.ipynb", "print('inside')")
     outer = write_notebook(tmp_path / "outer.ipynb", f"""
         from trm_helpers.notebooks import run_notebook
-        run_notebook({str(tmp_path / "inner.ipynb")!r}, output={str(tmp_path / "out.ipynb")!r})
+        run_notebook({str(tmp_path / "inner.ipynb")!r}, run_dir={str(tmp_path)!r})
     """)
     done = subprocess.run([sys.executable, "-m", "IPython", "-c", f"%run {outer}"], text=True,
                           capture_output=True, timeout=120)
-    assert (tmp_path / "out.ipynb").exists(), done.stdout + done.stderr
+    assert (tmp_path / "notebooks" / "inner.ipynb").exists(), done.stdout + done.stderr
 
 
 def test_a_notebook_has_its_own_environment_and_log(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "import os; print(os.environ['GPU'])")
     log = tmp_path / "output.log"
-    copy = run_notebook(notebook, output=tmp_path / "out.ipynb", environment={"GPU": "third"},
-                        log=log)
+    copy = run_notebook(notebook, environment={"GPU": "third"}, log=log)
     assert nbformat.read(copy, as_version=4).cells[1].outputs[0].text == "third\n"
     assert re.fullmatch(r"a, done after \d.\d min\n", log.read_text())
 
@@ -235,7 +234,7 @@ def test_a_bad_parameter_is_refused_before_anything_runs(nb_dir, tmp_path, given
         run_notebook("04_train", given)
     assert "PASSWORD" not in str(refused.value)
     with pytest.raises(ValueError, match=message):
-        run_suite("tiny", parameters=given)
+        run_suite("tiny", **given)
     assert not (nb_dir / "ran").exists() and not paths.artifacts_dir().exists()
 
 
@@ -351,13 +350,13 @@ def test_the_demo_has_a_floor(suite, monkeypatch, preset, parameters, successes,
                                                      rf"{'lr=0.5.*' * bool(parameters)}videos/fail")
     for _ in range(2):  # also where every notebook was kept
         with expected:
-            run_suite(preset, parameters=parameters)
+            run_suite(preset, **parameters)
 
 
 def test_each_parameter_goes_to_the_notebooks_that_have_it(suite, monkeypatch):
     write_notebook(suite / "00_setup.ipynb", parameters='preset: str = "demo"  # settings')
     ran = pretend_runs(monkeypatch)
-    run_suite("demo", "mine", {"lr": 0.01})
+    run_suite("demo", "mine", lr=0.01)
     both = {"lr": 0.01, "preset": "demo", "run_name": "mine"}
     assert ran == [("00_setup", {"preset": "demo"}), ("04_train", both), ("06_eval", both)]
 
@@ -378,14 +377,14 @@ def test_an_interrupted_suite_resumes(suite, monkeypatch):
 @pytest.mark.parametrize("change", ["source", "parameters"])
 def test_a_change_runs_that_notebook_and_all_after_it(suite, monkeypatch, change):
     pretend_runs(monkeypatch)
-    run_suite("demo", parameters={"lr": 0.01})
+    run_suite("demo", lr=0.01)
     ran = pretend_runs(monkeypatch)
     if change == "source":
         write_notebook(suite / "04_train.ipynb", "print('changed')")
-        run_suite("demo", parameters={"lr": 0.01})
+        run_suite("demo", lr=0.01)
         assert [name for name, _ in ran] == ["04_train", "06_eval"]
     else:
-        run_suite("demo", parameters={"lr": 0.02})
+        run_suite("demo", lr=0.02)
         assert [name for name, _ in ran] == ["00_setup", "04_train", "06_eval"]
 
 
@@ -410,11 +409,9 @@ def test_minutes_add_up_over_interruptions(suite, monkeypatch, capsys):
 def test_the_suite_refuses_parameters_that_no_notebook_has(suite, monkeypatch):
     ran = pretend_runs(monkeypatch)
     with pytest.raises(ValueError, match="unknown parameter 'speed' for 00_setup, 04_train, 06"):
-        run_suite("demo", parameters={"speed": 1})
+        run_suite("demo", speed=1)
     with pytest.raises(ValueError, match="preset='fast' is not valid; .*'reference', 'demo'"):
         run_suite("fast")
-    with pytest.raises(ValueError, match="parameter preset='tiny' contradicts 'demo'"):
-        run_suite("demo", parameters={"preset": "tiny"})
     assert ran == []
 
 

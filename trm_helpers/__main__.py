@@ -7,13 +7,11 @@ import dataclasses
 import functools
 import inspect
 import io
-import itertools
 import json
 import os
 import re
 import signal
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ from . import config as settings
 from . import paths, schema
 from .config import (
     COMMON,
-    PARTS,
     PRESETS,
     Config,
     DataConfig,
@@ -86,11 +83,8 @@ class Validate:
         from .sim.env import LiberoEnv
 
         file = Path(self.file)
-        with contextlib.ExitStack() as stack:
-            env = None
-            if self.suite:
-                env = stack.enter_context(LiberoEnv(self.suite, self.task_id,
-                                                    image_size=frame_size(file)))
+        with (LiberoEnv(self.suite, self.task_id, image_size=frame_size(file)) if self.suite
+              else contextlib.nullcontext()) as env:
             card = quality_card(file, env, self.replays, env.horizon if env else 0)
         lines = [f"{row['verdict']:5} {row['check']}: {row['found']}; expected {row['expected']}"
                  for row in card]
@@ -320,14 +314,16 @@ class Run:
     def __call__(self) -> Result:
         from .notebooks import run_notebook, run_suite
 
-        parameters = {name: parse_parameter(name, text) for name, text in self.parameter}
+        given: dict[str, Any] = {"run_name": self.run_name} if self.run_name else {}
         if self.what in PRESETS:
-            folder = run_suite(self.what, self.run_name or None, parameters)
-            return {"run": str(folder)}, [], True
-        if self.run_name and parameters.setdefault("run_name", self.run_name) != self.run_name:
-            raise ValueError(f"--run-name {self.run_name} contradicts run_name="
-                             f"{parameters['run_name']!r}; expected one name")
-        notebook = run_notebook(self.what, parameters)
+            given["preset"] = self.what
+        for name, text in self.parameter:
+            value = parse_parameter(name, text)
+            if given.setdefault(name, value) != value:
+                raise ValueError(f"{name}={value!r} contradicts {name}={given[name]!r}")
+        if self.what in PRESETS:
+            return {"run": str(run_suite(**given))}, [], True
+        notebook = run_notebook(self.what, given)
         return {"notebook": str(notebook)}, [str(notebook)], True
 
 
@@ -393,7 +389,7 @@ def parse(argv: list[str]) -> Any:
                 if part.default is dataclasses.MISSING}
     page = io.StringIO()
     try:
-        with contextlib.redirect_stdout(page) if HELP & {*rest} else contextlib.nullcontext():
+        with contextlib.redirect_stdout(page):
             return tyro.cli(kind, args=rest, default=kind(**{**required, **given}),
                             description=description, prog=f"python -m trm_helpers {name}")
     except SystemExit as wrong:
@@ -408,17 +404,17 @@ def parse(argv: list[str]) -> Any:
 
 
 def _hints(kind: type, given: Sequence[str]) -> list[str]:
-    """For each option that a command does not have, the one that may be meant."""
-    types = typing.get_type_hints(kind).values()
-    parts = [PARTS.values() if part is Config else [part]
-             for part in types if dataclasses.is_dataclass(part)]
-    known = [name for part in [kind, *itertools.chain(*parts)] for name in types_of(part)]
-    known += ["help", *(f"no_{name}" for name in known)]
-    names = dict.fromkeys(text[2:].partition("=")[0].replace("-", "_") for text in given
-                          if text[:2] == "--")
-    said = [f"unknown option '{name}'{hint}" for name in names
-            if name not in known and (hint := schema.did_you_mean(name, known))]
-    return [re.sub("'(.*?)'", r"--\1", line).replace("_", "-") for line in said]
+    """The name here of each option under which other libraries know a setting.
+
+    tyro proposes options with a similar name.
+    """
+    hints = []
+    for option in (text.partition("=")[0] for text in given if text.startswith("--")):
+        name = option[2:].replace("-", "_")
+        if name in schema.OTHER_NAMES and name not in types_of(kind):
+            ours = schema.OTHER_NAMES[name].replace("_", "-")
+            hints.append(f"unknown option {option}; did you mean --{ours}?")
+    return hints
 
 
 def _print(text: str) -> None:

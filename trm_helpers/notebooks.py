@@ -44,20 +44,19 @@ _MINUTES = {  # of the stages of preset demo on two cores, for the time that is 
 # --- one notebook --------------------------------------------------------------------------------
 
 def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None, *,
-                 output: str | os.PathLike | None = None,
                  run_dir: str | os.PathLike | None = None,
                  environment: Mapping[str, str] | None = None,
                  log: str | os.PathLike | None = None,
                  stop: threading.Event | None = None, stage: tuple = ()) -> Path:
     """Execute a notebook with papermill in a separate process and return its executed copy.
 
-    The kernel is the calling Python, its working folder the notebook's. The copy appears under its
-    final name when all cells have run; that of a failed run is ``<name>.failed.ipynb``.
+    The kernel is the calling Python, its working folder the notebook's. The copy,
+    ``<run_dir>/notebooks/<name>.ipynb``, appears when all cells have run; that of a failed run is
+    ``<name>.failed.ipynb``.
 
     Args:
         name_or_path: ``"04_train"`` for one of the suite, or a path to an ``.ipynb``.
         parameters: values for its ``parameters`` cell.
-        output: the executed copy; by default ``<run_dir>/notebooks/<name>.ipynb``.
         run_dir: by default the run that the notebook evaluates, or ``artifacts/<run_name>`` with
             the parameter of that name, else ``artifacts``.
         environment: additional variables of its process.
@@ -79,7 +78,7 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     # absolute: the kernel works in the notebook's folder
     environment = {"TRM_ARTIFACTS_DIR": str(paths.artifacts_dir()),
                    "TRM_DATA_DIR": str(paths.data_dir()), **(environment or {})}
-    output = Path(output or Path(run_dir or folder) / "notebooks" / source.name).resolve()
+    output = Path(run_dir or folder).resolve() / "notebooks" / source.name
     failed = output.with_suffix(".failed.ipynb")
     with atomic_path(output) as temporary:
         if error := _in_own_process(stop, log, environment, source, temporary, parameters,
@@ -153,15 +152,13 @@ def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]
         return checked, paths.run_dir(run_name) if run_name else paths.artifacts_dir()
     from .training.runs import find_run  # it reads a run, which may be outside artifacts/
 
-    folder = paths.artifacts_dir()
-    for name in ("baseline_run", "run_name"):
-        if checked.get(name) or name == "run_name":  # without a name, the newest run
-            found = find_run(checked.get(name) or "", to_write=name == "run_name")
-            if found.parent != paths.artifacts_dir():
-                checked[name] = str(found)
-            if name == "run_name":
-                folder = found
-    return checked, folder
+    runs = {}
+    if checked.get("baseline_run"):
+        runs["baseline_run"] = find_run(checked["baseline_run"])
+    runs["run_name"] = find_run(checked.get("run_name") or "", to_write=True)  # "": the newest
+    checked |= {name: str(run) for name, run in runs.items()
+                if run.parent != paths.artifacts_dir()}
+    return checked, runs["run_name"]
 
 
 def _configuration(parameters: Mapping) -> Config:
@@ -218,7 +215,7 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
 
 # --- the suite -----------------------------------------------------------------------------------
 
-def run_suite(preset: str, run_name: str | None = None, parameters: dict | None = None) -> Path:
+def run_suite(preset: str, run_name: str | None = None, **parameters) -> Path:
     """Preflight, demonstrations, then every notebook in order; ends with the success line.
 
     An interrupted suite resumes: executed copies are kept up to the first that is incomplete or
@@ -238,32 +235,28 @@ def run_suite(preset: str, run_name: str | None = None, parameters: dict | None 
             :data:`DEMO_FLOOR`.
     """
     started = float(os.environ.get("TRM_STARTED_AT", time.time()))
-    settings = {"preset": preset, **({"run_name": run_name} if run_name else {})}
-    for name, value in (parameters or {}).items():
-        if settings.setdefault(name, value) != value:
-            raise ValueError(f"parameter {name}={value!r} contradicts {settings[name]!r}")
-    settings["run_name"] = settings.get("run_name") or preset
+    settings = {"preset": preset, "run_name": run_name or preset, **parameters}
     known = {path: notebook_parameters(path) for path in suite_notebooks()}
     _refuse_unknown(settings, known)
     settings, run_dir = _checked(settings, {"preset": ""})
     config = _configuration(settings)
     plan = {path: {k: v for k, v in settings.items() if k in names}
             for path, names in known.items()}
-    pending = list(itertools.dropwhile(lambda path: _is_kept(path, plan[path], run_dir), plan))
-    minutes_file = run_dir / "notebooks" / "minutes.json"
-    minutes = _recorded(minutes_file, float) or 0.0
+    folder = run_dir / "notebooks"
+    pending = list(itertools.dropwhile(lambda path: _is_kept(path, plan[path], folder), plan))
+    minutes = _recorded(folder / "minutes.json").get("minutes", 0.0)
     if pending:
         try:
             stages = _stages(["checks", "demonstrations", *(path.stem for path in pending)], config)
             _prepare(config, stages)
             for path, stage in zip(pending, stages, strict=True):
-                record = _record_file(path, run_dir)
+                record = folder / f"{path.stem}.json"
                 record.unlink(missing_ok=True)
                 run_notebook(path, plan[path], run_dir=run_dir, stage=stage)
                 write_json(record, _identity(path, plan[path]))
         finally:
             minutes += (time.time() - started) / 60
-            write_json(minutes_file, minutes)
+            write_json(folder / "minutes.json", {"minutes": minutes})
     _report(run_dir, config, minutes)
     return run_dir
 
@@ -296,16 +289,13 @@ def _prepare(config: Config, stages: Iterator[tuple]) -> None:
         ensure_demonstrations(config)
 
 
-def _is_kept(path: Path, parameters: dict, run_dir: Path) -> bool:
-    copy = run_dir / "notebooks" / path.name
-    kept = copy.exists() and _recorded(_record_file(path, run_dir)) == _identity(path, parameters)
+def _is_kept(path: Path, parameters: dict, folder: Path) -> bool:
+    copy = folder / path.name
+    kept = (copy.exists()
+            and _recorded(folder / f"{path.stem}.json") == _identity(path, parameters))
     if kept:
         print(f"{path.stem}: kept from before, {copy}")
     return kept
-
-
-def _record_file(path: Path, run_dir: Path) -> Path:
-    return run_dir / "notebooks" / f"{path.stem}.json"
 
 
 def _identity(path: Path, parameters: dict) -> dict:
@@ -315,12 +305,12 @@ def _identity(path: Path, parameters: dict) -> dict:
             "source_sha256": hashlib.sha256(json.dumps(cells).encode()).hexdigest()}
 
 
-def _recorded(path: Path, kind: type = dict):
-    """The content of a record; None if it is missing or damaged: the work can be repeated."""
+def _recorded(path: Path) -> dict:
+    """The content of a record; empty if it is missing or damaged: the work can be repeated."""
     try:
-        return read_json(path, kind=kind)
+        return read_json(path)
     except (FileNotFoundError, ValueError):
-        return None
+        return {}
 
 
 def _report(run_dir: Path, config: Config, minutes: float) -> None:

@@ -39,12 +39,9 @@ class Stage(io.TextIOBase):
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
-        self.left = f", {'stopped' if error else 'done'} after {self.minutes:.1f} min"
+        minutes = (time.monotonic() - self.started) / 60
+        self.left = f", {'stopped' if error else 'done'} after {minutes:.1f} min"
         self._show(last=True)
-
-    @property
-    def minutes(self) -> float:
-        return (time.monotonic() - self.started) / 60
 
     def write(self, text: str) -> int:
         for line in self.follow(text):

