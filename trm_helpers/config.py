@@ -308,17 +308,14 @@ class SearchConfig(_Part):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; written to its ``config.json``.
-
-    Parts marked ``fixed`` cannot change when a run is resumed, except for :func:`local` settings.
-    """
+    """All settings of a run; written to its ``config.json``."""
 
     preset: Annotated[str, Fixed] = "reference"
-    data: DataConfig = field(default_factory=DataConfig, metadata={"fixed": True})
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"fixed": True})
-    train: TrainConfig = field(default_factory=TrainConfig, metadata={"fixed": True})
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    search: SearchConfig = SearchConfig()
 
     def __post_init__(self):
         if self.model.conditioning == "task_id":
@@ -351,10 +348,9 @@ class Config:
         return {name: value for name, value in self.flat().items() if name in local_settings()}
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a run keeps when it is resumed."""
-        parts = [part.name for part in dataclasses.fields(self) if part.metadata.get("fixed")]
-        return {name: value for part in parts for name, value in vars(getattr(self, part)).items()
-                if name not in local_settings()}
+        """The settings that a run keeps when it is resumed: of data, model and training."""
+        kept = {**vars(self.data), **vars(self.model), **vars(self.train)}
+        return {name: value for name, value in kept.items() if name not in local_settings()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:

@@ -1,9 +1,4 @@
-"""Is this machine ready? Versions, OpenGL, the simulator in a short episode, disk, memory, GPU.
-
-``python -m trm_helpers preflight`` prints the table and exits with 3 when a check fails;
-``--quick`` skips the simulator, ``--gl`` only checks that OpenGL renders, and ``--selftest`` seeds
-twelve faults of evaluations and checks that each is detected (:mod:`selftest`).
-"""
+"""Is this machine ready? Versions, OpenGL, the simulator in a short episode, disk, memory, GPU."""
 
 from __future__ import annotations
 
