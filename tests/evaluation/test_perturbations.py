@@ -201,9 +201,9 @@ def test_what_a_policy_tells_of_itself_comes_through():
     copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
 @pytest.mark.parametrize("name", list(PERTURBATIONS))
 def test_a_copy_of_a_perturbed_policy_is_perturbed_alike(name, copied, monkeypatch):
-    # one that copies itself in its own way is still copied behind its perturbation
-    monkeypatch.setattr(Looking, "__deepcopy__", lambda policy, _: Looking(), raising=False)
     stats = {"mean": [i / 7 for i in range(12)]}
+    # one that copies itself in its own way is still copied behind its perturbation
+    monkeypatch.setattr(Looking, "__deepcopy__", lambda *_: Looking(stats=stats), raising=False)
     policy = PerturbedPolicy(Looking(stats=stats), name, ENV, KEY)
     other = copied(policy)
     assert type(other) is PerturbedPolicy and other.last_recursions == 3

@@ -6,7 +6,6 @@ Random numbers are a function of the episode, not of the order in which entries 
 
 from __future__ import annotations
 
-import copy
 import functools
 import zlib
 from collections import deque
@@ -33,28 +32,21 @@ PROPRIO_NOISE = {  # standard deviation: rad for joints and angles, m for finger
 }
 DELAYS = (1, 2)  # control steps of 0.05 s
 
-# for an entry of an observation: (its reader, the step) -> its value
-Replacement = Callable[[Callable[[], Any], int], Any]
-
 
 @dataclass(frozen=True)
 class Perturbation:
     """One of :data:`PERTURBATIONS`.
 
-    ``changes`` returns the replaced entries of an episode's observations, given the policy, the
-    environment and a key that identifies the episode. ``needs`` is what a policy must have for it
-    to matter: a camera, ``proprioception``, ``language``.
+    ``change(episode, entry, read)`` returns the value that replaces one of the ``entries`` of an
+    observation, given the :class:`PerturbedPolicy`, the entry's name and its reader. ``needs`` is
+    what a policy must have for it to matter: a camera, ``proprioception``, ``language``.
     """
 
     title: str
-    changes: Callable[[Policy, LiberoEnv, tuple], dict[str, Replacement]] = lambda *_: {}
+    change: Callable[[PerturbedPolicy, str, Callable[[], Any]], Any] | None = None
+    entries: tuple[str, ...] = ()
     needs: str = ""
     delay: int = 0  # control steps
-
-
-def generator_of(key: tuple, *what) -> np.random.Generator:
-    """The generator for ``what``, and nothing else, in the episode of ``key``."""
-    return np.random.default_rng(zlib.crc32(repr((*key, *what)).encode()))
 
 
 class PerturbedPolicy:
@@ -73,22 +65,28 @@ class PerturbedPolicy:
     """
 
     def __init__(self, policy: Policy, name: str, env: LiberoEnv, key: tuple):
-        self.policy = policy
-        self.delay = PERTURBATIONS[name].delay
-        self.changes = PERTURBATIONS[name].changes(policy, env, key)
+        self.policy, self.name, self.env, self.key = policy, name, env, key
+        if name == "no_proprioception" and getattr(policy, "proprio_stats", None) is None:
+            raise ValueError("the policy has no proprio_stats; expected means in place of "
+                             "proprioception")
 
     def reset(self) -> None:
         self.step = 0
-        self.pending = deque([np.array(schema.NO_OP)] * self.delay)
+        self.pending = deque([np.array(schema.NO_OP)] * PERTURBATIONS[self.name].delay)
         self.policy.reset()
 
     def act(self, observation: Mapping) -> np.ndarray:
+        perturbation = PERTURBATIONS[self.name]
         read = {key: functools.partial(observation.__getitem__, key) for key in observation}
-        changed = {key: functools.partial(change, read[key], self.step)
-                   for key, change in self.changes.items() if key in read}
+        changed = {entry: functools.partial(perturbation.change, self, entry, read[entry])
+                   for entry in perturbation.entries if entry in read}
         self.pending.append(self.policy.act(Observation(read | changed)))
         self.step += 1
         return self.pending.popleft()
+
+    def generator(self, *what) -> np.random.Generator:
+        """The generator for ``what``, and nothing else, in this episode."""
+        return np.random.default_rng(zlib.crc32(repr((*self.key, *what)).encode()))
 
     def __getattr__(self, name: str):
         # the policy's other attributes, but not how it is copied: a copy has no policy at first
@@ -122,95 +120,70 @@ def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     return np.clip(np.rint(image * factor), 0, 255).astype(np.uint8)
 
 
-# replacements are functions of the module, so that a perturbed policy can be copied and pickled
-def _shifted(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
-    """Each camera's image along one of its diagonals, the same for the whole episode."""
-    return {camera: functools.partial(_shift, generator_of(key, camera).choice((-1, 1), 2))
-            for camera in schema.CAMERAS}
-
-
-def _shift(sides: np.ndarray, read: Callable, step: int) -> np.ndarray:
-    image = read()
+def _shift(episode: PerturbedPolicy, camera: str, read: Callable) -> np.ndarray:
+    """Along one of the image's diagonals, the same for the whole episode."""
+    image, sides = read(), episode.generator(camera).choice((-1, 1), 2)
     return shift_image(image, *np.rint(sides * SHIFT * image.shape[0]).astype(int))
 
 
-def _lit_otherwise(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
+def _light(episode: PerturbedPolicy, camera: str, read: Callable) -> np.ndarray:
     """Darker or brighter, the same for both cameras and the whole episode."""
-    factor = 1 + generator_of(key, "light").choice((-1, 1)) * BRIGHTNESS
-    return dict.fromkeys(schema.CAMERAS, functools.partial(_light, factor))
+    return scale_brightness(read(), 1 + episode.generator("light").choice((-1, 1)) * BRIGHTNESS)
 
 
-def _light(factor: float, read: Callable, step: int) -> np.ndarray:
-    return scale_brightness(read(), factor)
-
-
-def _noisy(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
+def _noise(episode: PerturbedPolicy, entry: str, read: Callable) -> np.ndarray:
     """Independent Gaussian noise in every entry and step."""
-    return {entry: functools.partial(_add_noise, key, entry)
-            for entry in (*schema.CAMERAS, *schema.LOW_DIM)}
-
-
-def _add_noise(episode: tuple, key: str, read: Callable, step: int) -> np.ndarray:
-    value, generator = read(), generator_of(episode, key, step)
-    if key in schema.CAMERAS:
+    value, generator = read(), episode.generator(entry, episode.step)
+    if entry in schema.CAMERAS:
         noisy = value + generator.normal(0, PIXEL_NOISE, value.shape)
         return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-    return value + generator.normal(0, PROPRIO_NOISE[key], value.shape)
+    return value + generator.normal(0, PROPRIO_NOISE[entry], value.shape)
 
 
-def _constant(value, read: Callable, step: int):
-    return copy.copy(value)
+def _black(episode: PerturbedPolicy, camera: str, read: Callable) -> np.ndarray:
+    return np.zeros((episode.env.image_size, episode.env.image_size, 3), np.uint8)
 
 
-def _without_camera(camera: str, policy: Policy, env: LiberoEnv,
-                    key: tuple) -> dict[str, Replacement]:
-    size = env.image_size
-    return {camera: functools.partial(_constant, np.zeros((size, size, 3), np.uint8))}
-
-
-def _without_proprioception(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
+def _mean(episode: PerturbedPolicy, entry: str, read: Callable) -> np.ndarray:
     """The mean of the policy's training data, 0 once normalised; NaN where it has no such mean."""
-    stats = getattr(policy, "proprio_stats", None)
-    if stats is None:
-        raise ValueError("the policy has no proprio_stats; expected means in place of "
-                         "proprioception")
-    values = {name: np.full(width, np.nan) for name, width in schema.LOW_DIM.items()}
-    first = 0
-    for name in schema.PROPRIO_KEYS:
-        values[name] = np.array(stats["mean"][first:first + schema.LOW_DIM[name]])
-        first += schema.LOW_DIM[name]
-    return {name: functools.partial(_constant, value) for name, value in values.items()}
+    ends = np.cumsum([schema.LOW_DIM[key] for key in schema.PROPRIO_KEYS])
+    means = np.split(np.array(episode.policy.proprio_stats["mean"]), ends[:-1])
+    unknown = np.full(schema.LOW_DIM[entry], np.nan)
+    return dict(zip(schema.PROPRIO_KEYS, means, strict=True)).get(entry, unknown)
 
 
 # --- instruction ---------------------------------------------------------------------------------
-def _another_instruction(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
+def _another_instruction(episode: PerturbedPolicy, entry: str, read: Callable) -> str:
     """The instruction of another task of the suite, the same for the whole episode."""
-    task = env.task
-    suite = {load_task(task.suite, task_id).language
-             for task_id in range(schema.SUITES[task.suite])}
-    other = generator_of(key, "instruction").choice(sorted(suite - {task.language}))
-    return {"language": functools.partial(_constant, str(other))}
+    others = _instructions(episode.env.task.suite) - {episode.env.task.language}
+    return str(episode.generator("instruction").choice(sorted(others)))
 
 
-def _no_instruction(policy: Policy, env: LiberoEnv, key: tuple) -> dict[str, Replacement]:
-    return {"language": functools.partial(_constant, "")}
+@functools.cache
+def _instructions(suite: str) -> set[str]:
+    return {load_task(suite, task_id).language for task_id in range(schema.SUITES[suite])}
 
 
+def _empty(episode: PerturbedPolicy, entry: str, read: Callable) -> str:
+    return ""
+
+
+_CAMERAS, _READINGS = tuple(schema.CAMERAS), tuple(schema.LOW_DIM)
 PERTURBATIONS = {
     "shift": Perturbation(
-        f"each camera's image shifted by {128 * SHIFT:g} of 128 pixels", _shifted),
+        f"each camera's image shifted by {128 * SHIFT:g} of 128 pixels", _shift, _CAMERAS),
     "brightness": Perturbation(
-        f"light {100 * BRIGHTNESS:g} % darker or brighter", _lit_otherwise),
-    "noise": Perturbation(
-        f"noise in images ({PIXEL_NOISE:g} of 255 grey levels) and readings", _noisy),
+        f"light {100 * BRIGHTNESS:g} % darker or brighter", _light, _CAMERAS),
+    "noise": Perturbation(f"noise in images ({PIXEL_NOISE:g} of 255 grey levels) and readings",
+                          _noise, _CAMERAS + _READINGS),
     **{f"delay_{steps}": Perturbation(f"actions {steps / schema.CONTROL_HZ:g} s late", delay=steps)
        for steps in DELAYS},
     "no_proprioception": Perturbation("arm and gripper readings replaced by their mean",
-                                      _without_proprioception, needs="proprioception"),
-    **{f"no_{camera.removesuffix('_rgb')}": Perturbation(
-        f"{title} black", functools.partial(_without_camera, camera), needs=camera)
+                                      _mean, _READINGS, needs="proprioception"),
+    **{f"no_{camera.removesuffix('_rgb')}": Perturbation(f"{title} black", _black, (camera,),
+                                                         needs=camera)
        for camera, title in schema.CAMERA_TITLES.items()},
     "wrong_instruction": Perturbation("another task's instruction", _another_instruction,
-                                      needs="language"),
-    "no_instruction": Perturbation("empty instruction", _no_instruction, needs="language"),
+                                      ("language",), needs="language"),
+    "no_instruction": Perturbation("empty instruction", _empty, ("language",), needs="language"),
 }
