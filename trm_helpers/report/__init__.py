@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import indent
 from urllib.parse import quote
 
-from ..files import atomic_path, dispensable, read_jsonl
+from ..files import dispensable, read_jsonl, write_bytes
 from ..training.runs import find_run
 from ..visuals.figure import save_figure
 from ..visuals.plots import plot_training_curves
@@ -30,35 +29,24 @@ def write_report(run: str | Path) -> Path:
     ``OSError`` for one in which they cannot be written.
     """
     run = find_run(run, to_write=True)
-    names = ("report.md", "report.html")
-    for name in names:
-        if (run / name).is_dir():
-            raise IsADirectoryError(f"{run / name} is a folder; expected a file or nothing there")
-    if not os.access(run, os.W_OK):
-        raise PermissionError(f"the folder {run} is not writable, so {' and '.join(names)} cannot "
-                              "be written")
     with dispensable("the figure of the losses"):
         if epochs := read_jsonl(run / "metrics.jsonl"):
             save_figure(plot_training_curves(epochs), run / "figures" / "04_training.png")
     sections = read_sections(run)
-    texts = _markdown(run, sections.values()), render(run, sections)
-    for name, text in zip(names, texts, strict=True):
-        with atomic_path(run / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return run / "report.html"
+    html = render(run, sections)
+    write_bytes(run / "report.md", _markdown(run, sections.values()).encode())
+    return write_bytes(run / "report.html", html.encode())
 
 
 def _markdown(run: Path, sections: Iterable[Section]) -> str:
     parts = [f"# {_text(run.name)}"]
     for section in sections:
-        content = [*([f"**{_text(section.warning)}**"] if section.warning else ()),
-                   *map(_text, section.texts),
-                   *([_table(section.rows)] if section.rows else ()),
-                   *([_list(section.sentences)] if section.sentences else ()),
-                   # unlike a fence, nothing in an indented block ends it
-                   *([indent(section.code, "    ")] if section.code else ())]
-        if content:
-            parts += [f"## {section.title}", *content]
+        content = [section.warning and f"**{_text(section.warning)}**", *map(_text, section.texts),
+                   section.rows and _table(section.rows),
+                   "\n".join(f"- {_text(sentence)}" for sentence in section.sentences),
+                   indent(section.code, "    ")]  # unlike a fence, nothing in it ends the block
+        if any(content):
+            parts += [f"## {section.title}", *filter(None, content)]
     films, figures = media(run, "videos/**/*.mp4"), media(run, "figures/*.png")
     if films:
         parts += ["## Films", "\n".join(f"- {_link(name)}" for name in films)]
@@ -70,10 +58,6 @@ def _markdown(run: Path, sections: Iterable[Section]) -> str:
 def _table(rows: list[dict]) -> str:
     lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(map(_text, line))} |" for line in lines)
-
-
-def _list(sentences: Iterable[str]) -> str:
-    return "\n".join(f"- {_text(sentence)}" for sentence in sentences)
 
 
 def _link(name: str) -> str:

@@ -14,7 +14,7 @@ import jinja2
 from PIL import Image
 
 from ..files import inside, read_bytes
-from .sections import Section, every_episode, media, run_name
+from .sections import Section, media, run_name
 
 MAX_BYTES = 10_000_000  # of the page
 _FIGURES = 3_000_000  # of them for figures
@@ -63,27 +63,24 @@ def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list
     """Films and stills by the number of their episode, as many as fit; the film of the task."""
     stills = {}
 
-    def has_still(number: int | str, path: Path) -> bool:
+    def has_still(film: Mapping) -> bool:
         try:
-            stills[number] = _still(path)
+            if film["video"]:
+                stills[film["number"]] = _still(film["video"])
         except Exception as error:  # ffmpeg's, of a damaged film
-            left_out.append(f"{path.name} ({type(error).__name__})")
-        return number in stills
+            left_out.append(f"{film['video'].name} ({type(error).__name__})")
+        return film["number"] in stills
 
-    filmed = [each for each in every_episode(sections["episodes"].shown.get("episodes", {}))
-              if each["video"] and has_still(each["number"], each["video"])]
-    successes = [each for each in filmed if each["outcome"] == "success"]
-    first = next(iter(successes + filmed), None)
+    demonstration = {"number": "demonstration", "outcome": "success",
+                     "video": inside(run, "videos/01_demonstration.mp4")}
+    filmed = [*filter(has_still, sections["episodes"].shown.get("episodes", []))] or [
+        *filter(has_still, [demonstration])]
+    first = min(filmed, key=lambda each: each["outcome"] != "success", default=None)
+    hero = first and {"number": first["number"], "caption": (
+        "A demonstration of the training data." if first is demonstration
+        else f"{first['task']}, {first['start']}. {first['end']}")}
     ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
     wanted = {each["number"]: each["video"] for each in ordered}
-    hero = None
-    if first:
-        hero = {"number": first["number"], "caption": (
-            f"{first['task']}, {first['start']}. {first['end']}")}
-    elif (demonstration := inside(run, "videos/01_demonstration.mp4")) \
-            and has_still("demonstration", demonstration):
-        wanted = {"demonstration": demonstration}
-        hero = {"number": "demonstration", "caption": "A demonstration of the training data."}
     films = {}
     free -= _STILL_BYTES * len(wanted)  # of a film that does not fit
     for number, path in wanted.items():

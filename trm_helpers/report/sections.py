@@ -109,26 +109,23 @@ def _success(run: Path) -> Section:
              + (f"{protocol['horizon']} steps; " if protocol["horizon"]
                 else "with the horizon of each task's own suite; ")
              + f"{protocol['weights']} weights.", f"{detectable(results)}."]
-    summaries = {f"{task['suite']} {task['task_id']}": task for task in results["tasks"]}
-    if len(summaries) > 1:
-        summaries["all"] = results
-    tasks = {f"{task['suite']} {task['task_id']}": f"task {task['task_id']}"
-             for task in results["tasks"]}
-    for path in sorted(run.glob("bounds/*/results.json")):
-        bound = _read(path)
-        if all(bound["protocol"].get(key) == protocol.get(key) for key in _SAME):
-            summaries[path.parent.name] = bound
-    if summaries.keys() - tasks.keys() - {"all"}:
+    bounds = {path.parent.name: read_json(path)
+              for path in sorted(run.glob("bounds/*/results.json"))}
+    bounds = {name: bound for name, bound in bounds.items()
+              if all(bound["protocol"].get(key) == protocol.get(key) for key in _SAME)}
+    if bounds:
         texts.append("For comparison: replay sends the commands of the demonstrations again, "
                      "expert is the scripted demonstrator, which knows all positions, random sends "
                      "random commands, no-op none.")
     if results["errors"]:
         texts.append(f"{len(results['errors'])} episode(s) could not be run and are excluded; the "
                      f"first: {results['errors'][0]['error']}")
-    return Section(title, stale(run, protocol), texts, comparison_rows(summaries),
-                   shown={"bars": _bars({tasks.get(name, name): row
-                                         for name, row in summaries.items()}),
-                          "rate": _percent(results["success_rate"]),
+    tasks = results["tasks"]
+    others = ({"all": results} if len(tasks) > 1 else {}) | bounds
+    table = {f"{task['suite']} {task['task_id']}": task for task in tasks} | others
+    bars = {f"task {task['task_id']}": task for task in tasks} | others
+    return Section(title, stale(run, protocol), texts, comparison_rows(table),
+                   shown={"bars": _bars(bars), "rate": _percent(results["success_rate"]),
                           "counts": f"{results['successes']} of {results['episodes']}"})
 
 
@@ -140,37 +137,28 @@ def _results(run: Path) -> dict | None:
 
 def _episodes(run: Path) -> Section:
     title = "Every episode"
-    groups: dict[str, dict[str, list[dict]]] = {}  # by change, then by task
+    episodes: list[dict] = []
     for ledger in ["episodes.jsonl", *media(run, "robustness/*/episodes.jsonl")]:
         latest: dict[Episode, Mapping] = {}
         for row in read_jsonl(run / ledger):  # one with an error is repeated by the next call
             latest[Episode.of(row)] = row
-        ordered = sorted(latest.items(), key=lambda item: tuple(  # layouts have no init state
-            (value is not None, value) for value in item[0]))
         folder = Path(ledger).parent
-        for episode, row in ordered:
-            task = f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}"
-            start = (f"init state {episode.init_state}" if episode.init_state is not None
-                     else f"layout {episode.seed}")
-            groups.setdefault(folder.name, {}).setdefault(task, []).append({
-                "task": task, "start": start, **_outcome(row),
+        for episode, row in sorted(latest.items()):
+            episodes.append({
+                "number": len(episodes), "change": folder.name, "task_id": int(episode.task_id),
+                "task": f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}",
+                "start": (f"layout {episode.seed}" if episode.init_state is None
+                          else f"init state {episode.init_state}"),
+                **_outcome(row),
                 "video": row.get("video") and inside(run, folder / "videos" / str(row["video"]))})
-    if "" not in groups:
+    own = [each for each in episodes if not each["change"]]
+    if not own:
         return Section(title, missing="06_eval plays the episodes.")
-    for number, each in enumerate(every_episode(groups)):
-        each["number"] = number
-    own = [*every_episode({"": groups[""]})]
     failed = sum(each["outcome"] == "failure" for each in own)
     return Section(title, stale(run, read_jsonl(run / "episodes.jsonl")[-1]), [
         f"{_count(len(own), 'episode')}, of which {failed} failed and "
         f"{sum(each['outcome'] == 'excluded' for each in own)} could not be run; "
-        f"{sum(bool(each['video']) for each in own)} were filmed."], shown={"episodes": groups})
-
-
-def every_episode(groups: Mapping[str, Mapping[str, list[dict]]]) -> Iterator[dict]:
-    for tasks in groups.values():
-        for episodes in tasks.values():
-            yield from episodes
+        f"{sum(bool(each['video']) for each in own)} were filmed."], shown={"episodes": episodes})
 
 
 def _outcome(row: Mapping) -> dict:
@@ -354,8 +342,7 @@ def _options(settings: Mapping) -> Iterator[str]:
 
 
 def _settings(run: Path) -> Section:
-    parts = load_config(run).to_dict()
-    flat = {key: value for part in ("data", "model", "train") for key, value in parts[part].items()}
+    flat = load_config(run).flat()
     return Section("Settings", rows=[{"setting": key, "value": flat[key]} for key in _SETTINGS])
 
 
