@@ -143,7 +143,7 @@ class Study:
         search, known = self.config.search, self.records()
         for path in visible(self.folder, "*/trial.json"):
             record = read_trial(path.parent)
-            point, _ = point_of(record["parameters"], search) or ({}, 0)
+            point, _ = point_of(record["parameters"], search)
             complete = record["rungs"] and record["rungs"][-1]["epochs"] == search.search_epochs
             name = path.parent.name
             if complete and name == trial_name(point) and name not in known and all(

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .. import paths
 from ..config import Config
-from ..files import atomic_path, read_json, visible, write_json
+from ..files import read_json, visible, write_bytes, write_json
 from ..notebooks import notebook_parameters
 from ..software import minutes_left
 from ..stats import detectable, paired_mcnemar
@@ -203,12 +203,11 @@ def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict
     The order is: finalists, by all their seeds; other complete trials; trials stopped by halving;
     failed trials.
     """
-    found = dict(records)
-    for path in visible(folder, "*/trial.json"):
-        found[path.parent.name] = read_trial(path.parent)
+    found = records | {path.parent.name: read_trial(path.parent)
+                       for path in visible(folder, "*/trial.json")}
     points: dict[str, dict[int, dict]] = {}  # by name: the record of each seed
     for record in found.values():
-        point, seed = point_of(record["parameters"], config.search) or ({}, 0)
+        point, seed = point_of(record["parameters"], config.search)
         if point:
             points.setdefault(trial_name(point), {})[seed] = record
     base = config.train.seed
@@ -319,6 +318,5 @@ def _write(config: Config, folder: Path, ranked: list[dict]) -> None:
     if best["state"] == "complete":
         point = {name: best[name] for name in axes(config.search)}
         known = notebook_parameters(paths.notebooks_dir() / "04_train.ipynb")
-        with atomic_path(folder / "best.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(
-                parameters(config.replace(**point), point, known), sort_keys=False))
+        given = parameters(config.replace(**point), point, known)
+        write_bytes(folder / "best.yaml", yaml.safe_dump(given, sort_keys=False).encode())

@@ -29,7 +29,6 @@ _ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster"}  # of sel
 _FIXED = {*_LISTS, *local_settings(), *_ROLLOUT_SETTINGS, "epochs", "patience", "rollout_every",
           "seed", "suite", "task_ids", "demos", "num_demos", "placement"}
 REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
-_RUNGS = 3
 
 
 def axes(search: SearchConfig) -> dict[str, tuple]:
@@ -95,11 +94,9 @@ def rungs(search: SearchConfig) -> list[tuple[int, int]]:
     """
     if search.search_method != "halving":
         return [(search.search_epochs, search.search_episodes)]
-    steps = {}
-    for number in range(_RUNGS):
-        part = REDUCTION ** (_RUNGS - 1 - number)
-        episodes = -(-search.search_episodes // part) if number else 0
-        steps[max(1, search.search_epochs // part)] = episodes
+    third, ninth = (max(1, search.search_epochs // REDUCTION ** power) for power in (1, 2))
+    steps = {ninth: 0, third: math.ceil(search.search_episodes / REDUCTION),
+             search.search_epochs: search.search_episodes}
     return list(steps.items())  # fewer where there are few epochs
 
 
@@ -141,12 +138,12 @@ def parameters(config: Config, point: dict, known: Iterable[str]) -> dict[str, A
             **({"more": more} if more else {})}
 
 
-def point_of(given: dict, search: SearchConfig) -> tuple[dict, int] | None:
-    """Point and seed of :func:`parameters`; ``None`` if an axis is missing."""
+def point_of(given: dict, search: SearchConfig) -> tuple[dict, int]:
+    """Point and seed of :func:`parameters`; an empty point if an axis is missing."""
     values = {**given, **given.get("more", {})}
     names = axes(search)
     if not values.keys() >= {*names, "seed"}:
-        return None
+        return {}, 0
     return {name: values[name] for name in names}, values["seed"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..config import Config, check_names, from_flat, local_settings, settings_by_part
-from ..files import atomic_path
+from ..files import write_bytes
 from .search import claim, run_point, searched
 from .space import axes
 
@@ -41,9 +41,7 @@ def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
                     "${args_json}", *(word for name, value in local.items()
                                       for word in ("-s", name, str(value)))],
     }
-    with atomic_path(file) as temporary:
-        temporary.write_text(yaml.safe_dump(sweep, sort_keys=False))
-    return Path(file)
+    return write_bytes(file, yaml.safe_dump(sweep, sort_keys=False).encode())
 
 
 def run_sweep_trial(run: str | Path, point: str, settings: Mapping | None = None) -> dict:
