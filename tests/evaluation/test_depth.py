@@ -167,7 +167,7 @@ def test_a_policy_that_fails_at_once_has_a_row(run, monkeypatch):
 
 def test_a_way_changes_no_other(trained):
     source = play.TrainedPolicy.load(trained, "best")
-    deep, shallow = (depth.ChangedPolicy(source, (("num_recursions", count),)).make()
+    deep, shallow = (depth.ChangedPolicy(source, {"num_recursions": count}).make()
                      for count in (7, 1))
     assert [policy.config.num_recursions for policy in (source.make(), deep, shallow)] == [2, 7, 1]
 

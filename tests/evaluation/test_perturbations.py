@@ -15,7 +15,7 @@ from trm_helpers.evaluation import perturbations
 from trm_helpers.evaluation.perturbations import (
     PERTURBATIONS,
     PerturbedPolicy,
-    scale_brightness,
+    as_image,
     shift_image,
     why_unused,
 )
@@ -69,8 +69,8 @@ def test_an_image_moves_and_its_edge_is_repeated():
 
 def test_brightness_is_a_factor_that_saturates():
     image = np.array([[[0, 100, 255]]], np.uint8)
-    assert scale_brightness(image, 0.6).tolist() == [[[0, 60, 153]]]
-    assert scale_brightness(image, 1.4).tolist() == [[[0, 140, 255]]]
+    assert as_image(image * 0.6).tolist() == [[[0, 60, 153]]]
+    assert as_image(image * 1.4).tolist() == [[[0, 140, 255]]]
 
 
 # --- one by one ----------------------------------------------------------------------------------
@@ -221,7 +221,8 @@ def test_a_copy_of_a_perturbed_policy_is_perturbed_alike(name, copied, monkeypat
 # --- which of them matter ------------------------------------------------------------------------
 def test_perturbations_that_cannot_matter_are_told():
     blind = ModelConfig()  # one camera, neither proprioception nor instruction
-    unused = {name: why for name in PERTURBATIONS if (why := why_unused(name, blind))}
+    unused = {name: why for name, perturbation in PERTURBATIONS.items()
+              if (why := why_unused(perturbation.needs, blind))}
     assert unused == {
         "no_proprioception": "it has no proprioception",
         "no_eye_in_hand": "it has no wrist camera",
@@ -229,7 +230,7 @@ def test_perturbations_that_cannot_matter_are_told():
         "no_instruction": "it is not conditioned on language",
     }
     whole = ModelConfig(cameras=tuple(schema.CAMERAS), proprioception=True, conditioning="language")
-    assert not any(why_unused(name, whole) for name in PERTURBATIONS)
+    assert not any(why_unused(each.needs, whole) for each in PERTURBATIONS.values())
 
 
 def test_an_unknown_perturbation_is_refused():

@@ -30,8 +30,8 @@ UNUSED = {
     "no_eye_in_hand": "it has no wrist camera",
     "wrong_instruction": "it is not conditioned on language",
     "no_instruction": "it is not conditioned on language",
-    "lan": "it is not conditioned on language, and nothing else is changed",
-    "task": "it is not conditioned on language, and cannot know the goal",
+    "lan": "it is not conditioned on language",
+    "task": "it is not conditioned on language",
 }
 
 

@@ -21,13 +21,7 @@ from ..files import digest
 from ..sim import geometry
 from ..sim.env import LiberoEnv
 from ..training.runs import find_run, load_config
-from .plan import (
-    Episode,
-    evaluation_folder,
-    official_episodes,
-    results_name,
-    trained_tasks,
-)
+from .plan import Episode, evaluation_folder, official_episodes, results_name, trained_tasks
 from .play import Evaluation
 from .rollout import Policy
 
@@ -37,6 +31,10 @@ class _Untrained:
 
     def __init__(self, env: LiberoEnv):
         self.env = env
+
+    @classmethod
+    def make(cls, env: LiberoEnv) -> Policy:
+        return cls(env)
 
     def reset(self) -> None:
         self.source = None  # made by the first decision, because it depends on the scene
@@ -70,21 +68,14 @@ class NoOpPolicy(_Untrained):
 BASELINES = {"expert": ExpertPolicy, "random": RandomPolicy, "no-op": NoOpPolicy}
 
 
-class Baseline(NamedTuple):
-    name: str
-
-    def make(self, env: LiberoEnv) -> Policy:
-        return BASELINES[self.name](env)
-
-
 class Replay(NamedTuple):
     """Demonstrations; an episode's seed is the index of one in its task's file."""
 
-    files: tuple[tuple[int, str], ...]
+    files: Mapping[int, str]  # by task id
 
     def play(self, env: LiberoEnv, episode: Episode) -> dict:
         began = time.perf_counter()
-        with open_demo_file(dict(self.files)[episode.task_id]) as file:
+        with open_demo_file(self.files[episode.task_id]) as file:
             demo = file[schema.DATA_GROUP][demo_names(file)[episode.seed]]
             replayed, length = replay_demonstration(env, demo), len(demo["actions"])
         return {**episode._asdict(), "success": replayed["success"], "steps": replayed["steps"],
@@ -102,8 +93,7 @@ def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
     Raises:
         ValueError: also for a perturbation, because baselines read no observation.
     """
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}; expected one of {', '.join(BASELINES)}")
+    schema.check_option("baseline", name, BASELINES)
     if config.perturbation != "none":
         raise ValueError(f"perturbation={config.perturbation!r} is for trained policies; the "
                          f"baseline {name!r} reads no observation")
@@ -114,22 +104,13 @@ def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
                if name == "expert" else ())
     source = b"".join(Path(module.__file__).read_bytes() for module in modules)
     identity = {"weights": name, "sha256": digest(source) if source else ""}
-    return Evaluation(Baseline(name), identity, Path(folder), config, suite,
-                      official_episodes(suite, task_ids, config), results).checked()
+    return Evaluation(BASELINES[name], identity, Path(folder), config, suite,
+                      official_episodes(suite, task_ids, config), results)
 
 
-def plan_replay(files: Mapping[int, str | Path], folder: str | Path, config: EvalConfig,
-                suite: str, task_ids: Iterable[int] = (),
-                results: str = "results.json") -> Evaluation:
-    """Replays of the first ``config.episodes`` demonstrations of each task, checked.
-
-    Args:
-        files: of each task id.
-        task_ids: default all of ``files``.
-
-    Raises:
-        ValueError: ``folder`` holds replays of other demonstrations.
-    """
+def _plan_replay(files: Mapping[int, Path], folder: Path, config: EvalConfig, suite: str,
+                 task_ids: Iterable[int], results: str) -> Evaluation:
+    """Replays of the first ``config.episodes`` solved demonstrations of each task, checked."""
     stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
     solved, content = {}, b""
     for task_id, path in stored.items():
@@ -140,11 +121,9 @@ def plan_replay(files: Mapping[int, str | Path], folder: str | Path, config: Eva
             # the first demonstration identifies a file, which may move or grow at its end
             content += file[schema.DATA_GROUP][names[0]]["actions"][()].tobytes()
     planned = [Episode(suite, task_id, None, number)
-               for task_id in tuple(dict.fromkeys(task_ids)) or stored
-               for number in solved[task_id][:config.episodes]]
-    return Evaluation(Replay(tuple(stored.items())),
-                      {"weights": "replay", "sha256": digest(content)}, Path(folder), config,
-                      suite, planned, results).checked()
+               for task_id in task_ids for number in solved[task_id][:config.episodes]]
+    return Evaluation(Replay(stored), {"weights": "replay", "sha256": digest(content)}, folder,
+                      config, suite, planned, results)
 
 
 def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
@@ -159,7 +138,8 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
         return {}
     run = find_run(run, to_write=True)
     trained = load_config(run)
-    suite, folder = suite or trained.data.suite, evaluation_folder(run, suite) / "bounds"
+    suite = suite or trained.data.suite
+    folder = evaluation_folder(run, suite) / "bounds"
     task_ids = tuple(dict.fromkeys(task_ids)) or trained_tasks(trained, suite)
     results = results_name(task_ids, trained.data.task_ids)
     config = dataclasses.replace(config, num_episodes=config.bound_episodes, num_videos=0,
@@ -171,8 +151,8 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
         except (FileNotFoundError, TimeoutError) as error:  # none, or no time to collect them
             print(f"no replay: {error}")
         else:
-            bounds["replay"] = plan_replay(files, folder / "replay", config, suite, task_ids,
-                                           results)
+            bounds["replay"] = _plan_replay(files, folder / "replay", config, suite, task_ids,
+                                            results)
     return bounds | {name: plan_baseline(name, folder / name, config, suite, task_ids, results)
                      for name in BASELINES}
 

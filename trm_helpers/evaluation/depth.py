@@ -45,11 +45,11 @@ class ChangedPolicy(NamedTuple):
     """A run's policy with other settings of its recursion."""
 
     source: TrainedPolicy
-    changes: tuple[tuple[str, float | str], ...]
+    changes: Mapping[str, float | str]
 
     def make(self, env: LiberoEnv | None = None) -> Policy:
         policy = copy.copy(self.source.make(env))  # the weights are shared
-        policy.config = dataclasses.replace(policy.config, **dict(self.changes))
+        policy.config = dataclasses.replace(policy.config, **self.changes)
         policy.reset()
         return policy
 
@@ -93,7 +93,7 @@ def action_errors(source: TrainedPolicy, trained: Config,
     errors = {}
     for name, changes in settings.items():
         if "carry_over" not in changes:
-            policy = ChangedPolicy(source, tuple(changes.items())).make()
+            policy = ChangedPolicy(source, changes).make()
             curve = depth_curve(policy, data, [policy.config.num_recursions], _SAMPLES)
             errors[name] = [*curve["arm_error"], *curve["arm_interval"][0]]
     return errors
@@ -142,9 +142,9 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     source = TrainedPolicy.load(run, weights)
     planned = official_episodes(trained.data.suite, task_ids, config)
     evaluations = {
-        name: Evaluation(ChangedPolicy(source, tuple(changes.items())), source.identity,
+        name: Evaluation(ChangedPolicy(source, changes), source.identity,
                          run / "depth" / name.replace(",", "").replace(" ", "-"), config,
-                         trained.data.suite, planned).checked()
+                         trained.data.suite, planned)
         for name, changes in settings.items()}
     errors: dict[str, list[float]] = {}
     with dispensable("the errors on demonstrations"):

@@ -11,7 +11,7 @@ from ..files import read_jsonl
 from ..sim.env import LiberoEnv
 from ..stats import summarize_episodes
 from ..training.runs import find_run, load_config
-from .perturbations import why_unused
+from .perturbations import PERTURBATIONS, why_unused
 from .plan import (
     Episode,
     evaluation_folder,
@@ -23,7 +23,7 @@ from .plan import (
     trained_tasks,
     wide_episodes,
 )
-from .play import Evaluation, TrainedPolicy, collect, play_all, weights_digest
+from .play import Evaluation, TrainedPolicy, collect, play_all
 from .rollout import Policy, run_episode
 
 ROLLOUT_EPISODES = 10  # per task, of the rollouts that choose the best weights
@@ -97,7 +97,8 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
     refuse_unknown_tasks(trained, suite, task_ids)
     config = config or trained.eval
     perturbed = config.perturbation != "none"
-    if perturbed and (reason := why_unused(config.perturbation, trained.model)):
+    needs = PERTURBATIONS[config.perturbation].needs if perturbed else ""
+    if reason := why_unused(needs, trained.model):
         raise ValueError(f"perturbation={config.perturbation!r} cannot matter for {run}: {reason}")
     source = TrainedPolicy.load(run, weights)
     folder = evaluation_folder(run, suite)
@@ -105,7 +106,7 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
         folder = robustness_folder(run, suite, config.perturbation, wide)
     planned = (wide_episodes if wide else official_episodes)(suite, task_ids, config)
     return Evaluation(source, source.identity, folder, config, suite, planned,
-                      results_name(task_ids, trained.data.task_ids)).checked()
+                      results_name(task_ids, trained.data.task_ids))
 
 
 # --- rollouts that choose among checkpoints and settings -----------------------------------------
@@ -130,7 +131,8 @@ def selection_success(run: str | Path, config: Config, episodes: int,
     settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
     source = TrainedPolicy.load(run, "last")
     planned = selection_episodes(config, episodes)
-    before = {Episode.of(row): row for row in _rows_of(ledger, source.sha256)} if ledger else {}
+    played = selection_rows(ledger, source.sha256) if ledger else []
+    before = {Episode.of(row): row for row in played}
     missing = [episode for episode in planned if episode not in before]
     new, errors = collect(play_all(source, settings, run, missing), len(planned),
                           len(planned) - len(missing), ledger, lambda _: {"sha256": source.sha256},
@@ -149,10 +151,6 @@ def selection_rate(run: str | Path, config: Config) -> Callable[[], float]:
     return lambda: selection_success(run, config, ROLLOUT_EPISODES)["success_rate"]
 
 
-def selection_rows(run: str | Path, ledger: str | Path) -> list[dict]:
-    """Episodes of a run's present ``last`` weights in a ledger of :func:`selection_success`."""
-    return _rows_of(ledger, weights_digest(Path(run), "last"))
-
-
-def _rows_of(ledger: str | Path, sha256: str) -> list[dict]:
+def selection_rows(ledger: str | Path, sha256: str) -> list[dict]:
+    """Episodes that some weights played in a ledger of :func:`selection_success`."""
     return [row for row in read_jsonl(ledger) if row["sha256"] == sha256 and "error" not in row]

@@ -95,9 +95,8 @@ class PerturbedPolicy:
         return getattr(self.policy, name)
 
 
-def why_unused(name: str, model: ModelConfig) -> str:
-    """Why a perturbation cannot matter for a policy; empty if it can."""
-    needs = PERTURBATIONS[name].needs
+def why_unused(needs: str, model: ModelConfig) -> str:
+    """Why what ``needs`` something cannot matter for a policy; empty if it can."""
     if needs in schema.CAMERAS and needs not in model.cameras:
         return f"it has no {schema.CAMERA_TITLES[needs]}"
     if needs == "proprioception" and not model.proprioception:
@@ -115,9 +114,9 @@ def shift_image(image: np.ndarray, down: int, right: int) -> np.ndarray:
     return image[rows][:, columns]
 
 
-def scale_brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """A uint8 image with its values times ``factor``, rounded, at most 255."""
-    return np.clip(np.rint(image * factor), 0, 255).astype(np.uint8)
+def as_image(values: np.ndarray) -> np.ndarray:
+    """Grey levels rounded to uint8, from 0 to 255."""
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def _shift(episode: PerturbedPolicy, camera: str, read: Callable) -> np.ndarray:
@@ -128,15 +127,14 @@ def _shift(episode: PerturbedPolicy, camera: str, read: Callable) -> np.ndarray:
 
 def _light(episode: PerturbedPolicy, camera: str, read: Callable) -> np.ndarray:
     """Darker or brighter, the same for both cameras and the whole episode."""
-    return scale_brightness(read(), 1 + episode.generator("light").choice((-1, 1)) * BRIGHTNESS)
+    return as_image(read() * (1 + episode.generator("light").choice((-1, 1)) * BRIGHTNESS))
 
 
 def _noise(episode: PerturbedPolicy, entry: str, read: Callable) -> np.ndarray:
     """Independent Gaussian noise in every entry and step."""
     value, generator = read(), episode.generator(entry, episode.step)
     if entry in schema.CAMERAS:
-        noisy = value + generator.normal(0, PIXEL_NOISE, value.shape)
-        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+        return as_image(value + generator.normal(0, PIXEL_NOISE, value.shape))
     return value + generator.normal(0, PROPRIO_NOISE[entry], value.shape)
 
 

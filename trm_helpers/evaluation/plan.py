@@ -26,10 +26,7 @@ class Episode(NamedTuple):
 
     @classmethod
     def of(cls, row: Mapping) -> Episode:
-        """The episode of a ledger's row; ``ValueError`` for a row without one."""
-        missing = [key for key in cls._fields[:4] if key not in row]
-        if missing:
-            raise ValueError(f"no episode; expected {', '.join(cls._fields[:4])} in it")
+        """The episode of a ledger's row."""
         return cls(*(row[key] for key in cls._fields[:4]), row.get("placement", "benchmark"))
 
 
@@ -59,10 +56,10 @@ def results_name(task_ids: Iterable[int], own: Iterable[int]) -> str:
     return short_name(f"results-tasks-{'-'.join(map(str, asked))}") + ".json"
 
 
-def evaluation_folder(run: Path, suite: str = "") -> Path:
+def evaluation_folder(run: Path, suite: str) -> Path:
     """The folder of an evaluation's ledger and results: the run's own for the suite it trained on.
     """
-    own = suite in ("", load_config(run).data.suite)
+    own = suite == load_config(run).data.suite
     return run if own else robustness_folder(run, suite, "none")
 
 

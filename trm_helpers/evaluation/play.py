@@ -74,12 +74,16 @@ def weights_digest(run: Path, weights: str) -> str:
     return files.digest(files.read_bytes(run / f"{weights}.safetensors"))
 
 
-class Evaluation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
     """Episodes that are known before the first is played, and the folder that keeps them.
 
     Args:
         source: pickled to workers. ``make(env)`` returns a policy, or ``play(env, episode)`` a row.
         identity: the policy's part of :attr:`conditions`, ``weights`` and their ``sha256``.
+
+    Raises:
+        ValueError: the folder's ledger holds episodes under other conditions.
     """
 
     source: Any
@@ -89,6 +93,9 @@ class Evaluation(NamedTuple):
     suite: str
     planned: list[Episode]
     results_name: str = "results.json"
+
+    def __post_init__(self):
+        self.finished()
 
     @property
     def conditions(self) -> dict:
@@ -106,23 +113,16 @@ class Evaluation(NamedTuple):
     def ledger(self) -> Path:
         return self.folder / "episodes.jsonl"
 
-    def checked(self) -> Evaluation:
-        """Itself; ``ValueError`` if its ledger holds episodes under other conditions."""
-        self.finished()
-        return self
-
     def finished(self) -> dict[Episode, dict]:
-        """Rows of all episodes that were played; ``ValueError`` as in :meth:`checked`."""
+        """Rows of all episodes that were played; ``ValueError`` for one under other conditions."""
         played = {}
         for number, row in enumerate(read_jsonl(self.ledger), start=1):
-            try:
-                episode = Episode.of(row)
-            except ValueError as error:
-                raise ValueError(f"{self.ledger}, line {number} is {error}") from None
-            missing = [key for key in ("success", "steps") if key not in row]
-            if missing and "error" not in row:
+            keys = ("suite", "task_id", "init_state", "seed",
+                    *(() if "error" in row else ("success", "steps")))
+            if missing := [key for key in keys if key not in row]:
                 raise ValueError(f"{self.ledger}, line {number} is damaged: it holds no "
                                  f"{', '.join(missing)}")
+            episode = Episode.of(row)
             row = {"perturbation": "none", **row}  # older rows do not say so
             conditions = self._conditions_of(episode)
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
@@ -162,8 +162,7 @@ class Evaluation(NamedTuple):
                 play_all(self.source, self.config, self.folder, missing, stop_in_time=True),
                 len(self.planned), len(self.planned) - len(missing), self.ledger,
                 self._conditions_of, desc="episodes")
-            finished |= new
-            rows = [finished[episode] for episode in self.planned if episode in finished]
+            rows = self.rows()
             if not_run := len(self.planned) - len(rows) - len(errors):
                 message = (f"the session's time is up: {not_run} of {len(self.planned)} episodes "
                            "are not run; the same call continues")

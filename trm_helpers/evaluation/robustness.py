@@ -14,7 +14,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from .. import schema
-from ..config import EvalConfig, ModelConfig
+from ..config import EvalConfig
 from ..files import dispensable, read_json, write_json
 from ..stats import detectable, paired_mcnemar
 from ..training.runs import find_run, load_config
@@ -23,7 +23,6 @@ from ..visuals.figure import HATCHES, describe, new_figure, save_figure, styled,
 from .cards import cells, measured, tasks_in_short
 from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused
-from .play import Evaluation
 
 PLAIN = "plain"
 WIDE = "wide"
@@ -33,37 +32,26 @@ _CONDITIONS = ("suite", "task_ids", "weights", "sha256", "protocol", "horizon", 
 
 
 class Change(NamedTuple):
-    """A row of the card: its name, its title, and where its episodes are played."""
+    """A row of the card: its name, its title, and where its episodes are played.
+
+    ``needs`` is what a policy must have for it to matter, see :class:`perturbations.Perturbation`.
+    """
 
     name: str
     title: str
     suite: str
     perturbation: str = "none"
-
-    def why_unused(self, model: ModelConfig) -> str:
-        """Why the change cannot matter for a policy; empty if it can."""
-        if self.perturbation != "none":
-            return why_unused(self.perturbation, model)
-        if self.name in ("lan", "task") and model.conditioning != "language":
-            return {"lan": "it is not conditioned on language, and nothing else is changed",
-                    "task": "it is not conditioned on language, and cannot know the goal"
-                    }[self.name]
-        return ""
-
-    def plan(self, run: Path, config: EvalConfig, weights: str,
-             task_ids: tuple[int, ...]) -> Evaluation:
-        config = dataclasses.replace(config, perturbation=self.perturbation)
-        return plan_run(run, config, weights, self.suite, task_ids, apart=True,
-                        wide=self.name == WIDE)
+    needs: str = ""
 
 
 def changes_of(suite: str) -> dict[str, Change]:
     """Every change of a suite by name, the plain episodes first."""
     changes = [Change(PLAIN, "nothing changed", suite)]
-    changes += [Change(name, perturbation.title, suite, name)
+    changes += [Change(name, perturbation.title, suite, name, perturbation.needs)
                 for name, perturbation in PERTURBATIONS.items()]
     changes.append(Change(WIDE, "the goal's objects anywhere within reach", suite))
-    changes += [Change(variation, f"LIBERO-PRO: {schema.VARIATIONS[variation]}", varied)
+    changes += [Change(variation, f"LIBERO-PRO: {schema.VARIATIONS[variation]}", varied,
+                       needs="language" if variation in ("lan", "task") else "")
                 for varied, (base, variation) in schema.PRO_SUITES.items() if base == suite]
     return {change.name: change for change in changes}
 
@@ -107,9 +95,10 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     task_ids = tuple(task_ids) or trained.data.task_ids
     path = run / "robustness.json"
     before = read_json(path) if path.exists() else {}
-    reasons = {name: change.why_unused(trained.model) for name, change in changes.items()}
-    unused = {name: reason for name, reason in reasons.items() if reason}
-    planned = {name: change.plan(run, config, weights, task_ids)
+    unused = {name: reason for name, change in changes.items()
+              if (reason := why_unused(change.needs, trained.model))}
+    planned = {name: plan_run(run, dataclasses.replace(config, perturbation=change.perturbation),
+                              weights, change.suite, task_ids, apart=True, wide=name == WIDE)
                for name, change in changes.items() if name in (PLAIN, *only) and name not in unused}
     plain = planned.pop(PLAIN)
     results = plain.play()

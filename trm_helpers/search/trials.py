@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..evaluation.evaluate import selection_rows
+from ..evaluation.play import weights_digest
 from ..files import exclusive_lock, read_json, read_jsonl, write_json
 from ..notebooks import run_notebook
 from ..stats import EPISODE_KEYS, wilson_interval
@@ -88,7 +89,8 @@ def measure(run_dir: str | Path) -> dict:
         raise RuntimeError(f"{run_dir / 'metrics.jsonl'} holds no epoch; expected at least one")
     losses = [row["val_loss"] for row in rows]
     ledger = run_dir / "selection.jsonl"
-    episodes = selection_rows(run_dir, ledger) if ledger.exists() else []
+    episodes = (selection_rows(ledger, weights_digest(run_dir, "last")) if ledger.exists()
+                else [])
     return {"epochs": len(rows), **measure_curve(losses), "val_losses": losses,
             "minutes": round(sum(row["seconds"] for row in rows) / 60, 3),
             **(success_of(episodes) if episodes else {})}
@@ -100,8 +102,6 @@ def measure_curve(val_losses: list[float]) -> dict:
     ``final_val_loss``; ``epochs_to_converge``: the first epoch (from 1) within 10 % of the lowest
     loss, measured from the first; ``spikes``: epochs above 1.2 times the lowest loss before them.
     """
-    if not val_losses:
-        raise ValueError("val_losses is empty; expected one per epoch")
     first, lowest = val_losses[0], min(val_losses)
     near = first - _CONVERGED * (first - lowest)
     epochs = next(epoch for epoch, loss in enumerate(val_losses, 1) if loss <= near)
