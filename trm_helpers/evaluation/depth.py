@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from .. import schema
@@ -176,16 +176,10 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
 
 def _thinking(episodes: Sequence[Mapping]) -> dict:
     """Recursions used, of the whole episodes and by phase, and milliseconds per action."""
-    by_phase = {phase: [row["recursions_by_phase"][phase] for row in episodes
-                        if phase in row["recursions_by_phase"]] for phase in PHASES}
-    return {"mean_recursions": _mean(row["mean_recursions"] for row in episodes),
-            "by_phase": {phase: _mean(used) for phase, used in by_phase.items() if used},
-            "action_ms": _mean(row["action_ms"] for row in episodes)}
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    """Without None; 0 of nothing, as where the policy failed before its first action."""
-    return float(np.mean([value for value in values if value is not None] or [0.0]))
+    by_phase = pd.DataFrame([row["recursions_by_phase"] for row in episodes], columns=PHASES)
+    means = pd.DataFrame(episodes, columns=["mean_recursions", "action_ms"]).astype(float).mean()
+    return {**means.fillna(0).to_dict(),  # none where the policy failed before its first action
+            "by_phase": by_phase.mean().dropna().to_dict()}
 
 
 # --- shown ---------------------------------------------------------------------------------------

@@ -109,11 +109,16 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     failed = {}
     for name, evaluation in planned.items():
         try:
-            row = _row(changes[name], evaluation.play(), evaluation.rows())
-            rows[name] = row | _against(rows[PLAIN], plain.rows(), row, evaluation.rows())
+            rows[name] = _row(changes[name], evaluation.play(), evaluation.rows())
         except (RuntimeError, TimeoutError) as error:
             rows.pop(name, None)
             failed[name] = str(error)
+            continue
+        if changes[name].suite != changes[PLAIN].suite or name == WIDE:  # other init states
+            rows[name]["gap"] = rows[name]["success_rate"] - rows[PLAIN]["success_rate"]
+        else:
+            test = paired_mcnemar(plain.rows(), evaluation.rows())
+            rows[name] |= {"gap": test["difference"], "p_value": test["p_value"]}
     card = {"run": run.name, **conditions, "rows": [rows[name] for name in changes if name in rows],
             **{key: [{"name": name, "title": changes[name].title, "reason": reason}
                      for name, reason in reasons.items()]
@@ -128,15 +133,6 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
 def _row(change: Change, results: Mapping, episodes: list[dict]) -> dict:
     return {"name": change.name, "title": change.title, "suite": change.suite,
             **measured(results), "failures": failure_modes(episodes)}
-
-
-def _against(plain: Mapping, plain_episodes: list[dict], row: Mapping,
-             episodes: list[dict]) -> dict:
-    """The gap to the plain rate, and its p-value on the same init states."""
-    if row["suite"] != plain["suite"] or row["name"] == WIDE:  # other init states
-        return {"gap": row["success_rate"] - plain["success_rate"]}
-    test = paired_mcnemar(plain_episodes, episodes)
-    return {"gap": test["difference"], "p_value": test["p_value"]}
 
 
 def failure_modes(episodes: Iterable[Mapping]) -> dict[str, int]:
