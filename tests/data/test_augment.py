@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from trm_helpers.data.augment import augment_images, resize_images
 
@@ -18,6 +19,22 @@ def test_resize_takes_the_mean_of_the_covered_pixels():
     expected = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     expected[0, 0, 0, 0], expected[0, 1, 1, 1] = 25, 64
     assert torch.equal(resized, expected)
+
+
+@pytest.mark.parametrize("size", [48, 24, 16, 8, 6, 4, 5])
+def test_resizing_by_whole_pixels_is_pytorchs_to_the_bit(size):
+    images = torch.randint(256, (4, 48, 48, 3), generator=seeded(), dtype=torch.uint8)
+    images[0] = 255
+    means = F.interpolate(images.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
+    assert torch.equal(resize_images(images, size), means.round().byte().permute(0, 2, 3, 1))
+
+
+def test_half_a_grey_is_rounded_to_even():
+    images = torch.tensor([[0, 1], [0, 1]], dtype=torch.uint8)  # mean 0.5; then 1.5
+    images = torch.stack([images, images + 1]).unsqueeze(-1).expand(2, 2, 2, 3)
+    assert resize_images(images, 1)[:, 0, 0, 0].tolist() == [0, 2]
+    wide = torch.zeros(1, 2, 4, 3, dtype=torch.uint8)
+    assert resize_images(wide, 1).shape == (1, 1, 1, 3)
 
 
 def test_resize_is_the_identity_at_the_same_size_and_square_from_any_shape():

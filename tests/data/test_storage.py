@@ -92,22 +92,6 @@ def test_each_frame_is_the_one_of_its_step(files, kind):
     assert np.array_equal(found["eye_in_hand_rgb"][-1, 0], stored)
 
 
-@pytest.mark.parametrize("size", [64, 32, 16, 8, 5])
-def test_fast_resizing_is_the_resizing_to_the_bit(size):
-    images = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8,
-                           generator=torch.Generator().manual_seed(0))
-    found = storage.resize_frames(images, size)
-    assert found.dtype == torch.uint8 and torch.equal(found, resize_images(images, size))
-
-
-def test_half_a_grey_is_rounded_to_even():
-    images = torch.tensor([[0, 1], [0, 1]], dtype=torch.uint8)  # mean 0.5; then 1.5
-    images = torch.stack([images, images + 1]).unsqueeze(-1).expand(2, 2, 2, 3)
-    assert storage.resize_frames(images, 1)[:, 0, 0, 0].tolist() == [0, 2]
-    wide = torch.zeros(1, 2, 4, 3, dtype=torch.uint8)
-    assert storage.resize_frames(wide, 1).shape == (1, 1, 1, 3)
-
-
 @pytest.mark.parametrize("kind", ["ram", "mmap"])
 def test_frames_are_resized_as_control_resizes_them(files, kind):
     with h5py.File(files[0]) as file:

@@ -38,8 +38,14 @@ def resize_images(images: torch.Tensor, size: int) -> torch.Tensor:
                          "expected (N, H, W, 3) and torch.uint8")
     if size < 1:
         raise ValueError(f"size={size} is not valid; expected >= 1")
-    if tuple(images.shape[1:3]) == (size, size):
+    if images.shape[1:3] == (size, size):
         return images
+    factor = images.shape[1] // size
+    if factor <= 11 and images.shape[1:3] == (factor * size, factor * size):
+        # exact sums below 2**15: the same as below in half the time
+        rows = sum(images[:, start::factor].short() for start in range(factor))
+        sums = sum(rows[:, :, start::factor] for start in range(factor))
+        return (sums / factor**2).round().to(torch.uint8)
     channels_first = images.permute(0, 3, 1, 2).float()  # (N, 3, H, W)
     resized = F.interpolate(channels_first, size=(size, size), mode="area")
     return resized.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
