@@ -19,6 +19,7 @@ from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files import atomic_path
@@ -30,7 +31,7 @@ MAIN = 320  # pixels of a film's main view; the policy's own views have half of 
 # aims. Least squares over 8 steps of 30 demonstrations: 0.011, 0.0125, 0.0128 (x, y, z), r >= 0.95
 _STEP = 0.0125
 _TILE = 192  # pixels of an episode in a grid
-_FONT_SIZE, _LINE, _MARGIN = 14, 19, 8  # pixels
+_FONT_SIZE, _LINE, _SPACING, _MARGIN = 14, 19, 6, 8  # pixels; the spacing is part of a line
 _PATIENCE = 60.0  # seconds that ffmpeg may take for a frame
 _ENCODING = ("-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "23", "-movflags",
              "+faststart")
@@ -84,7 +85,7 @@ def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequenc
         left = MAIN + number * small
         image = Image.fromarray(view).resize((small, small), Image.Resampling.BICUBIC)
         canvas.paste(image, (left, small))
-        _write(draw, (left + _MARGIN, small - _LINE - 2), [title])
+        _write(draw, (left + _MARGIN, small - _LINE - 2), title)
     if outcome:
         draw.rectangle((0, 0, MAIN - 1, 60), fill=GREEN if success else RED)
         text = textwrap.fill(outcome, 22, initial_indent="✓ " if success else "✗ ",
@@ -93,14 +94,13 @@ def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequenc
     return np.asarray(canvas)
 
 
-def _wrapped(lines: Sequence[str], width: int) -> list[str]:
+def _wrapped(lines: Sequence[str], width: int) -> str:
     columns = int((width - 2 * _MARGIN) / _font().getlength("m"))
-    return [part for line in lines for part in textwrap.wrap(line, max(columns, 1)) or [""]]
+    return "\n".join(textwrap.fill(line, columns) for line in lines)
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: Sequence[str]) -> None:
-    for number, line in enumerate(text):
-        draw.text((place[0], place[1] + number * _LINE), line, font=_font(), fill="white")
+def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str) -> None:
+    draw.text(place, text, font=_font(), fill="white", spacing=_SPACING)
 
 
 def _font(size: int = _FONT_SIZE) -> ImageFont.FreeTypeFont:
@@ -136,9 +136,11 @@ def _encode(path: Path, frames: Iterator[np.ndarray], fps: int) -> int:
         raise ValueError("frames is empty; expected at least one")
     written = 0
     with tempfile.TemporaryFile("w+") as log:
-        process = _ffmpeg("-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
-                          "-s", f"{first.shape[1]}x{first.shape[0]}", "-r", str(fps), "-i", "-",
-                          *_ENCODING, str(path), stdin=subprocess.PIPE, stderr=log)
+        process = subprocess.Popen(
+            _ffmpeg("-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
+                    "-s", f"{first.shape[1]}x{first.shape[0]}", "-r", str(fps), "-i", "-",
+                    *_ENCODING, str(path)),
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
             for frame in itertools.chain([first], frames):
                 with _killed_if_it_hangs(process), contextlib.suppress(BrokenPipeError):
@@ -170,18 +172,15 @@ def _even(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _count_frames(path: Path) -> int:
     """Frames of a video; 0 if it cannot be read. Decoded: ffmpeg 7 counts no copied ones."""
-    process = _ffmpeg("-i", str(path), "-map", "0:v:0", "-vf", "null", "-f", "null", "-",
-                      stderr=subprocess.PIPE)
-    with _killed_if_it_hangs(process):
-        said = process.communicate()[1].decode(errors="replace")
-    return int((re.findall(r"frame= *(\d+)", said) or ["0"])[-1])
+    done = subprocess.run(_ffmpeg("-i", str(path), "-map", "0:v:0", "-vf", "null", "-f", "null",
+                                  "-"), stdin=subprocess.DEVNULL, capture_output=True)
+    return int((re.findall(rb"frame= *(\d+)", done.stderr) or [0])[-1])
 
 
-def _ffmpeg(*arguments: str, **streams) -> subprocess.Popen:
+def _ffmpeg(*arguments: str) -> list[str]:
     import imageio_ffmpeg  # without it, only films cannot be made
 
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **streams}
-    return subprocess.Popen([imageio_ffmpeg.get_ffmpeg_exe(), *arguments], **streams)
+    return [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
 
 
 @contextlib.contextmanager
@@ -208,17 +207,12 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
                  for film, label, success in zip(films, labels, successes, strict=True)]
 
         def frames() -> Iterator[np.ndarray]:
-            shown: list[np.ndarray | None] = [None] * (columns * rows)
-            while True:
-                new = [next(tile, None) for tile in tiles]
-                if all(tile is None for tile in new):
-                    return
-                shown[:len(new)] = [now if now is not None else before
-                                    for now, before in zip(new, shown, strict=False)]
-                empty = np.zeros_like(shown[0])
-                filled = [empty if tile is None else tile for tile in shown]
-                yield np.concatenate([np.concatenate(filled[i * columns:(i + 1) * columns], axis=1)
-                                      for i in range(rows)])
+            shown = [None] * len(films)
+            for new in itertools.zip_longest(*tiles):
+                shown = [before if now is None else now
+                         for now, before in zip(new, shown, strict=True)]
+                empty = [np.zeros_like(shown[0])] * (columns * rows - len(shown))
+                yield rearrange([*shown, *empty], "(r c) h w rgb -> (r h) (c w) rgb", c=columns)
 
         return write_video(path, frames())
 
@@ -226,7 +220,7 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
 def _tiles(reader, label: str, success: bool) -> Iterator[np.ndarray]:
     """A film's main view under its label, as a tile of the grid; the last frame is framed."""
     text = _wrapped([label], _TILE)
-    band = _LINE * len(text) + _MARGIN
+    band = _LINE * len(text.splitlines()) + _MARGIN
     tile = None
     for frame in reader.iter_data():
         if tile:
