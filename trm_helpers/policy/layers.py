@@ -13,8 +13,9 @@ from torch import nn
 from .. import schema
 from ..config import ModelConfig
 
-CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (128, 3, 1))  # channels, kernel, stride
-TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))  # ..., stride, padding
+# channels, kernel, stride, padding
+CONVOLUTIONS = ((32, 8, 4, 0), (64, 4, 2, 0), (128, 3, 1, 0))
+TOKEN_CONVOLUTIONS = ((32, 8, 4, 2), (64, 4, 2, 1), (64, 3, 1, 1))
 NUM_EXPERTS = 4  # of the mixture head
 STYLE_DIM = 32  # of ACT's latent
 TOKEN_STRIDE = 8  # pixels per cell of the feature map
@@ -28,14 +29,16 @@ class Centre(nn.Module):
         return 2 * images - 1
 
 
-def convolutional(sizes, activation: str) -> nn.Sequential:
+def convolutional(sizes, activation: str, channels: int = 3) -> nn.Sequential:
     """Convolutions of (channels, kernel, stride, padding), each followed by the activation.
+
+    Their input has 3 ``channels``, an image, or more, the output of others.
 
     ``"relu"`` on images in [0, 1] is the reference's. The frames of a fixed camera differ so little
     that one large update can leave a ReLU inactive for all of them; ``"silu"`` on images centred on
     0 avoids this.
     """
-    layers, channels = ([Centre()] if activation == "silu" else []), 3
+    layers = [Centre()] if activation == "silu" and channels == 3 else []
     for out_channels, kernel, stride, padding in sizes:
         layers += [nn.Conv2d(channels, out_channels, kernel, stride, padding),
                    nn.SiLU() if activation == "silu" else nn.ReLU()]
@@ -53,9 +56,9 @@ class VisualEncoder(nn.Module):
     def __init__(self, hidden_dim: int = 256, image_size: int = schema.IMAGE_SIZE,
                  activation: str = "relu"):
         super().__init__()
-        self.convolutions = convolutional([(*sizes, 0) for sizes in CONVOLUTIONS], activation)
+        self.convolutions = convolutional(CONVOLUTIONS, activation)
         side = image_size
-        for _, kernel, stride in CONVOLUTIONS:
+        for _, kernel, stride, _ in CONVOLUTIONS:
             side = (side - kernel) // stride + 1
         channels = CONVOLUTIONS[-1][0]
         self.project = nn.Linear(channels * side * side, hidden_dim)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .layers import Centre
+from .layers import convolutional
 
 TASK_TEMPERATURE = 0.001  # cosine similarity of instructions within a suite reaches 0.995
 CROP = 24  # pixels, side of what a further look sees
 _LOOK_DIM = 128  # width of the state that is carried from look to look
-_LOOK_CONVOLUTIONS = ((24, 5), (48, 3), (64, 3))  # channels, kernel; stride 2
+_LOOK_CONVOLUTIONS = ((24, 5, 2, 2), (48, 3, 2, 1), (64, 3, 2, 1))  # as TOKEN_CONVOLUTIONS
 
 
 class Localizer(nn.Module):
@@ -35,16 +35,12 @@ class Localizer(nn.Module):
     def __init__(self, count: int, num_tasks: int = 0, task_dim: int = 0, looks: int = 0):
         super().__init__()
         self.looks = looks
-
-        def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), nn.SiLU()]
-
-        self.fine = nn.Sequential(Centre(), *convolution(3, 32, 5, 2))
-        self.coarse = nn.Sequential(*convolution(32, 64, 5, 2), *convolution(64, 64, 3, 1),
-                                    *convolution(64, 64, 3, 1))
+        self.fine = convolutional([(32, 5, 2, 2)], "silu")
+        self.coarse = convolutional([(64, 5, 2, 2), (64, 3, 1, 1), (64, 3, 1, 1)], "silu", 32)
         self.task = nn.Linear(num_tasks, 2 * 64) if num_tasks else None
         self.register_buffer("known", torch.zeros(num_tasks, task_dim))
-        self.maps = nn.Sequential(*convolution(96, 32, 3, 1), nn.Conv2d(32, count, 1))
+        self.maps = nn.Sequential(*convolutional([(32, 3, 1, 1)], "silu", 96),
+                                  nn.Conv2d(32, count, 1))
         self.look = Look(count, max(num_tasks, 1)) if looks else None
 
     def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
@@ -118,12 +114,9 @@ class Look(nn.Module):
 
     def __init__(self, count: int, num_tasks: int):
         super().__init__()
-        layers, channels, side = [Centre()], 3, CROP
-        for width, kernel in _LOOK_CONVOLUTIONS:
-            layers += [nn.Conv2d(channels, width, kernel, 2, kernel // 2), nn.SiLU()]
-            channels, side = width, (side + 1) // 2
-        self.see = nn.Sequential(*layers, nn.Flatten(),
-                                 nn.Linear(channels * side * side, _LOOK_DIM), nn.SiLU())
+        seen = _LOOK_CONVOLUTIONS[-1][0] * (CROP // 8) ** 2
+        self.see = nn.Sequential(*convolutional(_LOOK_CONVOLUTIONS, "silu"), nn.Flatten(),
+                                 nn.Linear(seen, _LOOK_DIM), nn.SiLU())
         self.name = nn.Parameter(torch.zeros(num_tasks, count, 2 * _LOOK_DIM))
         self.update = nn.GRUCell(_LOOK_DIM, _LOOK_DIM)
         self.move = nn.Sequential(nn.Linear(_LOOK_DIM, _LOOK_DIM), nn.SiLU(),
