@@ -14,7 +14,7 @@ import torch
 from look_again import CLOSE, LOOKS, TASKS, errors, load, within
 
 from trm_helpers.paths import repo_root
-from trm_helpers.policy.keypoints import save_localizer, train_localizer, train_looks
+from trm_helpers.policy.keypoints import save_localizer, train_localizer
 from trm_helpers.policy.localizer import Localizer
 from trm_helpers.software import software_versions
 from trm_helpers.stats import wilson_interval
@@ -35,8 +35,7 @@ def main() -> None:
     torch.manual_seed(given.seed)
     localizer = Localizer(len(THINGS), TASKS, TASKS, looks=LOOKS)
     localizer.known.copy_(numbers)
-    for train in (train_localizer, train_looks):
-        train(localizer, frames, places, numbers[tasks], seed=given.seed, precision="bf16")
+    train_localizer(localizer, frames, places, numbers[tasks], seed=given.seed, precision="bf16")
     test = load(given.folder, given.suite, "test")
     close = within(errors(lambda images, told: localizer.locate(images, numbers[told]), test),
                    CLOSE)  # (scenes, 1 + looks)

@@ -22,7 +22,6 @@ from trm_helpers.policy.keypoints import (
     localization_errors,
     render_scenes,
     train_localizer,
-    train_looks,
     visible_keypoints,
 )
 from trm_helpers.policy.localizer import CROP, KeypointEncoder, Localizer, crops
@@ -239,13 +238,14 @@ def test_a_saved_localizer_is_loaded_or_named_as_damaged(tmp_path, change):
 
 def test_looks_learn_to_correct_the_first_look_which_stays_as_it_is():
     scenes, new = squares(400, size=64), squares(200, size=64, seed=1)
-    torch.manual_seed(0)
-    localizer = Localizer(2, looks=3)
-    train_localizer(localizer, *scenes, steps=60)
-    before = {name: w.clone() for name, w in localizer.state_dict().items()}
-    train_looks(localizer, *scenes, steps=150)
-    for name, weight in localizer.state_dict().items():
-        assert torch.equal(weight, before[name]) != name.startswith("look."), name
+    trained = []
+    for look_steps in (1, 150):
+        torch.manual_seed(0)
+        localizer = Localizer(2, looks=3)
+        train_localizer(localizer, *scenes, steps=60, look_steps=look_steps)
+        trained.append(localizer.state_dict())
+    for name, weight in trained[1].items():
+        assert torch.equal(weight, trained[0][name]) != name.startswith("look."), name
     frames, places = new
     with torch.no_grad():
         trail = localizer.locate(frames.float() / 255)
@@ -324,8 +324,8 @@ def rendered(tmp_path, monkeypatch):
         return [write_scenes(path, *squares(60, seed=len(asked[-1][3])))]
 
     monkeypatch.setattr(keypoints, "render_scenes", draw)
-    for train in (train_localizer, train_looks):
-        monkeypatch.setattr(train, "__kwdefaults__", {**train.__kwdefaults__, "steps": 30})
+    monkeypatch.setattr(train_localizer, "__kwdefaults__", {
+        **train_localizer.__kwdefaults__, "steps": 30, "look_steps": 30})
     return asked
 
 
@@ -392,7 +392,7 @@ def demonstration(tmp_path_factory):
 def test_scenes_show_randomised_layouts_with_image_positions(demonstration, capsys):
     with open_demo_file(demonstration) as file:
         names = demo_names(file)
-    [path] = render_scenes("libero_object", 0, {str(demonstration): names}, 8, workers=1)
+    [path] = render_scenes("libero_object", 0, {str(demonstration): names}, 8)
     written = path.stat().st_mtime_ns
     with np.load(path) as scenes:
         frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
@@ -417,7 +417,7 @@ def test_scenes_show_randomised_layouts_with_image_positions(demonstration, caps
     written = path.stat().st_mtime_ns
     assert render_scenes("libero_object", 0, {str(demonstration): names}, 8) == [path]
     assert f"{path.name} rendered by another version" in capsys.readouterr().out
-    other = render_scenes("libero_object", 0, {str(demonstration): names}, 2, workers=1)
+    other = render_scenes("libero_object", 0, {str(demonstration): names}, 2)
     assert other != [path] and path.stat().st_mtime_ns == written
 
 

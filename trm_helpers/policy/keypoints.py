@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,8 @@ _DISPLACED = (0.0, 2.0, 8.0)  # pixels, standard deviations of the starts in tra
 
 
 # --- scenes --------------------------------------------------------------------------------------
-def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], per_demo: int, *,
-                  workers: int | None = None) -> list[Path]:
+def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
+                  per_demo: int) -> list[Path]:
     """Render a task's objects in randomised layouts around each demonstration.
 
     Each file, ``data/scenes/<suite>/<task>/<checksum of the demonstration>-<per_demo>.npz``, holds
@@ -55,7 +55,6 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
     Args:
         demos: names of demonstrations in each file.
         per_demo: n, scenes per demonstration.
-        workers: see :func:`parallel.run_jobs`.
     """
     suite, task_id = schema.own_suite(suite, task_id)
     folder = paths.data_dir() / "scenes" / suite / load_task(suite, task_id).name
@@ -79,7 +78,7 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]], 
             render = functools.partial(_render, suite, task_id, per_demo)
             with tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
                       unit="scene") as bar:
-                for _, _, error in run_jobs(render, list(missing.items()), workers=workers,
+                for _, _, error in run_jobs(render, list(missing.items()),
                                             limit=max(900.0, 10.0 * per_demo)):
                     if error:
                         raise error
@@ -171,10 +170,12 @@ def visible_keypoints(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
 # --- training and error --------------------------------------------------------------------------
 def train_localizer(localizer: Localizer, frames: torch.Tensor, places: torch.Tensor,
                     tasks: torch.Tensor | None = None, *, seed: int = 0, steps: int = _STEPS,
-                    device: torch.device | str = "cpu", precision: str = "fp32") -> None:
-    """Train in place: :func:`cross_entropy`, AdamW, one cycle of the learning rate.
+                    look_steps: int = _LOOK_STEPS, device: torch.device | str = "cpu",
+                    precision: str = "fp32") -> None:
+    """Train in place: the first look by :func:`cross_entropy`, then any further looks alone.
 
-    Brightness and colours are augmented, so that an object is found whatever its colour.
+    A batch of further looks begins at displaced first estimates and takes a random number of them.
+    The loss is the distance after each look, weighted by ``0.8 ** looks still to come``.
 
     Args:
         frames: (N, S, S, 3) uint8.
@@ -182,62 +183,45 @@ def train_localizer(localizer: Localizer, frames: torch.Tensor, places: torch.Te
         tasks: (N, ``task_dim``), for a localizer conditioned on the task.
         precision: ``bf16``; any other value means fp32.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(localizer.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, steps)
-    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
-                              enabled=precision == "bf16")
-    for _ in tqdm(range(steps), desc="training the localizer", unit="step"):
-        images, task, known = _batch(frames, places, tasks, generator, device)
-        with autocast:
-            maps = localizer(images, task)
-        optimizer.zero_grad()
-        cross_entropy(maps, known).backward()
-        optimizer.step()
-        schedule.step()
+    def first_look(images, task, known, generator) -> torch.Tensor:
+        return cross_entropy(localizer(images, task), known)
 
-
-def train_looks(localizer: Localizer, frames: torch.Tensor, places: torch.Tensor,
-                tasks: torch.Tensor | None = None, *, seed: int = 0, steps: int = _LOOK_STEPS,
-                device: torch.device | str = "cpu", precision: str = "fp32") -> None:
-    """Train the further looks in place; the first look, trained before, stays as it is.
-
-    Each batch begins at displaced first estimates and takes a random number of looks. The loss is
-    the distance after each look, weighted by ``0.8 ** looks still to come``. Arguments as of
-    :func:`train_localizer`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(localizer.look.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LOOK_LR, steps)
-    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
-                              enabled=precision == "bf16")
-    for _ in tqdm(range(steps), desc="training its further looks", unit="step"):
-        images, task, known = _batch(frames, places, tasks, generator, device)
+    def further_looks(images, task, known, generator) -> torch.Tensor:
         looks = int(torch.randint(1, localizer.looks + 1, (), generator=generator))
         size = torch.tensor(_DISPLACED)[torch.randint(len(_DISPLACED), (*known.shape[:2], 1),
                                                       generator=generator)]
-        moved = (size * torch.randn(known.shape, generator=generator) / images.shape[1]).to(device)
-        with autocast:
-            with torch.no_grad():
-                first = localizer.points(localizer(images, task))
-            found = localizer.look_again(images, task, first + moved, looks)
+        moved = size * torch.randn(known.shape, generator=generator) / images.shape[1]
+        with torch.no_grad():
+            first = localizer.points(localizer(images, task))
+        found = localizer.look_again(images, task, first + moved.to(device), looks)
         error = images.shape[1] * (found - known.nan_to_num(0.5).unsqueeze(1)).abs().sum(-1)
         weights = _LOOK_DISCOUNT ** torch.arange(looks - 1, -1, -1, device=device)
         inside = (~known.isnan().any(-1)).unsqueeze(1) * weights[:, None]  # (B, looks, K)
-        optimizer.zero_grad()
-        ((error * inside).sum() / inside.sum().clamp(min=1)).backward()
-        torch.nn.utils.clip_grad_norm_(localizer.look.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        return (error * inside).sum() / inside.sum().clamp(min=1)
 
+    def train(part: torch.nn.Module, loss: Callable, count: int, lr: float, max_norm: float,
+              title: str) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(part.parameters(), weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, count)
+        for _ in tqdm(range(count), desc=title, unit="step"):
+            chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
+            # so that an object is found whatever its colour
+            images = augment_images(frames[chosen].to(device).float() / 255, "colour", generator)
+            task = None if tasks is None else tasks[chosen].to(device)
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
+                                enabled=precision == "bf16"):
+                value = loss(images, task, places[chosen].to(device), generator)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(part.parameters(), max_norm)
+            optimizer.step()
+            schedule.step()
 
-def _batch(frames: torch.Tensor, places: torch.Tensor, tasks: torch.Tensor | None,
-           generator: torch.Generator, device: torch.device | str) -> tuple:
-    """Augmented images, task vectors (None without tasks) and places of random scenes."""
-    chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
-    images = augment_images(frames[chosen].to(device).float() / 255, "colour", generator)
-    return (images, None if tasks is None else tasks[chosen].to(device),
-            places[chosen].to(device))
+    train(localizer, first_look, steps, _LR, math.inf, "training the localizer")
+    if localizer.looks:
+        train(localizer.look, further_looks, look_steps, _LOOK_LR, 1.0,
+              "training its further looks")
 
 
 def cross_entropy(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -312,8 +296,6 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                 localizer = _localizer(names, tasks, config.model.looks).to(device)
             data = _load_with_tasks(scenes, names, tasks, config)
             train_localizer(localizer, *data, seed=seed, device=device, precision=precision)
-            if localizer.looks:
-                train_looks(localizer, *data, seed=seed, device=device, precision=precision)
             held_out = _load_with_tasks(other_scenes, names, tasks, config)
             distance = localization_errors(localizer, *held_out, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
