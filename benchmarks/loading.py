@@ -80,7 +80,11 @@ def our_batches(path: str, settings: dict):
         cameras=("agentview_rgb", "eye_in_hand_rgb"), proprioception=True, **settings))
     epoch = 0
     while True:
-        for batch in data.batches(BATCH, 0, epoch, device=device, as_bytes=as_bytes):
+        batches = data.batches(BATCH, 0, epoch, device=device)
+        if as_bytes:
+            batches = (data.batch(indices, device, as_bytes=True)
+                       for indices in torch.randperm(len(data)).split(BATCH))
+        for batch in batches:
             if device == "cuda":
                 torch.cuda.synchronize()
             yield len(batch["mask"])

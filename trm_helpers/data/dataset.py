@@ -13,7 +13,7 @@ import torch
 
 from .. import schema
 from ..config import Config, convert
-from ..demos.demo_files import demo_names, open_demo_file
+from ..demos.demo_files import open_demo_file
 from ..files import digest
 from .augment import apply_augmentation, sample_augmentation
 from .language import embed_instruction, normalize_instruction
@@ -100,14 +100,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.sequence_length, self.chunk = data.sequence_length, model.chunk
         self.cameras, self.proprioception = model.cameras, model.proprioception
         opened = open_files(files, data.alignment)
-        chosen = []
-        for file in opened:
-            limit = data.max_demos_per_task
-            if config is not None and file.source != "human" and not data.demo_dir:
-                limit = limit or data.num_demos  # another run may have collected more since
-            with open_demo_file(file.path) as content:
-                chosen.append(demo_names(content)[:limit or None])
-        self._steps = load_steps(opened, chosen, self.cameras, image_size, data.storage, device)
+        collected = data.num_demos if config is not None and not data.demo_dir else 0
+        limits = [data.max_demos_per_task  # another run may have collected more since
+                  or (0 if file.source == "human" else collected) for file in opened]
+        self._steps = load_steps(opened, limits, self.cameras, image_size, data.storage, device)
         self._memory = BatchMemory()
         self._language = None  # (files, 384)
         if model.conditioning == "language":
@@ -211,27 +207,26 @@ class LIBERODataset(torch.utils.data.Dataset):
                  "actions": batch["actions"][i], "mask": batch["mask"][i]}
                 for i in range(len(indices))]
 
-    def batch(self, indices: Sequence[int] | torch.Tensor,
-              generator: torch.Generator | None = None, device: str | torch.device = "cpu",
+    def batch(self, indices: Sequence[int] | torch.Tensor, device: str | torch.device = "cpu",
               as_bytes: bool = False) -> dict:
         """The samples of ``indices`` (B,) as one batch on ``device``.
 
-        ``generator`` samples the augmentation; None uses PyTorch's global one. ``as_bytes`` keeps
-        the frames uint8 in [0, 255], without augmentation. Raises ``IndexError`` for an index out
-        of range.
+        PyTorch's global generator samples the augmentation. ``as_bytes`` keeps the frames uint8 in
+        [0, 255], without augmentation. Raises ``IndexError`` for an index out of range.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"index out of range; the data set has {len(self)} samples")
-        draw = self._draw(indices, generator or torch.default_generator, as_bytes)
+        draw = ({"indices": indices} if as_bytes
+                else self._draw(indices, torch.default_generator))
         return self.make(draw, device, as_bytes)
 
-    def _draw(self, indices: torch.Tensor, generator: torch.Generator,
-              as_bytes: bool = False) -> dict[str, torch.Tensor]:
+    def _draw(self, indices: torch.Tensor,
+              generator: torch.Generator) -> dict[str, torch.Tensor]:
         """All that is random in a batch: its ``indices`` and the augmentation of each camera."""
         size = self._steps.frames.image_size
         return {"indices": indices} | {
-            f"{camera} {change}": values for camera in self.cameras if not as_bytes
+            f"{camera} {change}": values for camera in self.cameras
             for change, values in sample_augmentation(
                 len(indices), (size, size), self._augmentation_of(camera), generator).items()}
 
@@ -294,19 +289,18 @@ class LIBERODataset(torch.utils.data.Dataset):
         return floats
 
     def batches(self, batch_size: int, seed: int, epoch: int, shuffle: bool = True,
-                device: str | torch.device = "cpu", start: int = 0, as_bytes: bool = False,
+                device: str | torch.device = "cpu", start: int = 0,
                 part: tuple[int, int] = (0, 1)) -> Iterator[dict]:
         """The batches of an epoch; order and augmentation are a function of (seed, epoch).
 
-        ``start`` skips that many batches without changing the others; ``as_bytes``: see
-        :meth:`batch`. ``part=(r, n)`` yields every n-th sample of each batch from the r-th on, or,
-        of a batch too small for it, the first sample with an empty mask.
+        ``start`` skips that many batches without changing the others. ``part=(r, n)`` yields every
+        n-th sample of each batch from the r-th on, or, of a batch too small for it, the first
+        sample with an empty mask.
         """
-        for draw in self.draws(batch_size, seed, epoch, shuffle, start, as_bytes, part):
-            yield self.make(draw, device, as_bytes)
+        for draw in self.draws(batch_size, seed, epoch, shuffle, start, part):
+            yield self.make(draw, device)
 
     def draws(self, batch_size: int, seed: int, epoch: int, shuffle: bool = True, start: int = 0,
-              as_bytes: bool = False,
               part: tuple[int, int] = (0, 1)) -> Iterable[dict[str, torch.Tensor]]:
         """What :meth:`make` turns into the batches of :meth:`batches`, sampled on the CPU.
 
@@ -317,17 +311,15 @@ class LIBERODataset(torch.utils.data.Dataset):
         order = torch.arange(len(self))
         if shuffle:
             order = torch.randperm(len(self), generator=_generator(seed, epoch))
-        draws = self._sampled(order.split(batch_size), (seed, epoch), start, as_bytes, part)
+        draws = self._sampled(order.split(batch_size), (seed, epoch), start, part)
         return draws if self.device.type == "cpu" else _moved_at_once(list(draws), self.device)
 
     def _sampled(self, order: Sequence[torch.Tensor], key: tuple[int, int], start: int,
-                 as_bytes: bool, part: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
-        for number, indices in enumerate(order):
-            if number < start:
-                continue
+                 part: tuple[int, int]) -> Iterator[dict[str, torch.Tensor]]:
+        for number, indices in enumerate(order[start:], start + 1):
             mine = indices[part[0]::part[1]]
             draw = self._draw(mine if len(mine) else indices[:1],
-                              _generator(*key, number + 1, *part[:1]), as_bytes)
+                              _generator(*key, number, part[0]))
             if part[1] > 1:
                 draw["kept"] = torch.full((len(draw["indices"]),), float(len(mine) > 0))
             yield draw
@@ -343,12 +335,14 @@ class LIBERODataset(torch.utils.data.Dataset):
             demos = [demo for demo in self.demos if demo.file == index]
             actions = [self._steps.actions[demo.first:demo.end].numpy().tobytes()
                        for demo in demos]
+            with open_demo_file(file.path) as content:
+                frames = [content[schema.DATA_GROUP][demo.name]["obs"][camera][0].tobytes()
+                          for demo in demos for camera in self.cameras]
             files.append({"file": str(file.path), "demos": [demo.name for demo in demos],
                           "steps": sum(demo.end - demo.first for demo in demos),
                           "alignment": file.alignment, "source": file.source,
                           "actions": digest(b"".join(actions)),
-                          "frames": digest(b"".join(_first_frames(file.path, demos,
-                                                                  self.cameras)))})
+                          "frames": digest(b"".join(frames))})
         return {"split": self.split, "samples": len(self), "files": files}
 
 
@@ -370,13 +364,6 @@ def _settings(config: Config | None, given: Mapping):
                          "example from_flat('demo')")
     config = config.replace(**given)
     return config.data, config.model
-
-
-def _first_frames(path: Path, demos: Sequence[Demo], cameras: Sequence[str]) -> Iterator[bytes]:
-    with open_demo_file(path) as content:
-        for demo in demos:
-            for camera in cameras:
-                yield content[schema.DATA_GROUP][demo.name]["obs"][camera][0].tobytes()
 
 
 def _embedded(file: DemoFile) -> np.ndarray:

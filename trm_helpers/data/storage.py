@@ -20,6 +20,7 @@ from ..demos.demo_files import (
     DemoFileError,
     check_demo_file,
     check_gripper,
+    demo_names,
     instruction_of,
     open_demo_file,
     source_of,
@@ -205,17 +206,16 @@ def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
     return opened
 
 
-def load_steps(files: list[DemoFile], chosen: list[list[str]], cameras: Sequence[str],
-               image_size: int, storage: str = "ram",
-               device: str | torch.device = "cpu") -> Steps:
-    """Read the chosen demonstrations of each file.
+def load_steps(files: list[DemoFile], limits: Sequence[int], cameras: Sequence[str],
+               image_size: int, storage: str, device: str | torch.device) -> Steps:
+    """Read the first demonstrations of each file, as many as its limit; 0 is no limit.
 
     ``storage="auto"`` is ``gpu`` if ``device`` is one and the frames fit, otherwise ``ram``. Prints
     the memory needed for the frames first. Raises ``MemoryError`` when they do not fit,
     before reading any, ``ValueError`` for ``storage="gpu"`` without a GPU, and
     :class:`DemoFileError` for a file that cannot be mapped with ``storage="mmap"``.
     """
-    demos = _lay_out(files, chosen)
+    demos = _lay_out(files, limits)
     count = demos[-1].end
     images: dict[str, torch.Tensor] = {}
     if storage == "mmap":
@@ -264,12 +264,12 @@ def _reserve(needed: int, storage: str) -> torch.device:
     return device
 
 
-def _lay_out(files: list[DemoFile], chosen: list[list[str]]) -> list[Demo]:
-    """The place of each chosen demonstration; the pairing costs a shift file one step."""
+def _lay_out(files: list[DemoFile], limits: Sequence[int]) -> list[Demo]:
+    """The place of each demonstration; the pairing costs a shift file one step."""
     demos, first = [], 0
-    for index, (file, names) in enumerate(zip(files, chosen, strict=True)):
+    for index, (file, limit) in enumerate(zip(files, limits, strict=True)):
         with open_demo_file(file.path) as content:
-            for name in names:
+            for name in demo_names(content)[:limit or None]:
                 length = len(content[schema.DATA_GROUP][name]["actions"])
                 end = first + length - (file.alignment == "shift")
                 demos.append(Demo(index, name, first, end))
