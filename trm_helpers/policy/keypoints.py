@@ -293,7 +293,10 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
             names = visible_keypoints(scenes)
             with torch.random.fork_rng():  # the policy's initial weights do not depend on this
                 torch.manual_seed(seed)
-                localizer = _localizer(names, tasks, config.model.looks).to(device)
+                known = torch.zeros(0, 0) if tasks is None else tasks
+                localizer = Localizer(len(names), *known.shape, looks=config.model.looks)
+                localizer.known.copy_(known)
+            localizer.to(device)
             data = _load_with_tasks(scenes, names, tasks, config)
             train_localizer(localizer, *data, seed=seed, device=device, precision=precision)
             held_out = _load_with_tasks(other_scenes, names, tasks, config)
@@ -342,15 +345,6 @@ def _task_vectors(config: Config) -> torch.Tensor | None:
     if config.model.conditioning == "task_id":
         return F.one_hot(torch.tensor(config.data.task_ids), config.model.num_tasks).float()
     return None
-
-
-def _localizer(names: Sequence[str], tasks: torch.Tensor | None, looks: int) -> Localizer:
-    """With random weights; conditioned on the run's tasks where the policy is."""
-    if tasks is None:
-        return Localizer(len(names), looks=looks)
-    localizer = Localizer(len(names), *tasks.shape, looks=looks)
-    localizer.known.copy_(tasks)
-    return localizer
 
 
 def _load_with_tasks(scenes: Mapping[int, Sequence[Path]], names: Sequence[str],

@@ -57,25 +57,21 @@ class Localizer(nn.Module):
         coarse = F.interpolate(coarse, scale_factor=2)
         return self.maps(torch.cat([fine, coarse], dim=1)).float()
 
-    def locate(self, images: torch.Tensor, task: torch.Tensor | None = None,
-               looks: int | None = None) -> torch.Tensor:
+    def locate(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
         """Estimates (B, 1 + looks, K, 2) of the first look and of each further one.
 
-        ``looks`` may differ from the number in training; None takes that number. The last estimate
-        is the answer: column and row, from 0 to 1 across the image.
+        The last estimate is the answer: column and row, from 0 to 1 across the image.
         """
-        looks = self.looks if looks is None else looks
-        if looks < 0 or looks and self.look is None:
-            raise ValueError(f"looks={looks} is not valid for a localizer trained with looks="
-                             f"{self.looks}; expected {'0' if self.look is None else '>= 0'}")
         first = self.points(self(images, task))
-        return torch.cat([first.unsqueeze(1), self.look_again(images, task, first, looks)], dim=1)
+        further = self.look_again(images, task, first, self.looks)
+        return torch.cat([first.unsqueeze(1), further], dim=1)
 
     def look_again(self, images: torch.Tensor, task: torch.Tensor | None, estimates: torch.Tensor,
                    looks: int) -> torch.Tensor:
         """Estimates (B, looks, K, 2) after each further look, from initial ones (B, K, 2).
 
-        A look has no gradient through the place where it looks, only through its state.
+        ``looks`` may differ from the number in training. A look has no gradient through the place
+        where it looks, only through its state.
         """
         if not looks:
             return estimates.new_zeros(len(estimates), 0, *estimates.shape[1:])
