@@ -34,7 +34,7 @@ class FakePolicy(nn.Module):
         self.config = SimpleNamespace(
             chunk=chunk, cameras=(CAMERA,), num_recursions=2, halting="adaptive"
         )
-        self.normalizer = normalizer
+        self.normalizer = normalizer or ActionNormalizer("none")
         self.weight = nn.Parameter(torch.ones(()))
         self.states = [[0.0, 5.0], [3.0, 4.0], [3.0, 4.0]]
         self.modes = set()

@@ -260,8 +260,7 @@ def localization_errors(localizer: Localizer, frames: torch.Tensor, places: torc
 
 @torch.inference_mode()
 def predicted_keypoints(policy, observations: Mapping) -> np.ndarray:
-    """Image positions (B, 1 + looks, K, 2) from 0 to 1; a policy with keypoints acts on the last.
-    """
+    """Image positions (B, 1 + looks, K, 2) from 0 to 1, of which a policy acts on the last."""
     localizer = policy.encoders[schema.STILL_CAMERA].locator
     images = observations[schema.STILL_CAMERA]
     images = images.reshape(-1, *images.shape[-3:]).to(next(localizer.parameters()))

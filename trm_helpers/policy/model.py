@@ -64,7 +64,7 @@ class TRMPolicy(nn.Module):
                  proprio_stats: Mapping | None = None):
         super().__init__()
         self.config = config
-        self.normalizer = normalizer
+        self.normalizer = normalizer or ActionNormalizer("none")
         self.proprio_stats = proprio_stats
         dim, size = config.hidden_dim, config.image_size
         self.tokens = config.variant != "block"
@@ -328,9 +328,7 @@ class TRMPolicy(nn.Module):
             raise RuntimeError(f"the policy returned {actions.tolist()}; expected finite numbers. "
                                "Its weights or the observation hold NaN or infinity")
         self.last_recursions = int(recursion.depth.max())
-        if self.normalizer is not None:
-            actions = self.normalizer.denormalize(actions)
-        planned = self.last_chunk = actions.cpu().numpy()
+        planned = self.last_chunk = self.normalizer.denormalize(actions).cpu().numpy()
         if self.config.temporal_ensembling:
             planned = self._ensemble(planned)
         planned = planned[: self.execution_horizon].copy()

@@ -13,6 +13,7 @@ from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
 
 from .. import schema
+from ..data.normalize import ActionNormalizer
 from ..sim.render import upright
 from ..stats import wilson_interval
 from .colours import BLUE, GREEN, GREY, ORANGE, PALETTE, RED
@@ -42,20 +43,15 @@ def evaluating(policy) -> Iterator[None]:
         policy.train(training)
 
 
-def _first_actions(policy, actions: torch.Tensor) -> np.ndarray:
+def first_actions(normalizer: ActionNormalizer, actions: torch.Tensor) -> np.ndarray:
     """Normalised (N, 7) or (N, K, 7) to the first action (N, 7) in the environment's units."""
-    if policy.config.chunk > 1:
-        actions = actions[:, 0]
-    if policy.normalizer is not None:
-        actions = policy.normalizer.denormalize(actions)
-    return actions.detach().float().cpu().numpy()
+    first = actions.reshape(len(actions), -1, schema.ACTION_DIM)[:, 0]
+    return normalizer.denormalize(first).detach().float().cpu().numpy()
 
 
 def demonstrated(dataset, batch: Mapping) -> np.ndarray:
     """The demonstrated first action (N, 7) of each observation, in the environment's units."""
-    actions = batch["actions"]  # (B, T, 7) or (B, T, K, 7)
-    first = actions if dataset.chunk == 1 else actions[:, :, 0]
-    return dataset.normalizer.denormalize(first.flatten(0, 1)).cpu().numpy()
+    return first_actions(dataset.normalizer, batch["actions"].flatten(0, 1))
 
 
 def _batches(policy, dataset, num_samples: int, seed: int = 0) -> Iterator[dict]:
@@ -93,7 +89,7 @@ def analyze_model_predictions(policy, dataset, num_samples: int = 4, seed: int =
     targets, predictions, images = [], [], []
     with evaluating(policy):
         for batch in _batches(policy, dataset, max(num_samples, num_errors), seed):
-            predictions.append(_first_actions(policy, policy(batch["observations"])))
+            predictions.append(first_actions(policy.normalizer, policy(batch["observations"])))
             targets.append(demonstrated(dataset, batch))
             if len(images) < num_samples:
                 images.extend(batch["observations"][policy.config.cameras[0]].flatten(0, 1).cpu())
@@ -189,7 +185,7 @@ def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 
             targets.append(demonstrated(dataset, batch))
             for depth in depths:
                 actions = policy(batch["observations"], num_recursions=depth)
-                predictions[depth].append(_first_actions(policy, actions))
+                predictions[depth].append(first_actions(policy.normalizer, actions))
     target = np.concatenate(targets)
     predicted = {depth: np.concatenate(actions) for depth, actions in predictions.items()}
     errors = {depth: np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
@@ -261,7 +257,8 @@ def plot_depth_curve(curve: Mapping) -> Figure:
 def prediction_by_depth(policy, observations: Mapping, depths: Sequence[int]) -> np.ndarray:
     """First action (len(depths), 7), environment units, of the batch's first sample by depth."""
     with evaluating(policy):
-        return np.stack([_first_actions(policy, policy(observations, num_recursions=depth))[0]
+        return np.stack([first_actions(policy.normalizer,
+                                       policy(observations, num_recursions=depth))[0]
                          for depth in depths])
 
 
@@ -338,8 +335,8 @@ def saliency(policy, observations: Mapping) -> dict[str, np.ndarray]:
 
     def arm_activity(*values: torch.Tensor) -> torch.Tensor:  # (B,)
         actions = policy(dict(zip((*cameras, *names), values, strict=True)))
-        actions = actions if policy.config.chunk == 1 else actions[:, 0]
-        return actions[:, : schema.ARM_DIM].abs().sum(dim=1)
+        first = actions.reshape(len(actions), -1, schema.ACTION_DIM)[:, 0]
+        return first[:, : schema.ARM_DIM].abs().sum(dim=1)
 
     with evaluating(policy):
         maps = IntegratedGradients(arm_activity).attribute(
