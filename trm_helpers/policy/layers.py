@@ -129,6 +129,10 @@ class TransformerLayer(nn.Module):
         return self.mlp_norm(tokens + self.down(F.silu(gate) * up))
 
 
+def two_layers(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
+
+
 # --- actions -------------------------------------------------------------------------------------
 class ActionHead(nn.Module):
     """Features to normalised actions (B, K, 7) and the logits of a gripper with its own loss.

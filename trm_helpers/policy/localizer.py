@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .layers import convolutional
+from .layers import convolutional, two_layers
 
 TASK_TEMPERATURE = 0.001  # cosine similarity of instructions within a suite reaches 0.995
 CROP = 24  # pixels, side of what a further look sees
@@ -159,8 +159,7 @@ class KeypointEncoder(nn.Module):
         super().__init__()
         # `locator` in the weights of trained policies
         self.locator = Localizer(count, num_tasks, task_dim, looks)
-        self.project = nn.Sequential(nn.Linear(2 * count, hidden_dim), nn.ReLU(),
-                                     nn.Linear(hidden_dim, hidden_dim))
+        self.project = two_layers(2 * count, hidden_dim)
 
     def forward(self, images: torch.Tensor, task: torch.Tensor | None = None) -> torch.Tensor:
         points = self.locator.locate(images, task)[:, -1]

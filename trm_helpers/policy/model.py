@@ -22,7 +22,7 @@ from ..config import ModelConfig
 from ..data.normalize import ActionNormalizer
 from ..data.observations import prepare_observation, read_batch
 from ..files import digest, read_bytes
-from .layers import STYLE_DIM, ActionHead, TokenEncoder, VisualEncoder
+from .layers import STYLE_DIM, ActionHead, TokenEncoder, VisualEncoder, two_layers
 from .localizer import KeypointEncoder
 from .recursion import (
     Convergence,
@@ -78,16 +78,13 @@ class TRMPolicy(nn.Module):
             self.encoders[schema.STILL_CAMERA] = KeypointEncoder(
                 dim, len(config.keypoints), config.keypoint_tasks, task_dim[config.conditioning],
                 config.looks)
-        parts = len(config.cameras)
+        parts = len(config.cameras) + config.proprioception + (config.conditioning != "none")
         if config.proprioception:
-            parts += 1
-            self.proprio_mlp = _two_layers(schema.PROPRIO_DIM, dim)
+            self.proprio_mlp = two_layers(schema.PROPRIO_DIM, dim)
         if config.conditioning == "task_id":
-            parts += 1
             self.task_embedding = nn.Embedding(config.num_tasks, dim)
         elif config.conditioning == "language":
-            parts += 1
-            self.language_mlp = _two_layers(schema.LANGUAGE_DIM, dim)
+            self.language_mlp = two_layers(schema.LANGUAGE_DIM, dim)
         if self.tokens:
             self.action_queries = nn.Parameter(torch.randn(config.chunk, dim))
         elif parts > 1:
@@ -243,7 +240,8 @@ class TRMPolicy(nn.Module):
             final = final + self.config.ponder_cost * parts["ponder"]
         parts["final"] = final
         if style is not None:
-            divergence = self.style.divergence(mean, log_variance)
+            # of N(mean, variance) from N(0, 1), summed over z: (B,)
+            divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
             parts["kl"] = _masked_mean(divergence, mask.amax(dim=1))
             total = total + KL_WEIGHT * parts["kl"]
         if self.config.halting == "learned" and self.training:
@@ -354,10 +352,6 @@ class TRMPolicy(nn.Module):
             planned.append(np.average(predictions, axis=0, weights=weights))
         self._steps += len(planned)
         return np.stack(planned).astype(np.float32)
-
-
-def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
