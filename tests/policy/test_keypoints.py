@@ -303,11 +303,14 @@ def test_scenes_of_several_tasks_are_read_together(tmp_path):
     never = np.full((3, 1, 2), NAN)
     third = write_scenes(tmp_path / "c.npz", frames, never, ("behind",))
     assert visible_keypoints({0: [first], 1: [second, third]}) == ["blue", "green", "red"]
-    together, where = load_scenes([first, second], ["blue", "green", "red"], 18)
+    together, where, told = load_scenes({7: [first], 9: [second]}, ["blue", "green", "red"], 18,
+                                        torch.eye(2))
     assert together.shape == (6, 18, 18, 3) and together.dtype == torch.uint8
     torch.testing.assert_close(where[:3, 1:], places.flip(1), equal_nan=True)
     assert where[:3, 0].isnan().all() and where[3:, 1].isnan().all()
     torch.testing.assert_close(where[3:, 0], places[:, 1], equal_nan=True)
+    assert told.tolist() == [[1, 0]] * 3 + [[0, 1]] * 3
+    assert load_scenes({7: [first]}, ["red"], 18)[2] is None
 
 
 @pytest.fixture

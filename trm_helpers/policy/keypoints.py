@@ -142,19 +142,28 @@ def image_positions(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
     return place
 
 
-def load_scenes(files: Sequence[Path], names: Sequence[str],
-                image_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (N, S, S, 3) uint8 and image positions (N, K, 2) float32, NaN for absent keypoints."""
-    frames, places = [], []
-    for path in files:
-        with np.load(path) as scenes:
-            frames.append(resize_images(torch.from_numpy(scenes["frames"]), image_size))
-            stored, where = list(scenes["things"]), scenes["places"].astype(np.float32)
-        absent = np.full_like(where[:, 0], np.nan)
-        places.append(torch.from_numpy(np.stack(
-            [where[:, stored.index(name)] if name in stored else absent for name in names],
-            axis=1)))
-    return torch.cat(frames), torch.cat(places)
+def load_scenes(scenes: Mapping[int, Sequence[Path]], names: Sequence[str], image_size: int,
+                tasks: torch.Tensor | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Frames (N, S, S, 3) uint8, image positions (N, K, 2) float32 and task vectors of all scenes.
+
+    Args:
+        scenes: files of each task.
+        names: of the K keypoints; those that a file does not have are NaN.
+        tasks: a vector of each task; None gives None.
+    """
+    frames, places, told = [], [], []
+    for number, path in ((number, path) for number, files in enumerate(scenes.values())
+                         for path in files):
+        with np.load(path) as file:
+            frames.append(resize_images(torch.from_numpy(file["frames"]), image_size))
+            stored, where = list(file["things"]), file["places"].astype(np.float32)
+        where = np.pad(where, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan)
+        index = [stored.index(name) if name in stored else -1 for name in names]
+        places.append(torch.from_numpy(where[:, index]))
+        if tasks is not None:
+            told.append(tasks[[number] * len(where)])
+    return torch.cat(frames), torch.cat(places), torch.cat(told) if told else None
 
 
 def visible_keypoints(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
@@ -296,9 +305,9 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                 localizer = Localizer(len(names), *known.shape, looks=config.model.looks)
                 localizer.known.copy_(known)
             localizer.to(device)
-            data = _load_with_tasks(scenes, names, tasks, config)
+            data = load_scenes(scenes, names, config.model.image_size, tasks)
             train_localizer(localizer, *data, seed=seed, device=device, precision=precision)
-            held_out = _load_with_tasks(other_scenes, names, tasks, config)
+            held_out = load_scenes(other_scenes, names, config.model.image_size, tasks)
             distance = localization_errors(localizer, *held_out, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
             save_localizer(run, localizer, names, {
@@ -344,13 +353,3 @@ def _task_vectors(config: Config) -> torch.Tensor | None:
     if config.model.conditioning == "task_id":
         return F.one_hot(torch.tensor(config.data.task_ids), config.model.num_tasks).float()
     return None
-
-
-def _load_with_tasks(scenes: Mapping[int, Sequence[Path]], names: Sequence[str],
-                     tasks: torch.Tensor | None, config: Config):
-    """Frames, image positions and task vectors (None without conditioning)."""
-    loaded = [load_scenes(files, names, config.model.image_size) for files in scenes.values()]
-    frames, places = map(torch.cat, zip(*loaded, strict=True))
-    if tasks is not None:
-        tasks = tasks.repeat_interleave(torch.tensor([len(part) for part, _ in loaded]), dim=0)
-    return frames, places, tasks

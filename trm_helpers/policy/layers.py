@@ -171,8 +171,7 @@ class ActionHead(nn.Module):
         )
         if self.gate is not None:
             weights = self.gate(flat).float().softmax(-1)  # (B, E)
-            mixed = torch.einsum("be,beka->bka", weights, experts)
-            return mixed.reshape(batch, -1, schema.ACTION_DIM), None
+            experts = torch.einsum("be,beka->bka", weights, experts)
         actions = experts.reshape(batch, -1, experts.shape[-1])  # (B, K, 7), or 6 of the arm
         if self.gripper is None:
             return actions, None

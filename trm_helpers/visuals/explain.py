@@ -179,27 +179,24 @@ def depth_curve(policy, dataset, depths: Sequence[int] = (), num_samples: int = 
     """
     trained = policy.config.num_recursions
     depths = list(depths) or sorted({1, 2, 4, 8, 16, trained})
-    targets, predictions = [], {depth: [] for depth in depths}
+    targets, predictions = [], []
     with evaluating(policy):
         for batch in _batches(policy, dataset, num_samples):
             targets.append(demonstrated(dataset, batch))
-            for depth in depths:
-                actions = policy(batch["observations"], num_recursions=depth)
-                predictions[depth].append(first_actions(policy.normalizer, actions))
-    target = np.concatenate(targets)
-    predicted = {depth: np.concatenate(actions) for depth, actions in predictions.items()}
-    errors = {depth: np.abs(actions - target)[:, : schema.ARM_DIM].mean(axis=1)
-              for depth, actions in predicted.items()}  # (N,) each
+            predictions.append([first_actions(policy.normalizer, policy(
+                batch["observations"], num_recursions=depth)) for depth in depths])
+    target, predicted = np.concatenate(targets), np.concatenate(predictions, axis=1)
+    errors = np.abs(predicted - target)[..., : schema.ARM_DIM].mean(axis=2)  # (depths, N)
     rows = []
-    for depth in depths:
-        report = prediction_report(target, predicted[depth], 0)
-        mean, interval = _mean_interval(errors[depth])
+    for depth, actions, error in zip(depths, predicted, errors, strict=True):
+        report = prediction_report(target, actions, 0)
+        mean, interval = _mean_interval(error)
         right = report["gripper_accuracy"]
         row = {"depths": depth, "mse": report["mse"], "arm_error": mean, "arm_interval": interval,
                "gripper_accuracy": right,
                "gripper_interval": list(wilson_interval(round(right * len(target)), len(target)))}
-        if trained in errors:
-            gap, interval = _mean_interval(errors[depth] - errors[trained])
+        if trained in depths:
+            gap, interval = _mean_interval(error - errors[depths.index(trained)])
             row |= {"arm_gap": gap, "arm_gap_interval": interval}
         rows.append(row)
     return {**{key: [row[key] for row in rows] for key in rows[0]}, "trained_depth": trained}
