@@ -240,8 +240,7 @@ class TRMPolicy(nn.Module):
             final = final + self.config.ponder_cost * parts["ponder"]
         parts["final"] = final
         if style is not None:
-            # of N(mean, variance) from N(0, 1), summed over z: (B,)
-            divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
+            divergence = self.style.divergence(mean, log_variance)
             parts["kl"] = _masked_mean(divergence, mask.amax(dim=1))
             total = total + KL_WEIGHT * parts["kl"]
         if self.config.halting == "learned" and self.training:

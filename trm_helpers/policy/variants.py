@@ -71,6 +71,11 @@ class StyleEncoder(nn.Module):
         summary = self.net(tokens, src_key_padding_mask=missing)[:, 0]
         return self.moments(summary).float().chunk(2, dim=-1)
 
+    @staticmethod
+    def divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+        """KL divergence (B,) of N(mean, variance) from N(0, 1), summed over z."""
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1)
+
 
 def make_block(config: ModelConfig) -> nn.Module:
     """The block of ``config.variant``."""
