@@ -113,7 +113,7 @@ def replace(name, value=None):
     (lambda file: [file["data"].move(f"demo_{i}", f"trial {'ab'[i]}") for i in (0, 1)],
      r"expected groups demo_0.*found \['trial a', 'trial b'\]"),
     (replace("data/demo_0/obs/ee_ori", h5py.SoftLink("/data/nothing")),
-     "damaged .*component not found"),
+     "obs/ee_ori: a link to /data/nothing, which does not exist"),
     (lambda file: file["data/demo_1"].create_dataset("executed_actions", data=np.zeros((7, 6))),
      r"demo_1, executed_actions: has shape \(7, 6\); expected \(7, 7\)"),
 ])
@@ -196,13 +196,34 @@ def external_storage(path):
     rewritten(path, change)
 
 
-def linked(path):
-    """A demonstration of another file."""
+def linked(name):
+    def make(path):
+        small(path.parent.parent / "other.hdf5")
+        target = name.format(folder=path.parent.parent)
+        rewritten(path, replace("data/demo_1", h5py.ExternalLink(target, "data/demo_1")))
+    return make
+
+
+def link_to_a_link(path):
+    """A neighbour, which leads out of the folder itself."""
+    neighbour = small(path.parent / "next.hdf5")
+    linked("../other.hdf5")(neighbour)
+    rewritten(path, replace("data/demo_1", h5py.ExternalLink("next.hdf5", "data/demo_1")))
+
+
+def link_to_external_storage(path):
+    external_storage(small(path.parent / "next.hdf5"))
+    rewritten(path, replace("data/demo_1", h5py.ExternalLink("next.hdf5", "data/demo_1")))
+
+
+def symbolic_link(path):
+    small(path.parent.parent / "other.hdf5")
+    (path.parent / "next.hdf5").symlink_to("../other.hdf5")
     rewritten(path, replace("data/demo_1", h5py.ExternalLink("next.hdf5", "data/demo_1")))
 
 
 def virtual(path):
-    """Frames of a virtual data set over those of another file."""
+    """Frames of a virtual data set over the same file's, in the same folder."""
     layout = h5py.VirtualLayout((7, 4, 4, 3), "u1")
     layout[:] = h5py.VirtualSource(small(path.parent / "next.hdf5"), FRAMES, (7, 4, 4, 3))
 
@@ -212,10 +233,21 @@ def virtual(path):
     rewritten(path, change)
 
 
+def link_to_a_virtual_data_set(path):
+    virtual(small(path.parent / "between.hdf5"))
+    rewritten(path, replace("data/demo_1", h5py.ExternalLink("between.hdf5", "data/demo_1")))
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (external_storage, "external storage .*secret"),
-    (linked, "demo_1: a link to next.hdf5; expected the data in this file"),
+    (linked("{folder}/other.hdf5"), "demo_1: links to .*other.hdf5; expected a file in the same"),
+    (linked("../other.hdf5"), "demo_1: links to .*other.hdf5; expected a file in the same"),
+    (linked("missing.hdf5"), "demo_1: a link to data/demo_1, which does not exist"),
+    (link_to_a_link, "demo_1: links to .*other.hdf5; expected a file in the same"),
+    (link_to_external_storage, "external storage .*secret"),
+    (symbolic_link, "demo_1: links to .*other.hdf5"),
     (virtual, "agentview_rgb: kept in the sources of a virtual data set; expected"),
+    (link_to_a_virtual_data_set, "agentview_rgb: kept in the sources of a virtual data set"),
 ])
 def test_data_kept_elsewhere_are_refused_by_every_reader(tmp_path, make, message):
     path = small(tmp_path / "folder" / "soup_demo.hdf5", collection=SCRIPTED)
@@ -227,6 +259,15 @@ def test_data_kept_elsewhere_are_refused_by_every_reader(tmp_path, make, message
             read(path)
     [row] = quality_card(path)
     assert row["verdict"] == "bad" and re.search(message, row["found"])
+
+
+def test_a_relative_link_does_not_lead_into_the_working_folder(tmp_path, monkeypatch):
+    path = small(tmp_path / "folder" / "soup_demo.hdf5")
+    small(tmp_path / "other.hdf5")
+    rewritten(path, replace("data/demo_1", h5py.ExternalLink("other.hdf5", "data/demo_1")))
+    monkeypatch.chdir(tmp_path)  # where HDF5 looks last
+    with pytest.raises(DemoFileError, match="links to .*other.hdf5; expected a file in the same"):
+        check_demo_file(path)
 
 
 def test_links_in_circles_end(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,15 +25,16 @@ class DemoFileError(ValueError):
 
 
 # --- opening -------------------------------------------------------------------------------------
-_CHECKED: set[tuple] = set()  # versions of files whose data are known to lie in them
+_CHECKED: set[tuple] = set()  # versions of files whose data are known to lie in their own folder
 
 
 @contextlib.contextmanager
 def open_demo_file(path: str | Path) -> Iterator[h5py.File]:
     """Open for reading; raise :class:`DemoFileError` for a file that cannot or should not be read.
 
-    Missing, truncated, foreign and locked files are refused, and so are files whose data lie in
-    other files: external storage or a link could pass any local file off as frames.
+    Missing, truncated, foreign and locked files are refused, and so are files with virtual data
+    sets or data outside their own folder: external storage or a link could pass any local file off
+    as frames.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,10 +50,11 @@ def open_demo_file(path: str | Path) -> Iterator[h5py.File]:
         raise DemoFileError(f"{path}: truncated, or not an HDF5 file ({error})") from error
     with file:
         try:
+            folders = {path.parent.resolve(), path.resolve().parent}
             state = path.stat()
-            version = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+            version = (*sorted(folders), path.name, state.st_ino, state.st_size, state.st_mtime_ns)
             if version not in _CHECKED:  # the check takes 0.1 s for 30 demonstrations
-                _check_storage(file, {file.id})
+                _check_storage(file, folders, {file.id})
                 _CHECKED.add(version)
         except (KeyError, OSError, RuntimeError) as error:
             raise DemoFileError(f"{path}: damaged ({error})") from error
@@ -63,22 +66,38 @@ def open_demo_file(path: str | Path) -> Iterator[h5py.File]:
             raise DemoFileError(f"{path}: damaged ({error})") from error
 
 
-def _check_storage(group: h5py.Group, seen: set) -> None:
-    """Raise :class:`DemoFileError` unless all data below ``group`` lie in its own file."""
+def _check_storage(group: h5py.Group, folders: set[Path], seen: set) -> None:
+    """Raise :class:`DemoFileError` unless everything below ``group`` lies inside ``folders``."""
+    prefix = f"{group.file.filename}, {group.name.rstrip('/')}"
     for name in group:
-        where = f"{group.file.filename}, {group.name.rstrip('/')}/{name}"
-        link = group.get(name, getlink=True)
-        if isinstance(link, h5py.ExternalLink):
-            raise DemoFileError(f"{where}: a link to {link.filename}; expected the data in this "
-                                "file")
-        item = group[name]
-        if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+        where, link = f"{prefix}/{name}", group.get(name, getlink=True)
+        if isinstance(link, h5py.HardLink):  # to the same file
+            item = group[name]
+        else:
+            if isinstance(link, h5py.ExternalLink):
+                _linked_file(link.filename, group, folders, where)
+            item = group.get(name)
+            if item is None:
+                raise DemoFileError(f"{where}: a link to {link.path}, which does not exist")
+            _linked_file(os.path.abspath(item.file.filename), group, folders, where)
+        if item.id in seen:
+            continue
+        seen.add(item.id)
+        if isinstance(item, h5py.Group):
+            _check_storage(item, folders, seen)
+        elif isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
             kept = f"external storage ({item.external[0][0]})" if item.external else \
                 "the sources of a virtual data set"
-            raise DemoFileError(f"{where}: kept in {kept}; expected the data in this file")
-        if isinstance(item, h5py.Group) and item.id not in seen:
-            seen.add(item.id)
-            _check_storage(item, seen)
+            raise DemoFileError(f"{where}: kept in {kept}; expected the data inside an HDF5 file")
+
+
+def _linked_file(name: str, item: h5py.Group | h5py.Dataset, folders: set[Path],
+                 where: str) -> Path:
+    """The file called ``name`` in ``item``'s file, refused outside ``folders``."""
+    path = (Path(item.file.filename).parent.resolve() / name).resolve()
+    if not any(path.is_relative_to(folder) for folder in folders):
+        raise DemoFileError(f"{where}: links to {path}; expected a file in the same folder")
+    return path
 
 
 # --- names and attributes ------------------------------------------------------------------------
