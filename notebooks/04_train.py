@@ -28,7 +28,7 @@
 # Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged preset is
 # stored under its own name; a changed preset gets a new folder named after suite, network, seed and
 # time. To train with the best settings of `05_search`, run
-# `papermill 04_train.ipynb out.ipynb -f .../best.yaml`. Pass lists as YAML:
+# `papermill 04_train.ipynb ../artifacts/trained.ipynb -f .../best.yaml`. Pass lists as YAML:
 # `-y "task_ids: [0, 1]"`.
 #
 # `actor="demo", num_demos=40` is an iteration of DAgger: the policy of the run `demo` acts in new

@@ -222,7 +222,7 @@ else:
 best = folder / "search" / "best.yaml"
 if best.exists():
     print(best.read_text())
-    print(f"papermill 04_train.ipynb out.ipynb -f {best}")
+    print(f"papermill 04_train.ipynb ../artifacts/trained.ipynb -f {best}")
 
 # %% [markdown]
 # ## Exercises

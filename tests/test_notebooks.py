@@ -372,7 +372,7 @@ def test_readme_has_make_and_papermill():
     assert commands[0] == "make play"
     assert {"`make demo`", "`make test`"} <= set(re.findall("`make \\w+`",
                                                            (ROOT / "README.md").read_text()))
-    assert "papermill 04_train.ipynb out.ipynb -p lr 1e-3" in commands
+    assert "papermill 04_train.ipynb ../artifacts/trained.ipynb -p lr 5e-4" in commands
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

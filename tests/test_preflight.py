@@ -92,13 +92,21 @@ def test_revision_and_dirt_come_from_git(tmp_path, monkeypatch):
     (tmp_path / ".git").rmdir()
     git("init")
     assert software._git_state() == {"revision": None, "dirty": False}
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
+    code, notebook = tmp_path / "trm_helpers" / "a.py", tmp_path / "notebooks" / "04_train.py"
+    for path in (code, notebook, tmp_path / "README.md"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1")
+    git("add", ".")
     git("commit", "-m", "a")
     state = software._git_state()
     assert len(state["revision"]) == 40 and state["dirty"] is False
-    (tmp_path / "a").write_text("2")
-    assert software._git_state() == {"revision": state["revision"], "dirty": True}
+    (tmp_path / "README.md").write_text("2")
+    (notebook.parent / "executed.ipynb").write_text("{}")
+    assert software._git_state() == state
+    for path in (code, notebook, code.with_name("new.py")):
+        path.write_text("2")
+        assert software._git_state() == {**state, "dirty": True}
+        git("checkout", ".")
 
 
 # --- OpenGL --------------------------------------------------------------------------------------

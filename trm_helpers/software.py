@@ -102,6 +102,9 @@ def software_versions() -> dict:
             **_git_state(), "gl_renderer": renderer()}
 
 
+_CODE = ("trm_helpers", "benchmarks", "notebooks/*.py")  # all that decides about a result
+
+
 def _git_state() -> dict:
     root = Path(__file__).resolve().parent.parent
 
@@ -111,7 +114,7 @@ def _git_state() -> dict:
 
     if not (root / ".git").exists() or not shutil.which("git"):
         return {"revision": None, "dirty": None}
-    changes = git("status", "--porcelain")
+    changes = git("status", "--porcelain", "--", *_CODE)
     return {"revision": git("rev-parse", "HEAD"),
             "dirty": None if changes is None else bool(changes)}
 
