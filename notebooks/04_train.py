@@ -212,7 +212,10 @@ display(fig)
 lowest, last = min(metrics, key=lambda row: row["val_loss"]), metrics[-1]
 rise = 100 * (last["val_loss"] / lowest["val_loss"] - 1)
 ratio = last["val_loss"] / last["train_loss"]
-print(f"The validation loss {'rises' if rise > 5 else 'levels out'}: it is lowest in epoch "
+before = metrics[-len(metrics) // 10 - 1:-1]  # the last tenth of the epochs, without the last
+falls = all(last["val_loss"] < 0.97 * row["val_loss"] for row in before[:1])
+trend = "rises" if rise > 5 else "still falls: train longer" if falls else "levels out"
+print(f"The validation loss {trend}. It is lowest in epoch "
       f"{lowest['epoch']} of {last['epoch']} ({lowest['val_loss']:.4f}) and {rise:.0f} % higher at "
       f"the end. There it is {ratio:.1f} times the training loss, "
       f"{'a' if ratio > 1.5 else 'no'} sign of overfitting.")

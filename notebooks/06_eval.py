@@ -187,7 +187,7 @@ if bounds:
     display(pd.DataFrame(comparison_rows({run.name: results, **bounds})))
     print(f"Solved: {', '.join(solved.values())}. "
           + ("The task can be solved by chance." if by_chance else
-             "Nothing was solved by chance: a success of the policy is its own."))
+             "Nothing was solved by chance, so a success says something about the policy."))
 else:
     print("Not run: set bound_episodes=2 for two episodes of each baseline per task (half a minute "
           "on two CPU cores).")

@@ -154,7 +154,9 @@ def test_a_sample_is_needed():
     ("changes", "norms", "word"),
     [
         ([5.0, 0.5], [10, 10, 10], "converged"),  # 0.5 is 5 % of 10
-        ([5.0, 0.51], [10, 10, 10], "drifting"),
+        ([5.0, 0.51], [10, 10, 10], "settling"),
+        ([5.0, 3.0, 4.0], [10, 10, 10, 10], "drifting"),
+        ([5.0], [10, 10], "drifting"),
         ([5.0, 7.5], [10, 10, 10], "drifting"),  # 1.5 times the first
         ([5.0, 7.6], [10, 10, 10], "diverging"),
         ([5.0, 5.0], [10, 15, 20], "drifting"),  # twice the first norm
@@ -173,8 +175,8 @@ def test_recursion_verdict(changes, norms, word):
 
 def test_recursion_verdict_gives_its_numbers():
     assert unrolled.recursion_verdict([6, 2], [8, 12, 10])[1] == (
-        "The recursion is drifting: step 2 changes the state by 20.0 % of its norm "
-        "(the first step by 50.0 %)."
+        "The recursion is settling but has not converged. Step 2 changes the state by 20.0 % of "
+        "its norm, the first step by 50.0 %."
     )
 
 
@@ -266,7 +268,12 @@ def test_recursion_steps_are_of_one_sample():
     figure = unrolled.plot_recursion_steps(steps)
     assert [axes.get_title() for axes in figure.axes if "step" in axes.get_title()] == [
         "step 1\nmoved 63.2 %", "step 2\nmoved 0.0 %"]  # sqrt(10) of 5, as above
-    assert "from step 2 on it changes by less than 0.01." in figure.finding
+    assert "step 2; step 2 still changes it by 0.150." in figure.finding
+    steps["actions"] = np.stack([*steps["actions"], steps["actions"][-1]])
+    steps["changes"] = np.append(steps["changes"], 0.0)
+    steps["errors"] = np.append(steps["errors"], 0.0)
+    steps["states"] = np.stack([*steps["states"], steps["states"][-1]])
+    assert "from step 2 on it is within 0.01." in unrolled.plot_recursion_steps(steps).finding
 
 
 def test_prediction_by_depth_is_the_first_samples():

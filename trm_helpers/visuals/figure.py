@@ -191,8 +191,12 @@ def success_bars(axes, places, results: Sequence[Mapping], thickness: float, *,
     """
     rate, whiskers = success_rates(results)
     draw, error = (axes.bar, "yerr") if vertical else (axes.barh, "xerr")
-    draw(places, rate, thickness, **{error: whiskers}, capsize=3, error_kw={"linewidth": 1},
-         **{"alpha": 0.85, **look})
+    bars = draw(places, rate, thickness, **{error: whiskers}, capsize=3,
+                error_kw={"linewidth": 1}, **{"alpha": 0.85, **look})
+    for place, height, bar in zip(places, rate, bars, strict=True):
+        if height == 0:  # measured, unlike a place without a bar
+            axes.plot(*((place, 0) if vertical else (0, place)), "D", clip_on=False, markersize=4,
+                      color=bar.get_facecolor())
     labels = labels or [f"{result['successes']}/{result['episodes']}" for result in results]
     for place, label in zip(places, labels, strict=True):
         at, aligned = ((place, 103), {"ha": "center"}) if vertical else (

@@ -75,7 +75,7 @@ def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple
 
     ``converged``: the last change is at most 5 % of the last norm. Else ``diverging``: the last
     change is over 1.5 times the first, or the last norm over twice the first, or a number is not
-    finite. Else ``drifting``: the state still moves, at a bounded size.
+    finite. Else ``settling``: each change is smaller than the one before. Else ``drifting``.
 
     Args:
         changes: ``||h_k - h_(k-1)||`` for k = 1 ... N.
@@ -89,11 +89,13 @@ def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple
     elif changes[-1] > DIVERGED_CHANGE * changes[0] or norms[-1] > DIVERGED_NORM * norms[0]:
         word = "diverging"
     else:
-        word = "drifting"
-    verb = "has converged" if word == "converged" else f"is {word}"
+        word = "settling" if len(changes) > 1 and (np.diff(changes) < 0).all() else "drifting"
+    said = {"converged": "has converged", "diverging": "is diverging",
+            "settling": "is settling but has not converged",
+            "drifting": "is drifting: nothing shows that it converges"}[word]
     return word, (
-        f"The recursion {verb}: step {len(changes)} changes the state by {100 * share:.1f} % of "
-        f"its norm (the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %).")
+        f"The recursion {said}. Step {len(changes)} changes the state by {100 * share:.1f} % of "
+        f"its norm, the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %.")
 
 
 @torch.no_grad()
@@ -212,9 +214,10 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
     fig.suptitle("The state (above) and the action read from it (below) after each step")
     away = np.abs(actions - actions[-1]).max(axis=1)
     settled = 2 + max(np.flatnonzero(away >= SETTLED), default=-1)
+    end = (f"from step {settled} on it is within {SETTLED:g}" if settled < len(actions) else
+           f"step {len(actions)} still changes it by {away[-2] if len(away) > 1 else 0:.3f}")
     return describe(fig, f"After step 1 the action is up to {away[0]:.3f} away from that of step "
-                         f"{len(actions)}; from step {settled} on it changes by less than "
-                         f"{SETTLED:g}.")
+                         f"{len(actions)}; {end}.")
 
 
 def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[dict], np.ndarray]:
