@@ -251,7 +251,7 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
     "plot_success": (plots, [{f"policy {i}": summarize_episodes(episodes(8, 10)) for i in "ab"}],
                      "policy a: 8 of 10 episodes, success rate 80 %"),
     "plot_episode_lengths": (plots, [episodes(3, 5), 280],
-                             "3 succeeded after 100 to 100 steps; 2 failed after 280 to 280"),
+                             "3 succeeded after 100 steps; 2 failed after 280 steps"),
     "plot_episode_tiles": (plots, [[
         {"suite": "libero_goal", "task_id": task, "init_state": state, "success": state != task,
          "steps": 70} for task in (3, 8) for state in range(12)]],
