@@ -133,8 +133,10 @@ def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:
     if unknown := [name for name in given if name not in valid]:
         width = max(map(len, valid), default=0)
         lines = "\n".join(f"  {name:{width}}  {comment}" for name, comment in valid.items())
+        hints = "".join(did_you_mean(name, valid) for name in unknown)
         raise ValueError(f"unknown parameter {', '.join(map(repr, unknown))} for "
-                         f"{', '.join(path.stem for path in known)}; valid:\n{lines or '  none'}")
+                         f"{', '.join(path.stem for path in known)}"
+                         + (hints or f"; valid:\n{lines or '  none'}"))
 
 
 def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]:

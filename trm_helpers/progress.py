@@ -21,7 +21,7 @@ class Stage(io.TextIOBase):
     """A line on the terminal for a stage of the work, from the progress bars written into it.
 
     On a terminal the line is rewritten while the stage lasts; elsewhere it is printed when the
-    stage ends. Other text than bars is passed on.
+    stage begins and when it ends. Other text than bars is passed on.
 
     Args:
         title: such as ``[2/10] demonstrations``.
@@ -35,7 +35,10 @@ class Stage(io.TextIOBase):
         self.share = self.left = ""
 
     def __enter__(self) -> Stage:
-        self._show()
+        if self.output.isatty():
+            self._show()
+        else:
+            print(f"{self.title} ...", file=self.output, flush=True)
         return self
 
     def __exit__(self, error: type | None, *_) -> None:

@@ -200,7 +200,8 @@ def _alignment(path: str | Path) -> dict:
     name, evidence = measure_alignment(path)
     with open_demo_file(path) as file:
         stated = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR)
-    how = {key: round(value, 2) for key, value in evidence.items() if isinstance(value, float)}
+    how = ", ".join(f"{key} {value:.2f}" for key, value in evidence.items()
+                    if isinstance(value, float))
     return _row("alignment", f"{name} (measured: {how})",
                 f"{stated}, as the file says" if stated else "raw or shift",
                 name == stated if stated else name != "unknown")

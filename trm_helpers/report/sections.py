@@ -21,7 +21,7 @@ from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
 from ..sim.env import load_task
 from ..stats import comparison_rows, detectable, format_success
-from ..training.runs import description, load_config
+from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
 _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
@@ -295,7 +295,11 @@ def _limits(run: Path) -> Section:
 
 
 def _played(run: Path, notebook: str) -> str:
-    return f"python -m trm_helpers run {notebook} -p run_name {shlex.quote(run_name(run))}"
+    """The command that runs a notebook, of a shipped policy with few demonstrations to collect."""
+    name = run_name(run)
+    few = f' -p task_ids "[{load_config(run).data.task_ids[0]}]" -p num_demos 5'
+    return (f"python -m trm_helpers run {notebook} -p run_name {shlex.quote(name)}"
+            + few * (name in shipped_policies()))
 
 
 def _reproduce(run: Path) -> Section:

@@ -165,7 +165,7 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
         else f"no trained run {name!r}")
     raise FileNotFoundError(f"{found} in {root}; there are: {', '.join(names) or 'none'}"
                             f"{hint or '.'} 04_train makes one, or `python -m trm_helpers train "
-                            "demo`"
+                            "demo --run-name demo`"
                             + ("; Add Input > Your Work > Notebooks attaches its output"
                                if paths.on_kaggle() else ""))
 

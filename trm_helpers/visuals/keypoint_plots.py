@@ -58,7 +58,7 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     seen = upright(seen.permute(0, 1, 3, 4, 2).numpy())
     moved = np.linalg.norm(np.diff(trail, axis=1) * size, axis=-1)  # (n, looks) pixels
     side = MAX_WIDTH / (looks + 2)
-    fig = new_figure(MAX_WIDTH, side * len(images) + 0.9)
+    fig = new_figure(MAX_WIDTH, side * len(images) + 1.1)
     grid = fig.subplots(len(images), looks + 2, squeeze=False)
     for line, image, where, crop, steps in zip(grid, upright(images), trail, seen, moved,
                                                strict=True):
@@ -70,6 +70,7 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
         for number, (axes, part) in enumerate(zip(line[1:], crop, strict=True)):
             show_image(axes, part)
             away = (where[-1] - where[number]) * size * (1, -1) + (CROP - 1) / 2
+            axes.plot(*[(CROP - 1) / 2] * 2, "+", color="white", markersize=9, markeredgewidth=1.6)
             axes.plot(*np.clip(away, 0, CROP - 1), "o", color=ORANGE, markersize=11,
                       markerfacecolor="none", markeredgewidth=1.6)
             axes.set_xlabel(f"moves {steps[number]:.1f} px" if number < looks else "the answer")
@@ -77,8 +78,8 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     for number, axes in enumerate(grid[0, 1:-1], start=1):
         axes.set_title(f"look {number}")
     grid[0, -1].set_title("last")
-    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate; the ring "
-                 "marks the last one")
+    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate\n"
+                 "cross: the estimate of this look; ring: the final one")
     return describe(fig, "; ".join(
         f"Image {number}: moved by {', '.join(f'{step:.1f}' for step in steps)} pixels"
         for number, steps in enumerate(moved, start=1)) + ".")
