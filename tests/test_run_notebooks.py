@@ -15,9 +15,11 @@ import pytest
 from tqdm import tqdm
 
 from trm_helpers import notebooks, paths
+from trm_helpers.config import from_flat
 from trm_helpers.notebooks import notebook_parameters, run_notebook, run_suite
 from trm_helpers.preflight import Check
 from trm_helpers.progress import Stage
+from trm_helpers.training.runs import create_run
 
 PARAMETERS = '''
 preset: str = "reference"  # which settings
@@ -89,6 +91,17 @@ def test_unknown_parameter_is_refused_before_anything_runs(nb_dir, tmp_path):
     assert "  lr        learning rate" in message.splitlines()
     assert not (nb_dir / "ran").exists()
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_other_settings_of_an_existing_run_are_refused_before_anything_runs(nb_dir):
+    write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'w').close()",
+                   parameters=PARAMETERS + "stop_epoch: int = 0  # stop after this epoch\n")
+    create_run(from_flat("tiny"), "first")
+    with pytest.raises(ValueError, match="first was made with other settings .*lr"):
+        run_notebook("04_train", {"preset": "tiny", "run_name": "first", "lr": 0.5})
+    assert not (nb_dir / "ran").exists()
+    run_notebook("04_train", {"preset": "tiny", "run_name": "first", "stop_epoch": 1})
+    assert (nb_dir / "ran").exists()
 
 
 def test_copy_keeps_the_last_state_of_a_progress_bar(tmp_path):

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ Suite = Annotated[str, tyro.conf.arg(metavar="SUITE")]
 Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 HELP = {"-h", "--help"}
+_CHANGES = ("plain", *schema.PERTURBATIONS[1:], "wide", *schema.VARIATIONS)  # of a robustness card
 
 
 @dataclass
@@ -261,7 +263,7 @@ class Robustness(_Rollouts):
     Example: `python -m trm_helpers robustness my-trm --num-episodes 10 --only swap brightness`
     """
 
-    only: tuple[str, ...] = ()  # only these changes, such as swap brightness
+    only: tuple[Literal[_CHANGES], ...] = ()  # only these changes
 
     def __call__(self) -> Result:
         import pandas as pd
@@ -302,7 +304,7 @@ class Depth(_Rollouts):
 class Run:
     """Run all notebooks with a preset, or one notebook such as 04_train.
 
-    Example: `python -m trm_helpers run 04_train -p preset tiny -p lr 1e-3`
+    Example: `python -m trm_helpers run 04_train -p preset tiny -p task_ids "[0, 1]"`
     """
 
     # a preset, a notebook of the suite, or the path of an .ipynb
@@ -313,6 +315,7 @@ class Run:
 
     def __call__(self) -> Result:
         from .notebooks import run_notebook, run_suite
+        from .training.runs import find_run
 
         given: dict[str, Any] = {"run_name": self.run_name} if self.run_name else {}
         if self.what in PRESETS:
@@ -323,8 +326,14 @@ class Run:
                 raise ValueError(f"{name}={value!r} contradicts {name}={given[name]!r}")
         if self.what in PRESETS:
             return {"run": str(run_suite(**given))}, [], True
+        began = time.time()
         notebook = run_notebook(self.what, given)
-        return {"notebook": str(notebook)}, [str(notebook)], True
+        lines = [str(notebook)]
+        with contextlib.suppress(FileNotFoundError):  # no run yet
+            newest = find_run()
+            if (newest / "policy.json").stat().st_mtime >= began and "run_name" not in given:
+                lines.append(f"run  {newest.name}")  # the notebook has named it
+        return {"notebook": str(notebook)}, lines, True
 
 
 @dataclass

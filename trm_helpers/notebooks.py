@@ -147,13 +147,16 @@ def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]
     checked = check_parameters(**parameters)
     if checked.get("demo_dir"):
         checked["demo_dir"] = str(paths.absolute(checked["demo_dir"]))
-    if "weights" not in known:
-        if "preset" in known:
-            _configuration(checked)
-        run_name = checked.get("run_name")
-        return checked, paths.run_dir(run_name) if run_name else paths.artifacts_dir()
-    from .training.runs import find_run  # it reads a run, which may be outside artifacts/
+    from .training.runs import find_run, refuse_other_settings  # they read a run
 
+    if "weights" not in known:
+        config = _configuration(checked) if "preset" in known else None
+        if not (run_name := checked.get("run_name")):
+            return checked, paths.artifacts_dir()
+        folder = paths.run_dir(run_name)
+        if "stop_epoch" in known and (folder / "config.json").exists():  # it would resume this run
+            refuse_other_settings(folder, config)
+        return checked, folder
     runs = {}
     if checked.get("baseline_run"):
         runs["baseline_run"] = find_run(checked["baseline_run"])

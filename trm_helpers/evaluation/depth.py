@@ -228,11 +228,11 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
     columns = len(shown) // lines
     fig = new_figure(4.3 * columns + 0.6, 3.4 * lines + 0.8)
     panels = dict(zip(shown, fig.subplots(lines, columns, squeeze=False).flat, strict=True))
-    used = "recursions used, mean over the steps (dotted: trained)"
+    used = "mean recursions used (dotted: as trained)"
     percent = "success rate (%)"
-    labels = {"success": ("Success by recursions used", used,
-                          f"{percent}, whiskers: 95 % Wilson interval"),
-              "cost": ("Success by time", "milliseconds per executed action", percent),
+    labels = {"success": ("Success by recursions used\n(whiskers: 95 % Wilson interval)", used,
+                          percent),
+              "cost": ("Success by time\n", "milliseconds per executed action", percent),
               "error": ("Error by recursions used", used,
                         "mean absolute error of the arm's command"),
               "phases": ("Recursions by phase", "phase of the episode", "recursions used, mean")}

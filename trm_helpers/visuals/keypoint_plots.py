@@ -70,9 +70,9 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
         for number, (axes, part) in enumerate(zip(line[1:], crop, strict=True)):
             show_image(axes, part)
             away = (where[-1] - where[number]) * size * (1, -1) + (CROP - 1) / 2
-            axes.plot(*[(CROP - 1) / 2] * 2, "+", color="white", markersize=9, markeredgewidth=1.6)
             axes.plot(*np.clip(away, 0, CROP - 1), "o", color=ORANGE, markersize=11,
                       markerfacecolor="none", markeredgewidth=1.6)
+            axes.plot(*[(CROP - 1) / 2] * 2, "+", color="white", markersize=9, markeredgewidth=1.6)
             axes.set_xlabel(f"moves {steps[number]:.1f} px" if number < looks else "the answer")
     grid[0, 0].set_title("frame")
     for number, axes in enumerate(grid[0, 1:-1], start=1):
