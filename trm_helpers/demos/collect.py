@@ -205,9 +205,10 @@ class _Collection:
     def _refuse_other_actor(self) -> None:
         if not self.actor.source:
             raise FileNotFoundError(
-                f"{self.path} does not hold {self.num_demos} demonstrations yet; collect them with "
-                f"the run {self.actor.run!r}: python -m trm_helpers collect --actor "
-                f"{self.actor.run}")
+                f"{self.path} does not hold {self.num_demos} demonstrations yet; collect them: "
+                f"python -m trm_helpers collect --actor {self.actor.run} --beta "
+                f"{self.actor.beta:g} --suite {self.settings['suite']} --task-ids "
+                f"{self.settings['task_id']} --num-demos {self.num_demos}")
         for parts in self.path.parent.glob(f".{self.name}.*.parts"):
             if parts != self.parts:
                 raise ValueError(f"{parts} holds unfinished demonstrations by another actor or "
