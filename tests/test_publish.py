@@ -103,7 +103,8 @@ def test_only_results_of_a_clean_commit_are_taken(publish, tmp_path, software, t
     content = json.loads(stored.read_text())
     assert content["card"]["software"] == software
     assert publish["provenance"]([content]) == ("" if taken else (
-        "\n1 of 1 results come from code with uncommitted or unknown changes.\n"))
+        "\n1 of 1 results were made before their code was committed, so no revision repeats them "
+        "exactly.\n"))
 
 
 def test_a_number_that_changes_changes_the_page(publish, tmp_path):

@@ -65,6 +65,8 @@ def test_summary_of_all_and_per_task():
     # of two tasks a quarter of the resamples is the one twice, a quarter the other
     assert (summary["task_mean"], summary["task_low"], summary["task_high"]) == (0.75, 0.5, 1.0)
     assert format_success(summary).endswith("; mean of 2 tasks 75 % (tasks resampled: 50 to 100 %)")
+    alike = {**summary, "task_low": 0.75, "task_high": 0.75}
+    assert format_success(alike).endswith("; mean of 2 tasks 75 %")
     assert "task_mean" not in summarize_episodes(rows[:2])
 
 

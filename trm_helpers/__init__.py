@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 
 # Libraries read this when they are loaded. On a busy machine several threads that wait for each
 # other take ten times as long, and small networks gain little from them.
 if not os.environ.get("OMP_NUM_THREADS", "").strip():  # unset or empty
     os.environ["OMP_NUM_THREADS"] = "1"
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm: a bar of text will do
 
 __version__ = "0.1.0"
 

@@ -106,9 +106,10 @@ def format_success(summary: Mapping) -> str:
     for suite, counts in summary.get("suites", {}).items():
         tasks += f"; {suite} {counts['successes']} of {counts['episodes']}"
     if "task_mean" in summary:
-        tasks += (f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} % "
-                  f"(tasks resampled: {100 * summary['task_low']:.0f} to "
-                  f"{100 * summary['task_high']:.0f} %)")
+        tasks += f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} %"
+        if summary["task_low"] < summary["task_high"]:  # the tasks differ
+            tasks += (f" (tasks resampled: {100 * summary['task_low']:.0f} to "
+                      f"{100 * summary['task_high']:.0f} %)")
     if summary.get("policy_errors"):
         errors += (f"; counted as failures: {summary['policy_errors']} in which the policy raised "
                    "an error or gave no valid action")

@@ -96,7 +96,8 @@ def add(group: str, runs: list[str], dirty: bool = False) -> None:
             "seed": config["train"]["seed"], "epochs": len(epochs),
             "best_epoch": min(epochs, key=lambda row: row["val_loss"])["epoch"],
             "minutes": round(sum(row["seconds"] for row in epochs) / 60, 1),
-            "demonstrations": config["data"]["num_demos"], "trained_with": config["software"],
+            "demonstrations": config["data"]["num_demos"], "actor": config["data"].get("actor", ""),
+            "trained_with": config["software"],
             "results": results,
             "episodes": [{key: row[key] for key in _EPISODE if key in row}
                          for row in read_jsonl(run / "episodes.jsonl")
@@ -174,7 +175,8 @@ def provenance(stored: list[dict]) -> str:
     """A line about results of uncommitted code; empty if there are none."""
     many = sum(map(uncommitted, stored))
     share = f"{many} of {len(stored)} results"
-    return f"\n{share} come from code with uncommitted or unknown changes.\n" if many else ""
+    return (f"\n{share} were made before their code was committed, so no revision repeats them "
+            "exactly.\n") if many else ""
 
 
 def markdown(lines: list[list]) -> str:
@@ -329,7 +331,8 @@ def plot_probes(probes: dict):
 # --- docs/results.md -----------------------------------------------------------------------------
 def show_results(rows: list[dict]):
     """Table of a group's runs, and for many tasks a figure."""
-    rows.sort(key=lambda row: (list(POLICIES).index(row["policy"]), row["seed"]))
+    rows.sort(key=lambda row: (list(POLICIES).index(row["policy"]), row.get("actor", ""),
+                               row["seed"]))
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
         fig = plots.plot_success({label(row, rows): row["results"] for row in rows})
@@ -337,8 +340,9 @@ def show_results(rows: list[dict]):
 
 
 def label(row: dict, rows: list[dict]) -> str:
+    name = f"{row['policy']}, DAgger" if row.get("actor") else row["policy"]
     several = len({other["seed"] for other in rows}) > 1
-    return f"{row['policy']}, seed {row['seed']}" if several else row["policy"]
+    return f"{name}, seed {row['seed']}" if several else name
 
 
 def tables(rows: list[dict]) -> str:
