@@ -352,7 +352,7 @@ def tables(rows: list[dict]) -> str:
     columns = ([f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) <= _MOST_TASKS
                else ["95 %, tasks resampled", "worst task"])
     success = [["policy", "successes", "95 % Wilson interval", *columns,
-                f"against {rows[0]['policy']}: gap, paired p"]]
+                f"against {label(rows[0], rows[:1])}: gap, paired p"]]
     training = [["policy", "parameters", "mean length, steps", "best epoch",
                  "training time, minutes"]]
     for row in rows:
