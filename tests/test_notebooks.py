@@ -145,10 +145,13 @@ def test_parameters_are_literals_with_a_comment_each(name):
     assert cells[0].source.startswith("# change these first\n")
 
 
-def test_an_unknown_parameter_is_refused_and_the_valid_ones_are_listed(capsys):
+def test_an_unknown_parameter_is_refused_with_the_one_meant_or_the_valid_ones(capsys):
     assert main(["run", "04_train", "-p", "learning_rate", "1e-3"]) == 1
+    assert "unknown parameter 'learning_rate' for 04_train; did you mean 'lr'?" in (
+        capsys.readouterr().err)
+    assert main(["run", "04_train", "-p", "zzz", "1e-3"]) == 1
     said = capsys.readouterr().err
-    assert "unknown parameter 'learning_rate'" in said
+    assert "unknown parameter 'zzz'" in said
     assert "lr" in said and "hidden_dim" in said and "learning rate at the start" in said
     assert not paths.artifacts_dir().exists()
 
