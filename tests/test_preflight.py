@@ -315,6 +315,24 @@ def test_the_temporary_cache_is_removed_when_its_process_ends(monkeypatch, tmp_p
     assert done.stdout == "True\n" and not list(tmp_path.iterdir())
 
 
+def test_the_temporary_cache_of_a_killed_process_is_removed_by_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = ("import os, sys; from trm_helpers import opengl\n"
+               "print(opengl._cache_folder(), flush=True)\n"
+               "if sys.argv[1] == 'killed': os.kill(os.getpid(), 9)\n"
+               "print(len(os.listdir(os.environ['TMPDIR'])))")
+
+    def run(how):
+        return subprocess.run([sys.executable, "-c", program, how], capture_output=True,
+                              text=True).stdout.split()
+
+    (left,) = run("killed")
+    assert Path(left).parent == tmp_path and Path(left).is_dir()
+    mine, count = run("ends")
+    assert mine != left and count == "1" and not list(tmp_path.iterdir())
+
+
 def test_processes_that_render_share_the_temporary_cache_of_the_one_that_asks(
         gl_environment, monkeypatch, tmp_path):
     """They end without clean-up, whatever a driver does while it is unloaded."""

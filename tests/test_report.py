@@ -336,10 +336,11 @@ def test_a_damaged_film_is_left_out_and_named(trained):
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
-def test_a_folder_in_the_place_of_a_page_is_named(trained, name):
+def test_a_folder_in_the_place_of_a_page_is_named_before_anything_is_written(trained, name):
     (trained / name).mkdir()
-    with pytest.raises(IsADirectoryError, match=f"{trained / name}"):
+    with pytest.raises(IsADirectoryError, match=f"{name} is a folder; expected a file or nothing"):
         write_report(trained)
+    assert [path.name for path in trained.glob("report.*")] == [name]
 
 
 def test_nothing_from_a_run_becomes_markup_or_is_loaded(trained):

@@ -78,6 +78,8 @@ def test_the_bootstrap_over_tasks_is_that_of_the_mean():
     assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
     assert cluster_bootstrap(rates) == (low, high)
     assert cluster_bootstrap([1.0, 1.0, 1.0]) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="1 task.*at least 2"):
+        cluster_bootstrap([0.5])
 
 
 def test_a_single_episode_has_a_summary():

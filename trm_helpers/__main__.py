@@ -329,10 +329,11 @@ class Run:
         began = time.time()
         notebook = run_notebook(self.what, given)
         lines = [str(notebook)]
-        with contextlib.suppress(FileNotFoundError):  # no run yet
-            newest = find_run()
-            if (newest / "policy.json").stat().st_mtime >= began and "run_name" not in given:
-                lines.append(f"run  {newest.name}")  # the notebook has named it
+        if "run_name" not in given:  # a run that the notebook has named
+            with contextlib.suppress(FileNotFoundError):  # no run yet
+                newest = find_run()
+                if (newest / "policy.json").stat().st_mtime >= began:
+                    lines.append(f"run  {newest.name}")
         return {"notebook": str(notebook)}, lines, True
 
 

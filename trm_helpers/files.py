@@ -49,8 +49,8 @@ def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
-    name = f".{short_name(path.name)}.{_machine()}.{os.getpid()}.part{path.suffix}"
+    remove_leftovers(path.parent)
+    name = f".{short_name(path.name)}.{machine()}.{os.getpid()}.part{path.suffix}"
     temporary = path.with_name(name)
     try:
         yield temporary
@@ -79,7 +79,7 @@ def _raise_if_disk_is_full(error: BaseException, path: Path, needed: int) -> Non
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
     """The machine, or the container on it, whose process numbers can be compared."""
     try:
         processes = os.readlink("/proc/self/ns/pid")
@@ -88,14 +88,14 @@ def _machine() -> str:
     return digest(f"{platform.node()} {processes}".encode())[:8]
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of ended processes here, and of other machines after a day."""
     for path in folder.iterdir():
         found = _TEMPORARY.fullmatch(path.name)
         if not found:
             continue
         with contextlib.suppress(OSError):  # another process removes it too, or another user's
-            if found["machine"] == _machine():
+            if found["machine"] == machine():
                 abandoned = not psutil.pid_exists(int(found["pid"]))
             else:
                 abandoned = time.time() - path.stat().st_mtime > _ABANDONED

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import schema
-from .files import write_json
+from .files import machine, remove_leftovers, write_json
 
 # Debian's names; robosuite imports OpenCV, which needs libgl1 and libglib2.0-0 in any case
 GL_INSTALL = (
@@ -59,7 +59,8 @@ def configure_gl() -> dict:
     """
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
         kept = json.loads(os.environ[_RENDERER])  # chosen before, perhaps by a parent process
-        if all(os.environ.get(name) == value for name, value in kept["settings"].items()):
+        if {"renderer", "ms", "failures"} <= kept.keys() and kept["settings"]["MUJOCO_GL"] and all(
+                os.environ.get(name) == value for name, value in kept["settings"].items()):
             if renders_on_cpu(kept["renderer"]) or kept["visible"] == _visible_gpus():
                 return kept
             os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it was chosen for other GPUs
@@ -306,6 +307,8 @@ def _cache_folder() -> Path:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trm_helpers"
         if writable(folder):
             return folder
-    folder = Path(tempfile.mkdtemp(prefix="trm_helpers-"))
+    remove_leftovers(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=".trm_helpers-",
+                                   suffix=f".{machine()}.{os.getpid()}.part"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

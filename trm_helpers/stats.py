@@ -63,8 +63,11 @@ def cluster_bootstrap(task_rates: Sequence[float]) -> tuple[float, float]:
     """95 % percentile interval (low, high) of the mean over tasks, with whole tasks resampled.
 
     Episodes of one task are alike, so an interval over episodes is too narrow for "tasks like
-    these". With fewer than ten tasks this one is too narrow as well.
+    these". With fewer than ten tasks this one is too narrow as well. Raises ``ValueError`` for
+    fewer than two.
     """
+    if len(task_rates) < 2:
+        raise ValueError(f"{len(task_rates)} task(s); expected at least 2 to resample")
     interval = bootstrap((np.asarray(task_rates),), np.mean, n_resamples=10_000,
                          method="percentile",
                          random_state=np.random.default_rng(0)).confidence_interval

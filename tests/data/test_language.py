@@ -139,6 +139,13 @@ def test_a_new_instruction_is_embedded_near_its_paraphrase():
     assert likeness[STOVE] > 0.8
 
 
+def test_a_missing_table_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "TABLE", tmp_path / "task_embeddings.npz")
+    language._table.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"embeddings.npz does not exist; .*install it"):
+        embedding_table()
+
+
 # --- conditioning --------------------------------------------------------------------------------
 def told(path, instruction):
     with h5py.File(path, "a") as file:

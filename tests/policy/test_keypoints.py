@@ -214,6 +214,8 @@ def test_all_looks_share_their_weights_and_the_first_look_sees_half_the_size():
     assert two(torch.rand(1, 64, 64, 3)).shape == (1, 3, 16, 16)
     more = two.look_again(torch.rand(1, 64, 64, 3), None, torch.rand(1, 3, 2), 9)
     assert more.shape == (1, 9, 3, 2)
+    with pytest.raises(ValueError, match="looks=1 is not valid for a localizer trained with"):
+        Localizer(3).look_again(torch.rand(1, 64, 64, 3), None, torch.rand(1, 3, 2), 1)
 
 
 @pytest.mark.parametrize("change", [

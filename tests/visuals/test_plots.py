@@ -166,6 +166,11 @@ def test_training_curves_mark_the_best_epoch():
     assert figure.get_suptitle() == "Training: 3 epochs in 1.5 minutes"
 
 
+def test_training_curves_need_an_epoch():
+    with pytest.raises(ValueError, match="metrics is empty"):
+        plots.plot_training_curves([])
+
+
 def test_success_bars_have_wilson_intervals_and_counts():
     summary = summarize_episodes(episodes(8, 10) + episodes(0, 10, task_id=3))
     axes = plots.plot_success({"policy": summary}).axes[0]

@@ -32,6 +32,9 @@ def normalize_instruction(text: str) -> str:
 @functools.cache
 def _table() -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Instruction to embedding (384,) float32, and other wordings to instructions."""
+    if not TABLE.exists():
+        raise FileNotFoundError(f"{TABLE} does not exist; expected the table that is part of the "
+                                "package: install it again")
     with np.load(TABLE) as file:
         embeddings = dict(zip(file["instructions"].tolist(), file["embeddings"], strict=True))
         aliases = dict(zip(file["aliases"].tolist(), file["alias_of"].tolist(), strict=True))

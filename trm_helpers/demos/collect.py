@@ -316,6 +316,9 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     places = [paths.data_dir(), paths.KAGGLE_INPUT]
     found = {}
     if data.demo_dir:
+        if not Path(data.demo_dir).is_dir():
+            raise FileNotFoundError(f"demo_dir={data.demo_dir!r} is not a folder; expected one "
+                                    f"with <task name>{schema.DEMO_FILE_SUFFIX} files")
         found, left_out = find_demonstrations([data.demo_dir], names, kinds)
         if left_out:
             print(f"left out: {left_out_text(left_out)}")

@@ -46,8 +46,8 @@ class Skill:
     """A state machine whose phase sets the goal of the end effector.
 
     A subclass defines ``_next_phase()``, ``_goal()`` in metres, ``_orientation()`` of the site,
-    ``finished()``, whether the next skill of a sequence may begin, and two lists of phases: those
-    that are ``closed``, in which the gripper is closed, and those that are ``timed``.
+    ``finished()``, whether the next skill of a sequence may begin, ``closed``, the phases in which
+    the gripper is closed, and ``timed``, the phases of a fixed length.
 
     Args:
         env: the environment, already reset.

@@ -25,8 +25,10 @@ class Episode(NamedTuple):
     placement: str = "benchmark"
 
     @classmethod
-    def of(cls, row: Mapping) -> Episode:
-        """The episode of a ledger's row."""
+    def of(cls, row: Mapping, result: tuple[str, ...] = ()) -> Episode:
+        """The episode of a ledger's row; ``ValueError`` for one without it or its ``result``."""
+        if missing := [key for key in (*cls._fields[:4], *result) if key not in row]:
+            raise ValueError(f"damaged: it holds no {', '.join(missing)}")
         return cls(*(row[key] for key in cls._fields[:4]), row.get("placement", "benchmark"))
 
 

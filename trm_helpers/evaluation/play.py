@@ -117,12 +117,10 @@ class Evaluation:
         """Rows of all episodes that were played; ``ValueError`` for one under other conditions."""
         played = {}
         for number, row in enumerate(read_jsonl(self.ledger), start=1):
-            keys = ("suite", "task_id", "init_state", "seed",
-                    *(() if "error" in row else ("success", "steps")))
-            if missing := [key for key in keys if key not in row]:
-                raise ValueError(f"{self.ledger}, line {number} is damaged: it holds no "
-                                 f"{', '.join(missing)}")
-            episode = Episode.of(row)
+            try:
+                episode = Episode.of(row, () if "error" in row else ("success", "steps"))
+            except ValueError as error:
+                raise ValueError(f"{self.ledger}, line {number} is {error}") from None
             row = {"perturbation": "none", **row}  # older rows do not say so
             conditions = self._conditions_of(episode)
             different = differences({key: row[key] for key in conditions if key in row}, conditions)

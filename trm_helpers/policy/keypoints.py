@@ -149,7 +149,7 @@ def load_scenes(scenes: Mapping[int, Sequence[Path]], names: Sequence[str], imag
 
     Args:
         scenes: files of each task.
-        names: of the K keypoints; those that a file does not have are NaN.
+        names: of the K keypoints; NaN is the position of one that a file lacks.
         tasks: a vector of each task; None gives None.
     """
     frames, places, told = [], [], []

@@ -75,6 +75,9 @@ class Localizer(nn.Module):
         """
         if not looks:
             return estimates.new_zeros(len(estimates), 0, *estimates.shape[1:])
+        if self.look is None:
+            raise ValueError(f"looks={looks} is not valid for a localizer trained with looks=0; "
+                             "expected 0")
         which = images.new_ones(len(images), 1) if self.task is None else self.which(task)
         state, found = None, []
         for _ in range(looks):

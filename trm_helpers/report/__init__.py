@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,13 @@ def write_report(run: str | Path) -> Path:
     ``OSError`` for one in which they cannot be written.
     """
     run = find_run(run, to_write=True)
+    names = ("report.md", "report.html")
+    for name in names:
+        if (run / name).is_dir():
+            raise IsADirectoryError(f"{run / name} is a folder; expected a file or nothing there")
+    if not os.access(run, os.W_OK):
+        raise PermissionError(f"the folder {run} is not writable, so {' and '.join(names)} cannot "
+                              "be written")
     with dispensable("the figure of the losses"):
         if epochs := read_jsonl(run / "metrics.jsonl"):
             save_figure(plot_training_curves(epochs), run / "figures" / "04_training.png")

@@ -187,6 +187,8 @@ def plot_chunk_mask(mask, title: str) -> Figure:
 @styled
 def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
     """Rows of a run's ``metrics.jsonl``: ``epoch, train_loss, val_loss, lr, seconds``."""
+    if not metrics:
+        raise ValueError("metrics is empty; expected one row per epoch")
     epoch, train, val, lr = (
         [row[key] for row in metrics] for key in ("epoch", "train_loss", "val_loss", "lr"))
     # the trainer's rule: successes in rollouts first, if there were any
