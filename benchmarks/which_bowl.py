@@ -5,8 +5,9 @@
     python benchmarks/which_bowl.py FOLDER --seed 100 --split dev
 
 trains all arms on the same batches and writes what they answer on the split's scenes to
-``FOLDER/<seed>.json``. An answer is the cell of a 16 x 16 grid with the highest score; it is right
-if the bowl nearest to the cell's centre is the one that the instruction means. Arms:
+``FOLDER/<seed>.json``, which belongs in ``docs/recursion/which-bowl``. An answer is the cell of a
+16 x 16 grid with the highest score; it is right if the bowl nearest to the cell's centre is the one
+that the instruction means. Arms:
 
 - ``recursion``: one transformer layer applied six times, with the input added before each;
 - ``two layers``: two untied layers, the rival;
@@ -207,11 +208,12 @@ def main() -> None:
             print(f"{split:5} {name:20} {int(hits.sum())} of {len(hits)} ({100 * low:.1f} to "
                   f"{100 * high:.1f} %), {RECURSION} against it: {better} to {worse}, p {p:.2g}",
                   flush=True)
-        splits[split] = {"instructions": told.tolist(), "arms": {
-            name: "".join(map(str, hits.int().tolist())) for name, hits in found.items()}}
+        splits[split] = {"tasks": told.tolist(), "arms": {
+            name: {"right": "".join(map(str, hits.int().tolist()))}
+            for name, hits in found.items()}}
     write_json(given.folder / f"{given.seed}.json", {
-        "kind": "which-bowl", "software": software, "seed": given.seed, "updates": given.updates,
-        "lr": given.lr, "seconds": {name: round(value) for name, value in seconds.items()},
+        "kind": "which-bowl", "software": software, "suite": "own scenes",
+        "seed": given.seed, "updates": given.updates, "lr": given.lr, "seconds": {name: round(value) for name, value in seconds.items()},
         "parameters": {name: sum(p.numel() for p in arm.parameters())
                        for name, arm in networks.items()}, "splits": splits})
 

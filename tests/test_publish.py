@@ -189,7 +189,7 @@ def test_depth_cards_of_several_policies_share_their_tables(publish):
 
 
 def test_looks_are_compared_scene_by_scene_and_over_the_seeds_that_have_an_arm(publish):
-    from suite import looks
+    from suite import scenes
 
     def run(suite, seed, **arms):
         arms = {arm: {"close": close, "near": "1111", "close by looks": [0.5] * 7}
@@ -197,15 +197,35 @@ def test_looks_are_compared_scene_by_scene_and_over_the_seeds_that_have_an_arm(p
         return {"kind": "look-again", "suite": suite, "seed": seed,
                 "splits": {split: {"tasks": "0011", "arms": arms} for split in ("test", "swap")}}
 
-    every = dict.fromkeys(looks.ORDER, "0100") | {looks.RECURSION: "0110"}
-    forward = looks.ORDER[1]
+    every = dict.fromkeys(scenes.LOOKS, "0100") | {"look again": "0110"}
+    forward = scenes.LOOKS[1]
     without = {arm: close for arm, close in every.items() if arm != forward}
     stored = [run("libero_object", 0, **every), run("libero_object", 1, **without)]
-    lines = {line[0]: line[1:] for line in looks.lines(stored, "test")}
-    assert lines[looks.RECURSION] == ["50.0 %", "21.5 to 78.5 %", "reference", "", "100.0 %"]
+    lines = {line[0]: line[1:] for line in scenes.lines(stored, "test", scenes.LOOKS, "look again",
+                                                        scenes.CLOSE)}
+    assert lines["look again"] == ["50.0 %", "21.5 to 78.5 %", "reference", "", "100.0 %"]
     assert lines["one look"][0] == "25.0 %"
     assert lines["one look"][2] == "+25.0, p = 0.5 (2 against 0)"
     assert lines["one look"][3] == "+0.0 to +50.0"  # the gap is in the second task only
     assert lines[f"{forward} (seed 0)"][2] == "+25.0, p = 1 (1 against 0)"
     text, fig = publish["show_cards"](stored)
     assert text.count("| one look, wide |") == 2 and "look again" in alt_text(fig)
+
+
+def test_bowls_are_compared_by_steps_with_untrained_numbers_of_bowls_apart(publish):
+    from suite import scenes
+
+    def run(seed):
+        arms = {arm: {"right": "0100"} for arm in scenes.BOWLS} | {"recursion": {"right": "0111"}}
+        more = {arm: {"right": "0000"} for arm in scenes.BOWLS}
+        return {"kind": "which-bowl", "suite": "own scenes", "seed": seed,
+                "splits": {"test": {"tasks": [0, 0, 20, 20], "arms": arms},
+                           "more": {"tasks": [0, 1, 2, 3], "arms": more}}}
+
+    text, fig = publish["show_cards"]([run(0), run(1)])
+    test, more = text.split("Five and six bowls")
+    assert ("| two layers | 25.0 % | 7.1 to 59.1 % | +50.0, p = 0.12 (4 against 0) "
+            "| +0.0 to +100.0 |") in test
+    assert "| recursion | 75.0 % |" in test and "| recursion | 0.0 %" in more
+    assert [line.get_xdata()[-1] for line in fig.axes[0].lines[:1]] == [18]
+    assert "recursion: 75 % of the scenes with two to four bowls, 0 % with more" in alt_text(fig)

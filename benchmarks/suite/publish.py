@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
-from suite import looks  # noqa: E402
+from suite import scenes  # noqa: E402
 from suite.cards import (  # noqa: E402
     failures_in_short,
     plot_cards,
@@ -190,7 +190,9 @@ def show_cards(stored: list[dict]):
     """Tables and figure of a group's cards, all of one kind."""
     kind = stored[0]["kind"]
     if kind == "look-again":
-        return looks.show(stored, markdown)
+        return scenes.show_looks(stored, markdown)
+    if kind == "which-bowl":
+        return scenes.show_bowls(stored, markdown)
     cards = {each["label"]: each["card"] for each in stored}
     if kind == "robustness":
         cards = {label: titled(card) for label, card in cards.items()}

@@ -1,0 +1,152 @@
+"""Tables and figures of docs/recursion.md made from experiments on scenes, for publish.py.
+
+A file of docs/recursion/look-again or docs/recursion/which-bowl is one training of all arms: for
+each split the task of every scene, and for each arm a digit per scene, 1 where it was right.
+"""
+
+import numpy as np
+from scipy.stats import binomtest
+
+from trm_helpers.stats import wilson_interval
+from trm_helpers.visuals import figure
+from trm_helpers.visuals.colours import PALETTE
+
+LOOKS = ("first look", "feed-forward, 128 px", "one look", "one look, wide", "untied looks",
+         "same crop", "look again, stopped after one", "look again", "look again, 12 looks")
+CLOSE = {"close": "within 1 % of the side", "near": "within 5 %"}
+STEPS = {1: "recursion, 1 steps", 2: "recursion, 2 steps", 4: "recursion, 4 steps", 6: "recursion",
+         12: "recursion, 12 steps", 18: "recursion, 18 steps"}
+BOWLS = ("two layers", "one step", "one step, wide", "six layers", *STEPS.values())
+RIGHT = {"right": "right bowl"}
+
+
+def hits(stored: list[dict], split: str, arm: str, what: str) -> np.ndarray:
+    """(runs, scenes): 1 where the arm was right."""
+    return np.array([[int(digit) for digit in run["splits"][split]["arms"][arm][what]]
+                     for run in stored])
+
+
+def gap_interval(stored: list[dict], split: str, arms: tuple[str, str],
+                 what: str) -> tuple[float, float]:
+    """95 % of the first arm's gap to the second when tasks and seeds are resampled, in points."""
+    cells = {}  # (suite, seed, task): the gap
+    for run in stored:
+        tasks = np.array(list(run["splits"][split]["tasks"]), dtype=int)
+        first, second = (hits([run], split, arm, what)[0] for arm in arms)
+        for task in set(tasks):
+            cells[run["suite"], run["seed"], task] = 100 * (first - second)[tasks == task].mean()
+    tasks = sorted({(suite, task) for suite, _, task in cells})
+    seeds = sorted({seed for _, seed, _ in cells})
+    table = np.array([[cells[suite, seed, task] for seed in seeds] for suite, task in tasks])
+    generator = np.random.default_rng(0)
+    means = [table[np.ix_(generator.integers(len(tasks), size=len(tasks)),
+                          generator.integers(len(seeds), size=len(seeds)))].mean()
+             for _ in range(10_000)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def having(stored: list[dict], split: str, arm: str) -> list[dict]:
+    """The runs in which an arm was trained."""
+    return [run for run in stored if arm in run["splits"][split]["arms"]]
+
+
+def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
+          measures: dict[str, str]) -> list[list[str]]:
+    """A head and one line per arm, all suites and seeds together.
+
+    The reference is compared with each arm by the first measure; the others are only listed.
+    """
+    (what, title), *others = measures.items()
+    table = [["arm", title, "95 % Wilson interval", f"{reference} against it: gap in points, p",
+              "95 %, tasks and seeds resampled", *(name for _, name in others)]]
+    for arm in arms:
+        runs = having(stored, split, arm)
+        best, found = (hits(runs, split, name, what) for name in (reference, arm))
+        low, high = wilson_interval(int(found.sum()), found.size)
+        seeds = sorted({run["seed"] for run in runs})
+        name = arm if len(runs) == len(stored) else f"{arm} (seed {', '.join(map(str, seeds))})"
+        row = [name, f"{100 * found.mean():.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+        if arm == reference:
+            row += ["reference", ""]
+        else:
+            better, worse = int((best > found).sum()), int((best < found).sum())
+            p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+            gap = 100 * (best.mean() - found.mean())
+            from_, to = gap_interval(runs, split, (reference, arm), what)
+            row += [f"{gap:+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} "
+                    f"({better} against {worse})", f"{from_:+.1f} to {to:+.1f}"]
+        table.append([*row, *(f"{100 * hits(runs, split, arm, other).mean():.1f} %"
+                              for other, _ in others)])
+    return table
+
+
+@figure.styled
+def plot_looks(stored: list[dict]):
+    """Share of test scenes within 1 % after each look, a line for each seed."""
+    fig = figure.new_figure(9, 3.8)
+    suites = sorted({run["suite"] for run in stored})
+    for axes, suite in zip(fig.subplots(1, len(suites), sharey=True, squeeze=False)[0], suites,
+                           strict=True):
+        runs = [run for run in stored if run["suite"] == suite]
+        for arm, colour, style in (("look again, 12 looks", PALETTE[0], "o-"),
+                                   ("untied looks", PALETTE[1], "s--"),
+                                   ("same crop", PALETTE[2], "^:")):
+            by_looks = 100 * np.array([run["splits"]["test"]["arms"][arm]["close by looks"]
+                                       for run in runs])
+            axes.plot(by_looks.T, style, color=colour, markersize=4)
+            axes.plot([], [], style, color=colour, label=arm.removesuffix(", 12 looks"))
+        for arm, colour, style in (("one look, wide", PALETTE[3], "--"),
+                                   ("feed-forward, 128 px", PALETTE[4], ":")):
+            share = 100 * hits(having(runs, "test", arm), "test", arm, "close").mean()
+            axes.axhline(share, color=colour, linestyle=style, label=arm)
+        axes.axvline(6, color="grey", linewidth=1)
+        figure.count_axis(axes.xaxis)
+        axes.set(xlabel="looks (at most 6 in training)", title=suite)
+    fig.axes[0].set(ylabel="scenes within 1 % of the side (%)")
+    fig.axes[-1].legend(loc="lower right")
+    fig.suptitle("Accuracy after each look")
+    shares = {arm: 100 * hits(stored, "test", arm, "close").mean()
+              for arm in ("first look", "one look", "look again")}
+    return figure.describe(fig, "; ".join(f"{arm}: {share:.0f} % of all scenes"
+                                         for arm, share in shares.items()) + ".")
+
+
+@figure.styled
+def plot_bowls(stored: list[dict]):
+    """Share of scenes with the right bowl by the number of steps, a line for each seed."""
+    fig = figure.new_figure(9, 3.8)
+    titles = {"test": "two to four bowls, as in training", "more": "five and six bowls"}
+    for axes, (split, title) in zip(fig.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        shares = 100 * np.array([hits(stored, split, arm, "right").mean(1)
+                                 for arm in STEPS.values()])
+        axes.plot(list(STEPS), shares, "o-", color=PALETTE[0], markersize=4)
+        axes.plot([], [], "o-", color=PALETTE[0], markersize=4, label="recursion")
+        for arm, colour, style in zip(BOWLS[:4], PALETTE[1:5], ("--", ":", "-.", "-"), strict=True):
+            axes.axhline(100 * hits(stored, split, arm, "right").mean(), color=colour,
+                         linestyle=style, label=arm)
+        axes.axvline(6, color="grey", linewidth=1)
+        figure.count_axis(axes.xaxis)
+        axes.set(xlabel="steps (at most 6 in training)", title=title)
+    fig.axes[0].set(ylabel="scenes with the right bowl (%)")
+    fig.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    fig.suptitle("Accuracy by the number of steps")
+    return figure.describe(fig, "; ".join(
+        f"{arm}: {100 * hits(stored, 'test', arm, 'right').mean():.0f} % of the scenes with two to "
+        f"four bowls, {100 * hits(stored, 'more', arm, 'right').mean():.0f} % with more"
+        for arm in BOWLS) + ".")
+
+
+def show_looks(stored: list[dict], markdown):
+    """Tables of the test scenes and of exchanged objects, and the figure."""
+    test, swap = (markdown(lines(stored, split, LOOKS, "look again", CLOSE))
+                  for split in ("test", "swap"))
+    return (f"{test}\nFirst frames of LIBERO-PRO's exchanged objects:\n\n{swap}",
+            plot_looks(stored))
+
+
+def show_bowls(stored: list[dict], markdown):
+    """Tables of the test scenes and of those with more bowls, and the figure."""
+    test, more = (markdown(lines(stored, split, BOWLS, "recursion", RIGHT))
+                  for split in ("test", "more"))
+    return f"{test}\nFive and six bowls, which training never shows:\n\n{more}", plot_bowls(stored)
