@@ -212,10 +212,11 @@ def main() -> None:
             name: {"right": "".join(map(str, hits.int().tolist()))}
             for name, hits in found.items()}}
     write_json(given.folder / f"{given.seed}.json", {
-        "kind": "which-bowl", "software": software, "suite": "own scenes",
-        "seed": given.seed, "updates": given.updates, "lr": given.lr, "seconds": {name: round(value) for name, value in seconds.items()},
+        "kind": "which-bowl", "software": software, "suite": "own scenes", "seed": given.seed,
+        "updates": given.updates, "lr": given.lr, "splits": splits,
+        "seconds": {name: round(value) for name, value in seconds.items()},
         "parameters": {name: sum(p.numel() for p in arm.parameters())
-                       for name, arm in networks.items()}, "splits": splits})
+                       for name, arm in networks.items()}})
 
 
 if __name__ == "__main__":
