@@ -5,8 +5,9 @@
     python benchmarks/experts.py --suite libero_object --episodes 10 --placement wide
     python benchmarks/experts.py --suite libero_90 --init-states --out docs/experts/libero_90.json
 
-``--out`` keeps the results; the tasks that the file holds already are not run again. Without ``--init-states``, resets with seeds 1000, 1001, ... sample the layouts; with it episodes
-begin in the official init states 0, 1, ..., which are never used for collection.
+``--out`` keeps the results; the tasks that the file holds already are not run again. Without
+``--init-states``, resets with seeds 1000, 1001, ... sample the layouts; with it episodes begin in
+the official init states 0, 1, ..., which are never used for collection.
 """
 
 import argparse
