@@ -58,7 +58,8 @@ demo: setup
 	@TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo -p demos scripted
 
 lab: setup $(BIN)/jupyter-lab
-	$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) \
+	    --ServerApp.jpserver_extensions=jupyterlab_jupytext=False notebooks
 
 $(BIN)/jupyter-lab: | $(STAMP)
 	@$(INSTALL) jupyterlab $(SHOWN)

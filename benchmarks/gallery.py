@@ -2,9 +2,9 @@
 
     make gallery            # after make demo; python benchmarks/gallery.py artifacts/demo
 
-Figures are stored with 256 colours, a strip of six frames follows each film (GitHub plays none),
-and the paths of the machine and papermill's notes are removed. A figure of each notebook goes to
-``docs/images/thumbs``, for the table in README.md.
+A strip of six frames follows each film (GitHub plays none), links lead to where they did, and the
+paths of the machine and papermill's notes are removed. A part of one figure of each notebook goes
+to ``docs/images/thumbs``, for the table in README.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import nbformat
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from trm_helpers import paths
 from trm_helpers.files import atomic_path, read_json
@@ -25,29 +25,26 @@ from trm_helpers.notebooks import suite_notebooks
 
 _LIMIT = 12e6  # bytes of all copies together
 _FRAMES = 6
-_THUMBS = ("00_action", "01_frames", "02_mask", "03_answer", "04_training",
-           "05_coordinates", "06_episodes", "07_saliency")  # figures of the run
-_THUMB = 240, 140  # pixels at most
+_THUMBS = {  # figures of the run; left, upper, right and lower end of the part, as shares
+    "00_action": (0.02, 0.1, 0.47, 0.97), "01_frames": (0.085, 0.11, 0.53, 1),
+    "02_mask": (0.28, 0.1, 0.66, 0.8), "03_answer": (0.59, 0.08, 1, 0.97),
+    "04_training": (0, 0.07, 0.52, 1), "05_coordinates": (0, 0.1, 1, 0.95),
+    "06_episodes": (0.145, 0.2, 0.43, 0.72), "07_saliency": (0.47, 0.5, 0.84, 0.96)}
+_THUMB = 240, 180  # pixels
 _FILM = re.compile(r"data:video/mp4;base64,([A-Za-z0-9+/=]+)")
 
 
-def small_png(image: Image.Image) -> str:
-    """A PNG with at most 256 colours, in base64."""
-    buffer = io.BytesIO()
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def strip(film: bytes) -> Image.Image:
-    """Frames at equal intervals, the first and the last included, side by side."""
+def strip(film: bytes) -> str:
+    """Frames at equal intervals, the first and the last included, side by side: JPEG, base64."""
     frames = imageio.imread(film, extension=".mp4")
     chosen = frames[np.linspace(0, len(frames) - 1, _FRAMES).round().astype(int)]
     if chosen.shape[2] >= 2 * chosen.shape[1]:  # of an episode: the main view, on the left
         chosen = chosen[:, :, :chosen.shape[1]]
     row = Image.fromarray(np.concatenate(list(chosen), axis=1))
     row.thumbnail((1600, 1600))
-    return row
+    buffer = io.BytesIO()
+    row.save(buffer, "JPEG", quality=90, subsampling=0)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
@@ -60,6 +57,7 @@ def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
         return text.replace(checkout, "trm").replace(str(Path.home()), "~")
 
     for cell in notebook.cells:
+        cell.source = cell.source.replace("](../docs/", "](../")
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         outputs = []
@@ -70,12 +68,9 @@ def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
             data = output.get("data", {})
             for kind in data.keys() & {"text/plain", "text/html", "text/markdown"}:
                 data[kind] = without_paths(data[kind])
-            if "image/png" in data:
-                figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-                data["image/png"] = min(data["image/png"].strip(), small_png(figure), key=len)
             if film := _FILM.search(data.get("text/html", "")):
                 outputs.append(nbformat.v4.new_output("display_data", {
-                    "image/png": small_png(strip(base64.b64decode(film[1]))),
+                    "image/jpeg": strip(base64.b64decode(film[1])),
                     "text/plain": f"{_FRAMES} frames of the film"}))
         if outputs:
             cell.outputs = outputs
@@ -86,13 +81,14 @@ def executed_copy(path: Path, revision: str) -> nbformat.NotebookNode:
 
 
 def thumbnails(run: Path, folder: Path) -> None:
-    """A small image of one figure per notebook."""
+    """A small image of a part of one figure per notebook."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _THUMBS:
+    for name, part in _THUMBS.items():
         with Image.open(run / "figures" / f"{name}.png") as figure, \
                 atomic_path(folder / f"{name[:2]}.webp") as temporary:
-            small = figure.convert("RGB")
-            small.thumbnail(_THUMB, Image.Resampling.LANCZOS)
+            box = np.multiply(part, figure.size * 2).round().astype(int).tolist()
+            small = ImageOps.pad(figure.convert("RGB").crop(box), _THUMB, color="white",
+                                 method=Image.Resampling.LANCZOS)
             small.save(temporary, format="WEBP", quality=80, method=6)
 
 

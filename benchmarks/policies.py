@@ -33,7 +33,7 @@ POLICIES = {
     "block, depth 4": dict(variant="block", num_recursions=4),
     "block, depth 1": dict(variant="block", num_recursions=1),
     "trm": _TRM,
-    "trm, one step, one cycle, one update": dict(_TRM, latent_updates=1, cycles=1,
+    "trm, one recursion, one cycle, one update": dict(_TRM, latent_updates=1, cycles=1,
                                                  num_recursions=1),
     "transformer, equal parameters": dict(_TOKENS, variant="transformer"),
     # at the learning rate of the others, 1e-3, so deep a network stays at the mean action
@@ -42,7 +42,7 @@ POLICIES = {
     # the reference's image encoders: many of their units die
     "block, depth 4, relu": dict(variant="block", num_recursions=4, image_activation="relu"),
     "trm, relu": dict(_TRM, image_activation="relu"),
-    "trm, one step, one cycle, one update, relu": dict(
+    "trm, one recursion, one cycle, one update, relu": dict(
         _TRM, latent_updates=1, cycles=1, num_recursions=1, image_activation="relu"),
     "ACT-style": dict(_TOKENS, variant="act"),
     # the whole chunk before the next decision, where the others execute half of it

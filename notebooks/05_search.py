@@ -137,8 +137,8 @@ print(f"The three seeds of the best settings differ by up to {spread:.1f} %; the
       f"settings are {gap:.1f} % worse on average.")
 
 # %% [markdown]
-# Each line is a trial, the best in red, the others from dark (good) to light. Where the red and the
-# dark lines cross an axis at the same point, the good trials share that value.
+# Each line is a trial, the best thick, the others from dark (good) to light. Where the thick and
+# the dark lines cross an axis at the same point, the good trials share that value.
 
 # %%
 display(figures.plot_search_coordinates(stored, varied))

@@ -159,9 +159,9 @@ else:
 # ## The recursion, step by step
 #
 # One observation, and what each recursion makes of it. Above: all numbers of the hidden state as
-# coloured squares (purple positive, orange negative), and how far the step moved it, as a share of
-# its norm. Below: the action that the head reads from that state, in the environment's units, with
-# the demonstrated one as diamonds.
+# coloured squares (purple positive, orange negative), and by how much the recursion changed it, as
+# a share of its norm. Below: the action that the head reads from that state, as commands from -1 to
+# 1, with the demonstrated one as diamonds.
 
 # %%
 fig = unrolled.plot_recursion_steps(unrolled.recursion_steps(policy, data, sample))
@@ -254,7 +254,7 @@ for path in run.glob("depth.json"):
 
 # %%
 if not (run / "robustness.json").exists():
-    print("Not run: set robustness_episodes=10 in 06_eval (about twelve minutes per task on two "
+    print("Not run: set robustness_episodes=10 in 06_eval (about ten minutes per task on two "
           "CPU cores), then run this notebook again.")
 for path in run.glob("robustness.json"):
     card = json.loads(path.read_text())

@@ -388,10 +388,10 @@ def test_executed_copies_are_published(script, executed_run, tmp_path):
         assert printed.text == "run: trm/artifacts/demo\n"
         assert Image.open(io.BytesIO(base64.b64decode(figure.data["image/png"]))).size == (60, 40)
         assert "<video" in film.data["text/html"]
-        assert Image.open(io.BytesIO(base64.b64decode(frames.data["image/png"]))).size == (288, 32)
+        assert Image.open(io.BytesIO(base64.b64decode(frames.data["image/jpeg"]))).size == (288, 32)
     for source in suite_notebooks():
         with Image.open(tmp_path / "images" / "thumbs" / f"{source.name[:2]}.webp") as thumb:
-            assert thumb.size == (240, 70)
+            assert thumb.size == (240, 180)
 
 
 def test_copies_of_an_incomplete_or_too_large_run_are_refused(script, executed_run, tmp_path):

@@ -263,4 +263,6 @@ def test_executed_copies_hold_pictures_and_no_path_of_the_machine_that_made_them
     assert sum(copy.stat().st_size for copy in copies) < 12e6
     for copy in copies:
         text = copy.read_text()
+        links = [link for link in LINK.findall(text) if not link.startswith("http")]
+        assert links and all((copy.parent / link).exists() for link in links), (copy, links)
         assert '"image/png"' in text and not re.search(r"/(?:tmp|home|root|Users)/", text), copy

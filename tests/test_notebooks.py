@@ -246,7 +246,8 @@ def test_suite_ends_with_the_success_line(tiny):
     results = json.loads((run / "results.json").read_text())
     *_, success = [line for line in output.splitlines() if "success rate" in line]
     assert success.startswith(f"{results['successes']} of 2 episodes, success rate")
-    assert re.search(r"length \d+\.\d \+- \d+\.\d steps, \d+\.\d minutes", success)
+    assert re.search(r"mean length \d+\.\d steps \(standard deviation \d+\.\d\), \d+\.\d minutes",
+                     success)
     assert f"{run}: notebooks 8, figures {len(FIGURES)}, " in output
     assert output.splitlines()[-1].startswith("next ")
 

@@ -19,7 +19,7 @@ from trm_helpers.training.runs import load_config
 from trm_helpers.visuals.figure import describe, new_axes, save_figure
 from trm_helpers.visuals.films import write_video
 
-PROTOCOL = dict(protocol="quick", source="openvla with ten episodes", num_episodes=10,
+PROTOCOL = dict(protocol="quick", source="OpenVLA's with ten episodes", num_episodes=10,
                 first_init_state=0, horizon=280, weights="best")
 
 
@@ -72,8 +72,8 @@ def test_everything_in_the_folder_is_on_the_page(trained, capsys):
     text = (trained / "report.md").read_text()
     for expected in (
         "18 of 20 episodes",
-        "Protocol quick (openvla with ten episodes): 10 episodes per task from official init",
-        "| libero_object 1 | 9 of 10 | 90.0 | 60 to 98 | 90.0 |",
+        "Protocol quick (OpenVLA's with ten episodes): 10 episodes per task from official init",
+        "| task 1 | 9 of 10 | 90.0 | 60 to 98 | 90.0 |",
         "| all | 18 of 20 | 90.0 | 70 to 97 | 90.0 |", "| no-op | 0 of 10 | 0.0 | 0 to 28 | 90.0 |",
         "| actions 0.1 s late | 6 of 10 | 60.0 | 31 to 83 | -30 | 0.25 | 0 |",
         "- not used by this policy: wrist camera black: it has none",

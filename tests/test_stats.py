@@ -104,7 +104,7 @@ def test_one_line():
     summary = summarize_episodes(episodes("1111111100", steps=120))
     assert format_success(summary) == (
         "8 of 10 episodes, success rate 80 % (95 % Wilson interval 49 to 94 %), "
-        "length 120.0 +- 0.0 steps"
+        "mean length 120.0 steps (standard deviation 0.0)"
     )
 
 

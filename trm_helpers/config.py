@@ -149,10 +149,10 @@ class ModelConfig(_Part):
 
     variant: Literal[schema.VARIANTS] = "block"  # the reference, the paper's trm, baselines
     hidden_dim: int = 256  # D, width of the state
-    num_recursions: int = 8  # applications of the block (trm: supervision steps; baselines: 1)
+    num_recursions: int = 8  # recursions per decision (baselines: 1)
     num_layers: int = 2  # layers of trm's shared network, the transformer, each network of act
     latent_updates: int = 6  # trm: n, updates of z before each update of y
-    cycles: int = 3  # trm: T, cycles per step, of which the last has a gradient
+    cycles: int = 3  # trm: T, cycles per recursion, of which the last has a gradient
     image_grid: int = 4  # image_grid x image_grid tokens per camera; not for block
     deep_supervision: bool = False  # a loss on the answer of every recursion
     halting: Literal[schema.HALTING] = "fixed"  # halting rule, see TRMPolicy.recurse

@@ -205,7 +205,7 @@ class EvalProtocol:
 
 
 PROTOCOLS = {protocol.name: protocol for protocol in (
-    EvalProtocol("quick", "openvla with ten episodes", 10, HORIZONS, SETTLE_STEPS),
+    EvalProtocol("quick", "OpenVLA's with ten episodes", 10, HORIZONS, SETTLE_STEPS),
     EvalProtocol("libero", "LIBERO, libero/lifelong/metric.py and configs/eval/default.yaml", 20,
                  dict.fromkeys(HORIZONS, 600), 5, (0.0,) * ACTION_DIM),
     EvalProtocol("openvla", "OpenVLA, experiments/robot/libero/run_libero_eval.py", 50, HORIZONS,

@@ -119,17 +119,18 @@ def format_success(summary: Mapping) -> str:
     if summary.get("errors"):
         errors += (f"; not counted: {len(summary['errors'])} that the machine could not run "
                    "(simulator, process or time limit)")
+    spread = (f" (standard deviation {summary['std_length']:.1f})"
+              if summary["episodes"] > 1 else "")
     return (f"{summary['successes']} of {summary['episodes']} episodes, "
             f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
             f"{100 * summary['wilson_low']:.0f} to {100 * summary['wilson_high']:.0f} %), "
-            f"length {summary['mean_length']:.1f} +- {summary['std_length']:.1f} steps"
-            f"{tasks}{errors}")
+            f"mean length {summary['mean_length']:.1f} steps{spread}{tasks}{errors}")
 
 
-def comparison_rows(summaries: Mapping[str, Mapping]) -> list[dict]:
-    """Rows of a table, one per policy, from summaries of :func:`summarize_episodes` by name."""
+def comparison_rows(summaries: Mapping[str, Mapping], head: str = "policy") -> list[dict]:
+    """Rows of a table from summaries of :func:`summarize_episodes` by name, under this head."""
     return [{
-        "policy": name,
+        head: name,
         "successes": f"{summary['successes']} of {summary['episodes']}",
         "success rate (%)": round(100 * summary["success_rate"], 1),
         "95 % Wilson interval (%)": (f"{100 * summary['wilson_low']:.0f} to "

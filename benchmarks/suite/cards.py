@@ -54,7 +54,7 @@ def plot_cards(cards: Mapping[str, Mapping]) -> Figure:
 
 @styled
 def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
-    """Success, time and error by the recursions used, of several policies by name.
+    """Success, time and error by recursions per decision, of several policies by name.
 
     Each policy has a colour, each kind of row a marker, and a line joins a policy's fixed depths.
     """
@@ -75,7 +75,8 @@ def plot_depth_cards(cards: Mapping[str, Mapping]) -> Figure:
     for number, kind in enumerate(kinds):
         panels["success"].plot([], [], linestyle="", color=GREY, label=kind,
                                marker=MARKERS[number % len(MARKERS)])
-    fig.suptitle(f"{len(cards)} policies in control: {tasks_in_short(first)}")
+    fig.suptitle(f"{len(cards)} policies in control: {tasks_in_short(first)}\n"
+                 "(marks that would coincide are drawn side by side)")
     fig.legend(*panels["success"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return describe(fig, _in_words(cards, "name"))
 

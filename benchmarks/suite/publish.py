@@ -199,15 +199,23 @@ def show_cards(stored: list[dict]):
     if kind == "robustness" and all(_NUMBERED.fullmatch(label) for label in cards):
         return compared(efficiency_lines(cards)), plot_efficiency(cards)
     if kind == "robustness":
-        return compared(robustness_lines(cards)), plot_cards(cards)
+        return (compared(robustness_lines(cards), "not run, or the policy lacks this input"),
+                plot_cards(cards))
     if kind == "depth":
         fig = plot_depth_cards(cards) if len(cards) > 1 else plot_depth_card(*cards.values())
         return depth_tables(cards), fig
     (only,) = cards.values()  # of probes one to a group
+    only = {**only, "rows": [{**row, "state": state_name(row, only)} for row in only["rows"]]}
     lines = [["state", *only["quantities"]]]
     lines += [[row["state"], *(f"{middle:.2f} ({low:.2f} to {high:.2f})"
                                for middle, low, high in row["explained"])] for row in only["rows"]]
     return markdown(lines), plot_probes(only)
+
+
+def state_name(row: dict, probes: dict) -> str:
+    """The answer y of a policy without a latent z is its only state, h."""
+    two = any(other["state"].startswith("latent") for other in probes["rows"])
+    return row["state"] if two else row["state"].replace("answer", "state")
 
 
 def titled(card: dict) -> dict:
@@ -243,9 +251,9 @@ def missing(meaning: str) -> str:
     return f"\n{MISSING}: {meaning}.\n"
 
 
-def compared(lines: list[list]) -> str:
+def compared(lines: list[list], meaning: str = "not run") -> str:
     gaps = any(MISSING in line for line in lines)
-    return markdown(lines) + missing("not run") * gaps
+    return markdown(lines) + missing(meaning) * gaps
 
 
 def robustness_lines(cards: dict[str, dict]) -> list[list[str]]:
@@ -286,9 +294,9 @@ def plot_efficiency(cards: dict[str, dict]):
         rate, whiskers = figure.success_rates(list(rows.values()))
         axes.errorbar(list(rows), rate, whiskers, capsize=3, color=PALETTE[number],
                       marker="os^D"[number % 4], label=kind)
-    figure.count_axis(axes.xaxis)
     axes.set(xlabel="demonstrations per task, of which a fifth chooses the epoch",
-             ylabel="success rate (%), whiskers: 95 % Wilson", ylim=(-2, 104),
+             xticks=sorted({number for rows in by_kind(cards).values() for number in rows}),
+             ylabel="success rate (%)\n(whiskers: 95 % Wilson interval)", ylim=(-2, 104),
              title="Success by the number of demonstrations\n"
                    + tasks_in_short(next(iter(cards.values()))))
     axes.set_xlim(left=0)
@@ -307,7 +315,7 @@ def plot_probes(probes: dict):
     for number, quantity in enumerate(probes["quantities"]):
         colour = PALETTE[number % len(PALETTE)]
         axes.axhline(rows["input"][number, 0], color=colour, linestyle=":", linewidth=1)
-        for word, style in (("answer", "-"), ("latent", "--")):
+        for word, style in (("answer", "-"), ("state", "-"), ("latent", "--")):
             depths = [int(name.split()[-1]) for name in rows if name.startswith(word)]
             if not depths:
                 continue
@@ -316,12 +324,14 @@ def plot_probes(probes: dict):
             axes.errorbar(np.array(depths) + 0.03 * number, middle, [middle - low, high - middle],
                           color=colour, linestyle=style, marker="o", markersize=3, capsize=2)
         axes.plot([], [], color=colour, linewidth=4, label=quantity)
-    for word, style in (("answer y", "-"), ("latent z", "--"), ("input x", ":")):
+    for word, style in (("answer y", "-"), ("state h", "-"), ("latent z", "--"), ("input x", ":")):
         if any(name.startswith(word.split()[0]) for name in rows):
             axes.plot([], [], color="black", linestyle=style, label=word)
     figure.count_axis(axes.xaxis)
-    axes.set(xlabel="recursions (below the axis: worse than the mean)",
-             ylabel="share of variance explained", ylim=(-0.1, 1.02),
+    below = [quantity for number, quantity in enumerate(probes["quantities"])
+             if max(line[number, 0] for line in rows.values()) < 0.02]
+    axes.set(xlabel="recursions" + f"\n(below the axis, worse than the mean: {', '.join(below)})"
+             * bool(below), ylabel="share of variance explained", ylim=(-0.1, 1.02),
              title="What a linear probe reads from the state after each recursion")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     last = list(rows)[-1]
@@ -348,7 +358,7 @@ def label(row: dict, rows: list[dict]) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    """Success of each policy, compared with the first of its seed; then size and training."""
+    """Success, compared with the first policy of the same seed or else seed; then training."""
     first = {row["seed"]: row for row in reversed(rows)}
     tasks = [task["task_id"] for task in rows[0]["results"]["tasks"]]
     columns = ([f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) <= _MOST_TASKS
@@ -366,10 +376,12 @@ def tables(rows: list[dict]) -> str:
             values = [f"{100 * results['task_low']:.0f} to {100 * results['task_high']:.0f} %",
                       f"task {worst['task_id']}: {worst['successes']} of {worst['episodes']}"]
         against = REFERENCE
-        if row is not first[row["seed"]]:
-            test = paired_mcnemar(first[row["seed"]]["episodes"], row["episodes"])
+        if row is not rows[0]:
+            other = first[row["seed"]] if row is not first[row["seed"]] else rows[0]
+            test = paired_mcnemar(other["episodes"], row["episodes"])
             p_value = test["p_value"]
-            against = (f"{100 * test['difference']:+.0f} points, "
+            against = (f"seed {other['seed']}: " * (other["seed"] != row["seed"])
+                       + f"{100 * test['difference']:+.1f} points, "
                        f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.2g}'}")
         low, high = 100 * results["wilson_low"], 100 * results["wilson_high"]
         success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",

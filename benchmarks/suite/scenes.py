@@ -58,7 +58,7 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
     The reference is compared with each arm by the first measure; the others are only listed.
     """
     (what, title), *others = measures.items()
-    table = [["arm", title, "95 % Wilson interval", f"{reference} against it: gap in points, p",
+    table = [["network", title, "95 % Wilson interval", f"{reference} against it: gap in points, p",
               "95 %, tasks and seeds resampled", *(name for _, name in others)]]
     for arm in arms:
         runs = having(stored, split, arm)
@@ -102,10 +102,11 @@ def plot_looks(stored: list[dict]):
             axes.axhline(share, color=colour, linestyle=style, label=arm)
         axes.axvline(6, color="grey", linewidth=1)
         figure.count_axis(axes.xaxis)
-        axes.set(xlabel="looks (at most 6 in training)", title=suite)
+        axes.set(xlabel="looks (at most 6 in training)",
+                 title=suite.replace("libero_", "LIBERO-").title().replace("Libero", "LIBERO"))
     fig.axes[0].set(ylabel="scenes within 1 % of the side (%)")
     fig.axes[-1].legend(loc="lower right")
-    fig.suptitle("Accuracy after each look")
+    fig.suptitle("Accuracy after each look (a line per seed; without marks: their mean)")
     shares = {arm: 100 * hits(stored, "test", arm, "close").mean()
               for arm in ("first look", "one look", "look again")}
     return figure.describe(fig, "; ".join(f"{arm}: {share:.0f} % of all scenes"
@@ -130,7 +131,7 @@ def plot_bowls(stored: list[dict]):
         axes.set(xlabel="steps (at most 6 in training)", title=title)
     fig.axes[0].set(ylabel="scenes with the right bowl (%)")
     fig.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    fig.suptitle("Accuracy by the number of steps")
+    fig.suptitle("Accuracy by the number of steps (a line per seed; without marks: their mean)")
     return figure.describe(fig, "; ".join(
         f"{arm}: {100 * hits(stored, 'test', arm, 'right').mean():.0f} % of the scenes with two to "
         f"four bowls, {100 * hits(stored, 'more', arm, 'right').mean():.0f} % with more"

@@ -61,9 +61,10 @@ def run(trained, monkeypatch):
 
 
 def test_phases_are_read_from_the_gripper():
-    closed = [False] * 2 + [True] * 10 + [False] * 2 + [True]
-    assert phases(closed) == (["reach"] * 2 + ["grasp"] * 8 + ["carry"] * 2 + ["place"] * 2
-                              + ["grasp"])
+    failed, held = [True] * 9 + [False], [True] * 12 + [False] * 2
+    assert phases([False] * 2 + failed + held + [True, False]) == (
+        ["reach"] * 2 + ["grasp"] * 8 + ["carry", "reach"] + ["grasp"] * 8 + ["carry"] * 4
+        + ["place"] * 2 + ["grasp", "place"])
     assert phases([]) == []
 
 

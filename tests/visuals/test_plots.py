@@ -175,7 +175,8 @@ def test_success_bars_have_wilson_intervals_and_counts():
     summary = summarize_episodes(episodes(8, 10) + episodes(0, 10, task_id=3))
     axes = plots.plot_success({"policy": summary}).axes[0]
     assert bar_heights(axes) == [80, 0, 40]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["object 0", "object 3", "all"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "3", "all"]
+    assert axes.get_xlabel() == "task of libero_object"
     assert [text.get_text() for text in axes.texts] == ["8/10", "0/10", "8/20"]
     whiskers = axes.collections[0].get_segments()
     for segment, (successes, count) in zip(whiskers, ((8, 10), (0, 10), (8, 20)), strict=True):

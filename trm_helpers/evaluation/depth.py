@@ -203,7 +203,7 @@ def depth_rows(card: Mapping) -> list[dict]:
 
 @styled
 def plot_depth_card(card: Mapping) -> Figure:
-    """Success, time and error by the recursions used, in a colour for each row."""
+    """Success, time and error by recursions per decision, in a colour for each row."""
     fig, panels = depth_panels([card])
     for number, row in enumerate(card["rows"]):
         draw_depth_row(panels, row, label=row["name"], color=PALETTE[number % len(PALETTE)],
@@ -228,14 +228,15 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
     columns = len(shown) // lines
     fig = new_figure(4.3 * columns + 0.6, 3.4 * lines + 0.8)
     panels = dict(zip(shown, fig.subplots(lines, columns, squeeze=False).flat, strict=True))
-    used = "mean recursions used (dotted: as trained)"
+    used = "recursions per decision, mean\n(dotted: at most in training)"
     percent = "success rate (%)"
-    labels = {"success": ("Success by recursions used\n(whiskers: 95 % Wilson interval)", used,
+    labels = {"success": ("Success by recursions\n(whiskers: 95 % Wilson interval)", used,
                           percent),
               "cost": ("Success by time\n", "milliseconds per executed action", percent),
-              "error": ("Error by recursions used", used,
+              "error": ("Error by recursions", used,
                         "mean absolute error of the arm's command"),
-              "phases": ("Recursions by phase", "phase of the episode", "recursions used, mean")}
+              "phases": ("Recursions by phase", "phase of the episode",
+                         "recursions per decision, mean")}
     for name, axes in panels.items():
         title, x, y = labels[name]
         axes.set(title=title, xlabel=x, ylabel=y)

@@ -19,6 +19,7 @@ from ..visuals.films import FPS, MAIN, draw_path, film_frame, intended_path, wri
 
 PHASES = ("reach", "grasp", "carry", "place")
 _GRASPING = 8  # steps that a grasp takes, from the command to close the gripper
+_HELD = 12  # steps closed, after which something was held; a failed grasp opens sooner
 _LIFTED = 0.02  # metres above an object's height at the start
 _EVERY = schema.CONTROL_HZ // FPS  # steps between frames of a film
 # raised while a policy decides, too; any other error that a policy raises is its own failure
@@ -118,15 +119,17 @@ def phases(closed: Sequence[bool]) -> list[str]:
     """One of :data:`PHASES` per step, from whether the command closes the gripper.
 
     ``reach`` until it first closes, ``grasp`` for 8 steps from each closing, ``carry`` while it
-    then stays closed, ``place`` after it has opened again.
+    then stays closed, ``place`` after it has opened again; ``reach`` again if it has not yet been
+    closed for 12 steps, which is a failed grasp.
     """
-    named, steps, ever = [], 0, False  # steps for which it has been closed
+    named, steps, held = [], 0, False  # steps for which it has been closed
     for now in closed:
-        steps, ever = (steps + 1 if now else 0), ever or now
+        steps = steps + 1 if now else 0
+        held |= steps >= _HELD
         if steps:
             named.append("grasp" if steps <= _GRASPING else "carry")
         else:
-            named.append("place" if ever else "reach")
+            named.append("place" if held else "reach")
     return named
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
 import imageio.v2 as imageio
 import jinja2
+from markupsafe import Markup, escape
 from PIL import Image
 
 from ..files import inside, read_bytes
@@ -41,6 +43,7 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
     here = resources.files(__package__)
     script, style = ((here / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = _code
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     figures = Figures(run)
     shown = {name: figures.all(section.figures) for name, section in sections.items()}
@@ -57,6 +60,11 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
     empty = {"films": {}, "stills": {}, "hero": None, "not_embedded": 0}
     free = MAX_BYTES - _RESERVE - len(template.render(**content, **empty).encode())
     return template.render(**content, **_films(run, sections, free, left_out))
+
+
+def _code(text: str) -> Markup:
+    """The text for HTML, with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list[str]) -> dict:

@@ -42,7 +42,7 @@ class Section:
     Args:
         rows: of a table.
         code: a block of lines.
-        missing: how to make a section that has no content yet.
+        missing: how to make a section that has no content yet; code between backticks.
         figures: names of files in ``figures/``, as far as they exist.
         shown: what the page draws: ``bars``, ``episodes``, ``moments``.
     """
@@ -81,7 +81,8 @@ def _task(run: Path) -> Section:
     config = load_config(run)
     suite, model, task_ids = config.data.suite, config.model, config.data.task_ids
     each = model.cycles * (model.latent_updates + 1) if model.variant == "trm" else 1
-    network = (f"a Tiny Recursive Model ({model.variant}), which applies one small network "
+    kind = "a Tiny Recursive Model" if model.variant == "trm" else "a recursive network"
+    network = (f"{kind} ({model.variant}), which applies one small network "
                f"{_count(each * model.num_recursions, 'time')} per decision"
                + (f" ({_count(model.num_recursions, 'recursion')} of {each})" if each > 1 else "")
                if model.variant in schema.RECURSIVE else
@@ -122,10 +123,9 @@ def _success(run: Path) -> Section:
                      f"first: {results['errors'][0]['error']}")
     tasks = results["tasks"]
     others = ({"all": results} if len(tasks) > 1 else {}) | bounds
-    table = {f"{task['suite']} {task['task_id']}": task for task in tasks} | others
-    bars = {f"task {task['task_id']}": task for task in tasks} | others
-    return Section(title, stale(run, protocol), texts, comparison_rows(table),
-                   shown={"bars": _bars(bars), "rate": _percent(results["success_rate"]),
+    rows = {f"task {task['task_id']}": task for task in tasks} | others
+    return Section(title, stale(run, protocol), texts, comparison_rows(rows, "task or baseline"),
+                   shown={"bars": _bars(rows), "rate": _percent(results["success_rate"]),
                           "counts": f"{results['successes']} of {results['episodes']}"})
 
 
@@ -153,12 +153,12 @@ def _episodes(run: Path) -> Section:
                 "video": row.get("video") and inside(run, folder / "videos" / str(row["video"]))})
     own = [each for each in episodes if not each["change"]]
     if not own:
-        return Section(title, missing="06_eval plays the episodes.")
+        return Section(title, missing="`06_eval` plays the episodes.")
     failed = sum(each["outcome"] == "failure" for each in own)
     return Section(title, stale(run, read_jsonl(run / "episodes.jsonl")[-1]), [
         f"{_count(len(own), 'episode')}, of which {failed} failed and "
         f"{sum(each['outcome'] == 'excluded' for each in own)} could not be run; "
-        f"{sum(bool(each['video']) for each in own)} were filmed."], shown={"episodes": episodes})
+        f"films: {sum(bool(each['video']) for each in own)}."], shown={"episodes": episodes})
 
 
 def _outcome(row: Mapping) -> dict:
@@ -185,7 +185,7 @@ def _inside(run: Path) -> Section:
     title = "Inside the recursion"
     found = _read(run / "explain.json")
     if found is None:
-        return Section(title, missing="07_visualize looks inside the policy: "
+        return Section(title, missing="`07_visualize` looks inside the policy: "
                        + _played(run, "07_visualize"))
     return Section(title, stale(run, found), sentences=found["sentences"],
                    figures=["07_recursion.png", "07_predictions.png"],
@@ -210,7 +210,7 @@ def _numbers(values: Sequence, count: int = schema.ACTION_DIM) -> list[float]:
 def _training(run: Path) -> Section:
     epochs = read_jsonl(run / "metrics.jsonl")
     if not epochs:
-        return Section("Training", missing="04_train trains a policy.")
+        return Section("Training", missing="`04_train` trains a policy.")
     best = min(epochs, key=lambda row: row["val_loss"])
     minutes = sum(row["seconds"] for row in epochs) / 60
     return Section("Training", texts=[
@@ -221,7 +221,7 @@ def _training(run: Path) -> Section:
 
 def _saliency(run: Path) -> Section:
     return Section("Where it looks", figures=["07_saliency.png"],
-                   missing="07_visualize computes which pixels affect the action: "
+                   missing="`07_visualize` computes which pixels affect the action: "
                            + _played(run, "07_visualize"))
 
 
@@ -230,8 +230,8 @@ def _robustness(run: Path) -> Section:
     card = _read(run / "robustness.json")
     if card is None:
         return Section(title, missing=(
-            "06_eval with robustness_episodes=10, or python -m trm_helpers robustness "
-            f"{shlex.quote(run_name(run))}, measures which changes it survives."))
+            "`06_eval` with `robustness_episodes=10`, or `python -m trm_helpers robustness "
+            f"{shlex.quote(run_name(run))}`, measures which changes it survives."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row. Perturbed episodes start from the init states of the "
         "plain ones, episodes in LIBERO-PRO's suites from others."],
@@ -244,8 +244,8 @@ def _depth(run: Path) -> Section:
     card = _read(run / "depth.json")
     if card is None:
         return Section(title, figures=["07_depth.png"], missing=(
-            "07_visualize with depth_episodes=10, or python -m trm_helpers depth "
-            f"{shlex.quote(run_name(run))}, measures success with fewer and more recursions."))
+            "`07_visualize` with `depth_episodes=10`, or `python -m trm_helpers depth "
+            f"{shlex.quote(run_name(run))}`, measures success with fewer and more recursions."))
     return Section(title, stale(run, card), [
         f"{tasks_in_short(card)} per row, from the same init states."], depth_rows(card),
         figures=["07_depth.png"], shown={"bars": _bars({row["name"]: row for row in card["rows"]})})
@@ -256,7 +256,7 @@ def _data(run: Path) -> Section:
     rows = [{"file": Path(file["file"]).name, "source": file["source"],
              "demonstrations": len(file["demos"]), "steps": file["steps"]}
             for file in trained_on["files"]]
-    texts = [f"{sum(row['demonstrations'] for row in rows)} demonstrations in "
+    texts = [f"{_count(sum(row['demonstrations'] for row in rows), 'demonstration')} in "
              f"{_count(len(rows), 'file')}, {sum(row['steps'] for row in rows)} steps, "
              f"trained on; further ones were held out for validation. Layouts: {data.placement}."]
     if "scripted" in {row["source"] for row in rows}:
@@ -275,7 +275,7 @@ def _data(run: Path) -> Section:
 def _search(run: Path) -> Section:
     best, trials = inside(run, "search/best.yaml"), _read(run / "search" / "trials.json", list)
     if not (best and trials):
-        return Section("Search", missing="05_search compares hyper-parameters.")
+        return Section("Search", missing="`05_search` compares hyper-parameters.")
     return Section("Search", texts=[f"{verdict(trials)} Best of {len(trials)} configurations:"],
                    code=best.read_text().strip(), figures=["05_search.png"])
 
@@ -298,8 +298,8 @@ def _played(run: Path, notebook: str) -> str:
     """The command that runs a notebook, of a shipped policy with few demonstrations to collect."""
     name = run_name(run)
     few = f' -p task_ids "[{load_config(run).data.task_ids[0]}]" -p num_demos 5'
-    return (f"python -m trm_helpers run {notebook} -p run_name {shlex.quote(name)}"
-            + few * (name in shipped_policies()))
+    return (f"`python -m trm_helpers run {notebook} -p run_name {shlex.quote(name)}"
+            + few * (name in shipped_policies()) + "`")
 
 
 def _reproduce(run: Path) -> Section:

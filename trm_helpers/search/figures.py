@@ -61,15 +61,15 @@ def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figu
         ranking.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3)
         ranking.set(xlim=(0, 1.2 * max(losses)), xlabel="final validation loss")
         ranking.locator_params(axis="x", nbins=5)
-    ranking.set_title("Ranking (best in red, bold)")
+    ranking.set_title("Ranking (best in bold)")
     ranking.invert_yaxis()
     ranking.get_yticklabels()[0].set_fontweight("bold")
     for trial, colour in reversed(list(zip(trials, colours, strict=True))):
         epochs = range(1, len(trial["val_losses"]) + 1)
         curves.plot(epochs, trial["val_losses"], color=colour, marker=".",
                     linewidth=2.5 if trial is trials[0] else 1.2)
-    curves.set(xlabel="epoch", ylabel="log scale",
-               title="Validation loss (best: red, thick)")
+    curves.set(xlabel="epoch", ylabel="validation loss (log scale)",
+               title="Training (best: thick line)")
     log_axis(curves.yaxis)
     count_axis(curves.xaxis)
     legend = "".join(f", {short} {name}" for name, short in _SHORT.items() if name in names)
@@ -126,7 +126,7 @@ def plot_search_importance(shares: Mapping[str, float], trials: Sequence[Mapping
 
 @styled
 def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> Figure:
-    """A line per trial through its settings to its result, the best in red and in front."""
+    """A line per trial through its settings to its result, the best thick and in front."""
     trials = _complete(trials)
     result = "success_rate" if all("success_rate" in t for t in trials) else "final_val_loss"
     title = {"success_rate": "success rate (%)", "final_val_loss": "final validation loss"}[result]
@@ -155,7 +155,7 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
     axes.set(xticks=range(len(heights)), xticklabels=[*names, title], yticks=[],
              xlim=(-0.1, len(heights) - 0.6))
     axes.spines[["left", "bottom"]].set_visible(False)
-    fig.suptitle(f"{len(trials)} trials across their settings (best in red, then dark to light; "
+    fig.suptitle(f"{len(trials)} trials across their settings (best: thick; others dark to light; "
                  "lr on a log scale)")
     return describe(fig, f"The best: {_label(trials[0], names)}, {title} "
                          f"{trials[0][result] * (100 if result == 'success_rate' else 1):.4g}.")

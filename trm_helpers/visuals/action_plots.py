@@ -41,7 +41,7 @@ def plot_action_statistics(actions) -> Figure:
         axes.set_ylabel("share of steps (%)" if dim % 4 == 0 else "")
     grid[-1].axis("off")
     grid[-1].legend(*grid[0].get_legend_handles_labels(), loc="upper left")
-    fig.suptitle(f"{len(actions):,} actions by dimension (environment units)")
+    fig.suptitle(f"{len(actions):,} actions by dimension (commands, −1 to 1)")
     return describe(fig, f"{'; '.join(axes.get_title() for axes in grid[:-1])}.")
 
 

@@ -138,7 +138,7 @@ def plot_predictions(images: Sequence[np.ndarray], report: Mapping) -> Figure:
         bars.axvline(0, color=GREY, linewidth=0.6)
         limit = 1.05 * max(1.0, *np.abs([*sample["target"], *sample["prediction"]]))
         bars.set(yticks=place, yticklabels=schema.ACTION_NAMES if i == 0 else [],
-                 xlim=(-limit, limit), xlabel="environment units")
+                 xlim=(-limit, limit), xlabel="command (−1 to 1)")
         bars.invert_yaxis()
     fig.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     errors, ratios = fig.add_subplot(grid[2, :count]), fig.add_subplot(grid[2, count:])
@@ -211,7 +211,7 @@ def _mean_interval(values: np.ndarray) -> tuple[float, list[float]]:
 def depth_sentence(curve: Mapping) -> str:
     """The paired differences of a :func:`depth_curve`, and which of them can be measured."""
     trained = curve["trained_depth"]
-    found = [f"depth {depth} {gap:+.4f} ({low:+.4f} to {high:+.4f}"
+    found = [f"depth {depth} {gap:+.5f} ({low:+.5f} to {high:+.5f}"
              + (")" if low * high > 0 else ", not significant)")
              for depth, gap, (low, high) in zip(curve["depths"], curve["arm_gap"],
                                                 curve["arm_gap_interval"], strict=True)
@@ -226,24 +226,25 @@ def plot_depth_curve(curve: Mapping) -> Figure:
     fig = new_figure(MAX_WIDTH, 3.4)
     error, gap, gripper = fig.subplots(1, 3)
     error.plot(curve["depths"], curve["arm_error"], marker="o")
-    error.set(ylabel="mean absolute error", title="Error of the arm",
+    error.set(ylabel="mean absolute error", title="Error of the arm\n",
               ylim=(0, 1.1 * max(curve["arm_error"])))
     gap.axhline(0, color=GREY, linewidth=0.6)
-    gap.set(ylabel="difference of the error", title="Arm, against the trained depth")
+    gap.set(ylabel="difference of the error",
+            title="Arm, against the trained depth\n(95 % interval of the pairs)")
     for axes, key, ends in ((gap, "arm_gap", "arm_gap_interval"),
                             (gripper, "gripper_accuracy", "gripper_interval")):
         low, high = np.transpose(curve[ends])
         axes.errorbar(curve["depths"], curve[key],
                       [np.subtract(curve[key], low), np.subtract(high, curve[key])],
-                      marker="o", capsize=3, label="with 95 % interval of the pairs")
-    gripper.set(ylabel="share with the right sign", title="Gripper (95 % Wilson interval)")
+                      marker="o", capsize=3)
+    gripper.set(ylabel="share with the right sign", title="Gripper\n(95 % Wilson interval)")
     for axes in (error, gap, gripper):
         axes.axvline(curve["trained_depth"], color=GREY, linestyle=":",
                      label=f"trained with {curve['trained_depth']}")
-        axes.set(xlabel="recursions at inference")
+        axes.set(xlabel="recursions per decision")
         count_axis(axes.xaxis)
-    fig.legend(*gap.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("Error of the first action by recursion depth (environment units)")
+    fig.legend(*gap.get_legend_handles_labels(), loc="outside lower center")
+    fig.suptitle("Error of the first action by recursions per decision (of commands, −1 to 1)")
     rows = zip(curve["depths"], curve["arm_error"], curve["gripper_accuracy"], strict=True)
     return describe(fig, "; ".join(
         f"depth {depth}: arm {error:.3f}, gripper right in {100 * right:.0f} %"
@@ -259,18 +260,22 @@ def prediction_by_depth(policy, observations: Mapping, depths: Sequence[int]) ->
                          for depth in depths])
 
 
+def _dimension_colour(dim: int) -> str:
+    return "black" if dim == schema.GRIPPER_INDEX else PALETTE[dim]
+
+
 @styled
 def plot_prediction_by_depth(depths: Sequence[int], actions: np.ndarray) -> Figure:
     """The figure of :func:`prediction_by_depth`."""
     axes = new_axes(7, 3.6)
     for dim in range(schema.ACTION_DIM):
-        colour, style = ("black", "--") if dim == schema.GRIPPER_INDEX else (PALETTE[dim], "-")
-        axes.plot(depths, actions[:, dim], style, marker="osD^v<>"[dim], markersize=4, color=colour)
+        axes.plot(depths, actions[:, dim], "--" if dim == schema.GRIPPER_INDEX else "-",
+                  marker="osD^v<>"[dim], markersize=4, color=_dimension_colour(dim))
     axes.axhline(0, color=GREY, linewidth=0.6)
-    axes.set(xlabel="recursions at inference", ylabel="first action (environment units)",
-             title="One sample's action by recursion depth")
+    axes.set(xlabel="recursions per decision", ylabel="first action (command, −1 to 1)",
+             title="One sample's action by recursions per decision")
     count_axis(axes.xaxis)
-    label_right(axes, {name: (actions[-1, dim], "black")
+    label_right(axes, {name: (actions[-1, dim], _dimension_colour(dim))
                        for dim, name in enumerate(schema.ACTION_NAMES)})
     dim = np.ptp(actions, axis=0).argmax()
     return describe(axes.figure, f"{schema.ACTION_NAMES[dim]} changes most, from "
@@ -303,7 +308,8 @@ def plot_halting(profile: Mapping) -> Figure:
     axes.bar(steps, [100 * np.mean(np.equal(profile["depths"], step)) for step in steps],
              color=BLUE)
     axes.axvline(profile["mean"], color=RED, linestyle="--", label=f"mean {profile['mean']:.2f}")
-    axes.set(xlabel=f"recursions used (at most {profile['limit']})", ylabel="share of samples (%)",
+    axes.set(xlabel=f"recursions per decision (at most {profile['limit']})",
+             ylabel="share of samples (%)",
              title=f"Recursions of {len(profile['depths'])} samples "
                    f"(halting: {profile['halting']})")
     count_axis(axes.xaxis)

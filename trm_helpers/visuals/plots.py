@@ -130,7 +130,7 @@ def plot_augmentation(original, augmented) -> Figure:
 
 @styled
 def plot_batch(batch: Mapping, count: int = 6) -> Figure:
-    """First samples of a batch: each camera's image and the first action, normalised."""
+    """First samples of a batch: each camera's image and the first action."""
     cameras = [key for key in batch["observations"] if key in schema.CAMERAS]
     size = len(batch["actions"])
     actions = np.asarray(batch["actions"]).reshape(size, -1, schema.ACTION_DIM)[:, 0]
@@ -150,10 +150,10 @@ def plot_batch(batch: Mapping, count: int = 6) -> Figure:
         axes.invert_yaxis()
         axes.tick_params(labelleft=i == 0)
         grid[0, i].set_title(f"sample {i + 1}")
-    fig.supxlabel("normalised action")
-    fig.suptitle(f"The first {count} of {size} samples in a batch, each at its first step")
+    fig.supxlabel("first action of the chunk, as the network is to predict it")
+    fig.suptitle(f"The first {count} of {size} samples in a batch")
     return describe(fig, f"{' and '.join(schema.CAMERA_TITLES[camera] for camera in cameras)} of "
-                         "each sample, and its seven normalised action values.")
+                         "each sample, and the seven values of its first action.")
 
 
 @styled
@@ -235,7 +235,10 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
     Values are summaries of `stats.summarize_episodes`; with several tasks, a last group of bars
     shows them together.
     """
-    groups = {name: {f"{task['suite'].removeprefix('libero_')} {task['task_id']}": task
+    suites = {task["suite"] for summary in summaries.values() for task in summary["tasks"]}
+    (only,) = suites if len(suites) == 1 else ("",)
+    groups = {name: {str(task["task_id"]) if only else
+                     f"{task['suite'].removeprefix('libero_')} {task['task_id']}": task
                      for task in summary["tasks"]} for name, summary in summaries.items()}
     labels = list(dict.fromkeys(label for tasks in groups.values() for label in tasks))
     if len(labels) > 1:
@@ -254,7 +257,8 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
                      labels=[""] * len(places) if full else (),
                      hatch=HATCHES[number % len(HATCHES)], text={"rotation": 90 if crowded else 0})
     axes.set(xticks=range(len(labels)), xticklabels=labels, xlim=(-0.8, len(labels) - 0.2),
-             xlabel="suite and task", ylim=(0, 126 if crowded and not full else 112),
+             xlabel=f"task of {only}" if only else "suite and task",
+             ylim=(0, 126 if crowded and not full else 112),
              yticks=range(0, 101, 20), ylabel="success rate (%)",
              title="Success rate with 95 % Wilson interval"
                    + "\n(above: successes/episodes)" * (not full))

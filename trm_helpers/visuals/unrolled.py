@@ -130,16 +130,16 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     limit = np.abs(states).max()
     image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
                         vmin=-limit, vmax=limit, origin="lower")
-    heat.set(xlabel="recursion step (0: before it)", xlim=(-0.5, len(states) - 0.5),
+    heat.set(xlabel="recursion (0: before the first)", xlim=(-0.5, len(states) - 0.5),
              ylabel="feature, sorted by last value", title="Hidden state of one sample")
     fig.colorbar(image, ax=heat, label="activation")
     norm.plot(steps, report["norms"], marker="o")
-    norm.set(xlabel="recursion step", title="L2 norm of the state",
+    norm.set(xlabel="recursion", title="L2 norm of the state",
              ylim=(0, 1.15 * max(report["norms"])))
     change.plot(steps[1:], report["changes"], marker="o", color=RED)
     change.axhline(CONVERGED * report["norms"][-1], color=GREY, linestyle=":",
                    label=f"converged below\n({100 * CONVERGED:.0f} % of the norm)")
-    change.set(xlabel="recursion step", title="L2 norm of its change",
+    change.set(xlabel="recursion", title="L2 norm of its change",
                ylim=(0, 1.25 * max(report["changes"])))
     change.legend(loc="upper right")
     for axes in (heat, norm, change):
@@ -202,7 +202,7 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
         if step == 0:
             top.set_title("start")
             continue
-        top.set_title(f"step {step}\nmoved {100 * steps['changes'][step - 1]:.1f} %")
+        top.set_title(f"recursion {step}\nchange {100 * steps['changes'][step - 1]:.1f} %")
         bottom = fig.add_subplot(grid[1, column])
         bottom.barh(place, actions[step - 1], 0.7, color=ORANGE, hatch="//", label="predicted")
         bottom.plot(target, place, "D", color=BLUE, markersize=4, linestyle="",
