@@ -179,6 +179,33 @@ def test_a_robustness_card_from_the_command_line(trained, monkeypatch, capsys):
     assert only == ("swap", "noise", "shift")
 
 
+@pytest.mark.parametrize("argv", [
+    ["depth", "--bound-episodes", "2"], ["depth", "--perturbation", "noise"],
+    ["depth", "--num-videos", "1"], ["robustness", "--bound-episodes", "2"]])
+def test_a_setting_that_a_card_does_not_use_is_refused(trained, argv, capsys):
+    command, *settings = argv
+    assert main([command, trained.name, *settings]) == 1
+    assert f"{' '.join(settings)} has no effect on {command}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["evaluate", ""], "RUN is empty"), (["report", ""], "RUN is empty"),
+    (["validate", "file", "--task-id", "9"], "--task-id 9 needs a suite"),
+    (["validate", "/dev/null"], "is no regular file")])
+def test_what_is_missing_is_said(trained, argv, message, capsys):
+    assert main(argv) == (3 if argv[1] == "/dev/null" else 1)
+    printed = capsys.readouterr()
+    assert message in printed.err + printed.out
+
+
+@pytest.mark.parametrize("variable", ["TRM_ARTIFACTS_DIR", "TRM_DATA_DIR"])
+def test_a_folder_that_cannot_be_written_names_its_variable(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "/dev/null")
+    assert main(["train", "tiny", "--run-name", "run"]) == 1
+    assert "cannot be written to (Not a directory); expected a folder that can, see TRM_" in (
+        capsys.readouterr().err)
+
+
 def test_a_bad_verdict_sets_the_exit_code(tmp_path, capsys):
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=36)
     assert main(["validate", str(file), "--json"]) == 3  # its frames are not 128 pixels wide

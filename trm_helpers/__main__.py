@@ -81,6 +81,8 @@ class Validate:
     replays: int = 3  # demonstrations to replay
 
     def __call__(self) -> Result:
+        if self.task_id and not self.suite:
+            raise ValueError(f"--task-id {self.task_id} needs a suite; give --suite")
         from .demos.quality import BAD, frame_size, quality_card
         from .sim.env import LiberoEnv
 
@@ -124,12 +126,16 @@ class Train:
         files = ensure_demonstrations(self.config, actor_of(self.config))
         if team.is_main:
             team.barrier()
-        rows = BehaviorCloningTrainer.from_config(
+        trainer = BehaviorCloningTrainer.from_config(
             self.config, files, run, selection_rate(run, self.config),
-            functools.partial(trained_localizer, run, self.config)).fit()
+            functools.partial(trained_localizer, run, self.config))
+        rows = trainer.fit()
         if not team.is_main:
             return None, [], True
         line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"
+        if not trainer.finished:
+            line += (f"; stopped before the {trainer.last_epoch} epochs, since the time is up: the "
+                     "same command continues")
         return {"run": str(run), **rows[-1]}, [line], True
 
 
@@ -190,6 +196,17 @@ class _Rollouts:
     eval: OmitArgPrefixes[EvalConfig]
     weights: Literal[schema.WEIGHTS] = "best"  # of the run
     task_ids: tuple[int, ...] = ()  # other tasks than the run's
+
+
+_UNUSED = {"num_videos": 0, "perturbation": "none", "bound_episodes": 0}  # by the cards
+
+
+def _refuse_unused(command: _Rollouts, *names: str) -> None:
+    """Raise ``ValueError`` for a setting of evaluations that a card does not use."""
+    for name in names:
+        if (value := getattr(command.eval, name)) != _UNUSED[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect on "
+                             f"{type(command).__name__.lower()}; leave it out, or use evaluate")
 
 
 @dataclass
@@ -270,6 +287,7 @@ class Robustness(_Rollouts):
 
         from .evaluation.robustness import card_notes, card_rows, robustness_card
 
+        _refuse_unused(self, "bound_episodes")
         card = robustness_card(self.run, self.eval, self.weights, self.task_ids, self.only)
         ok = not card["failed"] and not any(row["errors"] for row in card["rows"])
         table = pd.DataFrame(card_rows(card)).to_string(index=False)
@@ -293,6 +311,7 @@ class Depth(_Rollouts):
         from .evaluation.depth import depth_card, depth_rows
         from .stats import detectable
 
+        _refuse_unused(self, *_UNUSED)
         card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
                           self.task_ids, self.only)
         table = pd.DataFrame(depth_rows(card)).to_string(index=False)
@@ -394,7 +413,7 @@ def parse(argv: list[str]) -> Any:
                              f"python -m trm_helpers {name} RUN {rest[0]} ...")
         given = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
         if kind is not Evaluate:
-            given = {"eval": dataclasses.replace(given["eval"], num_videos=0, perturbation="none")}
+            given = {"eval": dataclasses.replace(given["eval"], **_UNUSED)}
     required = {part.name: tyro.MISSING for part in dataclasses.fields(kind)
                 if part.default is dataclasses.MISSING}
     page = io.StringIO()
@@ -488,6 +507,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = [argument for argument in argv if argument != "--json"]
     try:
         command = parse(argv)
+        if getattr(command, "run", None) == "":
+            raise ValueError("RUN is empty; expected a run under artifacts/, such as demo")
         if isinstance(command, (Search, Trial, Run)):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends kernels as Ctrl-C does
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

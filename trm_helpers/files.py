@@ -125,14 +125,17 @@ def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
         wait: ``False`` raises ``RuntimeError`` if another process holds the lock.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / lock).acquire(blocking=wait, cancel_check=stop and stop.is_set)
     except Timeout:
         if wait:
             raise KeyboardInterrupt from None
         raise RuntimeError(f"another process works in {folder}; wait until it has ended, or choose "
                            "another name") from None
+    except OSError as error:
+        raise PermissionError(f"{folder} cannot be written to ({error.strerror}); expected a "
+                              "folder that can, see TRM_DATA_DIR and TRM_ARTIFACTS_DIR") from None
     with held:
         yield
 

@@ -57,6 +57,23 @@ def test_the_size_of_the_frames_is_read_from_the_file(write):
     assert frame_size(write(agentview_rgb=None, eye_in_hand_rgb=None)) == schema.IMAGE_SIZE
 
 
+def test_copies_other_names_and_other_sizes_are_found(write):
+    with h5py.File(write(), "a") as file:
+        data = file["data"]
+        data.copy("demo_0", "demo_7")
+        data.copy("demo_0", "episode_x")
+        frames = data["demo_1/obs/agentview_rgb"][()]
+        del data["demo_1/obs/agentview_rgb"]
+        data["demo_1/obs/agentview_rgb"] = frames[:, :, :8]
+        path = file.filename
+    card = verdicts(path)
+    assert (card["copies"]["verdict"], card["copies"]["found"]) == (
+        "bad", "demo_7 of demo_0 among 3 demonstrations")
+    assert (card["names"]["verdict"], card["names"]["found"]) == ("look", "ignored: episode_x")
+    view = card["frames, agent view"]
+    assert view["verdict"] == "bad" and "16x16 and 16x8 pixels" in view["found"]
+
+
 def test_a_broken_layout_is_the_only_row(write):
     card = quality_card(write(actions=lambda values, demo: values * np.nan))
     assert [row["verdict"] for row in card] == ["bad"] and "NaN" in card[0]["found"]

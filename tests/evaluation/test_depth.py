@@ -182,6 +182,10 @@ def test_some_ways_alone(run):
 def test_bad_input(run, monkeypatch):
     with pytest.raises(ValueError, match=r"depths=\(0,\) is not valid"):
         depth_card(run, [0])
+    for wrong in ({"depths": [99999]}, {"depths": [1], "thresholds": [float("nan")]}):
+        with pytest.raises(ValueError, match="(num_recursions|convergence_threshold)=.* not valid"):
+            depth_card(run, config=CONFIG, **wrong)
+    assert not (run / "depth").exists()  # nothing was played
     with pytest.raises(ValueError, match="only='fixed 7' is not valid; expected one of 'as"):
         depth_card(run, [1], [], CONFIG, only=["fixed 7"])
     config = depth.load_config(run)

@@ -37,6 +37,11 @@ def test_shards_share_out_the_points():
                       [points[2], points[5]]]
 
 
+def test_a_shard_without_a_point_is_refused():
+    with pytest.raises(ValueError, match="search_shard='3/4' holds none of the 2 points"):
+        grid(SearchConfig(max_configs=2, search_shard="3/4"))
+
+
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/0"])
 def test_a_bad_shard_is_refused(shard):
     with pytest.raises(ValueError, match=f"search_shard='{shard}' is not valid; expected a part"):

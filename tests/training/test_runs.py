@@ -258,12 +258,16 @@ def test_a_run_with_a_former_option_loads_and_resumes(small_run):
     assert len(small_run("older", True, halting="adaptive", epochs=3).fit()) == 3
 
 
-def test_no_name_means_the_newest_trained_run(small_run):
-    for age, name in ((0, "new"), (100, "old")):
+def test_no_name_means_the_run_that_was_trained_last(small_run):
+    for age, name in ((100, "old"), (0, "new"), (50, "other")):
         run = small_run(name, epochs=1).run
-        (run / "policy.json").write_text("{}")
-        os.utime(run / "policy.json", (1e9 - age, 1e9 - age))
+        for file in ("policy.json", "best.safetensors"):
+            (run / file).write_text("{}")
+        os.utime(run / "best.safetensors", (1e9 - age, 1e9 - age))
+    (small_run("diverged", epochs=1).run / "policy.json").write_text("{}")  # it has no weights
     assert find_run().name == "new"
+    with pytest.raises(FileNotFoundError, match="there are: old, other, new, pretrained"):
+        find_run("nope")
 
 
 def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
@@ -459,6 +463,27 @@ def test_an_error_names_a_truncated_training_state(trained, length):
         load_training_state(trained)
 
 
+def test_a_trained_run_without_its_state_is_not_trained_again(trained, trainer):
+    (trained / "training_state.pt").unlink()
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="has 2 epochs but no training_state.pt"):
+        trainer.fit()
+    assert before.items() <= {path: path.read_bytes() for path in before}.items()
+    first, _ = (trained / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (trained / "metrics.jsonl").write_text(first)
+    (trained / "episodes.jsonl").touch()
+    with pytest.raises(ValueError, match="has 1 epoch but no training_state.pt"):
+        trainer.fit()  # it was evaluated
+    (trained / "episodes.jsonl").unlink()
+    assert len(trainer.fit()) == 2  # its first epoch was interrupted
+
+
+def test_an_error_says_that_the_description_is_missing(trained):
+    (trained / "policy.json").unlink()
+    with pytest.raises(FileNotFoundError, match="policy.json does not exist; expected the desc"):
+        runs.description(trained)
+
+
 class _Evil:
     def __reduce__(self):
         return print, ("code from a checkpoint ran",)
@@ -469,6 +494,6 @@ def test_loading_runs_no_code_from_the_file(trained, trainer, capsys):
     torch.save({"epoch": _Evil()}, trained / "training_state.pt")
     with pytest.raises(ValueError, match="training_state.pt .* more than tensors and numbers"):
         load_training_state(trained)
-    with pytest.raises(ValueError, match="remove it to train from the start"):
+    with pytest.raises(ValueError, match=f"put an intact one back, or {runs.ANEW}"):
         trainer.fit()
     assert "code from a checkpoint ran" not in capsys.readouterr().out

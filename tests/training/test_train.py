@@ -356,6 +356,9 @@ def test_missing_weights_are_restored_or_reported(small_run):
     last.unlink()
     small_run("run", True).fit()
     assert last.read_bytes() == before
+    cut(best)
+    with pytest.raises(ValueError, match="best.safetensors is damaged"):
+        small_run("run", True).fit()
     best.unlink()
     with pytest.raises(ValueError, match="best.safetensors does not exist; expected .* 2 epochs"):
         small_run("run", True).fit()
@@ -629,7 +632,8 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_epoch(small
 
     trainer._step = explode
     with pytest.raises(RuntimeError, match=r"epoch 2: the training loss went from 0\.\d+ in the "
-                                           r"first step to nan.*not finite: encoders.*lr=0\.001"):
+                                           r"first step to nan.*not finite: encoders.*lr=0\.001"
+                                           r".*keeps the last complete epoch"):
         trainer.fit()
     assert (trainer.run / "last.safetensors").read_bytes() == good
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 1

@@ -38,7 +38,8 @@ def open_demo_file(path: str | Path) -> Iterator[h5py.File]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DemoFileError(f"{path}: {'is a folder' if path.is_dir() else 'not found'}; "
+        found = "is no regular file" if path.exists() else "not found"
+        raise DemoFileError(f"{path}: {'is a folder' if path.is_dir() else found}; "
                             "expected a LIBERO demonstration file")
     try:
         file = h5py.File(path, "r")

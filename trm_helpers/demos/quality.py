@@ -66,7 +66,12 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
     rows = [_row("layout", "keys, shapes and types are LIBERO's, all numbers finite", expected,
                  GOOD)]
     with open_demo_file(path) as file:
-        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)]
+        names = demo_names(file)
+        demos = [file[schema.DATA_GROUP][name] for name in names]
+        if ignored := sorted({*file[schema.DATA_GROUP]} - {*names}):
+            rows.append(_row("names", f"ignored: {', '.join(ignored)}", "demo_0, demo_1 and so on",
+                             LOOK))
+        rows += [_copies(demos)]
         rows += [_frames(demos, camera) for camera in schema.CAMERAS]
         rows += [_gripper_sign(demos), _gripper_switches(demos), _no_ops(demos),
                  _ranges(demos), _lengths(demos, horizon)]
@@ -124,7 +129,21 @@ def _row(check: str, found: str, expected: str, verdict: str | bool, otherwise: 
     return {"check": check, "found": found, "expected": expected, "verdict": verdict}
 
 
+def _copies(demos: list[h5py.Group]) -> dict:
+    """A copy of a demonstration in the validation split would have been trained on."""
+    first: dict[bytes, str] = {}
+    copies = []
+    for demo in demos:
+        name = Path(demo.name).name
+        content = b"".join(demo[key][()].tobytes() for key in ("actions", "obs/ee_pos"))
+        if (original := first.setdefault(content, name)) != name:
+            copies.append(f"{name} of {original}")
+    return _row("copies", f"{', '.join(copies) or 'none'} among {len(demos)} demonstrations",
+                "none", not copies)
+
+
 def _frames(demos: list[h5py.Group], camera: str) -> dict:
+    sizes = sorted({"x".join(map(str, demo["obs"][camera].shape[1:3])) for demo in demos})
     flat = still = total = moves = 0
     for demo in demos:
         frames = demo["obs"][camera][()].reshape(len(demo["actions"]), -1)
@@ -134,8 +153,9 @@ def _frames(demos: list[h5py.Group], camera: str) -> dict:
         total += len(frames)
     frozen = max(0, still - (total - len(demos) - moves))  # more repeats than steps at rest
     return _row(f"frames, {schema.CAMERA_TITLES[camera]}",
-                f"{flat} of {total} black or uniform; {frozen} repeated while the arm moves",
-                "none", flat == 0 and frozen <= 0.01 * total)
+                f"{flat} of {total} black or uniform; {frozen} repeated while the arm moves; "
+                f"{' and '.join(sizes)} pixels", "none, one size",
+                flat == 0 and frozen <= 0.01 * total and len(sizes) == 1)
 
 
 def _gripper_sign(demos: list[h5py.Group]) -> dict:

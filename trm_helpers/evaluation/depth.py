@@ -121,7 +121,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         the policy as trained the ``gap`` and ``p_value`` of :func:`stats.paired_mcnemar`.
 
     Raises:
-        ValueError: the policy does not recurse, a depth below 1, or an unknown name in ``only``.
+        ValueError: the policy does not recurse, a depth or a threshold that is not valid, or an
+            unknown name in ``only``.
         TimeoutError: the session's time is up before the first episode as trained; other rows
             without an episode are left out.
     """
@@ -135,6 +136,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     if min(depths) < 1:
         raise ValueError(f"depths={depths} is not valid; expected each >= 1")
     settings = recursion_settings(trained.model, depths, tuple(thresholds))
+    for changes in settings.values():
+        dataclasses.replace(trained.model, **changes)  # refuses values before the first episode
     only = [schema.check_option("only", name, settings) for name in only] or list(settings)
     settings = {name: settings[name] for name in settings if name in (AS_TRAINED, *only)}
     config = dataclasses.replace(config or trained.eval, num_videos=0, perturbation="none")

@@ -83,6 +83,9 @@ def grid(search: SearchConfig) -> list[dict]:
     elif 0 < count < len(points):
         points = [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
     first, step = search.shard
+    if first >= len(points):
+        raise ValueError(f"search_shard={search.search_shard!r} holds none of the {len(points)} "
+                         "points; expected at most as many parts as points")
     return points[first::step]
 
 

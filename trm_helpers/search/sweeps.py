@@ -41,7 +41,16 @@ def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
                     "${args_json}", *(word for name, value in local.items()
                                       for word in ("-s", name, str(value)))],
     }
+    if (file := Path(file)).exists() and not _is_sweep(file):
+        raise FileExistsError(f"{file} exists and is not a sweep; expected a new file")
     return write_bytes(file, yaml.safe_dump(sweep, sort_keys=False).encode())
+
+
+def _is_sweep(file: Path) -> bool:
+    try:
+        return "program" in yaml.safe_load(file.read_text())
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        return False
 
 
 def run_sweep_trial(run: str | Path, point: str, settings: Mapping | None = None) -> dict:

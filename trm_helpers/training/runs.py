@@ -30,6 +30,7 @@ from ..files import (
     inside,
     read_bytes,
     read_json,
+    read_jsonl,
     visible,
     write_bytes,
     write_json,
@@ -38,6 +39,7 @@ from ..policy.model import TRMPolicy, read_weights
 from ..software import software_versions
 
 TRAINING_LOCK = ".training.lock"
+ANEW = "remove training_state.pt and metrics.jsonl to train from the start"
 _STATE_KEYS = {  # all that a trainer reads, but what only some have: ema and scaler
     "epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch", "policy",
     "optimizer", "scheduler", "measured", "precision", "generator", "cuda_generators"}
@@ -86,6 +88,19 @@ def only_writer(run: Path) -> contextlib.AbstractContextManager:
     return exclusive_lock(run, wait=False, lock=TRAINING_LOCK)
 
 
+def refuse_without_state(run: Path) -> None:
+    """Raise ``ValueError`` if a run is trained or evaluated but has no state to resume from.
+
+    One epoch without a state was interrupted before the state was saved; it may be repeated.
+    """
+    epochs = len(read_jsonl(run / "metrics.jsonl"))
+    if epochs > 1 or epochs and (run / "episodes.jsonl").exists():
+        raise ValueError(f"{run} has {epochs} epoch{'s' * (epochs > 1)} but no training_state.pt, "
+                         "from which training continues; expected the file beside the weights. Put "
+                         "it back, choose another run_name, or remove metrics.jsonl to train from "
+                         "the start")
+
+
 def refuse_other_settings(run: Path, config: Config) -> None:
     """Raise ``ValueError`` listing the fixed settings that differ, see :class:`config.Config`."""
     if different := differences(load_config(run).fixed(), config.fixed()):
@@ -125,12 +140,15 @@ def held_out(run: str | Path, files: Mapping[int, Path], config: Config,
 
 def description(run: Path) -> dict:
     """The ``policy.json`` of a run; ``ValueError`` with the file if it is damaged."""
+    if not (run / "policy.json").exists():
+        raise FileNotFoundError(f"{run / 'policy.json'} does not exist; expected the description "
+                                "of the policy beside its weights")
     return read_json(run / "policy.json",
                      keys=("model", "normalizer", "proprio_stats", "trained_on.files"))
 
 
 def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
-    """Folder of a trained run by name or path; the newest run for an empty name.
+    """Folder of a trained run by name or path; the last trained for an empty name.
 
     Runs outside ``artifacts/`` (``pretrained/<name>``, an attached data set) are read-only. Results
     go to a copy in ``artifacts/``, which takes precedence once it exists.
@@ -147,8 +165,8 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     if ".." in Path(name).parts:
         raise ValueError(f"run={name!r} is not valid; expected the name of a run in {root}, or the "
                          "path of its folder without '..'")
-    described = sorted(visible(root, "*/policy.json"), key=lambda path: path.stat().st_mtime)
-    trained = [path.parent for path in described]
+    weights = sorted(visible(root, "*/best.safetensors"), key=lambda path: path.stat().st_mtime)
+    trained = [path.parent for path in weights if (path.parent / "policy.json").exists()]
     if not name and trained:
         return trained[-1]
     if name:
@@ -310,4 +328,4 @@ def load_training_state(run: Path) -> dict | None:
         return state
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:  # of any length
         raise ValueError(f"{path} is damaged, of another version of the code, or holds more than "
-                         "tensors and numbers; remove it to train from the start") from error
+                         f"tensors and numbers; put an intact one back, or {ANEW}") from error

@@ -393,8 +393,8 @@ class BehaviorCloningTrainer:
         raise RuntimeError(
             f"training diverged in epoch {self.epoch + 1}: {problem} (largest gradient norm "
             f"{norms.max():.3g}; weights that are not finite: {', '.join(broken[:3]) or 'none'}). "
-            f"Lower lr={self.config.lr:g} or use precision='fp32'; {self.run} keeps the last "
-            "complete epoch")
+            f"Lower lr={self.config.lr:g} or use precision='fp32'"
+            + (f"; {self.run} keeps the last complete epoch" if self.epoch else ""))
 
     # --- saving and resuming ----------------------------------------------------------------------
 
@@ -426,8 +426,14 @@ class BehaviorCloningTrainer:
                 "precision": self.precision, "generator": cpu, "cuda_generators": cuda})
 
     def _resume(self) -> None:
-        """Load the training state and repair the folder; epochs without a state are repeated."""
+        """Load the training state and repair the folder.
+
+        An epoch after the state is repeated, also a first one without any state; a run of several
+        epochs without a state is refused.
+        """
         state = runs.load_training_state(self.run)
+        if not state:
+            runs.refuse_without_state(self.run)
         if state:
             runs.refuse_other_data(self.run, self.train_data)
             for name in _VALUES:
@@ -448,8 +454,9 @@ class BehaviorCloningTrainer:
             write_bytes(metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         if self.epoch and not (best := self.run / "best.safetensors").exists():
             raise ValueError(f"{best} does not exist; expected the best weights of {self.epoch} "
-                             "epochs. Put them back, or remove training_state.pt to train from the "
-                             "start")
+                             f"epochs. Put them back, or {runs.ANEW}")
+        if self.epoch:
+            runs.read_weights(best)  # refuses a damaged file
         if self.epoch and not (self.run / "last.safetensors").exists():
             runs.save_weights(self.run, self.averaged.state_dict(), "last")
         if state and state["precision"] != self.precision:
