@@ -3,6 +3,7 @@ import types
 import numpy as np
 import pytest
 
+from trm_helpers.demos import pick_place
 from trm_helpers.demos.collect import Disturbance, record_demonstration
 from trm_helpers.demos.experts import Style, make_expert, plan
 from trm_helpers.sim import geometry, layouts
@@ -215,6 +216,18 @@ def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(task_id)
             layouts.reset(env, seed, "wide")
             sides.append(make_expert(env).skill.grasp.key[1])
         assert sides == [1.0] * 6
+
+
+@pytest.mark.sim
+def test_a_solid_object_is_grasped_in_its_middle_although_the_gripper_has_little_room():
+    """Turned, it is wider than the gripper; only a bowl has a rim for one finger to reach over."""
+    with LiberoEnv("libero_10", 1) as env:
+        env.reset(init_state=4)
+        expert = make_expert(env)
+        assert expert.skill.object == "cream_cheese_1" and not expert.skill._rimmed
+        assert {grasp.key[1] for yaw in pick_place._YAWS
+                for grasp in expert.skill._candidates_at(yaw)} == {0.0}
+        assert run(env, expert, env.horizon)[2]
 
 
 @pytest.mark.sim

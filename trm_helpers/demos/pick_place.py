@@ -80,6 +80,7 @@ class PickPlace(Skill):
         self._target_geoms = geoms_of(env, self.target) if self.target else []
         self._table = Boxes.of_geoms(env, geoms_of(env, *env.raw.objects_dict)).bounds()[0][2]
         self._knob, self._knob_from = self._find_knob()
+        self._rimmed = self._has_rim()
         low, high = Boxes.of_geoms(env, self._object_geoms).bounds()
         self._slides = (self.target is None and high[1] - low[1] > _OPENING
                         and high[2] - low[2] < _FLAT)
@@ -131,6 +132,15 @@ class PickPlace(Skill):
         away = np.linalg.norm(middle - np.clip(middle, low[rest, :2], high[rest, :2]), axis=1)
         below = max(high[rest[away < _FINGER_WIDTH], 2], default=low[:, 2].min())
         return [self._object_geoms[top]], below - self.env.object_position(self.object)[2]
+
+    def _has_rim(self) -> bool:
+        """Whether one finger can go inside: the object is hollow, or fits the gripper at no yaw."""
+        boxes = Boxes.of_geoms(self.env, self._object_geoms)
+        if min(np.subtract(*boxes.bounds(yaw)[::-1])[1] for yaw in _YAWS) > _OPENING:
+            return True
+        low, high = boxes.bounds()
+        middle = np.array([*(low + high)[:2] / 2, max(high[2] - _RIM_DEPTH, (low + high)[2] / 2)])
+        return boxes.share_inside(middle[None]) == 0
 
     def _spot(self) -> np.ndarray:
         """Metres (2,) from the region's centre to where the object meets least of the fixture."""
@@ -185,7 +195,10 @@ class PickPlace(Skill):
         return best
 
     def _candidates_at(self, yaw: float) -> list[Grasp]:
-        """Grasps at one yaw: at the middle of a narrow object, or at a bowl's rim on two sides."""
+        """Grasps at one yaw: at the middle of a narrow object, or at a bowl's rim on two sides.
+
+        None of a solid object that is too wide at this yaw: a finger would come down on its top.
+        """
         position = self.env.object_position(self.object)
         low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(yaw)
         lowest = low[2]
@@ -194,6 +207,8 @@ class PickPlace(Skill):
             low[2] = position[2] + self._knob_from
         width = high[1] - low[1]
         sides, height = (0.0,), max((low[2] + high[2]) / 2, high[2] - _REACH)
+        if width > _OPENING and not self._rimmed:
+            return []
         if width > _OPENING:
             sides, height = (1.0, -1.0), high[2] - _RIM_DEPTH
         along, up = self.style.grasp_offset
