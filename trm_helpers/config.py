@@ -243,12 +243,12 @@ class EvalConfig(_Part):
     def __post_init__(self):
         super().__post_init__()
         for name, most, given in (
-                ("num_episodes", schema.NUM_INIT_STATES, "the number of official init states"),
+                ("num_episodes", schema.NUM_INIT_STATES, ", the number of official init states"),
                 ("first_init_state", schema.NUM_INIT_STATES - self.episodes,
-                 f"with {self.episodes} episodes"),
+                 f" with {self.episodes} episodes"),
                 ("bound_episodes", schema.NUM_INIT_STATES - self.first_init_state,
-                 f"with first_init_state={self.first_init_state}")):
-            self.require(name, getattr(self, name) <= most, f"0 to {most}, {given}")
+                 f" with first_init_state={self.first_init_state}")):
+            self.require(name, getattr(self, name) <= most, f"0 to {most}{given}")
 
     @property
     def episodes(self) -> int:
