@@ -272,8 +272,8 @@ def test_recursion_steps_are_of_one_sample():
     np.testing.assert_allclose(steps["actions"][:, 0], [3 / 10, 3 / 20], rtol=1e-5)
     assert steps["target"][0] == pytest.approx(3 / 20)
     figure = unrolled.plot_recursion_steps(steps)
-    assert [axes.get_title() for axes in figure.axes if "step" in axes.get_title()] == [
-        "step 1\nmoved 63.2 %", "step 2\nmoved 0.0 %"]  # sqrt(10) of 5, as above
+    assert [axes.get_title() for axes in figure.axes if "change" in axes.get_title()] == [
+        "recursion 1\nchange 63.2 %", "recursion 2\nchange 0.0 %"]  # sqrt(10) of 5, as above
     assert "step 2; step 2 still changes it by 0.150." in figure.finding
     steps["actions"] = np.stack([*steps["actions"], steps["actions"][-1]])
     steps["changes"] = np.append(steps["changes"], 0.0)

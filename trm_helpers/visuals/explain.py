@@ -211,7 +211,8 @@ def _mean_interval(values: np.ndarray) -> tuple[float, list[float]]:
 def depth_sentence(curve: Mapping) -> str:
     """The paired differences of a :func:`depth_curve`, and which of them can be measured."""
     trained = curve["trained_depth"]
-    found = [f"depth {depth} {gap:+.5f} ({low:+.5f} to {high:+.5f}"
+    digits = 4 if np.abs(curve["arm_gap"]).max() >= 0.005 else 5
+    found = [f"depth {depth} {gap:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}"
              + (")" if low * high > 0 else ", not significant)")
              for depth, gap, (low, high) in zip(curve["depths"], curve["arm_gap"],
                                                 curve["arm_gap_interval"], strict=True)
