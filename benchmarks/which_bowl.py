@@ -198,8 +198,9 @@ def main() -> None:
         data = tuple(each[(data[2] >= 0).any(1)] for each in data)
         told = choose(data[2], torch.Generator().manual_seed(0))  # the same in every run
         found = {name: right(arm, data, told) for name, arm in networks.items()}
-        found |= {f"{RECURSION}, {steps} steps": right(networks[RECURSION], data, told, steps)
-                  for steps in (1, 2, 4, 2 * STEPS, 3 * STEPS)}
+        found |= {f"{RECURSION}, {what}": right(networks[RECURSION], data, told, steps)
+                  for steps, what in (*((n, f"stopped after {n}") for n in (1, 2, 4)),
+                                      *((n, f"{n} steps") for n in (2 * STEPS, 3 * STEPS)))}
         for name, hits in found.items():
             low, high = wilson_interval(int(hits.sum()), len(hits))
             better, worse = (int(n) for n in ((found[RECURSION] & ~hits).sum(),

@@ -14,8 +14,9 @@ from trm_helpers.visuals.colours import PALETTE
 LOOKS = ("first look", "feed-forward, 128 px", "one look", "one look, wide", "untied looks",
          "same crop", "look again, stopped after one", "look again", "look again, 12 looks")
 CLOSE = {"close": "within 1 % of the side", "near": "within 5 %"}
-STEPS = {1: "recursion, 1 steps", 2: "recursion, 2 steps", 4: "recursion, 4 steps", 6: "recursion",
-         12: "recursion, 12 steps", 18: "recursion, 18 steps"}
+STEPS = {1: "recursion, stopped after 1", 2: "recursion, stopped after 2",
+         4: "recursion, stopped after 4", 6: "recursion", 12: "recursion, 12 steps",
+         18: "recursion, 18 steps"}
 BOWLS = ("two layers", "one step", "one step, wide", "six layers", *STEPS.values())
 RIGHT = {"right": "right bowl"}
 
