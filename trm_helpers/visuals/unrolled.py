@@ -214,7 +214,7 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
                    title=f"arm error {steps['errors'][step - 1]:.3f}")
         bottom.invert_yaxis()
     fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("The state (above) and the action read from it (below) after each step")
+    fig.suptitle("The state (above) and the action read from it (below) after each recursion")
     away = np.abs(actions - actions[-1]).max(axis=1)
     settled = 2 + max(np.flatnonzero(away >= SETTLED), default=-1)
     end = (f"from step {settled} on it is within {SETTLED:g}" if settled < len(actions) else
