@@ -287,7 +287,7 @@ def test_suite_wrote_measurements_that_agree(tiny):
     metrics = read_jsonl(run / "metrics.jsonl")
     assert [row["epoch"] for row in metrics] == list(range(1, config.train.epochs + 1))
     card = json.loads((run / "quality.json").read_text())
-    assert len(card) == 13 and {row["verdict"] for row in card} == {"good"}, card
+    assert len(card) == 14 and {row["verdict"] for row in card} == {"good"}, card
     episodes = read_jsonl(run / "episodes.jsonl")
     results = json.loads((run / "results.json").read_text())
     assert sorted(row["init_state"] for row in episodes) == [0, 1]
