@@ -191,7 +191,7 @@ def test_a_setting_that_a_card_does_not_use_is_refused(trained, argv, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     (["evaluate", ""], "RUN is empty"), (["report", ""], "RUN is empty"),
     (["validate", "file", "--task-id", "9"], "--task-id 9 needs a suite"),
-    (["validate", "/dev/null"], "is no regular file")])
+    (["validate", "/dev/null"], "is not a regular file")])
 def test_what_is_missing_is_said(trained, argv, message, capsys):
     assert main(argv) == (3 if argv[1] == "/dev/null" else 1)
     printed = capsys.readouterr()

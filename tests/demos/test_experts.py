@@ -231,6 +231,17 @@ def test_a_solid_object_is_grasped_in_its_middle_although_the_gripper_has_little
 
 
 @pytest.mark.sim
+def test_a_box_that_was_pushed_so_that_it_fits_at_no_yaw_is_still_grasped_somewhere(monkeypatch):
+    with LiberoEnv("libero_10", 1) as env:
+        env.reset(init_state=4)
+        skill = make_expert(env).skill
+        assert not skill._rimmed
+        monkeypatch.setattr(pick_place, "_OPENING", 0.03)
+        skill._plan()
+        assert skill._rimmed and skill.grasp.key[1] != 0.0
+
+
+@pytest.mark.sim
 def test_a_grasp_that_closes_on_nothing_is_tried_again():
     """The object slips 6 cm away when the fingers begin to close for the first time."""
     with LiberoEnv("libero_object", 5) as env:

@@ -175,8 +175,8 @@ def test_recursion_verdict(changes, norms, word):
 
 def test_recursion_verdict_gives_its_numbers():
     assert unrolled.recursion_verdict([6, 2], [8, 12, 10])[1] == (
-        "The recursion is settling but has not converged. Step 2 changes the state by 20.0 % of "
-        "its norm, the first step by 50.0 %."
+        "The recursion is settling but has not converged. Recursion 2 changes the state by 20.0 % "
+        "of its norm, the first by 50.0 %."
     )
 
 
@@ -274,12 +274,12 @@ def test_recursion_steps_are_of_one_sample():
     figure = unrolled.plot_recursion_steps(steps)
     assert [axes.get_title() for axes in figure.axes if "change" in axes.get_title()] == [
         "recursion 1\nchange 63.2 %", "recursion 2\nchange 0.0 %"]  # sqrt(10) of 5, as above
-    assert "step 2; step 2 still changes it by 0.150." in figure.finding
+    assert "recursion 2; recursion 2 still changes it by 0.150." in figure.finding
     steps["actions"] = np.stack([*steps["actions"], steps["actions"][-1]])
     steps["changes"] = np.append(steps["changes"], 0.0)
     steps["errors"] = np.append(steps["errors"], 0.0)
     steps["states"] = np.stack([*steps["states"], steps["states"][-1]])
-    assert "from step 2 on it is within 0.01." in unrolled.plot_recursion_steps(steps).finding
+    assert "from recursion 2 on it is within 0.01." in unrolled.plot_recursion_steps(steps).finding
 
 
 def test_prediction_by_depth_is_the_first_samples():

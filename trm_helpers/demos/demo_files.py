@@ -38,7 +38,7 @@ def open_demo_file(path: str | Path) -> Iterator[h5py.File]:
     """
     path = Path(path)
     if not path.is_file():
-        found = "is no regular file" if path.exists() else "not found"
+        found = "is not a regular file" if path.exists() else "not found"
         raise DemoFileError(f"{path}: {'is a folder' if path.is_dir() else found}; "
                             "expected a LIBERO demonstration file")
     try:

@@ -80,7 +80,6 @@ class PickPlace(Skill):
         self._target_geoms = geoms_of(env, self.target) if self.target else []
         self._table = Boxes.of_geoms(env, geoms_of(env, *env.raw.objects_dict)).bounds()[0][2]
         self._knob, self._knob_from = self._find_knob()
-        self._rimmed = self._has_rim()
         low, high = Boxes.of_geoms(env, self._object_geoms).bounds()
         self._slides = (self.target is None and high[1] - low[1] > _OPENING
                         and high[2] - low[2] < _FLAT)
@@ -95,6 +94,7 @@ class PickPlace(Skill):
         """Choose a grasp and the heights of the gripper's approach and the object's transport."""
         self._turn = self._drop = 0.0  # radians, metres: on the way into a narrow region
         self._shift = self._spot() if self._enclosed else np.zeros(2)
+        self._rimmed = self._has_rim()  # a push may have turned a box that fitted the gripper
         self.grasp = self._choose_grasp()
         others = Boxes.of_geoms(self.env, self._other_geoms)
         ee, start = self.env.end_effector(), self.env.object_position(self.object)
@@ -121,7 +121,7 @@ class PickPlace(Skill):
         Returns its geometry in a list, and the height (m) above the body from which it is free.
         """
         boxes = Boxes.of_geoms(self.env, self._object_geoms)
-        width = min(np.subtract(*boxes.bounds(yaw)[::-1])[1] for yaw in _YAWS)
+        width = least_width(boxes)
         low, high = boxes.corners()
         top = int(np.argmax(high[:, 2]))
         rest = np.delete(np.arange(len(high)), top)
@@ -136,7 +136,7 @@ class PickPlace(Skill):
     def _has_rim(self) -> bool:
         """Whether one finger can go inside: the object is hollow, or fits the gripper at no yaw."""
         boxes = Boxes.of_geoms(self.env, self._object_geoms)
-        if min(np.subtract(*boxes.bounds(yaw)[::-1])[1] for yaw in _YAWS) > _OPENING:
+        if least_width(boxes) > _OPENING:
             return True
         low, high = boxes.bounds()
         middle = np.array([*(low + high)[:2] / 2, max(high[2] - _RIM_DEPTH, (low + high)[2] / 2)])
@@ -396,6 +396,11 @@ def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
     """The goal, raised while the arm is beside it: a fast descent swings the arm by 2 cm."""
     beside = np.linalg.norm((ee - goal)[:2])
     return np.array([*goal[:2], max(goal[2], min(ee[2], goal[2] + 4 * (beside - _ON_AXIS)))])
+
+
+def least_width(boxes: Boxes) -> float:
+    """Metres between the fingers at the yaw at which the boxes are narrowest."""
+    return min(np.subtract(*boxes.bounds(yaw)[::-1])[1] for yaw in _YAWS)
 
 
 def free_spot(fixture: Boxes, centre: np.ndarray, half: np.ndarray, size: np.ndarray,

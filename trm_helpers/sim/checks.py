@@ -146,8 +146,7 @@ def instruction(subject: Subject) -> Finding:
     """The policy gets the instruction of the BDDL file that the simulator loaded."""
     given = subject.env.reset(init_state=0)["language"]
     written = written_instruction(subject.env.raw.bddl_file_name)
-    return (f"the policy gets {given!r} (LIBERO-PRO's other words on purpose), the BDDL file says "
-            f"{written!r}", given == written)
+    return f"the policy gets {given!r}, the BDDL file says {written!r}", given == written
 
 
 @check("image orientation",

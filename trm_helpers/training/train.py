@@ -434,7 +434,7 @@ class BehaviorCloningTrainer:
         state = runs.load_training_state(self.run)
         if not state:
             runs.refuse_without_state(self.run)
-        if state:
+        else:
             runs.refuse_other_data(self.run, self.train_data)
             for name in _VALUES:
                 setattr(self, name, state[name])

@@ -97,8 +97,8 @@ def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple
             "settling": "is settling but has not converged",
             "drifting": "is drifting: nothing shows that it converges"}[word]
     return word, (
-        f"The recursion {said}. Step {len(changes)} changes the state by {100 * share:.1f} % of "
-        f"its norm, the first step by {100 * changes[0] / max(norms[1], 1e-12):.1f} %.")
+        f"The recursion {said}. Recursion {len(changes)} changes the state by {100 * share:.1f} % "
+        f"of its norm, the first by {100 * changes[0] / max(norms[1], 1e-12):.1f} %.")
 
 
 @torch.no_grad()
@@ -145,8 +145,8 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     for axes in (heat, norm, change):
         count_axis(axes.xaxis)
     fig.suptitle(report["sentence"])
-    return describe(fig, f"Norm of the state {report['norms'][0]:.3g} before the first step and "
-                         f"{report['norms'][-1]:.3g} after the last; change "
+    return describe(fig, f"Norm of the state {report['norms'][0]:.3g} before the first recursion "
+                         f"and {report['norms'][-1]:.3g} after the last; change "
                          f"{report['changes'][0]:.3g} in the first and "
                          f"{report['changes'][-1]:.3g} in the last.")
 
@@ -217,10 +217,10 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
     fig.suptitle("The state (above) and the action read from it (below) after each recursion")
     away = np.abs(actions - actions[-1]).max(axis=1)
     settled = 2 + max(np.flatnonzero(away >= SETTLED), default=-1)
-    end = (f"from step {settled} on it is within {SETTLED:g}" if settled < len(actions) else
-           f"step {len(actions)} still changes it by {away[-2] if len(away) > 1 else 0:.3f}")
-    return describe(fig, f"After step 1 the action is up to {away[0]:.3f} away from that of step "
-                         f"{len(actions)}; {end}.")
+    end = (f"from recursion {settled} on it is within {SETTLED:g}" if settled < len(actions) else
+           f"recursion {len(actions)} still changes it by {away[-2] if len(away) > 1 else 0:.3f}")
+    return describe(fig, f"After recursion 1 the action is up to {away[0]:.3f} away from "
+                         f"that of recursion {len(actions)}; {end}.")
 
 
 def recursion_moments(policy, dataset, titles: Mapping[int, str]) -> tuple[list[dict], np.ndarray]:
