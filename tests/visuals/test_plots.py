@@ -278,7 +278,7 @@ EXAMPLES = {  # every function that draws a figure, and words that its alt text 
     "plot_recursion_steps": (unrolled, [{
         "images": {"agentview_rgb": stored(1)[0]}, "target": ACTIONS[0], "actions": ACTIONS[:7],
         "states": np.ones((8, 30)), "errors": np.zeros(7), "changes": np.zeros(7)}],
-        "away from that of step 7"),
+        "away from that of recursion 7"),
     "plot_prediction_by_depth": (explain, [[1, 2], ACTIONS[:2] * np.arange(7)],
                                  f"{ACTION_NAMES[-1]} changes most, from -5.74 at depth 1"),
     "plot_halting": (explain, [{"depths": [1, 3], "mean": 2, "limit": 4, "halting": "learned"}],
