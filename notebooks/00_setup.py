@@ -25,7 +25,8 @@
 # collects the demonstrations, and for less than one if they exist.
 #
 # **Needs** no other notebook. **Writes** demonstrations to the data folder and one figure to the
-# run folder. The [glossary](../docs/glossary.md) explains the terms of these notebooks.
+# run folder (`artifacts/<run_name>/`: a run is one trained policy with all its results). The
+# [glossary](../docs/glossary.md) explains the terms of these notebooks.
 
 # %% tags=["parameters"]
 # change these first
@@ -93,9 +94,9 @@ folder = paths.run_dir(run_name or preset)
 # %% [markdown]
 # ## Renderer
 #
-# OpenGL renders the camera images without a screen. The name below identifies the device:
-# `llvmpipe` is the CPU, which needs about 0.1 s per frame of a LIBERO scene; a GPU needs
-# milliseconds.
+# OpenGL renders the camera images without a screen. The name printed below identifies the device
+# that renders: `llvmpipe` is the CPU, which needs about 0.1 s per frame of a LIBERO scene; a GPU
+# needs milliseconds.
 
 # %%
 renderer = opengl.ensure_gl()
@@ -105,8 +106,8 @@ print(f"{renderer['renderer']} renders a small test frame in {renderer['ms']:.1f
 # %% [markdown]
 # ## Checks
 #
-# Every row should say `ok`. The settle probe places a bowl on a ramekin and checks that it stays
-# there. With other versions of the simulator it slides off, which changes the benchmark.
+# Every row should say `ok`. The settle probe places a bowl on a ramekin and checks that the bowl
+# stays there. With other versions of the simulator it slides off, which changes success rates.
 
 # %%
 checks = preflight.preflight()
@@ -169,11 +170,11 @@ print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f
 # ## Demonstrations
 #
 # Behaviour cloning imitates demonstrations. With `demos="auto"`, a task uses LIBERO's human
-# demonstrations if its file is found and otherwise those of a scripted expert, collected in the
-# simulator. The expert is a program that knows the positions of all objects. Random pushes disturb
-# it, so that its demonstrations also show how to recover: a policy trained on perfect motion alone
-# cannot correct its first small error. `demos="human"` downloads missing human files;
-# `demos="scripted"` ignores human files.
+# demonstrations if their file is found, and otherwise demonstrations by a scripted expert,
+# collected in the simulator. The expert is a program that knows the positions of all objects.
+# Random pushes disturb it, so that its demonstrations also show how to recover: a policy trained on
+# perfect motion alone cannot correct its first small error. `demos="human"` downloads missing human
+# files; `demos="scripted"` ignores human files.
 
 # %%
 try:
@@ -195,7 +196,7 @@ for task, lengths in steps.items():
 # %% [markdown]
 # ## Exercises
 #
-# **1.** A policy that sends `dz` = 1 for one second raises the gripper by how much? Estimate it
+# **1.** By how much does a policy that sends `dz` = 1 for one second raise the gripper? Estimate it
 # from the ten measured actions.
 #
 # <details><summary>Answer</summary>
@@ -218,7 +219,7 @@ for task, lengths in steps.items():
 # <details><summary>Answer</summary>
 #
 # Steps times cameras times height times width times 3 bytes. For each value that the policy has to
-# predict it receives about 14,000 bytes, most of which do not matter for it.
+# predict, it receives about 14,000 bytes of images, most of which are irrelevant to that value.
 #
 # ```python
 # total = sum(map(sum, steps.values()))

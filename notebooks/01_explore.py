@@ -159,12 +159,13 @@ print(f"Standard deviations: {spread[:3].min():.2f} to {spread[:3].max():.2f} of
 # What does the robot do when? The figure shows the actions of the first demonstration over time.
 # Its phases follow from the gripper command: `reach` until the gripper first closes, `grasp` while
 # it closes (8 steps), `carry` while it stays closed, `place` after it opens again. The task counts
-# as solved as soon as the object is where it belongs, so a demonstration may end before it opens.
+# as solved as soon as the object is where it belongs, so a demonstration may end before the gripper
+# opens.
 #
-# Grey: the arm was pushed. A random command was executed in place of the expert's. The figure shows
-# the expert's commands, which answer the push from wherever it has moved the arm. These answers are
-# the training targets: the policy learns to correct a deviation, never to make one. Human
-# demonstrations have no pushes.
+# Grey marks steps in which the arm was pushed: a random command was executed in place of the
+# expert's. The figure shows the expert's commands, which respond to the push from wherever it has
+# moved the arm. These responses are the training targets: the policy learns to correct a deviation,
+# never to make one. Human demonstrations have no pushes.
 
 # %%
 closed = [values[:, schema.GRIPPER_INDEX] > 0 for values in actions]
@@ -205,11 +206,11 @@ print(f"The median demonstration has {np.median(lengths):.0f} steps, "
 # %% [markdown]
 # ## Which image belongs to which action?
 #
-# In some files image `t` was taken *before* action `t` ("raw"); in LIBERO's own files it was taken
-# *after* it ("shift"). With the wrong pairing the policy learns to repeat its last action, so the
-# alignment is measured rather than assumed. Top: the time of the stored joint angles relative to
-# the simulator states. Bottom: the delay between an action and the arm's motion. Both black lines
-# should lie in zones of the same name.
+# In files of the scripted expert, image `t` was taken *before* action `t` ("raw"); in LIBERO's own
+# files it was taken *after* action `t` ("shift"). With the wrong pairing the policy learns to
+# repeat its last action, so the alignment is measured rather than assumed. The upper panel shows
+# the time of the stored joint angles relative to the simulator states, the lower panel the delay
+# between an action and the arm's motion. Both black lines should lie in zones of the same name.
 
 # %%
 fig = plots.plot_alignment(**found["alignment"])

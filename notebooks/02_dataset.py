@@ -132,9 +132,10 @@ display(pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(v
 # - Actions after a push cannot be predicted from earlier observations: the push moves the arm, and
 #   the demonstrator answers from the new position.
 #
-# The figure shows a training demonstration that was not pushed at its start, if there is one among
-# the first 20: a column per sample, in order of time, and a row per action of its chunk. While the
-# arm is pushed only the first action of each chunk counts, the answer to what the robot sees now.
+# The figure has a column per sample, in order of time, and a row per action of its chunk. It shows
+# a training demonstration that was not pushed at its start, if there is one among the first 20.
+# While the arm is pushed, only the first action of each chunk counts: the response to what the
+# robot sees now.
 
 # %%
 starts = torch.tensor([0] + [demo.end - demo.first - train_data.sequence_length + 1
@@ -257,8 +258,8 @@ print(f"Fastest here: storage={fastest.iloc[0]!r}. This preset uses {config.data
 #
 # <details><summary>Answer</summary>
 #
-# Almost not at all: neighbouring images differ far less than random ones. The validation loss would
-# measure memory, not generalisation.
+# Hardly different at all: neighbouring images differ far less than random ones. The validation loss
+# would measure memorisation, not generalisation.
 #
 # ```python
 # images = val_data.batch(range(len(val_data)))["observations"][camera][:, 0]  # (N, H, W, 3)

@@ -108,8 +108,9 @@ print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
 #
 # `x` encodes the observation: the camera images and, in some presets, the proprioception (the
 # robot's own joint and gripper readings) and the task. It is computed once, does not change, and
-# enters every cycle, so that no state has to remember it. The dashed parts repeat with the same
-# weights; the state (`h`, or `y` and `z`) is carried over. This notebook uses four words:
+# enters every recursion, so that no state has to remember it. In the figure, the dashed parts
+# repeat with the same weights; the state (`h`, or `y` and `z`) is carried over. This notebook uses
+# four words:
 #
 # | word | in `block` | in `trm` |
 # |---|---|---|
@@ -154,9 +155,9 @@ print(f"{recursions} recursions by hand and by the package: h {tuple(h.shape)} d
 # recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`. `net` is two
 # transformer layers (self-attention and a gated MLP).
 #
-# Training adds three rules of the paper: a loss on the answer of every recursion (deep
-# supervision); each recursion starts from the detached state of the one before; and only the last
-# cycle of a recursion has a gradient.
+# Training adds three rules of the paper: the answer of every recursion has a loss (deep
+# supervision); each recursion starts from the detached state of the one before; and gradients flow
+# only through the last cycle of a recursion.
 
 # %%
 n, cycles, K = 2, 2, 3  # n and T, in the paper 6 and 3; K actions
@@ -240,8 +241,9 @@ print("All four hold.")
 # %% [markdown]
 # ## Time per recursion
 #
-# Milliseconds per decision (one observation), the fastest of 20 on this machine, which other
-# programs disturb least. The encoder runs once, and each further recursion adds about the same.
+# Milliseconds per decision (one observation) on this machine: the fastest of 20, which other
+# programs have disturbed least. The encoder runs once, and each further recursion adds about the
+# same time.
 
 # %%
 single = {name: value[:1] for name, value in observations.items()}
@@ -267,8 +269,8 @@ print(f"A decision takes {milliseconds[0]:.1f} ms with one recursion and about {
 # ## A real observation
 #
 # The rest of this notebook looks at one moment of a demonstration: a third of the way through the
-# first one of this task. Where no demonstration has been collected, such a moment of task 2 of
-# LIBERO-Spatial takes its place, which is stored beside `spatial-trm`.
+# first demonstration of this task. If none has been collected, a stored moment of task 2 of
+# LIBERO-Spatial is used instead (`pretrained/spatial-trm/observation.npz`).
 
 # %%
 task = load_task(config.data.suite, config.data.task_ids[0])
@@ -292,8 +294,8 @@ observation |= {"task_id": task.task_id, "language": task.language}
 #
 # `spatial-trm` is a trained policy with `variant="trm"` that comes with this package. It has
 # learned the ten tasks of LIBERO-Spatial, so its actions mean nothing for other suites. The loop is
-# the one above. After every cycle the action head reads the answer `y`, which in an episode it does
-# only once, at the end. `y` and `z` start from fixed random values that do not depend on the
+# the one above. Here the action head reads the answer `y` after every cycle; in an episode it reads
+# it only once, at the end. `y` and `z` start from fixed random values that do not depend on the
 # observation, so the action before the first cycle carries no information about it.
 
 # %%
@@ -336,15 +338,15 @@ print(f"On this observation the action is {distance[1]:.2f} from the final one a
 # %% [markdown]
 # ## A recursion that looks again
 #
-# The recursions above get nothing new to look at between their steps, and more of them did not help
-# on these tasks. A recursion pays where each step decides what the next one sees. `spatial-looks`,
-# which comes with this package too, locates a task's object and its target in the agent view. A
-# first network gives rough estimates from the image at half its size. Then one small network is
-# applied six times: it sees the 24 x 24 pixels of the full image around each estimate and moves the
-# estimate. In 86 % of 1,000 other images both last estimates are within 1 % of the image's side,
-# its first estimates in 67 %. Over two suites and three seeds, six looks reach 80 % and a single
-# look 73 % (`docs/recursion.md`). It knows the ten tasks of LIBERO-Spatial by number; on images of
-# other suites its estimates mean nothing.
+# The recursions above see nothing new between their steps, and more of them did not help on these
+# tasks. A recursion can help where each step decides what the next one sees. `spatial-looks`, which
+# also comes with this package, is a localizer: it estimates where a task's object and its target
+# are in the agent view. A first network gives rough estimates from the image at half its size. Then
+# one small network is applied six times: it sees the 24 x 24 pixels of the full image around each
+# estimate and moves the estimate. Both last estimates are within 1 % of the image's side in 86 % of
+# 1,000 test images, both first estimates in 67 %. Over two suites and three seeds, six looks reach
+# 80 % and a single look 73 % (`docs/recursion.md`). The localizer is conditioned on the task's
+# number in LIBERO-Spatial; on images of other suites its estimates mean nothing.
 #
 # To show it at work, we start it 5 pixels right of and 5 above its first estimates. Replace the 5
 # in the code with 7: in the demo's first demonstration the estimate of the plate then moves to the
@@ -409,7 +411,7 @@ print(f"This network is {'trained' if trained else 'not trained yet'}. Recursion
 # ## Exercises
 #
 # **1.** What does `spatial-trm` carry from cycle to cycle? Repeat its loop in three ways: with `z`
-# set back to its first value before each cycle, with `y` set back, and with `x` replaced by zeros
+# reset to its initial value before each cycle, with `y` reset, and with `x` replaced by zeros
 # after the first cycle. By how much does the action change?
 #
 # <details><summary>Answer</summary>

@@ -17,12 +17,12 @@
 # **What you will learn**
 # - to write a training loop in ten lines, and what the real trainer adds to it
 # - to read loss curves: when training is finished, and what overfitting looks like
-# - why a low loss is not the goal: it measures agreement with the demonstrator along demonstrated
-#   trajectories; success at the task is measured in the simulator (`06_eval`)
+# - why a low loss is not the goal: the loss measures agreement with the demonstrator along
+#   demonstrated trajectories; success at the task is measured in the simulator (`06_eval`)
 # - to stop, resume and repeat a training, and what a run folder holds
 #
 # **Time**: 10 minutes to read; 3 to run (preset `demo`, two CPU cores).
-# **Needs** demonstrations (collected if missing, see `01_explore`). **Writes** a run folder
+# **Needs** demonstrations (collected if missing, see `00_setup`). **Writes** a run folder
 # `artifacts/<run_name>/`, complete after every epoch: weights, settings, metrics, a figure.
 #
 # Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged preset is
@@ -31,9 +31,9 @@
 # `papermill 04_train.ipynb ../artifacts/trained.ipynb -f .../best.yaml`. Pass lists as YAML:
 # `-y "task_ids: [0, 1]"`.
 #
-# `actor="demo", num_demos=40` is an iteration of DAgger: the policy of the run `demo` acts in new
-# episodes, the expert labels every step, and a new run is trained on the demonstrations of `demo`
-# and these episodes. They show how to correct the errors that this policy makes.
+# `actor="demo", num_demos=40` is an iteration of DAgger (dataset aggregation): the policy of the
+# run `demo` acts in new episodes, the expert labels every step, and a new run is trained on the
+# demonstrations of `demo` and these episodes, which show how to correct the errors of that policy.
 
 # %% tags=["parameters"]
 # change these first
@@ -193,9 +193,9 @@ assert math.isclose(trainer.first_loss, losses[0], rel_tol=0.05)
 # %% [markdown]
 # ## Curves
 #
-# Training and validation loss both measure the error of the final action and are comparable. The
+# Training and validation loss both measure the error of the final answer and are comparable. The
 # minimised `objective` adds the terms of deep supervision, of learned halting and, with
-# `variant="act"` (Action Chunking with Transformers), of its latent style. The training loss is
+# `variant="act"` (Action Chunking with Transformers), of its style latent. The training loss is
 # measured on augmented samples before each update.
 #
 # Both losses should fall, and the validation loss should level out rather than rise. A training
@@ -256,8 +256,8 @@ display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
 # %% [markdown]
 # ## Two GPUs
 #
-# Two T4s train two policies in the time of one: a second seed on the second GPU while the first one
-# is evaluated on the first. `kaggle_all` does so; in a terminal:
+# With two T4s, a second seed trains on the second GPU while the policy of the first seed is
+# evaluated on the first GPU. `kaggle_all` does this; in a terminal:
 #
 # ```bash
 # CUDA_VISIBLE_DEVICES=1 python -m trm_helpers train demo --seed 1 --run-name demo-seed1 &
@@ -271,14 +271,14 @@ display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Gradients are clipped at norm 1. How far can the first AdamW update move a weight, then, if
-# a gradient is a thousand times larger than another?
+# **1.** Gradients are clipped at norm 1. Suppose that they were not, and that all were a thousand
+# times larger. How far could the first AdamW update move a weight?
 #
 # <details><summary>Answer</summary>
 #
-# By at most the learning rate, whatever the gradient: Adam divides each gradient by a running
-# average of its own size, and in the first step that is the gradient itself. Clipping protects
-# those averages, and with them the next steps, from one extreme batch.
+# By at most the learning rate (without weight decay), whatever the gradient: Adam divides each
+# gradient by a running average of its own size, and in the first step that is the gradient itself.
+# Clipping protects those averages, and with them the next steps, from one extreme batch.
 #
 # ```python
 # fresh = copy.deepcopy(by_hand)
@@ -299,9 +299,9 @@ display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
 #
 # <details><summary>Answer</summary>
 #
-# The rate of an epoch depends on the number of epochs planned, so a training of 70 epochs is not
-# the first half of one of 140: stopped halfway, the latter still has half of its learning rate.
-# That is why `epochs` cannot be changed when a run is resumed.
+# The learning rate in an epoch depends on the number of epochs planned, so training for 70 epochs
+# is not the first half of training for 140, after which the learning rate is still half of its
+# initial value. That is why `epochs` cannot be changed when a run is resumed.
 #
 # ```python
 # rates = [1e-6 + (config.train.lr - 1e-6)

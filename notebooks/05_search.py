@@ -12,7 +12,7 @@
 # # 05 Hyper-parameter search
 #
 # A search trains the policy with several settings and ranks them. The grid combines learning rates,
-# widths and numbers of recursions.
+# widths and numbers of recursions; a point is one combination, a trial its training.
 #
 # **What you will learn**
 # - to read a ranking, and what it cannot tell: another seed changes a loss too
@@ -21,7 +21,7 @@
 # - to train the best settings in full, which is what the ranking is for
 #
 # **Time**: 10 minutes to read; one to run (preset `demo`, two CPU cores).
-# **Needs** demonstrations (collected if missing, see `01_explore`). **Writes**
+# **Needs** demonstrations (collected if missing, see `00_setup`). **Writes**
 # `artifacts/<run_name>/search/`: a run folder per trial, `trials.json`, `best.yaml`; figures.
 #
 # The `demo` preset trains 4 of the 16 points for three epochs; `max_configs=0` trains all of them.
@@ -182,8 +182,8 @@ if complete:
     display(fig)
 
 # %% [markdown]
-# Do more epochs change the order? The ranks of the same points in the example, where the settings
-# are those of the `demo` preset:
+# Do more epochs change the order? With the settings of the `demo` preset, the next cell prints the
+# ranks that the points of your trials have in the example, which trained for more epochs.
 
 # %%
 ranks = {trial["trial"]: rank for rank, trial in enumerate(stored, 1)}
@@ -231,9 +231,9 @@ if best.exists():
 #
 # <details><summary>Answer</summary>
 #
-# The loss has to come within a tenth of the whole improvement from its lowest value. The last trial
-# converges late: with its low learning rate the loss falls in every epoch, and its improvement has
-# not ended when the search stops.
+# It is the first epoch whose loss exceeds the lowest loss by at most a tenth of the whole
+# improvement. The last trial converges late: with its low learning rate the loss falls in every
+# epoch and is still falling when the search stops.
 #
 # ```python
 # losses = stored[-1]["val_losses"]
@@ -250,8 +250,8 @@ if best.exists():
 #
 # <details><summary>Answer</summary>
 #
-# By 1.77 standard deviations of the seeds. Part of a winner's lead is luck, so it looks better than
-# it is; hence the further seeds for the best three (`search_replicates`).
+# By 1.77 standard deviations between seeds. Part of a winner's lead is chance, so the winner looks
+# better than it is; hence the further seeds for the best three (`search_replicates`).
 #
 # ```python
 # import numpy as np

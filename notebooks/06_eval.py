@@ -151,9 +151,9 @@ for error in results["errors"]:
     print("excluded, could not be run:", error)
 
 # %% [markdown]
-# Each episode as a tile: its task, its init state, whether it succeeded, and its length in seconds
-# of the robot's time. Failures in one row are a task that the policy has not learned; failures in
-# one column are an arrangement of the objects that it does not expect.
+# Each tile is an episode: its task, its init state, whether it succeeded, and its length in
+# simulated seconds. Failures along a row point to a task that the policy has not learned; a single
+# failure points to an init state in which the objects lie as the policy does not expect.
 
 # %%
 asked, episodes = results["protocol"], evaluation.rows()
@@ -217,11 +217,11 @@ print(f"Successes take {min(lengths)} to {max(lengths)} steps "
 # %% [markdown]
 # ## Watch the episodes
 #
-# In real time, from a camera that the policy does not see; its own cameras are small beside it.
-# The dots show the planned path, one per action of the chunk: orange for actions that are
-# executed, blue for actions that the next decision replaces. In a failed episode, did the policy
-# miss the object, drop it, or miss the target? Successes and failures are stored in separate
-# folders.
+# The films run in real time and show a view that the policy does not receive, with the images of
+# its own cameras small beside it. The dots show the planned path, one per action of the chunk:
+# orange for actions that are executed, blue for actions that the next decision replaces. In a
+# failed episode, did the policy miss the object, drop it, or miss the target? Successes and
+# failures are stored in separate folders.
 
 # %%
 filmed = films_of(episodes, evaluation.folder)
@@ -232,7 +232,8 @@ if not filmed:
     print("No film: set num_videos=2 to film two episodes per task in a new evaluation.")
 
 # %% [markdown]
-# How did the failed episodes end? They are counted by the first object that rose by 2 cm.
+# What went wrong in the failed episodes? They are counted by the first object that rose by 2 cm:
+# none, another object, or the right one.
 
 # %%
 modes = failure_modes(episodes)
@@ -297,8 +298,8 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 #
 # With `robustness_episodes` above 0, the policy is evaluated under changes: shifted, darker or
 # noisy images, delayed actions, a black camera, randomised layouts, and the suites of LIBERO-PRO, a
-# variant of LIBERO with changed scene, objects, instruction or goal. Changes that cannot affect
-# this policy are listed but not evaluated.
+# variant of LIBERO with exchanged or different-looking objects, paraphrased instructions, or other
+# goals. Changes that cannot affect this policy are listed but not evaluated.
 
 # %%
 if robustness_episodes:
@@ -323,7 +324,7 @@ else:
 # <details><summary>Answer</summary>
 #
 # 35: with n successes in n episodes the lower end is n / (n + 3.84). Ten of ten only exclude rates
-# below 72 %, and even 50 of 50, all official init states of a task, leave 93 %.
+# below 72 %, and even 50 of 50, all official init states of a task, only rates below 93 %.
 #
 # ```python
 # from trm_helpers.stats import wilson_interval

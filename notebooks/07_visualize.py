@@ -15,7 +15,8 @@
 # does it need, and which pixels matter? The last code cell writes a report of the whole run.
 #
 # **What you will learn**
-# - to look for systematic errors of a policy: one dimension, a shrunken range, a wrong gripper
+# - to look for systematic errors of a policy: one wrong dimension, a shrunken range, wrong gripper
+#   commands
 # - to watch a recursion form an action, step by step, and to see whether it converges
 # - to measure what each recursion contributes, by differences on the same samples
 # - to read a saliency map, and what it does not prove
@@ -132,8 +133,9 @@ print(f"{worst} has the largest error ({error[worst]:.3f} on average). Shrunk to
 # %% [markdown]
 # ## Keypoints
 #
-# Keypoints are the positions of the goal's objects in the agent view, predicted by a small network,
-# the localizer. A policy trained with `scenes` above 0 receives only keypoints from the agent view.
+# Keypoints are the positions of the goal's objects and of the hand in the agent view, predicted by
+# a small network, the localizer. A policy trained with `scenes` above 0 receives only keypoints
+# from that camera.
 # A mark far from its object means that the localizer did not find it, often because the arm hides
 # it. A localizer trained with `looks` corrects its first estimate: it looks again, at the pixels
 # around the estimate, and the second figure shows what it sees in each look.
@@ -187,11 +189,11 @@ for moment in moments:
 # %% [markdown]
 # ## The state during recursion
 #
-# Left: each row is one number of the hidden state, each column one step. Step 0 is the initial
-# state: the encoded observation with `variant="block"`, constant with `"trm"`. Middle: the norm of
-# the state. Right: the norm of its change in each step. A recursion that has converged stops
-# changing its state: the curve on the right falls below the dotted line, and the last columns on
-# the left look alike.
+# Left: each row is one number of the hidden state, each column the state after one recursion.
+# Column 0 is the initial state: the encoded observation with `variant="block"`, constant with
+# `"trm"`. Middle: the norm of the state. Right: the norm of its change in each recursion. A policy
+# whose recursion has converged no longer changes its state: the curve on the right falls below the
+# dotted line, and the last columns on the left look alike.
 
 # %%
 recursion, fig = visualize_recursive_states(policy, observations)
@@ -202,11 +204,12 @@ print(recursion["sentence"])
 # %% [markdown]
 # ## How many recursions are needed?
 #
-# The same weights with fewer and more recursions than in training. Samples differ in difficulty by
-# far more than depths do, so the middle panel shows differences on the same samples: the error at
-# each depth minus that at the training depth (dotted line), with the 95 % interval of these paired
-# differences. An interval above 0 left of the dotted line: the recursions up to there improve the
-# action. An interval around 0 right of it: further recursions neither help nor harm.
+# The same weights with fewer and more recursions than in training. Errors differ far more between
+# samples than between depths, so the middle panel shows differences on the same samples: the error
+# at each depth minus the error at the training depth (dotted line), with the 95 % interval of these
+# paired differences. An interval above 0 to the left of the dotted line means that the recursions
+# from this depth to the training depth improve the action; an interval around 0 to the right of it
+# means that further recursions neither help nor harm.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
@@ -281,10 +284,11 @@ print(f"With halting={profile['halting']!r}, a sample uses {profile['mean']:.2f}
 # %% [markdown]
 # ## Which pixels matter?
 #
-# Integrated gradients of the arm's first predicted action, over the image in grey. Bright pixels
-# affect it most; they should lie on the gripper, the object and the target, not on the wall. All
-# cameras share one scale, so a dark camera has little effect at this moment. Near the object, often
-# only the wrist camera has an effect.
+# Integrated gradients (arXiv 1703.01365) attribute the arm's first predicted action to pixels, by
+# gradients averaged on the way from a black image to this one. The maps lie over the grey image.
+# Bright pixels affect the action most; they should lie on the gripper, the object and the target,
+# not on the wall. All cameras share one scale, so a camera with a dark map has little effect at
+# this moment. Near the object, often only the wrist camera has an effect.
 
 # %%
 maps = explain.saliency(policy, observations)
@@ -298,16 +302,17 @@ print(explain.saliency_sentence({camera: maps[camera][0] for camera in images}))
 # ## What each figure can and cannot say
 #
 # - **Predictions** show which numbers are wrong on demonstrated states, and whether they shrink to
-#   the mean. Not whether the robot succeeds: small errors add up over an episode.
-# - **The recursion, step by step** shows how one action forms. Not that others form alike, nor that
-#   the last step is the best.
-# - **The state during recursion** shows whether it settles. Not whether on the right answer.
-# - **The error by depth** shows what each recursion contributes on demonstrated states. Not what
-#   depth is worth in control; that is `depth_episodes`.
-# - **The recursions used** show where a halting rule spends its steps. Not that those samples are
-#   harder.
-# - **Saliency** shows where a small change of a pixel changes the action. Not why, nor what happens
-#   if an object is moved; that is the robustness card of `06_eval`.
+#   the mean, but not whether the robot succeeds: small errors add up over an episode.
+# - **The recursion, step by step** shows how one action forms, but not that others form in the same
+#   way, nor that the last recursion gives the best action.
+# - **The state during recursion** shows whether the state settles, but not whether it settles on
+#   the right answer.
+# - **The error by depth** shows what each recursion contributes on demonstrated states, but not
+#   what depth is worth in control; `depth_episodes` measures that.
+# - **The recursions used** show on which samples a halting rule spends recursions, but not that
+#   those samples are harder.
+# - **Saliency** shows where a small change of a pixel changes the action, but not why, nor what
+#   happens if an object is moved; the robustness card of `06_eval` measures that.
 
 # %% [markdown]
 # ## Report
