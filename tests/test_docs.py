@@ -14,7 +14,13 @@ from papermill.cli import papermill
 from test_structure import PACKAGE, ROOMS, modules
 
 from trm_helpers.__main__ import COMMANDS, parse
-from trm_helpers.config import PRESETS, check_parameters, parse_parameter
+from trm_helpers.config import (
+    PRESETS,
+    check_parameters,
+    from_flat,
+    parse_parameter,
+    settings_by_part,
+)
 from trm_helpers.notebooks import notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,6 +241,21 @@ def test_the_glossary_is_short_and_linked():
     assert 10 < len(rows) <= 20 and rows == sorted(rows, key=lambda term: term.lower().strip("`"))
     for page in ("README.md", "notebooks/00_setup.py"):
         assert "docs/glossary.md)" in (ROOT / page).read_text()
+
+
+def test_the_table_of_presets_has_their_settings():
+    table = (ROOT / "docs" / "commands.md").read_text().split("## Presets")[1].split("\n## ")[0]
+    head, *rows = [re.findall(r"[^|]+", line)
+                   for line in re.findall(r"^\| .*", table, re.MULTILINE)]
+    presets = [cell.strip().strip("`") for cell in head[1:]]
+    assert presets == list(PRESETS) and len(rows) > 10
+    for setting, *cells in rows:
+        setting = setting.strip().strip("`")
+        for preset, cell in zip(presets, cells, strict=True):
+            config = from_flat(preset)
+            value = getattr(getattr(config, settings_by_part()[setting]), setting)
+            values = value if isinstance(value, tuple) else (value,)
+            assert cell.strip() == ", ".join(map(str, values)), (setting, preset)
 
 
 def test_the_table_of_rooms_lists_every_module_from_the_bottom_up():
