@@ -137,6 +137,32 @@ def test_a_hanging_job_is_ended_and_tried_once_more(job, marks, capfd, name, err
     assert not any(alive(path.read_text()) for path in marks.iterdir())
 
 
+def test_a_job_is_tried_again_although_the_idle_workers_have_ended(marks):
+    def job(name):
+        parallel._IDLE_SECONDS = 1.0
+        seen = marks / name
+        if name == "hangs once" and not seen.exists():
+            seen.touch()
+            time.sleep(600)
+        return name
+
+    names = ["a", "b", "hangs once"]
+    outcomes = list(run_jobs(job, names, workers=2, limit=LIMIT))
+    assert [(name, error) for name, _, error in outcomes] == [(name, None) for name in names]
+
+
+def test_a_job_that_ends_while_its_result_waits_is_not_late(marks):
+    def job(seconds):
+        (marks / f"{seconds}.{len(list(marks.iterdir()))}").touch()
+        time.sleep(seconds)
+
+    for seconds, _, error in run_jobs(job, [0.1, 2.0], workers=2, limit=LIMIT):
+        assert not error
+        if seconds == 0.1:
+            time.sleep(LIMIT + 1)  # as when the caller copies a large file
+    assert len(list(marks.iterdir())) == 2
+
+
 def test_a_killed_worker_is_noticed_within_seconds(job, marks):
     def kill() -> None:
         wait_for(lambda: attempts(marks, "hangs once"))

@@ -195,6 +195,9 @@ def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep:
             waiting += [(item, 1) for item in items[known:]]
             known = len(items)
             waiting = [(item, attempt) for item, attempt in waiting if wanted(item)]
+            for worker in [each for each in idle if each.process.poll() is not None]:
+                idle.remove(worker)
+                worker.end()  # it had no job for _IDLE_SECONDS
             while waiting and len(running) < size:
                 worker = idle.pop() if idle else _Worker()
                 groups = [group(item) for item, _ in waiting]
@@ -230,7 +233,7 @@ def _next_group(waiting: Sequence[Hashable], own: Hashable, elsewhere: Sequence[
 
 
 class _Worker:
-    """A process that runs one job after another."""
+    """A process that runs one job after another, until none has come for ``_IDLE_SECONDS``."""
 
     idle: list[_Worker] = []  # kept for the next call
     group: Hashable = None  # of its last item
@@ -264,7 +267,7 @@ class _Worker:
         answered = wait([worker.connection for worker in workers],
                         max(0.0, min(remaining, _POLL_SECONDS)))
         for worker in list(workers):
-            if worker.connection in answered:
+            if worker.connection in answered or worker.connection.poll():
                 yield worker, *worker.answer()
             elif worker.process.poll() is not None:
                 yield worker, None, worker.cause_of_death()
