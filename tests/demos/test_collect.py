@@ -253,6 +253,38 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quic
     assert not list(path.parent.glob(".*.parts"))
 
 
+def test_a_shorter_collection_keeps_the_attempts_of_a_longer_one(quick, monkeypatch):
+    def cut_off(*given):
+        if given[-1] == 3:
+            raise RuntimeError("cut off")
+        return real(*given)
+
+    real = collect._attempt
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cut off"):
+        patch.setattr(collect, "_attempt", cut_off)
+        quick("some", 0, num_demos=4)
+    path = quick("some", 0, num_demos=1)
+    (parts,) = path.parent.glob(".*.parts")
+    assert sorted(part.stem for part in parts.iterdir()) == ["attempt_00001", "attempt_00002"]
+    for mark in quick.trouble.iterdir():
+        mark.unlink()
+    assert quick("some", 0, num_demos=4).read_bytes() == quick("straight", 0).read_bytes()
+    assert not parts.exists()
+
+
+def test_the_command_in_the_error_collects_the_file_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRM_DATA_DIR", str(tmp_path / "data"))
+    config = from_flat("demo", actor="my-run", beta=0.3333333, placement="wide", num_demos=40)
+    with pytest.raises(FileNotFoundError) as error:
+        collect.ensure_demonstrations(config)
+    _, command = str(error.value).split("python -m trm_helpers collect ")
+    given = command.replace("--", "").split()
+    found = dict(zip(given[::2], given[1::2], strict=True))
+    assert found == {"actor": "my-run", "beta": "0.3333333", "suite": "libero_spatial",
+                     "task-ids": "2", "placement": "wide", "num-demos": "40"}
+    assert not (tmp_path / "data").exists()
+
+
 def test_tasks_are_collected_side_by_side_and_equal_those_made_alone(quick, tmp_path):
     files = collect_tasks("libero_object", [2, 0], 3, tmp_path / "both", workers=2)
     assert list(files) == [0, 2]
@@ -321,8 +353,10 @@ def test_an_actors_file_begins_with_its_demonstrations_and_keeps_to_the_actor(
         with pytest.raises(RuntimeError, match="cut off"):
             collect_with(actor)
     other = actor._replace(sha256="b" * 64)
-    with pytest.raises(ValueError, match="unfinished demonstrations by another actor .*b{12}"):
+    with pytest.raises(ValueError, match="unfinished demonstrations by another actor, .*b{12}"):
         collect_with(other)
+    with pytest.raises(ValueError, match="unfinished demonstrations by .*beta=0.25; remove it"):
+        collect_with(actor._replace(beta=0.25))
     for mark in quick.trouble.iterdir():
         mark.unlink()
     path = collect_with(actor)
@@ -335,7 +369,7 @@ def test_an_actors_file_begins_with_its_demonstrations_and_keeps_to_the_actor(
     assert (made["actor"], made["beta"], made["failed_attempts"]) == ("run", 0.5, [1])
     unknown = Actor("run", 0.5)  # in a notebook that only reads
     assert collect_with(unknown) == path
-    with pytest.raises(FileNotFoundError, match="not hold 5 demonstrations yet.*--actor run"):
+    with pytest.raises(FileNotFoundError, match="5 demonstrations are needed in .*--actor run"):
         collect_with(unknown, 5)
     with pytest.raises(ValueError, match="other settings .*actor_sha256: 'a{64}' there, 'b{64}'"):
         collect_with(other, 5)

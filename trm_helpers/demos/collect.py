@@ -90,7 +90,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
 
     Layouts are sampled by the environment's reset, never taken from the official init states.
-    Finished attempts are kept beside the file until it is complete; after an interruption the same
+    Finished attempts are kept beside the file until it holds them; after an interruption the same
     call resumes. A complete file is returned unchanged, a smaller one extended.
 
     Args:
@@ -144,6 +144,8 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
         tasks[task_id] = _Collection(load_task(suite, task_id), Path(folder), settings, num_demos,
                                      actor)
     incomplete = [task for task in tasks.values() if not task.is_complete()]
+    for task in incomplete:
+        task.require_policy()
     with contextlib.ExitStack() as locks:  # not of complete files: a call may be extending one
         for task in incomplete:
             locks.enter_context(exclusive_lock(task.path.parent, lock=f".{task.name}.lock"))
@@ -157,7 +159,7 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
 
 
 class _Collection:
-    """The demonstrations of one task: its file, and the attempts beside it until it is complete."""
+    """The demonstrations of one task: its file, and the attempts beside it that it lacks."""
 
     def __init__(self, task, folder: Path, settings: dict, num_demos: int,
                  actor: Actor | None = None):
@@ -166,7 +168,7 @@ class _Collection:
         self.path = folder / f"{self.name}{schema.DEMO_FILE_SUFFIX}"
         calm = "" if settings["disturb"] else ".calm"
         if actor:
-            calm = f".{actor.sha256[:12]}"
+            calm = f".{actor.sha256[:12]}.beta{actor.beta}"
         self.parts = self.path.with_name(
             f".{self.name}.{settings['placement']}{calm}.seed{settings['seed']}.parts")
         self.attempts: dict[int, Path | None] = {}  # the file of a success, None for a failure
@@ -198,22 +200,29 @@ class _Collection:
             self.attempts = _of_file(self.actor.base[self.settings["task_id"]],
                                      self.actor.base_count)
         self.parts.mkdir(parents=True, exist_ok=True)
-        for part in self.parts.glob("attempt_*"):
-            number = int(part.stem.split("_")[1])
-            self.attempts[number] = part if part.suffix == ".hdf5" else None
+        self.attempts.update((number, part if part.suffix == ".hdf5" else None)
+                             for number, part in self._finished())
+
+    def _finished(self) -> list[tuple[int, Path]]:
+        """Number and file of each finished attempt beside the file."""
+        return [(int(part.stem.split("_")[1]), part) for part in self.parts.glob("attempt_*")]
+
+    def require_policy(self) -> None:
+        """Raise ``FileNotFoundError`` for an actor of which only the name is known."""
+        if self.actor and not self.actor.source:
+            raise FileNotFoundError(
+                f"{self.num_demos} demonstrations are needed in {self.path}; collect them: "
+                f"python -m trm_helpers collect --actor {self.actor.run} --beta "
+                f"{self.actor.beta} --suite {self.settings['suite']} --task-ids "
+                f"{self.settings['task_id']} --placement {self.settings['placement']} "
+                f"--num-demos {self.num_demos}")
 
     def _refuse_other_actor(self) -> None:
-        if not self.actor.source:
-            raise FileNotFoundError(
-                f"{self.path} does not hold {self.num_demos} demonstrations yet; collect them: "
-                f"python -m trm_helpers collect --actor {self.actor.run} --beta "
-                f"{self.actor.beta:g} --suite {self.settings['suite']} --task-ids "
-                f"{self.settings['task_id']} --num-demos {self.num_demos}")
         for parts in self.path.parent.glob(f".{self.name}.*.parts"):
             if parts != self.parts:
-                raise ValueError(f"{parts} holds unfinished demonstrations by another actor or "
-                                 f"seed than {self.actor.run!r} with the weights "
-                                 f"{self.actor.sha256[:12]}; remove it")
+                raise ValueError(f"{parts} holds unfinished demonstrations by another actor, "
+                                 f"beta or seed than {self.actor.run!r} with the weights "
+                                 f"{self.actor.sha256[:12]} and beta={self.actor.beta}; remove it")
 
     def missing(self) -> list[tuple]:
         """Arguments of :func:`_attempt` for the attempts to make if each of them succeeds."""
@@ -241,11 +250,14 @@ class _Collection:
                 f"{self.name}; it cannot demonstrate this task")
 
     def write(self) -> None:
-        """Write the file; with all demonstrations in it, the attempts beside it are removed."""
+        """Write the file and remove the attempts that it holds; others wait for a longer file."""
         with atomic_path(self.path) as temporary:
             _assemble(temporary, self.task, self.settings, self.attempts, self.chosen)
             check_demo_file(temporary)
-        if self.found == self.num_demos:
+        for number, part in self._finished():
+            if number <= self.chosen[-1]:
+                part.unlink()
+        if not self._finished():
             shutil.rmtree(self.parts)
 
 
