@@ -13,6 +13,7 @@ import functools
 import math
 import numbers
 import re
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,9 +30,10 @@ COMMON = ("suite", "task_ids", "num_demos", "variant", "num_recursions", "epochs
 # Numbers that have to be above 0; no other number may be below 0
 _POSITIVE = {
     "sequence_length", "hidden_dim", "num_recursions", "num_layers", "latent_updates", "cycles",
-    "image_grid", "convergence_threshold", "num_tasks", "chunk", "execution_horizon", "epochs",
-    "batch_size", "lr", "eval_workers", "search_lrs", "search_hidden_dims",
-    "search_num_recursions", "search_epochs", "search_replicates",
+    "image_grid", "image_size", "convergence_threshold", "num_tasks", "chunk",
+    "execution_horizon", "epochs", "batch_size", "lr", "eval_workers", "search_lrs",
+    "search_hidden_dims", "search_num_recursions", "search_epochs", "search_replicates",
+    "num_samples",
 }
 
 # A policy from elsewhere must not exhaust this machine; the last two are PyTorch's limits
@@ -105,7 +107,7 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     fits = isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
-    return fits and not (kind is float and math.isinf(value))
+    return fits and not (kind is float and abs(value) > sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,8 @@ class Config:
                                f"{schema.STILL_CAMERA} among them, which the localizer reads")
             self.model.require("keypoints", not self.model.keypoints,
                                "none with scenes, from which training derives them")
+            self.model.require("image_size", self.model.image_size % 4 == 0,
+                               "a multiple of 4 with scenes")
         else:
             self.model.require("looks", not self.model.looks or bool(self.model.keypoints),
                                "0 without scenes, on which the localizer is trained")
@@ -489,7 +493,7 @@ def check_parameters(**given) -> dict[str, Any]:
     """Parameters of a notebook as JSON-like values of their types.
 
     None stands for a setting's default. papermill gives a name of digits as a number. Raises
-    ``ValueError`` for a value of another type or below 0.
+    ``ValueError`` for a value of another type or out of range.
     """
     checked = {}
     for name, value in given.items():
@@ -498,7 +502,8 @@ def check_parameters(**given) -> dict[str, Any]:
             value = str(value)
         if kind and not (value is None and (kind is str or name in settings_by_part())):
             value = convert(name, value, kind)
-            _require(kind is not int or value >= 0, name, value, ">= 0")
+            least = 1 if name in _POSITIVE else 0
+            _require(kind is not int or value >= least, name, value, f">= {least}")
         checked[name] = list(value) if isinstance(value, tuple) else value
     return checked
 
