@@ -354,6 +354,19 @@ def test_a_run_trains_its_localizer_first(small_run, rendered, looks):
     assert any(name.startswith("locator.look.") for name in before) == bool(looks)
 
 
+def test_instructions_that_the_localizer_would_mix_are_refused(rendered, tmp_path):
+    """LIBERO-90 has the left bowl on the right bowl, and its mirror: cosine similarity 0.9993."""
+    config = from_flat("demo", suite="libero_90", task_ids=[0, 63, 64], scenes=20,
+                       conditioning="language")
+    with pytest.raises(ValueError, match=r"task_ids=\[63, 64\] of libero_90 apart .*0.9993"):
+        keypoints.trained_localizer(tmp_path, config, {}, {})
+    assert not rendered
+    same = config.replace(task_ids=[74, 79])  # one instruction in two scenes
+    files = {"files": [{"file": "a", "demos": ["demo_0"]}] * 2}
+    names, localizer = keypoints.trained_localizer(tmp_path, same, files, files)
+    torch.testing.assert_close(localizer.which(localizer.known), torch.full((2, 2), 0.5))
+
+
 @pytest.mark.parametrize("change", [
     lambda demo: demo.__delitem__("states"), lambda demo: None])
 def test_scenes_need_states_and_the_model(tmp_path, change):

@@ -29,7 +29,7 @@ from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_j
 from ..sim.env import LiberoEnv, load_task
 from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
-from .localizer import Localizer
+from .localizer import MOST_ALIKE, Localizer
 from .model import read_weights
 
 HAND = "hand"  # keypoint between the fingers
@@ -283,7 +283,8 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
     """Names of a run's keypoints and their localizer, trained on the first call.
 
     The run folder keeps the weights in ``locator.safetensors`` and, in ``scenes.json``, the error
-    per keypoint in scenes around the demonstrations of the other split.
+    per keypoint in scenes around the demonstrations of the other split. Raises ``ValueError`` if it
+    could not tell two instructions apart.
 
     Args:
         config: of the run; ``config.data.scenes`` are rendered around each demonstration.
@@ -293,6 +294,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
     tasks, seed = _task_vectors(config), config.train.seed
     with exclusive_lock(run, lock=".locator.lock"):  # one of several processes trains
         if not path.exists():
+            _refuse_alike(config, tasks)
             scenes, other_scenes = (
                 {task_id: render_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
                                         config.data.scenes)
@@ -316,6 +318,21 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                     name: [None if math.isnan(value) else round(value, 4) for value in row]
                     for name, row in zip(names, distance.tolist(), strict=True)}})
     return load_localizer(run)
+
+
+def _refuse_alike(config: Config, tasks: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` for two instructions that :meth:`Localizer.which` would mix.
+
+    Tasks with the same instruction are one task to it.
+    """
+    of_task = [] if tasks is None else zip(config.data.task_ids, tasks, strict=True)
+    for (one, first), (other, second) in itertools.combinations(of_task, 2):
+        alike = F.cosine_similarity(first, second, dim=0)
+        if alike > MOST_ALIKE and not torch.equal(first, second):
+            raise ValueError(
+                f"the localizer cannot tell the instructions of task_ids={[one, other]} of "
+                f"{config.data.suite} apart (cosine similarity {alike:.4f}; expected at most "
+                f"{MOST_ALIKE}); train them in two runs, or with conditioning='task_id'")
 
 
 def save_localizer(folder: str | Path, localizer: Localizer, names: Sequence[str],
