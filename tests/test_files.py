@@ -101,6 +101,8 @@ def test_the_next_writer_removes_leftovers_of_killed_writers_and_nothing_else(tm
     *_, machine, pid, _, _ = dead.name.split(".")
     other = tmp_path / f".film.mp4.{machine}.{pid}.part.mp4"
     other.write_text("half")
+    run = tmp_path / f".my.run-2.{machine}.{pid}.part.run-2"
+    run.mkdir()
     foreign = tmp_path / ".a.json.0123abcd.1.part.json"  # of another machine, at work perhaps
     foreign.write_text("half")
     kept = [tmp_path / name for name in (".a.7.parts", ".lock", "a.7.part", ".gitignore")]
@@ -112,7 +114,7 @@ def test_the_next_writer_removes_leftovers_of_killed_writers_and_nothing_else(tm
         mine.write_text("1")
         write_json(tmp_path / "04_train.ipynb", 1)
         assert mine.exists()
-    assert not dead.exists() and not other.exists()
+    assert not dead.exists() and not other.exists() and not run.exists()
     assert foreign.exists() and all(path.exists() for path in kept)
     os.utime(foreign, (1e9, 1e9))
     write_json(tmp_path / "b.json", 2)
