@@ -275,6 +275,12 @@ def test_nothing_that_renders_gives_each_reason_and_the_apt_command(
         configure_gl()
     assert "MUJOCO_GL" not in os.environ and "TRM_RENDERER" not in os.environ
     assert renderer() is None
+    for backend in ("egl", "osmesa"):
+        monkeypatch.setenv("MUJOCO_GL", backend)
+        with pytest.raises(RuntimeError) as error:
+            configure_gl()
+        assert ("libosmesa6" in str(error.value)) == (backend == "osmesa")
+    monkeypatch.delenv("MUJOCO_GL")
     rows = {check.name: check for check in preflight()}
     assert rows["OpenGL"].status == "fail" and "apt-get" in rows["OpenGL"].hint
     assert "settle probe" not in rows

@@ -21,12 +21,8 @@ from . import schema
 from .files import machine, remove_leftovers, write_json
 
 # Debian's names; robosuite imports OpenCV, which needs libgl1 and libglib2.0-0 in any case
-GL_INSTALL = (
-    ("apt-get", "update"),
-    ("apt-get", "install", "--yes", "--no-install-recommends",
-     "libegl1", "libgl1", "libgl1-mesa-dri", "libgles2", "libglib2.0-0"),
-)
-GL_HINT = "install them with: sudo " + " && sudo ".join(" ".join(step) for step in GL_INSTALL)
+_PACKAGES = ("libegl1", "libgl1", "libgl1-mesa-dri", "libgles2", "libglib2.0-0")
+_OSMESA_PACKAGES = (*_PACKAGES, "libosmesa6")  # newer Debians have none
 NVIDIA_EGL = "libEGL_nvidia.so.0"
 VENDOR_FILES = "__EGL_VENDOR_LIBRARY_FILENAMES"
 _EGL_VENDOR_FOLDERS = (Path("/etc/glvnd/egl_vendor.d"), Path("/usr/share/glvnd/egl_vendor.d"))
@@ -75,16 +71,20 @@ def configure_gl() -> dict:
             os.environ.update(_set(found["settings"]), **{_RENDERER: json.dumps(found)})
             return found
     raise RuntimeError(f"OpenGL does not render ({'; '.join(failures)}); "
-                       f"if libraries are missing, {GL_HINT}")
+                       f"if libraries are missing, {_hint()}")
 
 
 def _visible_gpus() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+def _wanted_backend() -> str:
+    return os.environ.get("MUJOCO_GL", "").lower().strip()
+
+
 def gl_settings() -> list[dict[str, str | None]]:
     """Environment variables of each renderer to try, in order; ``None`` is an absent variable."""
-    wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
+    wanted = _wanted_backend()
     if wanted not in ("", "egl", "osmesa", "glx"):
         raise ValueError(f"MUJOCO_GL={wanted!r} is not valid; expected egl, osmesa or glx")
     installed = os.environ.get(VENDOR_FILES)
@@ -234,11 +234,22 @@ def ensure_gl() -> dict:
     except RuntimeError:
         if os.geteuid() != 0 or not shutil.which("apt-get"):
             raise
-    for step in GL_INSTALL:
+    for step in _install_steps():
         print("+", *step, flush=True)
         if subprocess.run(step, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}).returncode:
-            raise RuntimeError(f"`{' '.join(step)}` failed; {GL_HINT}")
+            raise RuntimeError(f"`{' '.join(step)}` failed; {_hint()}")
     return configure_gl()
+
+
+def _install_steps() -> tuple[tuple[str, ...], ...]:
+    packages = _OSMESA_PACKAGES if _wanted_backend() == "osmesa" else _PACKAGES
+    return (("apt-get", "update"),
+            ("apt-get", "install", "--yes", "--no-install-recommends", *packages))
+
+
+def _hint() -> str:
+    steps = " && ".join(" ".join(("sudo", *step)) for step in _install_steps())
+    return f"install them with: {steps}"
 
 
 # --- importing the simulator ---------------------------------------------------------------------
