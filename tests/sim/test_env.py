@@ -1,5 +1,6 @@
 """The real simulator: observations, and the order of an episode."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -33,6 +34,23 @@ def played(env, observation, moves):
     for action in moves:
         seen.append(env.step(action)[0])
     return [{key: np.array(each[key]) for key in each} for each in seen]
+
+
+def test_an_environment_without_settle_steps_is_refused():
+    with pytest.raises(ValueError, match="settle_steps=0 is not valid; expected at least 1"):
+        LiberoEnv(SUITE, TASK, settle_steps=0)
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.INFO, logging.CRITICAL])
+def test_a_program_that_has_silenced_logging_keeps_it_silenced(level):
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with sim.quiet():
+            assert logging.root.manager.disable == max(level, logging.WARNING)
+        assert logging.root.manager.disable == level
+    finally:
+        logging.disable(before)
 
 
 def test_lazy_frames_equal_frames_rendered_in_every_step_bit_for_bit(env):

@@ -163,7 +163,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
             objects come to rest after a reset.
 
     Raises:
-        ValueError: unknown suite or task id.
+        ValueError: unknown suite or task id, no settle steps.
         FileNotFoundError: files of the suite are not installed.
         RuntimeError: the simulator is not the pinned version, or OpenGL is missing.
     """
@@ -171,6 +171,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
     def __init__(self, suite: str, task_id: int, *, image_size: int = schema.IMAGE_SIZE,
                  lazy: bool = True, settle_steps: int = schema.SETTLE_STEPS,
                  settle_action: Sequence[float] = schema.NO_OP):
+        if settle_steps < 1:
+            raise ValueError(f"settle_steps={settle_steps} is not valid; expected at least 1")
         self.task = load_task(suite, task_id)
         self.settle_steps, self.settle_action = settle_steps, np.array(settle_action)
         self.image_size = image_size
@@ -483,11 +485,12 @@ def quiet():
     """Suppress what LIBERO and robosuite print, log and warn of while they load."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        before = logging.root.manager.disable  # the caller's own
+        logging.disable(max(before, logging.WARNING))
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
 
 
 class _WorkerEnv:
