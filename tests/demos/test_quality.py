@@ -79,6 +79,18 @@ def test_a_broken_layout_is_the_only_row(write):
     assert [row["verdict"] for row in card] == ["bad"] and "NaN" in card[0]["found"]
 
 
+@pytest.mark.parametrize(("group", "name", "value"), [
+    ("data", "alignment", 3), ("data", "collection", "["),
+    ("data/demo_1", "collection_version", "x")])
+def test_an_attribute_of_another_type_is_the_only_row(write, group, name, value):
+    path = write()
+    with h5py.File(path, "a") as file:
+        file[group].attrs[name] = value
+    (row,) = quality_card(path)
+    assert row["verdict"] == "bad"
+    assert all(part in row["found"] for part in (str(path), name, repr(value)))
+
+
 def set_step(step, value):
     def change(values, demo):
         values = values.copy()

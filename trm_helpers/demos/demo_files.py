@@ -185,13 +185,20 @@ def version_notes(paths: Iterable[str | Path]) -> list[str]:
     notes = []
     for path in paths:
         with open_demo_file(path) as file:
-            versions = {int(file[schema.DATA_GROUP][name].attrs.get(VERSION_ATTR, 0))
-                        for name in demo_names(file)}
+            versions = {_version(file[schema.DATA_GROUP][name]) for name in demo_names(file)}
         if source_of(path) != "human" and versions != {schema.COLLECTION_VERSION}:
             notes.append(f"{path}: collected by version {', '.join(map(str, sorted(versions)))} of "
                          "the code (0: before versions were recorded); this is version "
                          f"{schema.COLLECTION_VERSION}, whose demonstrations may differ")
     return notes
+
+
+def _version(demo: h5py.Group) -> int:
+    value = demo.attrs.get(VERSION_ATTR, 0)
+    if not isinstance(value, int | np.integer):
+        raise DemoFileError(f"{demo.file.filename}, {demo.name}: attribute {VERSION_ATTR}="
+                            f"{value!r}; expected an integer")
+    return int(value)
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -200,11 +207,16 @@ def check_demo_file(path: str | Path) -> None:
 
     Checked: the file opens; ``actions``, both cameras and the proprioception exist, with the shapes
     and types of LIBERO's layout and one length of at least one step per demonstration; numbers are
-    finite; actions lie in [-1, 1]. Images are not read.
+    finite; actions lie in [-1, 1]; the attributes that this package reads have their types. Images
+    are not read.
     """
     with open_demo_file(path) as file:
-        for name in demo_names(file):
-            _check_demo(file[schema.DATA_GROUP][name], f"{path}, {name}")
+        names, data = demo_names(file), file[schema.DATA_GROUP]
+        text_attribute(data, schema.ALIGNMENT_ATTR)
+        json_attribute(data, COLLECTION_ATTR)
+        for name in names:
+            _check_demo(data[name], f"{path}, {name}")
+            _version(data[name])
 
 
 def _check_demo(demo: h5py.Group, where: str) -> None:
