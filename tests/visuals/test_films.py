@@ -59,6 +59,17 @@ def test_a_grid_frames_each_film_by_its_outcome_once_it_has_ended(tmp_path):
         assert reader.get_next_data().shape == (192 + band + 1, 3 * 192, 3)  # even
 
 
+def test_labels_of_one_line_and_of_several_share_a_grid(tmp_path):
+    film = films.write_video(tmp_path / "a.mp4", [np.full((320, 640, 3), 80, np.uint8)] * 2)
+    labels = ["task 3", "put the wine bottle on top of the cabinet"]
+    grid = films.write_grid(tmp_path / "grid.mp4", [film] * 2, labels, [True, False])
+    with imageio.get_reader(grid) as reader:
+        height, width, _ = reader.get_next_data().shape
+    assert height >= 192 + 2 * (27 - films._MARGIN) + films._MARGIN and width == 2 * 192
+    with pytest.raises(ValueError, match="frames is empty"):
+        films.write_grid(tmp_path / "none.mp4", [], [], [])
+
+
 def test_a_film_frame_has_a_large_view_the_policys_own_text_time_and_an_end():
     main, own = np.full((320, 320, 3), 200, np.uint8), np.full((64, 64, 3), 90, np.uint8)
     views = {"agent view": own, "wrist camera": own // 2}

@@ -200,11 +200,13 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
     A film that has ended keeps its last frame, framed green for a success and red for a failure.
     ``columns`` 0 makes about as many rows as columns.
     """
-    columns = columns or math.ceil(math.sqrt(len(films)))
+    columns = columns or math.ceil(math.sqrt(len(films))) or 1
     rows = math.ceil(len(films) / columns)
+    texts = [_wrapped([label], _TILE) for label in labels]
+    band = _LINE * max((len(text.splitlines()) for text in texts), default=0) + _MARGIN
     with contextlib.ExitStack() as stack:
-        tiles = [_tiles(stack.enter_context(imageio.get_reader(film)), label, success)
-                 for film, label, success in zip(films, labels, successes, strict=True)]
+        tiles = [_tiles(stack.enter_context(imageio.get_reader(film)), text, band, success)
+                 for film, text, success in zip(films, texts, successes, strict=True)]
 
         def frames() -> Iterator[np.ndarray]:
             shown = [None] * len(films)
@@ -217,10 +219,9 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
         return write_video(path, frames())
 
 
-def _tiles(reader, label: str, success: bool) -> Iterator[np.ndarray]:
-    """A film's main view under its label, as a tile of the grid; the last frame is framed."""
-    text = _wrapped([label], _TILE)
-    band = _LINE * len(text.splitlines()) + _MARGIN
+def _tiles(reader, text: str, band: int, success: bool) -> Iterator[np.ndarray]:
+    """A film's main view under a ``band`` of text, as a tile of the grid; the last frame is framed.
+    """
     tile = None
     for frame in reader.iter_data():
         if tile:
