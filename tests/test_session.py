@@ -377,9 +377,12 @@ def test_of_attached_scripted_files_the_largest_is_used(kaggle, capsys):
     for name, lengths in (("a", (6, 7)), ("b", (6, 7, 8)), ("c", (6,))):
         write_demo_file(kaggle / "input" / name / f"{SOUP}_demo.hdf5", lengths, collection=made)
     write_demo_file(kaggle / "input" / "d" / "odd_demo.hdf5", (6,), collection={"suite": ["x"]})
+    for beta in ("x", [0.5]):
+        write_demo_file(kaggle / "input" / f"beta {beta}" / "odd_demo.hdf5", (6,),
+                        collection={**made, "beta": beta})
     session.begin()
     said = lines(capsys)["attached demos"]
-    assert said.startswith("1 scripted and 0 human file(s)\n") and said.count("left out") == 3
+    assert said.startswith("1 scripted and 0 human file(s)\n") and said.count("left out") == 5
     home = paths.data_dir() / "scripted" / "libero_object" / f"{SOUP}_demo.hdf5"
     assert home.resolve() == kaggle / "input" / "b" / home.name
 

@@ -275,7 +275,7 @@ def _link_demonstrations() -> str:
                 else:
                     home, count = _collected_as(path)
                     scripted.setdefault(home, []).append((count, path))
-            except (DemoFileError, OSError) as error:
+            except (ValueError, TypeError, OSError) as error:
                 said.append(f"left out: {error}")
     for home, several in scripted.items():
         if home.exists() and not home.is_symlink():

@@ -674,3 +674,9 @@ def test_crops_on_a_gpu_are_those_of_the_cpu(monkeypatch):
         enlarged(frames, centre.as_subclass(torch.Tensor))))
     found = augment.apply_augmentation(images, drawn).as_subclass(torch.Tensor)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "shift", "reference", "colour"])
+def test_a_batch_may_be_empty(path, augmentation):
+    batch = plain([path], augmentation=augmentation).batch([])
+    assert batch["observations"]["agentview_rgb"].shape[0] == len(batch["actions"]) == 0

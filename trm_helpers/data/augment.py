@@ -94,7 +94,7 @@ def apply_augmentation(images: torch.Tensor,
 
     On a GPU with parameters there, nothing waits for the device.
     """
-    if not parameters:
+    if not parameters or not len(images):
         return images
     frames = images.reshape(len(images), -1, *images.shape[-3:])  # (B, T, H, W, 3)
     for change, values in parameters.items():
