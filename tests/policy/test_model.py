@@ -218,12 +218,10 @@ def test_depth_must_be_positive():
 def test_remainder_is_the_documented_sum(probability, weights, monkeypatch):
     monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.1)
     policy = TRMPolicy(small(halting="remainder", num_recursions=6))
+    policy.block = _Count()
     set_halting(policy, probability)
-    recursion = policy.recurse(torch.randn(2, 16))
-    torch.testing.assert_close(recursion.weights, torch.tensor([weights] * 2))
-    expected = torch.zeros(2, 16)
-    expected[:, 0] = sum(weights)  # every state is (1, 0, 0, ...)
-    torch.testing.assert_close(recursion.output, expected)
+    recursion = policy.recurse(_Count.START)
+    torch.testing.assert_close(recursion.output, _Count.weighted(weights))
     assert recursion.depth.tolist() == [len(weights)] * 2
     assert len(recursion.states) == len(weights) + 1
 
@@ -242,12 +240,30 @@ def test_remainder_stops_with_the_slowest_sample_and_counts_each(monkeypatch):
     assert recursion.depth.tolist() == [4, 2]
     rest = 1 - SIGMOID_1
     expected = [[1, 0.5, 0.25, 0.125], [1, rest, rest**2, rest**3]]
-    torch.testing.assert_close(recursion.weights, torch.tensor(expected))
+    torch.testing.assert_close(recursion.output, x_cond * torch.tensor(expected).sum(1, True))
 
 
 class _Repeat(RecursiveBlock):
     def forward(self, h, x_cond):
         return x_cond
+
+
+class _Count(RecursiveBlock):
+    """State n is (1, n, 0, ...), so that a sum of states tells their weights."""
+
+    START = torch.eye(16)[:1].expand(2, -1)
+
+    def __init__(self):
+        super().__init__(16)
+
+    def forward(self, h, x_cond):
+        return h + torch.eye(16)[1]
+
+    @classmethod
+    def weighted(cls, weights):
+        states = torch.stack([cls.START[0] + n * torch.eye(16)[1]
+                              for n in range(1, len(weights) + 1)])
+        return (torch.tensor(weights) @ states).expand(2, -1)
 
 
 @pytest.mark.parametrize(
@@ -261,9 +277,10 @@ class _Repeat(RecursiveBlock):
 def test_adaptive_weights_and_ponder_cost(probability, weights, monkeypatch):
     monkeypatch.setattr(model, "HALTING_THRESHOLD", 0.05)
     policy = TRMPolicy(small(halting="adaptive", num_recursions=5))
+    policy.block = _Count()
     set_halting(policy, probability)
-    recursion = policy.recurse(torch.randn(2, 16))
-    torch.testing.assert_close(recursion.weights, torch.tensor([weights] * 2))
+    recursion = policy.recurse(_Count.START)
+    torch.testing.assert_close(recursion.output, _Count.weighted(weights))
     assert recursion.depth.tolist() == [len(weights)] * 2
     expected = torch.tensor([len(weights) + weights[-1]] * 2)  # N + R
     torch.testing.assert_close(recursion.ponder, expected)
@@ -280,11 +297,8 @@ def test_adaptive_halts_per_sample_with_weights_that_sum_to_one():
     x_cond[:, 0] = torch.tensor([0.0, 1.0, -9.0])
     recursion = policy.recurse(x_cond)
     assert recursion.depth.tolist() == [2, 2, 6]
-    torch.testing.assert_close(recursion.weights.sum(dim=1), torch.ones(3))
-    expected = [0.5, 0.5, 0, 0, 0, 0], [SIGMOID_1, 1 - SIGMOID_1, 0, 0, 0, 0]
-    torch.testing.assert_close(recursion.weights[:2], torch.tensor(expected))
     torch.testing.assert_close(recursion.output, x_cond)  # a mean of equal states
-    torch.testing.assert_close(recursion.ponder[0], torch.tensor(2.5))
+    torch.testing.assert_close(recursion.ponder[:2], torch.tensor([2.5, 3 - SIGMOID_1]))
 
 
 @pytest.mark.parametrize("halting", ["remainder", "adaptive"])

@@ -121,7 +121,6 @@ class Recursion(NamedTuple):
 
     output: torch.Tensor  # features that the action head reads
     states: list[torch.Tensor]  # features after 0 ... n steps; those of a halted sample repeat
-    weights: torch.Tensor  # (B, n): output is the sum of weights[:, i] * states[i + 1]
     depth: torch.Tensor  # (B,) int64, steps that each sample used before it halted
     ponder: torch.Tensor  # (B,) Graves' N + R; for other rules, the depth
     carry: torch.Tensor  # (B, ...) the block's last state, from which another recursion can start
@@ -138,10 +137,8 @@ def recurse_fixed(block: nn.Module, x: torch.Tensor, state: torch.Tensor, steps:
     for _ in range(steps):
         state = block(state.detach() if detach else state, x)
         states.append(block.readout(state))
-    weights = x.new_zeros(len(x), steps, dtype=torch.float32)
-    weights[:, -1].fill_(1)
     depth = torch.full((len(x),), steps, device=x.device)
-    return Recursion(states[-1], states, weights, depth, depth.float(), state)
+    return Recursion(states[-1], states, depth, depth.float(), state)
 
 
 def recurse_remainder(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
@@ -166,7 +163,7 @@ def recurse_remainder(block: nn.Module, x: torch.Tensor, state: torch.Tensor, li
 
 
 def recurse_adaptive(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
-                halting_logit: Callable, threshold: float) -> Recursion:
+                     halting_logit: Callable, threshold: float) -> Recursion:
     """Adaptive computation time (Graves 2016, arXiv 1603.08983, section 2).
 
     A step halts with probability ``p = sigmoid(w h + b)``. The first step at which the sum of p
@@ -212,14 +209,13 @@ def recurse_with_early_exit(block: nn.Module, x: torch.Tensor, state: torch.Tens
         state, x, active = state[going_on], x[going_on], active[going_on]
         if not len(active):
             break
-    weights = (depth.unsqueeze(1) == torch.arange(1, len(states), device=depth.device)).float()
-    return Recursion(answer, states, weights, depth, depth.float(), carry)
+    return Recursion(answer, states, depth, depth.float(), carry)
 
 
 def _weighted_sum(states: list, weights: list, depth, ponder, carry) -> Recursion:
-    stacked = torch.stack(weights, dim=1)  # (B, n)
-    output = torch.einsum("bn,nb...->b...", stacked, torch.stack(states[1:]).float())
-    return Recursion(output, states, stacked, depth, ponder, carry)
+    output = torch.einsum("bn,nb...->b...", torch.stack(weights, dim=1),
+                          torch.stack(states[1:]).float())
+    return Recursion(output, states, depth, ponder, carry)
 
 
 # --- when to stop --------------------------------------------------------------------------------
