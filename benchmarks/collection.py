@@ -21,7 +21,8 @@ import numpy as np
 
 from trm_helpers import schema
 from trm_helpers.demos.collect import _write_demo, collect_demonstrations, record_demonstration
-from trm_helpers.demos.experts import Style, make_expert
+from trm_helpers.demos.experts import Expert
+from trm_helpers.demos.skills import Style
 from trm_helpers.sim.env import LiberoEnv
 
 
@@ -36,7 +37,7 @@ def record_states(env: LiberoEnv, seed: int) -> dict:
     """The same episode as LIBERO records it, without rendering."""
     generator = np.random.default_rng(seed)
     env.reset(seed=int(generator.integers(2**31)))
-    expert = make_expert(env, Style.sample(generator))
+    expert = Expert(env, Style.sample(generator))
     states, actions, success, xml = [], [], False, env.model_xml()
     while not success and len(actions) < env.horizon:
         actions.append(expert.act())

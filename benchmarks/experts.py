@@ -19,7 +19,8 @@ import numpy as np
 
 from trm_helpers import schema
 from trm_helpers.demos.collect import Disturbance
-from trm_helpers.demos.experts import Style, make_expert
+from trm_helpers.demos.experts import Expert
+from trm_helpers.demos.skills import Style
 from trm_helpers.files import read_json, write_json
 from trm_helpers.sim import layouts
 from trm_helpers.sim.env import LiberoEnv, load_task
@@ -39,7 +40,7 @@ def run_task(suite: str, episodes: int, init_states: bool, placement: str, distu
             else:
                 layouts.reset(env, 1000 + episode, placement)
             generator = np.random.default_rng([task_id, episode])
-            expert = make_expert(env, Style.sample(generator))
+            expert = Expert(env, Style.sample(generator))
             disturbance = Disturbance(generator) if disturb else None
             for step in range(env.horizon):
                 action = expert.act()

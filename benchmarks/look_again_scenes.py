@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from trm_helpers import schema
-from trm_helpers.demos.experts import Style, make_expert
+from trm_helpers.demos.experts import Expert
+from trm_helpers.demos.skills import Style
 from trm_helpers.files import atomic_path
 from trm_helpers.policy.keypoints import image_positions, sample_scenes
 from trm_helpers.sim import layouts
@@ -29,7 +30,7 @@ SWAP_INIT_STATES = 10
 
 def play(env: LiberoEnv, generator: np.random.Generator) -> np.ndarray:
     """States (T, S) of an episode of the expert; nothing is rendered."""
-    expert, states = make_expert(env, Style.sample(generator)), [env.state()]
+    expert, states = Expert(env, Style.sample(generator)), [env.state()]
     for _ in range(env.horizon):
         _, success = env.step(expert.act())
         states.append(env.state())

@@ -28,8 +28,8 @@ from trm_helpers.demos.collect import (
 )
 from trm_helpers.demos.dagger import Actor
 from trm_helpers.demos.demo_files import DemoFileError, check_demo_file
-from trm_helpers.demos.experts import Style
 from trm_helpers.demos.quality import quality_card
+from trm_helpers.demos.skills import Style
 from trm_helpers.files import exclusive_lock
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.parallel import WorkerDied

@@ -9,7 +9,7 @@ from trm_helpers.data.storage import next_push_steps
 from trm_helpers.demos.collect import record_demonstration
 from trm_helpers.demos.dagger import Actor, Mixture
 from trm_helpers.demos.demo_files import source_of
-from trm_helpers.demos.experts import make_expert
+from trm_helpers.demos.experts import Expert
 from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.demos.pick_place import PickPlace
 from trm_helpers.demos.quality import quality_card
@@ -230,7 +230,7 @@ class Grasper:
     def act(self, observation):
         if self.expert is None:
             offset = (0.012, -0.006) if self.closes else (0.0, 0.0)
-            self.expert = make_expert(self.env, Style(grasp_offset=offset))
+            self.expert = Expert(self.env, Style(grasp_offset=offset))
         action = self.expert.act()
         return action if self.closes else np.append(action[:6], schema.GRIPPER_OPEN)
 
@@ -258,7 +258,7 @@ def test_an_unsolved_episode_is_kept_with_its_actor(env, monkeypatch):
 def test_labels_follow_the_scene_whoever_acts(env, closes):
     """An actor that never closes the gripper, and one with a grasp of its own."""
     observation = layouts.reset(env, 3)
-    mixture = Mixture(env, Grasper(env, closes), 0.0, make_expert(env), np.random.default_rng(0))
+    mixture = Mixture(env, Grasper(env, closes), 0.0, Expert(env), np.random.default_rng(0))
     labels, wide = [], []
     for _ in range(60):
         label, executed = mixture.act(observation)

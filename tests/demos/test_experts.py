@@ -5,7 +5,8 @@ import pytest
 
 from trm_helpers.demos import pick_place
 from trm_helpers.demos.collect import Disturbance, record_demonstration
-from trm_helpers.demos.experts import Style, make_expert, plan
+from trm_helpers.demos.experts import Expert, plan
+from trm_helpers.demos.skills import Style
 from trm_helpers.sim import geometry, layouts
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.geometry import UP, Boxes
@@ -74,7 +75,7 @@ def test_what_holds_is_skipped_until_it_holds_no_more():
 ])
 def test_a_goal_without_skills_is_refused_by_name(goal, lacking):
     with pytest.raises(ValueError, match=f"a task: no skill for {lacking}"):
-        make_expert(scene(goal))
+        Expert(scene(goal))
 
 
 # --- geometry -----------------------------------------------------------------------------------
@@ -86,6 +87,8 @@ def test_bounds_are_those_of_the_turned_axes():
     assert low.tolist() == [1, 0, 0] and high.tolist() == [3, 1, 0.5]
     low, high = long.bounds(np.pi / 2)  # x of the turned axes is y of the world, y is -x
     assert np.allclose(low, [0, -3, 0]) and np.allclose(high, [1, -1, 0.5])
+    assert long.size().tolist() == [2, 1, 0.5] and long.middle().tolist() == [2, 0.5, 0.25]
+    assert np.allclose(long.size(np.pi / 2), [1, 2, 0.5])
 
 
 def test_the_gripper_needs_room_for_its_hand_and_its_fingers():
@@ -160,7 +163,7 @@ def run(env, expert, steps, disturb=lambda expert, action: action):
 def test_demonstrations_are_as_a_person_gives_them_and_show_how_to_recover():
     with LiberoEnv("libero_object", 5) as env:
         env.reset(seed=1)
-        actions, _, success = run(env, make_expert(env), 160)
+        actions, _, success = run(env, Expert(env), 160)
         assert success and 50 < len(actions) < 160  # what a person's are too
         change = np.abs(np.diff(actions[:, :6], axis=0)).mean()  # of a command, in a step
         assert change < 0.05
@@ -186,7 +189,7 @@ def test_what_is_dropped_is_grasped_again():
                 return np.concatenate([action[:6], [-1.0]])
             return action
 
-        _, phases, success = run(env, make_expert(env), env.horizon, drop_once)
+        _, phases, success = run(env, Expert(env), env.horizon, drop_once)
         first = phases.index("carry")
         assert success and "approach" in phases[first:] and "close" in phases[first:]
 
@@ -195,14 +198,14 @@ def test_what_is_dropped_is_grasped_again():
 def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
     with LiberoEnv("libero_spatial", 2) as env:
         env.reset(seed=1)
-        assert make_expert(env).skill.grasp.key[1] == 1.0  # turned, for a plate that is far out
+        assert Expert(env).skill.grasp.key[1] == 1.0  # turned, for a plate that is far out
         grasps, joint = [], env.raw.objects_dict["plate_1"].joints[0]
         for place in ([0.07, 0.2], [0.06, 0.04], [-0.2, -0.17]):
             pose = env.sim.data.get_joint_qpos(joint)
             pose[:2] = place
             env.sim.data.set_joint_qpos(joint, pose)
             env.sim.forward()
-            grasps.append(make_expert(env).skill.grasp)
+            grasps.append(Expert(env).skill.grasp)
         for grasp in grasps:
             np.testing.assert_allclose(grasp.offset, grasps[0].offset, atol=1e-6)
 
@@ -214,7 +217,7 @@ def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(task_id)
         sides = []
         for seed in range(6):
             layouts.reset(env, seed, "wide")
-            sides.append(make_expert(env).skill.grasp.key[1])
+            sides.append(Expert(env).skill.grasp.key[1])
         assert sides == [1.0] * 6
 
 
@@ -223,7 +226,7 @@ def test_a_solid_object_is_grasped_in_its_middle_although_the_gripper_has_little
     """Turned, it is wider than the gripper; only a bowl has a rim for one finger to reach over."""
     with LiberoEnv("libero_10", 1) as env:
         env.reset(init_state=4)
-        expert = make_expert(env)
+        expert = Expert(env)
         assert expert.skill.object == "cream_cheese_1" and not expert.skill._rimmed
         assert {grasp.key[1] for yaw in pick_place._YAWS
                 for grasp in expert.skill._candidates_at(yaw)} == {0.0}
@@ -234,7 +237,7 @@ def test_a_solid_object_is_grasped_in_its_middle_although_the_gripper_has_little
 def test_a_box_that_was_pushed_so_that_it_fits_at_no_yaw_is_still_grasped_somewhere(monkeypatch):
     with LiberoEnv("libero_10", 1) as env:
         env.reset(init_state=4)
-        skill = make_expert(env).skill
+        skill = Expert(env).skill
         assert not skill._rimmed
         monkeypatch.setattr(pick_place, "_OPENING", 0.03)
         skill._plan()
@@ -246,7 +249,7 @@ def test_a_grasp_that_closes_on_nothing_is_tried_again():
     """The object slips 6 cm away when the fingers begin to close for the first time."""
     with LiberoEnv("libero_object", 5) as env:
         env.reset(seed=1)
-        expert, slipped = make_expert(env), []
+        expert, slipped = Expert(env), []
 
         def slip_away_once(expert, action):
             if expert.phase == "close" and not slipped:
@@ -276,7 +279,7 @@ def test_a_grasp_that_closes_on_nothing_is_tried_again():
 def test_each_skill_solves_its_task(suite, task_id, phases):
     with LiberoEnv(suite, task_id) as env:
         env.reset(seed=2)
-        actions, seen, success = run(env, make_expert(env), env.horizon)
+        actions, seen, success = run(env, Expert(env), env.horizon)
         assert success and phases <= set(seen)
         assert np.abs(actions).max() <= 1
 
@@ -289,7 +292,7 @@ def test_each_skill_solves_its_task(suite, task_id, phases):
 def test_a_goal_of_two_predicates_is_a_sequence_of_skills(task_id, skills):
     with LiberoEnv("libero_10", task_id) as env:
         env.reset(seed=2)
-        expert, used, success = make_expert(env), [], False
+        expert, used, success = Expert(env), [], False
         while not success and env.horizon > len(used):
             action = expert.act()
             used.append(type(expert.skill).__name__)
@@ -302,7 +305,7 @@ def test_a_goal_of_two_predicates_is_a_sequence_of_skills(task_id, skills):
 def test_a_carton_that_hangs_on_a_finger_by_its_gable_is_lowered_into_the_basket():
     with LiberoEnv("libero_object", 9) as env:
         env.reset(seed=5006)
-        expert = make_expert(env, Style.sample(np.random.default_rng([9, 6])))
+        expert = Expert(env, Style.sample(np.random.default_rng([9, 6])))
         _, phases, success = run(env, expert, env.horizon)
         assert success
         assert phases.count("close") > phases.index("lift") - phases.index("close")  # a second time

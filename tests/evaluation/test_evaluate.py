@@ -19,7 +19,7 @@ from walking import CountingPolicy, StraightRoad
 from trm_helpers import files, preflight, schema
 from trm_helpers.__main__ import main
 from trm_helpers.config import EvalConfig, from_flat
-from trm_helpers.demos.experts import make_expert
+from trm_helpers.demos.experts import Expert
 from trm_helpers.evaluation import baselines, compare, evaluate, plan, play
 from trm_helpers.evaluation.evaluate import PolicyEvaluator, plan_run
 from trm_helpers.evaluation.robustness import robustness_card
@@ -806,7 +806,7 @@ class ExpertPolicy:
         self.expert = None
 
     def act(self, observation):
-        self.expert = self.expert or make_expert(self.env)  # it looks at the scene as reset
+        self.expert = self.expert or Expert(self.env)  # it looks at the scene as reset
         return self.expert.act()
 
 

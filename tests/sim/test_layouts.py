@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trm_helpers.demos.experts import make_expert
+from trm_helpers.demos.experts import Expert
 from trm_helpers.schema import STILL_CAMERA
 from trm_helpers.sim import layouts
 from trm_helpers.sim.env import LiberoEnv
@@ -107,7 +107,7 @@ def solved(env, seeds):
     count = 0
     for seed in seeds:
         layouts.reset(env, seed, "wide")
-        expert, success = make_expert(env), False
+        expert, success = Expert(env), False
         for _ in range(env.horizon):
             _, success = env.step(expert.act())
             if success:

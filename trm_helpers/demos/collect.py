@@ -37,7 +37,7 @@ from .demo_files import (
     source_of,
     version_notes,
 )
-from .experts import Style, make_expert
+from .experts import Expert
 from .find_demos import (
     find_demonstrations,
     human_demonstrations,
@@ -45,6 +45,7 @@ from .find_demos import (
     scripted_dir,
     survey_demonstrations,
 )
+from .skills import Style
 
 _BURST_PROBABILITY = 0.04  # of a burst of pushing beginning in a step
 _START_PROBABILITY = 0.5  # of a longer burst in the first steps, for a varied start
@@ -415,7 +416,7 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
         ``None`` when the expert fails; an actor's episode is kept.
     """
     observation = layouts.reset(env, int(generator.integers(2**31)), placement)
-    expert = make_expert(env, Style.sample(generator))
+    expert = Expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
     mixture = actor and Mixture(env, actor.source.make(env), actor.beta, expert, generator)
     record = {"observations": [], "actions": [], schema.EXECUTED_ACTIONS: [], "states": [],

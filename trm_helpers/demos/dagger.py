@@ -72,7 +72,7 @@ class Mixture:
 
     Args:
         policy: an object with ``reset()`` and ``act(observation)``.
-        expert: of :func:`experts.make_expert`, for the scene after the reset.
+        expert: an :class:`experts.Expert` for the scene after the reset.
         generator: the attempt's own.
     """
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from ..sim.env import LiberoEnv
-from ..sim.geometry import Boxes, geoms_of
+from ..sim.geometry import Boxes, geoms_of, region_box
 from .joints import Joint, OpenDrawer, PushShut, TurnKnob
-from .pick_place import PickPlace, region_box
+from .pick_place import PickPlace
 from .put_inside import PutInside, way_into
 from .skills import Skill, Style
 
@@ -23,20 +23,18 @@ _STILL_STEPS = 8
 _SPREAD = 0.65  # of a region's half size, from its middle to the outer objects that share it
 
 
-def make_expert(env: LiberoEnv, style: Style | None = None) -> Expert:
-    """The expert for the task's goal: an object whose ``act()`` returns each step's action (7,).
-
-    ``env`` must be reset; ``style`` sets timing and path. Raises ``ValueError`` that names the
-    task and the predicates of its goal for which there is no skill.
-    """
-    return Expert(env, style)
-
-
 class Expert:
-    """Makes the predicates of a goal true, one skill after another.
+    """Makes the predicates of the task's goal true, one skill after another.
 
     Whenever a skill has finished, the goal is planned again from the scene as it is then: an object
     that fell out is placed again, a drawer that was pushed open is closed again.
+
+    Args:
+        env: the environment, already reset.
+        style: timing and path; the default does not vary.
+
+    Raises:
+        ValueError: no skill for predicates of the goal, which it names.
     """
 
     def __init__(self, env: LiberoEnv, style: Style | None = None):
@@ -100,6 +98,9 @@ class Expert:
             case "close":
                 return PushShut(self.env, joint, self.style)
         return TurnKnob(self.env, joint, self.style, on=verb == "turnon")
+
+
+make_expert = Expert  # its name in evaluation.baselines
 
 
 # --- planning -------------------------------------------------------------------------------------
@@ -168,8 +169,7 @@ def _share_targets(env: LiberoEnv, goal: Sequence[Predicate]) -> dict[Predicate,
         row = [predicate for predicate in beside if predicate[2] == target]
         if len(row) == 1 or target not in env.raw.object_sites_dict:
             continue
-        sizes = [np.subtract(*Boxes.of_geoms(env, geoms_of(env, item)).bounds()[::-1])
-                 for _, item, _ in row]
+        sizes = [Boxes.of_geoms(env, geoms_of(env, item)).size() for _, item, _ in row]
         axis = int(np.argmin(np.max(sizes, axis=0)[:2]))
         spread = _SPREAD * region_box(env, target)[1][axis]
         for predicate, place in zip(row, np.linspace(spread, -spread, len(row)), strict=True):

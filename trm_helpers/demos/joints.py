@@ -124,6 +124,7 @@ class PushShut(Skill):
 
     closed = ("approach", "descend", "push", "retreat")
     timed = {"retreat": (_RETREAT_STEPS, "approach")}
+    last = ("retreat", _RETREAT_STEPS)
     _TILT = np.radians(30)  # from pointing down, for a drawer
     _BEFORE = 0.06  # metres in front of the contact where the fingers come down
     _FINGERS = 0.015  # half their depth
@@ -140,9 +141,6 @@ class PushShut(Skill):
             self._part = joint.geoms[int(np.argmax((low + high) @ joint.direction()))]
         else:
             self._part = joint.geoms[int(np.argmax(np.prod(high - low, axis=1)))]
-
-    def finished(self) -> bool:
-        return self.phase == "retreat" and self._steps_in_phase >= _RETREAT_STEPS
 
     def _contact(self) -> tuple[np.ndarray, np.ndarray]:
         """Position (3,) of the fingers that touch the part from outside, and the way out (3,)."""
@@ -206,6 +204,7 @@ class TurnKnob(Skill):
 
     closed = ("close", "turn")
     timed = {"close": (CLOSE_STEPS, "turn"), "release": (OPEN_STEPS, "retreat")}
+    last = ("retreat", _RETREAT_STEPS)
     _STEP = 0.4  # radians by which the commanded turn is ahead
     _FINGER_DEPTH = 0.014  # metres of the ridge between the fingers
 
@@ -215,17 +214,13 @@ class TurnKnob(Skill):
         self.joint, self.on = joint, on
         self._plan()
 
-    def finished(self) -> bool:
-        return self.phase == "retreat" and self._steps_in_phase >= _RETREAT_STEPS
-
     def _plan(self) -> None:
         """The yaw that puts the jaw across the ridge, the highest part of the knob."""
         _, high = Boxes.of_geoms(self.env, self.joint.geoms).corners()
         self._ridge = self.joint.geoms[int(np.argmax(high[:, 2]))]
 
         def width(yaw: float) -> float:
-            low, high = Boxes.of_geoms(self.env, [self._ridge]).bounds(yaw)
-            return (high - low)[1] + 0.001 * abs(yaw)
+            return Boxes.of_geoms(self.env, [self._ridge]).size(yaw)[1] + 0.001 * abs(yaw)
 
         self._yaw = min(np.radians(np.arange(-60, 61, 10)), key=width)
 

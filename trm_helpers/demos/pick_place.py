@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..sim.env import LiberoEnv
-from ..sim.geometry import UP, Boxes, crowding, geoms_of, overreach, turned, way_out
+from ..sim.geometry import (
+    UP,
+    Boxes,
+    crowding,
+    free_spot,
+    geoms_of,
+    overreach,
+    region_box,
+    turned,
+    way_out,
+)
 from .skills import CLOSE_STEPS, DOWNWARD, OPEN_STEPS, Skill, Style
 
 # Lengths in metres
@@ -63,6 +73,7 @@ class PickPlace(Skill):
 
     closed = ("close", "lift", "carry", "lower")
     timed = {"release": (OPEN_STEPS, "retreat")}
+    last = ("retreat", _RETREAT_STEPS)
     _turning = ("carry", "lower", "release", "retreat")
 
     def __init__(self, env: LiberoEnv, item: str, region: str, style: Style | None = None,
@@ -145,19 +156,18 @@ class PickPlace(Skill):
     def _spot(self) -> np.ndarray:
         """Metres (2,) from the region's centre to where the object meets least of the fixture."""
         centre, half = region_box(self.env, self._region)
-        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(-self._turn)
+        size = Boxes.of_geoms(self.env, self._object_geoms).size(-self._turn)
         fixture = Boxes.of_geoms(self.env, self._target_geoms)
-        return free_spot(fixture, centre, half, high - low, high[2] - low[2] + 0.1)
+        return free_spot(fixture, centre, half, size, size[2] + 0.1)
 
     def _turn_to_fit(self) -> float:
         """Radians by which a long object is turned on its way into a region narrower than it."""
         boxes = Boxes.of_geoms(self.env, self._object_geoms)
-        low, high = boxes.bounds()
         _, half = region_box(self.env, self._region)
-        if (high - low <= 2 * half)[:2].all():
+        if (boxes.size() <= 2 * half)[:2].all():
             return 0.0
         yaws = np.radians(np.arange(-90, 90, 5))
-        thin = min(yaws, key=lambda yaw: np.subtract(*boxes.bounds(yaw)[::-1])[1])
+        thin = min(yaws, key=lambda yaw: boxes.size(yaw)[1])
         wanted = np.pi / 2 if half[0] < half[1] else 0.0  # its thin side along the region's
         turn = (wanted - thin + np.pi / 2) % np.pi - np.pi / 2
         if self.grasp.yaw + turn < -np.pi / 3:  # joint 7 turns less far this way
@@ -176,11 +186,11 @@ class PickPlace(Skill):
 
     def _outline(self) -> np.ndarray:
         """Points (64, 3) of the object's top and bottom, taken as discs."""
-        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds()
+        boxes = Boxes.of_geoms(self.env, self._object_geoms)
         radius, angle, end = np.meshgrid(
             (0.6, 1.0), np.arange(0, 2 * np.pi, np.pi / 8), (-1.0, 1.0))
         disc = np.stack([radius * np.cos(angle), radius * np.sin(angle), end], axis=-1)
-        return (low + high) / 2 + disc.reshape(-1, 3) * (high - low) / 2
+        return boxes.middle() + disc.reshape(-1, 3) * boxes.size() / 2
 
     def _choose_grasp(self) -> Grasp:
         """The candidate of least cost; contacts, 5 ms each, are computed only where they matter."""
@@ -261,7 +271,7 @@ class PickPlace(Skill):
     def finished(self) -> bool:
         """The object stands free of the open, risen gripper."""
         hangs = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < _HANGS
-        return self.phase == "retreat" and self._steps_in_phase >= _RETREAT_STEPS and not hangs
+        return super().finished() and not hangs
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -339,7 +349,7 @@ class PickPlace(Skill):
         if hang is None:
             held = self.env.object_position(self.object)
             if self._turn:  # in a narrow region the walls matter, not the body's own centre
-                held = sum(Boxes.of_geoms(self.env, self._object_geoms).bounds()) / 2
+                held = Boxes.of_geoms(self.env, self._object_geoms).middle()
             hang = self.env.end_effector() - held
             bottom = self.grasp.bottom
         centre, support = self._support()
@@ -400,30 +410,4 @@ def _straight_down(ee: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 def least_width(boxes: Boxes) -> float:
     """Metres between the fingers at the yaw at which the boxes are narrowest."""
-    return min(np.subtract(*boxes.bounds(yaw)[::-1])[1] for yaw in _YAWS)
-
-
-def free_spot(fixture: Boxes, centre: np.ndarray, half: np.ndarray, size: np.ndarray,
-              height: float) -> np.ndarray:
-    """Metres (2,) from a region's ``centre`` to where an upright cylinder overlaps the boxes least.
-
-    The region has ``half`` its size (3,), the cylinder the diameters of ``size`` and stands 2 cm
-    above the region's bottom with a ``height`` in metres. At equal amounts the nearest is chosen.
-    """
-    radius, angle = np.meshgrid(np.linspace(0, 0.5, 6), np.arange(0, 2 * np.pi, np.pi / 8))
-    disc = np.stack([size[0] * radius * np.cos(angle), size[1] * radius * np.sin(angle),
-                     np.zeros_like(angle)], axis=-1).reshape(-1, 3)
-    levels = centre[2] - half[2] + 0.02 + np.arange(0.0, height, 0.02)
-    column = (disc + levels[:, None, None] * UP).reshape(-1, 3)
-    spots = [np.zeros(2)] + [share * turned(angle)[0, :2] * half[:2]
-                             for share in np.arange(0.1, 0.9, 0.1)
-                             for angle in np.radians(np.arange(0, 360, 45))]
-    met = [fixture.share_inside(column + [*(centre[:2] + spot), 0.0]) for spot in spots]
-    return spots[int(np.argmin(met))]
-
-
-def region_box(env: LiberoEnv, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A region's centre and half size (3,) in world axes."""
-    size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
-    rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
-    return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)
+    return min(boxes.size(yaw)[1] for yaw in _YAWS)

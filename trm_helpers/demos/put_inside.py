@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..sim.env import LiberoEnv
-from ..sim.geometry import UP, Boxes, geoms_of, turned
-from .pick_place import free_spot, region_box
+from ..sim.geometry import UP, Boxes, free_spot, geoms_of, region_box, turned
 from .skills import CLOSE_STEPS, OPEN_STEPS, Skill, Style
 
 _SIDES = [turned(angle)[0] for angle in np.radians([90, 0, 180, 270])]
@@ -38,6 +37,7 @@ class PutInside(Skill):
 
     closed = ("close", "lift", "carry", "insert", "lower")
     timed = {"release": (OPEN_STEPS, "back"), "back": (_BACK_STEPS, "approach")}
+    last = ("back", _BACK_STEPS)
     _TILT = np.radians(30)  # from pointing down: the hand stays outside
     _PART = 0.015  # metres from the object's end that are grasped
     _BEFORE = 0.08  # metres in front of the grasp where the gripper is aligned
@@ -65,20 +65,16 @@ class PutInside(Skill):
         self._inside[2] = centre[2] - half[2] + self._bottom
         self._height, self._still = 0.0, 0
 
-    def finished(self) -> bool:
-        return self.phase == "back" and self._steps_in_phase >= _BACK_STEPS
-
     def _orientation(self) -> np.ndarray:
         return np.column_stack([self._jaw, np.cross(self._pointing, self._jaw), self._pointing])
 
     def _grasp_point(self) -> np.ndarray:
-        low, high = Boxes.of_geoms(self.env, self._part).bounds()
-        return (low + high) / 2
+        return Boxes.of_geoms(self.env, self._part).middle()
 
     def _in_front(self) -> np.ndarray:
         """The object's position (3,) before it slides in."""
-        low, high = Boxes.of_geoms(self.env, self._geoms).bounds()
-        away = np.abs(self._out) @ (high - low) + self._DEEP
+        size = Boxes.of_geoms(self.env, self._geoms).size()
+        away = np.abs(self._out) @ size + self._DEEP
         return self._inside + away * self._out + 2 * self._OVER * UP
 
     def _next_phase(self) -> str:

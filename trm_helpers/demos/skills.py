@@ -46,8 +46,8 @@ class Skill:
     """A state machine whose phase sets the goal of the end effector.
 
     A subclass defines ``_next_phase()``, ``_goal()`` in metres, ``_orientation()`` of the site,
-    ``finished()``, whether the next skill of a sequence may begin, ``closed``, the phases in which
-    the gripper is closed, and ``timed``, the phases of a fixed length.
+    ``closed``, the phases in which the gripper is closed, ``timed``, the phases of a fixed length,
+    and ``last``, the phase that ends it, with the number of steps in it.
 
     Args:
         env: the environment, already reset.
@@ -56,6 +56,7 @@ class Skill:
 
     closed: tuple[str, ...] = ()
     timed: dict[str, tuple[int, str]] = {}  # steps in a phase, and the phase that follows
+    last: tuple[str, int]
 
     def __init__(self, env: LiberoEnv, style: Style | None = None):
         self.env = env
@@ -72,6 +73,11 @@ class Skill:
         gripper = schema.GRIPPER_CLOSED if phase in self.closed else schema.GRIPPER_OPEN
         turn = np.clip(_GAIN * self._turn_left() / _RADIANS_PER_UNIT, -_TURN_LIMIT, _TURN_LIMIT)
         return np.concatenate([self._servo(self._goal()), turn, [gripper]])
+
+    def finished(self) -> bool:
+        """Whether the next skill of a sequence may begin."""
+        phase, steps = self.last
+        return self.phase == phase and self._steps_in_phase >= steps
 
     def _orientation(self) -> np.ndarray:
         return DOWNWARD

@@ -1,4 +1,4 @@
-"""Bounding boxes of objects, room for the gripper, and the reach of the arm.
+"""Bounding boxes of objects and regions, room for the gripper, and the reach of the arm.
 
 Positions are in metres in the world: x away from the robot's base, y to its left, z up.
 """
@@ -51,6 +51,16 @@ class Boxes:
         """Lowest and highest corner (3,) of all boxes together."""
         low, high = self.corners(yaw)
         return low.min(axis=0), high.max(axis=0)
+
+    def size(self, yaw: float = 0.0) -> np.ndarray:
+        """Extent (3,) in metres of all boxes together, in axes turned by ``yaw``."""
+        low, high = self.bounds(yaw)
+        return high - low
+
+    def middle(self) -> np.ndarray:
+        """Centre (3,) of all boxes together."""
+        low, high = self.bounds()
+        return (low + high) / 2
 
     def share_inside(self, points: np.ndarray) -> float:
         """Fraction of ``points`` (N, 3) inside a box."""
@@ -129,3 +139,29 @@ def overreach(env: LiberoEnv, point: np.ndarray) -> float:
     out = np.linalg.norm(from_base[:2]) - _WRIST_BESIDE
     return max(0.0, np.hypot(out, from_base[2] + _WRIST_ABOVE - _SHOULDER_HEIGHT)
                - _COMFORTABLE_REACH)
+
+
+def free_spot(fixture: Boxes, centre: np.ndarray, half: np.ndarray, size: np.ndarray,
+              height: float) -> np.ndarray:
+    """Metres (2,) from a region's ``centre`` to where an upright cylinder overlaps the boxes least.
+
+    The region has ``half`` its size (3,), the cylinder the diameters of ``size`` and stands 2 cm
+    above the region's bottom with a ``height`` in metres. At equal amounts the nearest is chosen.
+    """
+    radius, angle = np.meshgrid(np.linspace(0, 0.5, 6), np.arange(0, 2 * np.pi, np.pi / 8))
+    disc = np.stack([size[0] * radius * np.cos(angle), size[1] * radius * np.sin(angle),
+                     np.zeros_like(angle)], axis=-1).reshape(-1, 3)
+    levels = centre[2] - half[2] + 0.02 + np.arange(0.0, height, 0.02)
+    column = (disc + levels[:, None, None] * UP).reshape(-1, 3)
+    spots = [np.zeros(2)] + [share * turned(angle)[0, :2] * half[:2]
+                             for share in np.arange(0.1, 0.9, 0.1)
+                             for angle in np.radians(np.arange(0, 360, 45))]
+    met = [fixture.share_inside(column + [*(centre[:2] + spot), 0.0]) for spot in spots]
+    return spots[int(np.argmin(met))]
+
+
+def region_box(env: LiberoEnv, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A region's centre and half size (3,) in world axes."""
+    size = np.asarray(env.raw.object_sites_dict[name].size, dtype=float)
+    rotation = np.array(env.sim.data.get_site_xmat(name)).reshape(3, 3)
+    return np.array(env.sim.data.get_site_xpos(name)), np.abs(rotation @ size)

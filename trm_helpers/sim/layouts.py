@@ -90,8 +90,8 @@ def _in_sight(env: LiberoEnv, name: str, ignored: Collection[str]) -> bool:
     """Whether no object stands between an object's centre and the agent view; the robot may."""
     others = [other for other in env.raw.obj_body_id if other != name and other not in ignored]
     boxes = Boxes.of_geoms(env, geoms_of(env, *others))
-    low, high = Boxes.of_geoms(env, geoms_of(env, name)).bounds()
-    way = np.linspace((low + high) / 2, env.camera_position(schema.STILL_CAMERA), 200)
+    middle = Boxes.of_geoms(env, geoms_of(env, name)).middle()
+    way = np.linspace(middle, env.camera_position(schema.STILL_CAMERA), 200)
     return boxes.share_inside(way) == 0
 
 
