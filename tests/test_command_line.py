@@ -202,7 +202,7 @@ def test_what_is_missing_is_said(trained, argv, message, capsys):
 def test_a_folder_that_cannot_be_written_names_its_variable(variable, monkeypatch, capsys):
     monkeypatch.setenv(variable, "/dev/null")
     assert main(["train", "tiny", "--run-name", "run"]) == 1
-    assert "cannot be written to (Not a directory); expected a folder that can, see TRM_" in (
+    assert "is not writable (Not a directory); choose another folder with TRM_" in (
         capsys.readouterr().err)
 
 

@@ -366,7 +366,7 @@ def test_a_run_whose_settings_lie_elsewhere_is_not_taken_over(kaggle, capsys, tm
     (kaggle / "input" / "blobs").symlink_to(tmp_path)
     (other / "note.txt").symlink_to(tmp_path / "config.json")
     session.begin()
-    assert "leads out of the run" in lines(capsys)["attached runs"]
+    assert "is a link to a file outside the run" in lines(capsys)["attached runs"]
     home = kaggle / "working" / "artifacts"
     assert [path.name for path in home.iterdir()] == ["other"]
     assert not (home / "other" / "note.txt").exists()

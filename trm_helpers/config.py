@@ -36,7 +36,8 @@ _POSITIVE = {
     "num_samples",
 }
 
-# A policy from elsewhere must not exhaust this machine; the last two are PyTorch's limits
+# A policy from elsewhere must not exhaust this machine; the last two: threads that a machine may
+# have, and the largest int64
 _LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
             "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
             "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "num_threads": 1024,

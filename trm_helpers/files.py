@@ -134,8 +134,8 @@ def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
         raise RuntimeError(f"another process works in {folder}; wait until it has ended, or choose "
                            "another name") from None
     except OSError as error:
-        raise PermissionError(f"{folder} cannot be written to ({error.strerror}); expected a "
-                              "folder that can, see TRM_DATA_DIR and TRM_ARTIFACTS_DIR") from None
+        raise PermissionError(f"{folder} is not writable ({error.strerror}); choose another folder "
+                              "with TRM_DATA_DIR or TRM_ARTIFACTS_DIR") from None
     with held:
         yield
 

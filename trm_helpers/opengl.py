@@ -1,4 +1,4 @@
-"""OpenGL's renderer, and importing the simulator apart from other users and versions."""
+"""Choosing OpenGL's renderer; importing the simulator isolated from other users and versions."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ def configure_gl() -> dict:
     Returns:
         ``renderer`` (GL_RENDERER), ``ms`` of one 128x128 frame of a nearly empty scene,
         ``settings`` (environment variables), ``failures`` (earlier candidates, each with a
-        reason), ``visible`` (``CUDA_VISIBLE_DEVICES``; on a GPU, others give another choice).
+        reason), ``visible`` (``CUDA_VISIBLE_DEVICES``; on a GPU, the choice is made again when it
+        changes).
 
     Raises:
         RuntimeError: nothing renders, with each reason and the command that installs libraries.
-        ValueError: ``MUJOCO_GL`` is none that robosuite knows.
+        ValueError: ``MUJOCO_GL`` names a backend that robosuite does not know.
     """
     with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
         kept = json.loads(os.environ[_RENDERER])  # chosen before, perhaps by a parent process
@@ -224,10 +225,10 @@ def renderer() -> str | None:
 
 
 def ensure_gl() -> dict:
-    """:func:`configure_gl`; as root, missing libraries are installed first.
+    """:func:`configure_gl`; as root, install libraries if nothing renders, and try again.
 
     Raises:
-        RuntimeError: they are missing and cannot be installed, with the command to run.
+        RuntimeError: nothing renders, with the command that installs libraries.
     """
     try:
         return configure_gl()
@@ -255,7 +256,7 @@ def _hint() -> str:
 # --- importing the simulator ---------------------------------------------------------------------
 @contextlib.contextmanager
 def simulator_imports() -> Iterator[None]:
-    """Context to import robosuite and LIBERO in, apart from other users and versions.
+    """Context in which robosuite and LIBERO are imported, isolated from other users and versions.
 
     - robosuite asserts that ``MUJOCO_EGL_DEVICE_ID`` is among ``CUDA_VISIBLE_DEVICES``, and logs
       into ``/tmp/robosuite.log``, which belongs to its first user;

@@ -8,7 +8,7 @@ import sys
 import time
 
 _BAR = re.compile(r"(.*?):? *\d+%\|.*\| *(\d+)/(\d+) \[[\d:]+<([\d:?]+)")  # as tqdm writes it
-# the trainer's line, of which the last has no minutes
+# the trainer's lines; the last one names no minutes left
 _EPOCH = re.compile(r"epoch (\d+) of (\d+): .*?(?:about ([\d.]+) minutes left)?$")
 
 

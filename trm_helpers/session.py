@@ -49,7 +49,7 @@ def begin(version: str = __version__) -> None:
 
     On Kaggle: takes over attached runs and demonstrations, moves data to ``/tmp`` (the working
     disk has 20 GB), reads the W&B key from the attached secrets, goes offline where there is no
-    network, sets the time at which training stops, and chooses the renderer. A step that fails is
+    network, sets the time at which long work stops, and chooses the renderer. A step that fails is
     printed and costs nothing else.
 
     Args:
@@ -62,8 +62,9 @@ def begin(version: str = __version__) -> None:
     home = Path(__file__).resolve().parent
     if version != __version__:
         raise RuntimeError(
-            f"this notebook is of version {version}, trm_helpers in {home} of {__version__}; "
-            "attach the data set of the notebook's version, or open the notebook that came with it")
+            f"this notebook belongs to version {version}, but trm_helpers in {home} is version "
+            f"{__version__}; attach the data set of the notebook's version, or open the notebook "
+            "that came with it")
     _refuse_unknown_parameters()
     _say("package", f"trm_helpers {__version__}, Python {sys.version.split()[0]}, {home}")
     if paths.on_kaggle():
@@ -238,7 +239,7 @@ def _take_over_run(name: str, several: list[Path]) -> str:
     for run in several:
         try:
             if not inside(run, "config.json"):
-                raise ValueError(f"{run / 'config.json'} leads out of the run")
+                raise ValueError(f"{run / 'config.json'} is a link to a file outside the run")
             load_config(run)
             description(run)
             copy_run(run, home, with_searches=True)

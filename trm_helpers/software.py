@@ -16,10 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from . import __version__, schema
 from .opengl import renderer
 
-STOP_AT = "TRM_STOP_AT"  # when training stops, in seconds since 1970; set on Kaggle
+# When long work stops (collection, training, search, evaluation), in seconds since 1970; set on
+# Kaggle
+STOP_AT = "TRM_STOP_AT"
 
 
 # --- versions ------------------------------------------------------------------------------------
@@ -133,8 +137,6 @@ def free_memory(groups: Path = Path("/sys/fs/cgroup"),
     A container's limit is the lowest of its control group and those above, of version 1 or 2, less
     the memory used there. The page cache counts as free: the kernel gives it up first.
     """
-    import psutil
-
     free = psutil.virtual_memory().available
     for line in own.read_text().splitlines() if own.exists() else []:
         _, controllers, path = line.split(":", 2)

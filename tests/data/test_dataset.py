@@ -588,7 +588,7 @@ def test_observations_are_batches_with_or_without_time(leading):
     if len(leading) in (1, 2):
         assert read_batch({"proprio": value}, "proprio", (12,)).shape == (math.prod(leading), 12)
     else:
-        with pytest.raises(ValueError, match="'proprio' has shape .*expected B or B, T and then"):
+        with pytest.raises(ValueError, match=r"'proprio' has shape .*expected \(B, 12\) or \(B, T"):
             read_batch({"proprio": value}, "proprio", (12,))
 
 

@@ -70,6 +70,7 @@ def read_batch(observations: Mapping, key: str, shape: tuple[int, ...]) -> torch
     value = _read(observations, key)
     leading = value.ndim - len(shape)
     if leading not in (1, 2) or tuple(value.shape[leading:]) != shape:
-        raise ValueError(f"observation {key!r} has shape {tuple(value.shape)}; expected B or B, T "
-                         f"and then {shape}")
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"observation {key!r} has shape {tuple(value.shape)}; expected "
+                         f"(B, {sizes}) or (B, T, {sizes})")
     return value.flatten(0, leading - 1)

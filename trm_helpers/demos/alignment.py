@@ -17,16 +17,17 @@ HALF_SUBSTEP = 0.02  # of a control step; an observation after its action is >= 
 # scripted motion: 0.9 to 1.4 in raw files, -0.1 to 0.4 in shift files. Near the middle: unknown.
 MIDDLE_DELAY = 0.65
 DELAY_MARGIN = 0.15
+_DEMOS = 10  # the first demonstrations of a file, which are measured
 
 
-def measure_alignment(path: str | Path, max_demos: int = 10) -> tuple[str, dict]:
+def measure_alignment(path: str | Path) -> tuple[str, dict]:
     """``raw`` if ``obs[t]`` was seen before executing ``actions[t]``, ``shift`` if after it.
 
     ``states[t]``, the simulator's state when ``actions[t]`` is chosen, holds the arm's joints q[t].
     The stored ``joint_states[t]`` lie on the arm's path, a fraction f of a control step from q[t]:
     f in (-1, 0] means the previous step returned them, hence ``raw`` (0: rendered again from the
     state), f in (0, 1] the step with ``actions[t]``, hence ``shift``. f is fitted by least squares
-    over the first ``max_demos`` demonstrations.
+    over the first ten demonstrations.
 
     Without states, or with a fit that explains too little, the delay decides at which the end
     effector's displacement ``ee_pos[t+1] - ee_pos[t]`` correlates best with the actions. This is
@@ -39,7 +40,7 @@ def measure_alignment(path: str | Path, max_demos: int = 10) -> tuple[str, dict]
     steps); None for what could not be measured.
     """
     with open_demo_file(path) as file:
-        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)[:max_demos]]
+        demos = [file[schema.DATA_GROUP][name] for name in demo_names(file)[:_DEMOS]]
         fraction, residual = _joint_fraction(demos)
         delay = _action_delay(demos)
     evidence = {"method": "joints", "fraction": fraction, "residual": residual, "delay": delay}

@@ -76,11 +76,11 @@ def _check_storage(group: h5py.Group, folders: set[Path], seen: set) -> None:
             item = group[name]
         else:
             if isinstance(link, h5py.ExternalLink):
-                _linked_file(link.filename, group, folders, where)
+                _refuse_outside(link.filename, group, folders, where)
             item = group.get(name)
             if item is None:
                 raise DemoFileError(f"{where}: a link to {link.path}, which does not exist")
-            _linked_file(os.path.abspath(item.file.filename), group, folders, where)
+            _refuse_outside(os.path.abspath(item.file.filename), group, folders, where)
         if item.id in seen:
             continue
         seen.add(item.id)
@@ -92,13 +92,12 @@ def _check_storage(group: h5py.Group, folders: set[Path], seen: set) -> None:
             raise DemoFileError(f"{where}: kept in {kept}; expected the data inside an HDF5 file")
 
 
-def _linked_file(name: str, item: h5py.Group | h5py.Dataset, folders: set[Path],
-                 where: str) -> Path:
-    """The file called ``name`` in ``item``'s file, refused outside ``folders``."""
+def _refuse_outside(name: str, item: h5py.Group | h5py.Dataset, folders: set[Path],
+                    where: str) -> None:
+    """Raise :class:`DemoFileError` unless the file called ``name`` lies in ``folders``."""
     path = (Path(item.file.filename).parent.resolve() / name).resolve()
     if not any(path.is_relative_to(folder) for folder in folders):
         raise DemoFileError(f"{where}: links to {path}; expected a file in the same folder")
-    return path
 
 
 # --- names and attributes ------------------------------------------------------------------------

@@ -24,13 +24,13 @@ from .find_demos import find_demonstrations
 def explore_libero_dataset(path: str | Path) -> dict:
     """The contents of a demonstration file, or of all below a folder; the first file in detail.
 
-    Returns a dictionary with ``files``; of the first file ``file``, ``source`` (human or scripted),
-    ``collection`` (a scripted file's settings, else None), ``structure`` (name -> shape, type),
-    ``image_shapes`` and ``action_shape`` of its first demonstration, ``language_instruction``,
-    ``alignment`` (name and evidence) and ``frames`` (camera -> (4, H, W, 3) uint8, equidistant
-    over the first demonstration, as stored: upside down); over all files ``num_demos``,
-    ``lengths`` (min, max, mean, total steps) and ``actions`` (one row per dimension: name,
-    meaning, min, max, mean, std).
+    Returns a dictionary with ``files``; of the first file ``file``, ``source`` (human, scripted or
+    dagger), ``collection`` (settings of a scripted or DAgger file, else None), ``structure``
+    (name -> shape, type), ``image_shapes`` and ``action_shape`` of its first demonstration,
+    ``language_instruction``, ``alignment`` (name and evidence) and ``frames`` (camera ->
+    (4, H, W, 3) uint8, equidistant over the first demonstration, as stored: upside down); over all
+    files ``num_demos``, ``lengths`` (min, max, mean, total steps) and ``actions`` (one row per
+    dimension: name, meaning, min, max, mean, std).
 
     Raises ``FileNotFoundError`` for a folder without any, :class:`DemoFileError` for a broken file.
     """

@@ -27,7 +27,7 @@ OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Style:
-    """Variation between demonstrations, as between a person's."""
+    """How demonstrations vary, as a person's do."""
 
     speed: float = 1.0  # largest command along any axis
     hover: float = 0.06  # metres above the grasp before descending

@@ -89,7 +89,7 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
 @functools.lru_cache(maxsize=1)
 def _worker_env(suite: str, task_id: int) -> LiberoEnv:
     env = LiberoEnv(suite, task_id)
-    env.reset()
+    env.reset()  # before it, LIBERO's site markers are in the frames
     return env
 
 

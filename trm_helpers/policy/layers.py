@@ -32,7 +32,8 @@ class Centre(nn.Module):
 def convolutional(sizes, activation: str, channels: int = 3) -> nn.Sequential:
     """Convolutions of (channels, kernel, stride, padding), each followed by the activation.
 
-    Their input has 3 ``channels``, an image, or more, the output of others.
+    ``channels`` is the number of input channels: 3 for an image, more for the output of other
+    convolutions.
 
     ``"relu"`` on images in [0, 1] is the reference's. The frames of a fixed camera differ so little
     that one large update can leave a ReLU inactive for all of them; ``"silu"`` on images centred on

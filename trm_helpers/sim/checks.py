@@ -42,7 +42,7 @@ class Subject:
     """An environment to check, and for :mod:`selftest` a policy adapter and an evaluation loop.
 
     Args:
-        env: a wrapper of :class:`sim.LiberoEnv`, see :mod:`selftest`.
+        env: a wrapper of :class:`sim.env.LiberoEnv`, see :mod:`selftest`.
         policy: makes a policy that predicts a given chunk (K, 7); None takes this package's.
         play: plays an episode of a policy and returns its row; None takes this package's.
         mujoco: its version; None takes the loaded one's.

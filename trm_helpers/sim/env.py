@@ -340,8 +340,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
     def project(self, points: np.ndarray, camera: str) -> np.ndarray:
         """Columns and rows (n, 2) of points (n, 3), in metres, in a camera's upright frame.
 
-        A frame has ``image_size`` rows, also one of ``schema.FILM_CAMERA``. Points outside the
-        frame are projected too; those behind the camera are NaN.
+        Frames have ``image_size`` rows, whatever the camera; scale the result for a film's frames.
+        Points outside the frame are projected too; those behind the camera are NaN.
         """
         model, data = self.sim.model, self.sim.data
         index = self._camera(camera)

@@ -60,9 +60,9 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
     Args:
         job: pickled with cloudpickle, so it may be defined in a script or a notebook.
         items: may be appended to while the results are consumed.
-        group: of an item, for example its task. A process stays in its group while that has items,
-            then goes to one without a process, or helps where most items per process are left, so
-            that few environments are built. A cluster ignores it.
+        group: of an item, for example its task. A process takes items of its own group as long as
+            there are any; then of a group without a process, else of the group with the most items
+            left per process. So few environments are built. A cluster ignores it.
         wanted: asked before an item's job begins; an item that is not wanted is dropped.
         workers: single-threaded processes on this machine. ``None`` is :func:`default_workers`; 0
             runs the jobs in this process.

@@ -34,7 +34,7 @@ STEPS = 64  # of integrated gradients
 
 @contextlib.contextmanager
 def evaluating(policy) -> Iterator[None]:
-    """Evaluation mode for a while; gradients are the caller's business."""
+    """Context in which the policy is in evaluation mode. It does not switch gradients off."""
     training = policy.training
     policy.eval()
     try:

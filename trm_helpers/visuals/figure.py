@@ -1,7 +1,7 @@
 """What all figures share: style, alt text, axes, and bars of success rates.
 
-All are a :class:`DescribedFigure`, which a notebook shows and :func:`save_figure` writes, both with
-its alt text. Text has at least 9 points in a column of 9 inches.
+Every figure is a :class:`DescribedFigure`: notebooks show it and :func:`save_figure` writes it,
+with its alt text. Text has at least 9 points in a column of 9 inches.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def film_frame(main: np.ndarray, views: Mapping[str, np.ndarray], lines: Sequenc
         views: the policy's own views by their titles, small, on the right below the text.
         lines: the text.
         progress: share of the allowed time, in [0, 1], drawn as a bar.
-        outcome: of the end: text on a green (``success``) or red band at the top of the main view,
-            which shows the wall.
+        outcome: in the frame that ends the film, text on a green (``success``) or red band across
+            the top of the main view, where only the wall is hidden.
     """
     canvas = Image.new("RGB", (2 * MAIN, MAIN), "black")
     canvas.paste(Image.fromarray(main), (0, 0))
@@ -197,7 +197,7 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
                labels: Sequence[str], successes: Sequence[bool], columns: int = 0) -> Path:
     """Films of `rollout.record_episode` side by side, main view only, each under its label.
 
-    A film that has ended keeps its last frame, framed green for a success and red for a failure.
+    A film that has ended keeps its last frame, outlined in green (success) or red (failure).
     ``columns`` 0 makes about as many rows as columns.
     """
     columns = columns or math.ceil(math.sqrt(len(films))) or 1
@@ -220,8 +220,7 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
 
 
 def _tiles(reader, text: str, band: int, success: bool) -> Iterator[np.ndarray]:
-    """A film's main view under a ``band`` of text, as a tile of the grid; the last frame is framed.
-    """
+    """A film's main view under a ``band`` of text, a tile of the grid; the last one is outlined."""
     tile = None
     for frame in reader.iter_data():
         if tile:

@@ -31,7 +31,7 @@ from .figure import (
     styled,
     success_bars,
 )
-from .figure import save_figure as save_figure  # with which notebooks write each figure
+from .figure import save_figure as save_figure  # for notebooks
 
 
 def _image_grid(rows: Mapping[str, np.ndarray], columns: Sequence[str], title: str) -> Figure:
@@ -129,12 +129,12 @@ def plot_augmentation(original, augmented) -> Figure:
 
 
 @styled
-def plot_batch(batch: Mapping, count: int = 6) -> Figure:
-    """First samples of a batch: each camera's image and the first action."""
+def plot_batch(batch: Mapping) -> Figure:
+    """First six samples of a batch: each camera's image and the first action."""
     cameras = [key for key in batch["observations"] if key in schema.CAMERAS]
     size = len(batch["actions"])
     actions = np.asarray(batch["actions"]).reshape(size, -1, schema.ACTION_DIM)[:, 0]
-    count = min(count, size)
+    count = min(6, size)
     side = min(1.9, (MAX_WIDTH - 0.8) / count)
     fig = new_figure(side * count + 0.8, side * len(cameras) + 2.1)
     grid = fig.subplots(len(cameras) + 1, count, squeeze=False)
