@@ -25,6 +25,7 @@ from trm_helpers.policy.keypoints import (
     visible_keypoints,
 )
 from trm_helpers.policy.localizer import CROP, KeypointEncoder, Localizer, crops
+from trm_helpers.sim import parallel
 from trm_helpers.sim.env import LiberoEnv, load_task
 from trm_helpers.training.train import BehaviorCloningTrainer
 
@@ -376,6 +377,19 @@ def test_scenes_need_states_and_the_model(tmp_path, change):
     with pytest.raises(DemoFileError, match="soup_demo.hdf5, demo_1: scenes need the data set "
                                             "states and the attribute model_file"):
         render_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
+
+
+def test_scenes_and_their_localizer_stop_when_the_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRM_STOP_AT", "0")
+    monkeypatch.setenv("TRM_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(parallel, "renderer", lambda: None)
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", image_size=4)
+    with h5py.File(path, "a") as file:
+        file["data/demo_1"].attrs["model_file"] = "<mujoco/>"
+    with pytest.raises(TimeoutError, match="scenes of 1 of 1 demonstrations are missing"):
+        render_scenes("libero_object", 0, {str(path): ["demo_1"]}, 2)
+    with pytest.raises(TimeoutError, match="before the localizer is trained"):
+        train_localizer(Localizer(2), *squares(4), steps=1)
 
 
 def test_scenes_without_a_localizer_are_refused_before_the_run_is_touched(trainer):

@@ -29,6 +29,7 @@ from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_j
 from ..sim.env import LiberoEnv, load_task
 from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
+from ..software import minutes_left
 from .localizer import MOST_ALIKE, Localizer
 from .model import read_weights
 
@@ -55,6 +56,8 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
     Args:
         demos: names of demonstrations in each file.
         per_demo: n, scenes per demonstration.
+
+    Raises ``TimeoutError`` when the session's time is up; the same call continues.
     """
     suite, task_id = schema.own_suite(suite, task_id)
     folder = paths.data_dir() / "scenes" / suite / load_task(suite, task_id).name
@@ -79,10 +82,15 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
             with tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
                       unit="scene") as bar:
                 for _, _, error in run_jobs(render, list(missing.items()),
-                                            limit=max(900.0, 10.0 * per_demo)):
+                                            limit=max(900.0, 10.0 * per_demo),
+                                            wanted=lambda _: minutes_left() > 0):
                     if error:
                         raise error
                     bar.update(per_demo)
+            if left := sum(not path.exists() for path in missing):
+                raise TimeoutError(f"the session's time is up; scenes of {left} of {len(jobs)} "
+                                   f"demonstrations are missing in {folder}, and the same call "
+                                   "continues")
     return list(jobs)
 
 
@@ -191,6 +199,8 @@ def train_localizer(localizer: Localizer, frames: torch.Tensor, places: torch.Te
         places: (N, K, 2) from 0 to 1, NaN where a keypoint is outside the frame.
         tasks: (N, ``task_dim``), for a localizer conditioned on the task.
         precision: ``bf16``; any other value means fp32.
+
+    Raises ``TimeoutError`` when the session's time is up; it cannot be resumed.
     """
     def first_look(images, task, known, generator) -> torch.Tensor:
         return cross_entropy(localizer(images, task), known)
@@ -214,6 +224,9 @@ def train_localizer(localizer: Localizer, frames: torch.Tensor, places: torch.Te
         optimizer = torch.optim.AdamW(part.parameters(), weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, count)
         for _ in tqdm(range(count), desc=title, unit="step"):
+            if minutes_left() <= 0:
+                raise TimeoutError("the session's time is up before the localizer is trained; the "
+                                   "same call renders no scene again and trains from the start")
             chosen = torch.randint(len(frames), (_BATCH,), generator=generator)
             # so that an object is found whatever its colour
             images = augment_images(frames[chosen].to(device).float() / 255, "colour", generator)
