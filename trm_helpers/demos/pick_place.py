@@ -26,6 +26,7 @@ from .skills import CLOSE_STEPS, DOWNWARD, OPEN_STEPS, Skill, Style
 _OPENING = 0.07  # widest object between the fingers
 _RIM_INSET = 0.005  # from an object's outline to its wall
 _RIM_DEPTH = 0.018  # of a rim between the fingers; at 0.012 it slips now and then
+_PAN_DEPTH = 0.03  # the same of a pan, which is heavy and whose wall leans outwards
 _FINGER_WIDTH = 0.02  # along the jaw
 _FINGERTIP = 0.014  # lowest height of the end-effector site above a support
 _REACH = 0.032  # depth of an object between the fingers that touches the palm
@@ -40,6 +41,7 @@ _ALONG = (0.0, -0.02, 0.02)  # along the jaw from the middle of the object
 _SAME_SIDE = 3.0
 _COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # heights over the grasp where the gripper needs room
 _KNOB = 0.008  # height of an object's narrow part over the rest, from which it is grasped there
+_HANDLE = 2.0  # length of an object to one side, in radii, from which it is a pan with a handle
 _FLAT = 0.03  # a wider object of less height is pushed over the table
 _ON_AXIS = 0.01  # beside the vertical; up to this a descent is not slowed
 _HANGS = 0.02  # an object this near after the retreat hangs on a finger, as a gable can
@@ -86,6 +88,8 @@ class PickPlace(Skill):
         self._enclosed = (region in sites and self.target in env.raw.fixtures_dict
                           and region_box(env, region)[1][2] > _FLAT / 2)
         self._object_geoms = geoms_of(env, self.object)
+        self._handle = self._find_handle()
+        self._body = [geom for geom in self._object_geoms if geom not in self._handle]
         others = [name for name in env.raw.obj_body_id if name != self.object]
         self._other_geoms = geoms_of(env, *others)
         self._target_geoms = geoms_of(env, self.target) if self.target else []
@@ -137,12 +141,23 @@ class PickPlace(Skill):
         top = int(np.argmax(high[:, 2]))
         rest = np.delete(np.arange(len(high)), top)
         size = high[top] - low[top]
-        if width < _OPENING or high[top, 2] - high[rest, 2].max() < _KNOB or size.min() > _OPENING:
+        if width < _OPENING or high[top, 2] - high[rest, 2].max() < _KNOB or size[:2].max() > _OPENING:
             return [], 0.0
         middle = (low[top, :2] + high[top, :2]) / 2
         away = np.linalg.norm(middle - np.clip(middle, low[rest, :2], high[rest, :2]), axis=1)
         below = max(high[rest[away < _FINGER_WIDTH], 2], default=low[:, 2].min())
         return [self._object_geoms[top]], below - self.env.object_position(self.object)[2]
+
+    def _find_handle(self) -> list[int]:
+        """The geometries of a pan's long handle, by which it would tilt; none of other objects."""
+        boxes = Boxes.of_geoms(self.env, self._object_geoms)
+        middle = self.env.object_position(self.object)[:2]
+        low, high = boxes.bounds()
+        reach = np.concatenate([high[:2] - middle, middle - low[:2]])
+        away = np.linalg.norm(boxes.centre[:, :2] - middle, axis=1)
+        long = reach.max() > _HANDLE * reach.min()
+        return [geom for geom, distance in zip(self._object_geoms, away, strict=True)
+                if long and distance > reach.min()]
 
     def _has_rim(self) -> bool:
         """Whether one finger can go inside: the object is hollow, or fits the gripper at no yaw."""
@@ -205,22 +220,28 @@ class PickPlace(Skill):
         return best
 
     def _candidates_at(self, yaw: float) -> list[Grasp]:
-        """Grasps at one yaw: at the middle of a narrow object, or at a bowl's rim on two sides.
+        """Grasps at one yaw, of the object or of its handle."""
+        grasps = self._grasps_of(self._knob or self._body, yaw)
+        if self._handle:
+            grasps += [grasp for grasp in self._grasps_of(self._handle, yaw) if not grasp.key[1]]
+        return grasps
+
+    def _grasps_of(self, geoms: list[int], yaw: float) -> list[Grasp]:
+        """At the middle of a narrow part, or at a bowl's rim on two sides.
 
         None of a solid object that is too wide at this yaw: a finger would come down on its top.
         """
         position = self.env.object_position(self.object)
-        low, high = Boxes.of_geoms(self.env, self._object_geoms).bounds(yaw)
-        lowest = low[2]
+        lowest = Boxes.of_geoms(self.env, self._object_geoms).bounds()[0][2]
+        low, high = Boxes.of_geoms(self.env, geoms).bounds(yaw)
         if self._knob:
-            low, high = Boxes.of_geoms(self.env, self._knob).bounds(yaw)
             low[2] = position[2] + self._knob_from
         width = high[1] - low[1]
         sides, height = (0.0,), max((low[2] + high[2]) / 2, high[2] - _REACH)
         if width > _OPENING and not self._rimmed:
             return []
         if width > _OPENING:
-            sides, height = (1.0, -1.0), high[2] - _RIM_DEPTH
+            sides, height = (1.0, -1.0), high[2] - (_PAN_DEPTH if self._handle else _RIM_DEPTH)
         along, up = self.style.grasp_offset
         room = (high[0] - low[0]) / 2 - _FINGER_WIDTH  # beyond it the fingers miss the object
         shifts = [shift for shift in _ALONG if abs(shift) <= max(room, 0.0)]
@@ -246,7 +267,7 @@ class PickPlace(Skill):
 
     def _crowding_cost(self, grasp: Grasp) -> float:
         """Cost of contacts of the open gripper on its way to the grasp and at the target."""
-        others = Boxes.of_geoms(self.env, self._other_geoms)
+        others = Boxes.of_geoms(self.env, self._other_geoms + self._handle)
         start = self.env.object_position(self.object) + grasp.offset
         end = self._place_point(grasp.offset, grasp.bottom)
         around_start, around_end = others.near(start, 0.3), others.near(end, 0.3)
