@@ -20,7 +20,7 @@ def way_into(env: LiberoEnv, region: str) -> np.ndarray | None:
         return None
     centre, half = region_box(env, region)
     fixture = Boxes.of_geoms(env, geoms_of(env, site.parent_name))
-    ray = np.linspace(0.0, 1.0, 40)[:, None]
+    ray = np.linspace(0.0, 1.0, 200)[:, None]  # boards are thin
     if fixture.share_inside(centre + ray * _WAY_IN * UP) == 0 or half[2] < 0.01:
         return None
     return min(_SIDES, key=lambda side: fixture.share_inside(centre + ray * _WAY_IN * side))
