@@ -245,6 +245,24 @@ def test_a_box_that_was_pushed_so_that_it_fits_at_no_yaw_is_still_grasped_somewh
 
 
 @pytest.mark.sim
+def test_a_frying_pan_is_grasped_at_its_handle_or_away_from_it_and_goes_into_the_shelf():
+    with LiberoEnv("libero_90", 40) as env:
+        env.reset(init_state=0)
+        pan = PickPlace(env, "chefmate_8_frypan_1", "flat_stove_1_cook_region")
+        handle = Boxes.of_geoms(env, pan._handle)
+        assert 0 < len(pan._handle) < len(pan._body) and not pan._knob
+        assert pan.grasp.key[1] == 0.0 and handle.share_inside(pan._grasp_point()[None]) == 1.0
+        rims = [grasp for grasp in pan._candidates_at(0.0) if grasp.key[1]]
+        body = Boxes.of_geoms(env, pan._body).bounds()
+        for grasp in rims:  # not at the end of the handle, 14 cm further out
+            at = env.object_position(pan.object) + grasp.offset
+            assert (body[0] < at).all() and (at < body[1]).all()
+        expert = Expert(env)
+        assert isinstance(expert.skill, PutInside)  # the shelf's upper board, 5 mm, is a roof
+        assert run(env, expert, env.horizon)[2]
+
+
+@pytest.mark.sim
 def test_a_grasp_that_closes_on_nothing_is_tried_again():
     """The object slips 6 cm away when the fingers begin to close for the first time."""
     with LiberoEnv("libero_object", 5) as env:
