@@ -6,6 +6,8 @@ import pytest
 from trm_helpers.demos import pick_place
 from trm_helpers.demos.collect import Disturbance, record_demonstration
 from trm_helpers.demos.experts import Expert, plan
+from trm_helpers.demos.pick_place import PickPlace
+from trm_helpers.demos.put_inside import PutInside
 from trm_helpers.demos.skills import Style
 from trm_helpers.sim import geometry, layouts
 from trm_helpers.sim.env import LiberoEnv

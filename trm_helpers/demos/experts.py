@@ -100,9 +100,6 @@ class Expert:
         return TurnKnob(self.env, joint, self.style, on=verb == "turnon")
 
 
-make_expert = Expert  # its name in evaluation.baselines
-
-
 # --- planning -------------------------------------------------------------------------------------
 
 

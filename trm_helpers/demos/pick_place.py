@@ -141,7 +141,8 @@ class PickPlace(Skill):
         top = int(np.argmax(high[:, 2]))
         rest = np.delete(np.arange(len(high)), top)
         size = high[top] - low[top]
-        if width < _OPENING or high[top, 2] - high[rest, 2].max() < _KNOB or size[:2].max() > _OPENING:
+        narrow = size[:2].max() < _OPENING and high[top, 2] - high[rest, 2].max() > _KNOB
+        if width < _OPENING or not narrow:
             return [], 0.0
         middle = (low[top, :2] + high[top, :2]) / 2
         away = np.linalg.norm(middle - np.clip(middle, low[rest, :2], high[rest, :2]), axis=1)

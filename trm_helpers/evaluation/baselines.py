@@ -44,7 +44,7 @@ class ExpertPolicy(_Untrained):
     """The scripted demonstrator."""
 
     def act(self, observation) -> np.ndarray:
-        self.source = self.source or experts.make_expert(self.env)
+        self.source = self.source or experts.Expert(self.env)
         return self.source.act()
 
 
