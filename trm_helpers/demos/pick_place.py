@@ -41,7 +41,7 @@ _ALONG = (0.0, -0.02, 0.02)  # along the jaw from the middle of the object
 _SAME_SIDE = 3.0
 _COLUMN = (0.0, 0.03, 0.06, 0.12, 0.18)  # heights over the grasp where the gripper needs room
 _KNOB = 0.008  # height of an object's narrow part over the rest, from which it is grasped there
-_HANDLE = 2.0  # length of an object to one side, in radii, from which it is a pan with a handle
+_HANDLE = 2.0  # radii by which an object with a handle extends to one side
 _FLAT = 0.03  # a wider object of less height is pushed over the table
 _ON_AXIS = 0.01  # beside the vertical; up to this a descent is not slowed
 _HANGS = 0.02  # an object this near after the retreat hangs on a finger, as a gable can
@@ -88,13 +88,13 @@ class PickPlace(Skill):
         self._enclosed = (region in sites and self.target in env.raw.fixtures_dict
                           and region_box(env, region)[1][2] > _FLAT / 2)
         self._object_geoms = geoms_of(env, self.object)
-        self._handle = self._find_handle()
-        self._body = [geom for geom in self._object_geoms if geom not in self._handle]
         others = [name for name in env.raw.obj_body_id if name != self.object]
         self._other_geoms = geoms_of(env, *others)
         self._target_geoms = geoms_of(env, self.target) if self.target else []
         self._table = Boxes.of_geoms(env, geoms_of(env, *env.raw.objects_dict)).bounds()[0][2]
         self._knob, self._knob_from = self._find_knob()
+        self._handle = [] if self._knob else self._find_handle()
+        self._body = [geom for geom in self._object_geoms if geom not in self._handle]
         low, high = Boxes.of_geoms(env, self._object_geoms).bounds()
         self._slides = (self.target is None and high[1] - low[1] > _OPENING
                         and high[2] - low[2] < _FLAT)
@@ -150,15 +150,16 @@ class PickPlace(Skill):
         return [self._object_geoms[top]], below - self.env.object_position(self.object)[2]
 
     def _find_handle(self) -> list[int]:
-        """The geometries of a pan's long handle, by which it would tilt; none of other objects."""
+        """The geometries of a frying pan's handle; none of other objects."""
         boxes = Boxes.of_geoms(self.env, self._object_geoms)
         middle = self.env.object_position(self.object)[:2]
         low, high = boxes.bounds()
         reach = np.concatenate([high[:2] - middle, middle - low[:2]])
         away = np.linalg.norm(boxes.centre[:, :2] - middle, axis=1)
-        long = reach.max() > _HANDLE * reach.min()
+        if least_width(boxes) < _OPENING or reach.max() < _HANDLE * reach.min():
+            return []
         return [geom for geom, distance in zip(self._object_geoms, away, strict=True)
-                if long and distance > reach.min()]
+                if distance > reach.min()]
 
     def _has_rim(self) -> bool:
         """Whether one finger can go inside: the object is hollow, or fits the gripper at no yaw."""
