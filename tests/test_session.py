@@ -97,7 +97,7 @@ def test_elsewhere_only_the_folders_are_named(monkeypatch, capsys, tmp_path):
 
 
 def test_a_notebook_of_another_version_is_refused(kaggle):
-    with pytest.raises(RuntimeError, match=f"version 9.9.9, .* of {__version__}; attach"):
+    with pytest.raises(RuntimeError, match=f"version 9.9.9, .* is version {__version__}; attach"):
         session.begin("9.9.9")
 
 
