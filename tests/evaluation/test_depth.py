@@ -179,6 +179,16 @@ def test_some_ways_alone(run):
     assert card["rows"][1]["gap"] == 0
 
 
+def test_each_task_is_played_once_and_only_tasks_that_the_policy_knows(run, monkeypatch):
+    assert depth_card(run, [1], [], CONFIG, task_ids=[3, 3])["task_ids"] == [3]
+    config = depth.load_config(run)
+    numbered = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, conditioning="task_id"))
+    monkeypatch.setattr(depth, "load_config", lambda _: numbered)
+    with pytest.raises(ValueError, match="knows tasks 0 of libero_object"):
+        depth_card(run, [1], [], CONFIG, task_ids=[7])
+
+
 def test_bad_input(run, monkeypatch):
     with pytest.raises(ValueError, match=r"depths=\(0,\) is not valid"):
         depth_card(run, [0])

@@ -26,8 +26,9 @@ from trm_helpers.evaluation.robustness import robustness_card
 from trm_helpers.files import exclusive_lock, read_jsonl
 from trm_helpers.report import write_report
 from trm_helpers.sim.env import LiberoEnv, Observation
+from trm_helpers.sim.parallel import run_jobs
 from trm_helpers.stats import format_success
-from trm_helpers.training.runs import find_run, load_config
+from trm_helpers.training.runs import find_run, load_config, save_weights
 from trm_helpers.visuals import films
 
 
@@ -125,6 +126,19 @@ def test_an_interrupted_evaluation_runs_what_is_missing(run, monkeypatch):
     assert evaluate_run(run, config)["episodes"] == 3 and played == [0, 1, 1, 2]
     evaluate_run(run, config)
     assert played == [0, 1, 1, 2]
+
+
+def test_a_kept_worker_plays_with_the_weights_of_the_last_call(trainer, trained):
+    digests = set()
+    for change in (1, 2):
+        save_weights(trained, {name: weight + change for name, weight
+                               in trainer.policy.state_dict().items()}, "last")
+        source = play.TrainedPolicy.load(trained, "last")
+        ((_, found, error),) = run_jobs(lambda _, source=source: source.make().sha256, [0],
+                                        workers=1, keep=True)
+        assert error is None and found == source.sha256
+        digests.add(found)
+    assert len(digests) == 2
 
 
 def test_an_evaluation_stops_in_time_and_the_next_call_continues(run, monkeypatch, capsys):

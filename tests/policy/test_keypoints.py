@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -408,6 +409,16 @@ def test_a_resumed_run_keeps_its_localizer(small_run, rendered, monkeypatch):
     monkeypatch.setattr(keypoints, "train_localizer", again)
     rows = small_run("parts", resume=True, scenes=20).fit()
     assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in whole]
+
+
+def test_a_localizer_with_another_number_of_looks_is_refused_before_training(small_run, rendered):
+    small = small_run("small", scenes=20)
+    settings = dict(scenes=20, looks=2, image_size=40)
+    run = small_run("large", **settings).run
+    for name in ("locator.safetensors", "scenes.json"):
+        shutil.copy(small.run / name, run)
+    with pytest.raises(ValueError, match="locator.safetensors looks again 0 times; .* looks=2"):
+        small_run("large", **settings)
 
 
 # --- the simulator ---------------------------------------------------------------------------

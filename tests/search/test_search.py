@@ -106,6 +106,16 @@ def test_with_several_seeds_the_trainings_have_to_differ_too():
     assert "is not significant at 0.05" in verdict([a, b])
 
 
+def test_the_verdict_compares_common_seeds(tmp_path, pretend):
+    config = from_flat("tiny", **{**SETTINGS, "search_num_recursions": (1,)}, search_episodes=3)
+    folder = tmp_path / "run" / "search"
+    search(tmp_path, search_episodes=3, search_num_recursions=(1,))
+    searches.run_point(config, folder, {"lr": 0.1, "hidden_dim": 16, "num_recursions": 1}, seed=1)
+    rows = searches.ranking(config.replace(search_replicates=2), folder, {})
+    assert [row["seeds"] for row in rows] == [[0, 1], [0]]
+    assert "(McNemar over 3 pairs: p = 1)" in verdict(rows)
+
+
 def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
     """Welch's t has 2.1 degrees of freedom here; one variance for both would have 4: p = 0.027."""
     a = {"trial": "a", "state": "complete", "seeds": [0, 1, 2], "final_val_loss": 0.1,

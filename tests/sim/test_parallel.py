@@ -230,6 +230,20 @@ def test_a_hanging_job_in_this_process_is_interrupted_and_tried_once_more(job, m
     assert timer == 0 or timer > 60
 
 
+def test_the_callers_timer_goes_on_while_jobs_run():
+    pytests, rung = signal.setitimer(signal.ITIMER_REAL, 0.3), []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(len(done)))
+    done = []
+    try:
+        for item, *_ in run_jobs(time.sleep, [0.2] * 4, workers=0):
+            done.append(item)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *pytests)
+    assert rung and rung[0] < 4
+
+
 def test_a_job_that_cannot_be_interrupted_in_this_process_prints_its_traceback(capfd):
     with ThreadPoolExecutor(1) as pool:
         ((_, result, error),) = pool.submit(lambda: list(run_jobs(

@@ -53,6 +53,16 @@ def test_a_run_folder_is_created_once_and_resumed_on_request():
     assert create_run(config, "a-run", resume=True) == run
 
 
+def test_a_resumed_run_takes_over_the_settings_of_evaluation_and_search(monkeypatch):
+    run = create_run(from_flat("tiny"), "a-run")
+    append_jsonl(run / "metrics.jsonl", {"epoch": 1})
+    monkeypatch.setattr(runs, "software_versions", lambda: {"mujoco": "of today"})
+    now = from_flat("tiny", num_episodes=5, search_epochs=7, num_threads=3)
+    create_run(now, "a-run", resume=True)
+    assert load_config(run) == now.replace(num_threads=0)
+    assert json.loads((run / "config.json").read_text())["software"] == {"mujoco": "3.3.2"}
+
+
 def test_resuming_with_other_settings_lists_them_and_writes_nothing():
     run = create_run(from_flat("tiny"), "a-run")
     append_jsonl(run / "metrics.jsonl", {"epoch": 1})
@@ -88,12 +98,15 @@ def test_default_name_of_a_run():
 
 def test_a_folder_without_a_complete_epoch_is_overwritten():
     run = create_run(from_flat("tiny"), "a-run")
-    (run / "training_state.pt").write_bytes(b"of the first epoch")
-    assert create_run(from_flat("tiny"), "a-run") == run
-    assert (run / "training_state.pt").exists()  # the same settings resume from it
+    made = [run / name for name in ("training_state.pt", "locator.safetensors", "scenes.json")]
+    for file in made:
+        file.write_bytes(b"of the first epoch")
+    again = from_flat("tiny", num_episodes=5)
+    assert create_run(again, "a-run") == run and load_config(run) == again
+    assert all(file.exists() for file in made)  # the same training resumes from them
     other = from_flat("tiny", max_demos_per_task=4)
     assert create_run(other, "a-run", resume=True) == run and load_config(run) == other
-    assert not (run / "training_state.pt").exists()
+    assert not any(file.exists() for file in made)
     with exclusive_lock(run, lock=TRAINING_LOCK), \
             pytest.raises(RuntimeError, match="another process"):
         create_run(from_flat("tiny"), "a-run")

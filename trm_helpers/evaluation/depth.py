@@ -31,7 +31,7 @@ from ..visuals.figure import (
     success_rates,
 )
 from .cards import cells, measured, tasks_in_short
-from .plan import official_episodes
+from .plan import official_episodes, refuse_unknown_tasks
 from .play import Evaluation, TrainedPolicy
 from .rollout import PHASES, Policy
 
@@ -121,8 +121,9 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         the policy as trained the ``gap`` and ``p_value`` of :func:`stats.paired_mcnemar`.
 
     Raises:
-        ValueError: the policy does not recurse, a depth or a threshold that is not valid, or an
-            unknown name in ``only``.
+        ValueError: the policy does not recurse, a depth or a threshold that is not valid, an
+            unknown name in ``only``, or a policy conditioned on task numbers was not trained on one
+            of ``task_ids``.
         TimeoutError: the session's time is up before the first episode as trained; other rows
             without an episode are left out.
     """
@@ -141,7 +142,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     only = [schema.check_option("only", name, settings) for name in only] or list(settings)
     settings = {name: settings[name] for name in settings if name in (AS_TRAINED, *only)}
     config = dataclasses.replace(config or trained.eval, num_videos=0, perturbation="none")
-    task_ids = tuple(task_ids) or trained.data.task_ids
+    task_ids = tuple(dict.fromkeys(task_ids)) or trained.data.task_ids
+    refuse_unknown_tasks(trained, trained.data.suite, task_ids)
     source = TrainedPolicy.load(run, weights)
     planned = official_episodes(trained.data.suite, task_ids, config)
     evaluations = {

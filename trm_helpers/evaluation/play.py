@@ -57,6 +57,8 @@ class TrainedPolicy(NamedTuple):
         return {"weights": self.weights, "sha256": self.sha256}
 
     def make(self, env: LiberoEnv | None = None) -> Policy:
+        if _loaded(self.run, self.weights)[1] != self.sha256:
+            _loaded.cache_clear()  # a kept process has the weights of an earlier call
         policy, sha256 = _loaded(self.run, self.weights)
         if sha256 != self.sha256:
             raise RuntimeError(f"{self.run / self.weights}.safetensors was replaced while it was "

@@ -302,6 +302,8 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
     Args:
         config: of the run; ``config.data.scenes`` are rendered around each demonstration.
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
+
+    Raises ``ValueError`` for a localizer with another number of looks than ``config.model.looks``.
     """
     path = Path(run) / "locator.safetensors"
     tasks, seed = _task_vectors(config), config.train.seed
@@ -330,7 +332,11 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                 "median and 90 % error, share of the picture's side": {
                     name: [None if math.isnan(value) else round(value, 4) for value in row]
                     for name, row in zip(names, distance.tolist(), strict=True)}})
-    return load_localizer(run)
+    names, localizer = load_localizer(run)
+    if localizer.looks != config.model.looks:
+        raise ValueError(f"{path} looks again {localizer.looks} times; expected "
+                         f"looks={config.model.looks}. Remove the file to train another localizer")
+    return names, localizer
 
 
 def _refuse_alike(config: Config, tasks: torch.Tensor | None) -> None:

@@ -236,16 +236,16 @@ def _row(name: str, records: dict[int, dict], config: Config) -> dict:
              if record["rungs"] and record["rungs"][-1]["epochs"] == last}
     row |= {"state": "complete", **base["rungs"][-1], "seeds": list(found),
             "minutes": round(sum(one["minutes"] for one in found.values()), 3)}
-    if len(found) == 1:
-        return row
-    for key in ("final_val_loss", "epochs_to_converge", "spikes"):
-        row[key] = statistics.fmean(one[key] for one in found.values())
-    row["seed_losses"] = [one["final_val_loss"] for one in found.values()]
     if all("rollouts" in one for one in found.values()):
         # sampled layouts have no init state; here it distinguishes the seeds of the trainings
         row |= success_of([{**episode, "init_state": seed} for seed, one in found.items()
                            for episode in one["rollouts"]])
         row["seed_success"] = [one["success_rate"] for one in found.values()]
+    if len(found) == 1:
+        return row
+    for key in ("final_val_loss", "epochs_to_converge", "spikes"):
+        row[key] = statistics.fmean(one[key] for one in found.values())
+    row["seed_losses"] = [one["final_val_loss"] for one in found.values()]
     return row
 
 

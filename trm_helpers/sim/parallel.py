@@ -119,13 +119,16 @@ def _interrupt_after(limit: float) -> Iterator[None]:
     def interrupt(*_) -> None:
         raise TimeoutError(f"a job took longer than {limit:g} s")
 
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    timer = signal.setitimer(signal.ITIMER_REAL, limit)
+    handler, began = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        if left:  # the caller's own timer goes on; one that ran out meanwhile rings at once
+            left = max(left - (time.monotonic() - began), 1e-6)
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 def _call_watched(job: Callable, limit: float, end: bool, item: Any) -> Any:

@@ -48,7 +48,8 @@ _STATE_KEYS = {  # all that a trainer reads, but what only some have: ema and sc
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:
     """Create or resume ``artifacts/<run_name>`` with its ``config.json``.
 
-    A folder without a complete epoch is overwritten when the settings differ.
+    A folder without a complete epoch is overwritten when the settings differ. A resumed run takes
+    over the settings of evaluation and search.
 
     Args:
         run_name: see :func:`paths.run_dir`; empty gives ``<suite>-<variant>-s<seed>-<date-time>``.
@@ -74,8 +75,13 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
                 raise FileExistsError(f"{run} exists already; choose another run_name, remove it, "
                                       "or resume it (resume=True)")
             refuse_other_settings(run, config)
-        elif not made or load_config(run).fixed() != config.fixed():
-            (run / "training_state.pt").unlink(missing_ok=True)
+            now = config.to_dict()
+            write_json(run / "config.json", {**read_json(run / "config.json"),
+                                             "eval": now["eval"], "search": now["search"]})
+        else:
+            if not made or load_config(run).fixed() != config.fixed():
+                for name in ("training_state.pt", "locator.safetensors", "scenes.json"):
+                    (run / name).unlink(missing_ok=True)
             write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
     return run
 
