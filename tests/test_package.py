@@ -65,7 +65,7 @@ def test_version_is_the_installed_one():
     assert importlib.metadata.version("trm-helpers") == trm_helpers.__version__
 
 
-def test_requirements_are_pinned_and_say_which_notebook_needs_them():
+def test_requirements_are_pinned_and_say_what_they_are_for():
     """The exact versions in constraints.txt, the simulator's also in requirements.txt."""
     pinned = pins()
     lines = (paths.repo_root() / "requirements.txt").read_text().splitlines()
