@@ -153,7 +153,8 @@ def test_mcnemar_refuses_pairs_of_different_protocols(condition, other):
 def test_the_detectable_difference_in_a_line():
     # (1.95996 + 0.84162) sqrt(2 * 0.8 * 0.2 / 50) = 2.80158 * 0.08 = 0.224
     assert detectable({"episodes": 50, "success_rate": 0.8}).startswith(
-        "With 50 episodes per policy you will usually (80 %) detect a difference of 22 points")
+        "With 50 episodes per policy, a true difference of 22 points is detected with a "
+        "probability of 80 %")
     assert "of 7 points" in detectable({"episodes": 500, "success_rate": 0.8})  # 0.0709
     assert "17 points" in detectable({"episodes": 50, "success_rate": 1.0})  # as of 90 %
     assert detectable({"episodes": 1, "success_rate": 1.0}) == (

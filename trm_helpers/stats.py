@@ -26,6 +26,17 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def interval_text(low: float, high: float, digits: int = 0) -> str:
+    """An interval of rates in percent, without the unit: ``48 to 92``."""
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}"
+
+
+def rate_text(successes: int, episodes: int, digits: int = 0) -> str:
+    """A success rate with its 95 % Wilson interval: ``6 of 20 (15 to 52 %)``."""
+    interval = interval_text(*wilson_interval(successes, episodes), digits)
+    return f"{successes} of {episodes} ({interval} %)"
+
+
 def summarize_episodes(rows: Sequence[Mapping]) -> dict:
     """Success and length of evaluated episodes, overall and per task.
 
@@ -111,20 +122,24 @@ def format_success(summary: Mapping) -> str:
     if "task_mean" in summary:
         tasks += f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} %"
         if summary["task_low"] < summary["task_high"]:  # the tasks differ
-            tasks += (f" (tasks resampled: {100 * summary['task_low']:.0f} to "
-                      f"{100 * summary['task_high']:.0f} %)")
+            tasks += (" (tasks resampled: "
+                      f"{interval_text(summary['task_low'], summary['task_high'])} %)")
     if summary.get("policy_errors"):
-        errors += (f"; counted as failures: {summary['policy_errors']} in which the policy raised "
-                   "an error or gave no valid action")
+        errors += (f"; counted as failures: {_episodes(summary['policy_errors'])} in which the "
+                   "policy raised an error or gave no valid action")
     if summary.get("errors"):
-        errors += (f"; not counted: {len(summary['errors'])} that the machine could not run "
-                   "(simulator, process or time limit)")
+        errors += (f"; not counted: {_episodes(len(summary['errors']))} that the machine could not "
+                   "run (simulator, process or time limit)")
     spread = (f" (standard deviation {summary['std_length']:.1f})"
               if summary["episodes"] > 1 else "")
     return (f"{summary['successes']} of {summary['episodes']} episodes, "
             f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
-            f"{100 * summary['wilson_low']:.0f} to {100 * summary['wilson_high']:.0f} %), "
+            f"{interval_text(summary['wilson_low'], summary['wilson_high'])} %), "
             f"mean length {summary['mean_length']:.1f} steps{spread}{tasks}{errors}")
+
+
+def _episodes(count: int) -> str:
+    return f"{count} episode{'s' * (count > 1)}"
 
 
 def comparison_rows(summaries: Mapping[str, Mapping], head: str = "policy") -> list[dict]:
@@ -133,8 +148,7 @@ def comparison_rows(summaries: Mapping[str, Mapping], head: str = "policy") -> l
         head: name,
         "successes": f"{summary['successes']} of {summary['episodes']}",
         "success rate (%)": round(100 * summary["success_rate"], 1),
-        "95 % Wilson interval (%)": (f"{100 * summary['wilson_low']:.0f} to "
-                                     f"{100 * summary['wilson_high']:.0f}"),
+        "95 % Wilson interval (%)": interval_text(summary["wilson_low"], summary["wilson_high"]),
         "mean length (steps)": round(summary["mean_length"], 1),
     } for name, summary in summaries.items()]
 
@@ -170,12 +184,16 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
                                  f"{key}; expected the same")
     outcomes = [(bool(first[key]["success"]), bool(second[key]["success"])) for key in shared]
     only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
-    differing = only_a + only_b
     return {"pairs": len(shared), "both": outcomes.count((True, True)), "only_a": only_a,
             "only_b": only_b, "neither": outcomes.count((False, False)),
             "unpaired": len(first) + len(second) - 2 * len(shared),
             "difference": (only_b - only_a) / len(shared),
-            "p_value": float(binomtest(only_a, differing, 0.5).pvalue) if differing else 1.0}
+            "p_value": mcnemar_p(only_a, only_b)}
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of McNemar's test, from the numbers of pairs that differ each way."""
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def format_comparison(test: Mapping, name: str, other: str) -> str:
@@ -199,6 +217,6 @@ def detectable(summary: Mapping) -> str:
     gap = (z(0.975) + z(0.8)) * math.sqrt(2 * rate * (1 - rate) / episodes)
     if gap > 1:
         return f"Too few episodes per policy ({episodes}) to detect any difference"
-    return (f"With {episodes} episodes per policy you will usually (80 %) detect a "
-            f"difference of {100 * gap:.0f} points; comparing on the same episodes detects "
+    return (f"With {episodes} episodes per policy, a true difference of {100 * gap:.0f} points is "
+            "detected with a probability of 80 %; a comparison on the same episodes detects "
             "smaller ones")

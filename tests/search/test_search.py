@@ -128,7 +128,7 @@ def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
 def test_the_verdict_on_losses_needs_seeds():
     a = {"trial": "a", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
     b = {**a, "trial": "b", "final_val_loss": 0.2}
-    assert "from one training each: no significant difference can be claimed" in verdict([a, b])
+    assert "with one training each: no difference can be claimed" in verdict([a, b])
     for row, losses in ((a, [0.10, 0.11, 0.09]), (b, [0.20, 0.21, 0.19])):
         row.update(seeds=[0, 1, 2], seed_losses=losses)
     assert "difference is significant at 0.05 (Welch over seeds: p = 0.00026)" in verdict([a, b])
@@ -169,6 +169,12 @@ def test_complete_trials_are_not_run_again(tmp_path, pretend):
     assert len(pretend) == 2
     assert search(tmp_path, max_configs=2) == first and len(pretend) == 2
     assert len(search(tmp_path)) == 4 and len(pretend) == 4
+
+
+def test_the_stored_search_is_that_of_the_last_call(tmp_path, pretend):
+    search(tmp_path, max_configs=1)
+    search(tmp_path, search_lrs=(0.3,))
+    assert searches.searched(tmp_path / "run" / "search").search.search_lrs == (0.3,)
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path, pretend):
@@ -322,6 +328,24 @@ def test_a_guided_search_continues(tmp_path, pretend):
     assert all(0.1 <= row["lr"] <= 10 and row["num_recursions"] in (1, 2) for row in rows)
     losses = [row["final_val_loss"] for row in rows]
     assert losses == sorted(losses)
+
+
+def test_no_worker_is_sent_away_while_another_trial_begins(tmp_path, pretend):
+    config = from_flat("tiny", **SETTINGS, search_method="tpe", max_configs=2)
+    folder = searches.claim(config, tmp_path / "run")
+    with optuna_study.Study.opened(config, folder) as study, ThreadPoolExecutor(1) as pool:
+        ask, second = study.study.ask, []
+
+        def begin(*given):  # the first trial is in the study, and its function has not begun
+            trial = ask(*given)
+            if not second:
+                second.append(pool.submit(study.next_job, dict))
+                time.sleep(0.3)
+            return trial
+
+        study.study.ask = begin
+        study.next_job(lambda *_, **__: {"final_val_loss": 1.0})({})
+        assert second[0].result() is not None
 
 
 def test_a_guided_search_starts_with_the_existing_trials(tmp_path, pretend):

@@ -63,12 +63,12 @@ def test_further_axes():
     ("{weight_dekay: [0.1]}", "unknown setting in search_space 'weight_dekay'.*'weight_decay'"),
     ("{epochs: [1, 2]}", "unknown setting in search_space 'epochs'"),
     ("{lr: [0.1]}", "no lr, whose values are in search_lrs"),
-    ("{chunk: [4, 8]}", "changes with chunk what the validation loss means"),
-    ("{variant: [block, act]}", "changes with variant what the validation loss means"),
-    ("{max_demos_per_task: [5, 9]}", "changes with max_demos_per_task what the validation"),
-    ("{weight_decay: 0.1}", "different values for each setting"),
-    ("{weight_decay: [0.1, 0.1]}", "different values for each setting"),
-    ("{weight_decay: [0.1", "different values for each setting"),
+    ("{chunk: [4, 8]}", "chunk changes what the validation loss means"),
+    ("{variant: [block, act]}", "variant changes what the validation loss means"),
+    ("{max_demos_per_task: [5, 9]}", "max_demos_per_task changes what the validation"),
+    ("{weight_decay: 0.1}", "distinct values for each setting"),
+    ("{weight_decay: [0.1, 0.1]}", "distinct values for each setting"),
+    ("{weight_decay: [0.1", "distinct values for each setting"),
 ])
 def test_a_bad_search_space_is_refused(space, said):
     with pytest.raises(ValueError, match=said):
@@ -78,7 +78,7 @@ def test_a_bad_search_space_is_refused(space, said):
 def test_settings_that_change_the_loss_are_compared_by_rollouts():
     space = "{chunk: [4, 8]}"
     assert "chunk" in axes(SearchConfig(search_space=space, search_episodes=3))
-    with pytest.raises(ValueError, match="another search_method than halving"):
+    with pytest.raises(ValueError, match="a search_method other than halving"):
         axes(SearchConfig(search_space=space, search_episodes=3, search_method="halving"))
 
 

@@ -64,6 +64,16 @@ def test_a_guided_search_is_a_bayesian_sweep(tmp_path, pretend):
     assert sweep["method"] == "bayes" and sweep["metric"]["name"] == "success_rate"
     assert sweep["parameters"]["lr"] == {"distribution": "log_uniform_values", "min": 1e-3,
                                          "max": 0.1}
+    assert sweep["run_cap"] == 2 * 2  # of the learning rates and of preset tiny's recursions
+
+
+@pytest.mark.parametrize("part", [["--max-configs", "1"], ["--search-shard", "1/2"]])
+def test_a_part_of_a_grid_is_no_sweep(tmp_path, pretend, capsys, part):
+    file = tmp_path / "sweep.yaml"
+    assert main(["search", "tiny", "--run-name", "s", *SPACE, *part,
+                 "--export-sweep", str(file)]) == 1
+    assert "a W&B grid has all 2 points; expected max_configs=0" in capsys.readouterr().err
+    assert not file.exists() and not paths.artifacts_dir().exists()
 
 
 def test_an_agent_logs_the_measures_to_the_sweep(tmp_path, pretend, monkeypatch):

@@ -46,7 +46,7 @@ class Study:
     def __init__(self, config: Config, folder: Path, study: optuna.Study):
         self.config, self.folder, self.study = config, folder, study
         self.total = config.search.max_configs or len(all_points(config.search))
-        self._lock, self._beginning = threading.Lock(), 0
+        self._lock = threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
@@ -90,14 +90,23 @@ class Study:
                 yield opened
 
     def next_job(self, train: Callable[..., dict]) -> Callable[..., None] | None:
-        """A function that runs a trial with an environment; ``None`` if there are enough."""
-        with self._lock:
-            if self.counted() + self._beginning >= self.total:
+        """A function that runs a trial with an environment; ``None`` if there are enough.
+
+        Other calls wait until its trial is in the study and counted.
+        """
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(self._lock)
+            if self.counted() >= self.total:
                 return None
-            self._beginning += 1
-        return lambda environment: self.study.optimize(
-            lambda trial: self._objective(trial, train, environment), n_trials=1,
-            catch=(RuntimeError,))
+            held = lock.pop_all()
+
+        def run(environment: dict) -> None:
+            with held:
+                self.study.optimize(
+                    lambda trial: self._objective(trial, train, environment, held), n_trials=1,
+                    catch=(RuntimeError,))
+
+        return run
 
     def records(self) -> dict[str, dict]:
         """The ``trial.json`` of every trial, also on other machines."""
@@ -115,9 +124,8 @@ class Study:
                    for trial in self.study.get_trials(deepcopy=False))
 
     def _objective(self, trial: optuna.Trial, train: Callable[..., dict],
-                   environment: dict) -> float:
-        with self._lock:
-            self._beginning -= 1  # it runs, and counts as such
+                   environment: dict, lock: contextlib.ExitStack) -> float:
+        lock.close()
         point = _suggest(trial, self.config.search)
         steps = rungs(self.config.search)
         try:
@@ -194,6 +202,7 @@ def _named(url: str) -> Iterator[None]:
         shown, reason = (re.sub(r":(?!//)[^@\s]*@", ":***@", text).partition("?")[0]
                          for text in (url, str(error).splitlines()[0]))
         raise ConnectionError(
-            f"search_storage={shown!r} does not answer ({reason}); expected the "
-            "URL of a database, such as sqlite:////shared/study.db or postgresql://user@host/name, "
-            "and its driver. What is complete is kept; the same call resumes") from None
+            f"search_storage={shown!r} does not answer ({reason}); expected the URL of a database "
+            "that can be reached, such as sqlite:////shared/study.db or "
+            "postgresql://user@host/name, and its driver installed. Completed trials are kept; the "
+            "same call resumes") from None

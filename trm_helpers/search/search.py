@@ -27,7 +27,7 @@ from ..config import Config
 from ..files import read_json, visible, write_bytes, write_json
 from ..notebooks import notebook_parameters
 from ..software import minutes_left
-from ..stats import detectable, paired_mcnemar
+from ..stats import detectable, interval_text, paired_mcnemar
 from .optuna_study import STUDY, Study
 from .space import (
     axes,
@@ -121,10 +121,9 @@ def claim(config: Config, run: str | Path) -> Path:
         before, now = common_settings(searched(folder)), common_settings(config)
         if any(metrics.stat().st_size for metrics in visible(folder, "*/metrics.jsonl")):
             refuse_others(folder, before, now)
-        if before == now:
-            return folder
-        for record in (folder / STUDY, *visible(folder, "*/trial.json")):
-            record.unlink(missing_ok=True)
+        if before != now:
+            for record in (folder / STUDY, *visible(folder, "*/trial.json")):
+                record.unlink(missing_ok=True)
     write_json(path, config.replace(search_storage="").to_dict())  # no password
     return folder
 
@@ -187,9 +186,9 @@ def in_parallel(next_job: Callable[[], Callable[..., object] | None],
 
 def worker_environments(config: Config) -> list[dict[str, str]]:
     """Environment variables of each worker: its GPU, if there is any."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = 0 if config.train.device == "cpu" else torch.cuda.device_count()
-    gpus = visible.split(",")[:count] if visible else [str(gpu) for gpu in range(count)]
+    gpus = allowed.split(",")[:count] if allowed else [str(gpu) for gpu in range(count)]
     workers = config.search.search_workers or max(1, len(gpus))
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
 
@@ -279,8 +278,8 @@ def verdict(ranked: Sequence[dict]) -> str:
     p_values = {}
     if rollouts:
         both = [f"{row['trial']} succeeds in {row['successes']} of {row['episodes']} episodes "
-                f"(95 % Wilson interval {100 * row['wilson_low']:.0f} to "
-                f"{100 * row['wilson_high']:.0f} %)" for row in (best, second)]
+                f"(95 % Wilson interval {interval_text(row['wilson_low'], row['wilson_high'])} %)"
+                for row in (best, second)]
         test = paired_mcnemar(best["rollouts"], second["rollouts"])
         p_values[f"McNemar over {test['pairs']} pairs"] = test["p_value"]
     else:
@@ -291,8 +290,8 @@ def verdict(ranked: Sequence[dict]) -> str:
         p_values["Welch over seeds"] = _welch(best[measured], second[measured])
     said = ", ".join(both)
     if not p_values:
-        return (f"{said}, from one training each: no significant difference can be claimed, since "
-                "another seed changes a loss too.")
+        return (f"{said}, with one training each: no difference can be claimed, because another "
+                "seed changes a loss too.")
     tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in p_values.items())
     able = f" {detectable(best)}." if rollouts else ""
     if max(p_values.values()) >= _SIGNIFICANT:

@@ -48,9 +48,9 @@ def axes(search: SearchConfig) -> dict[str, tuple]:
         other_loss = name in _CHANGE_THE_LOSS or "act" in further[name]  # a variant with a KL term
         if other_loss and (search.search_episodes == 0 or search.search_method == "halving"):
             raise ValueError(
-                f"search_space={search.search_space!r} changes with {name} what the validation "
-                "loss means, so that only rollouts compare; expected search_episodes above 0 "
-                "and another search_method than halving")
+                f"search_space={search.search_space!r} is not valid: {name} changes what the "
+                "validation loss means, so trials can only be compared by rollouts; expected "
+                "search_episodes above 0 and a search_method other than halving")
     return {**{name: getattr(search, values) for name, values in _LISTS.items()}, **further}
 
 
@@ -63,8 +63,9 @@ def _further_axes(search: SearchConfig) -> dict[str, tuple]:
             isinstance(values, list) and values and len(set(map(str, values))) == len(values)
             and all(isinstance(value, (bool, int, float, str)) for value in values)
             for values in further.values()):
-        raise ValueError(f"search_space={search.search_space!r} is not valid; expected different "
-                         "values for each setting, as YAML: '{chunk: [4, 8], loss: [l1, mse]}'")
+        raise ValueError(f"search_space={search.search_space!r} is not valid; expected a list of "
+                         "distinct values for each setting, as YAML: '{chunk: [4, 8], loss: [l1, "
+                         "mse]}'")
     return {name: tuple(values) for name, values in further.items()}
 
 

@@ -12,7 +12,7 @@ import yaml
 from ..config import Config, check_names, from_flat, local_settings, settings_by_part
 from ..files import write_bytes
 from .search import claim, run_point, searched
-from .space import axes
+from .space import all_points, axes, grid
 
 _CRITERIA = ("final_val_loss", "success_rate")  # of a trial, logged to the sweep
 
@@ -22,15 +22,21 @@ def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
 
     The method is grid or, for a guided search, bayes. Agents need the run folder, whose
     ``search/search.json`` holds the other settings; the search itself ranks their trials.
+
+    Raises ``ValueError`` for a part of a grid, because a W&B grid has all points.
     """
+    points, guided = all_points(config.search), config.search.search_method != "grid"
+    if not guided and len(grid(config.search)) < len(points):
+        raise ValueError(f"a W&B grid has all {len(points)} points; expected max_configs=0 and no "
+                         "search_shard")
     folder = claim(config, run)
-    guided = config.search.search_method != "grid"
     usual = from_flat().local()
     local = {name: value for name, value in config.local().items()
              if value != usual[name] and settings_by_part()[name] != "search"}
     sweep = {
         "program": "trm_helpers",  # required by W&B, replaced by the command
         "method": "bayes" if guided else "grid",
+        **({"run_cap": config.search.max_configs or len(points)} if guided else {}),
         "metric": ({"name": "success_rate", "goal": "maximize"} if config.search.search_episodes
                    else {"name": "final_val_loss", "goal": "minimize"}),
         "parameters": {

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ..schema import WANDB_MODES
 from ..software import call_within
 
-_MODES = ("disabled", "offline", "online")
 _CONNECT_WITHIN = 3.0  # seconds, to W&B's server
 _LOGIN_WITHIN = 10.0  # seconds
 _FINISH_WITHIN = 15.0  # seconds after the last epoch; `wandb sync` uploads the rest
@@ -83,9 +83,9 @@ def allowed_mode(asked: str) -> str:
     """The requested mode, or ``$WANDB_MODE`` if more restrictive."""
     given = os.environ.get("WANDB_MODE", "").strip().lower()
     given = {"": "online", "run": "online", "dryrun": "offline"}.get(given, given)
-    if given not in _MODES:
+    if given not in WANDB_MODES:
         given = "offline"
-    return min(asked, given, key=_MODES.index)
+    return min(asked, given, key=WANDB_MODES.index)
 
 
 def main() -> None:
