@@ -114,18 +114,15 @@ session.begin(version)
 # %%
 import copy
 import math
-from functools import partial
 
 import pandas as pd
 import torch
 from IPython.display import display
 
-from trm_helpers import BehaviorCloningTrainer
 from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.evaluation.actor import actor_of
-from trm_helpers.evaluation.evaluate import selection_rate, selection_success
-from trm_helpers.policy.keypoints import trained_localizer
+from trm_helpers.evaluation.evaluate import selection_success, trainer_of
 from trm_helpers.stats import format_success
 from trm_helpers.training.runs import create_run
 from trm_helpers.training.train import GRAD_CLIP
@@ -143,14 +140,13 @@ config = from_flat(
     gripper=gripper, image_size=image_size, chunk=chunk, execution_horizon=execution_horizon,
     seed=seed, patience=patience, rollout_every=rollout_every, max_minutes=max_minutes,
     stop_epoch=stop_epoch, num_threads=num_threads, wandb_mode=wandb_mode)
-usual = preset if config == from_flat(preset) else ""
+usual = preset if config.fixed() == from_flat(preset).fixed() else ""
 run = create_run(config, run_name or usual, resume)
 files = ensure_demonstrations(config, actor_of(config))
 session.keep(files.values() if actor else ())  # on Kaggle
 
 # %%
-trainer = BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),
-                                             partial(trained_localizer, run, config))
+trainer = trainer_of(config, files, run)
 print(f"{len(trainer.train_data)} training samples, {trainer.precision} on {trainer.device}")
 
 # %% [markdown]
@@ -213,7 +209,7 @@ lowest, last = min(metrics, key=lambda row: row["val_loss"]), metrics[-1]
 rise = 100 * (last["val_loss"] / lowest["val_loss"] - 1)
 ratio = last["val_loss"] / last["train_loss"]
 before = metrics[-len(metrics) // 10 - 1:-1]  # the last tenth of the epochs, without the last
-falls = all(last["val_loss"] < 0.97 * row["val_loss"] for row in before[:1])
+falls = bool(before) and last["val_loss"] < 0.97 * before[0]["val_loss"]
 trend = "rises" if rise > 5 else "still falls: train longer" if falls else "levels out"
 print(f"The validation loss {trend}. It is lowest in epoch "
       f"{lowest['epoch']} of {last['epoch']} ({lowest['val_loss']:.4f}) and {rise:.0f} % higher at "

@@ -64,7 +64,7 @@ def test_a_run_moves_to_another_device_and_back(small_run, monkeypatch, first, t
     assert [row["precision"] for row in found] == [
         begun.precision, moved.precision, moved.precision, back.precision]
     assert np.allclose(losses(found), losses(expected), rtol=tolerance)
-    policy = load_policy("moved", device=then)
+    policy = load_policy("moved").to(then)
     assert next(policy.parameters()).device.type == then
 
 
@@ -229,7 +229,7 @@ def test_every_rule_and_head_trains_and_acts(small_run, device, settings):
     (row,) = small_run("run", device=device, epochs=1, **settings).fit()
     assert math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])
     assert row["grad_norm"] > 0
-    policy = load_policy("run", device=device)
+    policy = load_policy("run").to(device)
     assert next(policy.parameters()).device.type == device
     seen = {"agentview_rgb": np.full((64, 64, 3), 100, np.uint8), "joint_states": np.zeros(7),
             "gripper_states": np.array([0.04, -0.04]), "ee_pos": np.zeros(3), "task_id": 0}

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from trm_helpers import notebooks, paths
 from trm_helpers.config import from_flat
+from trm_helpers.files import append_jsonl
 from trm_helpers.notebooks import notebook_parameters, run_notebook, run_suite
 from trm_helpers.preflight import Check
 from trm_helpers.progress import Stage
@@ -96,12 +97,27 @@ def test_unknown_parameter_is_refused_before_anything_runs(nb_dir, tmp_path):
 def test_other_settings_of_an_existing_run_are_refused_before_anything_runs(nb_dir):
     write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'w').close()",
                    parameters=PARAMETERS + "stop_epoch: int = 0  # stop after this epoch\n")
-    create_run(from_flat("tiny"), "first")
+    run = create_run(from_flat("tiny"), "first")
+    append_jsonl(run / "metrics.jsonl", {"epoch": 1})
     with pytest.raises(ValueError, match="first was made with other settings .*lr"):
         run_notebook("04_train", {"preset": "tiny", "run_name": "first", "lr": 0.5})
     assert not (nb_dir / "ran").exists()
     run_notebook("04_train", {"preset": "tiny", "run_name": "first", "stop_epoch": 1})
     assert (nb_dir / "ran").exists()
+
+
+def test_a_notebook_with_a_folder_of_its_own_is_checked_there(nb_dir, tmp_path):
+    """A trial of a search, where ``artifacts`` holds another run of its name."""
+    write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'a').write('.')",
+                   parameters=PARAMETERS + "stop_epoch: int = 0  # stop after this epoch\n")
+    other = create_run(from_flat("tiny", lr=0.5), "first")
+    append_jsonl(other / "metrics.jsonl", {"epoch": 1})
+    trial = tmp_path / "search" / "first"
+    run_notebook("04_train", {"preset": "tiny", "run_name": "first"}, run_dir=trial)
+    shutil.copytree(other, trial, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="search/first was made with other settings .*lr"):
+        run_notebook("04_train", {"preset": "tiny", "run_name": "first"}, run_dir=trial)
+    assert (nb_dir / "ran").read_text() == "."
 
 
 def test_copy_keeps_the_last_state_of_a_progress_bar(tmp_path):
@@ -152,8 +168,9 @@ def test_failed_run_leaves_the_earlier_copy(tmp_path):
 
 def test_killed_kernel_is_an_error(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "import os\nos._exit(9)")
-    with pytest.raises(RuntimeError, match="a.ipynb failed: its kernel ended"):
-        run_notebook(notebook, run_dir=tmp_path)
+    log = tmp_path / "output.log"
+    with pytest.raises(RuntimeError, match=rf"a.ipynb failed: its kernel ended .* see {log}"):
+        run_notebook(notebook, run_dir=tmp_path, log=log)
     assert not (tmp_path / "notebooks" / "a.ipynb").exists()
 
 
@@ -212,6 +229,8 @@ def test_a_missing_notebook_lists_the_existing_ones(nb_dir):
     with pytest.raises(FileNotFoundError, match="make notebooks"):
         run_notebook("04_train")
     write_notebook(nb_dir / "00_setup.ipynb")
+    with pytest.raises(FileNotFoundError, match="no preset or notebook '.'; .*one of 00_setup"):
+        run_notebook(".")
     with pytest.raises(FileNotFoundError, match="'04_train'.*one of 00_setup"):
         run_notebook("04_train")
 
@@ -286,7 +305,7 @@ def suite(nb_dir, monkeypatch):
                        if name == "04_train" else "print('done')")
     monkeypatch.setattr("trm_helpers.preflight.preflight", lambda: [Check("Python", "ok", "3")])
     monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations",
-                        lambda config: [*tqdm(range(3), f"demonstrations of {config.preset}")])
+                        lambda config, _: [*tqdm(range(3), f"demonstrations of {config.preset}")])
     run_dir = paths.artifacts_dir() / "demo"
     run_dir.mkdir(parents=True)
     (run_dir / "results.json").write_text(json.dumps(RESULTS))
@@ -431,7 +450,21 @@ def test_the_suite_refuses_parameters_that_no_notebook_has(suite, monkeypatch):
         run_suite("demo", speed=1)
     with pytest.raises(ValueError, match="preset='fast' is not valid; .*'reference', 'demo'"):
         run_suite("fast")
+    append_jsonl(create_run(from_flat("demo"), "made") / "metrics.jsonl", {"epoch": 1})
+    with pytest.raises(ValueError, match="made was made with other settings .*lr"):
+        run_suite("demo", "made", lr=0.5)
     assert ran == []
+
+
+def test_a_suite_collects_with_its_actor(suite, monkeypatch):
+    pretend_runs(monkeypatch)
+    asked = []
+    monkeypatch.setattr("trm_helpers.evaluation.actor.actor_of", lambda config: config.data.actor)
+    monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations",
+                        lambda config, actor=None: asked.append(actor))
+    write_notebook(suite / "04_train.ipynb", parameters=PARAMETERS + 'actor: str = ""  # a run')
+    run_suite("demo", actor="a-run")
+    assert asked == ["a-run"]
 
 
 def test_failed_preflight_stops_the_suite(suite, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import io
 import json
@@ -76,7 +75,8 @@ class Validate:
     """
 
     file: Positional[File]  # *_demo.hdf5
-    suite: Suite = ""  # of the file's task: also checks frames and replays in the simulator
+    # the task's suite; with it, frames and replays are checked in the simulator too
+    suite: Suite = ""
     task_id: int = 0  # index of the task in the suite
     replays: int = 3  # demonstrations to replay
 
@@ -87,6 +87,8 @@ class Validate:
         from .sim.env import LiberoEnv
 
         file = Path(self.file)
+        if not file.exists():
+            raise FileNotFoundError(f"{file} does not exist; expected a demonstration file")
         with (LiberoEnv(self.suite, self.task_id, image_size=frame_size(file)) if self.suite
               else contextlib.nullcontext()) as env:
             card = quality_card(file, env, self.replays, env.horizon if env else 0)
@@ -110,12 +112,10 @@ class Train:
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
         from .evaluation.actor import actor_of
-        from .evaluation.evaluate import selection_rate
-        from .policy.keypoints import trained_localizer
+        from .evaluation.evaluate import trainer_of
         from .training.devices import choose_device
         from .training.distributed import Team
         from .training.runs import create_run
-        from .training.train import BehaviorCloningTrainer
 
         team = Team(choose_device(self.config.train.device).type)
         if not team.is_main:
@@ -126,16 +126,14 @@ class Train:
         files = ensure_demonstrations(self.config, actor_of(self.config))
         if team.is_main:
             team.barrier()
-        trainer = BehaviorCloningTrainer.from_config(
-            self.config, files, run, selection_rate(run, self.config),
-            functools.partial(trained_localizer, run, self.config))
+        trainer = trainer_of(self.config, files, run)
         rows = trainer.fit()
         if not team.is_main:
             return None, [], True
         line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"
         if not trainer.finished:
-            line += (f"; stopped before the {trainer.last_epoch} epochs, since the time is up: the "
-                     "same command continues")
+            line += (f"; stopped after {len(rows)} of {trainer.last_epoch} epochs because the time "
+                     "is up; the same command continues")
         return {"run": str(run), **rows[-1]}, [line], True
 
 
@@ -148,7 +146,7 @@ class Search:
 
     run_name: Name  # folder under artifacts/
     config: OmitArgPrefixes[SuppressFixed[Config]]
-    export_sweep: File = ""  # only write a W&B sweep of the same trials to this YAML file
+    export_sweep: File = ""  # only write the search as a W&B sweep to this YAML file
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
@@ -194,19 +192,21 @@ class Trial:
 class _Rollouts:
     run: RunName  # a run under artifacts/
     eval: OmitArgPrefixes[EvalConfig]
-    weights: Literal[schema.WEIGHTS] = "best"  # of the run
-    task_ids: tuple[int, ...] = ()  # other tasks than the run's
+    weights: Literal[schema.WEIGHTS] = "best"  # which of the run's weights to play
+    task_ids: tuple[int, ...] = ()  # tasks to play; none: all that the run was trained on
 
 
 _UNUSED = {"num_videos": 0, "perturbation": "none", "bound_episodes": 0}  # by the cards
+_OF_RUNS = {"weights": "best", "demo_dir": "", "against": "", "bound_episodes": 0}  # no baselines
 
 
-def _refuse_unused(command: _Rollouts, *names: str) -> None:
-    """Raise ``ValueError`` for a setting of evaluations that a card does not use."""
-    for name in names:
-        if (value := getattr(command.eval, name)) != _UNUSED[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect on "
-                             f"{type(command).__name__.lower()}; leave it out, or use evaluate")
+def _refuse_unused(command: _Rollouts, by: str, **unused: int | str) -> None:
+    """Raise ``ValueError`` for a setting with another value than its default in ``unused``."""
+    for name, usual in unused.items():
+        value = getattr(command, name, getattr(command.eval, name, usual))
+        if value != usual:
+            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect on {by}; "
+                             "leave it out")
 
 
 @dataclass
@@ -218,8 +218,9 @@ class Evaluate(_Rollouts):
     Example: `python -m trm_helpers evaluate my-trm --num-episodes 20 --against demo`
     """
 
-    suite: Suite = ""  # another suite than the run's, also one of LIBERO-PRO
-    demo_dir: Folder = ""  # the run's demonstrations, to replay, if it was given a folder
+    suite: Suite = ""  # suite to play, LIBERO-PRO's included; empty: the run's
+    # folder of the run's demonstrations, for replays, if it was trained with --demo-dir
+    demo_dir: Folder = ""
     against: Name = ""  # another evaluated run to compare with, episode by episode
 
     def __call__(self) -> Result:
@@ -230,9 +231,7 @@ class Evaluate(_Rollouts):
 
         # everything is checked before the first episode
         if self.run in BASELINES:
-            if self.against:
-                raise ValueError(f"against={self.against!r} compares trained runs; "
-                                 f"{self.run!r} is a baseline")
+            _refuse_unused(self, f"the baseline {self.run!r}", **_OF_RUNS)
             if not self.suite:
                 raise ValueError(f"the baseline {self.run!r} needs a suite; give --suite")
             folder = paths.artifacts_dir() / f"{self.run}-{self.suite}"
@@ -259,7 +258,7 @@ class Evaluate(_Rollouts):
 
 @dataclass
 class Report:
-    """Write report.html and report.md, one page on a run, into its folder, as 07_visualize does.
+    """Write report.html and report.md, summaries of a run, into its folder, as 07_visualize does.
 
     Example: `python -m trm_helpers report my-trm`
     """
@@ -275,7 +274,9 @@ class Report:
 
 @dataclass
 class Robustness(_Rollouts):
-    """Measure a run's success under changes: a card beside its results.
+    """Measure a run's success when images, actions, layouts or instructions change.
+
+    Writes robustness.json into the run's folder.
 
     Example: `python -m trm_helpers robustness my-trm --num-episodes 10 --only swap brightness`
     """
@@ -287,7 +288,7 @@ class Robustness(_Rollouts):
 
         from .evaluation.robustness import card_notes, card_rows, robustness_card
 
-        _refuse_unused(self, "bound_episodes")
+        _refuse_unused(self, "robustness, only on evaluate", bound_episodes=0)
         card = robustness_card(self.run, self.eval, self.weights, self.task_ids, self.only)
         ok = not card["failed"] and not any(row["errors"] for row in card["rows"])
         table = pd.DataFrame(card_rows(card)).to_string(index=False)
@@ -296,13 +297,15 @@ class Robustness(_Rollouts):
 
 @dataclass
 class Depth(_Rollouts):
-    """Measure a run's success by the number of recursions used.
+    """Measure a run's success with fewer and more recursions; writes depth.json.
 
     Example: `python -m trm_helpers depth my-trm --num-episodes 10 --depths 1 2 4`
     """
 
-    depths: tuple[int, ...] = ()  # none: 1, half, once and twice the training depth
-    thresholds: tuple[float, ...] = (1e-4, 1e-3)  # of the convergence rule
+    # recursions per decision; none: 1, and half, once and twice as many as in training
+    depths: tuple[int, ...] = ()
+    # squared change of an action below which the convergence rule stops
+    thresholds: tuple[float, ...] = (1e-4, 1e-3)
     only: tuple[str, ...] = ()  # only these rows beside the policy as trained, such as "fixed 1"
 
     def __call__(self) -> Result:
@@ -311,7 +314,7 @@ class Depth(_Rollouts):
         from .evaluation.depth import depth_card, depth_rows
         from .stats import detectable
 
-        _refuse_unused(self, *_UNUSED)
+        _refuse_unused(self, "depth, only on evaluate", **_UNUSED)
         card = depth_card(self.run, self.depths, self.thresholds, self.eval, self.weights,
                           self.task_ids, self.only)
         table = pd.DataFrame(depth_rows(card)).to_string(index=False)
@@ -409,8 +412,8 @@ def parse(argv: list[str]) -> Any:
         description = f"{inspect.getdoc(kind)}\n\n{_common_settings(kind, config)}"
     elif issubclass(kind, _Rollouts):
         if rest and rest[0].startswith("-") and not HELP & {*rest}:
-            _exit_with_usage("give the run before its settings, whose defaults are its own: "
-                             f"python -m trm_helpers {name} RUN {rest[0]} ...")
+            _exit_with_usage("the run comes first, because it sets the defaults of the other "
+                             f"options: python -m trm_helpers {name} RUN {rest[0]} ...")
         given = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
         if kind is not Evaluate:
             given = {"eval": dataclasses.replace(given["eval"], **_UNUSED)}
@@ -433,17 +436,24 @@ def parse(argv: list[str]) -> Any:
 
 
 def _hints(kind: type, given: Sequence[str]) -> list[str]:
-    """The name here of each option under which other libraries know a setting.
+    """A hint for each option that is another library's name of a setting.
 
-    tyro proposes options with a similar name.
+    For misspelt options tyro has its own.
     """
-    hints = []
+    hints, options = [], _options(kind)
     for option in (text.partition("=")[0] for text in given if text.startswith("--")):
         name = option[2:].replace("-", "_")
-        if name in schema.OTHER_NAMES and name not in types_of(kind):
-            ours = schema.OTHER_NAMES[name].replace("_", "-")
-            hints.append(f"unknown option {option}; did you mean --{ours}?")
+        ours = schema.OTHER_NAMES.get(name)
+        if ours in options and name not in options:
+            hints.append(f"unknown option {option}; did you mean --{ours.replace('_', '-')}?")
     return hints
+
+
+def _options(kind: type) -> set[str]:
+    """The settings of a command, with those of the dataclasses in it."""
+    types = types_of(kind)
+    return {*types}.union(*(_options(part) for part in types.values()
+                            if dataclasses.is_dataclass(part)))
 
 
 def _print(text: str) -> None:

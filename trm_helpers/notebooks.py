@@ -29,14 +29,14 @@ from .sim.parallel import start_process
 
 DEMO_FLOOR = 0.7  # success rate of the demo's task; of ten episodes it usually solves nine or ten
 _TRACEBACK_LINES, _ERROR_LENGTH = 15, 10_000  # lines and characters of a failed notebook's error
-_LOOK_EVERY = 0.5  # seconds between looks at whether a notebook is to be ended
+_LOOK_EVERY = 0.5  # seconds between checks whether a notebook is to be stopped
 _PRODUCTS = {
     "notebooks": "notebooks/[0-9]*.ipynb",
     "figures": "figures/*.png",
     "films": "videos/**/*.mp4",
     "checkpoints": "*.safetensors",
 }
-_MINUTES = {  # of the stages of preset demo on two cores, for the time that is left at the start
+_MINUTES = {  # of each stage of preset demo on two cores: the first estimate of the time left
     "checks": 0.3, "demonstrations": 10.4, "00_setup": 0.2, "01_explore": 0.4, "02_dataset": 0.1,
     "03_model": 0.1, "04_train": 3.3, "05_search": 1.1, "06_eval": 1.3, "07_visualize": 0.3}
 
@@ -74,11 +74,11 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
     source = _find_notebook(name_or_path)
     known = notebook_parameters(source)
     _refuse_unknown(parameters or {}, {source: known})
-    parameters, folder = _checked(parameters or {}, known)
+    parameters, folder = _checked(parameters or {}, known, run_dir)
     # absolute: the kernel works in the notebook's folder
     environment = {"TRM_ARTIFACTS_DIR": str(paths.artifacts_dir()),
                    "TRM_DATA_DIR": str(paths.data_dir()), **(environment or {})}
-    output = Path(run_dir or folder).resolve() / "notebooks" / source.name
+    output = folder.resolve() / "notebooks" / source.name
     failed = output.with_suffix(".failed.ipynb")
     with atomic_path(output) as temporary:
         if error := _in_own_process(stop, log, environment, source, temporary, parameters,
@@ -101,7 +101,7 @@ def notebook_parameters(notebook: str | os.PathLike) -> dict[str, str]:
 
     try:
         found = papermill.inspect_notebook(str(notebook))
-    except Exception as error:  # of nbformat, papermill or their look at a file of any content
+    except Exception as error:  # from nbformat or papermill, for a file of any content
         raise ValueError(f"{notebook} is not a notebook: {error}") from error
     return {name: entry["help"] for name, entry in found.items()}
 
@@ -117,7 +117,7 @@ def suite_notebooks() -> list[Path]:
 
 def _find_notebook(name_or_path: str | os.PathLike) -> Path:
     path = Path(name_or_path)
-    for candidate in (path, paths.notebooks_dir() / path.with_suffix(".ipynb").name):
+    for candidate in (path, paths.notebooks_dir() / f"{path.stem}.ipynb"):
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()
     known = [p.stem for p in suite_notebooks()]
@@ -139,22 +139,22 @@ def _refuse_unknown(given: dict, known: dict[Path, dict[str, str]]) -> None:
                          + (hints or f"; valid:\n{lines or '  none'}"))
 
 
-def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]:
-    """Parameters with absolute paths, and the folder of the run that they name.
+def _checked(parameters: Mapping, known: Mapping[str, str],
+             run_dir: str | os.PathLike | None = None) -> tuple[dict, Path]:
+    """Parameters with absolute paths, and ``run_dir`` or the folder of the run that they name.
 
     Raises ``ValueError`` for values that the notebook would refuse.
     """
     checked = check_parameters(**parameters)
     if checked.get("demo_dir"):
         checked["demo_dir"] = str(paths.absolute(checked["demo_dir"]))
-    from .training.runs import find_run, refuse_other_settings  # they read a run
+    from .training.runs import find_run, is_trained, refuse_other_settings  # they read a run
 
     if "weights" not in known:
         config = _configuration(checked) if "preset" in known else None
-        if not (run_name := checked.get("run_name")):
-            return checked, paths.artifacts_dir()
-        folder = paths.run_dir(run_name)
-        if "stop_epoch" in known and (folder / "config.json").exists():  # it would resume this run
+        run_name = checked.get("run_name")
+        folder = Path(run_dir or (paths.run_dir(run_name) if run_name else paths.artifacts_dir()))
+        if run_name and "stop_epoch" in known and is_trained(folder):  # it would resume this run
             refuse_other_settings(folder, config)
         return checked, folder
     runs = {}
@@ -163,7 +163,7 @@ def _checked(parameters: Mapping, known: Mapping[str, str]) -> tuple[dict, Path]
     runs["run_name"] = find_run(checked.get("run_name") or "", to_write=True)  # "": the newest
     checked |= {name: str(run) for name, run in runs.items()
                 if run.parent != paths.artifacts_dir()}
-    return checked, runs["run_name"]
+    return checked, Path(run_dir or runs["run_name"])
 
 
 def _configuration(parameters: Mapping) -> Config:
@@ -191,7 +191,8 @@ def _in_own_process(stop: threading.Event | None, log: str | os.PathLike | None,
             process.wait()
         with contextlib.suppress(EOFError, OSError):
             return connection.recv()
-    return "its kernel ended (out of memory?); see the messages above" if process.returncode else ""
+    return (f"its kernel ended (out of memory?); see {log or 'the messages above'}"
+            if process.returncode else "")
 
 
 def _execute(connection: Connection, source: Path, output: Path, parameters: dict,
@@ -243,7 +244,7 @@ def run_suite(preset: str, run_name: str | None = None, **parameters) -> Path:
     settings = {"preset": preset, "run_name": run_name or preset, **parameters}
     known = {path: notebook_parameters(path) for path in suite_notebooks()}
     _refuse_unknown(settings, known)
-    settings, run_dir = _checked(settings, {"preset": ""})
+    settings, run_dir = _checked(settings, {"preset": "", "stop_epoch": ""})
     config = _configuration(settings)
     plan = {path: {k: v for k, v in settings.items() if k in names}
             for path, names in known.items()}
@@ -279,6 +280,7 @@ def _stages(names: Sequence[str], config: Config) -> Iterator[tuple]:
 
 def _prepare(config: Config, stages: Iterator[tuple]) -> None:
     from .demos.collect import ensure_demonstrations
+    from .evaluation.actor import actor_of
     from .preflight import preflight, table
 
     with Stage(*next(stages)) as stage:
@@ -291,7 +293,7 @@ def _prepare(config: Config, stages: Iterator[tuple]) -> None:
         raise RuntimeError("preflight failed; see the table above")
     with (Stage(*next(stages)) as stage, contextlib.redirect_stderr(stage),
           contextlib.redirect_stdout(stage)):
-        ensure_demonstrations(config)
+        ensure_demonstrations(config, actor_of(config))
 
 
 def _is_kept(path: Path, parameters: dict, folder: Path) -> bool:

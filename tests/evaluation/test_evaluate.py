@@ -36,14 +36,13 @@ def evaluate_run(*asked, **more):
     return plan_run(*asked, **more).play()
 
 
-def test_evaluate_on_task_counts_and_keeps_a_ledger(tmp_path):
-    ledger = tmp_path / "episodes.jsonl"
-    evaluator = PolicyEvaluator(CountingPolicy(), ledger=ledger)
+def test_evaluate_on_task_counts():
+    evaluator = PolicyEvaluator(CountingPolicy())
     result = evaluator.evaluate_on_task(StraightRoad(), init_states=[0, 2, 9, 5], num_episodes=3)
     assert (result["successes"], result["episodes"]) == (2, 3)
     assert result["mean_length"] == pytest.approx((1 + 3 + 4) / 3)
     assert result["std_length"] == pytest.approx(np.std([1, 3, 4]))
-    assert [row["init_state"] for row in read_jsonl(ledger)] == [0, 2, 9]
+    assert [row["init_state"] for row in result["rows"]] == [0, 2, 9]
     with pytest.raises(ValueError, match="num_episodes=3 is not valid; expected 1 to 2"):
         evaluator.evaluate_on_task(StraightRoad(), [0, 1], 3)
     with pytest.raises(ValueError, match="horizon=-1"):
@@ -320,7 +319,7 @@ def test_an_episode_in_which_the_policy_fails_is_a_failure(run, monkeypatch, cap
     row = read_jsonl(run / "episodes.jsonl")[1]
     assert (row["success"], row["steps"], "error" in row) == (False, 1, False)
     assert said in row["policy_error"]
-    assert "counted as failures: 1 in which the policy raised" in format_success(results)
+    assert "counted as failures: 1 episode in which the policy raised" in format_success(results)
     monkeypatch.setattr(play, "run_episode", None)
     assert evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=0)) == results
 
@@ -378,7 +377,7 @@ def test_an_episode_whose_film_fails_counts(run, monkeypatch, capsys, tmp_path, 
         monkeypatch.setattr(films, "_PATIENCE", 0.5)
     results = evaluate_run(run, EvalConfig(num_episodes=3, horizon=4, num_videos=2))
     assert (results["successes"], results["episodes"], results["errors"]) == (3, 3, [])
-    assert capsys.readouterr().out.count("2 film(s) could not be made, which costs no episode") == 1
+    assert capsys.readouterr().out.count("2 film(s) could not be made; their episodes count") == 1
     rows = read_jsonl(run / "episodes.jsonl")
     assert [("video_error" in row, "video" in row) for row in rows] \
         == [(True, False), (True, False), (False, False)]
@@ -710,6 +709,8 @@ def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):
     config = EvalConfig(num_episodes=2, horizon=3, num_videos=0)
     results = baselines.plan_baseline("no-op", tmp_path, config, "libero_object").play()
     assert (results["successes"], results["episodes"], len(results["tasks"])) == (0, 20, 10)
+    some = baselines.plan_baseline("no-op", tmp_path, config, "libero_object", [1, 0])
+    assert some.results_name == "results-tasks-0-1.json"
     with pytest.raises(ValueError, match="baseline='hero' is not valid; expected one of 'expert'"):
         baselines.plan_baseline("hero", tmp_path, EvalConfig(), "libero_object")
     with pytest.raises(ValueError, match="'noise' is for trained policies; the baseline 'no-op'"):

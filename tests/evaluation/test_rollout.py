@@ -71,8 +71,17 @@ def test_the_time_of_a_decision_is_without_the_drawing():
     assert row["seconds"] > 3 * 0.2 and row["max_action_ms"] < 100
 
 
-def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path):
-    row, frames = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+@pytest.fixture
+def agent_views(monkeypatch):
+    """A function: the agent view of each frame of the last film, upright, without dots."""
+    made, film = [], rollout._Film
+    monkeypatch.setattr(rollout, "_Film", lambda *given: made.append(film(*given)) or made[-1])
+    return lambda: np.array([frame.views[0] for frame in made[-1].filmed])
+
+
+def test_a_film_is_upright_with_the_outcome_in_its_name(tmp_path, agent_views):
+    row = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    frames = agent_views()
     assert row["video"] == str(tmp_path / "a-success.mp4") and row["steps"] == 2
     assert frames.shape == (2, 64, 64, 3) and (frames[:, -1] == 255).all()
     film = imageio.imread(tmp_path / "a-success.mp4")
@@ -89,10 +98,11 @@ class BrighteningRoad(StraightRoad):
         return {camera: grey if camera == CAMERA else 0 * frames[camera] for camera in frames}
 
 
-def test_each_frame_of_a_film_is_of_its_step(tmp_path):
-    _, views = record_episode(CountingPolicy(), BrighteningRoad(), 2, tmp_path / "a.mp4")
+def test_each_frame_of_a_film_is_of_its_step(tmp_path, agent_views):
+    record_episode(CountingPolicy(), BrighteningRoad(), 2, tmp_path / "a.mp4")
     film = imageio.imread(tmp_path / "a.mp4").astype(float)
-    assert [view.mean() for view in views] == [50, 150, 200]  # every second step, and the last
+    views = agent_views()  # every second step, and the last
+    assert [view.mean() for view in views] == [50, 150, 200]
     for number, (grey, main) in enumerate(((50, 80), (150, 160), (200, 200), (200, 200))):
         assert abs(film[number, 200:, 340:460] - grey).max() < 20
         assert film[number, 200:, 500:].max() < 20
@@ -103,14 +113,14 @@ def test_a_film_says_the_task_the_phase_the_time_and_the_outcome(tmp_path, monke
     written, draw = [], rollout.film_frame
     monkeypatch.setattr(rollout, "film_frame",
                         lambda *given: written.append(given[1:]) or draw(*given))
-    row, _ = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
+    row = record_episode(CountingPolicy(), StraightRoad(), 1, tmp_path / "a-{outcome}.mp4")
     record_episode(CountingPolicy(), StraightRoad(), 9, tmp_path / "a-{outcome}.mp4")
     shown = [(*lines, progress, *end) for _, lines, progress, *end in written]
     assert shown[:2] == [
         ("walk to the end", "reach   0.0 of 0.2 s, 3 recursions", 0, "", True),
         ("walk to the end", "reach   0.1 of 0.2 s, 3 recursions", 0.5, "success after 0.1 s", True)]
     assert shown[-1] == ("walk to the end", "reach   0.2 of 0.2 s, 3 recursions", 1,
-                         "failure: time over (0.2 s)", False)
+                         "failure: time is up (0.2 s)", False)
     assert [*written[0][0]] == ["agent view", "wrist camera"] and row["phases"] == [["reach", 2]]
 
 
@@ -176,9 +186,10 @@ def env():
 
 
 @pytest.mark.sim
-def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path):
+def test_a_film_of_the_simulator_is_upright_and_can_be_read(env, tmp_path, agent_views):
     """The arm rises, so that what changes between frames moves up in the picture."""
-    row, frames = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
+    row = record_episode(CountingPolicy(axis=2), env, 0, tmp_path / "{outcome}.mp4", 12)
+    frames = agent_views()
     assert (row["success"], row["steps"]) == (False, 12)
     assert row["video"] == str(tmp_path / "failure.mp4") and frames.shape == (7, 128, 128, 3)
     film = imageio.imread(tmp_path / "failure.mp4")
@@ -205,7 +216,7 @@ def test_filming_changes_no_frame_of_the_policy_and_no_step(env, tmp_path):
 
     plain, filmed = Watching(axis=2), Watching(axis=2)
     plain.seen, filmed.seen = [], []
-    rows = [run_episode(plain, env, 1, 8), record_episode(filmed, env, 1, tmp_path / "a.mp4", 8)[0]]
+    rows = [run_episode(plain, env, 1, 8), record_episode(filmed, env, 1, tmp_path / "a.mp4", 8)]
     assert rows[0]["steps"] == rows[1]["steps"] == 8 and (tmp_path / "a.mp4").exists()
     for one, other in zip(plain.seen, filmed.seen, strict=True):
         for before, after in zip(one, other, strict=True):

@@ -192,7 +192,7 @@ def test_a_read_only_run_with_links_becomes_a_writable_copy(trained, tmp_path, c
     (attached / "policy.json").chmod(0o644)
     (attached / "policy.json").write_text((trained / "policy.json").read_text() + " ")
     assert find_run(attached) == attached  # now another run
-    with pytest.raises(FileExistsError, match="artifacts/theirs holds another run than .*input"):
+    with pytest.raises(FileExistsError, match="theirs belongs to another run than .*input"):
         find_run(attached, to_write=True)
 
 

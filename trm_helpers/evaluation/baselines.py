@@ -84,11 +84,12 @@ class Replay(NamedTuple):
 
 
 def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
-                  task_ids: Iterable[int] = (), results: str = "results.json") -> Evaluation:
+                  task_ids: Iterable[int] = (), results: str = "") -> Evaluation:
     """Episodes of a policy of :data:`BASELINES`, checked; ``play()`` plays them into ``folder``.
 
     Args:
         task_ids: default all tasks of the suite.
+        results: the file's name; default :func:`plan.results_name` of these tasks of the suite.
 
     Raises:
         ValueError: also for a perturbation, because baselines read no observation.
@@ -105,7 +106,8 @@ def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
     source = b"".join(Path(module.__file__).read_bytes() for module in modules)
     identity = {"weights": name, "sha256": digest(source) if source else ""}
     return Evaluation(BASELINES[name], identity, Path(folder), config, suite,
-                      official_episodes(suite, task_ids, config), results)
+                      official_episodes(suite, task_ids, config),
+                      results or results_name(task_ids, range(count)))
 
 
 def _plan_replay(files: Mapping[int, Path], folder: Path, config: EvalConfig, suite: str,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..config import Config, EvalConfig
 from ..files import read_jsonl
+from ..policy.keypoints import trained_localizer
 from ..sim.env import LiberoEnv
 from ..stats import summarize_episodes
 from ..training.runs import find_run, load_config
+from ..training.train import BehaviorCloningTrainer
 from .perturbations import PERTURBATIONS, why_unused
 from .plan import (
     Episode,
@@ -35,15 +38,13 @@ class PolicyEvaluator:
     Args:
         policy: anything with ``reset()`` and ``act(observation)``.
         horizon: steps allowed per episode; 0 takes the suite's.
-        ledger: a JSON-lines file that gets each episode's row the moment it ends.
     """
 
-    def __init__(self, policy: Policy, horizon: int = 0, ledger: str | Path | None = None):
+    def __init__(self, policy: Policy, horizon: int = 0):
         if horizon < 0:
             raise ValueError(f"horizon={horizon} is not valid; expected >= 0")
         self.policy = policy
         self.horizon = horizon
-        self.ledger = ledger
 
     def evaluate_on_task(self, env: LiberoEnv, init_states: Sequence[int],
                          num_episodes: int) -> dict:
@@ -64,7 +65,7 @@ class PolicyEvaluator:
         outcomes = ((Episode(env.task.suite, env.task.task_id, init_state),
                      run_episode(self.policy, env, init_state, self.horizon), "")
                     for init_state in chosen[:num_episodes])
-        played, _ = collect(outcomes, num_episodes, ledger=self.ledger, desc=env.task.name)
+        played, _ = collect(outcomes, num_episodes, desc=env.task.name)
         rows = list(played.values())
         return {**summarize_episodes(rows), "rows": rows}
 
@@ -109,7 +110,13 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
                       results_name(task_ids, trained.data.task_ids))
 
 
-# --- rollouts that choose among checkpoints and settings -----------------------------------------
+# --- training, and rollouts that choose among checkpoints and settings ---------------------------
+
+
+def trainer_of(config: Config, files: dict[int, Path], run: Path) -> BehaviorCloningTrainer:
+    """A run's trainer with its rollouts and its localizer, both of which need the simulator."""
+    return BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),
+                                              functools.partial(trained_localizer, run, config))
 
 
 def selection_success(run: str | Path, config: Config, episodes: int,

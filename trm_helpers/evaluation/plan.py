@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,12 @@ def selection_episodes(config: Config, count: int) -> list[Episode]:
     """``count`` episodes per task from sampled placements, never the official init states."""
     return [Episode(config.data.suite, task_id, None, SELECTION_SEED + number)
             for task_id in config.data.task_ids for number in range(count)]
+
+
+def tasks_in_words(task_ids: Sequence[int]) -> str:
+    """``task 0``, ``tasks 0 and 1`` or ``tasks 0, 1 and 4``."""
+    *others, last = map(str, task_ids)
+    return f"tasks {', '.join(others)} and {last}" if others else f"task {last}"
 
 
 def results_name(task_ids: Iterable[int], own: Iterable[int]) -> str:

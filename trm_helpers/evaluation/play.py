@@ -172,8 +172,8 @@ class Evaluation:
             results = {**self._results(rows, errors), "not_run": not_run}
             failed = [row["video_error"] for row in new.values() if "video_error" in row]
             if failed:
-                print(f"{len(failed)} film(s) could not be made, which costs no episode; the "
-                      f"first: {failed[0]}")
+                print(f"{len(failed)} film(s) could not be made; their episodes count as usual. "
+                      f"The first: {failed[0]}")
             write_json(self.folder / self.results_name, results)
             with dispensable("the grid of films"):
                 _write_grids(self.folder, rows, bool(missing))
@@ -292,7 +292,7 @@ def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> 
         if number is not None and number - config.first_init_state < config.num_videos:
             videos = folder / "videos"
             name = f"{episode.suite}-task{episode.task_id}-init{number:02d}.mp4"
-            row, _ = record_episode(policy, env, number, videos / "{outcome}" / name, horizon)
+            row = record_episode(policy, env, number, videos / "{outcome}" / name, horizon)
             if "video" in row:
                 row["video"] = str(Path(row["video"]).relative_to(videos))
         else:

@@ -134,7 +134,7 @@ def phases(closed: Sequence[bool]) -> list[str]:
 
 
 def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | Path,
-                   horizon: int = 0) -> tuple[dict, np.ndarray]:
+                   horizon: int = 0) -> dict:
     """:func:`run_episode` with a film in real time, every second step, which ends with the outcome.
 
     The main view is from ``schema.FILM_CAMERA``, which no policy sees; the policy's own cameras are
@@ -146,8 +146,7 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
 
     Returns:
         the episode's row, with the film's path as ``video`` or the reason why there is none as
-        ``video_error``: filming never costs an episode; and the agent view of each frame
-        (steps // 2 + 1 or more, H, W, 3), upright, without dots, as far as it was filmed.
+        ``video_error``: filming never costs an episode.
     """
     film = _Film(policy, env)
     row = run_episode(policy, env, init_state, horizon, film.watch)
@@ -160,7 +159,7 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
         row["video"] = str(path)
     except Exception as error:  # of ffmpeg, the disk, fonts, a renderer, a policy's last_chunk
         row["video_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return row, np.array([frame.views[0] for frame in film.filmed])
+    return row
 
 
 class _Frame(NamedTuple):
@@ -207,7 +206,7 @@ class _Film:
         seconds = row["steps"] / schema.CONTROL_HZ
         end = (f"success after {seconds:.1f} s" if row["success"]
                else "failure: error of the policy" if "policy_error" in row
-               else f"failure: time over ({seconds:.1f} s)")
+               else f"failure: time is up ({seconds:.1f} s)")
         last = self.filmed[-1]
         for frame in [*self.filmed, *[last] * FPS]:  # the last frame stays for a second
             now, limit = frame.step / schema.CONTROL_HZ, row["horizon"] / schema.CONTROL_HZ

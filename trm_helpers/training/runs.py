@@ -40,7 +40,7 @@ from ..software import software_versions
 
 TRAINING_LOCK = ".training.lock"
 ANEW = "remove training_state.pt and metrics.jsonl to train from the start"
-_STATE_KEYS = {  # all that a trainer reads, but what only some have: ema and scaler
+_STATE_KEYS = {  # all that a trainer reads, except ema and scaler, which only some have
     "epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch", "policy",
     "optimizer", "scheduler", "measured", "precision", "generator", "cuda_generators"}
 
@@ -65,8 +65,7 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
                                     f"s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
     with only_writer(run):
         made = (run / "config.json").exists()
-        metrics = run / "metrics.jsonl"
-        if (run / "last.safetensors").exists() or metrics.exists() and metrics.stat().st_size:
+        if is_trained(run):
             if not made:
                 raise ValueError(f"{run} is trained but has no config.json; expected the settings "
                                  "it was trained with. Put the file back, or choose another "
@@ -84,6 +83,12 @@ def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path
                     (run / name).unlink(missing_ok=True)
             write_json(run / "config.json", {**config.to_dict(), "software": software_versions()})
     return run
+
+
+def is_trained(run: Path) -> bool:
+    """Whether a run has a complete epoch."""
+    metrics = run / "metrics.jsonl"
+    return (run / "last.safetensors").exists() or metrics.exists() and metrics.stat().st_size > 0
 
 
 def only_writer(run: Path) -> contextlib.AbstractContextManager:
@@ -208,15 +213,16 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
            for path in (run / "policy.json", *run.glob("*.safetensors"))):
         return home
     if to_write:
-        raise FileExistsError(f"{home} holds another run than {run}; expected to keep what is made "
-                              "with the latter there. Rename one of the two folders")
+        raise FileExistsError(f"{home} belongs to another run than {run}, whose results would be "
+                              "written there; rename one of the two folders")
     return run
 
 
 def copy_run(run: Path, home: Path, with_searches: bool = False) -> None:
-    """Without hidden files, searches, and links that leave the run; with this user's file modes.
+    """Copy a run to ``home``, without hidden files, searches and links that leave the run.
 
-    The Hugging Face hub's cache is made of links to its own folder ``blobs``.
+    Files get this user's permissions; ``with_searches`` copies the searches too. The Hugging Face
+    hub's cache is made of links to its own folder ``blobs``.
     """
     own = [run, *(folder.parent / "blobs" for folder in run.parents if folder.name == "snapshots"
                   and not (folder.parent / "blobs").is_symlink())]
@@ -224,7 +230,8 @@ def copy_run(run: Path, home: Path, with_searches: bool = False) -> None:
     places = [place for place in places if with_searches or place.parts[0] != "search"]
     chosen = [place for place in places if any(inside(folder, run / place) for folder in own)]
     if left_out := [str(place) for place in places if place not in chosen]:
-        print(f"not copied from {run}, since they are links out of it: {', '.join(left_out)}")
+        print(f"not copied from {run}, because they link to files outside it: "
+              f"{', '.join(left_out)}")
     size = sum((run / place).stat().st_size for place in chosen)
     with atomic_path(home, size) as temporary:
         for place in chosen:
@@ -274,7 +281,7 @@ def save_weights(run: Path, weights: dict[str, torch.Tensor], name: str) -> None
         {key: value.detach().cpu().contiguous() for key, value in weights.items()}))
 
 
-def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> TRMPolicy:
+def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
     """Rebuild a policy with its normalisers from a run folder alone, in evaluation mode.
 
     Its ``sha256`` is the digest of the weights file.
@@ -307,7 +314,7 @@ def load_policy(run: str | Path, weights: str = "best", device: str = "cpu") -> 
         policy.load_state_dict(state)
     except RuntimeError as error:  # lists missing and unexpected weights and other shapes
         raise ValueError(f"{path} does not fit the configuration in policy.json: {error}") from None
-    return policy.to(device).eval()
+    return policy.eval()
 
 
 def save_training_state(run: Path, state: dict) -> None:
