@@ -14,7 +14,7 @@ import dataclasses
 import torch
 
 from trm_helpers import LIBERODataset, load_policy, schema
-from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.demos.collect import demonstrations_of
 from trm_helpers.training.runs import find_run, load_config
 
 _PICTURES = 512
@@ -23,9 +23,10 @@ _OFF = 1e-3
 
 @torch.inference_mode()
 def lines(run: str) -> list[str]:
-    config = load_config(find_run(run))
+    folder = find_run(run)
+    config = load_config(folder)
     data = dataclasses.replace(config.data, augmentation="none")
-    train, _ = LIBERODataset.from_config(ensure_demonstrations(config),
+    train, _ = LIBERODataset.from_config(demonstrations_of(folder, config),
                                          dataclasses.replace(config, data=data))
     observations = next(iter(train.batches(_PICTURES, 0, 0)))["observations"]
     policy, rows = load_policy(run), []

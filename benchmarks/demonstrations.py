@@ -12,18 +12,17 @@ robustness card. The same command resumes an interrupted call.
 """
 
 import argparse
-import functools
 import re
 from pathlib import Path
 
 from policies import POLICIES
 from suite.cards import rate_in_short
 
-from trm_helpers import BehaviorCloningTrainer, paths, schema
+from trm_helpers import paths, schema
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter
 from trm_helpers.demos.collect import collect_demonstrations
+from trm_helpers.evaluation.evaluate import trainer_of
 from trm_helpers.evaluation.robustness import PLAIN, robustness_card
-from trm_helpers.policy.keypoints import trained_localizer
 from trm_helpers.training.runs import create_run
 
 KINDS = {"benchmark": {}, "wide": {"placement": "wide"}, "calm": {"disturb": False}}
@@ -75,8 +74,7 @@ def main() -> None:
             words = re.findall(r"[\w.]+", " ".join([given.policy, *sum(given.set, [])]))
             run = create_run(config, f"demonstrations-{given.suite}-{'-'.join(words)}-{kind}-"
                                      f"{demos}-s{given.seed}", resume=True)
-            localizer = functools.partial(trained_localizer, run, config)
-            BehaviorCloningTrainer.from_config(config, files, run, localizer=localizer).fit()
+            trainer_of(config, files, run).fit()
             card = robustness_card(run, evaluation, only=given.changes)
             rows = {row["name"]: row for row in card["rows"]}
             cells = [rate_in_short(rows[name]) if name in rows else "" for name in columns]

@@ -14,7 +14,7 @@ from trm_helpers import load_policy
 from trm_helpers.evaluation.plan import selection_episodes
 from trm_helpers.evaluation.rollout import run_episode
 from trm_helpers.sim.env import LiberoEnv
-from trm_helpers.stats import paired_mcnemar, wilson_interval
+from trm_helpers.stats import interval_text, paired_mcnemar, wilson_interval
 from trm_helpers.training.runs import find_run, load_config
 
 
@@ -47,11 +47,10 @@ def main() -> None:
           "| --- | --- | --- | --- | --- |")
     for (name, horizon), played in rows.items():
         successes = sum(row["success"] for row in played)
-        low, high = wilson_interval(successes, len(played))
+        interval = interval_text(*wilson_interval(successes, len(played)))
         test = paired_mcnemar(rows[name, given.horizons[0]], played)
-        print(f"| {name} | {horizon} | {successes} of {len(played)} | {100 * low:.0f} to "
-              f"{100 * high:.0f} % | {100 * test['difference']:+.0f} points, "
-              f"p = {test['p_value']:.2g} |")
+        print(f"| {name} | {horizon} | {successes} of {len(played)} | {interval} % | "
+              f"{100 * test['difference']:+.0f} points, p = {test['p_value']:.2g} |")
 
 
 if __name__ == "__main__":

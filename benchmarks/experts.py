@@ -5,7 +5,8 @@
     python benchmarks/experts.py --suite libero_object --episodes 10 --placement wide
     python benchmarks/experts.py --suite libero_90 --init-states --out docs/experts/libero_90.json
 
-``--out`` keeps the results; the tasks that the file holds already are not run again. Without
+``--out`` keeps the results; the tasks that the file holds already are not run again. A row that
+another revision than the file's has made says which. Without
 ``--init-states``, resets with seeds 1000, 1001, ... sample the layouts; with it episodes begin in
 the official init states 0, 1, ..., which are never used for collection.
 """
@@ -26,7 +27,7 @@ from trm_helpers.sim import layouts
 from trm_helpers.sim.env import LiberoEnv, load_task
 from trm_helpers.sim.parallel import run_jobs
 from trm_helpers.software import software_versions
-from trm_helpers.stats import wilson_interval
+from trm_helpers.stats import interval_text, wilson_interval
 
 
 def run_task(suite: str, episodes: int, init_states: bool, placement: str, disturb: bool,
@@ -61,12 +62,14 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--init-states", action="store_true")
     parser.add_argument("--placement", default="benchmark", choices=schema.PLACEMENTS,
-                        help="of the sampled layouts")
+                        help="layouts without --init-states: LIBERO's own, or anywhere within "
+                             "reach")
     parser.add_argument("--disturb", action="store_true", help="push the arm as in collection")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args()
-    kept = {"software": software_versions(), "suite": given.suite, "episodes": given.episodes,
+    software = software_versions()  # of the code as it is now
+    kept = {"software": software, "suite": given.suite, "episodes": given.episodes,
             "init_states": given.init_states, "placement": given.placement,
             "disturb": given.disturb, "tasks": []}
     if given.out and given.out.exists():
@@ -87,16 +90,18 @@ def main() -> None:
                    "mean_length": None, "error": str(error)}
         elif error:
             raise error
+        if software["revision"] != kept["software"]["revision"]:
+            row |= {"revision": software["revision"], "dirty": software["dirty"]}
         rows.append(row)
         print(row, file=sys.stderr, flush=True)  # the failed episodes, to look into
         if given.out:
             write_json(given.out, kept)
     print("| task | instruction | successes | 95 % interval | mean steps |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row["task_id"]):
-        low, high = wilson_interval(row["successes"], given.episodes)
+        interval = interval_text(*wilson_interval(row["successes"], given.episodes))
         language = load_task(given.suite, row["task_id"]).language
         print(f"| {row['task_id']} | {language} | {row['successes']} of {given.episodes} | "
-              f"{100 * low:.0f} to {100 * high:.0f} % | {row['mean_length'] or '—'} |")
+              f"{interval} % | {row['mean_length'] or '—'} |")
     solved = sum(row["successes"] for row in rows)
     print(f"\n{solved} of {given.episodes * len(rows)} episodes; at least 80 % in "
           f"{sum(row['successes'] >= 0.8 * given.episodes for row in rows)} of {len(rows)} tasks")

@@ -237,8 +237,13 @@ def run_step(name: str, step: Step, environment: dict) -> tuple[Check, dict]:
 
 def without_names(text: str) -> str:
     """``text`` without the home folder and the names of the user and the host."""
-    text = text.replace(str(paths.repo_root()), ".").replace(str(Path.home()), "~")
-    for name, instead in ((getpass.getuser(), "USER"), (platform.node(), "HOST")):
+    text = text.replace(str(paths.repo_root()), ".")
+    if (home := os.path.expanduser("~")) != "/":  # of a user without a home
+        text = text.replace(home, "~")
+    names = {platform.node(): "HOST"}
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        names[getpass.getuser()] = "USER"
+    for name, instead in names.items():
         if name:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
     return text

@@ -17,7 +17,7 @@ from trm_helpers.paths import repo_root
 from trm_helpers.policy.keypoints import save_localizer, train_localizer
 from trm_helpers.policy.localizer import Localizer
 from trm_helpers.software import software_versions
-from trm_helpers.stats import wilson_interval
+from trm_helpers.stats import rate_text
 
 THINGS = ("object", "target")
 
@@ -41,9 +41,7 @@ def main() -> None:
                    CLOSE)  # (scenes, 1 + looks)
     hits, scenes = close.sum(0).tolist(), len(close)
     for look, count in enumerate(hits):
-        low, high = wilson_interval(count, scenes)
-        print(f"after {look} further looks: {count} of {scenes} within 1 % "
-              f"({100 * low:.1f} to {100 * high:.1f} %)")
+        print(f"after {look} further looks, within 1 %: {rate_text(count, scenes, 1)}")
     save_localizer(repo_root() / "pretrained" / given.name, localizer, THINGS, {
         "suite": given.suite, "seed": given.seed, "scenes": len(frames), "measured_on": scenes,
         "within 1 % after each look": hits, "software": software})

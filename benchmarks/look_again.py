@@ -24,12 +24,12 @@ from torch import nn
 from tqdm import tqdm
 
 from trm_helpers.data.augment import augment_images
-from trm_helpers.files import read_json, write_json
+from trm_helpers.files import differences, read_json, write_json
 from trm_helpers.policy.keypoints import cross_entropy
 from trm_helpers.policy.layers import Centre
 from trm_helpers.policy.localizer import Localizer
 from trm_helpers.software import software_versions
-from trm_helpers.stats import wilson_interval
+from trm_helpers.stats import rate_text
 
 SIDE, CROP = 128, 24  # pixels
 LOOKS, MOST_LOOKS = 6, 12  # in training, in evaluation
@@ -282,6 +282,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
     given = parser.parse_args()
+    path = given.folder / f"{given.suite}-{given.seed}.json"
+    before = read_json(path) if path.exists() else {}
+    settings = {name: getattr(given, name) for name in ("first_steps", "steps", "lr")}
+    if before and (other := differences({name: before[name] for name in settings}, settings)):
+        parser.error(f"{path} holds results with other settings ({other})")
     software = software_versions()  # of the code as it is now
     torch.manual_seed(given.seed)
     data = load(given.folder, given.suite, "train")
@@ -321,23 +326,18 @@ def main() -> None:
                 looking("look again", MOST_LOOKS), scenes)
         splits[split] = report(found, scenes[2])
         for name, row in splits[split]["arms"].items():
-            hits = row["close"].count("1")
-            low, high = wilson_interval(hits, len(row["close"]))
-            print(f"{split:5} {name:30} within 1 %: {hits} of {len(row['close'])} "
-                  f"({100 * low:.1f} to {100 * high:.1f} %), within 5 %: "
-                  f"{row['near'].count('1')}  by looks {row['close by looks']} median "
-                  f"{row['median']}", flush=True)
-    path = given.folder / f"{given.suite}-{given.seed}.json"
-    if path.exists():
-        before = read_json(path)
+            rate = rate_text(row["close"].count("1"), len(row["close"]), 1)
+            print(f"{split:5} {name:30} within 1 %: {rate}, within 5 %: {row['near'].count('1')}  "
+                  f"by looks {row['close by looks']} median {row['median']}", flush=True)
+    if before:
         for split, content in splits.items():
             content["arms"] = before["splits"][split]["arms"] | content["arms"]
         seconds = before["seconds"] | seconds
         software = {**software, "dirty": software["dirty"] or before["software"]["dirty"]}
     write_json(path, {
         "kind": "look-again", "software": software, "suite": given.suite, "seed": given.seed,
-        "first_steps": given.first_steps, "steps": given.steps, "lr": given.lr,
-        "seconds": {name: round(value) for name, value in seconds.items()}, "splits": splits})
+        **settings, "splits": splits,
+        "seconds": {name: round(value) for name, value in seconds.items()}})
 
 
 if __name__ == "__main__":

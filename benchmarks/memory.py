@@ -45,12 +45,12 @@ from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.data.observations import read_batch
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.evaluation.rollout import run_episode
-from trm_helpers.files import append_jsonl, read_jsonl, write_json
+from trm_helpers.files import append_jsonl, differences, read_jsonl, write_json
 from trm_helpers.paths import repo_root
 from trm_helpers.policy.model import GRIPPER_WEIGHT, TRMPolicy
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.software import software_versions
-from trm_helpers.stats import paired_mcnemar, wilson_interval
+from trm_helpers.stats import paired_mcnemar, rate_text
 
 SUITE, TASKS = "libero_spatial", (0, 1, 2)
 CAMERA = schema.STILL_CAMERA
@@ -187,10 +187,10 @@ def located(data: LIBERODataset, localizer: nn.Module) -> Steps:
 
 def windows(steps: Steps, batch_size: int, apart: int,
             generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
-    """Without end: indices (B, T) of the steps of WINDOW decisions, which of them exist, and
-    whether they are an episode's first.
+    """Yield for ever the steps of WINDOW decisions, as indices (B, T).
 
-    Decisions are ``apart`` steps from each other; an episode begins at any of the first steps.
+    With them: which of the steps exist, and whether they are an episode's first. Decisions are
+    ``apart`` steps from each other; an episode begins at any of the first steps.
     """
     starts = [(first + offset, end) for first, end in steps.demos for offset in range(apart)]
     while True:
@@ -318,27 +318,31 @@ def main() -> None:
     folder = given.folder / f"{given.condition}-{given.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     policies, seconds = {}, {}
+    used = {"updates": str(given.updates), "demos": str(given.demos)}
     for arm in given.arms:
         torch.manual_seed(given.seed)
         policy = BlinkingPolicy(arm, given.condition, data, localizer, shipped.config.keypoints)
         weights = folder / f"{arm}.safetensors"
         if not weights.exists():
             took = train(policy, given.condition, steps, given.updates, given.seed)
-            save_file(policy.state_dict(), weights, metadata={"seconds": f"{took:.0f}"})
+            save_file(policy.state_dict(), weights, metadata={"seconds": f"{took:.0f}", **used})
         policy.load_state_dict(load_file(weights))
         policies[arm] = policy.eval()
-        with safe_open(weights, "pt") as stored:
-            seconds[arm] = int(stored.metadata()["seconds"])
+        with safe_open(weights, "pt") as file:
+            made = file.metadata()
+        seconds[arm] = int(made["seconds"])
+        stored = {name: made.get(name, value) for name, value in used.items()}
+        if other := differences(stored, used):
+            parser.error(f"{weights} was trained with other settings ({other})")
     rows = play(policies, folder, given.episodes)
     for arm, played in rows.items():
         successes = sum(row["success"] for row in played)
-        low, high = wilson_interval(successes, len(played))
         test = paired_mcnemar(rows.get("reset", played), played)
-        print(f"{arm:18} {successes} of {len(played)} ({100 * low:.0f} to {100 * high:.0f} %), "
+        print(f"{arm:18} {rate_text(successes, len(played))}, "
               f"against reset {100 * test['difference']:+.0f} points, p = {test['p_value']:.2g}")
     write_json(given.folder / f"{given.condition}-{given.seed}.json", {
         "kind": "memory", "software": software, "condition": given.condition, "seed": given.seed,
-        "updates": given.updates, "seconds": seconds,
+        "updates": given.updates, "demos": given.demos, "seconds": seconds,
         "parameters": {arm: sum(w.numel() for w in policy.parameters() if w.requires_grad)
                        for arm, policy in policies.items()},
         "arms": {arm: [{key: row[key] for key in ("task_id", "init_state", "success", "steps")}

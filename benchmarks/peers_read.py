@@ -61,11 +61,8 @@ def import_torchvision() -> None:
                                  "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def robomimic_dataset(path: str, cache: str | None, frames: int = 1, chunk: int = 1):
-    """robomimic's ``SequenceDataset``: ``frames`` observations and ``chunk`` actions a sample.
-
-    robomimic has one length for both, ``seq_length``: it is the longer of the two.
-    """
+def robomimic_dataset(path: str, cache: str | None, chunk: int = 1):
+    """robomimic's ``SequenceDataset`` with ``chunk`` observations and actions a sample."""
     import robomimic.utils.obs_utils as obs_utils
     from robomimic.utils.dataset import SequenceDataset
 
@@ -73,7 +70,7 @@ def robomimic_dataset(path: str, cache: str | None, frames: int = 1, chunk: int 
         {"obs": {"rgb": list(RGB), "low_dim": list(LOW_DIM)}})
     return SequenceDataset(
         hdf5_path=path, obs_keys=(*RGB, *LOW_DIM), dataset_keys=("actions",),
-        frame_stack=1, seq_length=max(frames, chunk), pad_frame_stack=True, pad_seq_length=True,
+        frame_stack=1, seq_length=chunk, pad_frame_stack=True, pad_seq_length=True,
         get_pad_mask=False, goal_mode=None, hdf5_cache_mode=cache, hdf5_use_swmr=False,
         load_next_obs=False)
 

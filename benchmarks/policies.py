@@ -10,7 +10,7 @@ the same command resumes an interrupted call.
 """
 
 import argparse
-import functools
+import itertools
 import time
 
 import numpy as np
@@ -19,10 +19,9 @@ import torch
 from trm_helpers import BehaviorCloningTrainer, load_policy, schema
 from trm_helpers.config import Config, EvalConfig, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
-from trm_helpers.evaluation.evaluate import plan_run
+from trm_helpers.evaluation.evaluate import plan_run, trainer_of
 from trm_helpers.files import read_jsonl
-from trm_helpers.policy.keypoints import trained_localizer
-from trm_helpers.stats import detectable, paired_mcnemar
+from trm_helpers.stats import detectable, interval_text, paired_mcnemar
 from trm_helpers.training.runs import create_run
 
 _TOKENS = dict(hidden_dim=128, image_grid=2)
@@ -58,9 +57,7 @@ def train_and_evaluate(name: str, settings: dict, given: argparse.Namespace, see
         conditioning="task_id" if len(given.tasks) > 1 else "none", **settings)
     words = "-".join(name.replace(",", "").split())
     run = create_run(config, f"policies-{given.suite}-{words}-s{seed}", resume=True)
-    trainer = BehaviorCloningTrainer.from_config(
-        config, ensure_demonstrations(config), run,
-        localizer=functools.partial(trained_localizer, run, config))
+    trainer = trainer_of(config, ensure_demonstrations(config), run)
     trainer.fit()
     evaluation = EvalConfig(num_episodes=given.episodes, first_init_state=given.first_init_state,
                             num_videos=0, eval_workers=given.workers)
@@ -72,21 +69,25 @@ def train_and_evaluate(name: str, settings: dict, given: argparse.Namespace, see
     }
 
 
-def training_speeds(trainers: list[BehaviorCloningTrainer], rounds: int = 5) -> list[float]:
-    """Samples per second of each: medians over rounds in which they take turns, 10 steps each."""
+def training_speeds(trainers: list[BehaviorCloningTrainer]) -> list[float]:
+    """Samples per second of each: medians of 5 rounds in which they take turns, 10 steps each."""
     speeds = [[] for _ in trainers]
-    for number in range(rounds):
+    for number in range(5):
         for trainer, measured in zip(trainers, speeds, strict=True):
             trainer.policy.train()
-            batches = trainer.train_data.batches(trainer.config.batch_size, 0, number)
-            began = time.perf_counter()
-            count = sum(len(trainer._step(batch)) and len(batch["actions"])
-                        for batch, _ in zip(batches, range(10), strict=False))
+            batches = trainer.train_data.batches(trainer.config.batch_size, 0, number,
+                                                 device=trainer.device)
+            began, count = time.perf_counter(), 0
+            for batch in itertools.islice(batches, 10):
+                trainer._step(batch)
+                count += len(batch["actions"])
+            if trainer.device.type == "cuda":
+                torch.cuda.synchronize()
             measured.append(count / (time.perf_counter() - began))
     return [float(np.median(measured)) for measured in speeds]
 
 
-def milliseconds_per_action(run, config: Config, actions: int = 64) -> float:
+def milliseconds_per_action(run, config: Config) -> float:
     """Median over five repeats of the mean time of ``act``, one thread, batch of one."""
     policy = load_policy(run)
     generator = np.random.default_rng(0)
@@ -95,7 +96,7 @@ def milliseconds_per_action(run, config: Config, actions: int = 64) -> float:
                    for camera in config.model.cameras}
     observation |= {key: np.zeros(width) for key, width in schema.LOW_DIM.items()}
     observation["task_id"] = config.data.task_ids[0]
-    threads, times = torch.get_num_threads(), []
+    threads, times, actions = torch.get_num_threads(), [], 64
     torch.set_num_threads(1)
     for _ in range(5):
         policy.reset()
@@ -117,9 +118,9 @@ def print_table(rows: list[dict]) -> None:
         against = "" if row is rows[0] else (f"{100 * compared['difference']:+.0f} points, "
                                              f"p = {compared['p_value']:.2f}")
         print(f"| {row['name']} | {row['seed']} | {row['parameters'] / 1e6:.2f} M | "
-              f"{row['successes']} of {row['episodes']} | {100 * row['wilson_low']:.0f} to "
-              f"{100 * row['wilson_high']:.0f} % | {against} | {row['mean_length']:.0f} | "
-              f"{speed:.0f} | {row['milliseconds']:.2f} |", flush=True)
+              f"{row['successes']} of {row['episodes']} | "
+              f"{interval_text(row['wilson_low'], row['wilson_high'])} % | {against} | "
+              f"{row['mean_length']:.0f} | {speed:.0f} | {row['milliseconds']:.2f} |", flush=True)
     print(detectable(rows[0]))
 
 

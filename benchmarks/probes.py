@@ -17,19 +17,19 @@ the task explains nothing.
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 
 from trm_helpers import load_policy, schema
-from trm_helpers.data.dataset import split_demonstrations
-from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.demos.collect import demonstrations_of
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
 from trm_helpers.files import write_json
 from trm_helpers.sim.env import LiberoEnv, Task
 from trm_helpers.software import software_versions
-from trm_helpers.training.runs import find_run, load_config
+from trm_helpers.training.runs import description, find_run, load_config
 
 _AHEAD = 8  # steps, when the gripper is asked for
 _MOVED = 0.01  # metres from where the object began
@@ -82,15 +82,17 @@ def states_of(policy, demo: h5py.Group, task: Task, deepest: int,
     return {name: np.stack(values) for name, values in found.items()}
 
 
-def samples(run, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]]:
+def samples(run: Path, policy, demos: int, deepest: int) -> Iterator[tuple[dict, dict]]:
     """(states, what they may know) of each demonstration, centred within its task."""
     config = load_config(run)
-    for task_id, path in ensure_demonstrations(config).items():
+    trained_on = {Path(file["file"]).name: file["demos"]
+                  for file in description(run)["trained_on"]["files"]}
+    for task_id, path in demonstrations_of(run, config).items():
         gathered = []
         with LiberoEnv(config.data.suite, task_id) as env, open_demo_file(path) as file:
             env.reset()
-            names = demo_names(file)[:config.data.max_demos_per_task or None]
-            _, unseen = split_demonstrations(names, path)
+            unseen = [name for name in demo_names(file)
+                      if name not in trained_on.get(path.name, ())]
             for name in unseen[:demos]:
                 demo = file[schema.DATA_GROUP][name]
                 known = positions(env, demo)
@@ -124,12 +126,11 @@ def fit(x: np.ndarray, y: np.ndarray):
     return lambda values: features(values) @ weights
 
 
-def explained(predict, scored: list[tuple[np.ndarray, np.ndarray]],
-              draws: int = 500) -> list[float]:
-    """Share of variance explained: median, 2.5 and 97.5 % over draws of demonstrations."""
+def explained(predict, scored: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Share of variance explained: median, 2.5 and 97.5 % over 500 draws of demonstrations."""
     left = np.array([np.square(predict(x) - y).sum() for x, y in scored])
     there = np.array([np.square(y).sum() for _, y in scored])
-    drawn = np.random.default_rng(0).integers(len(scored), size=(draws, len(scored)))
+    drawn = np.random.default_rng(0).integers(len(scored), size=(500, len(scored)))
     return np.percentile(1 - left[drawn].sum(1) / there[drawn].sum(1), [50, 2.5, 97.5]).tolist()
 
 

@@ -82,7 +82,7 @@ def libero_loop(vector, policies: list, suite: str, task_id: int, init_states: l
 
 def our_loop(run: Path, suite: str, task_id: int, init_states: list[int], workers: int,
              folder: Path) -> list[tuple]:
-    policy = TrainedPolicy(run, "best", load_policy(run).sha256)
+    policy = TrainedPolicy.load(run, "best")
     job = functools.partial(play_episode, policy, EvalConfig(num_videos=0), folder)
     episodes = [Episode(suite, task_id, init_state) for init_state in init_states]
     rows = []

@@ -10,7 +10,6 @@ each, one has all. Missing demonstrations are collected first and not timed.
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import platform
@@ -24,11 +23,10 @@ import torch
 
 from trm_helpers.config import Config, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
-from trm_helpers.policy.keypoints import trained_localizer
+from trm_helpers.evaluation.evaluate import trainer_of
 from trm_helpers.search.search import run_search
 from trm_helpers.search.space import grid, trial_settings
 from trm_helpers.training.runs import create_run
-from trm_helpers.training.train import BehaviorCloningTrainer
 
 
 def search_seconds(config: Config, workers: int) -> float:
@@ -50,9 +48,7 @@ def training_seconds(config: Config, files: dict) -> float:
         os.environ["TRM_ARTIFACTS_DIR"] = folder
         for number, point in enumerate(grid(config.search)):
             trial = trial_settings(config, point, config.train.seed)
-            run = create_run(trial, f"trial{number}")
-            BehaviorCloningTrainer.from_config(
-                trial, files, run, localizer=functools.partial(trained_localizer, run, trial)).fit()
+            trainer_of(trial, files, create_run(trial, f"trial{number}")).fit()
     return time.perf_counter() - begun
 
 

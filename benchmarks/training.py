@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 BATCH = 32
+_FRAMES = 10  # of a sample of robomimic's BC-Transformer
 
 
 def ours(preset: str, **settings) -> tuple[torch.nn.Module, Callable, Callable]:
@@ -136,7 +137,7 @@ def lerobot_diffusion(size: int, batch: int, device: str) -> tuple[torch.nn.Modu
     return policy, loss
 
 
-def robomimic_transformer(size: int, context: int = 10) -> tuple[torch.nn.Module, ...]:
+def robomimic_transformer(size: int) -> tuple[torch.nn.Module, ...]:
     """robomimic's BC-Transformer as it comes, with a ResNet-18 for each camera, ten frames."""
     from peers_read import import_torchvision
 
@@ -148,7 +149,7 @@ def robomimic_transformer(size: int, context: int = 10) -> tuple[torch.nn.Module
     config = config_factory("bc")
     with config.values_unlocked():
         config.algo.transformer.enabled = True
-        config.algo.transformer.context_length = context
+        config.algo.transformer.context_length = _FRAMES
         config.observation.modalities.obs.rgb = list(CAMERAS)
         config.observation.modalities.obs.low_dim = ["proprio"]
         encoder = config.observation.encoder.rgb
@@ -161,12 +162,12 @@ def robomimic_transformer(size: int, context: int = 10) -> tuple[torch.nn.Module
     algorithm = algo_factory("bc", config, shapes, 7, torch.device("cpu"))
 
     def observations(count: int) -> dict:
-        images = {camera: torch.rand(count, context, 3, size, size) for camera in CAMERAS}
-        return {**images, "proprio": torch.randn(count, context, 12)}
+        images = {camera: torch.rand(count, _FRAMES, 3, size, size) for camera in CAMERAS}
+        return {**images, "proprio": torch.randn(count, _FRAMES, 12)}
 
     def loss() -> torch.Tensor:
         batch = {"obs": observations(BATCH), "goal_obs": None,
-                 "actions": torch.rand(BATCH, context, 7)}
+                 "actions": torch.rand(BATCH, _FRAMES, 7)}
         predictions = algorithm._forward_training(batch)
         return algorithm._compute_losses(predictions, {**batch, "actions": batch["actions"][:, -1]}
                                          )["action_loss"]
@@ -243,21 +244,22 @@ def measure(rounds: int, only: list[str]) -> None:
 
 # --- whole training steps on a device ------------------------------------------------------------
 STEPS = 8192  # in the file of random frames: six batches of 1,024 in its training split
+_DEMOS = 16  # in that file
 PEERS = {"LeRobot ACT, 64 px, chunk 8": lambda batch, device: lerobot_act(64, 8, batch, device)[:2],
          "LeRobot Diffusion Policy, 64 px, 2 frames":
              lambda batch, device: lerobot_diffusion(64, batch, device)}
 
 
-def write_random_file(path: Path, steps: int, demos: int = 16) -> Path:
+def write_random_file(path: Path, steps: int) -> Path:
     """A demonstration file in LIBERO's layout; the fingers never move."""
     from trm_helpers import schema
 
-    generator, count = np.random.default_rng(0), steps // demos
+    generator, count = np.random.default_rng(0), steps // _DEMOS
     with h5py.File(path, "w") as file:
         group = file.create_group("data")
         group.attrs["alignment"] = "raw"
         group.attrs["problem_info"] = json.dumps({"language_instruction": "move at random"})
-        for number in range(demos):
+        for number in range(_DEMOS):
             demo = group.create_group(f"demo_{number}")
             demo["actions"] = generator.uniform(-1, 1, (count, 7)).astype(np.float32)
             demo["actions"][:, 6] = np.where(np.arange(count) < count // 2, -1, 1)

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from scipy.stats import binomtest
 from torch import nn
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ from trm_helpers.data.augment import augment_images
 from trm_helpers.files import write_json
 from trm_helpers.policy.layers import Centre, RMSNorm, TransformerLayer
 from trm_helpers.software import software_versions
-from trm_helpers.stats import wilson_interval
+from trm_helpers.stats import mcnemar_p, rate_text
 
 GRID, INSTRUCTIONS, STEPS, DIM, HEADS = 16, 21, 6, 64, 4
 RECURSION, BATCH = "recursion", 32
@@ -202,13 +201,10 @@ def main() -> None:
                   for steps, what in (*((n, f"stopped after {n}") for n in (1, 2, 4)),
                                       *((n, f"{n} steps") for n in (2 * STEPS, 3 * STEPS)))}
         for name, hits in found.items():
-            low, high = wilson_interval(int(hits.sum()), len(hits))
             better, worse = (int(n) for n in ((found[RECURSION] & ~hits).sum(),
                                               (~found[RECURSION] & hits).sum()))
-            p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-            print(f"{split:5} {name:20} {int(hits.sum())} of {len(hits)} ({100 * low:.1f} to "
-                  f"{100 * high:.1f} %), {RECURSION} against it: {better} to {worse}, p {p:.2g}",
-                  flush=True)
+            print(f"{split:5} {name:20} {rate_text(int(hits.sum()), len(hits), 1)}, {RECURSION} "
+                  f"against it: {better} to {worse}, p {mcnemar_p(better, worse):.2g}", flush=True)
         splits[split] = {"tasks": told.tolist(), "arms": {
             name: {"right": "".join(map(str, hits.int().tolist()))}
             for name, hits in found.items()}}

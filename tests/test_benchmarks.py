@@ -24,6 +24,7 @@ from demo_files import write_demo_file
 from PIL import Image
 
 from trm_helpers import paths
+from trm_helpers.evaluation import evaluate
 from trm_helpers.evaluation.plan import SELECTION_SEED
 from trm_helpers.evaluation.rollout import run_episode
 from trm_helpers.files import append_jsonl, write_json
@@ -73,7 +74,7 @@ def played(file):
                  "steps": 80} for state in range(3)]
         for row in rows:
             append_jsonl(Path(run) / "episodes.jsonl", row)
-        return {**summarize_episodes(rows), "errors": []}
+        return {**summarize_episodes(rows), "errors": [], "not_run": 0}
 
     return {"ensure_demonstrations":
             lambda config, actor=None: dict.fromkeys(config.data.task_ids, file),
@@ -154,22 +155,35 @@ def test_kinds_and_numbers_of_demonstrations_are_compared(script, file):
         1, "--episodes", 3, "--kinds", "wide", "--changes", "swap", "--set", "conditioning", "none",
         "--set", "image_size", 36,
         collected=lambda kind, given: {0: file}, robustness_card=robustness_card))
-    cell = "2 of 3 (20 to 90 %)"
+    cell = "2 of 3 (21 to 94 %)"
     assert rows == [["wide", "4", cell, cell], ["wide", "5", cell, cell]]
 
 
-def test_a_suite_goes_in_stages_and_goes_on(script, played, tmp_path):
+def test_a_suite_goes_in_stages_and_goes_on(script, played, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRM_STOP_AT", "")  # the script sets it
+    rolled = []
+    monkeypatch.setattr(evaluate, "selection_success",
+                        lambda *_: {"success_rate": len(rolled.append(1) or rolled) / 10})
+    settings = runpy.run_path(str(FOLDER / "suite" / "stages.py"))["settings"]
     arguments = ["block, depth 1", "--suite", "libero_object", "--tasks", 0, "--demos", 5,
-                 "--epochs", 2, "--episodes", 3, "--out", tmp_path / "out", "--run-name", "staged"]
-    names = runpy.run_path(str(FOLDER / "suite" / "stages.py"))
-    settings = names["settings"]
+                 "--epochs", 2, "--episodes", 3, "--out", tmp_path / "out", "--run-name", "staged",
+                 "--set", "rollout_every", 1]
+    stand_ins = {**played,
+                 "settings": lambda given: settings(given).replace(conditioning="none")}
 
-    def lasting(minutes):
-        return {**played, "settings": lambda given, _: settings(given, minutes).replace(
-            conditioning="none")}
+    def stages(minutes, code, **more):
+        monkeypatch.setenv("TRM_STOP_AT", "")
+        return script("suite/stages", *arguments, "--minutes", minutes, code=code,
+                      **{**stand_ins, **more})
 
-    assert script("suite/stages", *arguments, code=3, **lasting(1e-6))[-1] == "call again"
-    lines = script("suite/stages", *arguments, code=0, **lasting(5))
+    def too_late(config, actor):
+        raise TimeoutError("5 demonstrations are missing")
+
+    assert stages(0, 3, ensure_demonstrations=too_late)[-2:] == [
+        "5 demonstrations are missing", "call again"]
+    assert stages(0, 3)[-1] == "call again" and len(rolled) == 1
+    lines = stages(5, 0)
+    assert len(rolled) == 2
     assert lines[-1] == "complete" and "2 of 3 episodes" in lines[-2]
     brought = {path.name for path in (tmp_path / "out" / "staged").iterdir()}
     assert {"best.safetensors", "metrics.jsonl", "episodes.jsonl"} <= brought
@@ -234,6 +248,16 @@ def test_the_machine_check_finds_a_gpu_without_nvidia_smi(monkeypatch, tmp_path)
     assert names["read_machine"](measured)[0] == "Tesla T4 (16 GB), fp16, driver None"
 
 
+def test_the_machine_check_needs_no_user_with_a_name(monkeypatch):
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.setenv("HOME", "/")
+    names = runpy.run_path(str(FOLDER / "gpu_check.py"))
+    assert names["without_names"]("/proc/cpuinfo") == "/proc/cpuinfo"
+
+
 @pytest.mark.sim
 def test_the_machine_check_measures_frames_and_training(script, tmp_path):
     names = runpy.run_path(str(FOLDER / "gpu_check.py"))
@@ -251,7 +275,7 @@ def test_the_machine_check_measures_frames_and_training(script, tmp_path):
 def test_units_that_are_off_are_counted(script, trained, tmp_path):
     (soup,) = tmp_path.glob("soup_demo.hdf5")
     ((run, camera, off, *_),) = table(script(
-        "dead_units", trained.name, ensure_demonstrations=lambda config: {0: soup}))
+        "dead_units", trained.name, demonstrations_of=lambda run, config: {0: soup}))
     assert (run, camera) == (trained.name, "agentview_rgb")
     few, of, many = off.split()
     assert of == "of" and 0 <= int(few) <= int(many)
@@ -259,8 +283,12 @@ def test_units_that_are_off_are_counted(script, trained, tmp_path):
 
 def test_a_probe_reads_where_things_are(script, trained, tmp_path):
     (soup,) = tmp_path.glob("soup_demo.hdf5")
+    known = json.loads((trained / "policy.json").read_text())["trained_on"]["files"][0]["demos"]
+    write_demo_file(soup, range(6, 15), image_size=36)  # extended since
+    probed = []
 
     def positions(env, demo):
+        probed.append(demo.name.split("/")[-1])
         hand = np.asarray(demo["obs/ee_pos"])
         rising = np.linspace(0, 1, len(hand))[:, None]
         return {"object": 0.02 * rising + hand * 0, "hand": hand}
@@ -272,13 +300,32 @@ def test_a_probe_reads_where_things_are(script, trained, tmp_path):
 
     rows = table(script(
         "probes", trained.name, "--demos", 4, LiberoEnv=env, positions=positions, _AHEAD=1,
-        split_demonstrations=lambda names, *_: ([], names),
-        ensure_demonstrations=lambda config: {0: soup}))
+        demonstrations_of=lambda run, config: {0: soup}))
+    assert len(known) == len(probed) == 4 and not {*known} & {*probed}
     assert [row[0] for row in rows][:2] == ["proprioception", "input"]
     kept = json.loads((trained / "probes.json").read_text())
     assert [row["state"] for row in kept["rows"]] == [row[0] for row in rows]
     assert kept["rows"][0]["explained"][0][0] > 0.5  # the joints move with time, as the object does
     assert kept["fitted"] == kept["scored"] == 2 and "dirty" in kept["software"]
+
+
+def test_results_of_the_expert_name_the_code_that_made_them(script, tmp_path):
+    out = tmp_path / "expert.json"
+
+    def run(task, revision):
+        def run_jobs(job, tasks, **_):
+            row = {"successes": 1, "failed": [], "mean_length": 9.0}
+            return [(each, {"task_id": each, **row}, None) for each in tasks]
+
+        return script("experts", "--suite", "libero_object", "--tasks", task, "--episodes", 1,
+                      "--out", out, run_jobs=run_jobs,
+                      software_versions=lambda: {"revision": revision, "dirty": False})
+
+    for task, revision in ((0, "a"), (1, "a"), (2, "b")):
+        rows = table(run(task, revision))
+    first, second, third = json.loads(out.read_text())["tasks"]
+    assert len(rows) == 3 and "revision" not in {**first, **second}
+    assert (third["revision"], third["dirty"]) == ("b", False)
 
 
 # --- the simulator -------------------------------------------------------------------------------

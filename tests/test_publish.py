@@ -116,6 +116,12 @@ def test_a_number_that_changes_changes_the_page(publish, tmp_path):
     assert "| 41 of " in (tmp_path / "docs" / "results.md").read_text()
 
 
+def test_a_run_that_is_none_of_the_policies_is_named(publish, tmp_path):
+    config = {"data": {}, "model": {"hidden_dim": 3}, "train": {"lr": 3.0}}
+    with pytest.raises(SystemExit, match="a-run has the settings of none of benchmarks/policies"):
+        publish["policy_name"](tmp_path / "a-run", config)
+
+
 def test_results_without_a_place_on_the_page_are_refused(publish, tmp_path):
     shutil.copytree(next((tmp_path / "docs" / "results").iterdir()),
                     tmp_path / "docs" / "results" / "elsewhere")
@@ -149,7 +155,7 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
                                      "", "—: not run."]
     (axes,) = fig.axes
     assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
-    assert axes.get_title().endswith("libero_goal, task 1, 3: 10 episodes of each")
+    assert axes.get_title().endswith("libero_goal, tasks 1 and 3: 10 episodes each")
 
 
 def test_cards_of_several_policies_side_by_side(publish):

@@ -15,6 +15,7 @@ from trm_helpers.evaluation.depth import (
     draw_depth_row,
 )
 from trm_helpers.evaluation.robustness import success_axes
+from trm_helpers.stats import rate_text
 from trm_helpers.visuals.colours import GREY, PALETTE
 from trm_helpers.visuals.figure import HATCHES, describe, new_figure, styled, success_bars
 
@@ -23,8 +24,7 @@ _OTHER_DEPTH = "another depth"
 
 def rate_in_short(row: Mapping) -> str:
     """A row's success for a cell of a table: ``6 of 20 (15 to 52 %)``."""
-    return (f"{row['successes']} of {row['episodes']} ({100 * row['wilson_low']:.0f} to "
-            f"{100 * row['wilson_high']:.0f} %)")
+    return rate_text(row["successes"], row["episodes"])
 
 
 def failures_in_short(row: Mapping) -> str:

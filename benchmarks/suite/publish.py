@@ -18,7 +18,6 @@ with a number, "10 with recoveries", are plotted against that number of demonstr
 """
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -48,7 +47,7 @@ from trm_helpers.evaluation.robustness import WIDE, changes_of  # noqa: E402
 from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
-from trm_helpers.stats import detectable, paired_mcnemar  # noqa: E402
+from trm_helpers.stats import detectable, interval_text, paired_mcnemar  # noqa: E402
 from trm_helpers.training.runs import find_run, load_config  # noqa: E402
 from trm_helpers.visuals import figure, plots  # noqa: E402
 from trm_helpers.visuals.colours import PALETTE  # noqa: E402
@@ -87,12 +86,13 @@ def store(path: Path, content: dict, source: Path, dirty: bool) -> None:
 
 def add(group: str, runs: list[str], dirty: bool = False) -> None:
     for run in map(find_run, runs):
-        config = json.loads((run / "config.json").read_text())
+        config = read_json(run / "config.json")
         epochs = read_jsonl(run / "metrics.jsonl")
-        results = json.loads((run / "results.json").read_text())
+        results = read_json(run / "results.json")
         weights = load_file(run / f"{results['protocol']['weights']}.safetensors")
         store(DOCS / "results" / group / f"{run.name}.json", {
-            "policy": policy_name(config), "parameters": sum(w.numel() for w in weights.values()),
+            "policy": policy_name(run, config),
+            "parameters": sum(w.numel() for w in weights.values()),
             "seed": config["train"]["seed"], "epochs": len(epochs),
             "best_epoch": min(epochs, key=lambda row: row["val_loss"])["epoch"],
             "minutes": round(sum(row["seconds"] for row in epochs) / 60, 1),
@@ -105,12 +105,14 @@ def add(group: str, runs: list[str], dirty: bool = False) -> None:
               run, dirty)
 
 
-def policy_name(config: dict) -> str:
-    """Which of the policies of benchmarks/policies.py a configuration is."""
+def policy_name(run: Path, config: dict) -> str:
+    """Which of the policies of benchmarks/policies.py a run's configuration is."""
     flat = {**vars(ModelConfig()), **config["data"], **config["model"], **config["train"]}
-    # the last that fits: later ones say more
-    return [name for name, settings in POLICIES.items()
-            if all(flat[key] == value for key, value in settings.items())][-1]
+    fitting = [name for name, settings in POLICIES.items()
+               if all(flat[key] == value for key, value in settings.items())]
+    if not fitting:
+        sys.exit(f"{run} has the settings of none of benchmarks/policies.py")
+    return fitting[-1]  # later ones say more
 
 
 def ship(name: str, run_name: str) -> None:
@@ -121,7 +123,7 @@ def ship(name: str, run_name: str) -> None:
         shutil.copyfile(run / file, folder / file)
     software = read_json(run / "config.json").get("software", {})
     write_json(folder / "config.json", {**load_config(run).to_dict(), "software": software})
-    described = json.loads((run / "policy.json").read_text())
+    described = read_json(run / "policy.json")
     for file in described["trained_on"]["files"]:
         file["file"] = Path(file["file"]).name
     write_json(folder / "policy.json", described)
@@ -147,7 +149,7 @@ def strip(name: str, folder: Path) -> None:
 
 def card(group: str, name: str, path: Path, dirty: bool = False) -> None:
     store(DOCS / "recursion" / group / f"{name.replace(' ', '-')}.json",
-          {"label": name, "kind": path.stem, "card": json.loads(path.read_text())}, path, dirty)
+          {"label": name, "kind": path.stem, "card": read_json(path)}, path, dirty)
 
 
 def write() -> None:
@@ -156,7 +158,7 @@ def write() -> None:
         text = page.read_text()
         for group in sorted(path for path in (DOCS / kind).glob("*") if path.is_dir()):
             files = sorted(group.glob("*"), key=lambda path: path.stem)
-            stored = [json.loads(path.read_text()) for path in files]
+            stored = [read_json(path) for path in files]
             shown, fig = show(stored)
             shown += provenance(stored)
             pattern = rf"(<!-- {re.escape(group.name)} -->\n).*?(<!-- end -->)"
@@ -373,7 +375,7 @@ def tables(rows: list[dict]) -> str:
             values = [" / ".join(str(task["successes"]) for task in results["tasks"])]
         else:
             worst = min(results["tasks"], key=lambda task: task["success_rate"])
-            values = [f"{100 * results['task_low']:.0f} to {100 * results['task_high']:.0f} %",
+            values = [f"{interval_text(results['task_low'], results['task_high'])} %",
                       f"task {worst['task_id']}: {worst['successes']} of {worst['episodes']}"]
         against = REFERENCE
         if row is not rows[0]:
@@ -383,9 +385,9 @@ def tables(rows: list[dict]) -> str:
             against = (f"seed {other['seed']}: " * (other["seed"] != row["seed"])
                        + f"{100 * test['difference']:+.1f} points, "
                        f"p {'< 0.001' if p_value < 0.001 else f'= {p_value:.2g}'}")
-        low, high = 100 * results["wilson_low"], 100 * results["wilson_high"]
+        interval = interval_text(results["wilson_low"], results["wilson_high"])
         success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",
-                        f"{low:.0f} to {high:.0f} %", *values, against])
+                        f"{interval} %", *values, against])
         training.append([label(row, rows), f"{row['parameters'] / 1e6:.1f} M",
                          f"{results['mean_length']:.0f}", f"{row['best_epoch']} of {row['epochs']}",
                          f"{row['minutes']:.0f}"])

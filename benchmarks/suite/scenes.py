@@ -5,9 +5,8 @@ each split the task of every scene, and for each arm a digit per scene, 1 where 
 """
 
 import numpy as np
-from scipy.stats import binomtest
 
-from trm_helpers.stats import wilson_interval
+from trm_helpers.stats import interval_text, mcnemar_p, wilson_interval
 from trm_helpers.visuals import figure
 from trm_helpers.visuals.colours import PALETTE
 
@@ -64,15 +63,15 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
     for arm in arms:
         runs = having(stored, split, arm)
         best, found = (hits(runs, split, name, what) for name in (reference, arm))
-        low, high = wilson_interval(int(found.sum()), found.size)
+        interval = interval_text(*wilson_interval(int(found.sum()), found.size), 1)
         seeds = sorted({run["seed"] for run in runs})
         name = arm if len(runs) == len(stored) else f"{arm} (seed {', '.join(map(str, seeds))})"
-        row = [name, f"{100 * found.mean():.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"]
+        row = [name, f"{100 * found.mean():.1f} %", f"{interval} %"]
         if arm == reference:
             row += ["reference", ""]
         else:
             better, worse = int((best > found).sum()), int((best < found).sum())
-            p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+            p = mcnemar_p(better, worse)
             gap = 100 * (best.mean() - found.mean())
             from_, to = gap_interval(runs, split, (reference, arm), what)
             row += [f"{gap:+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} "

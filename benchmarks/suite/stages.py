@@ -8,9 +8,8 @@ then resumes. Policies are those of benchmarks/policies.py.
 """
 
 import argparse
-import functools
+import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,58 +17,46 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
 
-from trm_helpers import BehaviorCloningTrainer, schema  # noqa: E402
+from trm_helpers import schema  # noqa: E402
 from trm_helpers.config import Config, EvalConfig, from_flat, parse_parameter  # noqa: E402
 from trm_helpers.demos.collect import ensure_demonstrations  # noqa: E402
 from trm_helpers.evaluation.actor import actor_of  # noqa: E402
-from trm_helpers.evaluation.evaluate import plan_run  # noqa: E402
+from trm_helpers.evaluation.evaluate import plan_run, trainer_of  # noqa: E402
 from trm_helpers.opengl import ensure_gl  # noqa: E402
-from trm_helpers.policy.keypoints import trained_localizer  # noqa: E402
 from trm_helpers.preflight import preflight, table  # noqa: E402
 from trm_helpers.schema import PROTOCOLS  # noqa: E402
+from trm_helpers.software import STOP_AT, minutes_left  # noqa: E402
 from trm_helpers.stats import format_success  # noqa: E402
 from trm_helpers.training.runs import create_run  # noqa: E402
 
 CALL_AGAIN = 3
 KEPT = ("config.json", "policy.json", "best.safetensors", "metrics.jsonl", "episodes.jsonl",
         "results.json")
-_LEFT_FOR_THE_REST = 0.5  # minutes that training leaves for its last epoch and for the copies
 
 
-class TimeIsUp(KeyboardInterrupt):
-    """Ends collection and evaluation as Ctrl-C does: complete work is kept."""
-
-
-def end(*_) -> None:
-    raise TimeIsUp
-
-
-def settings(given: argparse.Namespace, minutes: float) -> Config:
+def settings(given: argparse.Namespace) -> Config:
     return from_flat(
         "demo", suite=given.suite, task_ids=given.tasks, num_demos=given.demos,
         epochs=given.epochs, seed=given.seed, conditioning="task_id", num_threads=given.threads,
-        max_minutes=minutes, **POLICIES[given.policy],
+        **POLICIES[given.policy],
         **{name: parse_parameter(name, value) for name, value in given.set})
 
 
-def run_stages(given: argparse.Namespace, deadline: float) -> bool:
-    """Whether all of them are complete."""
+def run_stages(given: argparse.Namespace) -> bool:
+    """Whether all of them are complete; ``TimeoutError`` when the time is up."""
     if given.check:
         print(f"OpenGL: {ensure_gl()}", flush=True)
         checks = preflight()
         print(table(checks), flush=True)
         if any(check.status == "fail" for check in checks):
             return False
-    config = settings(given, 0)
+    config = settings(given)
     files = ensure_demonstrations(config, actor_of(config))
-    print(f"{len(files)} tasks demonstrated, {(deadline - time.monotonic()) / 60:.1f} minutes left",
-          flush=True)
-    config = settings(given, max((deadline - time.monotonic()) / 60 - _LEFT_FOR_THE_REST, 0.01))
+    print(f"{len(files)} tasks demonstrated, {minutes_left():.1f} minutes left", flush=True)
     words = "-".join(given.policy.replace(",", "").split())
     run = create_run(config, given.run_name or f"{given.suite}-{words}-s{given.seed}", resume=True)
     given.run = run
-    trainer = BehaviorCloningTrainer.from_config(
-        config, files, run, localizer=functools.partial(trained_localizer, run, config))
+    trainer = trainer_of(config, files, run)
     rows = trainer.fit()
     print(f"{run}: {len(rows)} of {given.epochs} epochs, validation loss "
           f"{rows[-1]['val_loss']:.4f}", flush=True)
@@ -79,7 +66,7 @@ def run_stages(given: argparse.Namespace, deadline: float) -> bool:
         protocol=given.protocol, num_episodes=given.episodes, num_videos=1,
         first_init_state=given.first_init_state, eval_workers=given.workers)).play()
     print(format_success(results), flush=True)
-    return not results["errors"]
+    return not results["errors"] and not results["not_run"]
 
 
 def bring(run: Path, out: Path) -> None:
@@ -114,13 +101,12 @@ def main() -> int:
     given = parser.parse_args()
     given.tasks = given.tasks or list(range(schema.SUITES[given.suite]))
     given.run = None
-    signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, 60 * given.minutes)
+    os.environ[STOP_AT] = str(time.time() + 60 * min(given.minutes, minutes_left()))
     try:
-        complete = run_stages(given, time.monotonic() + 60 * given.minutes)
-    except TimeIsUp:
+        complete = run_stages(given)
+    except TimeoutError as error:
+        print(error)
         complete = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
     if given.out and given.run:
         bring(given.run, given.out)
     print("complete" if complete else "call again", flush=True)
