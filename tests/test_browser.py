@@ -74,7 +74,7 @@ def test_a_click_on_an_episode_plays_its_film(opened):
     tile = window.locator(".tile.failure")
     tile.click()
     figure = window.locator(".episode:visible")
-    assert figure.count() == 1 and "Failure: time over after 14.0 s" in figure.inner_text()
+    assert figure.count() == 1 and "Failure: not solved within 14.0 s" in figure.inner_text()
     assert figure.locator("video").evaluate(PLAYS)
     assert figure.locator("video").evaluate("element => element.videoWidth") == 64
     assert "reach 3.0 s" in figure.inner_text() and tile.get_attribute("aria-expanded") == "true"

@@ -76,13 +76,13 @@ def test_everything_in_the_folder_is_on_the_page(trained, capsys):
         "| task 1 | 9 of 10 | 90.0 | 60 to 98 | 90.0 |",
         "| all | 18 of 20 | 90.0 | 70 to 97 | 90.0 |", "| no-op | 0 of 10 | 0.0 | 0 to 28 | 90.0 |",
         "| actions 0.1 s late | 6 of 10 | 60.0 | 31 to 83 | -30 | 0.25 | 0 |",
-        "- not used by this policy: wrist camera black: it has none",
+        "- cannot matter for this policy: wrist camera black, because it has none",
         "mujoco 3.3.2; gl_renderer llvmpipe", "- The recursion has converged.",
         "no significant difference can be claimed, since another seed changes a loss too. "
         "Best of 2 configurations:\n\n    lr: 0.001\n\n",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
         "![figures/06_success.png](figures/06_success.png)",
-        "libero_object, task 0, 3: 10 episodes of each per row. Perturbed episodes start from",
+        "libero_object, tasks 0 and 3: 10 episodes each per row. Perturbed episodes start from",
     ):
         assert expected in text
     assert text.count(".mp4](") == 2  # neither a link out of the folder nor half of a film
@@ -229,7 +229,7 @@ def test_each_episode_is_a_tile_with_its_mark_seconds_and_film(trained):
     assert [(found["class"], text) for found, text in tiles] == [
         ("tile success", "2✓4.5 s"), ("tile failure", "10 ▶✗14.0 s"),
         ("tile success", "0 ▶✓4.5 s"), ("tile excluded", "1–")]
-    assert tiles[1][0]["aria-label"] == ("Init state 10: Failure: time over after 14.0 s; "
+    assert tiles[1][0]["aria-label"] == ("Init state 10: Failure: not solved within 14.0 s; "
                                          "the right one lifted. Film.")
     assert len({found["aria-controls"] for found, _ in tiles}) == 4
     assert films(parsed) == [(trained / "videos" / name).read_bytes()
@@ -296,7 +296,7 @@ def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monke
     rest = len(whole.source) - 6 * film + page._RESERVE + 6 * page._STILL_BYTES
     monkeypatch.setattr(page, "MAX_BYTES", int(rest + 1.9 * film))
     parsed = Page(trained)
-    assert len(parsed.source) < page.MAX_BYTES and "4 of the films are not in this" in parsed.text
+    assert len(parsed.source) < page.MAX_BYTES and "4 film(s) do not fit into this" in parsed.text
     shown = [found["id"] for found, _ in parsed.all("figure") if "id" in found]
     playing = [name for name in shown if re.search(rf'id="{name}" hidden>\s*<video',
                                                    parsed.source)]

@@ -72,7 +72,7 @@ def test_frames_of_another_scene_show_nothing_known(subject):
 @pytest.mark.sim
 def test_a_wrapper_that_changes_nothing_passes_where_it_is_examined(subject, monkeypatch):
     monkeypatch.setattr(module, "FAULTS", [fault for fault in FAULTS if fault.name in (
-        "cameras exchanged", "frames flipped", "gripper's other sign")])
+        "cameras exchanged", "frames flipped", "gripper command negated")])
     rows = examine(Subject(Wrapper(subject.env)))
     assert [row.status for row in rows] == ["ok"] * 3
     flipped = Subject(Wrapper(subject.env, observe=module._flip))

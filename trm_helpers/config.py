@@ -115,7 +115,7 @@ def _is_a(value: Any, kind: type) -> bool:
 class DataConfig(_Part):
     """Demonstrations and how they become samples."""
 
-    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40 joins 4
+    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40: 4 in one
     task_ids: tuple[int, ...] = (0,)  # task indices in the suite
     demos: Literal[schema.DEMOS] = "auto"  # human or scripted; auto: human ones if found
     demo_dir: str = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input
@@ -129,7 +129,8 @@ class DataConfig(_Part):
     normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # scaling of the arm's actions
     augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # augmentation of images
     scenes: int = 0  # scenes rendered per demonstration to train a localizer; 0: no localizer
-    storage: Literal[schema.STORAGES] = local("auto")  # of frames; auto: on the GPU if they fit
+    # where frames are kept; auto: on the GPU if they fit
+    storage: Literal[schema.STORAGES] = local("auto")
 
     def __post_init__(self):
         schema.check_training_suite(self.suite)
@@ -150,7 +151,7 @@ class DataConfig(_Part):
 class ModelConfig(_Part):
     """The network and its inputs and outputs: all that is needed to rebuild it."""
 
-    variant: Literal[schema.VARIANTS] = "block"  # the reference, the paper's trm, baselines
+    variant: Literal[schema.VARIANTS] = "block"  # block (reference), trm (paper) or a baseline
     hidden_dim: int = 256  # D, width of the state
     num_recursions: int = 8  # recursions per decision (baselines: 1)
     num_layers: int = 2  # layers of trm's shared network, the transformer, each network of act
@@ -272,7 +273,7 @@ _PASSWORD = re.compile(r":(?!//)[^@]*@|(?i:(pass(word|wd)?|pwd|token|secret)=)")
 class SearchConfig(_Part):
     """The reference's grid of sixteen points, part of it, or a guided search within its bounds."""
 
-    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # tpe, halving: through Optuna
+    search_method: Literal[schema.SEARCH_METHODS] = "grid"  # grid, or with Optuna: tpe, halving
     search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: any rate between
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)

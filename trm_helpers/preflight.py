@@ -95,8 +95,8 @@ def _check_torch() -> Check:
     if not found:
         return Check("torch", "fail", "missing", "run: make setup")
     fits = tuple(map(int, found.split(".")[:2])) >= OLDEST_TORCH
-    return _row("torch", fits, found, "needs {}.{} or newer: loading a training state could run "
-                "code from the file".format(*OLDEST_TORCH))
+    return _row("torch", fits, found, "needs {}.{} or newer; in older versions, loading a training "
+                "state can run code from the file".format(*OLDEST_TORCH))
 
 
 def _check_versions() -> Iterator[Check]:

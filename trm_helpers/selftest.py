@@ -166,21 +166,21 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-    Fault("MuJoCo past 3.3", checks.contacts,
+    Fault("MuJoCo newer than 3.3", checks.contacts,
           (partial(replace, mujoco="3.17.0"), _wrapped(reset=_slide))),
     Fault("init state wiped by a reset", checks.init_state, (_wrapped(reset=_reset_again),)),
-    Fault("init ids stuck at one", checks.init_ids,
+    Fault("every init id is 1", checks.init_ids,
           (_wrapped(reset=lambda env, init_state: env.reset(init_state=1)),)),
-    Fault("instruction of the file's name", checks.instruction,
+    Fault("instruction taken from the file name", checks.instruction,
           (_wrapped(observe=lambda env, _: {"language": env.task.name.replace("_", " ")}),)),
     Fault("frames flipped", checks.orientation, (_wrapped(observe=_flip),)),
-    Fault("quaternion's other sign", checks.quaternion, (_wrapped(observe=_negate_quaternion),)),
-    Fault("gripper's other sign", checks.gripper,
+    Fault("quaternion negated", checks.quaternion, (_wrapped(observe=_negate_quaternion),)),
+    Fault("gripper command negated", checks.gripper,
           (_wrapped(send=lambda action: action * [1, 1, 1, 1, 1, 1, -1]),)),
     Fault("cameras exchanged", checks.cameras, (_wrapped(observe=_exchange),)),
     Fault("black frames", checks.frames, (_wrapped(
         observe=lambda env, seen: {key: np.zeros_like(seen[key]) for key in schema.CAMERAS}),)),
-    Fault("chunk's unit or order", chunk, (
+    Fault("chunk in the wrong unit or order", chunk, (
         partial(replace, policy=lambda chunk: chunk_policy(chunk * [.05, .05, .05, .5, .5, .5, 1])),
         partial(replace, policy=lambda chunk: chunk_policy(chunk[::-1].copy())))),
     Fault("horizon of another suite", horizon, (

@@ -56,7 +56,7 @@ def test_an_actor_whose_file_holds_other_demonstrations_is_refused(asked, traine
     ({"suite": "libero_goal"},
      "was trained on task 0 of libero_object; expected task 0 of libero_goal"),
     ({"task_ids": (0, 3)},
-     "was trained on task 0 of libero_object; expected task 0, 3 of libero_object"),
+     "was trained on task 0 of libero_object; expected tasks 0 and 3 of libero_object"),
     ({"num_demos": 5}, "num_demos=5 is not valid; expected more than 5, the demonstrations per")])
 def test_an_actor_for_something_else_is_refused(asked, settings, said):
     with pytest.raises(ValueError, match=said):

@@ -211,7 +211,8 @@ def test_a_card_as_a_table_and_notes(run):
     notes = card_notes(card)
     assert notes[0].startswith("With 4 episodes per policy") and "of 59 points" in notes[0]
     assert len(notes) == 1 + len(UNUSED) + 1
-    assert notes[1] == "not used by this policy: wrist camera black: it has no wrist camera"
+    assert notes[1] == ("cannot matter for this policy: wrist camera black, because it has no "
+                        "wrist camera")
     assert notes[-1].startswith("could not be played: arm and gripper readings replaced by their ")
 
 

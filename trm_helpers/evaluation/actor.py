@@ -12,6 +12,7 @@ from ..demos.dagger import Actor
 from ..demos.demo_files import open_demo_file
 from ..files import digest
 from ..training.runs import description, find_run, load_config
+from .plan import tasks_in_words
 from .play import TrainedPolicy
 
 
@@ -54,7 +55,7 @@ def actor_of(config: Config) -> Actor | None:
     try:
         base = demonstrations_of(run, trained.replace(task_ids=data.task_ids))
     except FileNotFoundError as error:
-        raise _unfit(data.actor, f"has demonstrations that are not found again ({error})",
+        raise _unfit(data.actor, f"was trained on demonstrations that cannot be found ({error})",
                      "a run trained without demo_dir") from error
     files = {path.name: path for path in base.values()}
     for file in trained_on:
@@ -74,7 +75,7 @@ def _actions(path: Path, demos: Sequence[str]) -> str:
 
 
 def _tasks(config: Config) -> str:
-    return f"task {', '.join(map(str, config.data.task_ids))} of {config.data.suite}"
+    return f"{tasks_in_words(config.data.task_ids)} of {config.data.suite}"
 
 
 def _unfit(actor: str, found: str, expected: str) -> ValueError:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..stats import interval_text
+from .plan import tasks_in_words
+
 NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
 
 
@@ -17,13 +20,12 @@ def cells(row: Mapping, rate: bool = False) -> dict[str, str | float]:
     """What both tables say of a row, in percent and points; ``rate`` adds the success rate."""
     return {"successes": f"{row['successes']} of {row['episodes']}",
             **({"success rate (%)": round(100 * row["success_rate"], 1)} if rate else {}),
-            "95 % Wilson interval (%)": f"{100 * row['wilson_low']:.0f} to "
-                                        f"{100 * row['wilson_high']:.0f}",
+            "95 % Wilson interval (%)": interval_text(row["wilson_low"], row["wilson_high"]),
             "gap (points)": "" if row["gap"] is None else f"{100 * row['gap']:+.0f}",
             "paired p": "" if row["p_value"] is None else f"{row['p_value']:.2g}"}
 
 
 def tasks_in_short(card: Mapping) -> str:
-    """The episodes of each row: ``libero_object, task 0, 1: 20 episodes of each``."""
-    return (f"{card['suite']}, task {', '.join(map(str, card['task_ids']))}: "
-            f"{card['num_episodes']} episodes{' of each' * (len(card['task_ids']) > 1)}")
+    """The episodes of each row: ``libero_object, tasks 0 and 1: 20 episodes each``."""
+    return (f"{card['suite']}, {tasks_in_words(card['task_ids'])}: "
+            f"{card['num_episodes']} episodes{' each' * (len(card['task_ids']) > 1)}")

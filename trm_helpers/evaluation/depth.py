@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 from .. import schema
 from ..config import Config, EvalConfig, ModelConfig
-from ..files import dispensable, read_json, write_json
+from ..files import dispensable, write_json
 from ..sim.env import LiberoEnv
 from ..stats import paired_mcnemar
-from ..training.runs import find_run, held_out, load_config
+from ..training.runs import description, find_run, held_out, load_config
 from ..visuals.colours import GREY, PALETTE
 from ..visuals.figure import (
     count_axis,
@@ -84,7 +84,7 @@ def action_errors(source: TrainedPolicy, trained: Config,
     """
     from ..visuals.explain import depth_curve
 
-    described = read_json(source.run / "policy.json")["trained_on"]["files"]
+    described = description(source.run)["trained_on"]["files"]
     files = {task_id: Path(file["file"])
              for task_id, file in zip(trained.data.task_ids, described, strict=True)}
     if not all(path.is_absolute() and path.exists() for path in files.values()):
@@ -152,7 +152,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
                          trained.data.suite, planned)
         for name, changes in settings.items()}
     errors: dict[str, list[float]] = {}
-    with dispensable("the errors on demonstrations"):
+    with dispensable("the table of action errors"):
         errors = action_errors(source, trained, settings)
     rows: list[dict] = []
     for name, evaluation in evaluations.items():
@@ -233,7 +233,7 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
     columns = len(shown) // lines
     fig = new_figure(4.3 * columns + 0.6, 3.4 * lines + 0.8)
     panels = dict(zip(shown, fig.subplots(lines, columns, squeeze=False).flat, strict=True))
-    used = "recursions per decision, mean\n(dotted: at most in training)"
+    used = "mean recursions per decision\n(dotted: the limit in training)"
     percent = "success rate (%)"
     labels = {"success": ("Success by recursions\n(whiskers: 95 % Wilson interval)", used,
                           percent),
@@ -241,7 +241,7 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
               "error": ("Error by recursions", used,
                         "mean absolute error of the arm's command"),
               "phases": ("Recursions by phase", "phase of the episode",
-                         "recursions per decision, mean")}
+                         "mean recursions per decision")}
     for name, axes in panels.items():
         title, x, y = labels[name]
         axes.set(title=title, xlabel=x, ylabel=y)

@@ -159,10 +159,10 @@ def card_notes(card: Mapping) -> list[str]:
     apart = [] if card.get("suite") != schema.JOINT_SUITE else [
         "not part of this card: LIBERO-PRO's variations, which belong to one suite each; evaluate "
         "them by name, for example with --suite libero_goal_swap"]
-    return [detectable(card["rows"][0]), *apart] + [
-        f"{why}: {row['title']}: {row['reason']}"
-        for why, rows in (("not used by this policy", card["not_used"]),
-                          ("could not be played", card["failed"])) for row in rows]
+    return [detectable(card["rows"][0]), *apart,
+            *(f"cannot matter for this policy: {row['title']}, because {row['reason']}"
+              for row in card["not_used"]),
+            *(f"could not be played: {row['title']}: {row['reason']}" for row in card["failed"])]
 
 
 @styled

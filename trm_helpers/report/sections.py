@@ -105,7 +105,7 @@ def _success(run: Path) -> Section:
     protocol = results["protocol"]
     texts = [f"{format_success(results)}.",
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
-             f"{protocol['num_episodes']} episode{'s' * (protocol['num_episodes'] > 1)} per task "
+             f"{_count(protocol['num_episodes'], 'episode')} per task "
              f"from official init state {protocol['first_init_state']}, "
              + (f"{protocol['horizon']} steps; " if protocol["horizon"]
                 else "with the horizon of each task's own suite; ")
@@ -175,7 +175,7 @@ def _outcome(row: Mapping) -> dict:
                f"{shorten(str(row['policy_error']), _ERROR)}")
     else:
         modes = [mode for mode, count in failure_modes([row]).items() if count]
-        end = f"Failure: time over after {seconds:.1f} s" + "".join(
+        end = f"Failure: not solved within {seconds:.1f} s" + "".join(
             f"; {mode}" for mode in modes) + "."
     return {"outcome": "success" if row["success"] else "failure", "seconds": seconds,
             "phases": phases, "end": end}
@@ -256,9 +256,10 @@ def _data(run: Path) -> Section:
     rows = [{"file": Path(file["file"]).name, "source": file["source"],
              "demonstrations": len(file["demos"]), "steps": file["steps"]}
             for file in trained_on["files"]]
-    texts = [f"{_count(sum(row['demonstrations'] for row in rows), 'demonstration')} in "
-             f"{_count(len(rows), 'file')}, {sum(row['steps'] for row in rows)} steps, "
-             f"trained on; further ones were held out for validation. Layouts: {data.placement}."]
+    texts = ["Trained on "
+             f"{_count(sum(row['demonstrations'] for row in rows), 'demonstration')} in "
+             f"{_count(len(rows), 'file')} ({sum(row['steps'] for row in rows):,} steps); others "
+             f"were held out for validation. Layouts: {data.placement}."]
     if "scripted" in {row["source"] for row in rows}:
         texts.append("The demonstrator of scripted files is a program that knows the positions of "
                      "all objects; the policy sees images and the robot's own readings only.")

@@ -101,7 +101,7 @@ class _State:
         self._scale, self._random = scaler.state_dict(), random_state()
 
     def _tensors(self) -> dict[tuple[str, int], torch.Tensor]:
-        """By what they are and a number."""
+        """By kind (``weights``, ``exp_avg``, ...) and position."""
         found = {(name, number): tensor for name, module in self._modules.items()
                  for number, tensor in enumerate([*module.parameters(), *module.buffers()])}
         for number, weight in enumerate(self._optimizer.param_groups[0]["params"]):
@@ -115,7 +115,7 @@ class _State:
             if key in self._kept:
                 tensor.copy_(self._kept[key])
             else:
-                tensor.zero_()  # of the optimizer, made in its first step
+                tensor.zero_()  # state of the optimizer, created by its first step
         if self._scaler.is_enabled():
             self._scaler.scale(self._kept["weights", 0])  # makes its tensors
             self._scaler.update(self._scale["scale"])  # forgets a step that ended early
@@ -142,7 +142,7 @@ class _State:
         rate, results = group["lr"], []
         try:
             for number, draw in enumerate(draws):
-                group["lr"] = rate / 4**number  # a learning rate that was recorded would show
+                group["lr"] = rate / 4**number  # a graph that had recorded the rate would differ
                 results.append(step(draw))
         finally:
             group["lr"] = rate
@@ -175,7 +175,7 @@ def capture(update: Callable[[Draw], Sequence[torch.Tensor]], modules: Mapping[s
         state.restore()
         reason = _difference(state.after(step, draws), expected)
     except Exception as error:  # of any type, from PyTorch or the driver
-        while error.__context__:  # the end of a failed recording fails as well
+        while error.__context__:  # ending a failed recording raises too; the first is the reason
             error = error.__context__
         reason = (f"{type(error).__name__}: "
                   + (str(error).strip().splitlines() or ["no reason given"])[0])

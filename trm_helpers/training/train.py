@@ -35,7 +35,7 @@ MIN_LR = 1e-6  # where cosine annealing ends
 GRAD_CLIP = 1.0  # norm of the gradient
 WANDB_PROJECT = "trm-libero"  # unless $WANDB_PROJECT names another
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_WITHOUT_GRADIENT = 4  # times the batch in validation on a GPU, which needs no activations kept
+_WITHOUT_GRADIENT = 4  # how many times larger a validation batch is on a GPU: no activations kept
 _CHECK_EVERY = 16  # steps between checks of the clock and the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
 _REPORT_EVERY = 10  # epochs between printed lines, where there is no terminal for a progress bar
@@ -428,8 +428,8 @@ class BehaviorCloningTrainer:
     def _resume(self) -> None:
         """Load the training state and repair the folder.
 
-        An epoch after the state is repeated, also a first one without any state; a run of several
-        epochs without a state is refused.
+        An epoch that ended after the last saved state is repeated, and so is a first epoch without
+        any state; several epochs without a state are refused.
         """
         state = runs.load_training_state(self.run)
         if not state:
@@ -461,4 +461,5 @@ class BehaviorCloningTrainer:
             runs.save_weights(self.run, self.averaged.state_dict(), "last")
         if state and state["precision"] != self.precision:
             print(f"{self.run} was trained in {state['precision']} and resumes in "
-                  f"{self.precision}; losses will not equal those of an uninterrupted run exactly")
+                  f"{self.precision}; its losses will differ slightly from those of an "
+                  "uninterrupted run")
