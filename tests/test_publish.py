@@ -150,8 +150,8 @@ def test_cards_of_numbers_of_demonstrations_are_drawn_against_them(publish):
 
     text, fig = publish["show_cards"]([stored("10 with", 12), stored("5 with", 9),
                                        stored("5 without", 7)])
-    assert text.splitlines()[2:] == ["| without | 7 of 20 (30 to 80 %) | — |",
-                                     "| with | 9 of 20 (30 to 80 %) | 12 of 20 (30 to 80 %) |",
+    assert text.splitlines()[2:] == ["| without | 7 of 20 (18 to 57 %) | — |",
+                                     "| with | 9 of 20 (26 to 66 %) | 12 of 20 (39 to 78 %) |",
                                      "", "—: not run."]
     (axes,) = fig.axes
     assert [list(each[0].get_xdata()) for each in axes.containers] == [[5], [5, 10]]
