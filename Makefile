@@ -31,7 +31,8 @@ help:
 	@echo "make gpu-check  minutes of measurements of this machine in one table, for a bug report"
 	@echo "make gallery    docs/notebooks: executed copies, from the run of make demo; 03 again, trained"
 
-setup: $(STAMP)
+setup:  # one at a time
+	@flock $(VENV).lock $(MAKE) --silent $(STAMP)
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
