@@ -78,7 +78,7 @@ def test_everything_in_the_folder_is_on_the_page(trained, capsys):
         "| actions 0.1 s late | 6 of 10 | 60.0 | 31 to 83 | -30 | 0.25 | 0 |",
         "- cannot matter for this policy: wrist camera black, because it has none",
         "mujoco 3.3.2; gl_renderer llvmpipe", "- The recursion has converged.",
-        "no significant difference can be claimed, since another seed changes a loss too. "
+        "no difference can be claimed, because another seed changes a loss too. "
         "Best of 2 configurations:\n\n    lr: 0.001\n\n",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
         "![figures/06_success.png](figures/06_success.png)",
