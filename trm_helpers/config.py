@@ -115,7 +115,7 @@ def _is_a(value: Any, kind: type) -> bool:
 class DataConfig(_Part):
     """Demonstrations and how they become samples."""
 
-    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40: 4 in one
+    suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40 joins four
     task_ids: tuple[int, ...] = (0,)  # task indices in the suite
     demos: Literal[schema.DEMOS] = "auto"  # human or scripted; auto: human ones if found
     demo_dir: str = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input

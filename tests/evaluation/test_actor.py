@@ -88,7 +88,8 @@ def test_an_actor_whose_demonstrations_cannot_come_first_is_refused(asked, train
         raise FileNotFoundError("trained with demo_dir='/elsewhere'")
 
     monkeypatch.setattr(actor, "demonstrations_of", missing)
-    with pytest.raises(ValueError, match="cannot be found .*elsewhere.*; expected a run trained"):
+    with pytest.raises(ValueError, match="cannot be found .*elsewhere.*; expected a run trained "
+                                         "without demo_dir"):
         actor_of(asked)
     policy = json.loads((trained / "policy.json").read_text())
     policy["trained_on"]["files"][0]["source"] = "human"

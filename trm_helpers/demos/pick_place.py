@@ -150,7 +150,7 @@ class PickPlace(Skill):
         return [self._object_geoms[top]], below - self.env.object_position(self.object)[2]
 
     def _find_handle(self) -> list[int]:
-        """The geometries of a frying pan's handle; none of other objects."""
+        """The geometries of a frying pan's handle; empty for other objects."""
         boxes = Boxes.of_geoms(self.env, self._object_geoms)
         middle = self.env.object_position(self.object)[:2]
         low, high = boxes.bounds()

@@ -296,14 +296,14 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
     """Names of a run's keypoints and their localizer, trained on the first call.
 
     The run folder keeps the weights in ``locator.safetensors`` and, in ``scenes.json``, the error
-    per keypoint in scenes around the demonstrations of the other split. Raises ``ValueError`` if it
-    could not tell two instructions apart.
+    per keypoint in scenes around the demonstrations of the other split.
 
     Args:
         config: of the run; ``config.data.scenes`` are rendered around each demonstration.
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
 
-    Raises ``ValueError`` for a localizer with another number of looks than ``config.model.looks``.
+    Raises ``ValueError`` if it could not tell two instructions apart, or if the run's localizer has
+    another number of looks than ``config.model.looks``.
     """
     path = Path(run) / "locator.safetensors"
     tasks, seed = _task_vectors(config), config.train.seed
