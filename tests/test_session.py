@@ -63,15 +63,22 @@ def test_a_parameter_that_a_notebook_does_not_have_ends_it(monkeypatch, cells, r
         session.begin()
 
 
+SETTINGS = json.dumps(from_flat("tiny").to_dict())
+
+
 def run_folder(folder, epochs):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(from_flat("tiny").to_dict()))
+    (folder / "config.json").write_text(SETTINGS)
     (folder / "policy.json").write_text(json.dumps(
         {"model": {}, "normalizer": {}, "proprio_stats": {}, "trained_on": {"files": []}}))
     (folder / "metrics.jsonl").write_text('{"loss": 1}\n' * epochs)
-    (folder / "search").mkdir()
-    (folder / "search" / "trials.csv").write_text("x")
     return folder
+
+
+def search_folder(run, trials):
+    for number in range(trials):
+        (run_folder(run / "search" / f"lr{number}", 1) / "trial.json").write_text("{}")
+    (run / "search" / "search.json").write_text(SETTINGS)
 
 
 def read_only(folder):
@@ -167,7 +174,7 @@ def test_a_blank_time_is_none_and_a_past_one_is_said(kaggle, capsys, monkeypatch
 @pytest.mark.parametrize("layout", ["somebody-output", "notebooks/somebody/output"])
 def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     attached = kaggle / "input" / layout
-    run_folder(attached / "artifacts" / "demo", 5)
+    search_folder(run_folder(attached / "artifacts" / "demo", 5), 1)
     run_folder(kaggle / "input" / "older" / "artifacts" / "demo", 3)
     run_folder(kaggle / "input" / "older" / "trm" / "pretrained" / "code", 9)
     (kaggle / "input" / "older" / "trm" / "trm_helpers").mkdir()  # a copy of the code
@@ -175,15 +182,35 @@ def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     session.begin()
     home = kaggle / "working" / "artifacts" / "demo"
     assert len((home / "metrics.jsonl").read_text().splitlines()) == 5
-    assert (home / "search" / "trials.csv").exists()
+    assert (home / "search" / "lr0" / "trial.json").exists()
     assert [path.name for path in home.parent.iterdir()] == ["demo"]
     said = lines(capsys)["attached runs"]
     assert f"demo, 5 epochs, 0 episodes, from {attached}" in said
+    assert f"demo/search, 1 trials, from {attached}" in said
     assert said.endswith("other settings need another run_name")
     (home / "metrics.jsonl").write_text("")  # this user's modes, and it stays as it is
     session.begin()
     assert "stays as it is" in lines(capsys)["attached runs"]
     assert (home / "metrics.jsonl").read_text() == ""
+
+
+def test_a_search_resumes_though_its_run_is_another_output_or_none(kaggle, capsys):
+    """05 leaves trials and no run; a trial is not taken for one."""
+    for name, trials in (("a", 1), ("b", 3), ("c", 5)):
+        search_folder(kaggle / "input" / name / "artifacts" / "demo", trials)
+    (kaggle / "input" / "c" / "artifacts" / "demo" / "search" / "search.json").write_text("{")
+    read_only(kaggle / "input")
+    session.begin()
+    home = kaggle / "working" / "artifacts"
+    assert [path.name for path in home.iterdir()] == ["demo"]
+    assert [path.name for path in (home / "demo").iterdir()] == ["search"]
+    assert len(list(home.glob("demo/search/*/trial.json"))) == 3
+    said = lines(capsys)["attached runs"]
+    assert said.startswith("demo/search, 3 trials, from ") and "search.json is damaged" in said
+    shutil.rmtree(home / "demo")
+    run_folder(kaggle / "input" / "d" / "artifacts" / "demo", 2)
+    session.begin()
+    assert {path.name for path in (home / "demo").iterdir()} >= {"search", "config.json"}
 
 
 def test_of_runs_trained_equally_long_the_evaluated_one_is_taken_over(kaggle, capsys):

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from . import __version__, opengl, paths, schema, software
+from .config import Config
 from .demos.demo_files import (
     COLLECTION_ATTR,
     DemoFileError,
@@ -29,7 +30,7 @@ from .demos.demo_files import (
     source_of,
 )
 from .demos.find_demos import scripted_dir
-from .files import atomic_path, inside, read_jsonl, walk
+from .files import atomic_path, inside, read_json, read_jsonl, visible, walk
 from .training.runs import copy_run, description, load_config
 from .training.tracking import connect
 
@@ -216,42 +217,55 @@ def _renderer() -> str:
 
 # --- attached runs and demonstrations ------------------------------------------------------------
 def _take_over_runs() -> str:
-    """Copy attached runs into the artifacts folder, where a run of the same name stays as it is."""
-    runs: dict[str, list[Path]] = {}
+    """Copy attached runs and searches into the artifacts folder; what is there stays as it is."""
+    found: dict[str, list[Path]] = {}
     for place, folders, names in _attached():
-        if "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
-            folders.clear()
-            runs.setdefault(place.name, []).append(place)
-    said = [_guarded(_take_over_run, *pair) for pair in sorted(runs.items())]
-    return "\n".join([*said, "04 resumes the run of its run_name; other settings need another "
-                      "run_name"] if said else ["none"])
+        if place.name == "search" and "search.json" in names:
+            found.setdefault(f"{place.parent.name}/search", []).append(place)
+            folders.clear()  # its trials are no runs
+        elif "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
+            found.setdefault(place.name, []).append(place)
+            folders[:] = [name for name in folders if name == "search"]
+    said = [_guarded(_take_over, *pair) for pair in sorted(found.items())]
+    return "\n".join([*said, "04 resumes the run of its run_name, 05 its search; other settings "
+                      "need another run_name"] if said else ["none"])
 
 
-def _take_over_run(name: str, several: list[Path]) -> str:
-    """Take the usable run with the most epochs, then episodes."""
-    home = paths.run_dir(name)
+def _take_over(name: str, several: list[Path]) -> str:
+    """Of the copies of a run, or of its search, take the usable one that got furthest."""
+    run_name, *below = name.split("/")
+    home = paths.run_dir(run_name).joinpath(*below)
     if home.exists():
-        return (f"{name} is in {home} already ({_progress(home)}) and stays as it is; attached: "
-                f"{'; '.join(map(_progress, several))}")
-    several.sort(key=lambda run: (_lines(run / "metrics.jsonl"), _lines(run / "episodes.jsonl")),
-                 reverse=True)
+        return (f"{name} is in {home} already ({_reached(home)}) and stays as it is; attached: "
+                f"{'; '.join(map(_reached, several))}")
     damaged = []
-    for run in several:
+    for place in sorted(several, key=lambda each: [*_progress(each).values()], reverse=True):
+        settings = "search.json" if below else "config.json"
         try:
-            if not inside(run, "config.json"):
-                raise ValueError(f"{run / 'config.json'} is a link to a file outside the run")
-            load_config(run)
-            description(run)
-            copy_run(run, home, with_searches=True)
-        except (ValueError, OSError) as error:
+            if not inside(place, settings):
+                raise ValueError(f"{place / settings} is a link to a file outside the run")
+            if below:
+                Config.from_dict(read_json(place / settings))
+            else:
+                load_config(place)
+                description(place)
+            copy_run(place, home)
+        except (AttributeError, TypeError, ValueError, OSError) as error:
             damaged.append(str(error))
             continue
-        return "; ".join([f"{name}, {_progress(home)}, from {run}", *damaged])
+        return "; ".join([f"{name}, {_reached(home)}, from {place}", *damaged])
     return f"{name} was not taken over: {'; '.join(damaged)}"
 
 
-def _progress(run: Path) -> str:
-    return f"{_lines(run / 'metrics.jsonl')} epochs, {_lines(run / 'episodes.jsonl')} episodes"
+def _progress(place: Path) -> dict[str, int]:
+    """How far a run or a search got; the first number decides, then the next."""
+    if place.name == "search":
+        return {"trials": len(visible(place, "*/trial.json"))}
+    return {"epochs": _lines(place / "metrics.jsonl"), "episodes": _lines(place / "episodes.jsonl")}
+
+
+def _reached(place: Path) -> str:
+    return ", ".join(f"{count} {what}" for what, count in _progress(place).items())
 
 
 def _lines(path: Path) -> int:

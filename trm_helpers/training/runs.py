@@ -218,16 +218,16 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
     return run
 
 
-def copy_run(run: Path, home: Path, with_searches: bool = False) -> None:
-    """Copy a run to ``home``, without hidden files, searches and links that leave the run.
+def copy_run(run: Path, home: Path) -> None:
+    """Copy a run to ``home``, without hidden files, its search and links that leave the run.
 
-    Files get this user's permissions; ``with_searches`` copies the searches too. The Hugging Face
-    hub's cache is made of links to its own folder ``blobs``.
+    Files get this user's permissions. The Hugging Face hub's cache is made of links to its own
+    folder ``blobs``.
     """
     own = [run, *(folder.parent / "blobs" for folder in run.parents if folder.name == "snapshots"
                   and not (folder.parent / "blobs").is_symlink())]
     places = [source.relative_to(run) for source in visible(run, "**/*") if source.is_file()]
-    places = [place for place in places if with_searches or place.parts[0] != "search"]
+    places = [place for place in places if place.parts[0] != "search"]
     chosen = [place for place in places if any(inside(folder, run / place) for folder in own)]
     if left_out := [str(place) for place in places if place not in chosen]:
         print(f"not copied from {run}, because they link to files outside it: "
