@@ -490,6 +490,21 @@ def test_a_folder_that_cannot_be_written_fails(monkeypatch, folder):
     assert "TRM_ARTIFACTS_DIR" in check.hint
 
 
+def test_a_home_that_this_user_may_not_look_into_is_not_writable(tmp_path):
+    """As with ``sudo -u`` or ``docker run --user``, which keep the variable of another user."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0)
+    program = ("import os, sys, tempfile\nfrom pathlib import Path\n"
+               "from trm_helpers import opengl, preflight\n"
+               "if os.getuid() == 0: os.setuid(65534)\n"
+               "print(opengl._cache_folder().parent == Path(tempfile.gettempdir()))\n"
+               "print(preflight._check_disk('data', Path(sys.argv[1], 'data')).found)")
+    done = subprocess.run([sys.executable, "-c", program, home], capture_output=True, text=True,
+                          env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": "",
+                               "TMPDIR": "/tmp"})
+    assert done.stdout.split("\n", 1) == ["True", f"{home}/data cannot be written\n"], done.stderr
+
+
 @pytest.mark.parametrize("broken", [
     "_check_python", "_check_torch", "_check_versions", "_check_gl", "_check_scene",
     "_check_gpu", "_check_cores", "_check_memory", "_check_disk"])

@@ -308,8 +308,13 @@ def _find_home_and_cache() -> None:
 
 def writable(folder: Path) -> bool:
     """Whether a folder can be written, or created where there is none yet."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    existing = nearest(folder)
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
+
+
+def nearest(path: Path) -> Path:
+    """``path`` or the nearest folder above it that exists, as far as this user may look."""
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import paths, schema
-from .opengl import NVIDIA_EGL, configure_gl, renders_on_cpu, writable
+from .opengl import NVIDIA_EGL, configure_gl, nearest, renders_on_cpu, writable
 from .software import free_memory, installed_version, version_problems
 
 if TYPE_CHECKING:
@@ -183,11 +183,10 @@ def _check_memory() -> Check:
 
 
 def _check_disk(name: str, folder: Path) -> Check:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not writable(folder):
         return Check(f"disk of {name}", "fail", f"{folder} cannot be written",
                      f"set TRM_{name.upper()}_DIR to another folder")
-    free = shutil.disk_usage(existing).free / _GB
+    free = shutil.disk_usage(nearest(folder)).free / _GB
     return _row(f"disk of {name}", free > 3, f"{free:.0f} GB free at {folder}",
                 "the demo needs 3 GB; make room, or set TRM_DATA_DIR and TRM_ARTIFACTS_DIR to "
                 "folders on another disk", "warn" if free > 1 else "fail")
