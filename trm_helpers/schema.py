@@ -148,11 +148,11 @@ def check_suite(suite: str) -> str:
 
 
 def check_training_suite(suite: str) -> str:
-    """Return ``suite``, or raise ``ValueError`` for a suite of LIBERO-PRO."""
-    if check_suite(suite) in PRO_SUITES:
+    """Return ``suite``, or raise ``ValueError`` that lists the suites to train on."""
+    if suite in tuple(PRO_SUITES):
         raise ValueError(f"suite={suite!r} measures robustness and is never trained on; expected "
                          f"one of {', '.join(TRAINING_SUITES)}")
-    return suite
+    return check_option("suite", suite, TRAINING_SUITES)
 
 
 def base_suite(suite: str) -> str:
