@@ -123,6 +123,12 @@ def test_a_baseline_refuses_what_only_runs_use(ignored, capsys):
     assert f"{' '.join(ignored)} has no effect on the baseline 'no-op'" in capsys.readouterr().err
 
 
+def test_a_folder_of_demonstrations_is_for_replays_alone(trained, capsys):
+    assert main(["evaluate", trained.name, "--bound-episodes", "0", "--demo-dir", "folder"]) == 1
+    assert "--demo-dir folder has no effect on an evaluation without --bound-episodes" in (
+        capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("right", ["--no-proprioception", "--epochs=2", "--storage"])
 def test_no_other_option_is_proposed_for_one_that_exists(right, capsys):
     with pytest.raises(SystemExit):

@@ -238,6 +238,8 @@ class Evaluate(_Rollouts):
             planned = plan_baseline(self.run, folder, self.eval, self.suite, self.task_ids)
             bounds = {}
         else:
+            if not self.eval.bound_episodes:
+                _refuse_unused(self, "an evaluation without --bound-episodes", demo_dir="")
             planned = plan_run(self.run, self.eval, self.weights, self.suite, self.task_ids)
             if self.against:
                 comparable(planned, self.against)
