@@ -209,7 +209,7 @@ def write_parts(source: Path, out: Path, megabytes: int) -> None:
     """A tar archive of ``source`` in parts; ``cat part-* | tar -x`` unpacks it."""
     out.mkdir()
     with subprocess.Popen(["tar", "-C", source, "-c", "."], stdout=subprocess.PIPE) as archive:
-        subprocess.run(["split", "-b", f"{megabytes}M", "-d", "-", out / "part-"],
+        subprocess.run(["split", "-b", f"{megabytes}MB", "-d", "-", out / "part-"],
                        stdin=archive.stdout, check=True)
     if archive.returncode:
         raise OSError(f"tar of {source} ended with status {archive.returncode}")

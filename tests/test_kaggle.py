@@ -142,7 +142,7 @@ def test_kernels_name_the_data_set_and_the_notebooks_they_continue(built):
 @pytest.mark.sim
 def test_the_parts_join_to_the_data_set(built, tmp_path):
     parts = sorted((built / "parts").iterdir())
-    assert len(parts) > 1 and all(part.stat().st_size <= 20 * 2**20 for part in parts)
+    assert len(parts) > 1 and all(part.stat().st_size <= 20e6 for part in parts)
     joined = b"".join(part.read_bytes() for part in parts)
     subprocess.run(["tar", "-x", "-C", tmp_path], input=joined, check=True)
     assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == {
