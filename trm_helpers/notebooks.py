@@ -6,7 +6,6 @@ papermill only warns about a parameter that the notebook does not have; here it 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 
 from . import paths
 from .config import PRESETS, Config, check_parameters, from_flat, settings_by_part
-from .files import atomic_path, read_json, visible, write_json
+from .files import atomic_path, digest, read_json, visible, write_json
 from .progress import Stage, without_colours
 from .schema import did_you_mean
 from .sim.parallel import start_process
@@ -310,7 +309,7 @@ def _identity(path: Path, parameters: dict) -> dict:
     cells = [[cell["cell_type"], "".join(cell["source"])]
              for cell in read_json(path, keys=["cells"])["cells"]]
     return {"parameters": json.loads(json.dumps(parameters)),  # as read back: no tuples
-            "source_sha256": hashlib.sha256(json.dumps(cells).encode()).hexdigest()}
+            "source_sha256": digest(json.dumps(cells).encode())}
 
 
 def _recorded(path: Path) -> dict:

@@ -54,29 +54,24 @@ def configure_gl() -> dict:
         RuntimeError: nothing renders, with each reason and the command that installs libraries.
         ValueError: ``MUJOCO_GL`` names a backend that robosuite does not know.
     """
-    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
-        kept = json.loads(os.environ[_RENDERER])  # chosen before, perhaps by a parent process
-        if {"renderer", "ms", "failures"} <= kept.keys() and kept["settings"]["MUJOCO_GL"] and all(
-                os.environ.get(name) == value for name, value in kept["settings"].items()):
-            if renders_on_cpu(kept["renderer"]) or kept["visible"] == _visible_gpus():
-                return kept
-            os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it was chosen for other GPUs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    kept = json.loads(os.environ.get(_RENDERER) or "null")  # perhaps by a parent process
+    if kept and all(os.environ.get(name) == value for name, value in kept["settings"].items()):
+        if renders_on_cpu(kept["renderer"]) or kept["visible"] == visible:
+            return kept
+        os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it was chosen for other GPUs
     _find_home_and_cache()
     failures: list[str] = []
     for settings in gl_settings():
         found = _first_rendering(settings, failures)
         if found:
-            found |= {"failures": failures, "visible": _visible_gpus()}
+            found |= {"failures": failures, "visible": visible}
             for name in found["settings"]:
                 os.environ.pop(name, None)
             os.environ.update(_set(found["settings"]), **{_RENDERER: json.dumps(found)})
             return found
     raise RuntimeError(f"OpenGL does not render ({'; '.join(failures)}); "
                        f"if libraries are missing, {_hint()}")
-
-
-def _visible_gpus() -> str | None:
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def _wanted_backend() -> str:
@@ -119,7 +114,7 @@ def _loadable(library: str) -> bool:
 def _first_rendering(settings: dict, failures: list[str]) -> dict | None:
     """What renders with these settings: the best of EGL's devices, or the backend itself."""
     asked = os.environ.get("MUJOCO_EGL_DEVICE_ID", "")
-    visible = (_visible_gpus() or "").split(",")[0]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     egl = settings["MUJOCO_GL"] == "egl"
     devices = [*filter(str.isdecimal, (asked, visible)), "0"] if egl else [None]
     devices, best = list(dict.fromkeys(devices)), None
