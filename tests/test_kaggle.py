@@ -229,7 +229,7 @@ def test_notebooks_alone_continue_from_attached_outputs(kaggle):
     first = (run / "metrics.jsonl").read_text()
     assert len(first.splitlines()) == 1
     notebook, working = kaggle("04_train", "00_setup", "04_train")
-    assert "attached runs:   tiny, 1 epochs, " in printed(notebook)
+    assert "attached runs:   tiny, 1 epoch, " in printed(notebook)
     both = (working / "artifacts" / "tiny" / "metrics.jsonl").read_text()
     assert len(both.splitlines()) == 2 and both.startswith(first)
 

@@ -501,7 +501,7 @@ def test_a_home_that_this_user_may_not_look_into_is_not_writable(tmp_path):
 @pytest.mark.parametrize("broken", [
     "_check_python", "_check_torch", "_check_versions", "_check_gl", "_check_scene",
     "_check_gpu", "_check_cores", "_check_memory", "_check_disk"])
-@pytest.mark.parametrize("error", [KeyError("PATH"), OSError(5, "bad disk"), SystemExit("no")])
+@pytest.mark.parametrize("error", [KeyError("PATH"), SystemExit("no")])
 def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error):
     def fail(*_):
         raise error

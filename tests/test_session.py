@@ -150,16 +150,10 @@ def test_a_time_that_is_set_already_stays(kaggle, monkeypatch):
     assert software.minutes_left() == pytest.approx(10, abs=0.1)
 
 
-def test_a_time_that_is_none_is_named(monkeypatch):
-    monkeypatch.setenv(software.STOP_AT, "noon")
-    with pytest.raises(ValueError, match="TRM_STOP_AT='noon' is not valid; expected seconds"):
-        software.minutes_left()
-
-
-@pytest.mark.parametrize("given", ["nan", "inf", "-inf"])
-def test_a_time_that_is_not_finite_is_refused(monkeypatch, given):
+@pytest.mark.parametrize("given", ["noon", "nan", "inf", "-inf"])
+def test_a_time_that_is_none_is_named(monkeypatch, given):
     monkeypatch.setenv(software.STOP_AT, given)
-    with pytest.raises(ValueError, match="expected seconds since 1970"):
+    with pytest.raises(ValueError, match=f"TRM_STOP_AT='{given}' is not valid; expected seconds"):
         software.minutes_left()
 
 
@@ -186,7 +180,7 @@ def test_the_run_that_was_trained_longest_is_taken_over(kaggle, layout, capsys):
     assert [path.name for path in home.parent.iterdir()] == ["demo"]
     said = lines(capsys)["attached runs"]
     assert f"demo, 5 epochs, 0 episodes, from {attached}" in said
-    assert f"demo/search, 1 trials, from {attached}" in said
+    assert f"demo/search, 1 trial, from {attached}" in said
     assert said.endswith("other settings need another run_name")
     (home / "metrics.jsonl").write_text("")  # this user's modes, and it stays as it is
     session.begin()

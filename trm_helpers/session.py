@@ -260,12 +260,13 @@ def _take_over(name: str, several: list[Path]) -> str:
 def _progress(place: Path) -> dict[str, int]:
     """How far a run or a search got; the first number decides, then the next."""
     if place.name == "search":
-        return {"trials": len(visible(place, "*/trial.json"))}
-    return {"epochs": _lines(place / "metrics.jsonl"), "episodes": _lines(place / "episodes.jsonl")}
+        return {"trial": len(visible(place, "*/trial.json"))}
+    return {"epoch": _lines(place / "metrics.jsonl"), "episode": _lines(place / "episodes.jsonl")}
 
 
 def _reached(place: Path) -> str:
-    return ", ".join(f"{count} {what}" for what, count in _progress(place).items())
+    return ", ".join(f"{count} {what}{'s' * (count != 1)}"
+                     for what, count in _progress(place).items())
 
 
 def _lines(path: Path) -> int:
