@@ -58,11 +58,11 @@ play: setup
 demo: setup
 	@TRM_STARTED_AT=$(STARTED) $(BIN)/python -m trm_helpers run demo -p demos scripted
 
-lab: setup $(BIN)/jupyter-lab
+lab: $(BIN)/jupyter-lab
 	$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) \
 	    --ServerApp.jpserver_extensions=jupyterlab_jupytext=False notebooks
 
-$(BIN)/jupyter-lab: | $(STAMP)
+$(BIN)/jupyter-lab: | setup
 	@$(INSTALL) jupyterlab $(SHOWN)
 
 # A process per core, up to 4, each with one thread and whole files: fixtures are expensive.

@@ -104,6 +104,8 @@ def test_other_settings_of_an_existing_run_are_refused_before_anything_runs(nb_d
     assert not (nb_dir / "ran").exists()
     run_notebook("04_train", {"preset": "tiny", "run_name": "first", "stop_epoch": 1})
     assert (nb_dir / "ran").exists()
+    # a notebook without a preset decides about its settings itself
+    assert notebooks._checked({"run_name": "first"}, {"run_name": "", "stop_epoch": ""})[1] == run
 
 
 def test_a_notebook_with_a_folder_of_its_own_is_checked_there(nb_dir, tmp_path):

@@ -153,8 +153,8 @@ def _checked(parameters: Mapping, known: Mapping[str, str],
         config = _configuration(checked) if "preset" in known else None
         run_name = checked.get("run_name")
         folder = Path(run_dir or (paths.run_dir(run_name) if run_name else paths.artifacts_dir()))
-        resumes = "stop_epoch" in known and is_trained(folder)
-        if run_name and resumes and (folder / "config.json").exists():
+        resumes = config and run_name and "stop_epoch" in known and is_trained(folder)
+        if resumes and (folder / "config.json").exists():
             refuse_other_settings(folder, config)
         return checked, folder
     runs = {}
