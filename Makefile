@@ -77,7 +77,7 @@ test-fast: setup
 PYTHONS ?= 3.10 3.11 3.12 3.13
 test-pythons:
 	@for version in $(PYTHONS); do \
-	    command -v python$$version > /dev/null || { echo "no python$$version: skipped"; continue; }; \
+	    python$$version -c "" 2> /dev/null || { echo "no python$$version: skipped"; continue; }; \
 	    $(MAKE) test-fast PYTHON=python$$version VENV=.venv-$$version || exit; \
 	done
 
