@@ -118,3 +118,13 @@ def test_every_mark_is_on_a_test():
                 marked += 1
                 assert node.name.lower().startswith("test"), f"{path.name}: {node.name}"
     assert marked > 100
+
+
+def test_make_skips_a_python_of_which_there_is_only_a_shim(tmp_path):
+    """As pyenv leaves them for versions that are not active."""
+    (tmp_path / "python3.12").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "python3.12").chmod(0o755)
+    done = subprocess.run(["make", "test-pythons", "PYTHONS=3.12"], cwd=paths.repo_root(),
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no python3.12: skipped\n"), done.stderr
