@@ -116,26 +116,26 @@ def format_success(summary: Mapping) -> str:
     For the joint suite it gives each suite's counts. It also names failures of the policy, which
     count, and errors of the machine, which do not.
     """
-    tasks = errors = ""
-    for suite, counts in summary.get("suites", {}).items():
-        tasks += f"; {suite} {counts['successes']} of {counts['episodes']}"
-    if "task_mean" in summary:
-        tasks += f"; mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} %"
-        if summary["task_low"] < summary["task_high"]:  # the tasks differ
-            tasks += (" (tasks resampled: "
-                      f"{interval_text(summary['task_low'], summary['task_high'])} %)")
-    if summary.get("policy_errors"):
-        errors += (f"; counted as failures: {_episodes(summary['policy_errors'])} in which the "
-                   "policy raised an error or gave no valid action")
-    if summary.get("errors"):
-        errors += (f"; not counted: {_episodes(len(summary['errors']))} that the machine could not "
-                   "run (simulator, process or time limit)")
     spread = (f" (standard deviation {summary['std_length']:.1f})"
               if summary["episodes"] > 1 else "")
-    return (f"{summary['successes']} of {summary['episodes']} episodes, "
-            f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
-            f"{interval_text(summary['wilson_low'], summary['wilson_high'])} %), "
-            f"mean length {summary['mean_length']:.1f} steps{spread}{tasks}{errors}")
+    parts = [f"{summary['successes']} of {summary['episodes']} episodes, "
+             f"success rate {100 * summary['success_rate']:.0f} % (95 % Wilson interval "
+             f"{interval_text(summary['wilson_low'], summary['wilson_high'])} %), "
+             f"mean length {summary['mean_length']:.1f} steps{spread}"]
+    parts += [f"{suite} {counts['successes']} of {counts['episodes']}"
+              for suite, counts in summary.get("suites", {}).items()]
+    if "task_mean" in summary:
+        low, high = summary["task_low"], summary["task_high"]
+        resampled = f" (tasks resampled: {interval_text(low, high)} %)" if low < high else ""
+        parts.append(f"mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} %"
+                     f"{resampled}")
+    if summary.get("policy_errors"):
+        parts.append(f"counted as failures: {_episodes(summary['policy_errors'])} in which the "
+                     "policy raised an error or gave no valid action")
+    if summary.get("errors"):
+        parts.append(f"not counted: {_episodes(len(summary['errors']))} that the machine could not "
+                     "run (simulator, process or time limit)")
+    return "; ".join(parts)
 
 
 def _episodes(count: int) -> str:
