@@ -45,7 +45,10 @@ def test_the_pinned_simulator_is_installed():
     check_pinned_versions()
 
 
-def test_another_mujoco_is_refused_with_the_pip_command(monkeypatch):
+def test_another_mujoco_and_a_missing_package_are_named_with_the_pip_command(monkeypatch):
+    pretend_versions(monkeypatch, robosuite=None)
+    with pytest.raises(RuntimeError, match=r"robosuite is missing: needs 1\.4\.0; run: "):
+        check_pinned_versions()
     pretend_versions(monkeypatch, mujoco="3.17.0")
     with pytest.raises(RuntimeError, match=r"mujoco 3\.17\.0: needs 3\.3\.2; run: .*"
                                            r"-m pip install mujoco==3\.3\.2$"):
@@ -54,12 +57,6 @@ def test_another_mujoco_is_refused_with_the_pip_command(monkeypatch):
     assert rows["mujoco"].status == "fail"
     assert rows["mujoco"].hint.endswith("-m pip install mujoco==3.3.2")
     assert rows["robosuite"].status == "ok"
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    pretend_versions(monkeypatch, robosuite=None)
-    with pytest.raises(RuntimeError, match=r"robosuite is missing: needs 1\.4\.0; run: "):
-        check_pinned_versions()
 
 
 def test_hf_libero_beside_ours_is_refused(monkeypatch):

@@ -365,11 +365,12 @@ class Config:
         Raises ``ValueError`` for a key that is not a setting.
         """
         check_names(values, ["preset", *PARTS], "part of a configuration")
-        parts = {name: migrate(values.get(name, {})) for name in PARTS}
+        parts = {}
         for name, kind in PARTS.items():
-            check_names(parts[name], list(types_of(kind)), f"{name} setting")
-        return cls(preset=values.get("preset", "reference"),
-                   **{name: kind(**parts[name]) for name, kind in PARTS.items()})
+            given = migrate(values.get(name, {}))
+            check_names(given, list(types_of(kind)), f"{name} setting")
+            parts[name] = kind(**given)
+        return cls(preset=values.get("preset", "reference"), **parts)
 
     def replace(self, **settings) -> Config:
         """A copy with the named settings changed, whichever part they belong to."""
