@@ -100,6 +100,19 @@ def test_a_delay_near_the_middle_decides_nothing(tmp_path, monkeypatch, delay, e
     assert measure_alignment(path)[0] == expected
 
 
+@pytest.mark.parametrize("step", [0, 1, -3, -2])
+def test_an_axis_that_is_commanded_in_one_step_tells_nothing(tmp_path, step):
+    """At some of the delays its commands do not vary: it correlates with nothing."""
+    def once_upwards(values, demo):
+        values = values.copy()
+        values[:, 2], values[step, 2] = 0, 0.3
+        return values
+
+    path = small(tmp_path / "soup_demo.hdf5", (40,), "raw", states=None, actions=once_upwards)
+    name, evidence = measure_alignment(path)
+    assert name == "raw" and evidence["delay"] == pytest.approx(1.1, abs=0.1)
+
+
 def still(values, demo):
     return np.zeros_like(values)
 

@@ -85,8 +85,9 @@ def _action_delay(demos: list[h5py.Group]) -> float | None:
     """Control steps from an action to the displacement that correlates best with it.
 
     Correlations with ``actions[t - delay]``, averaged over x, y and z, are taken at whole delays;
-    the peak is the vertex of the parabola through the best and its neighbours. None when the arm
-    stands still or the best is at either end.
+    the peak is the vertex of the parabola through the best and its neighbours. Axes without motion,
+    or whose command does not change, are left out. None when none is left or the best delay is at
+    either end.
     """
     delays = np.arange(-1, 4)
     moves, actions = [], []
@@ -96,7 +97,8 @@ def _action_delay(demos: list[h5py.Group]) -> float | None:
         moves.append(move[steps])
         actions.append(demo["actions"][()][steps - delays[:, None], :3])  # (delays, steps, 3)
     move, action = np.concatenate(moves), np.concatenate(actions, axis=1)
-    moving = [i for i in range(3) if len(move) and move[:, i].std() and action[0, :, i].std()]
+    moving = [i for i in range(3)
+              if len(move) and move[:, i].std() and action[:, :, i].std(axis=1).all()]
     if not moving:
         return None
     score = [np.mean([np.corrcoef(move[:, i], late[:, i])[0, 1] for i in moving])
