@@ -45,7 +45,7 @@ def test_a_whole_file_passes(tmp_path):
         ({"ee_pos": None, "eye_in_hand_rgb": None},
          "demo_0: missing obs/ee_pos, obs/eye_in_hand_rgb; found .*actions"),
         ({"actions": lambda a, demo: a[:, :6]}, r"demo_0, actions: .*\(5, 6\); expected \(5, 7\)"),
-        ({"actions": lambda a, demo: a[0, 0]}, r"demo_0, actions: has shape \(\)"),
+        ({"actions": lambda a, demo: a[0, 0]}, r"demo_0, actions: has shape \(\) and no steps"),
         ({"ee_pos": lambda a, demo: a[:-1]}, r"obs/ee_pos: .*\(4, 3\); expected \(5, 3\)"),
         ({"agentview_rgb": lambda a, demo: a / 255.0}, "agentview_rgb: has type float64; .*int8"),
         ({"agentview_rgb": lambda a, demo: a[..., 0]}, r"rgb: .*expected \(5, any, any, 3\)"),
@@ -56,8 +56,9 @@ def test_a_whole_file_passes(tmp_path):
         (changed("actions", (0, 0), -1.5), "demo_1, actions: values from -1.5 to 1; .*-1, 1"),
         (changed("ee_pos", (6, 0), 1e39), "demo_1, obs/ee_pos: NaN or infinite"),  # in float32
         ({"agentview_rgb": lambda a, demo: a[:, :0]}, r"rgb: has shape \(5, 0, 4, 3\)"),
-        ({"states": lambda a, demo: np.full(len(a), b"x")}, "states: has type .S1"),
-        ({"lengths": (5, 0)}, "demo_1: has no steps"),
+        ({"states": lambda a, demo: np.full(a.shape, b"x")}, "states: has type .S1"),
+        (changed("states", (3, 9), np.nan), "demo_1, states: NaN or infinite at 1 of 7 .*step 3"),
+        ({"lengths": (5, 0)}, r"demo_1, actions: has shape \(0, 7\) and no steps"),
         ({"lengths": ()}, r"no demonstrations; expected groups demo_0, .*found nothing"),
     ],
 )
@@ -114,6 +115,8 @@ def replace(name, value=None):
      r"expected groups demo_0.*found \['trial a', 'trial b'\]"),
     (replace("data/demo_0/obs/ee_ori", h5py.SoftLink("/data/nothing")),
      "obs/ee_ori: a link to /data/nothing, which does not exist"),
+    (lambda file: file["data/demo_1"].create_group("executed_actions"),
+     "demo_1, executed_actions: is a group, not a data set; expected 7 steps"),
     (lambda file: file["data/demo_1"].create_dataset("executed_actions", data=np.zeros((7, 6))),
      r"demo_1, executed_actions: has shape \(7, 6\); expected \(7, 7\)"),
 ])
@@ -367,6 +370,7 @@ def test_demonstrations_are_ordered_by_number(tmp_path):
 @pytest.mark.parametrize("names", [
     ["demo_1", "demo_2", "demo_5", "demo_10"], ["0", "1", "2", "10"],
     ["demo_007", "demo_8", "demo_0010", "demo_11"], ["a_9", "a_10", "b_1", "b_2"],
+    ["demo_1", "demo_2", "demo_" + 5000 * "9", "\u0663_1"],
 ])
 def test_every_reader_takes_the_demonstrations_there_are_in_natural_order(tmp_path, names):
     def rename(file):

@@ -116,7 +116,7 @@ def demo_names(file: h5py.File) -> list[str]:
         raise DemoFileError(f"{file.filename}: no demonstrations; expected groups demo_0, demo_1, "
                             f"... in {schema.DATA_GROUP!r}, found {sorted(group) or 'nothing'}")
     return sorted(names, key=lambda name: (
-        [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)], name))
+        re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name))
 
 
 def dataset_names(demo: h5py.Group) -> list[str]:
@@ -205,9 +205,9 @@ def check_demo_file(path: str | Path) -> None:
     """Raise :class:`DemoFileError` unless every demonstration of the file can be trained on.
 
     Checked: the file opens; ``actions``, both cameras and the proprioception exist, with the shapes
-    and types of LIBERO's layout and one length of at least one step per demonstration; numbers are
-    finite; actions lie in [-1, 1]; the attributes that this package reads have their types. Images
-    are not read.
+    and types of LIBERO's layout and one length of at least one step per demonstration; numbers,
+    also those of ``states`` if present, are finite; actions lie in [-1, 1]; the attributes with the
+    alignment, the collection and its version have their types. Images are not read.
     """
     with open_demo_file(path) as file:
         names, data = demo_names(file), file[schema.DATA_GROUP]
@@ -218,32 +218,33 @@ def check_demo_file(path: str | Path) -> None:
             _version(data[name])
 
 
+# data sets of a demonstration: type, and shape after time
+_REQUIRED = {"actions": ("f", (schema.ACTION_DIM,)),
+             **{f"obs/{name}": ("f", (width,)) for name, width in schema.LOW_DIM.items()},
+             **{f"obs/{name}": ("u", (None, None, 3)) for name in schema.CAMERAS}}
+_OPTIONAL = {schema.EXECUTED_ACTIONS: _REQUIRED["actions"], "states": ("f", (None,))}
+
+
 def _check_demo(demo: h5py.Group, where: str) -> None:
     if not isinstance(demo, h5py.Group):
         raise DemoFileError(f"{where}: not a group; expected one with actions and obs")
-    layout = {"actions": ("f", (schema.ACTION_DIM,))}  # name -> type, shape after time
-    layout |= {f"obs/{name}": ("f", (width,)) for name, width in schema.LOW_DIM.items()}
-    layout |= {f"obs/{name}": ("u", (None, None, 3)) for name in schema.CAMERAS}
     datasets = dataset_names(demo)
-    missing = [name for name in layout if name not in datasets]
+    missing = [name for name in _REQUIRED if name not in datasets]
     if missing:
         raise DemoFileError(f"{where}: missing {', '.join(missing)}; "
                             f"found data sets {datasets or 'none'}")
-    if demo["actions"].shape[:1] == (0,):
-        raise DemoFileError(f"{where}: has no steps; expected at least one")
-    length = demo["actions"].shape[0] if demo["actions"].shape else None
-    if schema.EXECUTED_ACTIONS in demo:
-        layout[schema.EXECUTED_ACTIONS] = layout["actions"]
-    for name in schema.DEMO_DATASETS:
-        if name in demo and (name not in datasets or demo[name].shape[:1] != (length,)):
+    actions = demo["actions"][()]
+    if actions.shape[:1] in ((), (0,)):
+        raise DemoFileError(f"{where}, actions: has shape {actions.shape} and no steps; expected "
+                            "at least one step")
+    for name in (*schema.DEMO_DATASETS, schema.EXECUTED_ACTIONS):
+        if name in demo and (name not in datasets or demo[name].shape[:1] != (len(actions),)):
             raise DemoFileError(
                 f"{where}, {name}: {'has shape' if name in datasets else 'is a group, not'} "
-                f"{getattr(demo[name], 'shape', 'a data set')}; expected {length} steps")
-    for name, (kind, shape) in layout.items():
-        _check_values(demo[name], kind, (length, *shape), f"{where}, {name}")
-    if "states" in demo and demo["states"].dtype.kind not in "fiu":
-        raise DemoFileError(f"{where}, states: has type {demo['states'].dtype}; expected numbers")
-    actions = demo["actions"][()]
+                f"{getattr(demo[name], 'shape', 'a data set')}; expected {len(actions)} steps")
+    for name, (kind, shape) in {**_REQUIRED, **_OPTIONAL}.items():
+        if name in demo:
+            _check_values(demo[name], kind, (len(actions), *shape), f"{where}, {name}")
     if np.abs(actions).max() > 1 + 1e-6:
         raise DemoFileError(f"{where}, actions: values from {actions.min():.4g} to "
                             f"{actions.max():.4g}; expected within [-1, 1]")
