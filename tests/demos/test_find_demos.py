@@ -192,6 +192,14 @@ def test_a_task_with_only_unusable_files_is_an_error_that_names_them_all(tmp_pat
     assert f"{second}, demo_0: missing obs/ee_pos" in str(error.value)
 
 
+def test_faults_of_files_from_another_source_do_not_matter(tmp_path, capsys):
+    files = [small(tmp_path / name / "soup_demo.hdf5", collection=SCRIPTED, ee_pos=None)
+             for name in "ab"]
+    found, left_out = survey_demonstrations([tmp_path], ["soup"], ["human"])
+    assert (found, left_out) == ({}, dict.fromkeys(files, "scripted, not human"))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_good_file_of_another_source_leaves_the_task_without_one(tmp_path):
     bad = truncated(tmp_path / "a" / "soup_demo.hdf5")
     good = small(tmp_path / "b" / "soup_demo.hdf5", collection=SCRIPTED)

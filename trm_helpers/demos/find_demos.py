@@ -59,27 +59,25 @@ def survey_demonstrations(
 
 def _choose(files: list[Path], sources: Sequence[str]) -> tuple[Path | None, dict[Path, str]]:
     """The file to use of one task's, None without any of ``sources``, and why not the others."""
-    ranked, left_out, errors = [], {}, []
+    ranks, left_out, errors = {}, {}, []
     for path in files:
         try:
             source = source_of(path) if sources else ""
+            if sources and source not in sources:
+                left_out[path] = f"{source}, not {', '.join(sources)}"
+                continue
             if len(files) > 1:  # a single file is checked by its reader
                 check_demo_file(path)
+            ranks[path] = sources.index(source) if sources else 0
         except DemoFileError as error:
             errors.append(error)
             left_out[path] = "unusable" + str(error).removeprefix(str(path))
-            continue
-        if sources and source not in sources:
-            left_out[path] = f"{source}, not {', '.join(sources)}"
-        else:
-            ranked.append((sources.index(source) if sources else 0, path))
     if len(errors) == len(files):
         raise DemoFileError("; ".join(map(str, errors)))
-    chosen = min(ranked, key=lambda each: each[0])[1] if ranked else None
+    chosen = min(ranks, key=ranks.get, default=None)
     for error in errors:
         print(f"skipped {error}" + (f"; {chosen} is used" if chosen else ""))
-    return chosen, left_out | {path: f"{chosen} comes first" for _, path in ranked
-                               if path != chosen}
+    return chosen, left_out | {path: f"{chosen} comes first" for path in ranks if path != chosen}
 
 
 def _hdf5_files(folder: Path) -> list[Path]:
