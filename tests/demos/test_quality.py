@@ -224,11 +224,31 @@ def test_a_real_demonstration_is_good_in_everything(real):
 
 
 @pytest.mark.sim
+def test_frames_of_another_size_and_a_damaged_model_are_named(real, tmp_path):
+    path, env = real
+    with h5py.File(path) as source, h5py.File(tmp_path / "other.hdf5", "w") as file:
+        source.copy("data", file)
+        small = file["data/demo_0/obs/agentview_rgb"][:, ::2, ::2]
+        del file["data/demo_0/obs/agentview_rgb"]
+        file["data/demo_0/obs/agentview_rgb"] = small
+    card = verdicts(tmp_path / "other.hdf5", env=env)
+    assert (card["orientation, agent view"]["verdict"], card["orientation, agent view"]["found"]
+            ) == ("bad", "frames have shape (64, 64, 3)")
+    assert card["replay"]["verdict"] == "good"  # which needs no frames
+    with h5py.File(tmp_path / "other.hdf5", "a") as file:
+        file["data/demo_0"].attrs["model_file"] = "<mujoco"
+    card = verdicts(tmp_path / "other.hdf5", env=env)
+    assert "the stored model has no bodies" in card["states"]["found"]
+
+
+@pytest.mark.sim
 def test_states_that_are_missing_or_of_another_task_are_bad(real, write, tmp_path):
     path, env = real
-    for states in (None, lambda values, demo: values):  # 110 numbers, of no task
+    for states in (None, lambda values, demo: values[:, 1:]):  # 109 numbers in place of 110
         card = verdicts(write(states=states), env=env)
         assert card["states"]["verdict"] == "bad" and "replay" not in card
+        assert ("/data/demo_0 holds no states" if states is None else "state has shape (109,)"
+                ) in card["states"]["found"]
         assert env.task.name in card["states"]["expected"]
     assert "replay" not in (card := verdicts(path, env=env, replays=0)) and "states" not in card
     with pytest.raises(ValueError, match="replays=-1 is not valid; expected >= 0"):
@@ -303,3 +323,6 @@ def test_fixtures_stand_where_the_stored_model_has_them():
             np.testing.assert_allclose(now, place, atol=1e-6)  # the XML rounds
         with pytest.raises(ValueError, match="teapot.*expected only bodies of"):
             env.set_fixtures('<mujoco><worldbody><body name="teapot"/></worldbody></mujoco>')
+        for damaged in ("", "<mujoco/>", stored[:1000], np.int64(3)):
+            with pytest.raises(ValueError, match="has no bodies; expected only bodies of pick_up"):
+                env.set_fixtures(damaged)

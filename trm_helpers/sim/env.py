@@ -272,15 +272,18 @@ class LiberoEnv(contextlib.AbstractContextManager):
     def set_fixtures(self, model_xml: str) -> None:
         """Move the fixtures to their places in a stored model, until the next reset.
 
-        Raises ``ValueError`` for a model with other bodies than this task's.
+        Raises ``ValueError`` for a model with other bodies than this task's, or without any.
         """
         self._official_start = None
         model = self.sim.model
-        bodies = ElementTree.fromstring(model_xml).find("worldbody").findall("body")
-        unknown = {body.get("name") for body in bodies} - set(model.body_names)
-        if unknown:
-            raise ValueError(f"the stored model has {', '.join(sorted(unknown))}; expected only "
-                             f"bodies of {self.task.name}")
+        try:
+            bodies = ElementTree.fromstring(model_xml).findall("worldbody/body")
+        except (ElementTree.ParseError, TypeError):  # not XML, not text
+            bodies = []
+        unknown = {str(body.get("name")) for body in bodies} - set(model.body_names)
+        if unknown or not bodies:
+            raise ValueError(f"the stored model has {', '.join(sorted(unknown)) or 'no bodies'}; "
+                             f"expected only bodies of {self.task.name}")
         for body in bodies:
             index = model.body_name2id(body.get("name"))
             for name, values in (("pos", model.body_pos), ("quat", model.body_quat)):
