@@ -31,7 +31,7 @@ from trm_helpers.demos.demo_files import DemoFileError, check_demo_file
 from trm_helpers.demos.quality import quality_card
 from trm_helpers.demos.skills import Style
 from trm_helpers.files import exclusive_lock
-from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.sim.env import LayoutError, LiberoEnv
 from trm_helpers.sim.parallel import WorkerDied
 
 
@@ -44,6 +44,15 @@ def last_first(job, items, *, workers, group, wanted):
         for item in reversed(two):
             if wanted(item):
                 yield item, job(item), None
+
+
+def alternately(job, items, *, workers, group, wanted):
+    """In place of ``run_jobs``: an item of each group in turn."""
+    done = []
+    while left := [item for item in items if item not in done and wanted(item)]:
+        item = min(left, key=lambda item: sum(group(each) == group(item) for each in done))
+        done.append(item)
+        yield item, job(item), None
 
 
 def run_attempts(monkeypatch, attempt, known, num_demos):
@@ -286,7 +295,8 @@ def test_the_command_in_the_error_collects_the_file_that_is_missing(tmp_path, mo
 
 
 def test_tasks_are_collected_side_by_side_and_equal_those_made_alone(quick, tmp_path):
-    files = collect_tasks("libero_object", [2, 0], 3, tmp_path / "both", workers=2)
+    files = collect_tasks("libero_object", np.array([2, 0]), 3, tmp_path / "both", workers=2,
+                          seed=np.int64(0))
     assert list(files) == [0, 2]
     assert [sorted(path.name for path in visible(tmp_path / "both"))] == [
         sorted(path.name for path in files.values())]
@@ -306,6 +316,39 @@ def test_a_task_that_is_given_up_costs_no_other(quick, tmp_path, monkeypatch):
         collect_tasks("libero_object", [0, 1, 2], 3, tmp_path / "some", workers=0)
     made = visible(tmp_path / "some")
     assert len(made) == 2 and not any("alphabet_soup" in path.name for path in made)
+
+
+def test_a_task_that_is_given_up_as_the_time_ends_costs_no_demonstration_of_another(
+        quick, tmp_path, monkeypatch):
+    real, made = collect._attempt, []
+
+    def attempt(*given):
+        made.append(given[0]["task_id"])
+        if made.count(0) >= 20 and 1 in made:
+            monkeypatch.setenv("TRM_STOP_AT", "0")
+        return None if given[0]["task_id"] == 0 else real(*given)
+
+    monkeypatch.setattr(collect, "_attempt", attempt)
+    monkeypatch.setattr(collect, "run_jobs", alternately)
+    with pytest.raises(RuntimeError, match="failed 20 of 20 attempts at .*alphabet_soup"):
+        collect_tasks("libero_object", [0, 1], 40, tmp_path / "some")
+    (path,) = visible(tmp_path / "some")
+    with h5py.File(path) as file:
+        assert 0 < len(file["data"]) < 40
+
+
+def test_a_seed_without_a_layout_is_a_failed_attempt(tmp_path, monkeypatch, capsys):
+    """It would have none the next time either, and no file could ever be completed."""
+    def no_layout(*_):
+        raise LayoutError("a task: no free places")
+
+    monkeypatch.setattr(collect.layouts, "reset", no_layout)
+    monkeypatch.setattr(collect, "worker_env", lambda *_: None)
+    settings = {"suite": "libero_object", "task_id": 0, "seed": 0, "disturb": True,
+                "placement": "wide"}
+    assert collect._attempt(settings, None, tmp_path, 3) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt_00003.failed"]
+    assert "counts as a failure: a task: no free places" in capsys.readouterr().out
 
 
 def test_collecting_stops_in_time_and_the_next_call_continues(quick, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from ..config import Config
 from ..files import atomic_path, differences, exclusive_lock, read_json
 from ..opengl import simulator_imports
 from ..sim import layouts
-from ..sim.env import LiberoEnv, load_task, quiet, worker_env
+from ..sim.env import LayoutError, LiberoEnv, load_task, quiet, worker_env
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
 from .dagger import Actor, Mixture
@@ -133,8 +133,9 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
         raise ValueError(f"suite={suite!r} has no demonstrations of its own; expected one of "
                          f"{', '.join(schema.JOINED)}, or ensure_demonstrations")
     tasks = {}
-    for task_id in sorted(set(task_ids)):  # in one order, as two calls may lock the same tasks
-        settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": seed,
+    # in one order, as two calls may lock the same tasks; as Python's integers, for the JSON
+    for task_id in sorted({int(task_id) for task_id in task_ids}):
+        settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": int(seed),
                     "disturb": disturb and actor is None, "placement": placement,
                     "observations": "what env.step returned", **schema.PINNED}
         if actor:
@@ -288,12 +289,12 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
                 given_up[folder] = reason
             elif task.found == task.num_demos:
                 task.write()
-    if given_up:
-        raise RuntimeError("; ".join(given_up.values()))
-    short = [task for task in tasks if task.found < task.num_demos]
+    short = [task for task in tasks if task.found < task.num_demos and task.parts not in given_up]
     for task in short:
         if task.found:
             task.write()  # the next call extends it
+    if given_up:
+        raise RuntimeError("; ".join(given_up.values()))
     if short:
         counts = ", ".join(f"{task.found} of {task.num_demos} of {task.name}" for task in short)
         raise TimeoutError(f"the session's time is up; demonstrations so far: {counts}. They are "
@@ -413,9 +414,13 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
     Returns:
         ``observations`` before each action, the expert's ``actions`` (T, 7), the
         ``executed_actions`` (T, 7), the ``states`` (T, S) before each action, and ``attributes``.
-        ``None`` when the expert fails; an actor's episode is kept.
+        ``None`` when the expert fails or the seed gives no layout; an actor's episode is kept.
     """
-    observation = layouts.reset(env, int(generator.integers(2**31)), placement)
+    try:
+        observation = layouts.reset(env, int(generator.integers(2**31)), placement)
+    except LayoutError as error:
+        print(f"an attempt without a layout counts as a failure: {error}")
+        return None
     expert = Expert(env, Style.sample(generator))
     disturbance = Disturbance(generator) if disturb else None
     mixture = actor and Mixture(env, actor.source.make(env), actor.beta, expert, generator)

@@ -119,6 +119,10 @@ class SimulatorError(RuntimeError):
     """The simulator failed, not the policy that read from it."""
 
 
+class LayoutError(RuntimeError):
+    """A seed gives no layout of the objects, now and whenever it is tried again."""
+
+
 class Observation(Mapping):
     """What a policy may see: low-dimensional arrays, and frames rendered when first read.
 
@@ -224,7 +228,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
         Raises:
             ValueError: unknown init state, or an init state together with ``arrange``.
-            RuntimeError: no collision-free layout found.
+            LayoutError: no collision-free layout found.
         """
         if arrange and init_state is not None:
             raise ValueError(f"init_state={init_state} cannot be combined with arrange; expected "
@@ -409,8 +413,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
                 _use_context_of(self.raw)  # a hard reset frees the old model's renderer
                 self.raw.reset()
                 return
-        raise RuntimeError(f"{self.task.name}: no collision-free layout of the objects in "
-                           f"{_MAX_PLACEMENT_TRIES} tries")
+        raise LayoutError(f"{self.task.name}: no collision-free layout of the objects in "
+                          f"{_MAX_PLACEMENT_TRIES} tries")
 
     def _rewind(self) -> None:
         """Reset the robot and the clock, but keep the model and its fixtures; saves 2 s.

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 
 from .. import schema
-from .env import LiberoEnv, Observation
+from .env import LayoutError, LiberoEnv, Observation
 from .geometry import Boxes, geoms_of, overreach
 
 _MARGIN = 0.05  # metres beyond the regions that the task itself uses
@@ -39,7 +39,7 @@ def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
     Call it after a reset, before the objects settle.
 
     Raises:
-        RuntimeError: no free places found.
+        LayoutError: no free places found.
     """
     low, high = _area(env)
     goal = env.goal_parts().values()
@@ -55,8 +55,8 @@ def randomise_layout(env: LiberoEnv, generator: np.random.Generator,
         if all(_in_sight(env, name, staying) for name in names if name in goal):
             return
         _move(env, {name: -move for name, move in moves.items()})
-    raise RuntimeError(f"{env.task.name}: no free places for {', '.join(names)} in {_ROUNDS} "
-                       "rounds; expected all within the arm's reach, the goal's in sight")
+    raise LayoutError(f"{env.task.name}: no free places for {', '.join(names)} in {_ROUNDS} "
+                      "rounds; expected all within the arm's reach, the goal's in sight")
 
 
 def _sample_moves(env, names, obstacles, low, high, generator) -> dict[str, np.ndarray] | None:
