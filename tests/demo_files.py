@@ -10,6 +10,8 @@ import numpy as np
 
 from trm_helpers.config import Config
 
+LONG = (40, 40)
+SCRIPTED = {"expert": "pick and place"}
 RAW_FRACTION, SHIFT_FRACTION = -0.1, 0.9  # where on the step robosuite samples an observation
 
 
@@ -69,6 +71,17 @@ def write_demo_file(
             values = _values(demo, length, alignment, image_size, seed)
             _write_demo(group.create_group(f"demo_{demo}"), values, overrides, demo)
     return path
+
+
+def small(path, lengths=(5, 7), alignment="raw", **settings):
+    """:func:`write_demo_file` with frames of four pixels."""
+    return write_demo_file(path, lengths, alignment, image_size=4, **settings)
+
+
+def fingers(values, demo):
+    """Open (8 cm) until a step after the command to close, which comes at step 3; an override."""
+    width = np.where(np.arange(len(values)) < 5, 0.04, 0.02)
+    return np.stack([width, -width], axis=1)
 
 
 def _values(demo, length, alignment, image_size, seed) -> dict[str, np.ndarray]:

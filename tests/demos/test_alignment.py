@@ -1,17 +1,11 @@
 import h5py
 import numpy as np
 import pytest
-from demo_files import joints_at, position_at, write_demo_file
+from demo_files import LONG, joints_at, position_at, small
 
 from trm_helpers.demos import alignment as alignments
 from trm_helpers.demos.alignment import measure_alignment, resolve_alignment
 from trm_helpers.demos.demo_files import DemoFileError
-
-LONG = (40, 40)
-
-
-def small(path, lengths=(5, 7), alignment="raw", **settings):
-    return write_demo_file(path, lengths, alignment, image_size=4, **settings)
 
 
 @pytest.mark.parametrize(("alignment", "fraction"), [("raw", -0.1), ("shift", 0.9)])

@@ -6,7 +6,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from demo_files import data_set, grey_at, write_demo_file
+from demo_files import LONG, SCRIPTED, data_set, fingers, grey_at, small
 
 from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.demos import collect, demo_files
@@ -14,13 +14,6 @@ from trm_helpers.demos.alignment import measure_alignment, resolve_alignment
 from trm_helpers.demos.demo_files import DemoFileError, check_demo_file, source_of
 from trm_helpers.demos.explore import explore_libero_dataset
 from trm_helpers.demos.quality import frame_size, quality_card
-
-SCRIPTED = {"expert": "pick and place"}
-LONG = (40, 40)
-
-
-def small(path, lengths=(5, 7), alignment="raw", **settings):
-    return write_demo_file(path, lengths, alignment, image_size=4, **settings)
 
 
 def changed(name, index, value):
@@ -281,12 +274,6 @@ def test_links_in_circles_end(tmp_path):
 
 
 # --- gripper -------------------------------------------------------------------------------------
-def fingers(values, demo):
-    """Open (8 cm) until a step after the command to close, which comes at step 3."""
-    width = np.where(np.arange(len(values)) < 5, 0.04, 0.02)
-    return np.stack([width, -width], axis=1)
-
-
 def gripper(function):
     def change(values, demo):
         return np.hstack([values[:, :6], function(values[:, 6:])])

@@ -3,18 +3,11 @@ import json
 import h5py
 import numpy as np
 import pytest
-from demo_files import action_at, grey_at, write_demo_file
+from demo_files import LONG, SCRIPTED, action_at, grey_at, small
 
 from trm_helpers import schema
 from trm_helpers.demos.demo_files import DemoFileError, instruction_of
 from trm_helpers.demos.explore import explore_libero_dataset
-
-SCRIPTED = {"expert": "pick and place"}
-LONG = (40, 40)
-
-
-def small(path, lengths=(5, 7), alignment="raw", **settings):
-    return write_demo_file(path, lengths, alignment, image_size=4, **settings)
 
 
 def test_explore_reports_what_was_written(tmp_path):

@@ -1,6 +1,6 @@
 import h5py
 import pytest
-from demo_files import write_demo_file
+from demo_files import SCRIPTED, small
 
 from trm_helpers import paths
 from trm_helpers.demos.demo_files import DemoFileError, source_of
@@ -10,12 +10,6 @@ from trm_helpers.demos.find_demos import (
     left_out_text,
     survey_demonstrations,
 )
-
-SCRIPTED = {"expert": "pick and place"}
-
-
-def small(path, lengths=(5, 7), alignment="raw", **settings):
-    return write_demo_file(path, lengths, alignment, image_size=4, **settings)
 
 
 def found_in(folders, *tasks, **settings):
