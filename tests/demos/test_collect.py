@@ -297,7 +297,7 @@ def test_the_command_in_the_error_collects_the_file_that_is_missing(tmp_path, mo
 def test_tasks_are_collected_side_by_side_and_equal_those_made_alone(quick, tmp_path):
     files = collect_tasks("libero_object", np.array([2, 0]), 3, tmp_path / "both", workers=2,
                           seed=np.int64(0))
-    assert list(files) == [0, 2]
+    assert list(files) == [2, 0]  # a run's tasks and their files are read side by side
     assert [sorted(path.name for path in visible(tmp_path / "both"))] == [
         sorted(path.name for path in files.values())]
     for task_id, path in files.items():

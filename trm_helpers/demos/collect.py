@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import paths, schema
-from ..config import Config
+from ..config import Config, DataConfig
 from ..files import atomic_path, differences, exclusive_lock, read_json
 from ..opengl import simulator_imports
 from ..sim import layouts
@@ -121,7 +121,7 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
 def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: str | os.PathLike,
                   *, seed: int = 0, workers: int | None = None, disturb: bool = True,
                   placement: str = "benchmark", actor: Actor | None = None) -> dict[int, Path]:
-    """:func:`collect_demonstrations` of several tasks side by side; the file of each.
+    """:func:`collect_demonstrations` of several tasks side by side; the file of each, in order.
 
     If the expert fails too often on one task, the others are completed before the error.
     """
@@ -132,9 +132,8 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
     if suite == schema.JOINT_SUITE:
         raise ValueError(f"suite={suite!r} has no demonstrations of its own; expected one of "
                          f"{', '.join(schema.JOINED)}, or ensure_demonstrations")
-    tasks = {}
-    # in one order, as two calls may lock the same tasks; as Python's integers, for the JSON
-    for task_id in sorted({int(task_id) for task_id in task_ids}):
+    task_ids, tasks = [int(task_id) for task_id in task_ids], {}  # Python's own, for the JSON
+    for task_id in sorted(set(task_ids)):  # in one order, as two calls may lock the same tasks
         settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": int(seed),
                     "disturb": disturb and actor is None, "placement": placement,
                     "observations": "what env.step returned", **schema.PINNED}
@@ -157,7 +156,7 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
             task.open()
         if incomplete:
             _collect(incomplete, workers)
-    return {task_id: task.path for task_id, task in tasks.items()}
+    return {task_id: tasks[task_id].path for task_id in task_ids}
 
 
 class _Collection:
@@ -314,17 +313,24 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
             files are found.
     """
     data = config.data
-    tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
-    names = [task.name for task in tasks.values()]
     if data.actor and not data.demo_dir:
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta)
-        print(f"{data.num_demos} demonstrations of each of {len(tasks)} task(s), with the run "
-              f"{data.actor!r} acting and the scripted expert labelling, in {folder}")
-        files = collect_tasks(data.suite, tasks, data.num_demos, folder, placement=data.placement,
+        print(f"{data.num_demos} demonstrations of each of {len(data.task_ids)} task(s), with the "
+              f"run {data.actor!r} acting and the scripted expert labelling, in {folder}")
+        files = collect_tasks(data.suite, data.task_ids, data.num_demos, folder,
+                              placement=data.placement,
                               actor=actor or Actor(data.actor, data.beta))
-        for note in version_notes(files.values()):
-            print(note)
-        return files
+    else:
+        files = _find_or_collect(data)
+    for note in version_notes(files.values()):
+        print(note)
+    return files
+
+
+def _find_or_collect(data: DataConfig) -> dict[int, Path]:
+    """The file of each task: in ``demo_dir``, of a person's demonstrations, or of scripted ones."""
+    tasks = {task_id: load_task(data.suite, task_id) for task_id in data.task_ids}
+    names = [task.name for task in tasks.values()]
     kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
     kinds += ["dagger"] if "scripted" in kinds else []
     places = [paths.data_dir(), paths.KAGGLE_INPUT]
@@ -355,10 +361,7 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
                              if data.demos == "auto" else ""))
         made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement)
         found.update((load_task(suite, task_id).name, path) for task_id, path in made.items())
-    files = {task_id: found[task.name] for task_id, task in tasks.items()}
-    for note in version_notes(files.values()):
-        print(note)
-    return files
+    return {task_id: found[task.name] for task_id, task in tasks.items()}
 
 
 def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
