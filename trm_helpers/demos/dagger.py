@@ -57,18 +57,12 @@ class Actor(NamedTuple):
 class Mixture:
     """The policy that acts in an episode: the expert with probability beta, else the actor.
 
-    Ross et al. mix the two in every iteration i with probability beta_i, in practice step by step.
-    A policy with action chunks decides once per ``execution_horizon`` steps, so the choice is made
-    per decision here; sampled per step, it would execute parts of chunks, which control never does.
-    The actor is asked in every step, also while the expert acts, so that its plan and its memory
-    stay those of the episode.
+    Ross et al. choose in every step. Here one choice holds for a decision, ``execution_horizon``
+    steps, because control never executes parts of chunks. The actor is asked in every step, also
+    while the expert acts, so that its plan and its memory stay those of the episode.
 
-    The expert is a state machine that observes the scene in every step but takes it for granted
-    that its own commands are executed: that the gripper has closed after 9 steps of ``close``, and
-    that an arm that does not arrive is blocked. Before each label, its phase is set to what really
-    happened: a phase waits for the gripper's command to be executed, a descent that the actor began
-    continues, a grip that it opened is closed again, and an object that it has grasped by itself is
-    carried on.
+    The expert's phases assume that its own commands are executed. After a step in which the actor
+    acted, the phase is therefore set to what really happened, as docs/design.md describes (DAgger).
 
     Args:
         policy: an object with ``reset()`` and ``act(observation)``.
