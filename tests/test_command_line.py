@@ -166,7 +166,8 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     assert "libero_object 3: 1 of 2 episodes" in capsys.readouterr().out
     assert main(["evaluate", "mine", "--suite", "libero_goal"]) == 3  # there were errors
 
-    conditions = evaluate.plan_run(run).conditions
+    planned = evaluate.plan_run(run)
+    conditions = planned.conditions_of(planned.planned[0])
     (run / "episodes.jsonl").write_text("".join(json.dumps({
         "suite": "libero_object", "task_id": 0, "init_state": state, "seed": 0,
         "success": state < 1, "steps": 4, **conditions}) + "\n" for state in range(2)))

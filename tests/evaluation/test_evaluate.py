@@ -684,6 +684,23 @@ def test_two_runs_are_compared_episode_by_episode(run, small_run):
         compare.compare_runs("other", run, task_ids=[3])
 
 
+def test_two_runs_of_the_joint_suite_are_compared(run, small_run, monkeypatch):
+    """Each task has the horizon of its own suite."""
+    monkeypatch.setattr(play, "check_settling", lambda: None)
+    other = small_run("other", epochs=1)
+    other.fit()
+    config, asked = EvalConfig(num_episodes=2, num_videos=0), ("libero_40", (3, 13))
+    evaluate_run(other.run, config, "best", *asked)
+    planned = plan_run(run, config, "best", *asked)
+    compare.comparable(planned, other.run)
+    planned.play()
+    assert compare.compare_runs("other", run, *asked)["pairs"] == 4
+    with pytest.raises(ValueError, match="horizon is 220 for a and 50 for b"):
+        compare.comparable(dataclasses.replace(
+            planned, config=dataclasses.replace(config, horizon=50), folder=run / "elsewhere"),
+            other.run)
+
+
 def test_which_renderers_drew_the_episodes_is_told(run, monkeypatch):
     for episodes, name in ((1, "llvmpipe"), (2, "a GPU"), (2, "another")):
         monkeypatch.setattr(play, "renderer", lambda name=name: name)
@@ -701,6 +718,20 @@ def test_selection_goes_on_with_its_ledger(run):
     assert read_jsonl(ledger)[:2] == rows and len(read_jsonl(ledger)) == 3
     assert evaluate.selection_rows(ledger, play.weights_digest(run, "last")) == read_jsonl(ledger)
     assert evaluate.selection_rows(ledger, play.weights_digest(run, "best")[::-1]) == []
+
+
+@pytest.mark.parametrize("change", [{"horizon": 4}, {"protocol": "libero"}])
+def test_selection_under_other_conditions_is_played_anew(run, change):
+    config, ledger = load_config(run).replace(horizon=2), run / "selection.jsonl"
+    assert evaluate.selection_success(run, config, 3, ledger=ledger)["successes"] == 2
+    other = config.replace(**change)
+    summary = evaluate.selection_success(run, other, 3, ledger=ledger)
+    assert summary == evaluate.selection_success(run, other, 3)
+    rows = read_jsonl(ledger)
+    assert len(rows) == 6
+    assert len({(row["protocol"], row["horizon"]) for row in rows}) == 2
+    assert evaluate.selection_success(run, config, 3, ledger=ledger)["successes"] == 2
+    assert read_jsonl(ledger) == rows
 
 
 def test_a_baseline_is_evaluated_like_a_run(monkeypatch, tmp_path):

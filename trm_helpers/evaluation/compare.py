@@ -47,7 +47,7 @@ def comparable(planned: Evaluation, other: str | Path) -> None:
     if planned.config.perturbation != "none":
         raise ValueError(f"perturbation={planned.config.perturbation!r} is not valid in a "
                          "comparison; expected 'none'")
-    rows = [{**episode._asdict(), **planned.conditions, "success": False, "steps": 0}
+    rows = [{**episode._asdict(), **planned.conditions_of(episode), "success": False, "steps": 0}
             for episode in planned.planned]
     paired_mcnemar(evaluated_episodes(other, planned.suite), rows)
 

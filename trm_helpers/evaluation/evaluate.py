@@ -17,6 +17,7 @@ from ..training.train import BehaviorCloningTrainer
 from .perturbations import PERTURBATIONS, why_unused
 from .plan import (
     Episode,
+    conditions_of,
     evaluation_folder,
     official_episodes,
     refuse_unknown_tasks,
@@ -128,7 +129,8 @@ def selection_success(run: str | Path, config: Config, episodes: int,
     Args:
         episodes: per task.
         ledger: a JSON-lines file that gets each episode's row, with the digest of the weights, the
-            moment it ends. Episodes that these weights have played in it are not played again.
+            moment it ends. Episodes that these weights have played in it under the same conditions
+            (:func:`plan.conditions_of`) are not played again.
 
     Returns:
         :func:`stats.summarize_episodes` of the episodes on ``config``'s tasks, and ``errors``, the
@@ -138,12 +140,19 @@ def selection_success(run: str | Path, config: Config, episodes: int,
     settings = dataclasses.replace(config.eval, num_videos=0, perturbation="none")
     source = TrainedPolicy.load(run, "last")
     planned = selection_episodes(config, episodes)
-    played = selection_rows(ledger, source.sha256) if ledger else []
-    before = {Episode.of(row): row for row in played}
+
+    def conditions(episode: Episode) -> dict:
+        return {"sha256": source.sha256, **conditions_of(settings, episode)}
+
+    before = {}
+    for row in selection_rows(ledger, source.sha256) if ledger else []:
+        episode = Episode.of(row)
+        if all(row.get(key, value) == value for key, value in conditions(episode).items()):
+            before[episode] = row
     missing = [episode for episode in planned if episode not in before]
     new, errors = collect(play_all(source, settings, run, missing), len(planned),
-                          len(planned) - len(missing), ledger, lambda _: {"sha256": source.sha256},
-                          desc="selection", leave=False)
+                          len(planned) - len(missing), ledger, conditions, desc="selection",
+                          leave=False)
     rows = {**before, **new}
     errors = [f"{tuple(episode)}: {error}" for episode, error in errors.items()]
     if errors:

@@ -32,6 +32,13 @@ class Episode(NamedTuple):
         return cls(*(row[key] for key in cls._fields[:4]), row.get("placement", "benchmark"))
 
 
+def conditions_of(config: EvalConfig, episode: Episode) -> dict:
+    """Entries of an episode's row that tell how it is played; the steps are those of its suite."""
+    suite, _ = schema.own_suite(episode.suite, episode.task_id)
+    return {"protocol": config.protocol, "perturbation": config.perturbation,
+            "horizon": config.horizon or schema.PROTOCOLS[config.protocol].horizon(suite)}
+
+
 def official_episodes(suite: str, task_ids: Iterable[int], config: EvalConfig) -> list[Episode]:
     """The protocol's episodes of each task, from the official init states."""
     return [Episode(suite, schema.check_task_id(suite, task_id), init_state)

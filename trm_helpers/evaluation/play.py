@@ -33,7 +33,7 @@ from ..stats import summarize_episodes
 from ..training.runs import load_policy
 from ..visuals.films import write_grid
 from .perturbations import PerturbedPolicy
-from .plan import Episode
+from .plan import Episode, conditions_of
 from .rollout import Policy, record_episode, run_episode
 
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -82,7 +82,7 @@ class Evaluation:
 
     Args:
         source: pickled to workers. ``make(env)`` returns a policy, or ``play(env, episode)`` a row.
-        identity: the policy's part of :attr:`conditions`, ``weights`` and their ``sha256``.
+        identity: the policy's part of :meth:`conditions_of`, ``weights`` and their ``sha256``.
 
     Raises:
         ValueError: the folder's ledger holds episodes under other conditions.
@@ -99,17 +99,9 @@ class Evaluation:
     def __post_init__(self):
         self.finished()
 
-    @property
-    def conditions(self) -> dict:
-        """Entries that all rows of one ledger share."""
-        protocol = PROTOCOLS[self.config.protocol]
-        return {**self.identity, "protocol": protocol.name,
-                "horizon": self.config.horizon or protocol.horizon(self.suite),
-                "perturbation": self.config.perturbation}
-
-    def _conditions_of(self, episode: Episode) -> dict:
-        """:attr:`conditions`, with the horizon of the episode's own suite."""
-        return {**self.conditions, "horizon": _horizon(self.config, episode)}
+    def conditions_of(self, episode: Episode) -> dict:
+        """Entries of an episode's row that tell the policy and how it is played."""
+        return {**self.identity, **conditions_of(self.config, episode)}
 
     @property
     def ledger(self) -> Path:
@@ -124,7 +116,7 @@ class Evaluation:
             except ValueError as error:
                 raise ValueError(f"{self.ledger}, line {number} is {error}") from None
             row = {"perturbation": "none", **row}  # older rows do not say so
-            conditions = self._conditions_of(episode)
+            conditions = self.conditions_of(episode)
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:
                 raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
@@ -161,7 +153,7 @@ class Evaluation:
             new, errors = collect(
                 play_all(self.source, self.config, self.folder, missing, stop_in_time=True),
                 len(self.planned), len(self.planned) - len(missing), self.ledger,
-                self._conditions_of, desc="episodes")
+                self.conditions_of, desc="episodes")
             rows = self.rows()
             if not_run := len(self.planned) - len(rows) - len(errors):
                 message = (f"the session's time is up: {not_run} of {len(self.planned)} episodes "
@@ -186,7 +178,8 @@ class Evaluation:
             "errors": [{**episode._asdict(), "error": error} for episode, error in errors.items()],
             "protocol": {"suite": self.suite,
                          "task_ids": sorted({episode.task_id for episode in self.planned}),
-                         **dataclasses.asdict(self.config), **self.conditions,
+                         **dataclasses.asdict(self.config), **self.identity,
+                         "horizon": self.config.horizon or protocol.horizon(self.suite),
                          "num_episodes": self.config.episodes, "source": protocol.source,
                          "settle_steps": protocol.settle_steps,
                          "settle_action": list(protocol.settle_action),
@@ -270,11 +263,6 @@ def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode],
         worker_env.cache_clear()
 
 
-def _horizon(config: EvalConfig, episode: Episode) -> int:
-    suite, _ = schema.own_suite(episode.suite, episode.task_id)
-    return config.horizon or PROTOCOLS[config.protocol].horizon(suite)
-
-
 def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:
     """The row of one episode; its film, if it has one, is below ``folder``."""
     protocol = PROTOCOLS[config.protocol]
@@ -285,7 +273,7 @@ def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> 
     if hasattr(source, "play"):
         row = source.play(env, episode)
     else:
-        policy, horizon = source.make(env), _horizon(config, episode)
+        policy, horizon = source.make(env), conditions_of(config, episode)["horizon"]
         if config.perturbation != "none":
             policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
         number = episode.init_state
