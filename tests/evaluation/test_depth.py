@@ -80,6 +80,9 @@ def test_recursion_settings():
     # their answer is a sum over the steps: nothing else can be asked of the same weights
     assert list(recursion_settings(ModelConfig(num_recursions=4, halting="adaptive"), [2])) == [
         "as trained", "adaptive 2", "as trained, state carried over"]
+    carried = recursion_settings(ModelConfig(num_recursions=1, carry_over=True), [1], [])
+    assert carried == {"as trained": {}, "as trained, state not carried over": {
+        "carry_over": False}}
 
 
 def test_a_card_counts_and_compares(run):

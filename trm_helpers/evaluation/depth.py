@@ -70,7 +70,8 @@ def recursion_settings(trained: ModelConfig, depths: Sequence[int],
         settings[f"convergence below {threshold:g}, at most {deepest}"] = {
             "halting": "convergence", "num_recursions": deepest,
             "convergence_threshold": threshold}
-    settings[f"{AS_TRAINED}, state carried over"] = {"carry_over": not trained.carry_over}
+    other = "not carried over" if trained.carry_over else "carried over"
+    settings[f"{AS_TRAINED}, state {other}"] = {"carry_over": not trained.carry_over}
     return settings
 
 
