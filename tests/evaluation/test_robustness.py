@@ -169,6 +169,24 @@ def test_rows_stay_while_the_card_is_about_the_same_episodes(run):
         == [("plain", 3, 3), ("delay_1", 3, 3)]
 
 
+def test_rows_do_not_stay_when_the_plain_episodes_they_were_compared_with_change(run, monkeypatch):
+    run_episode = play.run_episode
+
+    def fail(policy, env, init_state, horizon, **drawn):
+        if init_state == 3 and env.task.suite == "libero_object":
+            raise FloatingPointError("the arm is nowhere")
+        return run_episode(policy, env, init_state, horizon, **drawn)
+
+    monkeypatch.setattr(play, "run_episode", fail)
+    plain, swap = robustness_card(run, CONFIG, only=["swap"])["rows"]
+    assert (plain["episodes"], plain["errors"], swap["gap"]) == (3, 1, -0.5)
+    monkeypatch.setattr(play, "run_episode", run_episode)  # its missing episode is played
+    monkeypatch.setattr(LongerRoad, "step", lambda road, _: (road._look(), False))
+    card = robustness_card(run, CONFIG, only=["noise"])
+    assert [(row["name"], row["successes"], row["episodes"]) for row in card["rows"]] \
+        == [("plain", 3, 4), ("noise", 0, 4)]
+
+
 def test_what_cannot_be_asked_is_refused(run):
     with pytest.raises(ValueError, match="only='fog' is not valid; expected one of 'plain', "):
         robustness_card(run, CONFIG, only=["swap", "fog"])

@@ -103,9 +103,12 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     plain = planned.pop(PLAIN)
     results = plain.play()
     conditions = {key: results["protocol"][key] for key in _CONDITIONS}
-    same = all(before.get(key) == value for key, value in conditions.items())
-    rows = {row["name"]: row for row in before["rows"]} if same else {}
-    rows[PLAIN] = _row(changes[PLAIN], results, plain.rows())
+    rows = {PLAIN: _row(changes[PLAIN], results, plain.rows())}
+    earlier = {row["name"]: row for row in before.get("rows", ())}
+    # their gaps are to the plain episodes of that call
+    if earlier.get(PLAIN) == rows[PLAIN] and all(
+            before.get(key) == value for key, value in conditions.items()):
+        rows = earlier
     failed = {}
     for name, evaluation in planned.items():
         try:
