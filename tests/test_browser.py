@@ -101,6 +101,11 @@ def test_the_keyboard_does_what_the_mouse_does(opened):
     assert window.locator(".tile[aria-expanded=false]").count() == window.locator(".tile").count()
     assert window.locator(".tile[tabindex='0']").get_attribute("aria-label").startswith(
         "Init state 1")
+    for _ in range(3):  # beyond the task's last tile, which stays the one that Tab reaches
+        window.keyboard.press("ArrowRight")
+    (last,) = window.locator(".tile[tabindex='0']").all()
+    assert last.evaluate("element => element === document.activeElement")
+    assert last.get_attribute("aria-label").startswith("Init state 2")
     window.locator("#step").focus()
     window.keyboard.press("ArrowRight")
     assert window.locator("#sentence").inner_text() == "two"

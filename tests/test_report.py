@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shlex
+import struct
+import zlib
 from html.parser import HTMLParser
 
 import imageio.v3 as imageio
@@ -46,6 +48,23 @@ def test_results_on_some_tasks_are_shown_if_there_are_no_others(trained):
     assert "9 of 10 episodes" in markdown(trained)
     write_json(trained / "results.json", results(8))
     assert "9 of 10" not in markdown(trained) and "8 of 10 episodes" in markdown(trained)
+
+
+def test_bounds_of_other_tasks_belong_to_the_results_on_these(trained):
+    write_json(trained / "results-tasks-0.json", results(9))
+    write_json(trained / "bounds" / "no-op" / "results-tasks-0.json", results(1))
+    assert "| no-op | 1 of 10 |" in markdown(trained)
+    write_json(trained / "bounds" / "no-op" / "results.json", results(2))
+    assert "| no-op | 1 of 10 |" in markdown(trained)
+    write_json(trained / "results.json", results(8))
+    assert "| no-op | 2 of 10 |" in markdown(trained)
+
+
+def test_results_of_an_evaluation_that_was_stopped_say_so(trained):
+    write_json(trained / "results.json", {**results(9), "not_run": 30})
+    assert "Not finished: 30 of 40 episodes are not run; 06_eval plays them." in markdown(trained)
+    write_json(trained / "results.json", {**results(9), "not_run": 0})
+    assert "Not finished" not in markdown(trained)
 
 
 def test_everything_in_the_folder_is_on_the_page(trained, capsys):
@@ -277,9 +296,11 @@ def test_the_recursion_has_a_slider_over_the_moments_of_07_visualize(trained):
         "What the policy sees at 0.8 s, reach", "What the policy sees at end"]
 
 
-@pytest.mark.parametrize("action", [[0.1] * 6, [0.1] * 6 + [float("nan")], ["</script>"] * 7])
-def test_a_moment_that_cannot_be_drawn_is_named(trained, action):
-    moment = {**MOMENT, "recursions": [{"action": action, "change": 0, "sentence": ""}]}
+@pytest.mark.parametrize("recursions", [[], *(
+    [{"action": action, "change": 0, "sentence": ""}]
+    for action in ([0.1] * 6, [0.1] * 6 + [float("nan")], ["</script>"] * 7))])
+def test_a_moment_that_cannot_be_drawn_is_named(trained, recursions):
+    moment = {**MOMENT, "recursions": recursions}
     (trained / "explain.json").write_text(json.dumps({"sentences": [], "moments": [moment]}))
     parsed = Page(trained)
     assert "Could not be read from explain.json: ValueError" in parsed.text
@@ -320,10 +341,16 @@ def test_figures_have_alt_text_and_damaged_or_foreign_files_are_left_out(trained
             "video": name})
     (trained / "videos").mkdir()
     (trained / "videos" / "link.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    size = struct.pack(">II", 30_000, 30_000) + bytes([8, 2, 0, 0, 0])  # 2.7 GB once it is open
+    (trained / "figures" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(9))))))
     parsed = Page(trained)
     image, = parsed.images
     assert image["alt"].startswith("Where it looks. Nowhere.") and not parsed.all("video")
     assert "Where it looks. Nowhere. Bright pixels" in parsed.text
+    assert "figures/bomb.png (DecompressionBombError)" in parsed.text
     assert "figures/damaged.png (UnidentifiedImageError)" in parsed.text
 
 

@@ -19,12 +19,12 @@ function show(tile) {
   if (open) figureOf(tile).scrollIntoView({ block: "nearest", behavior: "auto" });
 }
 
-for (const [number, tile] of tiles.entries()) {
+for (const tile of tiles) {
   tile.addEventListener("click", () => show(tile));
   tile.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    const next = tiles[Math.max(0, Math.min(tiles.length - 1, number + step))];
+    const { previousElementSibling: ArrowLeft, nextElementSibling: ArrowRight } = tile;
+    const next = { ArrowLeft, ArrowRight }[event.key];  // of the same task
+    if (!next) return;
     tile.tabIndex = -1;
     next.tabIndex = 0;
     next.focus();

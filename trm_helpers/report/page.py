@@ -173,6 +173,6 @@ class Figures:
                 if image.width * image.height > _MAX_PIXELS:
                     raise ValueError(f"more than {_MAX_PIXELS} pixels")
                 return image.convert("RGB")  # keeps the text in it
-        except (OSError, ValueError, SyntaxError) as error:  # of a damaged file
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             self.left_out.append(f"figures/{name} ({type(error).__name__})")
             return None

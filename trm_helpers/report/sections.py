@@ -97,13 +97,15 @@ def _task(run: Path) -> Section:
 
 def _success(run: Path) -> Section:
     title = "Success in the simulator"
-    results = _results(run)
+    file, results = _results(run)
     if results is None:
         return Section(title, texts=[
             "Not finished; 06_eval plays the missing episodes." if (run / "episodes.jsonl").exists()
             else "Not evaluated yet; run 06_eval."])
-    protocol = results["protocol"]
-    texts = [f"{format_success(results)}.",
+    protocol, not_run = results["protocol"], results.get("not_run", 0)
+    planned = results["episodes"] + len(results["errors"]) + not_run
+    texts = [*([f"Not finished: {not_run} of {planned} episodes are not run; 06_eval plays them."]
+               if not_run else ()), f"{format_success(results)}.",
              f"Protocol {protocol['protocol']} ({protocol['source']}): "
              f"{_count(protocol['num_episodes'], 'episode')} per task "
              f"from official init state {protocol['first_init_state']}, "
@@ -111,7 +113,7 @@ def _success(run: Path) -> Section:
                 else "with the horizon of each task's own suite; ")
              + f"{protocol['weights']} weights.", f"{detectable(results)}."]
     bounds = {path.parent.name: read_json(path)
-              for path in sorted(run.glob("bounds/*/results.json"))}
+              for path in sorted(run.glob(f"bounds/*/{file}"))}
     bounds = {name: bound for name, bound in bounds.items()
               if all(bound["protocol"].get(key) == protocol.get(key) for key in _SAME)}
     if bounds:
@@ -129,10 +131,11 @@ def _success(run: Path) -> Section:
                           "counts": f"{results['successes']} of {results['episodes']}"})
 
 
-def _results(run: Path) -> dict | None:
-    """Results on the run's tasks; otherwise the latest on some of them."""
-    some = sorted(run.glob("results-tasks-*.json"), key=lambda path: path.stat().st_mtime)
-    return next(filter(None, map(_read, [run / "results.json", *reversed(some)])), None)
+def _results(run: Path) -> tuple[str, dict | None]:
+    """Name and content of the results on the run's tasks; otherwise of the latest on others."""
+    others = sorted(run.glob("results-tasks-*.json"), key=lambda path: path.stat().st_mtime)
+    path = next(filter(Path.exists, [run / "results.json", *reversed(others)]), None)
+    return (path.name, read_json(path)) if path else ("", None)
 
 
 def _episodes(run: Path) -> Section:
@@ -194,6 +197,8 @@ def _inside(run: Path) -> Section:
 
 
 def _moment(moment: Mapping) -> dict:
+    if not moment["recursions"]:
+        raise ValueError(f"the moment {moment['title']!r} has no recursions")
     return {"title": str(moment["title"]), "demonstrated": _numbers(moment["demonstrated"]),
             "recursions": [{"action": _numbers(each["action"]), "sentence": str(each["sentence"]),
                             "change": _numbers([each["change"]], 1)[0]}
@@ -304,7 +309,7 @@ def _played(run: Path, notebook: str) -> str:
 
 
 def _reproduce(run: Path) -> Section:
-    config, results = load_config(run), _results(run)
+    config, (_, results) = load_config(run), _results(run)
     saved = read_json(run / "config.json").get("software") or {}
     software = {"Trained": saved, "Evaluated": results["software"] if results else {}}
     revision = saved.get("revision")
