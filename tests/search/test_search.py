@@ -20,7 +20,7 @@ from pretend_training import train_into, write_pretending_notebook
 
 from trm_helpers import paths
 from trm_helpers.config import from_flat
-from trm_helpers.files import append_jsonl, exclusive_lock, read_jsonl
+from trm_helpers.files import append_jsonl, exclusive_lock, read_jsonl, write_json
 from trm_helpers.search import optuna_study, trials
 from trm_helpers.search import search as searches
 from trm_helpers.search.search import rank_trials, run_search, verdict, worker_environments
@@ -471,6 +471,17 @@ def test_machines_share_a_study_in_a_database(tmp_path, pretend):
         search(tmp_path, "c/run", **shared, loss="mse")
 
 
+def test_a_trial_that_another_machine_completed_is_ranked_as_complete(tmp_path, pretend):
+    """Its first machine died between two rungs and left half of the trial in its folder."""
+    shared = dict(search_method="halving", search_lrs=(0.1,), search_num_recursions=(1,),
+                  search_epochs=9, max_configs=1, search_storage=f"sqlite:///{tmp_path}/study.db")
+    (complete,) = search(tmp_path, "b/run", **shared)
+    left = tmp_path / "a" / "run" / "search" / complete["trial"]
+    record = read_trial(tmp_path / "b" / "run" / "search" / complete["trial"])
+    write_json(left / "trial.json", {**record, "rungs": record["rungs"][:1]})
+    assert search(tmp_path, "a/run", **shared) == [complete]
+
+
 @pytest.mark.parametrize("url", ["sqlite:////no/such/folder/study.db", "nonsense",
                                  "postgresql+nodriver://user:secret@localhost/study"])
 def test_a_dead_database_is_reported_before_training(tmp_path, pretend, url, monkeypatch):
@@ -500,6 +511,15 @@ def test_a_lost_database_is_reported_and_complete_trials_are_kept(tmp_path, pret
     file.write_bytes(kept[0])
     rows = search(tmp_path, **shared)
     assert [row["state"] for row in rows] == ["complete"] * 3
+
+
+def test_a_missing_package_is_not_taken_for_a_database(tmp_path, pretend):
+    def fail(name, stop):
+        raise ModuleNotFoundError("No module named 'papermill'")
+
+    pretend.act = fail
+    with pytest.raises(ModuleNotFoundError, match="No module named 'papermill'"):
+        search(tmp_path, search_method="tpe")
 
 
 # --- the real notebook ---------------------------------------------------------------------------

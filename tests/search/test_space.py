@@ -66,6 +66,8 @@ def test_further_axes():
     ("{chunk: [4, 8]}", "chunk changes what the validation loss means"),
     ("{variant: [block, act]}", "variant changes what the validation loss means"),
     ("{max_demos_per_task: [5, 9]}", "max_demos_per_task changes what the validation"),
+    ("{beta: [0.0, 0.5]}", "unknown setting in search_space 'beta'"),  # other demonstrations
+    ("{actor: [one, other]}", "unknown setting in search_space 'actor'"),
     ("{weight_decay: 0.1}", "distinct values for each setting"),
     ("{weight_decay: [0.1, 0.1]}", "distinct values for each setting"),
     ("{weight_decay: [0.1", "distinct values for each setting"),

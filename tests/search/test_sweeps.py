@@ -31,11 +31,12 @@ def test_a_sweep_runs_the_trials_of_the_search(tmp_path, pretend, capsys, monkey
     assert f"wandb sweep {file}" in capsys.readouterr().out
     sweep = yaml.safe_load(file.read_text())
     notes = tmp_path / "notes.txt"
-    notes.write_text("notes")
+    notes.write_text("notes on the program")
     for place, code in ((file, 0), (notes, 1), (tmp_path, 1)):
         assert main(["search", "tiny", "--run-name", "s", *SPACE, "--export-sweep", str(place)]) \
             == code
-    assert notes.read_text() == "notes" and "exists and is not a sweep" in capsys.readouterr().err
+    assert notes.read_text() == "notes on the program"
+    assert "exists and is not a sweep" in capsys.readouterr().err
     assert sweep["method"] == "grid"
     assert sweep["metric"] == {"name": "final_val_loss", "goal": "minimize"}
     assert sweep["parameters"] == {"lr": {"values": [0.1]}, "hidden_dim": {"values": [16]},

@@ -197,7 +197,7 @@ def _named(url: str) -> Iterator[None]:
         error = raised  # or its cause: Optuna's own clean-up can raise over a database's error
         while error is not None and not isinstance(error, _DATABASE_ERRORS):
             error = error.__cause__ or error.__context__
-        if error is None:
+        if error is None or not url:
             raise
         shown, reason = (re.sub(r":(?!//)[^@\s]*@", ":***@", text).partition("?")[0]
                          for text in (url, str(error).splitlines()[0]))

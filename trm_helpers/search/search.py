@@ -202,8 +202,9 @@ def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict
     The order is: finalists, by all their seeds; other complete trials; trials stopped by halving;
     failed trials.
     """
-    found = records | {path.parent.name: read_trial(path.parent)
-                       for path in visible(folder, "*/trial.json")}
+    found = {path.parent.name: read_trial(path.parent) for path in visible(folder, "*/trial.json")}
+    found |= {name: record for name, record in records.items()  # completed there, begun here
+              if name not in found or len(record["rungs"]) > len(found[name]["rungs"])}
     points: dict[str, dict[int, dict]] = {}  # by name: the record of each seed
     for record in found.values():
         point, seed = point_of(record["parameters"], config.search)

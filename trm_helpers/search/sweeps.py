@@ -29,6 +29,8 @@ def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
     if not guided and len(grid(config.search)) < len(points):
         raise ValueError(f"a W&B grid has all {len(points)} points; expected max_configs=0 and no "
                          "search_shard")
+    if (file := Path(file)).exists() and not _is_sweep(file):
+        raise FileExistsError(f"{file} exists and is not a sweep; expected a new file")
     folder = claim(config, run)
     usual = from_flat().local()
     local = {name: value for name, value in config.local().items()
@@ -47,16 +49,15 @@ def export_sweep(config: Config, run: str | Path, file: str | Path) -> Path:
                     "${args_json}", *(word for name, value in local.items()
                                       for word in ("-s", name, str(value)))],
     }
-    if (file := Path(file)).exists() and not _is_sweep(file):
-        raise FileExistsError(f"{file} exists and is not a sweep; expected a new file")
     return write_bytes(file, yaml.safe_dump(sweep, sort_keys=False).encode())
 
 
 def _is_sweep(file: Path) -> bool:
     try:
-        return "program" in yaml.safe_load(file.read_text())
-    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        content = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
         return False
+    return isinstance(content, dict) and "program" in content
 
 
 def run_sweep_trial(run: str | Path, point: str, settings: Mapping | None = None) -> dict:
