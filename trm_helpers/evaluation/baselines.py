@@ -77,9 +77,9 @@ class Replay(NamedTuple):
         began = time.perf_counter()
         with open_demo_file(self.files[episode.task_id]) as file:
             demo = file[schema.DATA_GROUP][demo_names(file)[episode.seed]]
-            replayed, length = replay_demonstration(env, demo), len(demo["actions"])
+            replayed = replay_demonstration(env, demo)
         return {**episode._asdict(), "success": replayed["success"], "steps": replayed["steps"],
-                "horizon": length, "divergence": round(max(replayed["divergence"]), 5),
+                "divergence": round(max(replayed["divergence"]), 5),
                 "seconds": round(time.perf_counter() - began, 3)}
 
 

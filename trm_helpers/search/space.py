@@ -79,10 +79,9 @@ def grid(search: SearchConfig) -> list[dict]:
     """All points, or ``max_configs`` spread evenly from first to last; in a shard, every n-th."""
     points = all_points(search)
     count = search.max_configs
-    if count == 1:
-        points = points[:1]
-    elif 0 < count < len(points):
-        points = [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+    if 0 < count < len(points):
+        step = (len(points) - 1) / max(count - 1, 1)
+        points = [points[round(i * step)] for i in range(count)]
     first, step = search.shard
     if first >= len(points):
         raise ValueError(f"search_shard={search.search_shard!r} holds none of the {len(points)} "
