@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,12 +31,13 @@ def compare_runs(run: str | Path, other: str | Path, suite: str = "",
 
 def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
     """Rows of a run's ledger; ``FileNotFoundError`` if it was not evaluated (on that suite)."""
-    run = find_run(run)
-    suite = suite or load_config(run).data.suite
-    ledger = evaluation_folder(run, suite) / "episodes.jsonl"
+    folder = find_run(run)
+    suite = suite or load_config(folder).data.suite
+    ledger = evaluation_folder(folder, suite) / "episodes.jsonl"
     if not ledger.exists():
+        command = f"python -m trm_helpers evaluate {shlex.quote(str(run))} --suite {suite}"
         raise FileNotFoundError(f"{ledger} does not exist; expected a run that was evaluated "
-                                f"(python -m trm_helpers evaluate {run.name} --suite {suite})")
+                                f"({command})")
     return [row for row in read_jsonl(ledger) if row["suite"] == suite]
 
 
