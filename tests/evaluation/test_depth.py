@@ -104,6 +104,11 @@ def test_a_card_counts_and_compares(run):
     assert [row["action error"] for row in depth_rows(card)] == ["0.2000", "0.4000", "", "", ""]
     left, _, error, right = plot_depth_card(card).axes
     assert right.get_title() == "Recursions by phase"
+    row = {**stops, "by_phase": {"reach": 1.0, "place": 2.0}}
+    *_, right = plot_depth_card({**card, "rows": [row, stops]}).axes
+    assert [label.get_text() for label in right.get_xticklabels()] == [
+        "reach", "grasp", "carry", "place"]
+    assert [line.get_xdata().tolist() for line in right.lines] == [[0, 3], [0, 1]]
     assert (len(left.containers), len(error.containers)) == (5, 2)
     assert imageio.imread(run / "figures" / "depth_in_control.png").std() > 5
     assert not (run / "episodes.jsonl").exists()

@@ -253,6 +253,8 @@ def depth_panels(cards: Sequence[Mapping]) -> tuple[Figure, dict]:
             axes.set_ylim(-2, 104)
         if name == "error":
             axes.axhline(0, color=GREY, linewidth=0.6)
+        if name == "phases":  # in their order, also where a row has not all of them
+            axes.set(xticks=range(len(PHASES)), xticklabels=PHASES)
     return fig, panels
 
 
@@ -267,7 +269,8 @@ def draw_depth_row(panels: Mapping, row: Mapping, offset: float = 0.0, label: st
         mean, low, high = row["action_error"]
         panels["error"].errorbar(used, mean, [[mean - low], [high - mean]], capsize=3, **look)
     if adaptive(row):
-        panels["phases"].plot(list(row["by_phase"]), list(row["by_phase"].values()), **look)
+        panels["phases"].plot([PHASES.index(phase) for phase in row["by_phase"]],
+                              list(row["by_phase"].values()), **look)
 
 
 def adaptive(row: Mapping) -> bool:

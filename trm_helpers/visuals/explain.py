@@ -358,7 +358,6 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
     fig.set_layout_engine("compressed")
     grid = fig.subplots(len(maps), 2, squeeze=False)
     colours = matplotlib.colormaps["inferno"]
-    shares = {camera: heat.sum() for camera, heat in maps.items()}
     for (image, over), camera in zip(grid, maps, strict=True):
         stored, weight = np.asarray(images[camera]), np.sqrt(maps[camera])[..., None]
         stored = stored / 255 if stored.dtype == np.uint8 else stored
@@ -368,7 +367,7 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
         show_image(over, upright((1 - weight) * grey
                                  + weight * colours(maps[camera])[..., :3]))
         image.set_ylabel(schema.CAMERA_TITLES[camera])
-        over.set_title(f"{100 * shares[camera] / sum(shares.values()):.0f} % of the attribution")
+        over.set_title(f"{_percent(camera, maps):.0f} % of the attribution")
     grid[0, 0].set_title("image")
     fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
                  label="attribution (1: strongest pixel)")
@@ -378,10 +377,14 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
 
 def saliency_sentence(maps: Mapping[str, np.ndarray]) -> str:
     """Each camera's share of the attribution, and how few pixels hold half of it."""
-    total = sum(heat.sum() for heat in maps.values())
     return "Of the attribution, " + ", ".join(
-        f"{100 * heat.sum() / total:.0f} % is in the {schema.CAMERA_TITLES[camera]} (half of that "
+        f"{_percent(camera, maps):.0f} % is in the {schema.CAMERA_TITLES[camera]} (half of that "
         f"on {100 * _half_of(heat):.1f} % of its pixels)" for camera, heat in maps.items()) + "."
+
+
+def _percent(camera: str, maps: Mapping[str, np.ndarray]) -> float:
+    """A camera's share of the attribution; 0 where nothing that the policy sees affects it."""
+    return 100 * maps[camera].sum() / max(sum(heat.sum() for heat in maps.values()), 1e-12)
 
 
 def _half_of(heat: np.ndarray) -> float:
