@@ -361,7 +361,7 @@ def test_instructions_that_the_localizer_would_mix_are_refused(rendered, tmp_pat
     config = from_flat("demo", suite="libero_90", task_ids=[0, 63, 64], scenes=20,
                        conditioning="language")
     with pytest.raises(ValueError, match=r"task_ids=\[63, 64\] of libero_90 apart .*0.9993"):
-        keypoints.trained_localizer(tmp_path, config, {}, {})
+        keypoints.trained_localizer(tmp_path, config, {"files": []}, {"files": []})
     assert not rendered
     same = config.replace(task_ids=[74, 79])  # one instruction in two scenes
     files = {"files": [{"file": "a", "demos": ["demo_0"]}] * 2}
@@ -419,6 +419,18 @@ def test_a_localizer_with_another_number_of_looks_is_refused_before_training(sma
         shutil.copy(small.run / name, run)
     with pytest.raises(ValueError, match="locator.safetensors looks again 0 times; .* looks=2"):
         small_run("large", **settings)
+
+
+def test_a_localizer_of_other_demonstrations_is_refused(small_run, rendered, tmp_path):
+    """Its training was interrupted before the first epoch; since then ``demo_dir`` differs."""
+    run = small_run("run", scenes=20).run
+    assert len(small_run("run", scenes=20).fit()) == 2 and len(rendered) == 2  # the same ones
+    for name in ("last.safetensors", "metrics.jsonl"):
+        (run / name).unlink()
+    write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36,
+                    actions=lambda actions, demo: actions * [*6 * [0.9], 1])
+    with pytest.raises(ValueError, match="locator.safetensors was trained on scenes of other dem"):
+        small_run("run", scenes=20)
 
 
 # --- the simulator ---------------------------------------------------------------------------

@@ -303,9 +303,10 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
 
     Raises ``ValueError`` if it could not tell two instructions apart, or if the run's localizer has
-    another number of looks than ``config.model.looks``.
+    another number of looks than ``config.model.looks`` or saw scenes of other demonstrations.
     """
     path = Path(run) / "locator.safetensors"
+    demos = [[file.get("actions") for file in split["files"]] for split in (trained_on, measured_on)]
     tasks, seed = _task_vectors(config), config.train.seed
     with exclusive_lock(run, lock=".locator.lock"):  # one of several processes trains
         if not path.exists():
@@ -328,7 +329,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
             distance = localization_errors(localizer, *held_out, device).nanquantile(
                 torch.tensor([0.5, 0.9]), dim=0).T
             save_localizer(run, localizer, names, {
-                "scenes": len(data[0]), "measured_on": len(held_out[0]),
+                "demonstrations": demos, "scenes": len(data[0]), "measured_on": len(held_out[0]),
                 "median and 90 % error, share of the picture's side": {
                     name: [None if math.isnan(value) else round(value, 4) for value in row]
                     for name, row in zip(names, distance.tolist(), strict=True)}})
@@ -336,6 +337,9 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
     if localizer.looks != config.model.looks:
         raise ValueError(f"{path} looks again {localizer.looks} times; expected "
                          f"looks={config.model.looks}. Remove the file to train another localizer")
+    if read_json(Path(run) / "scenes.json").get("demonstrations", demos) != demos:
+        raise ValueError(f"{path} was trained on scenes of other demonstrations; remove the file "
+                         "to train another localizer, or give it the same demonstrations")
     return names, localizer
 
 
@@ -376,7 +380,7 @@ def load_localizer(folder: str | Path) -> tuple[tuple[str, ...], Localizer]:
         looks = convert("looks", found.get("looks", 0), int)
         localizer = Localizer(len(names), *weights["known"].shape, max(looks, 0))
         localizer.load_state_dict(weights)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} does not hold a localizer: {error}") from error
     return names, localizer
 
