@@ -654,12 +654,20 @@ def test_act_refuses_numbers_that_are_not_finite():
         (dict(agentview_rgb=np.zeros((1, 36, 36, 3), np.uint8)), r"'agentview_rgb'.*\(H, W, 3\)"),
         (dict(ee_pos=np.zeros(4)), r"'ee_pos' has shape \(4,\); expected \(3,\)"),
         (dict(task_id=2), "'task_id' is 2; expected 0 to 1"),
+        (dict(task_id=0.5), "'task_id'=0.5 is not valid; expected int"),
+        (dict(task_id=None), "'task_id'=None is not valid; expected int"),
     ],
 )
 def test_act_reports_a_malformed_observation(change, message):
     policy = TRMPolicy(small(proprioception=True, conditioning="task_id", num_tasks=2))
     with pytest.raises(ValueError, match=message):
         policy.act(CountingObservation(**change))
+
+
+def test_an_instruction_that_is_no_text_is_reported():
+    policy = TRMPolicy(small(conditioning="language"))
+    with pytest.raises(ValueError, match="observation 'language'=3 is not valid; expected str"):
+        policy.act(CountingObservation(language=3))
 
 
 def test_missing_observations_are_reported_with_the_found_keys():

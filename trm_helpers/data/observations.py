@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import schema
-from ..config import ModelConfig
+from ..config import ModelConfig, convert
 from .augment import resize_images
 from .language import embed_instruction
 from .normalize import normalize_proprio
@@ -33,14 +33,14 @@ def prepare_observation(observation: Mapping, config: ModelConfig, proprio_stats
     if config.proprioception:
         batch["proprio"] = _read_proprio(observation, proprio_stats).to(device)
     if config.conditioning == "task_id":
-        task_id = int(_read(observation, "task_id"))
+        task_id = convert("observation 'task_id'", _read(observation, "task_id"), int)
         if not 0 <= task_id < config.num_tasks:
             raise ValueError(f"observation 'task_id' is {task_id}; expected 0 to "
                              f"{config.num_tasks - 1}")
         batch["task_id"] = torch.tensor([task_id], device=device)
     elif config.conditioning == "language":
-        embedding = embed_instruction(_read(observation, "language"))
-        batch["language"] = torch.from_numpy(embedding).unsqueeze(0).to(device)
+        text = convert("observation 'language'", _read(observation, "language"), str)
+        batch["language"] = torch.from_numpy(embed_instruction(text)).unsqueeze(0).to(device)
     return batch
 
 
