@@ -172,6 +172,14 @@ def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, n
         load_policy("pretrained/cup")
 
 
+def test_a_copy_of_a_shipped_policys_former_weights_is_not_used(shipped):
+    copy = find_run("pretrained/bowl", to_write=True)
+    save_weights(shipped, {"of": torch.ones(1)}, "best")  # as after an update of the checkout
+    assert find_run("pretrained/bowl") == find_run(shipped) == shipped
+    with pytest.raises(FileExistsError, match=f"{copy} belongs to another run than {shipped}"):
+        find_run("pretrained/bowl/", to_write=True)
+
+
 def test_a_read_only_run_with_links_becomes_a_writable_copy(trained, tmp_path, capsys):
     attached, secret = tmp_path / "input" / "theirs", tmp_path / "secret"
     secret.write_text("not theirs")
@@ -180,10 +188,12 @@ def test_a_read_only_run_with_links_becomes_a_writable_copy(trained, tmp_path, c
     (attached / "videos" / "a.mp4").symlink_to(secret)
     (attached / "notes.md").symlink_to(secret)
     (attached / ".lock").touch()
+    os.utime(attached / "best.safetensors", (1e9, 1e9))
     for path in [*attached.rglob("*"), attached]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     copy = find_run(attached, to_write=True)
     assert copy == paths.artifacts_dir() / "theirs"
+    assert find_run() == trained  # which was trained after the other, if copied before it
     assert copy.stat().st_mode & 0o200 and (copy / "config.json").stat().st_mode & 0o200
     assert not (copy / "videos" / "a.mp4").exists() and not (copy / ".lock").exists()
     assert not (copy / "notes.md").exists()
@@ -416,6 +426,7 @@ def test_an_error_names_a_file_that_is_not_regular(trained, name, call, other):
     ("normalizer", "offset", None, "offset=None is not valid; expected 6"),
     ("normalizer", "scale", [float("nan")] * 6, "scale=.*; expected 6 finite"),
     ("normalizer", "scale", ["1"] * 6, "scale=.*; expected 6 finite"),
+    ("normalizer", "scale", [10**400] * 6, "scale=.*; expected 6 finite"),
     ("proprio_stats", "mean", "twelve", "mean=twelve is not valid; expected 12"),
     ("proprio_stats", "mean", [float("inf")] * 12, "mean=.*; expected 12 finite"),
     ("proprio_stats", "std", [1.0], "std=.*; expected 12 finite"),
@@ -468,10 +479,12 @@ def test_an_error_names_a_training_state_without_one_of_its_parts(trained, key):
         load_training_state(trained)
 
 
-@pytest.mark.parametrize("length", [0, 10, 1000, 5000, 20000])
-def test_an_error_names_a_truncated_training_state(trained, length):
+@pytest.mark.parametrize("content", [
+    0, 10, 1000, 5000, 20000, b"\x80\x02.", b"\x80\x02h\x00.", b"\x80\x02s."])
+def test_an_error_names_a_truncated_training_state(trained, content):
+    """Also pickles from whose empty stack or memory a value is taken."""
     path = trained / "training_state.pt"
-    path.write_bytes(path.read_bytes()[:length])
+    path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(ValueError, match="training_state.pt is damaged"):
         load_training_state(trained)
 

@@ -247,7 +247,8 @@ def test_resuming_on_other_demonstrations_is_refused(small_run):
     before = read_jsonl(small_run("run", resume=True, epochs=3).run / "metrics.jsonl")
     other = small_run("run", resume=True, epochs=3)
     other.train_data.demos = other.train_data.demos[:-1]  # like a file with other demonstrations
-    with pytest.raises(ValueError, match=r"other demonstrations \(soup_demo.hdf5: 4 .*, 3 now"):
+    with pytest.raises(ValueError, match=r"\(soup_demo.hdf5: 4 demonstrations there, 3 now, "
+                                         "3 of them in both\\)"):
         other.fit()
     assert read_jsonl(other.run / "metrics.jsonl") == before
     assert len(small_run("run", resume=True, epochs=3).fit()) == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -81,7 +81,8 @@ class ActionNormalizer:
 def _finite(name: str, values, count: int) -> list[float]:
     """``values`` from a file; ``ValueError`` unless they are ``count`` finite numbers."""
     if not isinstance(values, list) or len(values) != count or not all(
-            isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+            for value in values):
         raise ValueError(f"{name}={str(values)[:80]} is not valid; expected {count} finite numbers")
     return values
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import filecmp
 import io
-import pickle
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -131,8 +131,9 @@ def refuse_other_data(run: Path, data: LIBERODataset) -> None:
     for name in sorted({*before, *now}):
         there, here = (files.get(name, {"demos": []}) for files in (before, now))
         if there["demos"] != here["demos"]:
+            both = len({*there["demos"]} & {*here["demos"]})
             different.append(f"{name}: {len(there['demos'])} demonstrations there, "
-                             f"{len(here['demos'])} now")
+                             f"{len(here['demos'])} now, {both} of them in both")
         elif there.get("actions", here["actions"]) != here["actions"]:  # older runs have no digest
             different.append(f"{name}: other actions")
         elif there.get("frames", here["frames"]) != here["frames"]:
@@ -180,12 +181,14 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     trained = [path.parent for path in weights if (path.parent / "policy.json").exists()]
     if not name and trained:
         return trained[-1]
+    shipped, beside = shipped_policies(), paths.shipped("pretrained").parent
     if name:
-        beside = paths.shipped("pretrained").parent
-        for run in (root / name, beside / name, paths.absolute(name)):
+        places = [root / name, beside / name, paths.absolute(name)]
+        if str(Path(name)) in shipped:  # its copy may be of the weights of another version
+            places = places[1:]
+        for run in places:
             if (run / "policy.json").exists():
                 return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
-    shipped = shipped_policies()
     names = [run.name for run in trained] + shipped
     alike = [each for each in shipped if Path(each).name == name]
     hint = f"; did you mean {alike[0]!r}?" if alike else schema.did_you_mean(name, names)
@@ -237,6 +240,8 @@ def copy_run(run: Path, home: Path) -> None:
         for place in chosen:
             (temporary / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / place, temporary / place)
+            times = (run / place).stat()  # kept: find_run takes the run that was trained last
+            os.utime(temporary / place, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def shipped_policies() -> list[str]:
@@ -333,12 +338,12 @@ def load_training_state(run: Path) -> dict | None:
     path = run / "training_state.pt"
     if not path.exists():
         return None
-    content = io.BytesIO(read_bytes(path))
+    content, cause = io.BytesIO(read_bytes(path)), None
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
-            raise EOFError("it holds something else")
-        return state
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:  # of any length
-        raise ValueError(f"{path} is damaged, of another version of the code, or holds more than "
-                         f"tensors and numbers; put an intact one back, or {ANEW}") from error
+        if isinstance(state, dict) and state.keys() >= _STATE_KEYS:
+            return state
+    except Exception as error:  # of any type, from PyTorch's reader of pickles
+        cause = error
+    raise ValueError(f"{path} is damaged, of another version of the code, or holds more than "
+                     f"tensors and numbers; put an intact one back, or {ANEW}") from cause
