@@ -148,18 +148,10 @@ def recurse_remainder(block: nn.Module, x: torch.Tensor, state: torch.Tensor, li
     Stops when the largest r of the batch is below ``threshold``. The weights 1, r1, r2 ... do not
     sum to one. A sample's depth counts the steps until its own r is below the threshold.
     """
-    states, weights = [block.readout(state)], []
-    r = x.new_ones(len(x), dtype=torch.float32)  # (B,)
-    depth = torch.zeros_like(r, dtype=torch.int64)
-    for _ in range(limit):
-        state = block(state, x)
-        states.append(block.readout(state))
-        weights.append(r)
-        depth = depth + (r >= threshold)
-        r = r * (1 - torch.sigmoid(halting_logit(states[-1])))
-        if not (r >= threshold).any():
-            break
-    return _weighted_sum(states, weights, depth, depth.float(), state)
+    def weigh(r, p, is_last):
+        return r, r * (1 - p)
+
+    return _recurse_weighted(block, x, state, limit, halting_logit, threshold, weigh)
 
 
 def recurse_adaptive(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
@@ -170,21 +162,37 @@ def recurse_adaptive(block: nn.Module, x: torch.Tensor, state: torch.Tensor, lim
     reaches ``1 - threshold``, or the last step allowed, gets the remainder R instead, so that the
     weights of a sample sum to one. The ponder cost is N + R.
     """
+    remainders = []
+
+    def weigh(r, p, is_last):
+        halts = (r - p <= threshold) | is_last  # stays true: r is 0 from then on
+        remainders.append(torch.where(halts, r, 0))
+        return torch.where(halts, r, p), torch.where(halts, 0, r - p)
+
+    recursion = _recurse_weighted(block, x, state, limit, halting_logit, threshold, weigh)
+    return recursion._replace(ponder=recursion.depth + sum(remainders))
+
+
+def _recurse_weighted(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
+                      halting_logit: Callable, threshold: float, weigh: Callable) -> Recursion:
+    """The sum of all answers, times their weights.
+
+    ``weigh(r, p, is_last)`` gives a step's weight and the next r (B,), which begins at 1.
+    """
     states, weights = [block.readout(state)], []
-    r = x.new_ones(len(x), dtype=torch.float32)  # (B,), the weight left to assign
-    depth, remainder = torch.zeros_like(r, dtype=torch.int64), torch.zeros_like(r)
+    r = x.new_ones(len(x), dtype=torch.float32)
+    depth = torch.zeros_like(r, dtype=torch.int64)
     for step in range(1, limit + 1):
         state = block(state, x)
         states.append(block.readout(state))
         depth = depth + (r >= threshold)
-        p = torch.sigmoid(halting_logit(states[-1]))
-        halts = (r - p <= threshold) | (step == limit)  # stays true: r is 0 from then on
-        weights.append(torch.where(halts, r, p))
-        remainder = remainder + torch.where(halts, r, 0)
-        r = torch.where(halts, 0, r - p)
+        weight, r = weigh(r, torch.sigmoid(halting_logit(states[-1])), step == limit)
+        weights.append(weight)
         if not (r >= threshold).any():
             break
-    return _weighted_sum(states, weights, depth, depth + remainder, state)
+    output = torch.einsum("bn,nb...->b...", torch.stack(weights, dim=1),
+                          torch.stack(states[1:]).float())
+    return Recursion(output, states, depth, depth.float(), state)
 
 
 def recurse_with_early_exit(block: nn.Module, x: torch.Tensor, state: torch.Tensor, limit: int,
@@ -210,12 +218,6 @@ def recurse_with_early_exit(block: nn.Module, x: torch.Tensor, state: torch.Tens
         if not len(active):
             break
     return Recursion(answer, states, depth, depth.float(), carry)
-
-
-def _weighted_sum(states: list, weights: list, depth, ponder, carry) -> Recursion:
-    output = torch.einsum("bn,nb...->b...", torch.stack(weights, dim=1),
-                          torch.stack(states[1:]).float())
-    return Recursion(output, states, depth, ponder, carry)
 
 
 # --- when to stop --------------------------------------------------------------------------------

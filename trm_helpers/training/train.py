@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .. import schema
@@ -78,9 +78,7 @@ class BehaviorCloningTrainer:
         self.device = self.team.device
         self.precision = choose_precision(config.precision, self.device)
         self.policy = policy.to(self.device)
-        average = get_ema_multi_avg_fn(config.ema_decay)
-        self.ema = AveragedModel(self.policy, multi_avg_fn=average,
-                                 use_buffers=True) if config.ema_decay else None
+        self.ema = AveragedModel(self.policy) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else self.policy  # to validate and save
         self._compiled = torch.compile(self.policy.loss) if config.compile else None
         self._captured: captured.CapturedStep | None = None
