@@ -70,9 +70,11 @@ def test_minmax_by_hand():
     assert np.allclose(normalizer.normalize(ACTIONS)[:, [0, 1, 5]], [[-1] * 3, [1] * 3])
 
 
-def test_a_dimension_that_never_varied_stays_finite_both_ways():
+@pytest.mark.parametrize("noise", [0, 1e-7])  # in another dimension, of rounding
+def test_a_dimension_that_never_varied_stays_finite_both_ways(noise):
+    actions = ACTIONS + np.array([[0, 0, 0, noise, 0, 0, 0], [0] * 7], np.float32)
     for mode in ("zscore", "minmax"):
-        normalizer = ActionNormalizer(mode).fit(ACTIONS)
+        normalizer = ActionNormalizer(mode).fit(actions)
         unseen = np.array([0.5, 0.4, 0.9, 0.3, 0, 0, 1], np.float32)
         assert np.allclose(normalizer.normalize(unseen)[:6], 0, atol=1e-6)
         predicted = normalizer.denormalize(np.full(7, 2.0, np.float32))

@@ -17,9 +17,9 @@ class ActionNormalizer:
     """Affine scaling of the six arm dimensions; the gripper, -1 or +1, is left as it is.
 
     ``zscore`` maps ``a`` to ``(a - mean) / (std + 1e-6)``, ``minmax`` maps the fitted range to
-    [-1, 1], ``none`` is the identity. A dimension that is constant in the fitted actions, whose
-    scale is (almost) 0, always normalises to 0 and denormalises to the constant, so that neither an
-    unseen value nor a prediction is magnified.
+    [-1, 1], ``none`` is the identity. A dimension that is constant in the fitted actions, up to
+    1e-6, always normalises to 0 and denormalises to the constant, so that neither an unseen value
+    nor a prediction is magnified.
     """
 
     def __init__(self, mode: str = "zscore"):
@@ -42,7 +42,7 @@ class ActionNormalizer:
             offset, scale = (high + low) / 2, (high - low) / 2
         else:
             return self
-        constant = high == low
+        constant = high - low < EPSILON
         self.offset = np.where(constant, low, offset).tolist()
         self.scale = np.where(constant, 0.0, scale).tolist()
         return self

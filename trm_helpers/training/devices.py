@@ -37,8 +37,7 @@ def tf32(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)
 
 
 def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:

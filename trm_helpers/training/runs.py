@@ -163,7 +163,7 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     """Folder of a trained run by name or path; the last trained for an empty name.
 
     Runs outside ``artifacts/`` (``pretrained/<name>``, an attached data set) are read-only. Results
-    go to a copy in ``artifacts/``, which takes precedence once it exists.
+    go to a copy in ``artifacts/``, which is then read as long as it holds the same weights.
 
     Args:
         to_write: create the copy.
