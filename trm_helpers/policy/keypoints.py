@@ -252,19 +252,11 @@ def cross_entropy(maps: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     The target is shared bilinearly by the four cells around a position, so that the mean of the
     softmax is accurate to a fraction of a cell.
     """
-    height, width = maps.shape[-2:]
     known = ~places.isnan().any(-1)
-    size = places.new_tensor([width, height])
-    cell = (places.nan_to_num(0.5) * size - 0.5).clamp(torch.zeros_like(size), size - 1)
-    first = torch.minimum(cell.floor(), size - 2)
-    share = cell - first
-    logs, total = maps.flatten(2).log_softmax(-1), 0.0
-    for right, below in itertools.product((0, 1), repeat=2):
-        weight = ((share[..., 0] if right else 1 - share[..., 0])
-                  * (share[..., 1] if below else 1 - share[..., 1]))
-        index = ((first[..., 1] + below) * width + first[..., 0] + right).long()
-        total = total - weight * logs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    return (total * known).sum() / known.sum().clamp(min=1)
+    logs = maps.flatten(2).log_softmax(-1).view(-1, 1, *maps.shape[2:])  # (B * K, 1, h, w)
+    where = 2 * places.nan_to_num(0.5).reshape(-1, 1, 1, 2) - 1
+    between = F.grid_sample(logs, where, align_corners=False, padding_mode="border")
+    return -(between.view(known.shape) * known).sum() / known.sum().clamp(min=1)
 
 
 @torch.inference_mode()
@@ -305,8 +297,8 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
     Raises ``ValueError`` if it could not tell two instructions apart, or if the run's localizer has
     another number of looks than ``config.model.looks`` or saw scenes of other demonstrations.
     """
-    path = Path(run) / "locator.safetensors"
-    demos = [[file.get("actions") for file in split["files"]] for split in (trained_on, measured_on)]
+    path, splits = Path(run) / "locator.safetensors", (trained_on, measured_on)
+    demos = [[file.get("actions") for file in split["files"]] for split in splits]  # digests
     tasks, seed = _task_vectors(config), config.train.seed
     with exclusive_lock(run, lock=".locator.lock"):  # one of several processes trains
         if not path.exists():
@@ -315,7 +307,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                 {task_id: render_scenes(config.data.suite, task_id, {file["file"]: file["demos"]},
                                         config.data.scenes)
                  for task_id, file in zip(config.data.task_ids, split["files"], strict=True)}
-                for split in (trained_on, measured_on))
+                for split in splits)
             names = visible_keypoints(scenes)
             with torch.random.fork_rng():  # the policy's initial weights do not depend on this
                 torch.manual_seed(seed)

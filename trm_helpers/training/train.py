@@ -450,13 +450,14 @@ class BehaviorCloningTrainer:
         metrics = self.run / "metrics.jsonl"
         if self.rows or metrics.exists():
             write_bytes(metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        if self.epoch and not (best := self.run / "best.safetensors").exists():
-            raise ValueError(f"{best} does not exist; expected the best weights of {self.epoch} "
-                             f"epochs. Put them back, or {runs.ANEW}")
         if self.epoch:
+            best = self.run / "best.safetensors"
+            if not best.exists():
+                raise ValueError(f"{best} does not exist; expected the best weights of "
+                                 f"{self.epoch} epochs. Put them back, or {runs.ANEW}")
             runs.read_weights(best)  # refuses a damaged file
-        if self.epoch and not (self.run / "last.safetensors").exists():
-            runs.save_weights(self.run, self.averaged.state_dict(), "last")
+            if not (self.run / "last.safetensors").exists():
+                runs.save_weights(self.run, self.averaged.state_dict(), "last")
         if state and state["precision"] != self.precision:
             print(f"{self.run} was trained in {state['precision']} and resumes in "
                   f"{self.precision}; its losses will differ slightly from those of an "
