@@ -317,6 +317,16 @@ def test_scenes_of_several_tasks_are_read_together(tmp_path):
     assert load_scenes({7: [first]}, ["red"], 18)[2] is None
 
 
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
+def test_damaged_scenes_are_named(tmp_path, kept):
+    path = write_scenes(tmp_path / "a.npz", *squares(3))
+    content = path.read_bytes()
+    path.write_bytes(content[:kept if isinstance(kept, int) else int(kept * len(content))])
+    for read in (visible_keypoints, lambda scenes: load_scenes(scenes, ["red"], 18)):
+        with pytest.raises(ValueError, match=r"a.npz is damaged .*remove it, and its scenes"):
+            read({0: [path]})
+
+
 @pytest.fixture
 def rendered(tmp_path, monkeypatch):
     """Squares in place of the simulator and short training; the list of calls."""

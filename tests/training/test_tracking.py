@@ -93,6 +93,12 @@ def test_the_environment_can_only_restrict_the_mode(monkeypatch, variable, asked
     assert allowed_mode(asked) == mode
 
 
+@pytest.mark.parametrize("url", ["api.wandb.ai", "localhost:8080", "https://"])
+def test_an_address_without_a_host_is_refused(url):
+    with pytest.raises(ConnectionError, match=f"'{url}' is no address like https://"):
+        tracking.connect(url)
+
+
 def test_disabled_starts_no_process(small_run, seen, monkeypatch):
     assert small_run("a", wandb_mode="disabled").fit()
     monkeypatch.setenv("WANDB_MODE", "disabled")

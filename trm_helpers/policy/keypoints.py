@@ -7,11 +7,13 @@ the objects, render one frame and project the objects into it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +75,13 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
                 jobs[folder / f"{seed:08x}-{per_demo}.npz"] = (file, name, seed)
     with exclusive_lock(folder):  # a concurrent call waits and then finds the files
         missing = {path: job for path, job in jobs.items() if not path.exists()}
-        if old := [path.name for path in set(jobs) - set(missing)
-                   if np.load(path).get("version", 0) != schema.COLLECTION_VERSION]:
-            print(f"{folder}: {', '.join(sorted(old))} rendered by another version of the code "
+        old = []
+        for path in sorted(set(jobs) - set(missing)):
+            with _opened(path) as scenes:
+                if scenes.get("version", 0) != schema.COLLECTION_VERSION:
+                    old.append(path.name)
+        if old:
+            print(f"{folder}: {', '.join(old)} rendered by another version of the code "
                   f"than {schema.COLLECTION_VERSION}; remove them to render them again")
         if missing:
             render = functools.partial(_render, suite, task_id, per_demo)
@@ -150,6 +156,17 @@ def image_positions(env: LiberoEnv, positions: np.ndarray) -> np.ndarray:
     return place
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """A file of :func:`render_scenes`; ``ValueError`` with its name if it is damaged."""
+    try:
+        with np.load(path) as file:
+            yield file
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and its scenes are rendered "
+                         "again") from error
+
+
 def load_scenes(scenes: Mapping[int, Sequence[Path]], names: Sequence[str], image_size: int,
                 tasks: torch.Tensor | None = None
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -163,7 +180,7 @@ def load_scenes(scenes: Mapping[int, Sequence[Path]], names: Sequence[str], imag
     frames, places, told = [], [], []
     for number, path in ((number, path) for number, files in enumerate(scenes.values())
                          for path in files):
-        with np.load(path) as file:
+        with _opened(path) as file:
             frames.append(resize_images(torch.from_numpy(file["frames"]), image_size))
             stored, where = list(file["things"]), file["places"].astype(np.float32)
         where = np.pad(where, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan)
@@ -178,7 +195,7 @@ def visible_keypoints(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
     """Names of the keypoints inside at least one frame, given the files of each task."""
     found = set()
     for path in itertools.chain(*scenes.values()):
-        with np.load(path) as file:
+        with _opened(path) as file:
             visible = ~np.isnan(file["places"]).all(axis=(0, 2))
             found.update(map(str, file["things"][visible]))
     return sorted(found)

@@ -121,6 +121,8 @@ def connect(url: str) -> None:
     """Raise ``ConnectionError`` unless the host accepts a connection within three seconds."""
     address = urlsplit(url)
     host, port = address.hostname, address.port or {"http": 80}.get(address.scheme, 443)
+    if not host:
+        raise ConnectionError(f"{url!r} is no address like https://api.wandb.ai")
     try:
         call_within(_CONNECT_WITHIN,
                     lambda: socket.create_connection((host, port), _CONNECT_WITHIN).close())
