@@ -2,6 +2,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +206,22 @@ def test_a_read_only_run_with_links_becomes_a_writable_copy(trained, tmp_path, c
     assert find_run(attached) == attached  # now another run
     with pytest.raises(FileExistsError, match="theirs belongs to another run than .*input"):
         find_run(attached, to_write=True)
+
+
+def test_a_run_that_another_process_copies_is_awaited(trained, tmp_path):
+    attached = Path(shutil.copytree(trained, tmp_path / "input" / "theirs"))
+    code = f"""
+import shutil, time
+from trm_helpers.training import runs
+copy = shutil.copyfile
+shutil.copyfile = lambda *paths: (print("copies", flush=True), time.sleep(0.2), copy(*paths))
+print(runs.find_run({str(attached)!r}, to_write=True), flush=True)
+"""
+    copy = str(paths.artifacts_dir() / "theirs")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "copies\n"
+        assert str(find_run(attached, to_write=True)) == copy
+        assert other.stdout.read().split()[-1] == copy
 
 
 def test_a_run_in_the_hubs_cache_is_copied_through_its_links(trained, tmp_path):

@@ -206,12 +206,13 @@ def _in_artifacts(run: Path, to_write: bool) -> Path:
     """Copy of a run from elsewhere; the run itself if there is none and ``to_write`` is False."""
     shipped = run.is_relative_to(paths.shipped("pretrained"))
     home = paths.artifacts_dir() / ("pretrained" if shipped else "") / run.name
-    if not home.exists():
-        if to_write:
-            if not shipped:
-                paths.run_dir(run.name)  # refuses what no run may be called
-            copy_run(run, home)
-        return home if to_write else run
+    if to_write and not home.exists():
+        if not shipped:
+            paths.run_dir(run.name)  # refuses what no run may be called
+        with exclusive_lock(home.parent, lock=".copy.lock"):
+            if not home.exists():  # another process may have made it meanwhile
+                copy_run(run, home)
+                return home
     if all((home / path.name).exists() and filecmp.cmp(path, home / path.name, shallow=False)
            for path in (run / "policy.json", *run.glob("*.safetensors"))):
         return home
