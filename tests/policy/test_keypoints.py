@@ -339,7 +339,7 @@ def rendered(tmp_path, monkeypatch):
 
     monkeypatch.setattr(keypoints, "render_scenes", draw)
     monkeypatch.setattr(train_localizer, "__kwdefaults__", {
-        **train_localizer.__kwdefaults__, "steps": 30, "look_steps": 30})
+        **train_localizer.__kwdefaults__, "steps": 3, "look_steps": 3})
     return asked
 
 
@@ -366,8 +366,9 @@ def test_a_run_trains_its_localizer_first(small_run, rendered, looks):
     assert any(name.startswith("locator.look.") for name in before) == bool(looks)
 
 
-def test_instructions_that_the_localizer_would_mix_are_refused(rendered, tmp_path):
+def test_instructions_that_the_localizer_would_mix_are_refused(rendered, tmp_path, monkeypatch):
     """LIBERO-90 has the left bowl on the right bowl, and its mirror: cosine similarity 0.9993."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # of which PyTorch would warn
     config = from_flat("demo", suite="libero_90", task_ids=[0, 63, 64], scenes=20,
                        conditioning="language")
     with pytest.raises(ValueError, match=r"task_ids=\[63, 64\] of libero_90 apart .*0.9993"):

@@ -15,7 +15,7 @@ from trm_helpers.config import from_flat, local_settings, settings_by_part
 from trm_helpers.demos.collect import demonstrations_of
 from trm_helpers.files import append_jsonl, exclusive_lock
 from trm_helpers.policy import model
-from trm_helpers.training import runs, train
+from trm_helpers.training import runs
 from trm_helpers.training.runs import (
     TRAINING_LOCK,
     create_run,
@@ -487,7 +487,7 @@ def test_an_error_names_a_training_state_of_other_content(trained, state):
         load_training_state(trained)
 
 
-@pytest.mark.parametrize("key", sorted({*train._VALUES, "policy", "optimizer", "scheduler",
+@pytest.mark.parametrize("key", sorted({*runs.STATE_VALUES, "policy", "optimizer", "scheduler",
                                          "measured", "precision", "generator", "cuda_generators"}))
 def test_an_error_names_a_training_state_without_one_of_its_parts(trained, key):
     state = load_training_state(trained)

@@ -326,7 +326,8 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                  for task_id, file in zip(config.data.task_ids, split["files"], strict=True)}
                 for split in splits)
             names = visible_keypoints(scenes)
-            with torch.random.fork_rng():  # the policy's initial weights do not depend on this
+            # the policy's initial weights do not depend on this; no GPU's numbers are used
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 known = torch.zeros(0, 0) if tasks is None else tasks
                 localizer = Localizer(len(names), *known.shape, looks=config.model.looks)

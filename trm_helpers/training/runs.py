@@ -40,9 +40,11 @@ from ..software import software_versions
 
 TRAINING_LOCK = ".training.lock"
 ANEW = "remove training_state.pt and metrics.jsonl to train from the start"
+STATE_VALUES = (  # attributes of the trainer in a training state
+    "epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch")
 _STATE_KEYS = {  # all that a trainer reads, except ema and scaler, which only some have
-    "epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch", "policy",
-    "optimizer", "scheduler", "measured", "precision", "generator", "cuda_generators"}
+    *STATE_VALUES, "policy", "optimizer", "scheduler", "measured", "precision", "generator",
+    "cuda_generators"}
 
 
 def create_run(config: Config, run_name: str = "", resume: bool = False) -> Path:

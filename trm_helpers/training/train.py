@@ -40,8 +40,7 @@ _CHECK_EVERY = 16  # steps between checks of the clock and the loss
 _SAVE_EVERY = 300.0  # seconds between states saved within an epoch
 _REPORT_EVERY = 10  # epochs between printed lines, where there is no terminal for a progress bar
 _DIVERGED = 100.0  # times the loss of the first step
-# attributes of the trainer in a training state: values, and objects with a state of their own
-_VALUES = ("epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch")
+# attributes of the trainer in a training state that have a state of their own
 _OBJECTS = ("policy", "ema", "optimizer", "scheduler", "scaler")
 
 
@@ -417,7 +416,7 @@ class BehaviorCloningTrainer:
         if self.team.is_main:
             cpu, cuda = random_state()
             runs.save_training_state(self.run, {
-                **{name: getattr(self, name) for name in _VALUES},
+                **{name: getattr(self, name) for name in runs.STATE_VALUES},
                 **{name: getattr(self, name).state_dict() for name in _OBJECTS
                    if getattr(self, name)},
                 "measured": [tuple(value.item() for value in step) for step in self.measured],
@@ -434,7 +433,7 @@ class BehaviorCloningTrainer:
             runs.refuse_without_state(self.run)
         else:
             runs.refuse_other_data(self.run, self.train_data)
-            for name in _VALUES:
+            for name in runs.STATE_VALUES:
                 setattr(self, name, state[name])
             for group in state["optimizer"]["param_groups"]:
                 group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the last
