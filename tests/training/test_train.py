@@ -432,7 +432,7 @@ def test_a_run_resumes_in_another_precision_and_reports_it(small_run, monkeypatc
         meant.get(precision, precision)))
     settings = dict(precision="auto", epochs=3, ema_decay=0.9)
     interrupt(small_run("run", **settings), monkeypatch)
-    assert "goes on in" not in capsys.readouterr().out
+    assert "resumes in" not in capsys.readouterr().out
     meant["auto"] = after
     trainer = small_run("run", True, **settings)
     rows = trainer.fit()
