@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from look_again import CLOSE, LOOKS, TASKS, errors, load, within
+from look_again import CLOSE, LOOKS, PRECISION, TASKS, errors, load, within
 
 from trm_helpers.paths import repo_root
 from trm_helpers.policy.keypoints import save_localizer, train_localizer
@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(given.seed)
     localizer = Localizer(len(THINGS), TASKS, TASKS, looks=LOOKS)
     localizer.known.copy_(numbers)
-    train_localizer(localizer, frames, places, numbers[tasks], seed=given.seed, precision="bf16")
+    train_localizer(localizer, frames, places, numbers[tasks], seed=given.seed, precision=PRECISION)
     test = load(given.folder, given.suite, "test")
     close = within(errors(lambda images, told: localizer.locate(images, numbers[told]), test),
                    CLOSE)  # (scenes, 1 + looks)

@@ -30,7 +30,9 @@ from trm_helpers.policy.layers import Centre
 from trm_helpers.policy.localizer import Localizer
 from trm_helpers.software import software_versions
 from trm_helpers.stats import rate_text
+from trm_helpers.training.devices import choose_precision
 
+PRECISION = choose_precision("auto", torch.device("cpu"))  # emulated, bf16 is several times slower
 SIDE, CROP = 128, 24  # pixels
 LOOKS, MOST_LOOKS = 6, 12  # in training, in evaluation
 GAMMA = 0.8  # weight of a look's loss against the next one's
@@ -201,7 +203,7 @@ def train(losses: dict[str, Callable], modules: dict[str, nn.Module], data: tupl
 
 
 def amp() -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISION == "bf16")
 
 
 def loss_of_maps(network: nn.Module, reduce: Callable = lambda frames: frames) -> Callable:
@@ -336,7 +338,7 @@ def main() -> None:
         software = {**software, "dirty": software["dirty"] or before["software"]["dirty"]}
     write_json(path, {
         "kind": "look-again", "software": software, "suite": given.suite, "seed": given.seed,
-        **settings, "splits": splits,
+        **settings, "precision": PRECISION, "splits": splits,
         "seconds": {name: round(value) for name, value in seconds.items()}})
 
 

@@ -51,7 +51,9 @@ from trm_helpers.policy.model import GRIPPER_WEIGHT, TRMPolicy
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.software import software_versions
 from trm_helpers.stats import paired_mcnemar, rate_text
+from trm_helpers.training.devices import choose_precision
 
+PRECISION = choose_precision("auto", torch.device("cpu"))  # emulated, bf16 is several times slower
 SUITE, TASKS = "libero_spatial", (0, 1, 2)
 CAMERA = schema.STILL_CAMERA
 WINDOW = 4  # decisions with a common gradient; every WINDOW-th sees the frame
@@ -255,7 +257,7 @@ def train(policy: BlinkingPolicy, condition: str, steps: Steps, updates: int, se
         seen = observed(policy.arm, condition, steps, index, is_first, before, generator)
         mask = steps.mask[index] * exists.unsqueeze(-1)
         carry = None if is_first or carry is None else carry.detach()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISION == "bf16"):
             features = []
             if policy.config.carry_over:
                 for place in range(WINDOW):
@@ -342,7 +344,8 @@ def main() -> None:
               f"against reset {100 * test['difference']:+.0f} points, p = {test['p_value']:.2g}")
     write_json(given.folder / f"{given.condition}-{given.seed}.json", {
         "kind": "memory", "software": software, "condition": given.condition, "seed": given.seed,
-        "updates": given.updates, "demos": given.demos, "seconds": seconds,
+        "updates": given.updates, "demos": given.demos, "precision": PRECISION,
+        "seconds": seconds,
         "parameters": {arm: sum(w.numel() for w in policy.parameters() if w.requires_grad)
                        for arm, policy in policies.items()},
         "arms": {arm: [{key: row[key] for key in ("task_id", "init_state", "success", "steps")}

@@ -38,9 +38,11 @@ from trm_helpers.files import write_json
 from trm_helpers.policy.layers import Centre, RMSNorm, TransformerLayer
 from trm_helpers.software import software_versions
 from trm_helpers.stats import mcnemar_p, rate_text
+from trm_helpers.training.devices import choose_precision
 
 GRID, INSTRUCTIONS, STEPS, DIM, HEADS = 16, 21, 6, 64, 4
 RECURSION, BATCH = "recursion", 32
+PRECISION = choose_precision("auto", torch.device("cpu"))  # emulated, bf16 is several times slower
 
 
 # --- networks ------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ def cell_of(bowls: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
 
 # --- training ------------------------------------------------------------------------------------
 def amp() -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=PRECISION == "bf16")
 
 
 def depth(steps: int, generator: torch.Generator) -> tuple[int, int]:
@@ -210,7 +212,7 @@ def main() -> None:
             for name, hits in found.items()}}
     write_json(given.folder / f"{given.seed}.json", {
         "kind": "which-bowl", "software": software, "suite": "own scenes", "seed": given.seed,
-        "updates": given.updates, "lr": given.lr, "splits": splits,
+        "updates": given.updates, "lr": given.lr, "precision": PRECISION, "splits": splits,
         "seconds": {name: round(value) for name, value in seconds.items()},
         "parameters": {name: sum(p.numel() for p in arm.parameters())
                        for name, arm in networks.items()}})
