@@ -65,8 +65,9 @@ lab: $(BIN)/jupyter-lab
 $(BIN)/jupyter-lab: | setup
 	@$(INSTALL) jupyterlab $(SHOWN)
 
-# A process per core, up to 4, each with one thread and whole files: fixtures are expensive.
-WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A process per core, up to 4, each with one thread and whole files: fixtures are expensive. Files
+# keep the order of tests/conftest.py, so that no long one is left for the end.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 

@@ -13,7 +13,12 @@ def pytest_configure(config):
     configure_gl()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # a process of several: the longest files first
+        long = {mark: {item.path for item in items if item.get_closest_marker(mark)}
+                for mark in ("notebooks", "sim")}
+        items.sort(key=lambda item: (item.path not in long["notebooks"],
+                                     item.path not in long["sim"]))
     if any(item.get_closest_marker("gpu") for item in items) and not _GPU_SEEN["is_available"]():
         for item in items:
             if item.get_closest_marker("gpu"):
