@@ -121,6 +121,7 @@ from IPython.display import display
 
 from trm_helpers.config import check_parameters, from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
+from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.evaluation.actor import actor_of
 from trm_helpers.evaluation.evaluate import selection_success, trainer_of
 from trm_helpers.stats import format_success
@@ -142,8 +143,12 @@ config = from_flat(
     stop_epoch=stop_epoch, num_threads=num_threads, wandb_mode=wandb_mode)
 usual = preset if config.fixed() == from_flat(preset).fixed() else ""
 run = create_run(config, run_name or usual, resume)
-files = ensure_demonstrations(config, actor_of(config))
-session.keep(files.values() if actor else ())  # on Kaggle
+try:
+    files = ensure_demonstrations(config, actor_of(config))
+finally:  # on Kaggle, also demonstrations collected before the session's time was up
+    if actor:
+        data = config.data
+        session.keep(scripted_dir(data.suite, data.placement, actor, data.beta).glob("*.hdf5"))
 
 # %%
 trainer = trainer_of(config, files, run)
