@@ -104,6 +104,8 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     values["model"]["depth"] = 3
     with pytest.raises(ValueError, match="unknown model setting 'depth'.*num_recursions"):
         Config.from_dict(values)
+    with pytest.raises(ValueError, match="preset='big' .*'reference', 'demo', 'trm', 'tiny'"):
+        Config.from_dict({**from_flat("demo").to_dict(), "preset": "big"})
 
 
 @pytest.mark.parametrize(("setting", "message"), [

@@ -362,15 +362,16 @@ class Config:
     def from_dict(cls, values: dict) -> Config:
         """Inverse of :meth:`to_dict`, also of older versions, see :func:`migrate`.
 
-        Raises ``ValueError`` for a key that is not a setting.
+        Raises ``ValueError`` for a key that is not a setting, or an unknown preset.
         """
         check_names(values, ["preset", *PARTS], "part of a configuration")
+        preset = schema.check_option("preset", values.get("preset", "reference"), PRESETS)
         parts = {}
         for name, kind in PARTS.items():
             given = migrate(values.get(name, {}))
             check_names(given, list(types_of(kind)), f"{name} setting")
             parts[name] = kind(**given)
-        return cls(preset=values.get("preset", "reference"), **parts)
+        return cls(preset=preset, **parts)
 
     def replace(self, **settings) -> Config:
         """A copy with the named settings changed, whichever part they belong to."""

@@ -27,7 +27,7 @@ from trm_helpers.policy.keypoints import (
 )
 from trm_helpers.policy.localizer import CROP, KeypointEncoder, Localizer, crops
 from trm_helpers.sim import parallel
-from trm_helpers.sim.env import LiberoEnv, load_task
+from trm_helpers.sim.env import LayoutError, LiberoEnv, load_task
 from trm_helpers.training.train import BehaviorCloningTrainer
 
 NAN = float("nan")
@@ -503,7 +503,8 @@ def test_an_image_position_is_where_the_frame_changes_without_the_object():
 
 
 @pytest.mark.sim
-def test_objects_that_the_robot_has_moved_stay_in_place(demonstration):
+def test_objects_moved_stay_in_place_and_a_step_without_room_is_replaced(demonstration,
+                                                                         monkeypatch):
     """In the last steps the soup lies in the basket."""
     with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
         env.reset()
@@ -517,6 +518,20 @@ def test_objects_that_the_robot_has_moved_stay_in_place(demonstration):
         randomise_layout(env, np.random.default_rng(0), {"alphabet_soup_1"})
         np.testing.assert_allclose(env.object_position("alphabet_soup_1"), soup)
         assert np.linalg.norm(env.object_position("basket_1") - basket) > 0.01
+
+        rooms = iter([False, True, True])
+
+        def randomise(*arguments):
+            if not next(rooms, False):
+                raise LayoutError("no free places")
+            randomise_layout(*arguments)
+
+        monkeypatch.setattr(keypoints, "randomise_layout", randomise)
+        frames, places = keypoints.sample_scenes(env, demo["states"][:], 2,
+                                                 np.random.default_rng(0))
+        assert len(frames) == len(places) == 2 and np.isfinite(places).all()
+        with pytest.raises(LayoutError, match="no free places"):
+            keypoints.sample_scenes(env, demo["states"][:], 2, np.random.default_rng(0))
 
 
 def test_keypoints_need_the_agent_view():

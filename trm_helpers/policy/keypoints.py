@@ -28,7 +28,7 @@ from ..data.augment import augment_images, resize_images
 from ..data.language import embed_instruction
 from ..demos.demo_files import DemoFileError, open_demo_file
 from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_json
-from ..sim.env import LiberoEnv, load_task
+from ..sim.env import LayoutError, LiberoEnv, load_task
 from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
@@ -125,7 +125,8 @@ def sample_scenes(env: LiberoEnv, states: np.ndarray, count: int,
     """Frames (count, H, W, 3) uint8 and image positions (count, K, 2) of an episode's scenes.
 
     The robot is as in one of the ``states`` (T, S), the objects are elsewhere; the keypoints are
-    the goal's parts in their order, then the hand.
+    the goal's parts in their order, then the hand. Raises ``LayoutError`` if more than ``count``
+    steps leave no room for the objects.
     """
     objects, goal = sorted(env.raw.obj_body_id), env.goal_parts()
 
@@ -135,13 +136,20 @@ def sample_scenes(env: LiberoEnv, states: np.ndarray, count: int,
     frames, places = [], []
     env.set_state(states[0])
     first = positions(objects)
-    for step in generator.integers(len(states), size=count):
+    steps = generator.integers(len(states), size=count).tolist()
+    for step in steps:
         env.set_state(states[step])
         moved = np.linalg.norm(positions(objects) - first, axis=1) > _MOVED
         staying = set(np.array(objects)[moved])
         if generator.random() < _GOAL_UNMOVED:
             staying.update(goal.values())
-        randomise_layout(env, generator, staying)
+        try:
+            randomise_layout(env, generator, staying)
+        except LayoutError:  # another step leaves more room
+            if len(steps) == 2 * count:
+                raise
+            steps.append(int(generator.integers(len(states))))
+            continue
         frames.append(env.set_state(env.state())[schema.STILL_CAMERA])
         places.append(image_positions(env, np.array([*positions(goal.values()),
                                                      env.end_effector()])))
