@@ -29,6 +29,14 @@ def test_another_name_is_refused(name):
         paths.run_dir(name)
 
 
+def test_a_file_is_no_run():
+    file = paths.artifacts_dir() / "README.md"
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(ValueError, match=rf"run_name='README.md' is not valid; {file} is a file"):
+        paths.run_dir("README.md")
+
+
 @pytest.mark.parametrize(("variable", "folder"), [("TRM_ARTIFACTS_DIR", paths.artifacts_dir),
                                                   ("TRM_DATA_DIR", paths.data_dir)])
 def test_folders_from_the_environment(variable, folder, tmp_path, monkeypatch):

@@ -73,4 +73,7 @@ def run_dir(run_name: str | int) -> Path:
     if name in _RESERVED:
         raise ValueError(f"run_name={run_name!r} is not valid; expected a name that is not "
                          "reserved for a baseline or for notebooks")
-    return artifacts_dir() / name
+    folder = artifacts_dir() / name
+    if folder.is_file():
+        raise ValueError(f"run_name={run_name!r} is not valid; {folder} is a file")
+    return folder
