@@ -124,7 +124,8 @@ def test_make_skips_a_python_of_which_there_is_only_a_shim(tmp_path):
     """As pyenv leaves them for versions that are not active."""
     (tmp_path / "python3.12").write_text("#!/bin/sh\nexit 127\n")
     (tmp_path / "python3.12").chmod(0o755)
-    done = subprocess.run(["make", "test-pythons", "PYTHONS=3.12"], cwd=paths.repo_root(),
+    make = ["make", "--no-print-directory", "test-pythons", "PYTHONS=3.12"]  # also below a make
+    done = subprocess.run(make, cwd=paths.repo_root(),
                           env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "no python3.12: skipped\n"), done.stderr
