@@ -153,7 +153,6 @@ def test_every_device_variable_ends_in_a_device_that_renders(gl_environment, mon
 
 def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_path):
     started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
-    monkeypatch.setenv("TRM_RENDERER", "")  # none is kept
     found = configure_gl()
     assert found["renderer"] == "llvmpipe" == renderer()
     assert found["settings"]["MUJOCO_EGL_DEVICE_ID"] == "0"
@@ -165,6 +164,14 @@ def test_the_choice_is_made_once_and_inherited(gl_environment, monkeypatch, tmp_
     monkeypatch.setenv("MUJOCO_GL", "osmesa")  # somebody wants another one
     assert configure_gl()["settings"]["MUJOCO_GL"] == "osmesa"
     assert "MUJOCO_EGL_DEVICE_ID" not in os.environ and len(started()) == 2
+
+
+@pytest.mark.parametrize("damaged", [
+    "", "[]", "null", '{"renderer": "x"}', '{"settings": null}'])
+def test_a_choice_that_says_nothing_is_made_again(gl_environment, monkeypatch, tmp_path, damaged):
+    started = pretend_rendering(monkeypatch, tmp_path, REPORTS)
+    monkeypatch.setenv("TRM_RENDERER", damaged)
+    assert renderer() == "llvmpipe" and len(started()) == 1
 
 
 def test_hardware_is_preferred_and_a_device_asked_for_is_taken(
@@ -498,7 +505,7 @@ def test_a_home_that_this_user_may_not_look_into_is_not_writable(tmp_path):
 @pytest.mark.parametrize("broken", [
     "_check_python", "_check_torch", "_check_versions", "_check_gl", "_check_scene",
     "_check_gpu", "_check_cores", "_check_memory", "_check_disk"])
-@pytest.mark.parametrize("error", [KeyError("PATH"), SystemExit("no")])
+@pytest.mark.parametrize("error", [KeyError("PATH"), OSError(5, "bad disk"), SystemExit("no")])
 def test_whatever_a_check_raises_is_a_row_that_fails(monkeypatch, broken, error):
     def fail(*_):
         raise error

@@ -55,11 +55,13 @@ def configure_gl() -> dict:
         ValueError: ``MUJOCO_GL`` names a backend that robosuite does not know.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    kept = json.loads(os.environ.get(_RENDERER) or "null")  # perhaps by a parent process
-    if kept and all(os.environ.get(name) == value for name, value in kept["settings"].items()):
-        if renders_on_cpu(kept["renderer"]) or kept["visible"] == visible:
-            return kept
-        os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it was chosen for other GPUs
+    with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
+        kept = json.loads(os.environ[_RENDERER])  # chosen before, perhaps by a parent process
+        if {"renderer", "ms", "failures"} <= kept.keys() and kept["settings"]["MUJOCO_GL"] and all(
+                os.environ.get(name) == value for name, value in kept["settings"].items()):
+            if renders_on_cpu(kept["renderer"]) or kept["visible"] == visible:
+                return kept
+            os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)  # it was chosen for other GPUs
     _find_home_and_cache()
     failures: list[str] = []
     for settings in gl_settings():

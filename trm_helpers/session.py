@@ -217,7 +217,7 @@ def _renderer() -> str:
 
 # --- attached runs and demonstrations ------------------------------------------------------------
 def _take_over_runs() -> str:
-    """Copy attached runs and searches into the artifacts folder; what is there stays as it is."""
+    """Copy attached runs and searches into the artifacts folder, never over one that exists."""
     found: dict[str, list[Path]] = {}
     for place, folders, names in _attached():
         if place.name == "search" and "search.json" in names:

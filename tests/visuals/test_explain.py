@@ -180,6 +180,12 @@ def test_recursion_verdict_gives_its_numbers():
     )
 
 
+@pytest.mark.parametrize("norms", [[1.0], [1.0, 1.0, 1.0]])
+def test_recursion_verdict_refuses_lists_that_do_not_fit(norms):
+    with pytest.raises(ValueError, match=r"expected N >= 1 changes, N \+ 1 norms"):
+        unrolled.recursion_verdict([1.0], norms)
+
+
 def test_recursive_states_by_hand():
     batch = FakeDataset()
     batch.augmentation = "none"

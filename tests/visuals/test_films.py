@@ -66,6 +66,8 @@ def test_labels_of_one_line_and_of_several_share_a_grid(tmp_path):
     with imageio.get_reader(grid) as reader:
         height, width, _ = reader.get_next_data().shape
     assert height >= 192 + 2 * (27 - films._MARGIN) + films._MARGIN and width == 2 * 192
+    with pytest.raises(ValueError, match="frames is empty"):
+        films.write_grid(tmp_path / "none.mp4", [], [], [])
 
 
 def test_a_film_frame_has_a_large_view_the_policys_own_text_time_and_an_end():

@@ -200,10 +200,10 @@ def write_grid(path: str | os.PathLike, films: Sequence[str | os.PathLike],
     A film that has ended keeps its last frame, outlined in green (success) or red (failure).
     ``columns`` 0 makes about as many rows as columns.
     """
-    columns = columns or math.ceil(math.sqrt(len(films)))
+    columns = columns or math.ceil(math.sqrt(len(films))) or 1
     rows = math.ceil(len(films) / columns)
     texts = [_wrapped([label], _TILE) for label in labels]
-    band = _LINE * max(len(text.splitlines()) for text in texts) + _MARGIN
+    band = _LINE * max((len(text.splitlines()) for text in texts), default=0) + _MARGIN
     with contextlib.ExitStack() as stack:
         tiles = [_tiles(stack.enter_context(imageio.get_reader(film)), text, band, success)
                  for film, text, success in zip(films, texts, successes, strict=True)]

@@ -81,6 +81,9 @@ def recursion_verdict(changes: Sequence[float], norms: Sequence[float]) -> tuple
         changes: ``||h_k - h_(k-1)||`` for k = 1 ... N.
         norms: ``||h_k||`` for k = 0 ... N.
     """
+    if len(changes) == 0 or len(norms) != len(changes) + 1:
+        raise ValueError(
+            f"{len(changes)} changes and {len(norms)} norms; expected N >= 1 changes, N + 1 norms")
     if not np.isfinite([*changes, *norms]).all():
         return "diverging", "The recursion is diverging: its states are not finite."
     share = changes[-1] / max(norms[-1], 1e-12)
