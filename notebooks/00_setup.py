@@ -181,7 +181,8 @@ try:
     files = ensure_demonstrations(config)
 finally:  # on Kaggle, also demonstrations collected before the session's time was up
     for suite in {schema.own_suite(config.data.suite, task)[0] for task in config.data.task_ids}:
-        session.keep(scripted_dir(suite, config.data.placement).glob("*.hdf5"))
+        session.keep(scripted_dir(suite, config.data.placement,
+                                  frame_stride=config.data.frame_stride).glob("*.hdf5"))
 
 # %%
 steps = {}

@@ -148,7 +148,8 @@ try:
 finally:  # on Kaggle, also demonstrations collected before the session's time was up
     if actor:
         data = config.data
-        session.keep(scripted_dir(data.suite, data.placement, actor, data.beta).glob("*.hdf5"))
+        session.keep(scripted_dir(data.suite, data.placement, actor, data.beta,
+                                  data.frame_stride).glob("*.hdf5"))
 
 # %%
 trainer = trainer_of(config, files, run)

@@ -123,6 +123,7 @@ class DataConfig(_Part):
     placement: Literal[schema.PLACEMENTS] = "benchmark"  # layouts of scripted demos; wide: random
     actor: str = ""  # run that acts while the expert labels (DAgger); "": the expert acts
     beta: float = 0.5  # with an actor: probability that the expert acts in a decision
+    frame_stride: int = 1  # scripted demos: steps per rendered frame; samples begin at those
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
     sequence_length: int = 1  # T: consecutive steps in one sample
     alignment: Literal[schema.ALIGNMENT_OPTIONS] = "auto"  # auto: by the file, else measured

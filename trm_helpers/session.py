@@ -313,10 +313,11 @@ def _collected_as(path: Path) -> tuple[Path, int]:
         made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
     suite, placement = str(made.get("suite")), str(made.get("placement", "benchmark"))
     actor, beta = str(made.get("actor", "")), float(made.get("beta", 0.0))
+    stride = int(made.get(schema.FRAME_STRIDE_ATTR, 1))
     if suite not in schema.SUITES or placement not in schema.PLACEMENTS:
         raise DemoFileError(f"{path}: made for suite {suite!r}, placement {placement!r}, which "
                             "this version does not have")
-    return scripted_dir(suite, placement, actor, beta) / path.name, count
+    return scripted_dir(suite, placement, actor, beta, stride) / path.name, count
 
 
 def _attached() -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -165,6 +165,11 @@ class LIBERODataset(torch.utils.data.Dataset):
         if split == "val":
             self.augmentation = "none"
         for demo in self.demos:
+            if demo.frame_stride > 1 and self.sequence_length > 1:
+                raise ValueError(
+                    f"{self._steps.files[demo.file].path}, {demo.name}: a frame in every "
+                    f"{demo.frame_stride} steps (frame_stride); sequence_length="
+                    f"{self.sequence_length} needs one in each")
             if demo.end - demo.first < self.sequence_length:
                 raise ValueError(
                     f"{self._steps.files[demo.file].path}, {demo.name}: {demo.end - demo.first} "
@@ -173,7 +178,7 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.normalizer = normalizer or ActionNormalizer(self.normalize_actions).fit(
             self._steps.actions[steps])
         self.proprio_stats = dict(proprio_stats or fit_proprio(self._steps.proprio[steps]))
-        starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1)
+        starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1, demo.frame_stride)
                   for demo in self.demos]
         tables = {
             "start": torch.cat(starts),  # first step of each sample

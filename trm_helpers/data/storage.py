@@ -22,6 +22,7 @@ from ..demos.demo_files import (
     check_gripper,
     demo_names,
     instruction_of,
+    integer_attribute,
     open_demo_file,
     source_of,
 )
@@ -48,6 +49,7 @@ class Demo:
     name: str
     first: int
     end: int
+    frame_stride: int  # steps per rendered frame, from ``first`` on; the others repeat it
 
 
 @dataclass(frozen=True)
@@ -270,9 +272,10 @@ def _lay_out(files: list[DemoFile], limits: Sequence[int]) -> list[Demo]:
     for index, (file, limit) in enumerate(zip(files, limits, strict=True)):
         with open_demo_file(file.path) as content:
             for name in demo_names(content)[:limit or None]:
-                length = len(content[schema.DATA_GROUP][name]["actions"])
-                end = first + length - (file.alignment == "shift")
-                demos.append(Demo(index, name, first, end))
+                group = content[schema.DATA_GROUP][name]
+                end = first + len(group["actions"]) - (file.alignment == "shift")
+                stride = integer_attribute(group, schema.FRAME_STRIDE_ATTR, 1)
+                demos.append(Demo(index, name, first, end, stride))
                 first = end
     return demos
 

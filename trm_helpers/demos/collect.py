@@ -87,7 +87,7 @@ class Disturbance:
 def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str | os.PathLike,
                            *, seed: int = 0, workers: int | None = None,
                            disturb: bool = True, placement: str = "benchmark",
-                           actor: Actor | None = None) -> Path:
+                           actor: Actor | None = None, frame_stride: int = 1) -> Path:
     """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
 
     Layouts are sampled by the environment's reset, never taken from the official init states.
@@ -104,6 +104,8 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
             file begins with the demonstrations that the actor was trained on. Nothing else pushes
             the arm. An episode ends with success or at the suite's horizon; either way it is kept,
             because its labels are right whether or not the actor succeeds.
+        frame_stride: steps per rendered frame; the file repeats a frame until the next one.
+            Rendering is most of the work on a CPU.
 
     Raises:
         ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a task without an
@@ -115,18 +117,22 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
         WorkerDied: an attempt twice lost its process.
     """
     return collect_tasks(suite, [task_id], num_demos, folder, seed=seed, workers=workers,
-                         disturb=disturb, placement=placement, actor=actor)[task_id]
+                         disturb=disturb, placement=placement, actor=actor,
+                         frame_stride=frame_stride)[task_id]
 
 
 def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: str | os.PathLike,
                   *, seed: int = 0, workers: int | None = None, disturb: bool = True,
-                  placement: str = "benchmark", actor: Actor | None = None) -> dict[int, Path]:
+                  placement: str = "benchmark", actor: Actor | None = None,
+                  frame_stride: int = 1) -> dict[int, Path]:
     """:func:`collect_demonstrations` of several tasks side by side; the file of each, in order.
 
     If the expert fails too often on one task, the others are completed before the error.
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")
+    if frame_stride < 1:
+        raise ValueError(f"frame_stride={frame_stride} is not valid; expected at least 1")
     schema.check_option("placement", placement, schema.PLACEMENTS)
     schema.check_training_suite(suite)
     if suite == schema.JOINT_SUITE:
@@ -136,6 +142,7 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
     for task_id in sorted(set(task_ids)):  # in one order, as two calls may lock the same tasks
         settings = {"by": "scripted expert", "suite": suite, "task_id": task_id, "seed": int(seed),
                     "disturb": disturb and actor is None, "placement": placement,
+                    schema.FRAME_STRIDE_ATTR: int(frame_stride),
                     "observations": "what env.step returned", **schema.PINNED}
         if actor:
             settings |= {"by": "a policy, labelled by the scripted expert (DAgger)",
@@ -170,6 +177,8 @@ class _Collection:
         calm = "" if settings["disturb"] else ".calm"
         if actor:
             calm = f".{actor.sha256[:12]}.beta{actor.beta}"
+        if (stride := settings[schema.FRAME_STRIDE_ATTR]) > 1:
+            calm += f".stride{stride}"
         self.parts = self.path.with_name(
             f".{self.name}.{settings['placement']}{calm}.seed{settings['seed']}.parts")
         self.attempts: dict[int, Path | None] = {}  # the file of a success, None for a failure
@@ -183,7 +192,8 @@ class _Collection:
             count = len(demo_names(file))
             found = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
         found.pop("failed_attempts", None)
-        found.setdefault("placement", "benchmark")  # former files do not name it
+        # former files name neither
+        found = {"placement": "benchmark", schema.FRAME_STRIDE_ATTR: 1, **found}
         if "actor_sha256" not in self.settings:
             found.pop("actor_sha256", None)
         if different := differences(found, self.settings):
@@ -314,12 +324,13 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     """
     data = config.data
     if data.actor and not data.demo_dir:
-        folder = scripted_dir(data.suite, data.placement, data.actor, data.beta)
+        folder = scripted_dir(data.suite, data.placement, data.actor, data.beta, data.frame_stride)
         print(f"{data.num_demos} demonstrations of each of {len(data.task_ids)} task(s), with the "
               f"run {data.actor!r} acting and the scripted expert labelling, in {folder}")
         files = collect_tasks(data.suite, data.task_ids, data.num_demos, folder,
                               placement=data.placement,
-                              actor=actor or Actor(data.actor, data.beta))
+                              actor=actor or Actor(data.actor, data.beta),
+                              frame_stride=data.frame_stride)
     else:
         files = _find_or_collect(data)
     for note in version_notes(files.values()):
@@ -354,12 +365,13 @@ def _find_or_collect(data: DataConfig) -> dict[int, Path]:
     missing = [task_id for task_id, task in tasks.items() if task.name not in found]
     owned = [schema.own_suite(data.suite, task_id) for task_id in missing]
     for suite in dict.fromkeys(suite for suite, _ in owned):
-        folder = scripted_dir(suite, data.placement)
+        folder = scripted_dir(suite, data.placement, frame_stride=data.frame_stride)
         wanted = [task_id for each, task_id in owned if each == suite]
         print(f"{data.num_demos} scripted demonstrations of each of {len(wanted)} task(s), in "
               f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
                              if data.demos == "auto" else ""))
-        made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement)
+        made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement,
+                             frame_stride=data.frame_stride)
         found.update((load_task(suite, task_id).name, path) for task_id, path in made.items())
     return {task_id: found[task.name] for task_id, task in tasks.items()}
 
@@ -397,7 +409,8 @@ def _attempt(settings: dict, actor: Actor | None, parts: Path, number: int) -> P
     """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
     env = worker_env(settings["suite"], settings["task_id"])
     generator = np.random.default_rng([settings["seed"], settings["task_id"], number])
-    record = record_demonstration(env, generator, settings["disturb"], settings["placement"], actor)
+    record = record_demonstration(env, generator, settings["disturb"], settings["placement"], actor,
+                                  settings[schema.FRAME_STRIDE_ATTR])
     if record is None:
         (parts / f"attempt_{number:05d}.failed").touch()
         return None
@@ -411,7 +424,7 @@ def _attempt(settings: dict, actor: Actor | None, parts: Path, number: int) -> P
 
 def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
                          disturb: bool = True, placement: str = "benchmark",
-                         actor: Actor | None = None) -> dict | None:
+                         actor: Actor | None = None, frame_stride: int = 1) -> dict | None:
     """One episode of the expert, or of an actor that it labels, from a sampled layout.
 
     Returns:
@@ -428,7 +441,7 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
     disturbance = Disturbance(generator) if disturb else None
     mixture = actor and Mixture(env, actor.source.make(env), actor.beta, expert, generator)
     record = {"observations": [], "actions": [], schema.EXECUTED_ACTIONS: [], "states": [],
-              "model_file": env.model_xml(), "attributes": {}}
+              "model_file": env.model_xml(), "attributes": {schema.FRAME_STRIDE_ATTR: frame_stride}}
     success = False
     while not success and len(record["actions"]) < env.horizon:  # a longer episode is a failure
         if mixture:
@@ -436,14 +449,17 @@ def record_demonstration(env: LiberoEnv, generator: np.random.Generator,
         else:
             action = expert.act()
             executed = disturbance.apply(action) if disturbance else action
-        record["observations"].append(dict(observation))
+        frames = schema.CAMERAS if len(record["actions"]) % frame_stride else ()  # not rendered
+        record["observations"].append({
+            key: record["observations"][-1][key] if key in frames else observation[key]
+            for key in observation})
         record["actions"].append(action)
         record[schema.EXECUTED_ACTIONS].append(executed)
         record["states"].append(env.state())
         observation, success = env.step(executed)
     if mixture:
-        record["attributes"] = {"actor": actor.run, "actor_sha256": actor.sha256,
-                                "beta": actor.beta, "success": success}
+        record["attributes"] |= {"actor": actor.run, "actor_sha256": actor.sha256,
+                                 "beta": actor.beta, "success": success}
     return record if success or mixture else None
 
 

@@ -141,6 +141,14 @@ def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
     return value
 
 
+def integer_attribute(group: h5py.Group, name: str, default: int) -> int:
+    value = group.attrs.get(name, default)
+    if not isinstance(value, int | np.integer) or value < default:
+        raise DemoFileError(f"{group.file.filename}, {group.name}: attribute {name}={value!r}; "
+                            f"expected an integer of at least {default}")
+    return int(value)
+
+
 def json_attribute(group: h5py.Group, name: str) -> dict:
     """The JSON object of an attribute; empty without the attribute."""
     text = text_attribute(group, name, "{}")
@@ -184,20 +192,13 @@ def version_notes(paths: Iterable[str | Path]) -> list[str]:
     notes = []
     for path in paths:
         with open_demo_file(path) as file:
-            versions = {_version(file[schema.DATA_GROUP][name]) for name in demo_names(file)}
+            versions = {integer_attribute(file[schema.DATA_GROUP][name], VERSION_ATTR, 0)
+                        for name in demo_names(file)}
         if source_of(path) != "human" and versions != {schema.COLLECTION_VERSION}:
             notes.append(f"{path}: collected by version {', '.join(map(str, sorted(versions)))} of "
                          "the code (0: before versions were recorded); this is version "
                          f"{schema.COLLECTION_VERSION}, whose demonstrations may differ")
     return notes
-
-
-def _version(demo: h5py.Group) -> int:
-    value = demo.attrs.get(VERSION_ATTR, 0)
-    if not isinstance(value, int | np.integer):
-        raise DemoFileError(f"{demo.file.filename}, {demo.name}: attribute {VERSION_ATTR}="
-                            f"{value!r}; expected an integer")
-    return int(value)
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def check_demo_file(path: str | Path) -> None:
     Checked: the file opens; ``actions``, both cameras and the proprioception exist, with the shapes
     and types of LIBERO's layout and one length of at least one step per demonstration; numbers,
     also those of ``states`` if present, are finite; actions lie in [-1, 1]; the attributes with the
-    alignment, the collection and its version have their types. Images are not read.
+    alignment, the collection, its version and the stride of the frames are valid. Images are not read.
     """
     with open_demo_file(path) as file:
         names, data = demo_names(file), file[schema.DATA_GROUP]
@@ -215,7 +216,8 @@ def check_demo_file(path: str | Path) -> None:
         json_attribute(data, COLLECTION_ATTR)
         for name in names:
             _check_demo(data[name], f"{path}, {name}")
-            _version(data[name])
+            integer_attribute(data[name], VERSION_ATTR, 0)
+            integer_attribute(data[name], schema.FRAME_STRIDE_ATTR, 1)
 
 
 # data sets of a demonstration: type, and shape after time

@@ -13,10 +13,12 @@ HUMAN_REPOSITORY = "yifengzhu-hf/LIBERO-datasets"  # CC BY 4.0, on the Hugging F
 HUMAN_REVISION = "f13aa24a3da8c43c7225569f28c562979fa0e35a"  # of May 2025
 
 
-def scripted_dir(suite: str, placement: str, actor: str = "", beta: float = 0.0) -> Path:
+def scripted_dir(suite: str, placement: str, actor: str = "", beta: float = 0.0,
+                 frame_stride: int = 1) -> Path:
     """Where scripted demonstrations of a suite are collected, or those with a run as the actor."""
     kind = f"dagger-{Path(actor).name}-beta{beta:g}" if actor else "scripted"
     kind += "" if placement == "benchmark" else f"-{placement}"
+    kind += "" if frame_stride == 1 else f"-stride{frame_stride}"
     return paths.data_dir() / kind / suite
 
 

@@ -27,7 +27,8 @@ _CHANGE_THE_LOSS = {"loss", "gripper", "normalize_actions", "chunk", "halting", 
 _ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster"}  # of selection rollouts
 # no axes: set by the search itself, or part of the task
 _FIXED = {*_LISTS, *local_settings(), *_ROLLOUT_SETTINGS, "epochs", "patience", "rollout_every",
-          "seed", "suite", "task_ids", "demos", "num_demos", "placement", "actor", "beta"}
+          "seed", "suite", "task_ids", "demos", "num_demos", "placement", "actor", "beta",
+          "frame_stride"}
 REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
 
 
