@@ -273,6 +273,18 @@ def test_windows_stay_inside_their_demonstration(path):
         plain(path, sequence_length=6)
 
 
+def test_samples_begin_at_rendered_frames(path):
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["frame_stride"] = 3
+    data = plain(path, chunk=4)
+    assert len(data) == 2 + 7
+    assert [grey(data[i]["observations"])[0] for i in range(4)] == [1, 4, 11, 12]
+    assert np.allclose(data[1]["actions"][0, :2], [action_at(3), action_at(4)])
+    assert data[1]["mask"].tolist() == [[1, 1, 0, 0]]
+    with pytest.raises(ValueError, match="demo_0: a frame in every 3 steps.*sequence_length=2"):
+        plain(path, sequence_length=2)
+
+
 def test_images_are_resized_once_and_scaled_to_one(path):
     data = plain(path, image_size=4, cameras=BOTH)
     with h5py.File(path) as file:

@@ -59,7 +59,7 @@ def run_attempts(monkeypatch, attempt, known, num_demos):
     """Collect without files: ``attempt(number)`` is its part; the attempts that are known then."""
     task = types.SimpleNamespace(name="a task")
     settings = {"suite": "libero_object", "task_id": 0, "seed": 0, "disturb": True,
-                "placement": "benchmark"}
+                "placement": "benchmark", "frame_stride": 1}
     collection = _Collection(task, Path("folder"), settings, num_demos)
     collection.attempts, collection.write = known, lambda: None
     monkeypatch.setattr(collect, "_attempt", lambda *given: attempt(given[-1]))
@@ -71,7 +71,7 @@ def run_attempts(monkeypatch, attempt, known, num_demos):
     ({0: "a", 1: None, 2: "b", 4: "c"}, [0, 2], [3]), ({1: "a"}, [], [0, 2]),
     ({0: "a", 1: "b", 2: "c", 3: "d"}, [0, 1, 2], [])])
 def test_successes_count_only_up_to_the_first_open_attempt(known, chosen, missing):
-    settings = {"disturb": True, "placement": "benchmark", "seed": 0}
+    settings = {"disturb": True, "placement": "benchmark", "seed": 0, "frame_stride": 1}
     collection = _Collection(types.SimpleNamespace(name="a task"), Path("folder"), settings, 3)
     collection.attempts = known
     assert collection.chosen == chosen
@@ -119,7 +119,7 @@ import numpy as np
 from trm_helpers import schema
 from trm_helpers.demos import collect
 
-def record(env, generator, disturb, placement, actor):
+def record(env, generator, disturb, placement, actor, frame_stride):
     values = generator.uniform(-1, 1, (5, 7))
     seen = {**{key: np.ones(size) for key, size in schema.LOW_DIM.items()},
             **{key: np.zeros((128, 128, 3), np.uint8) for key in schema.CAMERAS}}
@@ -345,7 +345,7 @@ def test_a_seed_without_a_layout_is_a_failed_attempt(tmp_path, monkeypatch, caps
     monkeypatch.setattr(collect.layouts, "reset", no_layout)
     monkeypatch.setattr(collect, "worker_env", lambda *_: None)
     settings = {"suite": "libero_object", "task_id": 0, "seed": 0, "disturb": True,
-                "placement": "wide"}
+                "placement": "wide", "frame_stride": 1}
     assert collect._attempt(settings, None, tmp_path, 3) is None
     assert [path.name for path in tmp_path.iterdir()] == ["attempt_00003.failed"]
     assert "counts as a failure: a task: no free places" in capsys.readouterr().out
@@ -502,6 +502,25 @@ def test_stored_actions_replay_to_the_stored_states_and_success(collected):
 
 
 @pytest.mark.sim
+def test_frames_between_the_rendered_ones_repeat_them(collected, tmp_path):
+    with pytest.raises(ValueError, match="frame_stride=0 is not valid"):
+        collect_demonstrations("libero_object", 5, 1, tmp_path, frame_stride=0)
+    path = collect_demonstrations("libero_object", 5, 1, tmp_path, workers=0, frame_stride=4)
+    with h5py.File(collected) as whole, h5py.File(path) as file:
+        every, fourth = whole["data/demo_0"], file["data/demo_0"]
+        for name in ("actions", "states", "obs/ee_pos"):
+            assert np.array_equal(every[name], fourth[name])
+        rendered = np.arange(len(every["actions"])) // 4 * 4
+        for camera in schema.CAMERAS:
+            assert np.array_equal(every["obs"][camera][()][rendered], fourth["obs"][camera])
+        assert fourth.attrs["frame_stride"] == 4
+    card = {row["check"]: row["verdict"] for row in quality_card(path)}
+    assert card["frames, agent view"] == card["frames, wrist camera"] == "good"
+    with pytest.raises(ValueError, match="frame_stride: 4 there, 2 now"):
+        collect_demonstrations("libero_object", 5, 1, tmp_path, frame_stride=2)
+
+
+@pytest.mark.sim
 def test_a_second_call_waits_for_what_the_first_collects(collected, monkeypatch):
     """What is there already is given back at once: somebody may be extending the file for long."""
     task = collected.name.removesuffix("_demo.hdf5")
@@ -520,7 +539,7 @@ def made(tmp_path, monkeypatch):
     """What was collected, in place of the simulator; no network and a Kaggle folder of its own."""
     asked = []
 
-    def collect_tasks(suite, task_ids, num_demos, folder, *, placement):
+    def collect_tasks(suite, task_ids, num_demos, folder, *, placement, frame_stride):
         asked.extend((suite, task_id, num_demos, folder.parent.name, placement)
                      for task_id in task_ids)
         names = {task_id: collect.load_task(suite, task_id).name for task_id in task_ids}

@@ -197,6 +197,8 @@ def test_bad_settings_are_refused(settings, said):
 def test_the_folder_names_actor_and_beta():
     assert scripted_dir("libero_goal", "wide", "pretrained/a", 0.25) == \
         paths.data_dir() / "dagger-a-beta0.25-wide" / "libero_goal"
+    assert scripted_dir("libero_goal", "benchmark", frame_stride=4) == \
+        paths.data_dir() / "scripted-stride4" / "libero_goal"
 
 
 def test_a_file_with_an_actor_is_told_from_a_plain_one(tmp_path):

@@ -75,7 +75,8 @@ def test_a_broken_layout_is_the_only_row(write):
 
 @pytest.mark.parametrize(("group", "name", "value"), [
     ("data", "alignment", 3), ("data", "collection", "["),
-    ("data/demo_1", "collection_version", "x")])
+    ("data/demo_1", "collection_version", "x"), ("data/demo_1", "frame_stride", 0),
+    ("data/demo_1", "frame_stride", 2.5)])
 def test_an_attribute_of_another_type_is_the_only_row(write, group, name, value):
     path = write()
     with h5py.File(path, "a") as file:

@@ -21,8 +21,8 @@ from ..demos.demo_files import (
     check_demo_file,
     check_gripper,
     demo_names,
+    frame_stride,
     instruction_of,
-    integer_attribute,
     open_demo_file,
     source_of,
 )
@@ -274,8 +274,7 @@ def _lay_out(files: list[DemoFile], limits: Sequence[int]) -> list[Demo]:
             for name in demo_names(content)[:limit or None]:
                 group = content[schema.DATA_GROUP][name]
                 end = first + len(group["actions"]) - (file.alignment == "shift")
-                stride = integer_attribute(group, schema.FRAME_STRIDE_ATTR, 1)
-                demos.append(Demo(index, name, first, end, stride))
+                demos.append(Demo(index, name, first, end, frame_stride(group)))
                 first = end
     return demos
 

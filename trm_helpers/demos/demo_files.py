@@ -141,7 +141,12 @@ def text_attribute(group: h5py.Group, name: str, default: str = "") -> str:
     return value
 
 
-def integer_attribute(group: h5py.Group, name: str, default: int) -> int:
+def frame_stride(demo: h5py.Group) -> int:
+    """Steps per rendered frame of a demonstration; the steps between repeat the last one."""
+    return _integer_attribute(demo, schema.FRAME_STRIDE_ATTR, 1)
+
+
+def _integer_attribute(group: h5py.Group, name: str, default: int) -> int:
     value = group.attrs.get(name, default)
     if not isinstance(value, int | np.integer) or value < default:
         raise DemoFileError(f"{group.file.filename}, {group.name}: attribute {name}={value!r}; "
@@ -192,7 +197,7 @@ def version_notes(paths: Iterable[str | Path]) -> list[str]:
     notes = []
     for path in paths:
         with open_demo_file(path) as file:
-            versions = {integer_attribute(file[schema.DATA_GROUP][name], VERSION_ATTR, 0)
+            versions = {_integer_attribute(file[schema.DATA_GROUP][name], VERSION_ATTR, 0)
                         for name in demo_names(file)}
         if source_of(path) != "human" and versions != {schema.COLLECTION_VERSION}:
             notes.append(f"{path}: collected by version {', '.join(map(str, sorted(versions)))} of "
@@ -216,8 +221,8 @@ def check_demo_file(path: str | Path) -> None:
         json_attribute(data, COLLECTION_ATTR)
         for name in names:
             _check_demo(data[name], f"{path}, {name}")
-            integer_attribute(data[name], VERSION_ATTR, 0)
-            integer_attribute(data[name], schema.FRAME_STRIDE_ATTR, 1)
+            _integer_attribute(data[name], VERSION_ATTR, 0)
+            frame_stride(data[name])
 
 
 # data sets of a demonstration: type, and shape after time

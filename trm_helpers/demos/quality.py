@@ -20,6 +20,7 @@ from .demo_files import (
     check_demo_file,
     demo_names,
     finger_motion,
+    frame_stride,
     instruction_of,
     open_demo_file,
     text_attribute,
@@ -144,10 +145,12 @@ def _frames(demos: list[h5py.Group], camera: str) -> dict:
     sizes = sorted({"x".join(map(str, demo["obs"][camera].shape[1:3])) for demo in demos})
     flat = still = total = moves = 0
     for demo in demos:
-        frames = demo["obs"][camera][()].reshape(len(demo["actions"]), -1)
+        stride = frame_stride(demo)
+        frames = demo["obs"][camera][::stride]  # the rendered ones
+        frames = frames.reshape(len(frames), -1)
         flat += int((frames.std(axis=1) < FLAT_FRAME).sum())
         still += int((frames[1:] == frames[:-1]).all(axis=1).sum())
-        moves += int((np.abs(np.diff(demo["obs/ee_pos"][()], axis=0)).max(axis=1) > STILL).sum())
+        moves += int((np.abs(np.diff(demo["obs/ee_pos"][::stride], axis=0)).max(axis=1) > STILL).sum())
         total += len(frames)
     frozen = max(0, still - (total - len(demos) - moves))  # more repeats than steps at rest
     return _row(f"frames, {schema.CAMERA_TITLES[camera]}",
@@ -237,6 +240,7 @@ def _instruction(path: str | Path) -> dict:
 def _orientation(env: LiberoEnv, demo: h5py.Group, camera: str) -> dict:
     """The one of eight flips and turns of a stored frame nearest to a render of its state."""
     step = len(demo["actions"]) // 2  # the arm is in view
+    step -= step % frame_stride(demo)
     rendered = _place(env, demo, step)[camera].astype(np.float64)
     stored = demo["obs"][camera][step]
     check = f"orientation, {schema.CAMERA_TITLES[camera]}"
