@@ -25,6 +25,7 @@ import numpy as np
 from .. import schema
 from ..opengl import configure_gl, simulator_imports
 from ..software import check_pinned_versions
+from .kept_model import keeping_models
 from .render import Scene, upright
 
 _MAX_PLACEMENT_TRIES = 20  # LIBERO itself retries forever
@@ -157,7 +158,7 @@ class Observation(Mapping):
 class LiberoEnv(contextlib.AbstractContextManager):
     """One task of a suite in the simulator, reused over episodes.
 
-    Building takes 5 to 10 s on two CPU cores, a sampled layout or the first init state 2 s.
+    Building takes 3 to 8 s on two CPU cores, a reset 0.5 s.
 
     Args:
         image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
@@ -191,14 +192,15 @@ class LiberoEnv(contextlib.AbstractContextManager):
             with simulator_imports():
                 from libero.libero.envs import OffScreenRenderEnv
 
-            # Hard resets rebuild the model (2 s). A soft reset places objects on fixtures relative
-            # to where the fixture is *and* to where the reset moves it: the bowl on the stove lands
-            # 40 cm beside it. Further official init states need neither: see _rewind.
+            # A soft reset places objects on fixtures relative to where the fixture is *and* to
+            # where the reset moves it: the bowl on the stove lands 40 cm beside it. A hard reset
+            # needs no other model for that: see KeptModel.
             try:
-                self._env = OffScreenRenderEnv(
-                    bddl_file_name=self.task.bddl_file, camera_heights=image_size,
-                    camera_widths=image_size, hard_reset=True, ignore_done=True,
-                )
+                with keeping_models(), _unrendered() if lazy else contextlib.nullcontext():
+                    self._env = OffScreenRenderEnv(
+                        bddl_file_name=self.task.bddl_file, camera_heights=image_size,
+                        camera_widths=image_size, hard_reset=True, ignore_done=True,
+                    )
             except (FileNotFoundError, ValueError) as error:  # of XML files; of meshes in MuJoCo
                 if missing := _missing_file(error):
                     raise _not_installed(suite, missing) from error
@@ -325,7 +327,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
         return self._env.get_sim_state()
 
     def model_xml(self) -> str:
-        return self.sim.model.get_xml()
+        """The model, with the fixtures where they are now."""
+        return self.raw.kept_model.saved_xml()
 
     def end_effector(self) -> np.ndarray:
         """Position (3,) in metres."""
@@ -466,9 +469,27 @@ class LiberoEnv(contextlib.AbstractContextManager):
                 observables[live_name].set_sensor(sensor)
             return observables
 
-        setup = raw._setup_observables
-        raw._setup_observables = lambda: make_lazy(setup())
+        original = raw._setup_observables
+
+        def setup() -> dict:
+            with _unrendered():
+                return make_lazy(original())
+
+        raw._setup_observables = setup
         make_lazy(raw._observables)
+
+
+@contextlib.contextmanager
+def _unrendered():
+    """robosuite's cameras return black frames: new sensors are tried once, which costs a frame."""
+    from robosuite.utils.binding_utils import MjSim
+
+    render = MjSim.render
+    MjSim.render = lambda sim, width, height, **_: np.zeros((height, width, 3), np.uint8)
+    try:
+        yield
+    finally:
+        MjSim.render = render
 
 
 def _use_context_of(raw) -> None:
@@ -485,6 +506,7 @@ def _use_context_of(raw) -> None:
 def _close(raw) -> None:
     _use_context_of(raw)
     raw.close()
+    raw.kept_model.free()
 
 
 @contextlib.contextmanager
