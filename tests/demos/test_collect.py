@@ -283,14 +283,16 @@ def test_a_shorter_collection_keeps_the_attempts_of_a_longer_one(quick, monkeypa
 
 def test_the_command_in_the_error_collects_the_file_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TRM_DATA_DIR", str(tmp_path / "data"))
-    config = from_flat("demo", actor="my-run", beta=0.3333333, placement="wide", num_demos=40)
+    config = from_flat("demo", actor="my-run", beta=0.3333333, placement="wide", num_demos=40,
+                       frame_stride=2)
     with pytest.raises(FileNotFoundError) as error:
         collect.ensure_demonstrations(config)
     _, command = str(error.value).split("python -m trm_helpers collect ")
     given = command.replace("--", "").split()
     found = dict(zip(given[::2], given[1::2], strict=True))
     assert found == {"actor": "my-run", "beta": "0.3333333", "suite": "libero_spatial",
-                     "task-ids": "2", "placement": "wide", "num-demos": "40"}
+                     "task-ids": "2", "placement": "wide", "num-demos": "40",
+                     "frame-stride": "2"}
     assert not (tmp_path / "data").exists()
 
 

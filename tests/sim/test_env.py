@@ -66,19 +66,23 @@ def test_lazy_frames_equal_frames_rendered_in_every_step_bit_for_bit(env):
     assert min(moving) > 0  # the arm was in motion throughout
 
 
-def test_an_episode_in_the_same_model_equals_one_in_a_rebuilt_model_bit_for_bit(env):
-    env.reset(seed=4)
-    built = played(env, env.reset(init_state=3), MOVES)
-    model, state = env.sim.model, env.state()
-    played(env, env.reset(init_state=7), MOVES[::-1])
-    kept = played(env, env.reset(init_state=3), MOVES)
+@pytest.mark.parametrize("start", [{"init_state": 3}, {"seed": 4}])
+def test_an_episode_in_the_same_model_equals_one_in_a_rebuilt_model_bit_for_bit(
+        env, start, monkeypatch):
+    model = env.sim.model
+    played(env, env.reset(seed=7), MOVES[::-1])
+    model._model.geom_rgba[:] = model._model.body_pos[:] = 0.5  # whatever a user has changed
+    kept = played(env, env.reset(**start), MOVES)
     assert env.sim.model is model
+    state, places = env.state(), model._model.body_pos.copy()
+    monkeypatch.setattr(env.raw.kept_model, "xml", "another model's")
+    built = played(env, env.reset(**start), MOVES)
+    assert env.sim.model is not model
     assert np.array_equal(env.state(), state)
+    assert np.array_equal(env.sim.model._model.body_pos, places)
     for one, other in zip(built, kept, strict=True):
         for key in one:
             assert np.array_equal(one[key], other[key]), key
-    env.reset(seed=4)
-    assert env.sim.model is not model
 
 
 def test_collection_sees_what_control_sees_while_the_arm_moves(env, monkeypatch):
@@ -126,8 +130,8 @@ def test_an_episode_begins_in_the_benchmarks_order(env, monkeypatch):
     assert np.array_equal(env.set_state(states[3])["joint_states"], states[3, 1:8])
 
     calls.clear()
-    observation = env.reset(init_state=4)  # in the same model: only the layout is not sampled
-    assert calls == ["reset", ("state", states[4].tolist()), *[settle] * 10]
+    observation = env.reset(init_state=4)
+    assert calls == [("seed", 0), "reset", ("state", states[4].tolist()), *[settle] * 10]
     assert np.allclose(observation["joint_states"], states[4, 1:8], atol=0.05)
     assert np.isclose(env.state()[0], states[4, 0] + 10 / schema.CONTROL_HZ)  # its time
 
@@ -144,14 +148,14 @@ def test_reset_is_reproducible_and_leaves_numpys_generator_alone(env):
     assert np.array_equal(env.state(), first)
 
 
-def test_an_unread_frame_is_lost_with_the_model_and_says_so(env):
-    env.reset(init_state=1)
+def test_an_unread_frame_is_lost_with_the_model_and_says_so(env, monkeypatch):
     seen = env.reset(init_state=0)
     in_time = seen["agentview_rgb"]
     old = env.reset(init_state=0)
-    env.reset(init_state=1)  # in the same model
+    env.reset(seed=1)  # in the same model
     assert np.array_equal(old["agentview_rgb"], in_time)
     old = env.reset(init_state=0)
+    monkeypatch.setattr(env.raw.kept_model, "xml", "another model's")
     env.reset(seed=0)
     with pytest.raises(RuntimeError, match="frame of agentview was not read before"):
         old["agentview_rgb"]
@@ -268,6 +272,19 @@ def test_a_seed_gives_one_layout_however_many_resets_came_before():
         env.reset(seed=5)
         np.testing.assert_array_equal(env.state(), first[0])
         assert env.model_xml() == first[1]  # fixtures are placed in the model
+
+
+def test_a_model_is_saved_as_it_is_although_another_was_loaded_last():
+    def places(xml):
+        return {body.get("name"): (body.get("pos"), body.get("quat"))
+                for body in ElementTree.fromstring(xml).iter("body")}
+
+    with LiberoEnv("libero_spatial", 4) as env:
+        env.reset(seed=5)
+        alone = places(env.model_xml())
+        with LiberoEnv("libero_object", 0) as other:
+            assert places(env.model_xml()) == alone and "wooden_cabinet_1_main" in alone
+            assert "alphabet_soup_1_main" in places(other.model_xml())
 
 
 def test_points_are_projected_as_robosuite_projects_them(env):

@@ -226,7 +226,8 @@ class _Collection:
                 f"python -m trm_helpers collect --actor {self.actor.run} --beta "
                 f"{self.actor.beta} --suite {self.settings['suite']} --task-ids "
                 f"{self.settings['task_id']} --placement {self.settings['placement']} "
-                f"--num-demos {self.num_demos}")
+                f"--num-demos {self.num_demos} "
+                f"--frame-stride {self.settings[schema.FRAME_STRIDE_ATTR]}")
 
     def _refuse_other_actor(self) -> None:
         for parts in self.path.parent.glob(f".{self.name}.*.parts"):

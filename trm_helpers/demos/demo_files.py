@@ -213,7 +213,8 @@ def check_demo_file(path: str | Path) -> None:
     Checked: the file opens; ``actions``, both cameras and the proprioception exist, with the shapes
     and types of LIBERO's layout and one length of at least one step per demonstration; numbers,
     also those of ``states`` if present, are finite; actions lie in [-1, 1]; the attributes with the
-    alignment, the collection, its version and the stride of the frames are valid. Images are not read.
+    alignment, the collection, its version and the stride of the frames are valid. Images are not
+    read.
     """
     with open_demo_file(path) as file:
         names, data = demo_names(file), file[schema.DATA_GROUP]

@@ -150,7 +150,8 @@ def _frames(demos: list[h5py.Group], camera: str) -> dict:
         frames = frames.reshape(len(frames), -1)
         flat += int((frames.std(axis=1) < FLAT_FRAME).sum())
         still += int((frames[1:] == frames[:-1]).all(axis=1).sum())
-        moves += int((np.abs(np.diff(demo["obs/ee_pos"][::stride], axis=0)).max(axis=1) > STILL).sum())
+        moved = np.abs(np.diff(demo["obs/ee_pos"][::stride], axis=0)).max(axis=1)
+        moves += int((moved > STILL).sum())
         total += len(frames)
     frozen = max(0, still - (total - len(demos) - moves))  # more repeats than steps at rest
     return _row(f"frames, {schema.CAMERA_TITLES[camera]}",

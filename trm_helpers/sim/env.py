@@ -183,9 +183,6 @@ class LiberoEnv(contextlib.AbstractContextManager):
         self.image_size = image_size
         self.lazy = lazy
         self._init_states: np.ndarray | None = None
-        # The solver's warm start after a reset with seed 0, while the fixtures are still where
-        # that reset placed them.
-        self._official_start: np.ndarray | None = None
         self._scenes: dict[str, Scene] = {}
         configure_gl()
         with quiet():
@@ -235,18 +232,12 @@ class LiberoEnv(contextlib.AbstractContextManager):
         if arrange and init_state is not None:
             raise ValueError(f"init_state={init_state} cannot be combined with arrange; expected "
                              "init_state=None")
-        if init_state is not None and self._official_start is not None:
-            self._rewind()
-        else:
-            self._official_start = None
-            generator_state = np.random.get_state()
-            try:
-                self._env.seed(0 if init_state is not None else seed)
-                self._sample_layout()
-            finally:
-                np.random.set_state(generator_state)
-            if init_state is not None:
-                self._official_start = self.sim.data._data.qacc_warmstart.copy()
+        generator_state = np.random.get_state()
+        try:
+            self._env.seed(0 if init_state is not None else seed)
+            self._sample_layout()
+        finally:
+            np.random.set_state(generator_state)
         if arrange:
             arrange(self, np.random.default_rng(seed))
         # A sampled layout is set as a state too: when robosuite samples observations depends on how
@@ -280,7 +271,6 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
         Raises ``ValueError`` for a model with other bodies than this task's, or without any.
         """
-        self._official_start = None
         model = self.sim.model
         try:
             bodies = ElementTree.fromstring(model_xml).findall("worldbody/body")
@@ -413,25 +403,11 @@ class LiberoEnv(contextlib.AbstractContextManager):
         self.raw.object_property_initializers.clear()
         for _ in range(_MAX_PLACEMENT_TRIES):
             with contextlib.suppress(RandomizationError):
-                _use_context_of(self.raw)  # a hard reset frees the old model's renderer
+                _use_context_of(self.raw)  # another model's reset frees the renderer
                 self.raw.reset()
                 return
         raise LayoutError(f"{self.task.name}: no collision-free layout of the objects in "
                           f"{_MAX_PLACEMENT_TRIES} tries")
-
-    def _rewind(self) -> None:
-        """Reset the robot and the clock, but keep the model and its fixtures; saves 2 s.
-
-        An episode after it equals one after a hard reset bit for bit.
-        """
-        self.raw.deterministic_reset = True
-        try:
-            self.raw.reset()
-        finally:
-            self.raw.deterministic_reset = False
-        for robot in self.raw.robots:  # not part of robosuite's deterministic reset
-            robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        self.sim.data._data.qacc_warmstart[:] = self._official_start
 
     def _observe(self, values: Mapping) -> Observation:
         from robosuite.utils.transform_utils import quat2axisangle

@@ -41,7 +41,8 @@ class KeptModel:
         for array, compiled in self.arrays.values():
             array[:] = compiled
         self.raw.sim.reset()
-        self.raw.sim.forward()
+        for _ in range(2):  # robosuite's new model, and its renderer: each starts the solver warmer
+            self.raw.sim.forward()
         self.raw.initialize_time(self.raw.control_freq)
 
     def saved_xml(self) -> str:
