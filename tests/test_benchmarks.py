@@ -384,7 +384,7 @@ def test_both_loops_of_evaluation_show_a_policy_the_same(small_run):
 def test_both_ways_of_collecting_make_the_same_episode(script):
     lines = script("collection", "--suite", "libero_object", "--task", 0, "--rounds", 1,
                    collect_demonstrations=lambda *_, **__: None)
-    assert lines[0].startswith("1 episodes, ") and len(table(lines)) == 3
+    assert lines[0].startswith("1 episodes, ") and len(table(lines)) == 4
 
 
 def run(*arguments, source=FOLDER.parent, **where) -> str:

@@ -21,11 +21,11 @@ class KeptModel:
 
     def __init__(self, raw):
         self.raw, raw.kept_model = raw, self
-        self._keep()
+        self._keep(raw.model.get_xml())
         raw._initialize_sim, raw._destroy_sim = self._initialize, lambda: None
 
-    def _keep(self) -> None:
-        self.xml, model = self.raw.model.get_xml(), self.raw.sim.model._model
+    def _keep(self, xml: str) -> None:
+        self.xml, model = xml, self.raw.sim.model._model
         arrays = {name: value for name in dir(model)
                   if isinstance(value := getattr(model, name), np.ndarray)
                   and value.flags.writeable and value.nbytes <= _LARGEST}
@@ -36,7 +36,7 @@ class KeptModel:
         if xml != self.xml:
             self.free()
             type(self.raw)._initialize_sim(self.raw, xml_string)
-            self._keep()
+            self._keep(xml)
             return
         for array, compiled in self.arrays.values():
             array[:] = compiled
