@@ -26,7 +26,6 @@ from trm_helpers.demos.experts import Expert
 from trm_helpers.demos.skills import Style
 from trm_helpers.sim.env import LiberoEnv
 
-
 STRIDE = 4
 
 
