@@ -248,8 +248,8 @@ def test_an_unsolved_episode_is_kept_with_its_actor(env, monkeypatch):
     monkeypatch.setattr(LiberoEnv, "horizon", property(lambda _: 24))
     actor = Actor("run", 0.5, "abc", Grasper(env))
     record = record_demonstration(env, np.random.default_rng(0), False, actor=actor)
-    assert record["attributes"] == {"actor": "run", "actor_sha256": "abc", "beta": 0.5,
-                                    "success": False}
+    assert record["attributes"] == {"frame_stride": 1, "actor": "run", "actor_sha256": "abc",
+                                    "beta": 0.5, "success": False}
     by_expert = (np.array(record["actions"]) == np.array(record["executed_actions"])).all(axis=1)
     decisions = by_expert.reshape(6, 4)
     assert (decisions == decisions[:, :1]).all() and set(decisions[:, 0]) == {True, False}
