@@ -453,7 +453,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         _CONTROL, suite="libero_object", num_demos=2, hidden_dim=32,
         num_recursions=2, epochs=2, batch_size=32, lr=1e-3, loss="l1", normalize_actions="none",
-        num_episodes=2, horizon=24, num_videos=1, eval_workers=1, search_hidden_dims=(32,),
+        num_episodes=2, horizon=24, num_videos=1, search_hidden_dims=(32,),
         search_num_recursions=(1, 2), search_lrs=(1e-3,), search_epochs=1,
     ),
 }
