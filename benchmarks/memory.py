@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -182,9 +181,9 @@ def located(data: LIBERODataset, localizer: nn.Module) -> Steps:
                         localizer.locate(torch.zeros_like(images), language)[:, -1],
                         seen["proprio"][:, 0], language, batch["actions"][:, 0],
                         batch["mask"][:, 0]))
-    ends = np.cumsum([demo.end - demo.first for demo in data.demos]).tolist()
+    samples = map(data.samples_of, range(len(data.demos)))
     return Steps(*(torch.cat(column).clone() for column in zip(*columns, strict=True)),
-                 list(zip([0, *ends[:-1]], ends, strict=True)))
+                 [(each.start, each.stop) for each in samples])
 
 
 def windows(steps: Steps, batch_size: int, apart: int,

@@ -138,10 +138,8 @@ display(pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(v
 # robot sees now.
 
 # %%
-starts = torch.tensor([0] + [demo.end - demo.first - train_data.sequence_length + 1
-                             for demo in train_data.demos[:20]]).cumsum(0).tolist()
-masks = [train_data.batch(range(first, last), as_bytes=True)["mask"].flatten(1)[:, -K:]
-         for K in [train_data.chunk] for first, last in zip(starts, starts[1:], strict=False)]
+masks = [train_data.batch(train_data.samples_of(i), as_bytes=True)["mask"].flatten(1)[:, -K:]
+         for K in [train_data.chunk] for i in range(min(20, len(train_data.demos)))]
 number = max(range(len(masks)), key=lambda i: (
     masks[i][0].mean(), bool((masks[i][:-train_data.chunk] == 0).any())))  # the first such
 chosen = masks[number]  # (T, K)

@@ -83,7 +83,7 @@ from IPython.display import display
 
 from trm_helpers import RecursiveBlock, TRMPolicy, load_policy, paths, schema
 from trm_helpers.config import from_flat
-from trm_helpers.demos.demo_files import demo_names, open_demo_file
+from trm_helpers.demos.demo_files import demo_names, frame_stride, open_demo_file
 from trm_helpers.demos.find_demos import survey_demonstrations
 from trm_helpers.policy.keypoints import load_localizer
 from trm_helpers.policy.localizer import crops
@@ -279,6 +279,7 @@ if found:
     with open_demo_file(found[task.name]) as data:
         demonstration = data["data"][demo_names(data)[0]]
         step = len(demonstration["actions"]) // 3
+        step -= step % frame_stride(demonstration)  # where a frame was rendered
         observation = {key: demonstration["obs"][key][step]
                        for key in (*schema.CAMERAS, *schema.PROPRIO_KEYS)}
     print(f"step {step} of the first demonstration: {task.language}")

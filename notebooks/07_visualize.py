@@ -175,13 +175,13 @@ print(fig.finding)
 # Four moments of a held-out demonstration, in words; `report.html` shows them with a slider.
 
 # %%
-first = data.demos[0]
-samples = first.end - first.first - data.sequence_length + 1
+first, samples = data.demos[0], len(data.samples_of(0))
 closed = data.batch(range(samples))["actions"].reshape(samples, -1, schema.ACTION_DIM)[:, 0, -1] > 0
-phase = phases(closed.tolist())
+phase = phases(closed.repeat_interleave(first.frame_stride).tolist())
 moments, images = unrolled.recursion_moments(policy, data, {
-    step: f"{step / schema.CONTROL_HZ:.1f} s, {phase[step]}"
-    for step in (samples * share // 8 for share in (1, 3, 5, 7))})
+    sample: f"{step / schema.CONTROL_HZ:.1f} s, {phase[step]}"
+    for sample in (samples * share // 8 for share in (1, 3, 5, 7))
+    for step in [sample * first.frame_stride]})
 imageio.imwrite(run / "figures" / "07_moments.png", images)
 for moment in moments:
     print(f"{moment['title']}: {moment['recursions'][-1]['sentence']}")

@@ -262,13 +262,14 @@ def test_attached_scripted_demonstrations_are_used_and_not_collected_again(
 
 
 def test_attached_demonstrations_with_an_actor_are_not_taken_for_plain_ones(kaggle, capsys):
-    made = {"suite": "libero_object", "placement": "benchmark", "actor": "a-run", "beta": 0.25}
+    made = {"suite": "libero_object", "placement": "benchmark", "actor": "a-run", "beta": 0.25,
+            "frame_stride": 4}
     attached = write_demo_file(kaggle / "input" / f"{SOUP}_demo.hdf5", collection=made)
     read_only(kaggle / "input")
     session.begin()
     (linked,) = paths.data_dir().rglob("*_demo.hdf5")
     assert linked.resolve() == attached
-    assert linked.parent == paths.data_dir() / "dagger-a-run-beta0.25" / "libero_object"
+    assert linked.parent == paths.data_dir() / "dagger-a-run-beta0.25-stride4" / "libero_object"
 
 
 def test_collected_demonstrations_become_part_of_the_output(kaggle, capsys):

@@ -33,7 +33,7 @@ _POSITIVE = {
     "image_grid", "image_size", "convergence_threshold", "num_tasks", "chunk",
     "execution_horizon", "epochs", "batch_size", "lr", "eval_workers", "search_lrs",
     "search_hidden_dims", "search_num_recursions", "search_epochs", "search_replicates",
-    "num_samples",
+    "num_samples", "frame_stride",
 }
 
 # A policy from elsewhere must not exhaust this machine; the last two: threads that a machine may
@@ -142,6 +142,8 @@ class DataConfig(_Part):
             schema.check_task_id(self.suite, task_id)
         self.require("num_demos", self.num_demos >= 2, "at least 2, to split")
         self.require("beta", self.beta <= 1, "a probability in [0, 1]")
+        self.require("sequence_length", self.frame_stride == 1 or self.sequence_length == 1,
+                     "1 with frame_stride > 1: steps between frames have none of their own")
         self.require("suite", not self.actor or self.suite != schema.JOINT_SUITE,
                      f"one of {', '.join(schema.JOINED)} with an actor")
         self.require("demos", not (self.actor and self.demos == "human"),

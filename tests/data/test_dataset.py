@@ -278,6 +278,7 @@ def test_samples_begin_at_rendered_frames(path):
         file["data/demo_0"].attrs["frame_stride"] = 3
     data = plain(path, chunk=4)
     assert len(data) == 2 + 7
+    assert [data.samples_of(number) for number in (0, 1)] == [range(2), range(2, 9)]
     assert [grey(data[i]["observations"])[0] for i in range(4)] == [1, 4, 11, 12]
     assert np.allclose(data[1]["actions"][0, :2], [action_at(3), action_at(4)])
     assert data[1]["mask"].tolist() == [[1, 1, 0, 0]]

@@ -124,7 +124,8 @@ def record(env, generator, disturb, placement, actor, frame_stride):
     seen = {**{key: np.ones(size) for key, size in schema.LOW_DIM.items()},
             **{key: np.zeros((128, 128, 3), np.uint8) for key in schema.CAMERAS}}
     return {"observations": [seen] * 5, "actions": values, "executed_actions": values,
-            "states": values, "model_file": "<mujoco/>", "attributes": {}}
+            "states": values, "model_file": "<mujoco/>",
+            "attributes": {"frame_stride": frame_stride}}
 
 def attempt(*given):
     number, parts = given[-1], given[-2]
@@ -241,6 +242,15 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quic
         collect_demonstrations("libero_object", 0, 2, path.parent, seed=9)
     with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' now"):
         collect_demonstrations("libero_object", 0, 2, path.parent, placement="wide")
+    with h5py.File(path, "a") as file:  # former files say neither
+        data = file["data"]
+        former = {key: value for key, value in json.loads(data.attrs["collection"]).items()
+                  if key not in ("placement", "frame_stride")}
+        data.attrs["collection"] = json.dumps(former)
+        for demo in data.values():
+            del demo.attrs["frame_stride"]
+    assert quick("again", 0, num_demos=2) == path and made() == ["0", "1"]
+    path.write_bytes(before)
     with pytest.raises(ValueError, match="placement='far' is not valid"):
         collect_demonstrations("libero_object", 0, 2, path.parent, placement="far")
 
@@ -542,6 +552,7 @@ def made(tmp_path, monkeypatch):
     asked = []
 
     def collect_tasks(suite, task_ids, num_demos, folder, *, placement, frame_stride):
+        assert folder.parent.name.endswith("-stride4") == (frame_stride == 4)
         asked.extend((suite, task_id, num_demos, folder.parent.name, placement)
                      for task_id in task_ids)
         names = {task_id: collect.load_task(suite, task_id).name for task_id in task_ids}
@@ -564,8 +575,10 @@ def human(folder, task_id, suite="libero_spatial", **settings):
 def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
     files = collect.ensure_demonstrations(from_flat("tiny"))
     collect.ensure_demonstrations(from_flat("tiny", placement="wide"))
+    collect.ensure_demonstrations(from_flat("tiny", frame_stride=4))
     assert made == [("libero_object", 0, 2, "scripted", "benchmark"),
-                    ("libero_object", 0, 2, "scripted-wide", "wide")]
+                    ("libero_object", 0, 2, "scripted-wide", "wide"),
+                    ("libero_object", 0, 2, "scripted-stride4", "benchmark")]
     assert list(files) == [0]
     assert "2 scripted demonstrations of each of 1 task(s)" in capsys.readouterr().out
 

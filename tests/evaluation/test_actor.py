@@ -57,6 +57,7 @@ def test_an_actor_whose_file_holds_other_demonstrations_is_refused(asked, traine
      "was trained on task 0 of libero_object; expected task 0 of libero_goal"),
     ({"task_ids": (0, 3)},
      "was trained on task 0 of libero_object; expected tasks 0 and 3 of libero_object"),
+    ({"frame_stride": 4}, "was trained on demonstrations with frame_stride=1; expected 4, as now"),
     ({"num_demos": 5}, "num_demos=5 is not valid; expected more than 5, the demonstrations per")])
 def test_an_actor_for_something_else_is_refused(asked, settings, said):
     with pytest.raises(ValueError, match=said):

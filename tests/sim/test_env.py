@@ -72,6 +72,7 @@ def test_an_episode_in_the_same_model_equals_one_in_a_rebuilt_model_bit_for_bit(
     model = env.sim.model
     played(env, env.reset(seed=7), MOVES[::-1])
     model._model.geom_rgba[:] = model._model.body_pos[:] = 0.5  # whatever a user has changed
+    model._model.opt.gravity[:], model._model.opt.iterations = (0, 0, 1), 1
     kept = played(env, env.reset(**start), MOVES)
     assert env.sim.model is model
     state, places = env.state(), model._model.body_pos.copy()
@@ -310,6 +311,9 @@ def test_another_environment_that_is_reset_or_closed_leaves_the_frames_alone():
     with LiberoEnv("libero_object", 2) as env:
         first = np.array(env.reset(init_state=1)["agentview_rgb"])
         other.reset(seed=2)  # while the other's OpenGL context is not the current one
+        assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)
+        other.raw.kept_model.xml = "another model's"  # a reset of LIBERO's own frees the renderer
+        other.raw.reset()
         assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)
         other.close()
         assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)

@@ -65,8 +65,8 @@ class LIBERODataset(torch.utils.data.Dataset):
         device: where batches are needed: with ``storage="auto"`` the frames are kept there if they
             fit into half of its free memory, otherwise in main memory.
 
-    Raises :class:`DemoFileError` for an unusable file and ``ValueError`` for an invalid parameter
-    or a demonstration shorter than T.
+    Raises :class:`DemoFileError` for an unusable file and ``ValueError`` for an invalid parameter,
+    a demonstration shorter than T, or T > 1 where not every step has a frame of its own.
     """
 
     def __init__(
@@ -180,6 +180,8 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.proprio_stats = dict(proprio_stats or fit_proprio(self._steps.proprio[steps]))
         starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1, demo.frame_stride)
                   for demo in self.demos]
+        ends = np.cumsum([len(start) for start in starts]).tolist()
+        self._samples = [range(*each) for each in zip([0, *ends], ends, strict=False)]
         tables = {
             "start": torch.cat(starts),  # first step of each sample
             "end": torch.cat([torch.full_like(start, demo.end)
@@ -201,6 +203,10 @@ class LIBERODataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self._tables["start"])
+
+    def samples_of(self, number: int) -> range:
+        """Indices of the samples of ``demos[number]``, in order of time."""
+        return self._samples[number]
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]

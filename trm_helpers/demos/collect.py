@@ -233,8 +233,9 @@ class _Collection:
         for parts in self.path.parent.glob(f".{self.name}.*.parts"):
             if parts != self.parts:
                 raise ValueError(f"{parts} holds unfinished demonstrations by another actor, "
-                                 f"beta or seed than {self.actor.run!r} with the weights "
-                                 f"{self.actor.sha256[:12]} and beta={self.actor.beta}; remove it")
+                                 f"beta, frame_stride or seed than {self.actor.run!r} with the "
+                                 f"weights {self.actor.sha256[:12]} and beta={self.actor.beta}; "
+                                 "remove it")
 
     def missing(self) -> list[tuple]:
         """Arguments of :func:`_attempt` for the attempts to make if each of them succeeds."""

@@ -13,6 +13,7 @@ from .demo_files import (
     check_demo_file,
     dataset_names,
     demo_names,
+    frame_stride,
     instruction_of,
     json_attribute,
     open_demo_file,
@@ -48,6 +49,7 @@ def explore_libero_dataset(path: str | Path) -> dict:
         group = file[schema.DATA_GROUP]
         demo = group[demo_names(file)[0]]
         chosen = np.linspace(0, lengths[0] - 1, 4).round().astype(int)
+        chosen -= chosen % frame_stride(demo)
         return {
             "files": [str(each) for each in files],
             "file": str(files[0]),

@@ -43,6 +43,10 @@ def actor_of(config: Config) -> Actor | None:
     if trained.data.suite != data.suite or not set(data.task_ids) <= set(trained.data.task_ids):
         raise _unfit(data.actor, f"was trained on {_tasks(trained)}", f"{_tasks(config)}, whose "
                      "demonstrations come first in the file")
+    if trained.data.frame_stride != data.frame_stride:
+        raise _unfit(data.actor, "was trained on demonstrations with "
+                     f"frame_stride={trained.data.frame_stride}",
+                     f"{data.frame_stride}, as now: they come first in the file")
     source = TrainedPolicy.load(run, "best")
     trained_on = description(run)["trained_on"]["files"]
     if "human" in {file["source"] for file in trained_on}:

@@ -191,7 +191,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
             # A soft reset places objects on fixtures relative to where the fixture is *and* to
             # where the reset moves it: the bowl on the stove lands 40 cm beside it. A hard reset
-            # needs no other model for that: see KeptModel.
+            # can keep the compiled model: see KeptModel.
             try:
                 with keeping_models(), _unrendered() if lazy else contextlib.nullcontext():
                     self._env = OffScreenRenderEnv(
@@ -403,7 +403,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
         self.raw.object_property_initializers.clear()
         for _ in range(_MAX_PLACEMENT_TRIES):
             with contextlib.suppress(RandomizationError):
-                _use_context_of(self.raw)  # another model's reset frees the renderer
+                self.raw.kept_model.use_context()  # an environment that is not lazy renders
                 self.raw.reset()
                 return
         raise LayoutError(f"{self.task.name}: no collision-free layout of the objects in "
@@ -457,7 +457,7 @@ class LiberoEnv(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _unrendered():
-    """robosuite's cameras return black frames: new sensors are tried once, which costs a frame."""
+    """Render nothing: robosuite calls each new camera sensor once, which would cost a frame."""
     from robosuite.utils.binding_utils import MjSim
 
     render = MjSim.render
@@ -468,19 +468,7 @@ def _unrendered():
         MjSim.render = render
 
 
-def _use_context_of(raw) -> None:
-    """Make an environment's OpenGL context the current one.
-
-    Its renderer is freed in the current context: in another environment's, that one's textures and
-    meshes would be freed in its place.
-    """
-    context = getattr(raw.sim, "_render_context_offscreen", None)
-    if context is not None:
-        context.gl_ctx.make_current()
-
-
 def _close(raw) -> None:
-    _use_context_of(raw)
     raw.close()
     raw.kept_model.free()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from xml.etree import ElementTree
 
 import numpy as np
 
@@ -14,10 +13,13 @@ _LARGEST = 2**20  # bytes; larger arrays hold meshes and textures, which nothing
 class KeptModel:
     """An environment's compiled model and its renderer, kept over hard resets.
 
-    A hard reset of robosuite frees both, parses the model's XML and uploads its meshes: 2 to 5 s.
-    Here it gives the arrays of the model the values that compilation gave them, and resets the
-    state, unless the XML has changed. What follows is bit for bit the same.
+    A hard reset of robosuite frees both, parses the model's XML and uploads its meshes, which takes
+    seconds. This one gives the options and arrays of the model the values that compilation gave
+    them, and resets the state. What follows is bit for bit the same. If the XML has changed, it
+    builds another model.
     """
+
+    _loaded_last = ""  # the XML of the model that MuJoCo would save
 
     def __init__(self, raw):
         self.raw, raw.kept_model = raw, self
@@ -25,11 +27,15 @@ class KeptModel:
         raw._initialize_sim, raw._destroy_sim = self._initialize, lambda: None
 
     def _keep(self, xml: str) -> None:
-        self.xml, model = xml, self.raw.sim.model._model
+        self.xml = KeptModel._loaded_last = xml
+        model = self.raw.sim.model._model
         arrays = {name: value for name in dir(model)
                   if isinstance(value := getattr(model, name), np.ndarray)
                   and value.flags.writeable and value.nbytes <= _LARGEST}
         self.arrays = {name: (array, array.copy()) for name, array in arrays.items()}
+        options = {name: getattr(model.opt, name) for name in dir(model.opt) if name[0] != "_"}
+        self.options = {name: np.copy(value) if isinstance(value, np.ndarray) else value
+                        for name, value in options.items()}
 
     def _initialize(self, xml_string: str | None = None) -> None:
         xml = xml_string or self.raw.model.get_xml()
@@ -40,29 +46,34 @@ class KeptModel:
             return
         for array, compiled in self.arrays.values():
             array[:] = compiled
+        for name, value in self.options.items():
+            setattr(self.raw.sim.model._model.opt, name, value)
         self.raw.sim.reset()
-        for _ in range(2):  # robosuite's new model, and its renderer: each starts the solver warmer
+        for _ in range(2):  # as for a new model and for its renderer: each warms the solver up
             self.raw.sim.forward()
         self.raw.initialize_time(self.raw.control_freq)
 
     def saved_xml(self) -> str:
         """The model's XML with its present values.
 
-        MuJoCo saves the XML that this process loaded last: if it was another model's, this one is
+        MuJoCo saves the XML that was loaded last: if that is another environment's, this one is
         loaded again.
         """
-        import mujoco
+        if KeptModel._loaded_last != self.xml:
+            import mujoco
 
-        model = self.raw.sim.model
-        with contextlib.suppress(mujoco.FatalError, RuntimeError, ValueError):
-            xml = model.get_xml()
-            named = {body.get("name") for body in ElementTree.fromstring(xml).iter("body")}
-            if named == {*model.body_names} - {"world"}:
-                return xml
-        mujoco.MjModel.from_xml_string(self.xml)
-        return model.get_xml()
+            mujoco.MjModel.from_xml_string(self.xml)
+            KeptModel._loaded_last = self.xml
+        return self.raw.sim.model.get_xml()
+
+    def use_context(self) -> None:
+        """Make the renderer's OpenGL context the current one."""
+        context = getattr(self.raw.sim, "_render_context_offscreen", None)
+        if context is not None:
+            context.gl_ctx.make_current()
 
     def free(self) -> None:
+        self.use_context()  # in another one, that environment's textures and meshes would be freed
         self.arrays = {}
         type(self.raw)._destroy_sim(self.raw)
 

@@ -49,7 +49,8 @@ class Scene:
         """
         if self.raw.sim is not self.sim:
             raise RuntimeError(
-                f"the frame of {camera} was not read before the environment was reset or closed"
+                f"the frame of {camera} was not read before the environment was closed or built "
+                "another model"
             )
         context = self.sim._render_context_offscreen
         with self._restored():
