@@ -158,7 +158,7 @@ class Observation(Mapping):
 class LiberoEnv(contextlib.AbstractContextManager):
     """One task of a suite in the simulator, reused over episodes.
 
-    Building takes 3 to 8 s on two CPU cores, a reset 0.5 s.
+    Building takes 5 to 16 s on two busy CPU cores, a reset about 1 s.
 
     Args:
         image_size: frames are (image_size, image_size, 3); the demonstrations have 128.
