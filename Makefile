@@ -14,15 +14,16 @@ SHOWN := 2>&1 | tee -a $(LOG) | sed -un -E \
     -e 's/^ *(Downloading|Using cached) ([A-Za-z0-9_.]+)-.* (\([0-9]{2,}[0-9.]* [MG]B\))$$/  \2 \3/p' \
     -e 's/^Installing collected .*/  installing all packages/p' || { tail -n 20 $(LOG); exit 1; }
 
-.PHONY: help setup play demo lab test test-fast test-pythons lint notebooks gallery kaggle \
-    gpu-check
+.PHONY: help setup play demo lab test test-all test-fast test-pythons lint notebooks gallery \
+    kaggle gpu-check
 
 help:
 	@echo "make setup      virtual environment, pinned packages, OpenGL libraries"
 	@echo "make play       a trained policy plays and is filmed on three tasks"
 	@echo "make demo       demonstrations, training and evaluation of one task, notebooks 00 to 07"
 	@echo "make lab        JupyterLab with the notebooks"
-	@echo "make test       lint and all tests"
+	@echo "make test       lint and tests, without the slowest"
+	@echo "make test-all   lint and all tests"
 	@echo "make test-fast  tests that need neither the simulator nor the notebooks"
 	@echo "make test-pythons  test-fast under each supported Python that is installed"
 	@echo "make lint       ruff"
@@ -69,6 +70,9 @@ $(BIN)/jupyter-lab: | setup
 # keep the order of tests/conftest.py, so that no long one is left for the end.
 WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+test-all: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-fast: setup

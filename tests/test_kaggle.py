@@ -20,6 +20,7 @@ import pytest
 from demo_files import write_demo_file
 
 from trm_helpers import __version__, schema, software
+from trm_helpers.__main__ import main
 from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import notebooks_dir, repo_root
 
@@ -154,7 +155,10 @@ def test_the_parts_join_to_the_data_set(built, tmp_path):
 
 @pytest.fixture(scope="module")
 def kaggle(built, tmp_path_factory):
-    """A function: play a notebook in a new session, and get its copy and its working folder."""
+    """A function: play a notebook in a new session, and get its copy and its working folder.
+
+    Outputs of earlier sessions are attached: of notebooks by their name, others by their folder.
+    """
     folder = tmp_path_factory.mktemp("sessions")
     image = folder / "image"
     image.mkdir()
@@ -172,12 +176,13 @@ def kaggle(built, tmp_path_factory):
         alone, execute = [], EXECUTE
     played = {}
 
-    def play(name, *before, **parameters):
+    def play(name, *before):
         kaggle = folder / f"{len(list(folder.iterdir()))}_{name}"
         inputs = kaggle / "input"
         shutil.copytree(built / "dataset", inputs / "datasets" / "me" / "trm-helpers")
         for other in before:
-            shutil.copytree(played[other], inputs / "notebooks" / "me" / other)
+            shutil.copytree(played.get(other, other),
+                            inputs / "notebooks" / "me" / Path(other).name)
         for path in (*inputs.rglob("*"), inputs):
             path.chmod(0o555 if path.is_dir() else 0o444)
         working = kaggle / "working"
@@ -186,9 +191,6 @@ def kaggle(built, tmp_path_factory):
         assert 'preset = \\"demo\\"' in source
         source = source.replace('preset = \\"demo\\"', 'preset = \\"tiny\\"')
         source = source.replace('run_name = \\"\\"', 'run_name = \\"tiny\\"')
-        for parameter, value in parameters.items():
-            assert f"{parameter} = None" in source
-            source = source.replace(f"{parameter} = None", f"{parameter} = {value}")
         (working / "__notebook__.ipynb").write_text(
             source.replace("/kaggle/input", str(inputs)))
         environment = {key: value for key, value in os.environ.items()
@@ -212,25 +214,28 @@ def printed(notebook):
 
 @pytest.mark.sim
 @pytest.mark.notebooks
-def test_notebooks_alone_continue_from_attached_outputs(kaggle):
+def test_notebooks_alone_continue_from_attached_outputs(kaggle, tmp_path, monkeypatch):
     notebook, working = kaggle("00_setup")
     said = printed(notebook)
     assert "attached runs:   none" in said
     [file] = working.rglob(f"*{schema.DEMO_FILE_SUFFIX}")
     assert f"kept: {file}" in said and not list(working.rglob("config.json"))
 
-    notebook, working = kaggle("04_train", "00_setup", stop_epoch=1)
+    begun = tmp_path / "begun"  # the output of another session, which trained one epoch
+    monkeypatch.setenv("TRM_DATA_DIR", str(file.parents[2]))
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(begun / "artifacts"))
+    assert main(["train", "tiny", "--run-name", "tiny", "--stop-epoch", "1"]) == 0
+    first = (begun / "artifacts" / "tiny" / "metrics.jsonl").read_text()
+    assert len(first.splitlines()) == 1
+
+    notebook, working = kaggle("04_train", "00_setup", begun)
     said = printed(notebook)
     assert "1 scripted and 0 human file(s)" in said and "network:         off" in said
+    assert "attached runs:   tiny, 1 epoch, " in said
     run = working / "artifacts" / "tiny"
     assert (run / "best.safetensors").exists()
     assert not list(working.rglob(f"*{schema.DEMO_FILE_SUFFIX}"))  # attached: not kept again
-
-    first = (run / "metrics.jsonl").read_text()
-    assert len(first.splitlines()) == 1
-    notebook, working = kaggle("04_train", "00_setup", "04_train")
-    assert "attached runs:   tiny, 1 epoch, " in printed(notebook)
-    both = (working / "artifacts" / "tiny" / "metrics.jsonl").read_text()
+    both = (run / "metrics.jsonl").read_text()
     assert len(both.splitlines()) == 2 and both.startswith(first)
 
     notebook, working = kaggle("06_eval", "00_setup", "04_train")

@@ -327,6 +327,7 @@ def shown(notebook) -> list[str]:
 
 @pytest.mark.sim
 @pytest.mark.notebooks
+@pytest.mark.slow
 def test_five_ways_of_running_show_the_same(tiny, tmp_path, monkeypatch):
     """papermill (its copies exist), a client such as JupyterLab's, Kaggle's "Save & Run All", %run
     in another notebook, and the display of executed copies in kaggle_all."""
@@ -422,9 +423,18 @@ def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
 @pytest.mark.sim
 @pytest.mark.notebooks
 @pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("make")])
-def test_readme_command_runs(command, tiny):
-    """In their order: some need what those before them made."""
+def test_readme_command_runs(command, tiny, monkeypatch, capsys):
+    """In their order: some need what those before them made.
+
+    Commands of the package run in this process, which has imported the simulator already.
+    """
     words, folder = made_small(command, tiny[0])
+    if words[:3] == ["python", "-m", "trm_helpers"]:
+        monkeypatch.chdir(folder)
+        for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR"):
+            monkeypatch.setenv(name, tiny[0][name])
+        assert main(words[3:]) == 0, capsys.readouterr().err
+        return
     scripts = Path(sys.executable).parent
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True,
                           env={**tiny[0], "PATH": f"{scripts}:{os.environ['PATH']}"})
@@ -449,6 +459,7 @@ def test_papermill_runs_from_the_root_too(tiny):
 
 @pytest.mark.sim
 @pytest.mark.notebooks
+@pytest.mark.slow
 def test_best_of_the_search_is_trained_and_compared(tiny, tmp_path):
     """05's file as 04's parameters, then 06 against the first run, filming nothing."""
     environment, first, _ = tiny

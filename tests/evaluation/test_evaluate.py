@@ -941,7 +941,7 @@ def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monk
     """Two real demonstrations are replayed; the baselines play the same task."""
     from trm_helpers.demos.collect import collect_demonstrations
 
-    file = collect_demonstrations("libero_object", 0, 2, tmp_path, workers=0)
+    file = collect_demonstrations("libero_object", 0, 2, tmp_path, workers=0, frame_stride=16)
     trainer = small_run(epochs=1)
     trainer.fit()
     monkeypatch.setattr(baselines, "demonstrations_of", lambda *_: {0: file})

@@ -81,8 +81,8 @@ def test_the_keypoint_depends_on_the_task():
     conditioned, unconditioned = Localizer(1, 2, 2), Localizer(1)
     conditioned.known.copy_(torch.eye(2))
     new = torch.arange(len(frames)) % 10 == 0
-    train_localizer(conditioned, frames[~new], places[~new], tasks[~new], steps=120)
-    train_localizer(unconditioned, frames[~new], places[~new], steps=60)
+    train_localizer(conditioned, frames[~new], places[~new], tasks[~new], steps=80)
+    train_localizer(unconditioned, frames[~new], places[~new], steps=40)
     assert localization_errors(
         conditioned, frames[new], places[new], tasks[new]).median() < 0.05
     assert localization_errors(unconditioned, frames[new], places[new]).median() > 0.1
@@ -174,12 +174,15 @@ def test_errors_are_measured_on_frames_scaled_as_in_control():
                                (points - places).norm(dim=-1), equal_nan=True)
 
 
-def test_the_same_seed_gives_the_same_weights(trained_on_squares):
-    torch.manual_seed(0)
-    again = Localizer(2)
-    train_localizer(again, *squares(300), steps=120)
-    for name, weight in trained_on_squares.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name]), name
+def test_the_same_seed_gives_the_same_weights():
+    trained = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        localizer = Localizer(2)
+        train_localizer(localizer, *squares(100), steps=5)
+        trained.append(localizer.state_dict())
+    for name, weight in trained[0].items():
+        assert torch.equal(weight, trained[1][name]), name
 
 
 # --- looking again ------------------------------------------------------------------------------
@@ -240,10 +243,10 @@ def test_a_saved_localizer_is_loaded_or_named_as_damaged(tmp_path, change):
 def test_looks_learn_to_correct_the_first_look_which_stays_as_it_is():
     scenes, new = squares(400, size=64), squares(200, size=64, seed=1)
     trained = []
-    for look_steps in (1, 150):
+    for look_steps in (1, 100):
         torch.manual_seed(0)
         localizer = Localizer(2, looks=3)
-        train_localizer(localizer, *scenes, steps=60, look_steps=look_steps)
+        train_localizer(localizer, *scenes, steps=40, look_steps=look_steps)
         trained.append(localizer.state_dict())
     for name, weight in trained[1].items():
         assert torch.equal(weight, trained[0][name]) != name.startswith("look."), name
@@ -448,7 +451,7 @@ def test_a_localizer_of_other_demonstrations_is_refused(small_run, rendered, tmp
 @pytest.fixture(scope="module")
 def demonstration(tmp_path_factory):
     return collect_demonstrations("libero_object", 0, 1, tmp_path_factory.mktemp("scripted"),
-                                  workers=1)
+                                  workers=0, frame_stride=16)
 
 
 @pytest.mark.sim
