@@ -157,10 +157,11 @@ print(f"Standard deviations: {spread[:3].min():.2f} to {spread[:3].max():.2f} of
 
 # %% [markdown]
 # What does the robot do when? The figure shows the actions of the first demonstration over time.
-# Its phases follow from the gripper command: `reach` until the gripper first closes, `grasp` while
-# it closes (8 steps), `carry` while it stays closed, `place` after it opens again. The task counts
-# as solved as soon as the object is where it belongs, so a demonstration may end before the gripper
-# opens.
+# Its phases follow from the gripper command: `reach` while the gripper is open, `grasp` while it
+# closes (8 steps), `carry` while it stays closed, `place` for 12 steps after it opens again. A
+# gripper that opens after less than 24 steps had no hold, and the arm reaches again. The task
+# counts as solved as soon as the object is where it belongs, so a demonstration may end before the
+# gripper opens.
 #
 # Grey marks steps in which the arm was pushed: a random command was executed in place of the
 # expert's. The figure shows the expert's commands, which respond to the push from wherever it has
@@ -209,8 +210,10 @@ print(f"The median demonstration has {np.median(lengths):.0f} steps, "
 # In files of the scripted expert, image `t` was taken *before* action `t` ("raw"); in LIBERO's own
 # files it was taken *after* action `t` ("shift"). With the wrong pairing the policy learns to
 # repeat its last action, so the alignment is measured rather than assumed. The upper panel shows
-# the time of the stored joint angles relative to the simulator states, the lower panel the delay
-# between an action and the arm's motion. Both black lines should lie in zones of the same name.
+# at which fraction of a control step before (below 0) or after the decision the joint angles were
+# stored; the residual is the share of the motion that this fraction leaves unexplained. The lower
+# panel shows the delay between an action and the arm's motion. Both black lines should lie in zones
+# of the same name.
 
 # %%
 fig = plots.plot_alignment(**found["alignment"])

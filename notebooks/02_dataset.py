@@ -181,9 +181,9 @@ print(f"Before, the standard deviations of the arm's six numbers differ by a fac
 # %% [markdown]
 # ## Augmentation
 #
-# Augmentation randomly changes the images of each sample, for example their brightness and
-# position, so that the policy does not rely on single pixels. Compare the rows: the scene must stay
-# recognisable. Only training samples are augmented.
+# Augmentation randomly changes the images of each sample, so that the policy does not rely on
+# single pixels: "shift" changes the brightness and moves the image by up to a sixteenth of its
+# side. Compare the rows: the scene must stay recognisable. Only training samples are augmented.
 
 # %%
 camera = config.model.cameras[0]

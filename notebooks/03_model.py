@@ -349,9 +349,10 @@ print(f"On this observation the action is {distance[1]:.2f} from the final one a
 # 80 % and a single look 73 % (`docs/recursion.md`). The localizer is conditioned on the task's
 # number in LIBERO-Spatial; on images of other suites its estimates mean nothing.
 #
-# To show it at work, we start it 5 pixels right of and 5 above its first estimates. Replace the 5
-# in the code with 7: in the demo's first demonstration the estimate of the plate then moves to the
-# bowl beside it. A look corrects an estimate by what it sees; it does not search the image.
+# To show it at work, we start it 5 pixels to the right of and 5 pixels above its first estimates.
+# Replace the 5 in the code with 7: in the demo's first demonstration the estimate of the plate then
+# moves to the bowl beside it. A look corrects an estimate by what it sees; it does not search the
+# image.
 
 # %%
 names, localizer = load_localizer(paths.shipped("pretrained") / "spatial-looks")

@@ -137,8 +137,9 @@ print(f"The three seeds of the best settings differ by up to {spread:.1f} %; the
       f"settings are {gap:.1f} % worse on average.")
 
 # %% [markdown]
-# Each line is a trial, the best thick, the others from dark (good) to light. Where the thick and
-# the dark lines cross an axis at the same point, the good trials share that value.
+# Each line is a trial, the best thick, the others from dark (good) to light. Lines through the same
+# value are drawn slightly apart, the better above. Where the thick and the dark lines run together
+# at an axis, the good trials share that value.
 
 # %%
 display(figures.plot_search_coordinates(stored, varied))

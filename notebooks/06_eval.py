@@ -175,8 +175,9 @@ display(pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_s
 #
 # `bound_episodes` above 0 adds four baselines. Upper bounds: replays of the training demonstrations
 # (if replays fail, check the data first) and the scripted expert, which knows the positions of all
-# objects. Lower bounds: random actions and no action; if these succeed at a task, its success rate
-# says little about a policy.
+# objects. They bound the success rate, not the number of steps: a policy may be quicker. Lower
+# bounds: random actions and no action; if these succeed at a task, its success rate says little
+# about a policy.
 
 # %%
 bounds = play_bounds(planned_bounds)
@@ -187,7 +188,8 @@ if bounds:
     display(pd.DataFrame(comparison_rows({run.name: results, **bounds})))
     print(f"Solved: {', '.join(solved.values())}. "
           + ("The task can be solved by chance." if by_chance else
-             "Nothing was solved by chance, so a success says something about the policy."))
+             "Neither random actions nor no action solved an episode; the upper ends of their "
+             "intervals say how often they still may, and more bound_episodes lower these."))
 else:
     print("Not run: set bound_episodes=2 for two episodes of each baseline per task (half a minute "
           "on two CPU cores).")

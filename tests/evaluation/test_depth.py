@@ -61,10 +61,10 @@ def run(trained, monkeypatch):
 
 
 def test_phases_are_read_from_the_gripper():
-    failed, held = [True] * 9 + [False], [True] * 12 + [False] * 2
-    assert phases([False] * 2 + failed + held + [True, False]) == (
-        ["reach"] * 2 + ["grasp"] * 8 + ["carry", "reach"] + ["grasp"] * 8 + ["carry"] * 4
-        + ["place"] * 2 + ["grasp", "place"])
+    lost, carried = [True] * 23 + [False] * 2, [True] * 24 + [False] * 14
+    assert phases([False] * 2 + lost + carried + [True, False]) == (
+        ["reach"] * 2 + ["grasp"] * 8 + ["carry"] * 15 + ["reach"] * 2
+        + ["grasp"] * 8 + ["carry"] * 16 + ["place"] * 12 + ["reach"] * 2 + ["grasp", "reach"])
     assert phases([]) == []
 
 

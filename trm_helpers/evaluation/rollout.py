@@ -19,7 +19,8 @@ from ..visuals.films import FPS, MAIN, draw_path, film_frame, intended_path, wri
 
 PHASES = ("reach", "grasp", "carry", "place")
 _GRASPING = 8  # steps that a grasp takes, from the command to close the gripper
-_HELD = 12  # steps closed, after which something was held; a failed grasp opens sooner
+_HELD = 24  # steps closed, after which an object was carried; a failed or lost grasp opens sooner
+_PLACING = 12  # steps of a release and of the retreat after it
 _LIFTED = 0.02  # metres above an object's height at the start
 _EVERY = schema.CONTROL_HZ // FPS  # steps between frames of a film
 # raised while a policy decides, too; any other error that a policy raises is its own failure
@@ -118,17 +119,17 @@ def phases(closed: Sequence[bool]) -> list[str]:
     """One of :data:`PHASES` per step, from whether the command closes the gripper.
 
     ``reach`` until it first closes, ``grasp`` for 8 steps from each closing, ``carry`` while it
-    then stays closed, ``place`` after it has opened again; ``reach`` again if it has not yet been
-    closed for 12 steps, which is a failed grasp.
+    then stays closed, ``place`` for 12 steps after it has opened again, then ``reach``. If it was
+    closed for less than 24 steps, the grasp failed or was lost: ``reach`` at once.
     """
-    named, steps, held = [], 0, False  # steps for which it has been closed
+    named, steps, placing = [], 0, 0  # steps for which it has been closed; that ``place`` goes on
     for now in closed:
-        steps = steps + 1 if now else 0
-        held |= steps >= _HELD
-        if steps:
+        if now:
+            steps, placing = steps + 1, _PLACING if steps + 1 >= _HELD else 0
             named.append("grasp" if steps <= _GRASPING else "carry")
         else:
-            named.append("place" if held else "reach")
+            named.append("place" if placing else "reach")
+            steps, placing = 0, max(placing - 1, 0)
     return named
 
 

@@ -317,12 +317,12 @@ def _reproduce(run: Path) -> Section:
              *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
                for words in commands(run.name, config, results))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
-        "In a checkout of the project, with its virtual environment activated:",
         *(["The run was made with uncommitted changes, which this revision lacks: these commands "
            "train a similar policy, not this one."] if saved.get("dirty") else ()),
         *(f"{done} with " + "; ".join(f"{key} {versions[key]}" for key in _SOFTWARE
                                       if versions.get(key)) + "."
-          for done, versions in software.items() if any(map(versions.get, _SOFTWARE)))])
+          for done, versions in software.items() if any(map(versions.get, _SOFTWARE))),
+        "In a checkout of the project, with its virtual environment activated:"])
 
 
 def commands(name: str, config: Config, results: Mapping | None) -> list[list[str]]:

@@ -77,9 +77,9 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     grid[0, 0].set_title("frame")
     for number, axes in enumerate(grid[0, 1:-1], start=1):
         axes.set_title(f"look {number}")
-    grid[0, -1].set_title("last")
-    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate\n"
-                 "cross: the estimate of this look; ring: the final one")
+    grid[0, -1].set_title(f"after {looks}")
+    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate.\n"
+                 "Cross: the estimate of this look; ring: the final one")
     return describe(fig, "; ".join(
         f"Image {number}: moved by {', '.join(f'{step:.1f}' for step in steps)} pixels"
         for number, steps in enumerate(moved, start=1)) + ".")

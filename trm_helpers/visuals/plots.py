@@ -92,7 +92,7 @@ def plot_alignment(name: str, evidence: Mapping) -> Figure:
     low, high = MIDDLE_DELAY - DELAY_MARGIN, MIDDLE_DELAY + DELAY_MARGIN
     panels = (
         (by_joints, "fraction", {"raw": (-1, HALF_SUBSTEP), "shift": (HALF_SUBSTEP, 1)},
-         "by joint angles: time of obs[t] from the decision on actions[t] (control steps)"),
+         "by joint angles: fraction, time of obs[t] after deciding on actions[t] (control steps)"),
         (by_delay, "delay", {"shift": (-1, low), "unknown": (low, high), "raw": (high, 2.5)},
          "by motion: delay from actions[t] to the arm's displacement after obs[t] (control steps)"),
     )

@@ -56,7 +56,7 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
                          in zip(changes.items(), PALETTE, strict=False)})
     cells = table.imshow(actions.T, aspect="auto", cmap="PuOr", vmin=-1.5, vmax=1.5)
     table.set(xticks=steps, yticks=range(schema.ACTION_DIM), yticklabels=schema.ACTION_NAMES,
-              xlabel=f"{unit}s completed", title="first of the K actions (final: right)")
+              xlabel=f"{unit}s completed", title="first of the K actions (last column: final)")
     table.axvline(steps[-1] - 0.5, color="black", linewidth=2)
     if len(steps) <= 8:  # numbers would overlap
         for (step, dim), value in np.ndenumerate(np.round(actions, 2) + 0.0):  # no -0.00
@@ -132,7 +132,7 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
                         vmin=-limit, vmax=limit, origin="lower")
     heat.set(xlabel="recursion (0: before the first)", xlim=(-0.5, len(states) - 0.5),
              ylabel="feature, sorted by last value", title="Hidden state of one sample")
-    fig.colorbar(image, ax=heat, label="activation")
+    fig.colorbar(image, ax=heat).ax.set_title("value", fontsize="medium")
     norm.plot(steps, report["norms"], marker="o")
     norm.set(xlabel="recursion", title="L2 norm of the state",
              ylim=(0, 1.15 * max(report["norms"])))
