@@ -98,6 +98,7 @@ from trm_helpers.evaluation.compare import (
     stale_episodes,
 )
 from trm_helpers.evaluation.evaluate import plan_run
+from trm_helpers.evaluation.plan import Episode
 from trm_helpers.evaluation.play import films_of
 from trm_helpers.evaluation.robustness import (
     card_notes,
@@ -129,6 +130,11 @@ settings = {name: value for name, value in settings.items() if value is not None
 config = load_config(run, preset).replace(perturbation="none", **settings)
 evaluation = plan_run(run, config.eval, weights, suite or "", task_ids or ())
 planned_bounds = plan_bounds(run, config.eval, suite or "", task_ids or (), demo_dir or "")
+changed = dataclasses.replace(config.eval, num_videos=0,
+                              num_episodes=robustness_episodes or config.eval.num_episodes)
+if robustness_episodes and suite not in (None, "", config.data.suite):
+    raise ValueError("robustness_episodes is for the suite that the run was trained on; leave "
+                     f"suite={suite!r} out, or set robustness_episodes=0")
 if baseline_run:
     comparable(evaluation, baseline_run)
 print("evaluating", run)
@@ -285,12 +291,12 @@ if not baseline_run:
     print("Not run: set baseline_run to the name of a run that this notebook has evaluated before; "
           "the comparison itself takes a second.")
 for baseline in [find_run(baseline_run)] if baseline_run else []:
-    test = compare_runs(run, baseline, asked["suite"], asked["task_ids"])
+    test = compare_runs(run, baseline, asked["suite"], episodes=evaluation.planned)
     print(format_comparison(test, run.name, baseline.name))
     for marked in stale_episodes(baseline, asked["suite"]):
         print(marked)
     theirs = summarize_episodes([row for row in evaluated_episodes(baseline, asked["suite"])
-                                 if row["task_id"] in asked["task_ids"] and "error" not in row])
+                                 if Episode.of(row) in evaluation.planned and "error" not in row])
     fig = plots.plot_success({run.name: results, baseline.name: theirs})
     plots.save_figure(fig, run / "figures" / "06_comparison.png")
     display(fig)
@@ -305,12 +311,11 @@ for baseline in [find_run(baseline_run)] if baseline_run else []:
 
 # %%
 if robustness_episodes:
-    changed = dataclasses.replace(config.eval, num_episodes=robustness_episodes, num_videos=0)
     try:
         card = robustness_card(run, changed, weights, task_ids or ())
         display(pd.DataFrame(card_rows(card)), plot_card(card))
         print("\n".join(card_notes(card)))
-    except TimeoutError as error:  # the session ends before the first episode
+    except TimeoutError as error:  # the session ends before the last plain episode
         print(error)
 else:
     print(f"Not run: set robustness_episodes={results['episodes'] // len(results['tasks'])} for as "

@@ -101,6 +101,8 @@ from trm_helpers.visuals import explain, keypoint_plots, plots, unrolled
 check_parameters(weights=weights, num_samples=num_samples, depth_episodes=depth_episodes)
 run = find_run(run_name, to_write=True)
 config = load_config(run, preset)
+changed = dataclasses.replace(config.eval,
+                              num_episodes=depth_episodes or config.eval.num_episodes)
 policy = load_policy(run, weights)
 looked_at = dict(task_ids=task_ids, num_demos=num_demos, demo_dir=demo_dir)
 seen = config.replace(**{name: value for name, value in looked_at.items() if value is not None})
@@ -239,8 +241,7 @@ print(fig.finding)
 
 # %%
 if depth_episodes:
-    depth_card(run, config=dataclasses.replace(config.eval, num_episodes=depth_episodes),
-               weights=weights, task_ids=task_ids or ())
+    depth_card(run, config=changed, weights=weights, task_ids=task_ids or ())
 elif not (run / "depth.json").exists():
     print("Not run: set depth_episodes=10 (seven evaluations of ten episodes per task, about eight "
           "minutes per task on two CPU cores).")

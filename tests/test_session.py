@@ -223,6 +223,25 @@ def test_a_data_set_may_have_any_name(kaggle, capsys):
     assert {path.name for path in (kaggle / "working" / "artifacts").iterdir()} == {"demo", "other"}
 
 
+def test_the_evaluation_of_a_shipped_policy_goes_on(kaggle, capsys):
+    run = run_folder(kaggle / "input" / "06" / "artifacts" / "pretrained" / "spatial-trm", 1)
+    (run / "episodes.jsonl").write_text('{"success": true}\n')
+    session.begin()
+    assert "pretrained/spatial-trm, 1 epoch, 1 episode, from" in lines(capsys)["attached runs"]
+    home = kaggle / "working" / "artifacts" / "pretrained" / "spatial-trm"
+    assert (home / "episodes.jsonl").exists()
+
+
+def test_a_trial_of_a_search_takes_over_no_run(kaggle, capsys, monkeypatch):
+    run_folder(kaggle / "input" / "04" / "artifacts" / "demo", 1)
+    (trials := kaggle / "working" / "artifacts" / "demo" / "search").mkdir(parents=True)
+    (trials / "search.json").write_text("{}")
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(trials))
+    session.begin()
+    assert lines(capsys)["attached runs"] == "not for a trial of a search"
+    assert [path.name for path in trials.iterdir()] == ["search.json"]
+
+
 def test_links_in_a_circle_end_and_hidden_folders_are_not_entered(kaggle, capsys):
     run_folder(kaggle / "input" / "a" / "demo", 1)
     run_folder(kaggle / "input" / ".hidden" / "other", 1)
@@ -257,6 +276,10 @@ def test_attached_scripted_demonstrations_are_used_and_not_collected_again(
     assert lines(capsys)["attached demos"] == "1 scripted and 1 human file(s)"
     files = ensure_demonstrations(config)
     assert files[0].resolve() == attached and files[0].is_relative_to(kaggle / "temporary")
+    link = files[0].lstat().st_ino
+    session.begin()  # of another notebook, while this one reads the file
+    assert files[0].lstat().st_ino == link
+    capsys.readouterr()
     session.keep([*files.values(), human])
     assert not (kaggle / "working" / "data").exists()  # both are attached
 

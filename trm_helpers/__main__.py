@@ -252,10 +252,11 @@ class Evaluate(_Rollouts):
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
         test = None
         if self.against:
-            test = compare_runs(self.run, self.against, planned.suite, self.task_ids)
+            test = compare_runs(self.run, self.against, planned.suite, episodes=planned.planned)
             lines += [format_comparison(test, self.run, self.against), detectable(results),
                       *stale_episodes(self.against, planned.suite)]
-        return ({**results, "bounds": bounds, "comparison": test}, lines, not results["errors"])
+        complete = not results["errors"] and not results["not_run"]
+        return {**results, "bounds": bounds, "comparison": test}, lines, complete
 
 
 @dataclass

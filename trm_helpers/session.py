@@ -41,6 +41,7 @@ _SAVING_MINUTES = 20.0  # of a session, kept back for figures, the report and Ka
 _ANSWER_WITHIN = 5.0  # seconds, for Kaggle's secrets
 _LEAST_FREE = 2e9  # bytes of the working disk
 _HUB = "https://huggingface.co"
+_SHIPPED = "pretrained"  # below the artifacts folder: evaluations of shipped policies
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 _set_offline: list[str] = []  # of these variables, the ones that this process has set
 
@@ -218,13 +219,16 @@ def _renderer() -> str:
 # --- attached runs and demonstrations ------------------------------------------------------------
 def _take_over_runs() -> str:
     """Copy attached runs and searches into the artifacts folder, never over one that exists."""
+    if (paths.artifacts_dir() / "search.json").exists():
+        return "not for a trial of a search"
     found: dict[str, list[Path]] = {}
     for place, folders, names in _attached():
         if place.name == "search" and "search.json" in names:
             found.setdefault(f"{place.parent.name}/search", []).append(place)
             folders.clear()  # its trials are no runs
         elif "config.json" in names and {"policy.json", "metrics.jsonl"} & set(names):
-            found.setdefault(place.name, []).append(place)
+            within = f"{_SHIPPED}/" * (place.parts[-3:-1] == ("artifacts", _SHIPPED))
+            found.setdefault(within + place.name, []).append(place)
             folders[:] = [name for name in folders if name == "search"]
     said = [_guarded(_take_over, *pair) for pair in sorted(found.items())]
     return "\n".join([*said, "04 resumes the run of its run_name, 05 its search; other settings "
@@ -233,8 +237,9 @@ def _take_over_runs() -> str:
 
 def _take_over(name: str, several: list[Path]) -> str:
     """Of the copies of a run, or of its search, take the usable one that got furthest."""
-    run_name, *below = name.split("/")
-    home = paths.run_dir(run_name).joinpath(*below)
+    *above, run_name = name.removesuffix("/search").split("/")
+    below = ["search"] * name.endswith("/search")
+    home = paths.artifacts_dir().joinpath(*above, paths.run_dir(run_name).name, *below)
     if home.exists():
         return (f"{name} is in {home} already ({_reached(home)}) and stays as it is; attached: "
                 f"{'; '.join(map(_reached, several))}")
@@ -299,8 +304,9 @@ def _link_demonstrations() -> str:
             continue
         (count, chosen), *others = sorted(several, reverse=True)
         home.parent.mkdir(parents=True, exist_ok=True)
-        home.unlink(missing_ok=True)
-        home.symlink_to(chosen)
+        if not (home.is_symlink() and home.readlink() == chosen):  # others may be reading it
+            with atomic_path(home) as temporary:
+                temporary.symlink_to(chosen)
         said += [f"left out: {path} ({number} demonstrations), since {chosen} has {count}"
                  for number, path in others]
     return "\n".join([f"{len(scripted)} scripted and {human} human file(s)", *said])

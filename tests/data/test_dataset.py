@@ -128,6 +128,8 @@ def test_of_a_collected_file_no_more_is_read_than_was_asked_for(tmp_path):
     both = LIBERODataset.from_config({0: human, 1: ours}, config.replace(task_ids=[0, 1]))
     assert [sum(len(data.describe()["files"][i]["demos"]) for data in both) for i in (0, 1)] \
         == [5, 3]  # each file by its own kind
+    assert len(names_of(*LIBERODataset.from_config({0: ours},
+                                                   config.replace(max_demos_per_task=4)))) == 3
     config = config.replace(demo_dir=str(tmp_path))  # that folder was asked for
     assert len(names_of(*LIBERODataset.from_config({0: ours}, config))) == 5
     config = config.replace(max_demos_per_task=4)

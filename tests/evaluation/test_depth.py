@@ -185,6 +185,10 @@ def test_some_ways_alone(run):
     card = depth_card(run, [1, 4], [1e-3], CONFIG, only=["fixed 4"])
     assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 4"]
     assert card["rows"][1]["gap"] == 0
+    card = depth_card(run, [1, 4], [1e-3], CONFIG, only=["fixed 1"])  # the other one stays
+    assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 1", "fixed 4"]
+    card = depth_card(run, [1], [], dataclasses.replace(CONFIG, num_episodes=3), only=["fixed 1"])
+    assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 1"]
 
 
 def test_each_task_is_played_once_and_only_tasks_that_the_policy_knows(run, monkeypatch):

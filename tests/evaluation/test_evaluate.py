@@ -672,6 +672,8 @@ def test_two_runs_are_compared_episode_by_episode(run, small_run):
     evaluate_run(other.run, EvalConfig(num_episodes=2, first_init_state=1, horizon=2, num_videos=0))
     test = compare.compare_runs("other", run)
     assert (test["pairs"], test["both"], test["neither"], test["unpaired"]) == (2, 1, 1, 1)
+    planned = plan_run(run, EvalConfig(num_episodes=2, horizon=2, num_videos=0)).planned
+    assert compare.compare_runs("other", run, episodes=planned)["pairs"] == 1  # not state 2
     evaluate_run(run, EvalConfig(num_episodes=1, horizon=2, num_videos=0), suite="libero_goal")
     with pytest.raises(FileNotFoundError, match="evaluate other --suite libero_goal"):
         compare.compare_runs("other", run, "libero_goal")

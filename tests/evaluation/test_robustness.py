@@ -159,6 +159,20 @@ def test_changes_for_which_no_time_is_left_are_listed(run, monkeypatch):
     assert [row["episodes"] for row in card["rows"]] == [2, 2] and not card["failed"]
 
 
+def test_a_change_whose_last_episodes_are_missing_is_not_compared(run, monkeypatch):
+    append = play.append_jsonl
+
+    def stop_early(ledger, row):
+        append(ledger, row)
+        if "swap" in ledger.parent.name:
+            monkeypatch.setenv("TRM_STOP_AT", "0")
+
+    monkeypatch.setattr(play, "append_jsonl", stop_early)
+    card = robustness_card(run, CONFIG, only=["swap"])
+    assert [row["name"] for row in card["rows"]] == ["plain"]
+    assert "3 of 4 episodes are not run" in card["failed"][0]["reason"]
+
+
 def test_rows_stay_while_the_card_is_about_the_same_episodes(run):
     robustness_card(run, CONFIG, only=["swap"])
     card = robustness_card(run, CONFIG, only=["delay_1"])
@@ -253,6 +267,7 @@ def test_the_notebook_shows_the_card_when_it_is_asked_for(run, capsys):
              "plot_card": plot_card, "card_rows": card_rows, "card_notes": card_notes, "pd": pd,
              "display": lambda *given: shown.extend(given),
              "results": {"episodes": 4, "tasks": [{}, {}]}, "episodes": [{"seconds": 100.0}] * 4}
+    names["changed"] = dataclasses.replace(names["config"].eval, num_videos=0, num_episodes=2)
     exec(cell, {**names, "robustness_episodes": 0})
     assert "set robustness_episodes=2 for" in capsys.readouterr().out
     assert not shown and not (run / "robustness").exists()

@@ -78,6 +78,16 @@ def test_a_notebook_that_trains_too_little_has_failed(tmp_path, monkeypatch):
     assert "expected 5" in read_trial(tmp_path / "t")["error"]
 
 
+def test_a_trial_that_lost_episodes_to_the_machine_has_failed(tmp_path, monkeypatch):
+    """Counted as it is, it would have fewer failures than a better one."""
+    monkeypatch.setattr("trm_helpers.search.trials.run_notebook",
+                        lambda *_, run_dir, **__: train_into(run_dir, {**VALUES,
+                                                                       "selection_episodes": 3}))
+    with pytest.raises(RuntimeError, match="3 of 4 episodes of .*t could be played"):
+        run_trial("04_train", {"epochs": 3}, tmp_path / "t", rollouts=4)
+    assert run_trial("04_train", {"epochs": 3}, tmp_path / "u", rollouts=3)["episodes"] == 3
+
+
 def test_a_trial_can_be_stopped(tmp_path):
     notebook = write_pretending_notebook(tmp_path / "04_train.ipynb", "import time; time.sleep(60)")
     stop = threading.Event()

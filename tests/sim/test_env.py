@@ -317,3 +317,24 @@ def test_another_environment_that_is_reset_or_closed_leaves_the_frames_alone():
         assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)
         other.close()
         assert np.array_equal(env.reset(init_state=1)["agentview_rgb"], first)
+
+
+def test_an_environment_in_which_a_job_failed_is_not_used_again(monkeypatch):
+    closed = []
+
+    class Built:
+        def __init__(self, *_):
+            self.number = len(closed)
+
+        def close(self):
+            closed.append(self.number)
+            raise RuntimeError("its OpenGL context is lost")
+
+    monkeypatch.setattr(sim, "LiberoEnv", Built)
+    monkeypatch.setattr(sim, "worker_env", kept := sim._WorkerEnv())
+    first = kept("libero_object", 0)
+    with sim.renewed_after_errors():
+        assert kept("libero_object", 0) is first
+    with pytest.raises(sim.SimulatorError), sim.renewed_after_errors():
+        raise sim.SimulatorError("it draws no frame")
+    assert kept("libero_object", 0) is not first and closed == [0]

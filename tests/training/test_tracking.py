@@ -156,6 +156,14 @@ def test_failures_of_the_tracker_do_not_change_training(small_run, seen, monkeyp
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 2
 
 
+def test_a_tracker_that_cannot_be_imported_is_said(small_run, seen, monkeypatch, capfd):
+    monkeypatch.setenv("PRETEND", "raise in import")
+    assert small_run(wandb_mode="offline").fit()
+    said = capfd.readouterr().out
+    assert "W&B is off: RuntimeError: server says no" in said
+    assert "W&B ended before the training and lacks rows" in said
+
+
 def test_a_process_that_reads_nothing_does_not_delay_rows(seen, monkeypatch):
     monkeypatch.setattr(tracking, "_FINISH_WITHIN", 0.1)
     monkeypatch.setenv("PRETEND", "hang in import")

@@ -101,8 +101,9 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.cameras, self.proprioception = model.cameras, model.proprioception
         opened = open_files(files, data.alignment)
         collected = data.num_demos if config is not None and not data.demo_dir else 0
-        limits = [data.max_demos_per_task  # another run may have collected more since
-                  or (0 if file.source == "human" else collected) for file in opened]
+        limits = [min(filter(None, (data.max_demos_per_task,  # another run may have collected more
+                                    0 if file.source == "human" else collected)), default=0)
+                  for file in opened]
         self._steps = load_steps(opened, limits, self.cameras, image_size, data.storage, device)
         self._memory = BatchMemory()
         self._language = None  # (files, 384)

@@ -23,7 +23,14 @@ from ..config import Config, DataConfig
 from ..files import atomic_path, differences, exclusive_lock, read_json
 from ..opengl import simulator_imports
 from ..sim import layouts
-from ..sim.env import LayoutError, LiberoEnv, load_task, quiet, worker_env
+from ..sim.env import (
+    LayoutError,
+    LiberoEnv,
+    load_task,
+    quiet,
+    renewed_after_errors,
+    worker_env,
+)
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
 from .dagger import Actor, Mixture
@@ -409,10 +416,11 @@ def _of_file(path: Path, count: int | None = None) -> dict[int, Path | None]:
 
 def _attempt(settings: dict, actor: Actor | None, parts: Path, number: int) -> Path | None:
     """One seeded attempt in a worker; its part file, or ``None`` after a failure."""
-    env = worker_env(settings["suite"], settings["task_id"])
     generator = np.random.default_rng([settings["seed"], settings["task_id"], number])
-    record = record_demonstration(env, generator, settings["disturb"], settings["placement"], actor,
-                                  settings[schema.FRAME_STRIDE_ATTR])
+    with renewed_after_errors():
+        env = worker_env(settings["suite"], settings["task_id"])
+        record = record_demonstration(env, generator, settings["disturb"], settings["placement"],
+                                      actor, settings[schema.FRAME_STRIDE_ATTR])
     if record is None:
         (parts / f"attempt_{number:05d}.failed").touch()
         return None

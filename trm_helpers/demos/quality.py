@@ -156,7 +156,7 @@ def _frames(demos: list[h5py.Group], camera: str) -> dict:
     frozen = max(0, still - (total - len(demos) - moves))  # more repeats than steps at rest
     return _row(f"frames, {schema.CAMERA_TITLES[camera]}",
                 f"{flat} of {total} black or uniform; {frozen} repeated while the arm moves; "
-                f"{' and '.join(sizes)} pixels", "none, one size",
+                f"{' and '.join(sizes)} pixels", "none, one size; control renders 128x128",
                 flat == 0 and frozen <= 0.01 * total and len(sizes) == 1)
 
 

@@ -11,7 +11,14 @@ NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high",
 
 
 def measured(results: Mapping) -> dict:
-    """A card's numbers from what ``results.json`` holds; no comparison yet."""
+    """A card's numbers from what ``results.json`` holds; no comparison yet.
+
+    Raises ``TimeoutError`` if episodes are missing: the first tasks alone may be the easy ones.
+    """
+    if results["not_run"]:
+        planned = results["episodes"] + len(results["errors"]) + results["not_run"]
+        raise TimeoutError(f"the session's time is up: {results['not_run']} of {planned} episodes "
+                           "are not run; the same call continues")
     return {**{key: results[key] for key in NUMBERS}, "errors": len(results["errors"]),
             "gap": None, "p_value": None}
 

@@ -9,24 +9,27 @@ from pathlib import Path
 from ..files import read_jsonl
 from ..stats import paired_mcnemar
 from ..training.runs import find_run, load_config
-from .plan import evaluation_folder
+from .plan import Episode, evaluation_folder
 from .play import Evaluation, weights_digest
 
 
 def compare_runs(run: str | Path, other: str | Path, suite: str = "",
-                 task_ids: Iterable[int] = ()) -> dict:
+                 task_ids: Iterable[int] = (), episodes: Iterable[Episode] = ()) -> dict:
     """:func:`stats.paired_mcnemar` of ``other`` (a) and ``run`` (b), both evaluated before.
 
     Args:
         suite, task_ids: of the episodes compared; default the suite of each run and all its tasks.
+        episodes: the only ones to compare, such as an evaluation's ``planned``; default all.
 
     Raises:
         FileNotFoundError: one of them has no episodes yet.
         ValueError: they share none, or have played them by different protocols.
     """
-    tasks = set(task_ids)
-    return paired_mcnemar(*([row for row in evaluated_episodes(folder, suite)
-                             if not tasks or row["task_id"] in tasks] for folder in (other, run)))
+    tasks, wanted = set(task_ids), set(episodes)
+    return paired_mcnemar(*(
+        [row for row in evaluated_episodes(folder, suite)
+         if (not tasks or row["task_id"] in tasks) and (not wanted or Episode.of(row) in wanted)]
+        for folder in (other, run)))
 
 
 def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:

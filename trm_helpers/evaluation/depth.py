@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from .. import schema
 from ..config import Config, EvalConfig, ModelConfig
-from ..files import dispensable, write_json
+from ..files import dispensable, read_json, write_json
 from ..sim.env import LiberoEnv
 from ..stats import paired_mcnemar
 from ..training.runs import description, find_run, held_out, load_config
@@ -30,7 +30,7 @@ from ..visuals.figure import (
     styled,
     success_rates,
 )
-from .cards import cells, measured, tasks_in_short
+from .cards import NUMBERS, cells, measured, tasks_in_short
 from .plan import official_episodes, refuse_unknown_tasks
 from .play import Evaluation, TrainedPolicy
 from .rollout import PHASES, Policy
@@ -125,8 +125,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         ValueError: the policy does not recurse, a depth or a threshold that is not valid, an
             unknown name in ``only``, or a policy conditioned on task numbers was not trained on one
             of ``task_ids``.
-        TimeoutError: the session's time is up before the first episode as trained; other rows
-            without an episode are left out.
+        TimeoutError: the session's time is up before the last episode as trained; other rows
+            without all their episodes are left out.
     """
     run = find_run(run, to_write=True)
     trained = load_config(run)
@@ -155,29 +155,43 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     errors: dict[str, list[float]] = {}
     with dispensable("the table of action errors"):
         errors = action_errors(source, trained, settings)
-    rows: list[dict] = []
+    path, rows = run / "depth.json", {}
+    conditions = {"suite": trained.data.suite, "task_ids": list(task_ids), **source.identity,
+                  "trained_depth": depth, "num_episodes": config.episodes,
+                  "first_init_state": config.first_init_state, "protocol": config.protocol}
     for name, evaluation in evaluations.items():
         try:
             results, episodes = evaluation.play(), evaluation.rows()
+            row = {"name": name, **settings[name], **measured(results), **_thinking(episodes),
+                   "action_error": errors.get(name)}
         except TimeoutError as error:
             if not rows:
                 raise
             print(f"{name}: {error}")
             continue
-        row = {"name": name, **settings[name], **measured(results), **_thinking(episodes),
-               "action_error": errors.get(name)}
-        if name != AS_TRAINED:
+        if name == AS_TRAINED:
+            rows = _earlier(path, conditions, row)
+        else:
             test = paired_mcnemar(evaluations[AS_TRAINED].rows(), episodes)
             row |= {"gap": test["difference"], "p_value": test["p_value"]}
-        rows.append(row)
-    card = {"run": run.name, "suite": trained.data.suite, "task_ids": list(task_ids),
-            **source.identity, "trained_depth": depth, "num_episodes": config.episodes,
-            "first_init_state": config.first_init_state, "protocol": config.protocol,
-            "rows": rows, "software": results["software"]}
-    write_json(run / "depth.json", card)
+        rows[name] = row
+    order = [*dict.fromkeys([*settings, *rows])]
+    card = {"run": run.name, **conditions, "rows": [rows[name] for name in order if name in rows],
+            "software": results["software"]}
+    write_json(path, card)
     with dispensable("the figure of the card"):
         save_figure(plot_depth_card(card), run / "figures" / "depth_in_control.png")
     return card
+
+
+def _earlier(path: Path, conditions: Mapping, as_trained: Mapping) -> dict[str, dict]:
+    """Rows of an earlier card by name, if it is about the same episodes of the same policy."""
+    before = read_json(path) if path.exists() else {}
+    rows = {row["name"]: row for row in before.get("rows", ())}
+    same = {key: before.get(key) for key in conditions} == conditions and (
+        {key: rows.get(AS_TRAINED, {}).get(key) for key in NUMBERS}
+        == {key: as_trained[key] for key in NUMBERS})
+    return rows if same else {}
 
 
 def _thinking(episodes: Sequence[Mapping]) -> dict:

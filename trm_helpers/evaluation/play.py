@@ -26,7 +26,7 @@ from ..files import (
 from ..opengl import renderer
 from ..preflight import check_settling
 from ..schema import PROTOCOLS
-from ..sim.env import LiberoEnv, worker_env
+from ..sim.env import LiberoEnv, renewed_after_errors, worker_env
 from ..sim.parallel import run_jobs
 from ..software import minutes_left, software_versions
 from ..stats import summarize_episodes
@@ -268,25 +268,29 @@ def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> 
     protocol = PROTOCOLS[config.protocol]
     if schema.own_suite(*episode[:2])[0].startswith("libero_spatial"):
         check_settling()
-    env = worker_env(episode.suite, episode.task_id, settle_steps=protocol.settle_steps,
-                     settle_action=protocol.settle_action)
-    if hasattr(source, "play"):
-        row = source.play(env, episode)
-    else:
-        policy, horizon = source.make(env), conditions_of(config, episode)["horizon"]
-        if config.perturbation != "none":
-            policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
-        number = episode.init_state
-        if number is not None and number - config.first_init_state < config.num_videos:
-            videos = folder / "videos"
-            name = f"{episode.suite}-task{episode.task_id}-init{number:02d}.mp4"
-            row = record_episode(policy, env, number, videos / "{outcome}" / name, horizon)
-            if "video" in row:
-                row["video"] = str(Path(row["video"]).relative_to(videos))
-        else:
-            row = run_episode(policy, env, number, horizon, seed=episode.seed,
-                              placement=episode.placement)
+    with renewed_after_errors():
+        env = worker_env(episode.suite, episode.task_id, settle_steps=protocol.settle_steps,
+                         settle_action=protocol.settle_action)
+        row = (source.play(env, episode) if hasattr(source, "play")
+               else _play_policy(source, env, config, folder, episode))
     return {**row, "renderer": renderer()}
+
+
+def _play_policy(source, env: LiberoEnv, config: EvalConfig, folder: Path, episode: Episode
+                 ) -> dict:
+    policy, horizon = source.make(env), conditions_of(config, episode)["horizon"]
+    if config.perturbation != "none":
+        policy = PerturbedPolicy(policy, config.perturbation, env, tuple(episode))
+    number = episode.init_state
+    if number is None or number - config.first_init_state >= config.num_videos:
+        return run_episode(policy, env, number, horizon, seed=episode.seed,
+                           placement=episode.placement)
+    videos = folder / "videos"
+    name = f"{episode.suite}-task{episode.task_id}-init{number:02d}.mp4"
+    row = record_episode(policy, env, number, videos / "{outcome}" / name, horizon)
+    if "video" in row:
+        row["video"] = str(Path(row["video"]).relative_to(videos))
+    return row
 
 
 # --- films ---------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         ValueError: an unknown name in ``only``, a ``config`` with a perturbation, or a change
             whose folder holds episodes of other weights or another protocol; nothing was played.
         RuntimeError: no plain episode could be played.
-        TimeoutError: the session's time is up before the first plain episode; changes without an
-            episode are listed under ``failed``.
+        TimeoutError: the session's time is up before the last plain episode; changes without all
+            their episodes are listed under ``failed``.
     """
     run = find_run(run, to_write=True)
     trained = load_config(run)

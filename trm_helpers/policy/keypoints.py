@@ -73,8 +73,13 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
                                         "attribute model_file")
                 seed = zlib.crc32(demo["states"][()].tobytes())
                 jobs[folder / f"{seed:08x}-{per_demo}.npz"] = (file, name, seed)
-    with exclusive_lock(folder):  # a concurrent call waits and then finds the files
-        missing = {path: job for path, job in jobs.items() if not path.exists()}
+
+    def absent() -> dict:
+        return {path: job for path, job in jobs.items() if not path.exists()}
+
+    # a concurrent call waits and then finds the files; a folder with all of them may be read-only
+    with exclusive_lock(folder) if absent() else contextlib.nullcontext():
+        missing = absent()
         old = []
         for path in sorted(set(jobs) - set(missing)):
             with _opened(path) as scenes:

@@ -96,11 +96,14 @@ class TokenEncoder(nn.Module):
 
 # --- blocks --------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with the weight cast to the input's type; PyTorch's is slow under autocast."""
+    """RMSNorm with the weight cast to the input's type; PyTorch's is slow under autocast.
+
+    Its epsilon is float32's in every precision; that of PyTorch 2.6 depends on the input's type.
+    """
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(values.dtype)
-        return F.rms_norm(values, self.normalized_shape, weight, self.eps)
+        return F.rms_norm(values, self.normalized_shape, weight, torch.finfo(torch.float32).eps)
 
 
 class TransformerLayer(nn.Module):

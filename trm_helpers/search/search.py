@@ -150,7 +150,8 @@ def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = N
     asked = {"epochs": trial.train.epochs, "stop_epoch": epochs,
              "selection_episodes": config.search.search_episodes if episodes is None else episodes}
     name = trial_name(point, None if seed == config.train.seed else seed)
-    return run_trial(notebook, {**given, **asked}, folder / name, environment, stop)
+    return run_trial(notebook, {**given, **asked}, folder / name, environment, stop,
+                     asked["selection_episodes"] * len(trial.data.task_ids))
 
 
 # --- in parallel ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ _CONVERGED = 0.9  # of the way from the first validation loss to the lowest
 
 def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
               environment: Mapping[str, str] | None = None,
-              stop: threading.Event | None = None) -> dict:
+              stop: threading.Event | None = None, rollouts: int = 0) -> dict:
     """Train with a notebook in its own process; returns :func:`measure` of the folder.
 
     The trial resumes, and an epoch that was measured before is not run again. ``trial.json`` holds
@@ -32,11 +32,13 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
         parameters: of the notebook. Training ends after ``stop_epoch`` epochs, or all ``epochs``.
         environment: additional variables of its process, such as its GPU.
         stop: ends the notebook, see :func:`notebooks.run_notebook`.
+        rollouts: episodes of all tasks, if the notebook plays any.
 
     Raises:
         KeyboardInterrupt: ``stop`` was set.
         ValueError: a parameter that the notebook does not have; nothing was run.
-        RuntimeError: the notebook failed, or trained for another number of epochs.
+        RuntimeError: the notebook failed, or trained for another number of epochs, or could not
+            play all episodes.
     """
     run_dir = Path(run_dir).resolve()
     wanted = parameters.get("stop_epoch") or parameters["epochs"]
@@ -56,6 +58,9 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
             found = measure(run_dir)
             if found["epochs"] != wanted:
                 raise RuntimeError(f"{run_dir} has {found['epochs']} epochs; expected {wanted}")
+            if found.get("episodes", rollouts) < rollouts:  # the missing ones would not be failures
+                raise RuntimeError(f"{found['episodes']} of {rollouts} episodes of {run_dir} "
+                                   "could be played")
         except RuntimeError as error:
             write_json(run_dir / RECORD, {**record, "error": str(error)})
             raise

@@ -503,9 +503,20 @@ class _WorkerEnv:
         return self.env
 
     def cache_clear(self) -> None:
-        if self.env is not None:
-            self.env.close()
-        self.asked, self.env = None, None
+        env, self.asked, self.env = self.env, None, None
+        if env is not None:
+            env.close()
 
 
 worker_env = _WorkerEnv()
+
+
+@contextlib.contextmanager
+def renewed_after_errors() -> Iterator[None]:
+    """After an error inside, the next :func:`worker_env` is a new one: it may be the cause."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):
+            worker_env.cache_clear()
+        raise

@@ -71,7 +71,8 @@ class Tracker:
         process, self.process = self.process, None
         process.stdin.close()  # the end of the rows
         try:
-            process.wait(_FINISH_WITHIN)
+            if process.wait(_FINISH_WITHIN):
+                print("W&B ended before the training and lacks rows; metrics.jsonl has all")
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -131,4 +132,8 @@ def connect(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Exception, SystemExit) as fault:  # of any type, from W&B or the packages it imports
+        print(f"W&B is off: {type(fault).__name__}: {fault}", flush=True)
+        sys.exit(1)
