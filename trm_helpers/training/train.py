@@ -50,9 +50,10 @@ class BehaviorCloningTrainer:
     AdamW, gradient clipping, cosine annealing over all steps down to 1e-6, early stopping on
     the validation loss. ``best`` and ``last`` hold averaged weights where ``ema_decay`` is set.
     :meth:`fit` resumes from the folder's training state, also within an epoch; with the same data,
-    settings and machine the losses equal those of an uninterrupted run. On a GPU the step is a
-    CUDA graph where it can be, see :mod:`captured`. Under ``torchrun`` each process takes its share
-    of every batch: settings do not depend on the number of GPUs.
+    settings and machine the losses equal those of an uninterrupted run (on a GPU within rounding:
+    its convolutions add in any order). On a GPU the step is a CUDA graph where it can be, see
+    :mod:`captured`. Under ``torchrun`` each process takes its share of every batch: settings do not
+    depend on the number of GPUs.
 
     Args:
         policy: trained in place.
