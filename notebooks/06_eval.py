@@ -269,7 +269,9 @@ for path, row in list(filmed.items())[:1]:
         places = [round(i * (len(film) - films.FPS - 1) / 5) for i in range(6)]
         frames = [film[place, :, :side] for place in places]
         steps = [min(place * CONTROL_HZ // films.FPS, row["steps"]) for place in places]
-        fig = plots.plot_rollout_strip(frames, steps, path.stem)
+        outcome = (f"{row['suite']}, task {row['task_id']}, init state {row['init_state']}: "
+                   + ("success" if row["success"] else "failure"))
+        fig = plots.plot_rollout_strip(frames, steps, outcome)
         plots.save_figure(fig, run / "figures" / "06_rollout.png")
         display(fig)
 

@@ -445,6 +445,7 @@ def test_readme_command_runs(command, tiny, monkeypatch, capsys):
 
 @pytest.mark.sim
 @pytest.mark.notebooks
+@pytest.mark.slow
 def test_papermill_runs_from_the_root_too(tiny):
     environment = tiny[0]
     done = subprocess.run(

@@ -349,6 +349,7 @@ def test_processes_that_render_share_the_temporary_cache_of_the_one_that_asks(
 
 
 @pytest.mark.sim
+@pytest.mark.slow
 def test_the_simulator_plays_where_other_users_variables_and_configurations_are_in_the_way(
         gl_environment, monkeypatch, tmp_path):
     """No writable cache, no shared log file, another LIBERO's settings, a GPU that EGL lacks."""

@@ -909,6 +909,7 @@ def test_a_killed_worker_and_a_killed_parent_lose_no_episode_and_double_none(tmp
 
 
 @pytest.mark.sim
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_loses_no_episode(tmp_path):
     distributed = pytest.importorskip("distributed")
     ledger = tmp_path / "run" / "episodes.jsonl"
