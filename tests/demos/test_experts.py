@@ -3,12 +3,13 @@ import types
 import numpy as np
 import pytest
 
+from trm_helpers.config import from_flat
 from trm_helpers.demos import pick_place
 from trm_helpers.demos.collect import Disturbance, record_demonstration
 from trm_helpers.demos.experts import Expert, plan
 from trm_helpers.demos.pick_place import PickPlace
 from trm_helpers.demos.put_inside import PutInside
-from trm_helpers.demos.skills import Style
+from trm_helpers.demos.skills import STILL_STEPS, Style
 from trm_helpers.sim import geometry, layouts
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.geometry import UP, Boxes
@@ -331,3 +332,7 @@ def test_a_carton_that_hangs_on_a_finger_by_its_gable_is_lowered_into_the_basket
         _, phases, success = run(env, expert, env.horizon)
         assert success
         assert phases.count("close") > phases.index("lift") - phases.index("close")  # a second time
+
+
+def test_an_object_that_stands_is_released_within_the_steps_of_one_decision():
+    assert from_flat("demo").model.execution_horizon > STILL_STEPS + 1

@@ -15,11 +15,10 @@ from ..sim.geometry import Boxes, geoms_of, region_box
 from .joints import Joint, OpenDrawer, PushShut, TurnKnob
 from .pick_place import PickPlace
 from .put_inside import PutInside, way_into
-from .skills import Skill, Style
+from .skills import STILL_STEPS, Skill, Style
 
 Predicate = tuple[str, ...]  # a lower-case verb and the names that it relates
 _PLACING = ("on", "in")
-_STILL_STEPS = 8
 _SPREAD = 0.65  # of a region's half size, from its middle to the outer objects that share it
 
 
@@ -88,7 +87,7 @@ class Expert:
                 return PutInside(self.env, name, predicate[2], out, self.style)
             # A single placement ends the episode on contact. In a sequence, an object that stands
             # is released early, so that its lowering does not use up the time.
-            timing = {"still_steps": _STILL_STEPS} if len(self.goal) > 1 else {}
+            timing = {"still_steps": STILL_STEPS} if len(self.goal) > 1 else {}
             return PickPlace(self.env, name, predicate[2], self.style, self._beside[predicate],
                              **timing)
         joint = Joint(self.env, _joint_name(self.env, predicate))

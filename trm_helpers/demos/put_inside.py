@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sim.env import LiberoEnv
 from ..sim.geometry import UP, Boxes, free_spot, geoms_of, region_box, turned
-from .skills import CLOSE_STEPS, OPEN_STEPS, Skill, Style
+from .skills import CLOSE_STEPS, OPEN_STEPS, STILL_STEPS, Skill, Style
 
 _SIDES = [turned(angle)[0] for angle in np.radians([90, 0, 180, 270])]
 _BACK_STEPS = 8
@@ -109,7 +109,7 @@ class PutInside(Skill):
             case "lower":
                 sunk, self._height = self._height - ee[2], ee[2]
                 self._still = self._still + 1 if sunk < 0.001 else 0
-                if self._still > 5:
+                if self._still > STILL_STEPS:
                     return "release"
         return self.phase
 
