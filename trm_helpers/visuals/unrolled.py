@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -125,7 +126,7 @@ def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Fig
 def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     """Heat map of one sample's states (N + 1, D), and norm and change of the state by step."""
     steps = np.arange(len(states))
-    fig = new_figure(MAX_WIDTH, 3.6)
+    fig = new_figure(MAX_WIDTH, 3.8)
     heat, norm, change = fig.subplots(1, 3, width_ratios=(1.5, 1, 1))
     limit = np.abs(states).max()
     image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
@@ -144,7 +145,7 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     change.legend(loc="upper right")
     for axes in (heat, norm, change):
         count_axis(axes.xaxis)
-    fig.suptitle(report["sentence"])
+    fig.suptitle(textwrap.fill(report["sentence"], 90))
     return describe(fig, f"Norm of the state {report['norms'][0]:.3g} before the first recursion "
                          f"and {report['norms'][-1]:.3g} after the last; change "
                          f"{report['changes'][0]:.3g} in the first and "
