@@ -155,7 +155,8 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
                 "success_rate": 0.5, "wilson_low": 0.1, "wilson_high": 0.9, "mean_length": 4.0,
                 "std_length": 1.0}
         return {**task, "tasks": [task],
-                "errors": [{"error": "hung"}] if evaluation.suite == "libero_goal" else []}
+                "errors": [{"error": "hung"}] if evaluation.suite == "libero_goal" else [],
+                "not_run": 1 if evaluation.suite == "libero_10" else 0}
 
     monkeypatch.setattr(Evaluation, "play", play)
     assert main(["evaluate", "mine", "--task-ids", "3", "--protocol", "libero"]) == 0
@@ -165,6 +166,7 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     assert given.config.num_videos == 1 and given.config.protocol == "libero"
     assert "libero_object 3: 1 of 2 episodes" in capsys.readouterr().out
     assert main(["evaluate", "mine", "--suite", "libero_goal"]) == 3  # there were errors
+    assert main(["evaluate", "mine", "--suite", "libero_10"]) == 3  # the session's time was up
 
     planned = evaluate.plan_run(run)
     conditions = planned.conditions_of(planned.planned[0])
@@ -176,7 +178,7 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     assert "the run comes first, because it sets the defaults" in capsys.readouterr().err
     assert main(["evaluate", "mine", "--against", "mine"]) == 0
     assert "mine against mine on 2 shared episodes: +0.0 points" in capsys.readouterr().out
-    assert main(["evaluate", "mine", "--against", "other"]) == 1 and len(asked) == 3
+    assert main(["evaluate", "mine", "--against", "other"]) == 1 and len(asked) == 4
     assert main(["evaluate", "expert", "--suite", "libero_goal", "--against", "mine"]) == 1
 
 
