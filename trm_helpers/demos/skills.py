@@ -23,8 +23,8 @@ _TURN_LIMIT = 0.5  # largest command about an axis; the arm follows faster turns
 DOWNWARD = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 CLOSE_STEPS = 9  # until the fingers hold
 OPEN_STEPS = 4
-# for which a lowered object stands before it is released. A policy does not see for how long it has
-# stood: if the wait is longer than the steps that it executes per decision, it may never let go.
+# Steps for which a lowered object stands before it is released. A policy does not see for how long
+# it has stood: if the wait is longer than the steps executed per decision, it may never let go.
 STILL_STEPS = 2
 
 
