@@ -206,7 +206,7 @@ class Page(HTMLParser):
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (30, 32, 64, 3), np.uint8)
 PLAYED = dict(suite="libero_object", seed=0, horizon=280, protocol="quick", weights="best",
-              lifted=["alphabet_soup_1"], goal_objects=["alphabet_soup_1", "basket_1"])
+              lifted=["alphabet_soup_1"], objects_to_move=["alphabet_soup_1"])
 
 
 def play(run, outcomes, filmed=()):

@@ -56,7 +56,7 @@ class StraightRoad:
     def heights(self):
         return {"stone": 0.02, "stick": 0.1 * self.picked}
 
-    def goal_objects(self):
+    def objects_to_move(self):
         return ["stick"]
 
     def film_frame(self, size):

@@ -46,6 +46,11 @@ HELP = {"-h", "--help"}
 _CHANGES = ("plain", *schema.PERTURBATIONS[1:], "wide", *schema.VARIATIONS)  # of a robustness card
 
 
+def _default(text: str) -> Any:
+    """What help says of an option that is empty by default."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
 @dataclass
 class Collect:
     """Find the demonstrations of the tasks, or collect scripted ones.
@@ -193,7 +198,8 @@ class _Rollouts:
     run: RunName  # a run under artifacts/
     eval: OmitArgPrefixes[EvalConfig]
     weights: Literal[schema.WEIGHTS] = "best"  # which of the run's weights to play
-    task_ids: tuple[int, ...] = ()  # tasks to play; none: all that the run was trained on
+    # tasks to play
+    task_ids: Annotated[tuple[int, ...], _default("those that the run was trained on")] = ()
 
 
 _UNUSED = {"num_videos": 0, "perturbation": "none", "bound_episodes": 0}  # by the cards
@@ -284,7 +290,8 @@ class Robustness(_Rollouts):
     Example: `python -m trm_helpers robustness my-trm --num-episodes 10 --only swap brightness`
     """
 
-    only: tuple[Literal[_CHANGES], ...] = ()  # only these changes
+    # changes to play
+    only: Annotated[tuple[Literal[_CHANGES], ...], _default("all")] = ()
 
     def __call__(self) -> Result:
         import pandas as pd
@@ -305,11 +312,12 @@ class Depth(_Rollouts):
     Example: `python -m trm_helpers depth my-trm --num-episodes 10 --depths 1 2 4`
     """
 
-    # recursions per decision; none: 1, and half, once and twice as many as in training
-    depths: tuple[int, ...] = ()
+    # recursions per decision
+    depths: Annotated[tuple[int, ...], _default("1, and half, once and twice the trained")] = ()
     # squared change of an action below which the convergence rule stops
     thresholds: tuple[float, ...] = (1e-4, 1e-3)
-    only: tuple[str, ...] = ()  # only these rows beside the policy as trained, such as "fixed 1"
+    # rows to play beside the policy as trained, such as "fixed 1"
+    only: Annotated[tuple[str, ...], _default("all")] = ()
 
     def __call__(self) -> Result:
         import pandas as pd

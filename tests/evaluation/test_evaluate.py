@@ -850,7 +850,7 @@ def test_the_expert_succeeds_from_official_init_states(env):
     result = PolicyEvaluator(baselines.ExpertPolicy(env)).evaluate_on_task(env, [0, 1], 2)
     assert (result["successes"], result["episodes"]) == (2, 2)
     assert all(60 < row["steps"] < row["horizon"] == 280 for row in result["rows"])
-    assert all(row["lifted"] == row["goal_objects"][:1] == ["alphabet_soup_1"]
+    assert all(row["lifted"] == row["objects_to_move"] == ["alphabet_soup_1"]
                for row in result["rows"])
 
 
@@ -864,7 +864,7 @@ def test_a_shipped_policy_solves_its_task():
     (row,) = read_jsonl(run / "episodes.jsonl")
     assert (row["task_id"], row["init_state"], row["horizon"]) == (2, 3, 220)
     assert 60 < row["steps"] < 200 and row["mean_recursions"] == 4.0
-    assert row["lifted"] == row["goal_objects"][:1]
+    assert row["lifted"] == row["objects_to_move"]
     assert set(row["recursions_by_phase"]) >= {"reach", "grasp", "carry"}
     frames = 1 + -(-row["steps"] // 2) + films.FPS  # every second step, and the end for a second
     assert len(imageio.imread(run / "videos" / row["video"])) == frames

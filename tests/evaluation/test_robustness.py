@@ -15,9 +15,11 @@ from trm_helpers.config import EvalConfig
 from trm_helpers.data import language
 from trm_helpers.evaluation import evaluate, play, robustness
 from trm_helpers.evaluation.robustness import (
+    FAILURE_MODES,
     card_notes,
     card_rows,
     changes_of,
+    failure_modes,
     plot_card,
     robustness_card,
 )
@@ -95,6 +97,20 @@ def test_a_card_says_what_failures_lifted(run, monkeypatch):
         {"nothing lifted": 0, "another object lifted": 0, "the right one lifted": 0},
         {"nothing lifted": 0, "another object lifted": 2, "the right one lifted": 0}]
     assert card_rows(card)[1]["failed, another object lifted"] == 2
+
+
+@pytest.mark.parametrize("lifted, mode", [([], 0), (["plate", "soup"], 1), (["milk"], 2),
+                                          (["soup", "plate"], 2)])
+def test_either_of_two_objects_to_move_is_the_right_one(lifted, mode):
+    row = {"lifted": lifted, "objects_to_move": ["soup", "milk"]}
+    counts = failure_modes([{**row, "success": False}, {**row, "success": True}])
+    assert counts == {name: int(number == mode) for number, name in enumerate(FAILURE_MODES)}
+
+
+def test_of_an_older_rows_objects_the_first_was_to_be_moved():
+    row = {"success": False, "goal_objects": ["soup", "basket"]}
+    counts = failure_modes([{**row, "lifted": ["soup"]}, {**row, "lifted": ["basket"]}])
+    assert [*counts.values()] == [0, 1, 1]
 
 
 def test_a_card_leaves_what_was_evaluated_alone(run):

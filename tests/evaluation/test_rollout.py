@@ -20,7 +20,7 @@ def test_an_episode_ends_with_success_or_at_the_horizon():
     assert row.pop("seconds") >= 0 and row.pop("max_action_ms") >= row.pop("action_ms") >= 0
     assert row == {"suite": "libero_object", "task_id": 3, "init_state": 2, "seed": 0,
                    "placement": "benchmark", "success": True, "steps": 3, "horizon": 4,
-                   "lifted": ["stick"], "goal_objects": ["stick"],
+                   "lifted": ["stick"], "objects_to_move": ["stick"],
                    "mean_recursions": 3.0, "recursions_by_phase": {"reach": 3.0},
                    "phases": [["reach", 3]]}
     failed = run_episode(policy, StraightRoad(), init_state=9)
@@ -229,4 +229,4 @@ def test_doing_nothing_fails_at_the_horizon(env):
     policy.action = np.array(schema.NO_OP)
     row = run_episode(policy, env, init_state=2, horizon=15)
     assert (row["success"], row["steps"], row["horizon"]) == (False, 15, 15)
-    assert (row["lifted"], row["goal_objects"]) == ([], ["alphabet_soup_1"])
+    assert (row["lifted"], row["objects_to_move"]) == ([], ["alphabet_soup_1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..stats import interval_text
-from .plan import tasks_in_words
+from .plan import not_run_in_words, tasks_in_words
 
 NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
 
@@ -17,8 +17,7 @@ def measured(results: Mapping) -> dict:
     """
     if results["not_run"]:
         planned = results["episodes"] + len(results["errors"]) + results["not_run"]
-        raise TimeoutError(f"the session's time is up: {results['not_run']} of {planned} episodes "
-                           "are not run; the same call continues")
+        raise TimeoutError(not_run_in_words(results["not_run"], planned))
     return {**{key: results[key] for key in NUMBERS}, "errors": len(results["errors"]),
             "gap": None, "p_value": None}
 

@@ -57,6 +57,11 @@ def selection_episodes(config: Config, count: int) -> list[Episode]:
             for task_id in config.data.task_ids for number in range(count)]
 
 
+def not_run_in_words(not_run: int, planned: int) -> str:
+    return (f"the session's time is up: {not_run} of {planned} episodes are not run; the same call "
+            "continues")
+
+
 def tasks_in_words(task_ids: Sequence[int]) -> str:
     """``task 0``, ``tasks 0 and 1`` or ``tasks 0, 1 and 4``."""
     *others, last = map(str, task_ids)

@@ -33,7 +33,7 @@ from ..stats import summarize_episodes
 from ..training.runs import load_policy
 from ..visuals.films import write_grid
 from .perturbations import PerturbedPolicy
-from .plan import Episode, conditions_of
+from .plan import Episode, conditions_of, not_run_in_words
 from .rollout import Policy, record_episode, run_episode
 
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -156,8 +156,7 @@ class Evaluation:
                 self.conditions_of, desc="episodes")
             rows = self.rows()
             if not_run := len(self.planned) - len(rows) - len(errors):
-                message = (f"the session's time is up: {not_run} of {len(self.planned)} episodes "
-                           "are not run; the same call continues")
+                message = not_run_in_words(not_run, len(self.planned))
                 if not rows:
                     raise TimeoutError(message)
                 print(message)

@@ -143,8 +143,9 @@ def failure_modes(episodes: Iterable[Mapping]) -> dict[str, int]:
     counts = dict.fromkeys(FAILURE_MODES, 0)
     for row in episodes:
         if not row["success"] and "lifted" in row:
-            # the first of the goal's objects is the one to be moved
-            right = row["goal_objects"][:1] == row["lifted"][:1]
+            # older rows have the objects of the goal, of which the first is to be moved
+            to_move = row.get("objects_to_move") or row.get("goal_objects", [])[:1]
+            right = row["lifted"][:1] in [[name] for name in to_move]
             counts[FAILURE_MODES[1 + right if row["lifted"] else 0]] += 1
     return counts
 

@@ -60,8 +60,8 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     Returns:
         the episode's row: suite, task_id, init_state, seed, placement, success, steps, horizon,
         seconds, action_ms and max_action_ms (time per call of the policy, mean and largest, without
-        rendering), ``lifted`` (the objects that rose by 2 cm, in that order), ``goal_objects``; the
-        mean of the policy's ``last_recursions`` over the steps, as
+        rendering), ``lifted`` (the objects that rose by 2 cm, in that order),
+        ``objects_to_move``; the mean of the policy's ``last_recursions`` over the steps, as
         ``mean_recursions`` and by :func:`phases` as ``recursions_by_phase``; ``phases``, a list of
         name and number of steps in their order; and ``policy_error`` if the policy failed.
     """
@@ -94,7 +94,7 @@ def run_episode(policy: Policy, env: LiberoEnv, init_state: int | None, horizon:
     phase = np.array(named)[:len(used)]
     return {"suite": env.task.suite, "task_id": env.task.task_id, "init_state": init_state,
             "seed": seed, "placement": placement, "success": success, "steps": steps,
-            "horizon": horizon, "lifted": lifted, "goal_objects": env.goal_objects(),
+            "horizon": horizon, "lifted": lifted, "objects_to_move": env.objects_to_move(),
             "mean_recursions": float(used.mean()) if len(used) else None,
             "recursions_by_phase": {name: float(used[phase == name].mean()) for name in PHASES
                                     if (phase == name).any()},

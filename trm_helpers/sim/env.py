@@ -369,6 +369,11 @@ class LiberoEnv(contextlib.AbstractContextManager):
                  for name in predicate[1:])
         return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
 
+    def objects_to_move(self) -> list[str]:
+        """Movable objects that the goal places somewhere: the first of each of its predicates."""
+        named = (predicate[1] for predicate in self.raw.parsed_problem["goal_state"])
+        return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
+
     def goal_parts(self) -> dict[str, str]:
         """Objects and fixtures in the goal, by their part in it; a region counts as its fixture.
 
