@@ -13,7 +13,7 @@ KAGGLE_INPUT = _KAGGLE / "input"
 KAGGLE_WORKING = _KAGGLE / "working"
 KAGGLE_TEMPORARY = Path("/tmp/trm") if str(_KAGGLE) == "/kaggle" else _KAGGLE / "temporary"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = {"notebooks", "pretrained", *schema.BASELINES,
+_RESERVED = {"notebooks", "pretrained", "search", *schema.BASELINES,
              *(f"{name}-{suite}" for name in schema.BASELINES for suite in schema.SUITES)}
 
 
@@ -72,7 +72,7 @@ def run_dir(run_name: str | int) -> Path:
                          "digits, '._-', beginning with a letter or digit")
     if name in _RESERVED:
         raise ValueError(f"run_name={run_name!r} is not valid; expected a name that is not "
-                         "reserved for a baseline or for notebooks")
+                         "reserved for a baseline, a search or notebooks")
     folder = artifacts_dir() / name
     if folder.is_file():
         raise ValueError(f"run_name={run_name!r} is not valid; {folder} is a file")

@@ -146,6 +146,15 @@ def test_an_arm_that_somebody_else_moves_is_not_blocked():
     assert skill._steps_in_phase == 10
 
 
+@pytest.mark.parametrize(("supported", "steps"), [(False, 0), (True, 3)])
+def test_an_object_that_the_actor_holds_in_the_air_does_not_stand(monkeypatch, supported, steps):
+    monkeypatch.setattr(Mixture, "_supported", lambda mixture, skill: supported)
+    skill = in_phase("lower")
+    skill._still = 3
+    phase_after(skill, CLOSED)
+    assert skill._still == steps
+
+
 # --- the chunk's mask -----------------------------------------------------------------------------
 
 
@@ -275,3 +284,4 @@ def test_labels_follow_the_scene_whoever_acts(env, closes):
         assert np.abs(labels[held, :2]).max() > 0.5  # and it is carried
     else:  # nothing is lifted before the gripper has closed
         assert to_close.sum() > 5 and labels[to_close, 2].max() < 0.3
+    assert mixture._supported(mixture.expert.skill) != closes  # carried, or still on the table

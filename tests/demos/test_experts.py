@@ -9,7 +9,7 @@ from trm_helpers.demos.collect import Disturbance, record_demonstration
 from trm_helpers.demos.experts import Expert, plan
 from trm_helpers.demos.pick_place import PickPlace
 from trm_helpers.demos.put_inside import PutInside
-from trm_helpers.demos.skills import STILL_STEPS, Style
+from trm_helpers.demos.skills import STILL_STEPS, Skill, Style
 from trm_helpers.sim import geometry, layouts
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.sim.geometry import UP, Boxes
@@ -332,6 +332,41 @@ def test_a_carton_that_hangs_on_a_finger_by_its_gable_is_lowered_into_the_basket
         _, phases, success = run(env, expert, env.horizon)
         assert success
         assert phases.count("close") > phases.index("lift") - phases.index("close")  # a second time
+
+
+class Lowers(Skill):
+    """Lowers until the object stands, at the heights given; ``again`` begins anew."""
+
+    def __init__(self, heights):
+        self.heights = iter(heights)
+        super().__init__(types.SimpleNamespace(end_effector=lambda: np.array([0, 0, self.height])))
+
+    def act(self):
+        self.height = next(self.heights)
+        super().act()
+        return self.phase
+
+    def _next_phase(self):
+        match self.phase:
+            case "lower":
+                return "release" if self._stands() else "lower"
+            case "approach":
+                return "lower"
+        return "approach"
+
+    def _goal(self):
+        return np.zeros(3)
+
+    def _turn_left(self):
+        return np.zeros(3)
+
+
+def test_what_stood_once_does_not_stand_when_it_is_lowered_again():
+    skill = Lowers([1.05, 1.05, 1.04, 1.03, 0.95, 0.95, 0.95, 0.95, 0.95,
+                    1.05, 1.05, 1.05, 1.04, 1.03, 1.02])
+    assert [skill.act() for _ in range(8)] == ["lower"] * 7 + ["release"]
+    assert [skill.act() for _ in range(2)] == ["approach", "lower"]
+    assert [skill.act() for _ in range(5)] == ["lower"] * 5
 
 
 def test_an_object_that_stands_is_released_within_the_steps_of_one_decision():

@@ -20,6 +20,7 @@ from ..sim.geometry import Boxes
 from .experts import Expert
 from .joints import TurnKnob
 from .pick_place import PickPlace
+from .put_inside import PutInside
 from .skills import CLOSE_STEPS, Skill
 
 # In these phases the number of steps counts; in the others it only tells that the arm is blocked.
@@ -107,6 +108,8 @@ class Mixture:
             skill._steps_in_phase = -1
         elif skill.phase not in _TIMED:
             skill._steps_in_phase -= 1
+        if skill.phase == "lower" and not self._supported(skill):
+            skill._still = 0  # it hangs in the air, where the actor stopped
         if isinstance(skill, PickPlace | TurnKnob):
             ahead = ee - skill._grasp_point()
             if skill.phase == "retreat" and np.linalg.norm(ahead) < _NEAR:
@@ -119,6 +122,12 @@ class Mixture:
             beside = np.linalg.norm((ee - skill._place_point())[:2])
             if skill.phase != "release" or beside > _PLACED:
                 self._adopt(skill)
+
+    def _supported(self, skill: PickPlace | PutInside) -> bool:
+        """The object touches something other than the gripper."""
+        raw = self.env.raw
+        touched = raw.get_contacts(raw.get_object(skill.object))
+        return bool(touched.difference(raw.robots[0].gripper.contact_geoms))
 
     def _grasped(self, skill: PickPlace) -> bool:
         """Both fingers touch the object, and are not open."""

@@ -46,7 +46,6 @@ _FLAT = 0.03  # a wider object of less height is pushed over the table
 _ON_AXIS = 0.01  # beside the vertical; up to this a descent is not slowed
 _HANGS = 0.02  # an object this near after the retreat hangs on a finger, as a gable can
 _RETREAT_STEPS = 8
-_STANDS = 0.001  # metres in a step that a lowered object does not sink: it stands
 _PATIENCE = 60  # steps in a phase; after more, something blocks the arm
 
 
@@ -99,8 +98,6 @@ class PickPlace(Skill):
         self._slides = (self.target is None and high[1] - low[1] > _OPENING
                         and high[2] - low[2] < _FLAT)
         self._misses: Counter = Counter()
-        self._height, self._still = 0.0, 0  # of the end effector while lowering, in metres; steps
-        self._deeper = 0.0  # metres below the target's support, to free a hanging object
         self._plan()
 
     # --- planning ---------------------------------------------------------------------------------
@@ -108,6 +105,7 @@ class PickPlace(Skill):
     def _plan(self) -> None:
         """Choose a grasp and the heights of the gripper's approach and the object's transport."""
         self._turn = self._drop = 0.0  # radians, metres: on the way into a narrow region
+        self._deeper = 0.0  # metres below the target's support, to free a hanging object
         self._shift = self._spot() if self._enclosed else np.zeros(2)
         self._rimmed = self._has_rim()  # a push may have turned a box that fitted the gripper
         self.grasp = self._choose_grasp()
@@ -301,7 +299,7 @@ class PickPlace(Skill):
     def _next_phase(self) -> str:
         ee, grasp = self.env.end_effector(), self._grasp_point()
         off_axis = np.linalg.norm((ee - grasp)[:2])
-        held = self._holding()
+        held = self._holds_at(grasp)
         match self.phase:
             case "approach":
                 aligned = np.abs(self._turn_left()).max() < 0.15
@@ -333,10 +331,9 @@ class PickPlace(Skill):
             case "lower":
                 if np.linalg.norm((ee - self._place_point())[:2]) > 0.06:
                     return "lift"
-                sunk, self._height = self._height - ee[2], ee[2]
-                self._still = self._still + 1 if sunk < _STANDS else 0
+                stands = self._stands(self._still_steps)
                 if (ee[2] - self._place_point()[2] < 0.008 or self._steps_in_phase > _PATIENCE
-                        or self._still > self._still_steps):
+                        or stands):
                     return "release"
             case "retreat":
                 if self._steps_in_phase >= _RETREAT_STEPS:
@@ -350,11 +347,6 @@ class PickPlace(Skill):
     def _missed(self) -> str:
         self._misses[self.grasp.key] += 1  # raises its cost: another grasp is tried soon
         return "release"
-
-    def _holding(self) -> bool:
-        """The closing fingers are apart, with the object between them."""
-        near = np.linalg.norm(self.env.end_effector() - self._grasp_point()) < 0.04
-        return bool(near and self.env.fingers() > 0.002)
 
     def _grasp_point(self) -> np.ndarray:
         offset = self.grasp.offset

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sim.env import LiberoEnv
 from ..sim.geometry import UP, Boxes, free_spot, geoms_of, region_box, turned
-from .skills import CLOSE_STEPS, OPEN_STEPS, STILL_STEPS, Skill, Style
+from .skills import CLOSE_STEPS, OPEN_STEPS, Skill, Style
 
 _SIDES = [turned(angle)[0] for angle in np.radians([90, 0, 180, 270])]
 _BACK_STEPS = 8
@@ -63,7 +63,6 @@ class PutInside(Skill):
         across = spot @ self._jaw[:2] * self._jaw
         self._inside = centre + across + (np.abs(out) @ half - self._DEEP) * out
         self._inside[2] = centre[2] - half[2] + self._bottom
-        self._height, self._still = 0.0, 0
 
     def _orientation(self) -> np.ndarray:
         return np.column_stack([self._jaw, np.cross(self._pointing, self._jaw), self._pointing])
@@ -81,7 +80,7 @@ class PutInside(Skill):
         ee, grasp = self.env.end_effector(), self._grasp_point()
         along = (ee - grasp) @ self._pointing
         beside = np.linalg.norm(ee - grasp - along * self._pointing)
-        held = np.linalg.norm(ee - grasp) < 0.04 and self.env.fingers() > 0.002
+        held = self._holds_at(grasp)
         at = self.env.object_position(self.object)
         match self.phase:
             case "approach":
@@ -107,9 +106,7 @@ class PutInside(Skill):
                 if (at - self._inside) @ self._out < 0.008 or self._steps_in_phase > 60:
                     return "lower"
             case "lower":
-                sunk, self._height = self._height - ee[2], ee[2]
-                self._still = self._still + 1 if sunk < 0.001 else 0
-                if self._still > STILL_STEPS:
+                if self._stands():
                     return "release"
         return self.phase
 

@@ -26,6 +26,7 @@ OPEN_STEPS = 4
 # Steps for which a lowered object stands before it is released. A policy does not see for how long
 # it has stood: if the wait is longer than the steps executed per decision, it may never let go.
 STILL_STEPS = 2
+_STANDS = 0.001  # metres in a step that a lowered object does not sink: it stands
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,15 @@ class Skill:
         self.style = style or Style()
         self.phase = "approach"
         self._steps_in_phase = 0
+        self._height, self._still = np.inf, 0  # of the last step in metres; steps without sinking
 
     def act(self) -> np.ndarray:
         """The action (7,) for the scene as it is now, in [-1, 1]."""
         steps, after = self.timed.get(self.phase, (np.inf, ""))
         phase = after if self._steps_in_phase >= steps else self._next_phase()
         self._steps_in_phase = self._steps_in_phase + 1 if phase == self.phase else 0
+        if phase != self.phase:
+            self._height, self._still = np.inf, 0
         self.phase = phase
         gripper = schema.GRIPPER_CLOSED if phase in self.closed else schema.GRIPPER_OPEN
         turn = np.clip(_GAIN * self._turn_left() / _RADIANS_PER_UNIT, -_TURN_LIMIT, _TURN_LIMIT)
@@ -81,6 +85,21 @@ class Skill:
         """Whether the next skill of a sequence may begin."""
         phase, steps = self.last
         return self.phase == phase and self._steps_in_phase >= steps
+
+    def _stands(self, steps: int = STILL_STEPS) -> bool:
+        """Whether the end effector has sunk no further for more than ``steps`` steps.
+
+        To be asked in each step of a phase that lowers an object.
+        """
+        height = self.env.end_effector()[2]
+        sunk, self._height = self._height - height, height
+        self._still = self._still + 1 if sunk < _STANDS else 0
+        return self._still > steps
+
+    def _holds_at(self, grasp: np.ndarray) -> bool:
+        """The closing fingers are apart at ``grasp`` (3,), with an object between them."""
+        near = np.linalg.norm(self.env.end_effector() - grasp) < 0.04
+        return bool(near and self.env.fingers() > 0.002)
 
     def _orientation(self) -> np.ndarray:
         return DOWNWARD
