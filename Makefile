@@ -52,7 +52,7 @@ PLAYED := pretrained/spatial-trm
 play: setup
 	$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1
 	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
-	    echo "page  $$page" && echo "films $$(dirname "$$page")/videos/success (or failure)" && echo "next  make demo" && \
+	    echo "page: $$page" && echo "then: make demo (all of it, from no data), make lab (notebooks)" && \
 	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
 	        $(BIN)/python -m webbrowser "file://$$page" > /dev/null || true; fi
 
@@ -61,7 +61,8 @@ demo: setup
 
 lab: $(BIN)/jupyter-lab
 	$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) \
-	    --ServerApp.jpserver_extensions=jupyterlab_jupytext=False notebooks
+	    --ServerApp.jpserver_extensions=jupyterlab_jupytext=False \
+	    --LabApp.default_url=/lab/tree/notebooks
 
 $(BIN)/jupyter-lab: | setup
 	@$(INSTALL) jupyterlab $(SHOWN)

@@ -98,7 +98,7 @@ from trm_helpers.evaluation.compare import (
     stale_episodes,
 )
 from trm_helpers.evaluation.evaluate import plan_run
-from trm_helpers.evaluation.plan import Episode
+from trm_helpers.evaluation.plan import Episode, protocol_in_words
 from trm_helpers.evaluation.play import films_of
 from trm_helpers.evaluation.robustness import (
     card_notes,
@@ -152,7 +152,7 @@ print("evaluating", run)
 # %%
 results = evaluation.play()
 print(format_success(results))
-print(f"protocol {results['protocol']['protocol']}: {results['protocol']['source']}")
+print(f"protocol {protocol_in_words(results['protocol'])}")
 for error in results["errors"]:
     print("excluded, could not be run:", error)
 

@@ -28,6 +28,7 @@ from .config import (
     Config,
     DataConfig,
     EvalConfig,
+    Folder,
     from_flat,
     parse_parameter,
     types_of,
@@ -40,7 +41,6 @@ Pairs = Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction]
 RunName = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Suite = Annotated[str, tyro.conf.arg(metavar="SUITE")]
-Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 HELP = {"-h", "--help"}
 _CHANGES = ("plain", *schema.PERTURBATIONS[1:], "wide", *schema.VARIATIONS)  # of a robustness card
@@ -139,7 +139,7 @@ class Train:
         if not trainer.finished:
             line += (f"; stopped after {len(rows)} of {trainer.last_epoch} epochs because the time "
                      "is up; the same command continues")
-        return {"run": str(run), **rows[-1]}, [line], True
+        return {"run": str(run), **rows[-1]}, [line, _next("evaluate", self.run_name)], True
 
 
 @dataclass
@@ -256,6 +256,11 @@ class Evaluate(_Rollouts):
                  for task in results["tasks"]]
         lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
+        if self.run not in BASELINES:
+            places = {"results": planned.folder / planned.results_name,
+                      "films": planned.folder / "videos"}
+            lines += [f"{what}: {path}" for what, path in places.items() if path.exists()]
+            lines += [_next("report", self.run)]
         test = None
         if self.against:
             test = compare_runs(self.run, self.against, planned.suite, episodes=planned.planned)
@@ -302,7 +307,7 @@ class Robustness(_Rollouts):
         card = robustness_card(self.run, self.eval, self.weights, self.task_ids, self.only)
         ok = not card["failed"] and not any(row["errors"] for row in card["rows"])
         table = pd.DataFrame(card_rows(card)).to_string(index=False)
-        return card, [table, *card_notes(card)], ok
+        return card, [table, *card_notes(card), _next("report", self.run)], ok
 
 
 @dataclass
@@ -330,7 +335,7 @@ class Depth(_Rollouts):
                           self.task_ids, self.only)
         table = pd.DataFrame(depth_rows(card)).to_string(index=False)
         ok = not any(row["errors"] for row in card["rows"])
-        return card, [table, detectable(card["rows"][0])], ok
+        return card, [table, detectable(card["rows"][0]), _next("report", self.run)], ok
 
 
 @dataclass
@@ -501,6 +506,10 @@ def _common_settings(kind: type, config: Config) -> str:
                       "Change these first:", *(
         f"  {'--' + name.replace('_', '-'):17} {comments[name]} (default: {values[name]})"
         for name in names)])
+
+
+def _next(command: str, run: str) -> str:
+    return f"next: python -m trm_helpers {command} {run}"
 
 
 def _summary(trial: dict) -> str:

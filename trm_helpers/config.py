@@ -19,10 +19,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Fixed  # no option of a command
+from tyro.conf import Fixed, arg  # Fixed: no option of a command
 
 from . import paths, schema
 from .schema import PROTOCOLS
+
+# text, by what it names in usage lines
+Folder = Annotated[str, arg(metavar="FOLDER")]
+Run = Annotated[str, arg(metavar="RUN")]
+Url = Annotated[str, arg(metavar="URL")]
+Yaml = Annotated[str, arg(metavar="YAML")]
+Part = Annotated[str, arg(metavar="PART")]
 
 # Change these first: help and notebooks list them before the others
 COMMON = ("suite", "task_ids", "num_demos", "variant", "num_recursions", "epochs", "lr", "seed")
@@ -118,10 +125,10 @@ class DataConfig(_Part):
     suite: Literal[schema.TRAINING_SUITES] = "libero_spatial"  # LIBERO suite; libero_40 joins four
     task_ids: tuple[int, ...] = (0,)  # task indices in the suite
     demos: Literal[schema.DEMOS] = "auto"  # human or scripted; auto: human ones if found
-    demo_dir: str = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input
+    demo_dir: Folder = local("")  # folder with *_demo.hdf5; "": data/ and Kaggle's input
     num_demos: int = 50  # demonstrations to collect per task if scripted ones are needed
     placement: Literal[schema.PLACEMENTS] = "benchmark"  # layouts of scripted demos; wide: random
-    actor: str = ""  # run that acts while the expert labels (DAgger); "": the expert acts
+    actor: Run = ""  # run that acts while the expert labels (DAgger); "": the expert acts
     beta: float = 0.5  # with an actor: probability that the expert acts in a decision
     frame_stride: int = 1  # scripted demos: steps per rendered frame; samples begin at those
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
@@ -237,7 +244,7 @@ class TrainConfig(_Part):
 class EvalConfig(_Part):
     """Rollouts in the simulator on the official init states."""
 
-    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # published protocol, see schema.PROTOCOLS
+    protocol: Literal[tuple(PROTOCOLS)] = "quick"  # whose protocol, see the glossary
     num_episodes: int = 0  # episodes per task; 0: the protocol's
     first_init_state: int = 0  # official init state of the first episode; the others follow
     horizon: int = 0  # steps allowed; 0: the protocol's for the suite
@@ -245,7 +252,7 @@ class EvalConfig(_Part):
     num_videos: int = 3  # films per task
     bound_episodes: int = 0  # episodes per task of replay, expert, random and no-op, for comparison
     eval_workers: int = local(1)  # simulator processes
-    cluster: str = local("")  # address of a Dask scheduler whose workers run the episodes
+    cluster: Url = local("")  # address of a Dask scheduler whose workers run the episodes
 
     def __post_init__(self):
         super().__post_init__()
@@ -280,15 +287,15 @@ class SearchConfig(_Part):
     search_lrs: tuple[float, ...] = (1e-3, 5e-4, 3e-4, 1e-4)  # tpe, halving: any rate between
     search_hidden_dims: tuple[int, ...] = (128, 256)
     search_num_recursions: tuple[int, ...] = (4, 8)
-    search_space: str = ""  # further axes, as YAML: "{chunk: [4, 8], loss: [l1, mse]}"
+    search_space: Yaml = ""  # further axes, as YAML: "{chunk: [4, 8], loss: [l1, mse]}"
     search_epochs: int = 10  # epochs per trial
     max_configs: int = 0  # trials; of a grid, points spread evenly over it; 0: all its points
     search_episodes: int = 0  # rollouts per task and trial; 0 ranks by validation loss alone
     search_replicates: int = 1  # seeds for each of the three best
-    search_shard: str = ""  # "2/4": every fourth point of the grid from the second on
+    search_shard: Part = ""  # "2/4": every fourth point of the grid from the second on
     search_workers: int = local(0)  # trials at once; 0: one for each GPU, or one
     search_minutes: float = local(0.0)  # end trials after this time, to resume later; 0: no limit
-    search_storage: str = local("")  # URL of a database; "": $TRM_SEARCH_STORAGE, or a file
+    search_storage: Url = local("")  # URL of a database; "": $TRM_SEARCH_STORAGE, or a file
 
     def __post_init__(self):
         super().__post_init__()

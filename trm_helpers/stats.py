@@ -12,6 +12,11 @@ from scipy.stats import binomtest, bootstrap
 EPISODE_KEYS = ("suite", "task_id", "init_state", "success", "steps")
 
 
+def counted(number: int, what: str) -> str:
+    """``1 episode``, ``2 episodes``."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """95 % Wilson score interval (low, high), in [0, 1], of a success rate.
 

@@ -580,7 +580,7 @@ def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
                     ("libero_object", 0, 2, "scripted-wide", "wide"),
                     ("libero_object", 0, 2, "scripted-stride4", "benchmark")]
     assert list(files) == [0]
-    assert "2 scripted demonstrations of each of 1 task(s)" in capsys.readouterr().out
+    assert "2 scripted demonstrations of 1 task (no human ones below" in capsys.readouterr().out
 
 
 def test_tasks_of_the_joint_suite_are_collected_with_their_own_suites(made, monkeypatch):
@@ -613,10 +613,10 @@ def test_each_task_has_human_demonstrations_or_scripted_ones(tmp_path, made, cap
     assert list(files) == list(range(10))
     assert {task: path for task, path in files.items() if task in attached} == attached
     assert [row[1] for row in made] == [0, 2, 3, 5, 6, 8]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "task(s)" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "demonstrations of" in line]
     assert len(lines) == 2
-    assert lines[0].startswith("human demonstrations of 4 task(s): ")
-    assert lines[1].startswith("3 scripted demonstrations of each of 6 task(s)")
+    assert lines[0].startswith("human demonstrations of 4 tasks: ")
+    assert lines[1].startswith("3 scripted demonstrations of 6 tasks (")
     made.clear()
     collect.ensure_demonstrations(config.replace(demos="scripted"))
     assert len(made) == 10

@@ -398,6 +398,7 @@ def test_films_that_were_removed_are_left_out(run, capsys):
     (run / "results.json").unlink()
     assert evaluate_run(run, config) == first == json.loads((run / "results.json").read_text())
     assert "3 film(s) are not in" in capsys.readouterr().out
+    assert play.films_of(read_jsonl(run / "episodes.jsonl"), run) == {}
     (run / "episodes.jsonl").unlink()
     evaluate_run(run, config)
     assert len(list((run / "videos").rglob("*.mp4"))) == 4

@@ -190,6 +190,21 @@ def test_the_installed_package_logs_offline(small_run, monkeypatch, capfd):
     assert any(path.suffix == ".wandb" for path in folder.iterdir())
 
 
+@pytest.mark.parametrize(("variable", "value"), [
+    ("WANDB_MODE", ""), ("WANDB_MODE", " offline "), ("WANDB_MODE", "DRYRUN"),
+    ("WANDB_BASE_URL", "nonsense")])
+def test_the_installed_package_logs_offline_whatever_the_environment_says(
+        tmp_path, monkeypatch, capfd, variable, value):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, value)
+    tracker = Tracker("online", {"project": "p", "name": "n", "dir": str(tmp_path), "config": {}})
+    tracker.log({"epoch": 1, "train_loss": 0.5})
+    tracker.close()
+    assert "lacks rows" not in capfd.readouterr().out
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert any(path.suffix == ".wandb" for path in folder.iterdir())
+
+
 def test_the_installed_package_refuses_a_malformed_key_at_once(small_run, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "malformed")

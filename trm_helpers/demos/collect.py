@@ -33,6 +33,7 @@ from ..sim.env import (
 )
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
+from ..stats import counted
 from .dagger import Actor, Mixture
 from .demo_files import (
     COLLECTION_ATTR,
@@ -334,8 +335,8 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     data = config.data
     if data.actor and not data.demo_dir:
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta, data.frame_stride)
-        print(f"{data.num_demos} demonstrations of each of {len(data.task_ids)} task(s), with the "
-              f"run {data.actor!r} acting and the scripted expert labelling, in {folder}")
+        print(f"{data.num_demos} demonstrations per task, with the run {data.actor!r} acting and "
+              f"the scripted expert labelling: those missing in {folder} are collected")
         files = collect_tasks(data.suite, data.task_ids, data.num_demos, folder,
                               placement=data.placement,
                               actor=actor or Actor(data.actor, data.beta),
@@ -370,15 +371,15 @@ def _find_or_collect(data: DataConfig) -> dict[int, Path]:
     for kind in kinds:
         of_kind = [str(path) for path in found.values() if source_of(path) == kind]
         if of_kind:
-            print(f"{kind} demonstrations of {len(of_kind)} task(s): {', '.join(of_kind)}")
+            print(f"{kind} demonstrations of {counted(len(of_kind), 'task')}: {', '.join(of_kind)}")
     missing = [task_id for task_id, task in tasks.items() if task.name not in found]
     owned = [schema.own_suite(data.suite, task_id) for task_id in missing]
     for suite in dict.fromkeys(suite for suite, _ in owned):
         folder = scripted_dir(suite, data.placement, frame_stride=data.frame_stride)
         wanted = [task_id for each, task_id in owned if each == suite]
-        print(f"{data.num_demos} scripted demonstrations of each of {len(wanted)} task(s), in "
-              f"{folder}" + (f"; no human ones below {places[0]} or {places[1]}"
-                             if data.demos == "auto" else ""))
+        print(f"{data.num_demos} scripted demonstrations of {counted(len(wanted), 'task')}"
+              + (f" (no human ones below {places[0]} or {places[1]})" * (data.demos == "auto"))
+              + f": those missing in {folder} are collected")
         made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement,
                              frame_stride=data.frame_stride)
         found.update((load_task(suite, task_id).name, path) for task_id, path in made.items())

@@ -209,8 +209,8 @@ def depth_rows(card: Mapping) -> list[dict]:
         "recursion": row["name"],
         **cells(row),
         "mean recursions": f"{row['mean_recursions']:.1f}",
-        **{f"in {phase}": f"{row['by_phase'][phase]:.1f}" if phase in row["by_phase"] else ""
-           for phase in PHASES},
+        **({f"mean in {phase}": f"{row['by_phase'][phase]:.1f}" if phase in row["by_phase"] else ""
+            for phase in PHASES} if any(map(adaptive, card["rows"])) else {}),
         "action error": f"{row['action_error'][0]:.4f}" if row.get("action_error") else "",
         "ms per action": f"{row['action_ms']:.1f}",
         "length": f"{row['mean_length']:.0f}",

@@ -57,6 +57,14 @@ def selection_episodes(config: Config, count: int) -> list[Episode]:
             for task_id in config.data.task_ids for number in range(count)]
 
 
+def protocol_in_words(protocol: Mapping) -> str:
+    """Name and source of the protocol of ``results.json``, and whether settings changed it."""
+    usual = schema.PROTOCOLS[protocol["protocol"]]
+    as_usual = (usual.episodes, usual.horizon(protocol["suite"]))
+    changed = (protocol["num_episodes"], protocol["horizon"]) != as_usual
+    return f"{usual.name} ({usual.source}){', changed' if changed else ''}"
+
+
 def not_run_in_words(not_run: int, planned: int) -> str:
     return (f"the session's time is up: {not_run} of {planned} episodes are not run; the same call "
             "continues")

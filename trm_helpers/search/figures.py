@@ -154,6 +154,7 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
                   linewidth=1.2 if rank else 2.5)
     axes.set(xticks=range(len(heights)), xticklabels=[*names, title], yticks=[],
              xlim=(-0.1, len(heights) - 0.6))
+    axes.set_xlabel("lines through the same value are drawn apart")
     axes.spines[["left", "bottom"]].set_visible(False)
     fig.suptitle(f"{len(trials)} trials across their settings (best: thick; others dark to light; "
                  "lr on a log scale)")

@@ -199,7 +199,7 @@ def _named(url: str) -> Iterator[None]:
             error = error.__cause__ or error.__context__
         if error is None or not url:
             raise
-        shown, reason = (re.sub(r":(?!//)[^@\s]*@", ":***@", text).partition("?")[0]
+        shown, reason = (re.sub(r":(?!//)\S*@", ":***@", text).partition("?")[0]
                          for text in (url, str(error).splitlines()[0]))
         raise ConnectionError(
             f"search_storage={shown!r} does not answer ({reason}); expected the URL of a database "

@@ -43,7 +43,7 @@ class Tracker:
         try:  # a new session: Ctrl-C in the terminal reaches the trainer only
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__], start_new_session=True, text=True,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, "WANDB_MODE": mode},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             print(f"W&B is off: {error}")
@@ -107,6 +107,8 @@ def main() -> None:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             print(f"W&B logs offline ({reason[0]}); `wandb sync` uploads it later", flush=True)
     if run is None:
+        os.environ["WANDB_MODE"] = "offline"
+        os.environ.pop("WANDB_BASE_URL", None)  # which offline runs check as well
         run = wandb.init(mode="offline", settings=wandb.Settings(**quiet), **given)
     for line in sys.stdin:
         row = json.loads(line)

@@ -370,7 +370,7 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
         over.set_title(f"{_percent(camera, maps):.0f} % of the attribution")
     grid[0, 0].set_title("image")
     fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
-                 label="attribution (1: strongest pixel)")
+                 label="colour over the grey image: attribution (1: strongest pixel)")
     fig.suptitle("Saliency of the first predicted arm action")
     return describe(fig, saliency_sentence(maps))
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .. import schema
 from ..demos.alignment import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..sim.render import upright
-from ..stats import format_success
+from ..stats import counted, format_success
 from .colours import BLUE, GREEN, GREY, ORANGE, RED
 from .figure import (
     HATCHES,
@@ -65,8 +65,9 @@ def plot_frames(frames: Mapping[str, np.ndarray], title: str = "") -> Figure:
 def plot_demo_lengths(lengths: Sequence[int], horizon: int = 0) -> Figure:
     """Histogram of demonstration lengths in steps; ``horizon`` marks the steps of evaluation."""
     mean = np.mean(lengths)
-    axes = _length_axes(horizon, "demonstrations", f"Lengths of {len(lengths)} demonstrations")
-    axes.hist(lengths, bins=12, color=BLUE, rwidth=0.9)
+    axes = _length_axes(horizon, "demonstrations",
+                        f"Lengths of {counted(len(lengths), 'demonstration')}")
+    axes.hist(lengths, bins=_tens(lengths), color=BLUE, rwidth=0.9)
     axes.axvline(mean, color=RED, linestyle="--", label=f"mean {mean:.0f}")
     axes.legend()
     return describe(axes.figure, f"{min(lengths)} to {max(lengths)} steps, mean {mean:.0f}"
@@ -203,13 +204,14 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
     losses.set(xlabel="epoch", ylabel="loss (log scale)", title="Loss")
     losses.legend()
     rates.plot(epoch, lr, marker=marker, color=GREEN)
-    rates.set(xlabel="epoch", ylabel="learning rate (log scale)", title="Learning rate")
+    rates.set(xlabel="epoch", ylabel="learning rate (log scale)",
+              title="Learning rate after each epoch")
     for axes in (losses, rates):
         log_axis(axes.yaxis)
         count_axis(axes.xaxis)
     label_right(losses, {"training": (train[-1], BLUE), "validation": (val[-1], RED)})
     minutes = sum(row["seconds"] for row in metrics) / 60
-    fig.suptitle(f"Training: {len(metrics)} epochs in {minutes:.1f} minutes")
+    fig.suptitle(f"Training: {counted(len(metrics), 'epoch')} in {minutes:.1f} minutes")
     return describe(fig, f"Training loss from {train[0]:.4g} to {train[-1]:.4g}; validation loss "
                          f"from {val[0]:.4g} to {val[-1]:.4g}, best {val[best]:.4g} in epoch "
                          f"{epoch[best]}.")
@@ -273,13 +275,20 @@ def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
     """Histogram of episode lengths by outcome, from rows with ``steps`` and ``success``."""
     lengths = [[row["steps"] for row in rows if bool(row["success"]) is outcome]
                for outcome in (True, False)]
-    axes = _length_axes(horizon, "episodes", f"Lengths of {len(rows)} episodes")
-    axes.hist(lengths, bins=20, stacked=True, color=[BLUE, ORANGE], hatch=["", "//"], rwidth=0.9,
+    axes = _length_axes(horizon, "episodes", f"Lengths of {counted(len(rows), 'episode')}")
+    axes.hist(lengths, bins=_tens(sum(lengths, [])), stacked=True, color=[BLUE, ORANGE],
+              hatch=["", "//"], rwidth=0.9,
               label=[f"succeeded ({len(lengths[0])})", f"failed ({len(lengths[1])})"])
     axes.legend()
     spans = [f"{len(each)} {outcome} after {_span(each)} steps"
              for outcome, each in zip(("succeeded", "failed"), lengths, strict=True) if each]
     return describe(axes.figure, f"{'; '.join(spans) or 'No episode'}.")
+
+
+def _tens(lengths: Sequence[int]) -> np.ndarray:
+    """Edges of bars ten steps wide, each around a multiple of ten, such as a horizon."""
+    return np.arange(10 * round(min(lengths, default=0) / 10),
+                     10 * round(max(lengths, default=0) / 10) + 11, 10) - 5
 
 
 def _span(numbers: Sequence[int]) -> str:
