@@ -52,7 +52,7 @@ PLAYED := pretrained/spatial-trm
 play: setup
 	$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1
 	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
-	    echo "page: $$page" && echo "then: make demo (all of it, from no data), make lab (notebooks)" && \
+	    echo "page  $$page" && echo "next  make demo (all of it, from no data), make lab (notebooks)" && \
 	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
 	        $(BIN)/python -m webbrowser "file://$$page" > /dev/null || true; fi
 

@@ -259,7 +259,7 @@ class Evaluate(_Rollouts):
         if self.run not in BASELINES:
             places = {"results": planned.folder / planned.results_name,
                       "films": planned.folder / "videos"}
-            lines += [f"{what}: {path}" for what, path in places.items() if path.exists()]
+            lines += [f"{what}  {path}" for what, path in places.items() if path.exists()]
             lines += [_next("report", self.run)]
         test = None
         if self.against:
@@ -509,7 +509,7 @@ def _common_settings(kind: type, config: Config) -> str:
 
 
 def _next(command: str, run: str) -> str:
-    return f"next: python -m trm_helpers {command} {run}"
+    return f"next  python -m trm_helpers {command} {run}"
 
 
 def _summary(trial: dict) -> str:

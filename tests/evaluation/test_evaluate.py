@@ -819,6 +819,16 @@ def test_other_suites_and_tasks_leave_the_results_of_the_run_alone(run):
         ("libero_object", 4)] * 2
 
 
+def test_episodes_of_another_description_of_the_policy_are_not_mixed_in(run, monkeypatch):
+    config = EvalConfig(num_episodes=1, horizon=4, num_videos=0)
+    evaluate_run(run, config)  # a policy without a digest of its description: an older row
+    monkeypatch.setattr(CountingPolicy, "described", "one", raising=False)
+    evaluate_run(run, dataclasses.replace(config, num_episodes=2))
+    monkeypatch.setattr(CountingPolicy, "described", "another")
+    with pytest.raises(ValueError, match="another policy or protocol .policy: 'one' there"):
+        evaluate_run(run, dataclasses.replace(config, num_episodes=2))
+
+
 def test_episodes_of_other_weights_or_horizon_are_not_mixed_in(run):
     evaluate_run(run, EvalConfig(num_episodes=1, horizon=4, num_videos=0))
     ledger = (run / "episodes.jsonl").read_bytes()

@@ -311,6 +311,32 @@ def test_no_name_means_the_run_that_was_trained_last(small_run):
         find_run("nope")
 
 
+def test_weights_that_a_link_no_longer_leads_to_belong_to_no_run(trained):
+    lost = trained.parent / "lost"
+    lost.mkdir()
+    (lost / "best.safetensors").symlink_to("nowhere")
+    assert find_run() == trained
+
+
+def test_a_network_other_than_the_settings_is_refused(trained):
+    settings = json.loads((trained / "config.json").read_text())
+    settings["model"]["num_recursions"] += 1
+    (trained / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="policy.json and config.json describe different networks "
+                                         r"\(num_recursions: 2 there, 3 now\)"):
+        load_policy(trained)
+
+
+def test_the_description_has_a_digest_too(trained):
+    before = load_policy(trained).described
+    described = json.loads((trained / "policy.json").read_text())
+    (trained / "policy.json").write_text(json.dumps(described, indent=1))
+    assert load_policy(trained).described == before
+    described["normalizer"]["scale"][0] *= 2
+    (trained / "policy.json").write_text(json.dumps(described))
+    assert load_policy(trained).described != before
+
+
 def test_a_policy_is_rebuilt_from_the_folder_alone(trained, trainer):
     rebuilt = load_policy("small", "last")
     original = trainer.policy.eval()

@@ -40,21 +40,24 @@ _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives
 
 
 class TrainedPolicy(NamedTuple):
-    """A run's weights, identified by the digest of what was loaded."""
+    """A run's weights, identified by the digests of what was loaded and of its description."""
 
     run: Path
     weights: str
     sha256: str
+    policy: str = ""
 
     @classmethod
     def load(cls, run: Path, weights: str) -> TrainedPolicy:
         """Load the policy that plays in this process, and its digest."""
         _loaded.cache_clear()
-        return cls(run, weights, _loaded(run, weights)[1])
+        policy, sha256 = _loaded(run, weights)
+        return cls(run, weights, sha256, getattr(policy, "described", ""))
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"weights": self.weights, "sha256": self.sha256}
+        described = {"policy": self.policy} if self.policy else {}
+        return {"weights": self.weights, "sha256": self.sha256, **described}
 
     def make(self, env: LiberoEnv | None = None) -> Policy:
         if _loaded(self.run, self.weights)[1] != self.sha256:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import filecmp
 import io
+import json
 import os
 import shutil
 import time
@@ -26,6 +27,7 @@ from ..data.normalize import ActionNormalizer, read_proprio
 from ..files import (
     atomic_path,
     differences,
+    digest,
     exclusive_lock,
     inside,
     read_bytes,
@@ -179,7 +181,8 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
     if ".." in Path(name).parts:
         raise ValueError(f"run={name!r} is not valid; expected the name of a run in {root}, or the "
                          "path of its folder without '..'")
-    weights = sorted(visible(root, "*/best.safetensors"), key=lambda path: path.stat().st_mtime)
+    weights = [path for path in visible(root, "*/best.safetensors") if path.is_file()]
+    weights.sort(key=lambda path: path.stat().st_mtime)
     trained = [path.parent for path in weights if (path.parent / "policy.json").exists()]
     if not name and trained:
         return trained[-1]
@@ -292,7 +295,8 @@ def save_weights(run: Path, weights: dict[str, torch.Tensor], name: str) -> None
 def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
     """Rebuild a policy with its normalisers from a run folder alone, in evaluation mode.
 
-    Its ``sha256`` is the digest of the weights file.
+    Its ``sha256`` is the digest of the weights file; ``described`` is that of the network and the
+    scaling in ``policy.json``.
 
     Args:
         run: see :func:`find_run`.
@@ -318,11 +322,25 @@ def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
     state, policy.sha256 = read_weights(path)
+    said = {key: described[key] for key in ("model", "normalizer", "proprio_stats")}
+    policy.described = digest(json.dumps(said, sort_keys=True).encode())
     try:
         policy.load_state_dict(state)
     except RuntimeError as error:  # lists missing and unexpected weights and other shapes
         raise ValueError(f"{path} does not fit the configuration in policy.json: {error}") from None
+    if (run / "config.json").exists():  # which the report and the command to repeat it read
+        _refuse_other_network(run, policy.config)
     return policy.eval()
+
+
+def _refuse_other_network(run: Path, described: ModelConfig) -> None:
+    """Raise ``ValueError`` if config.json is about another network than policy.json."""
+    trained, described = (
+        {name: value for name, value in vars(config).items() if not name.startswith("keypoint")}
+        for config in (load_config(run).model, described))
+    if different := differences(described, trained):
+        raise ValueError(f"{run}: policy.json and config.json describe different networks "
+                         f"({different}); expected both to be of one training")
 
 
 def save_training_state(run: Path, state: dict) -> None:
