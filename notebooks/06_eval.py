@@ -249,8 +249,8 @@ print("Failed episodes: " + ", ".join(f"{count} with {mode}" for mode, count in 
       if any(modes.values()) else "No episode failed.")
 
 # %% [markdown]
-# All filmed episodes of a task side by side, with a green frame for success and a red frame for
-# failure.
+# All filmed episodes of a task side by side, if there are at least two, with a green frame for
+# success and an orange-red frame for failure.
 
 # %%
 for grid in sorted((evaluation.folder / "videos").glob(f"{asked['suite']}-task*.mp4")):

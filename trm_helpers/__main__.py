@@ -99,6 +99,9 @@ class Validate:
             card = quality_card(file, env, self.replays, env.horizon if env else 0)
         lines = [f"{row['verdict']:5} {row['check']}: {row['found']}; expected {row['expected']}"
                  for row in card]
+        if not self.suite:
+            lines += ["not checked without --suite and --task-id: frames and replays in the "
+                      "simulator, lengths against the horizon"]
         return card, lines, all(row["verdict"] != BAD for row in card)
 
 

@@ -107,7 +107,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         return tuple(convert(name, item, kind) for item in value)
     if options := typing.get_args(kind):
         return schema.check_option(name, value, options)
-    _require(_is_a(value, kind), name, value, kind.__name__)
+    _require(_is_a(value, kind), name, value,
+             'a dict, such as {"chunk": 4}' if kind is dict else kind.__name__)
     return kind(value)
 
 
