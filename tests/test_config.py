@@ -322,7 +322,7 @@ def test_text_on_a_command_line_is_read_by_the_parameters_type(name, text, value
 
 def test_more_settings_are_checked_and_given_once():
     assert from_flat("tiny", {"lr": 0.5}, lr=None) == from_flat("tiny", lr=0.5)
-    for more, message in (({"lr": 0.5}, r"given by itself as well \(lr\)"), ([], "expected dict"),
+    for more, message in (({"lr": 0.5}, r"given by itself as well \(lr\)"), ([], "expected a dict"),
                           ({"speed": 1}, "unknown setting 'speed'"), ({3: 1}, "unknown setting 3"),
                           ({"preset": "demo"}, "unknown setting 'preset'")):
         with pytest.raises(ValueError, match=message):

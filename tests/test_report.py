@@ -22,7 +22,7 @@ from trm_helpers.visuals.figure import describe, new_axes, save_figure
 from trm_helpers.visuals.films import write_video
 
 PROTOCOL = dict(protocol="quick", source="OpenVLA's with ten episodes", num_episodes=10,
-                first_init_state=0, horizon=280, weights="best")
+                suite="libero_object", first_init_state=0, horizon=280, weights="best")
 
 
 def results(successes: int, tasks: int = 1) -> dict:
@@ -151,7 +151,7 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
 
 def test_episodes_with_errors_are_named_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
-    assert "1 episode(s) could not be run and are excluded; the first: it hung" \
+    assert "1 episode could not be run and are excluded; the first: it hung" \
         in markdown(trained)
 
 
@@ -408,6 +408,24 @@ def test_the_commands_make_the_same_run_again(trained):
     assert train.config.train.epochs == 2 and train.config.train.lr == made.train.lr
     assert (evaluate.run, evaluate.eval.episodes, evaluate.weights) == ("small-again", 10, "best")
     assert evaluate.task_ids == (0, 4)
+    page = Page(trained)
+    (code,) = [text for _, text in page.all("pre") if "make setup" in text]
+    assert code.index("make setup") < code.index("bin/activate") < code.index("python -m")
+    before, _, after = page.text.partition("In a checkout of the project")
+    assert "trm_helpers train" not in before and "trm_helpers train" in after
+
+
+def test_episodes_or_steps_other_than_the_protocols_are_called_changed(trained):
+    made = results(9)
+    for name, changed in {"num_episodes": 1, "horizon": 16}.items():
+        made["protocol"] = {**PROTOCOL, name: changed}
+        write_json(trained / "results.json", made)
+        assert "Protocol quick (OpenVLA's with ten episodes), changed: " in markdown(trained)
+
+
+def test_only_sections_that_are_there_are_linked(trained):
+    links = [attributes["href"] for attributes, _ in Page(trained).all("a")]
+    assert {"#task", "#limits", "#settings"} <= {*links} and "#robustness" not in links
 
 
 @pytest.mark.parametrize("error", [ImportError, FileNotFoundError, RuntimeError, ValueError])

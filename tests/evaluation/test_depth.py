@@ -100,7 +100,7 @@ def test_a_card_counts_and_compares(run):
     assert stops["mean_recursions"] == pytest.approx((2 + 1.5 + 5 / 3 + 1.5) / 4)
     assert stops["by_phase"] == pytest.approx({"reach": (2 + 3 * 1.5) / 4, "grasp": (2 + 1.5) / 2})
     assert depth_rows(card)[1]["successes"] == "2 of 4"
-    assert depth_rows(card)[3]["in carry"] == ""
+    assert depth_rows(card)[3]["mean in carry"] == ""
     assert [row["action error"] for row in depth_rows(card)] == ["0.2000", "0.4000", "", "", ""]
     left, _, error, right = plot_depth_card(card).axes
     assert right.get_title() == "Recursions by phase"
