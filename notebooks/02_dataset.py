@@ -132,10 +132,10 @@ display(pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(v
 # - Actions after a push cannot be predicted from earlier observations: the push moves the arm, and
 #   the demonstrator answers from the new position.
 #
-# The figure has a column per sample, in order of time, and a row per action of its chunk. It shows
-# a training demonstration that was not pushed at its start, if there is one among the first 20.
-# While the arm is pushed, only the first action of each chunk counts: the response to what the
-# robot sees now.
+# The figure has a column per sample, in order of time, and a row per action of its chunk. A sample
+# begins at each rendered frame, one in `frame_stride` steps. The figure shows a training
+# demonstration that was not pushed at its start, if there is one among the first 20. While the arm
+# is pushed, only the first action of each chunk counts: the response to what the robot sees now.
 
 # %%
 masks = [train_data.batch(train_data.samples_of(i), as_bytes=True)["mask"].flatten(1)[:, -K:]
@@ -145,16 +145,19 @@ number = max(range(len(masks)), key=lambda i: (
 chosen = masks[number]  # (T, K)
 
 # %%
-fig = plots.plot_chunk_mask(chosen, f"Chunk mask of {train_data.demos[number].name}")
+demo = train_data.demos[number]
+length = demo.end - demo.first - train_data.sequence_length + 1  # steps at which a chunk can begin
+fig = plots.plot_chunk_mask(chosen, f"Chunk mask of {demo.name}", demo.frame_stride, length)
 plots.save_figure(fig, folder / "figures" / "02_mask.png")
 display(fig)
 
 # %%
-K, T = chosen.shape[1], len(chosen)
-beyond = torch.arange(T)[:, None] + torch.arange(K) >= T  # past the end
+K = chosen.shape[1]
+begins = torch.arange(0, length, demo.frame_stride)  # step of each sample
+beyond = begins[:, None] + torch.arange(K) >= length  # past the end
 after_push = (chosen == 0) & ~beyond
-print(f"Of {chosen.numel()} actions in {T} chunks of {K}, {100 * chosen.mean():.0f} % count. "
-      f"{after_push.sum()} are masked after a push and {beyond.sum()} past the end.")
+print(f"Of {chosen.numel()} actions in {len(begins)} chunks of {K}, {100 * chosen.mean():.0f} % "
+      f"count. {after_push.sum()} are masked after a push and {beyond.sum()} past the end.")
 if K == 1:
     print("With chunk=1 every sample has one action, the demonstrator's next, which always counts.")
 
@@ -274,12 +277,14 @@ print(f"Fastest here: storage={fastest.iloc[0]!r}. This preset uses {config.data
 #
 # <details><summary>Answer</summary>
 #
-# K (K - 1) / 2, for every length of at least K steps: the last chunk lacks K - 1 actions, the one
-# before it K - 2, and so on. Pushes can only add to it.
+# K (K - 1) / 2, for every length of at least K steps: the chunk that begins at the last step lacks
+# K - 1 actions, the one before it K - 2, and so on. Pushes can only add to it. With `frame_stride`
+# above 1, chunks begin at fewer of these steps.
 #
 # ```python
-# print(f"past the end: {K * (K - 1) // 2}; masked in all: {int((chosen == 0).sum())}")
-# assert beyond.sum() == K * (K - 1) // 2
+# lacking = [max(0, step + K - length) for step in range(length)]
+# print(f"past the end: {int(beyond.sum())}; masked in all: {int((chosen == 0).sum())}")
+# assert sum(lacking) == K * (K - 1) // 2 and beyond.sum() == sum(lacking[::demo.frame_stride])
 # assert (chosen[beyond] == 0).all() and (chosen == 0).sum() == beyond.sum() + after_push.sum()
 # ```
 #

@@ -225,8 +225,8 @@ print(f"Successes take {min(lengths)} to {max(lengths)} steps "
 # %% [markdown]
 # ## Watch the episodes
 #
-# The films run in real time and show a view that the policy does not receive, with the images of
-# its own cameras small beside it. The dots show the planned path, one per action of the chunk:
+# The films run in real time and show a view that the policy does not receive, with the agent view
+# and the wrist view small beside it. The dots show the planned path, one per action of the chunk:
 # orange for actions that are executed, blue for actions that the next decision replaces. In a
 # failed episode, did the policy miss the object, drop it, or miss the target? Successes and
 # failures are stored in separate folders.

@@ -19,7 +19,7 @@ from trm_helpers.preflight import Check
 from trm_helpers.search import search
 
 USAGE = {"collect": "[PRESET]", "train": "[PRESET]", "search": "[PRESET]", "validate": "FILE",
-         "trial": "RUN POINT", "run": "PRESET|NOTEBOOK", "preflight": ""}
+         "run": "PRESET|NOTEBOOK", "preflight": ""}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -37,8 +37,8 @@ def test_help_shows_how_a_command_is_called(name, capsys):
 
 def test_help_lists_settings_with_their_comments_and_choices(capsys):
     with pytest.raises(SystemExit):
-        parse(["trial", "--help"])
-    assert "a setting of this machine, such as device cpu" in capsys.readouterr().out
+        parse(["run", "--help"])
+    assert "a parameter of the notebooks, such as lr 1e-3" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parse(["train", "trm", "--help"])
     page = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_the_commands_are_listed(argv, code, capsys):
     assert ended.value.code == code
     printed = capsys.readouterr()
     assert all(f"  {name} " in printed.out + printed.err for name in COMMANDS)
-    said = "unknown command 'trian'; did you mean 'trial' or 'train'?"
+    said = "unknown command 'trian'; did you mean 'train'?"
     assert (said in printed.err) == (argv == ["trian"])
 
 
@@ -68,7 +68,7 @@ def test_the_commands_are_listed(argv, code, capsys):
 def test_a_bad_run_name_is_refused_before_anything_is_collected(name, monkeypatch, capsys):
     monkeypatch.setattr("trm_helpers.demos.collect.ensure_demonstrations", None)
     for command in (["train", "tiny", f"--run-name={name}"],
-                    ["search", "tiny", f"--run-name={name}"], ["trial", name, "{}"],
+                    ["search", "tiny", f"--run-name={name}"],
                     ["run", "tiny", f"--run-name={name or '.'}"],
                     ["run", "04_train", f"--run-name={name or '.'}"]):
         if command[0] != "train" or name:  # without a name it gets one from the time

@@ -41,7 +41,6 @@ Pairs = Annotated[tuple[tuple[str, str], ...], tyro.conf.UseAppendAction]
 RunName = Annotated[Positional[str], tyro.conf.arg(metavar="RUN")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Suite = Annotated[str, tyro.conf.arg(metavar="SUITE")]
-File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 HELP = {"-h", "--help"}
 _CHANGES = ("plain", *schema.PERTURBATIONS[1:], "wide", *schema.VARIATIONS)  # of a robustness card
 
@@ -79,7 +78,7 @@ class Validate:
     Example: `python -m trm_helpers validate NAME_demo.hdf5 --suite libero_spatial --task-id 2`
     """
 
-    file: Positional[File]  # *_demo.hdf5
+    file: Annotated[Positional[str], tyro.conf.arg(metavar="FILE")]  # *_demo.hdf5
     # the task's suite; with it, frames and replays are checked in the simulator too
     suite: Suite = ""
     task_id: int = 0  # index of the task in the suite
@@ -154,18 +153,13 @@ class Search:
 
     run_name: Name  # folder under artifacts/
     config: OmitArgPrefixes[SuppressFixed[Config]]
-    export_sweep: File = ""  # only write the search as a W&B sweep to this YAML file
 
     def __call__(self) -> Result:
         from .demos.collect import ensure_demonstrations
         from .evaluation.actor import actor_of
         from .search.search import claim, run_search, verdict
-        from .search.sweeps import export_sweep
 
         folder = paths.run_dir(self.run_name)
-        if self.export_sweep:
-            file = export_sweep(self.config, folder, self.export_sweep)
-            return {"sweep": str(file)}, [f"wandb sweep {file}"], True
         claim(self.config, folder)  # refuses other settings before anything is collected
         ensure_demonstrations(self.config, actor_of(self.config))
         trials = run_search(self.config, folder)
@@ -173,27 +167,6 @@ class Search:
                  for place, trial in enumerate(trials, 1)]
         ok = all(trial["state"] != "failed" for trial in trials)
         return trials, [*lines, verdict(trials)], ok
-
-
-@dataclass
-class Trial:
-    """Run one trial of an existing search, as the agent of a W&B sweep does.
-
-    Example: `python -m trm_helpers trial s '{"lr": 1e-3}' --setting device cpu`
-    """
-
-    run_name: RunName  # folder under artifacts/
-    # the settings searched over, as JSON: {"lr": 1e-3, ...}
-    point: Annotated[Positional[str], tyro.conf.arg(metavar="POINT")]
-    # a setting of this machine, such as device cpu
-    setting: Annotated[Pairs, tyro.conf.arg(metavar="NAME VALUE", aliases=["-s"])] = ()
-
-    def __call__(self) -> Result:
-        from .search.sweeps import run_sweep_trial
-
-        found = run_sweep_trial(paths.run_dir(self.run_name), self.point,
-                                {name: parse_parameter(name, text) for name, text in self.setting})
-        return found, [_summary({"state": "complete", **found})], True
 
 
 @dataclass
@@ -408,8 +381,8 @@ class Preflight:
 
 
 COMMANDS = {kind.__name__.lower(): kind
-            for kind in (Collect, Validate, Train, Search, Trial, Evaluate, Robustness, Depth,
-                         Report, Run, Preflight)}
+            for kind in (Collect, Validate, Train, Search, Evaluate, Robustness, Depth, Report,
+                         Run, Preflight)}
 
 
 def parse(argv: list[str]) -> Any:
@@ -542,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv)
         if getattr(command, "run", None) == "":
             raise ValueError("RUN is empty; expected a run under artifacts/, such as demo")
-        if isinstance(command, (Search, Trial, Run)):
+        if isinstance(command, (Search, Run)):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends kernels as Ctrl-C does
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result, lines, ok = command()

@@ -198,9 +198,7 @@ class ModelConfig(_Part):
         if self.variant not in schema.RECURSIVE:
             object.__setattr__(self, "num_recursions", 1)
         if self.keypoints:
-            self.require("cameras", schema.STILL_CAMERA in self.cameras,
-                         f"{schema.STILL_CAMERA} among them, where keypoints are located")
-            self.require("image_size", self.image_size % 4 == 0, "a multiple of 4 with keypoints")
+            self.require_localizer("keypoints")
         self.require("image_size", not self.looks or self.image_size % 8 == 0,
                      "a multiple of 8 with looks")
         if self.variant == "block":
@@ -212,6 +210,12 @@ class ModelConfig(_Part):
                          f"a multiple of {step} with image_grid={self.image_grid}")
         self.require("execution_horizon", self.execution_horizon <= self.chunk,
                      f"1 to chunk={self.chunk}")
+
+    def require_localizer(self, reason: str) -> None:
+        """Raise ``ValueError`` unless a localizer can read the images."""
+        self.require("cameras", schema.STILL_CAMERA in self.cameras,
+                     f"{schema.STILL_CAMERA} among them, which the localizer reads")
+        self.require("image_size", self.image_size % 4 == 0, f"a multiple of 4 with {reason}")
 
 
 @dataclass(frozen=True)
@@ -338,12 +342,9 @@ class Config:
             self.model.require("num_tasks", highest < self.model.num_tasks,
                                f"more than the highest task id, {highest}")
         if self.data.scenes:
-            self.model.require("cameras", schema.STILL_CAMERA in self.model.cameras,
-                               f"{schema.STILL_CAMERA} among them, which the localizer reads")
+            self.model.require_localizer("scenes")
             self.model.require("keypoints", not self.model.keypoints,
                                "none with scenes, from which training derives them")
-            self.model.require("image_size", self.model.image_size % 4 == 0,
-                               "a multiple of 4 with scenes")
         else:
             self.model.require("looks", not self.model.looks or bool(self.model.keypoints),
                                "0 without scenes, on which the localizer is trained")

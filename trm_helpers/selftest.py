@@ -35,8 +35,6 @@ from .sim import checks
 from .sim.checks import BOWL, HOLD, SCENE, Finding, SimulatorCheck, Subject, check
 from .sim.env import LiberoEnv
 
-_STEP = 0.0125  # metres that the arm moves on average for a command of 1
-
 
 def chunk_policy(chunk: np.ndarray) -> TRMPolicy:
     """A policy of this package whose network predicts one chunk (K, 7), in environment units."""
@@ -68,7 +66,7 @@ def chunk(subject: Subject) -> Finding:
         places.append(env.end_effector()[1])
         observation, _ = env.step(policy.act(observation))
     moved = places[half] - places[0]
-    expected = 0.8 * half * _STEP
+    expected = 0.8 * half * schema.METRES_PER_STEP
     return (f"half a chunk moved the arm {100 * moved:+.1f} cm; about {100 * expected:+.1f} cm "
             "was predicted", 0.5 * expected < moved < 2 * expected)
 

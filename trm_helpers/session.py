@@ -160,7 +160,7 @@ def _network() -> str:
 
 def _tracking() -> str:
     said, run_id = _tracking_key(), os.environ.get("WANDB_RUN_ID", "").strip()
-    if run_id and not os.environ.get("WANDB_SWEEP_ID"):  # a sweep's agent gives each trial its own
+    if run_id:
         said += (f"\nWANDB_RUN_ID={run_id}: sessions with the same one overwrite each other, so "
                  "delete the cell that sets it and restart, then each gets a run of its own")
     return said

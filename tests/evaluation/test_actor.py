@@ -49,6 +49,27 @@ def test_an_actor_whose_file_holds_other_demonstrations_is_refused(asked, traine
         actor_of(asked)
 
 
+def test_an_actor_that_does_not_identify_its_demonstrations_is_refused_at_once(
+        asked, trained, monkeypatch):
+    """As the shipped policies; nothing is collected for it."""
+    policy = json.loads((trained / "policy.json").read_text())
+    del policy["trained_on"]["files"][0]["actions"]
+    (trained / "policy.json").write_text(json.dumps(policy))
+    monkeypatch.setattr(actor, "demonstrations_of", lambda *_: pytest.fail("collected"))
+    with pytest.raises(ValueError, match="actor='small' is described without a digest of its "
+                                         "demonstrations' actions.*expected a run trained here"):
+        actor_of(asked)
+
+
+@pytest.mark.parametrize(("read", "stored", "count"), [(0, 5, 5), (9, 5, 5), (3, 5, 3)])
+def test_an_actor_was_trained_on_the_demonstrations_read_of_those_stored(
+        asked, trained, read, stored, count):
+    config = json.loads((trained / "config.json").read_text())
+    config["data"] |= {"max_demos_per_task": read, "num_demos": stored}
+    (trained / "config.json").write_text(json.dumps(config))
+    assert actor_of(asked).base_count == count
+
+
 @pytest.mark.parametrize(("settings", "said"), [
     ({"cameras": ("agentview_rgb", "eye_in_hand_rgb")},
      "was trained on the cameras agentview_rgb; expected those of the policy to train, "

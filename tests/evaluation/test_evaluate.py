@@ -502,6 +502,16 @@ def test_episodes_that_an_actor_left_unsolved_are_not_replayed(bounded):
     assert [(row["seed"], row["steps"]) for row in replayed] == [(0, 6), (2, 8)]
 
 
+def test_without_a_solved_demonstration_there_is_no_replay(bounded, capsys):
+    (described,) = json.loads((bounded / "policy.json").read_text())["trained_on"]["files"]
+    with h5py.File(described["file"], "a") as file:
+        for demo in file["data"].values():
+            demo.attrs["success"] = False
+    assert list(play_bounds(bounded, EvalConfig(bound_episodes=2, num_videos=0))) == ["no-op"]
+    said = capsys.readouterr().out
+    assert f"no replay: no demonstration is solved in {described['file']}" in said
+
+
 def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):
     config = EvalConfig(num_episodes=1, bound_episodes=2, num_videos=0)
     own = play_bounds(bounded, config)

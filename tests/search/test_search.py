@@ -19,8 +19,8 @@ from demo_files import write_demo_file
 from pretend_training import train_into, write_pretending_notebook
 
 from trm_helpers import paths
-from trm_helpers.config import from_flat
-from trm_helpers.files import append_jsonl, exclusive_lock, read_jsonl, write_json
+from trm_helpers.config import Config, from_flat
+from trm_helpers.files import append_jsonl, exclusive_lock, read_json, read_jsonl, write_json
 from trm_helpers.search import optuna_study, trials
 from trm_helpers.search import search as searches
 from trm_helpers.search.search import rank_trials, run_search, verdict, worker_environments
@@ -174,7 +174,8 @@ def test_complete_trials_are_not_run_again(tmp_path, pretend):
 def test_the_stored_search_is_that_of_the_last_call(tmp_path, pretend):
     search(tmp_path, max_configs=1)
     search(tmp_path, search_lrs=(0.3,))
-    assert searches.searched(tmp_path / "run" / "search").search.search_lrs == (0.3,)
+    stored = read_json(tmp_path / "run" / "search" / "search.json")
+    assert Config.from_dict(stored).search.search_lrs == (0.3,)
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path, pretend):

@@ -305,6 +305,12 @@ def test_every_function_that_draws_a_figure_has_an_example():
     assert drawing == set(EXAMPLES)
 
 
+def test_a_chunk_mask_is_drawn_over_steps_where_not_every_step_has_a_frame():
+    figure = plots.plot_chunk_mask([[1, 1], [1, 0], [1, 0]], "Mask of demo_0", 2, 5)
+    assert "after a push: 1 of 6 actions; past the end: 1 of 6 actions." in base.alt_text(figure)
+    assert figure.axes[0].get_xlim() == (-0.5, 5.5)  # the last sample's frame is shown twice
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_figure_describes_itself_and_is_legible(name, tmp_path):
     module, arguments, expected = EXAMPLES[name]

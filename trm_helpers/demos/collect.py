@@ -93,14 +93,21 @@ class Disturbance:
 
 
 def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str | os.PathLike,
-                           *, seed: int = 0, workers: int | None = None,
-                           disturb: bool = True, placement: str = "benchmark",
-                           actor: Actor | None = None, frame_stride: int = 1) -> Path:
-    """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of one task.
+                           **options) -> Path:
+    """The file of one task, see :func:`collect_tasks`, which takes the same ``options``."""
+    return collect_tasks(suite, [task_id], num_demos, folder, **options)[task_id]
 
-    Layouts are sampled by the environment's reset, never taken from the official init states.
-    Finished attempts are kept beside the file until it holds them; after an interruption the same
-    call resumes. A complete file is returned unchanged, a smaller one extended.
+
+def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: str | os.PathLike,
+                  *, seed: int = 0, workers: int | None = None, disturb: bool = True,
+                  placement: str = "benchmark", actor: Actor | None = None,
+                  frame_stride: int = 1) -> dict[int, Path]:
+    """Write ``<folder>/<task name>_demo.hdf5`` with successful demonstrations of each task.
+
+    Returns the file of each task in order. Layouts are sampled by the environment's reset, never
+    taken from the official init states. Finished attempts are kept beside the file until it holds
+    them; after an interruption the same call resumes. A complete file is returned unchanged, a
+    smaller one extended.
 
     Args:
         num_demos: successful demonstrations in the file.
@@ -118,24 +125,11 @@ def collect_demonstrations(suite: str, task_id: int, num_demos: int, folder: str
     Raises:
         ValueError: unknown suite, task or placement; a suite of LIBERO-PRO; a task without an
             expert; an existing file with other settings, as of another actor.
-        RuntimeError: the expert fails too often on this task.
+        RuntimeError: the expert fails too often on a task; the others are completed first.
         OSError: the disk is full; finished attempts are kept.
         TimeoutError: an attempt twice took longer than 15 minutes; or the session's time is up, and
-            the file holds the demonstrations so far.
+            the files hold the demonstrations so far.
         WorkerDied: an attempt twice lost its process.
-    """
-    return collect_tasks(suite, [task_id], num_demos, folder, seed=seed, workers=workers,
-                         disturb=disturb, placement=placement, actor=actor,
-                         frame_stride=frame_stride)[task_id]
-
-
-def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: str | os.PathLike,
-                  *, seed: int = 0, workers: int | None = None, disturb: bool = True,
-                  placement: str = "benchmark", actor: Actor | None = None,
-                  frame_stride: int = 1) -> dict[int, Path]:
-    """:func:`collect_demonstrations` of several tasks side by side; the file of each, in order.
-
-    If the expert fails too often on one task, the others are completed before the error.
     """
     if num_demos < 1:
         raise ValueError(f"num_demos={num_demos} is not valid; expected at least 1")

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sim.env import LiberoEnv
 from ..sim.geometry import UP, Boxes, geoms_of, turned
-from .skills import CLOSE_STEPS, DOWNWARD, METRES_PER_UNIT, OPEN_STEPS, Skill, Style
+from .skills import CLOSE_STEPS, DOWNWARD, METRES_PER_UNIT, OPEN_STEPS, Skill, Style, facing
 
 _RETREAT_STEPS = 10
 _ON_ANGLE, _OFF_ANGLE = 0.8, -0.001  # radians; the predicates change at 0.5 and at 0
@@ -74,7 +74,7 @@ class OpenDrawer(Skill):
     def _orientation(self) -> np.ndarray:
         if self.phase == "away":
             return DOWNWARD
-        return np.column_stack([self._jaw, self._across, self._pointing])
+        return facing(self._pointing, self._jaw)
 
     def _next_phase(self) -> str:
         from_handle = self.env.end_effector() - self._handle()
@@ -164,7 +164,7 @@ class PushShut(Skill):
         out = self.joint.direction()
         pointing = -np.cos(self._TILT) * UP - np.sin(self._TILT) * out
         jaw = np.cross(UP, -out)  # level: the hand is flat against the drawer
-        return np.column_stack([jaw, np.cross(pointing, jaw), pointing])
+        return facing(pointing, jaw)
 
     def _next_phase(self) -> str:
         ee, (touch, out) = self.env.end_effector(), self._contact()

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..sim.env import LiberoEnv
 from ..sim.geometry import UP, Boxes, free_spot, geoms_of, region_box, turned
-from .skills import CLOSE_STEPS, OPEN_STEPS, Skill, Style
+from .skills import CLOSE_STEPS, OPEN_STEPS, Skill, Style, facing
 
 _SIDES = [turned(angle)[0] for angle in np.radians([90, 0, 180, 270])]
 _BACK_STEPS = 8
@@ -65,7 +65,7 @@ class PutInside(Skill):
         self._inside[2] = centre[2] - half[2] + self._bottom
 
     def _orientation(self) -> np.ndarray:
-        return np.column_stack([self._jaw, np.cross(self._pointing, self._jaw), self._pointing])
+        return facing(self._pointing, self._jaw)
 
     def _grasp_point(self) -> np.ndarray:
         return Boxes.of_geoms(self.env, self._part).middle()

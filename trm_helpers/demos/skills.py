@@ -13,8 +13,8 @@ import numpy as np
 from .. import schema
 from ..sim.env import LiberoEnv
 
-# One control step at full command moves the end effector 13 mm (measured, OSC_POSE at 20 Hz); the
-# command is scaled below the remaining distance. A gain of 1.0 overshoots by 9 mm, 0.7 by 2 mm.
+# One control step at full command moves the end effector by schema.METRES_PER_STEP; the command is
+# scaled below the remaining distance. A gain of 1.0 overshoots by 9 mm, 0.7 by 2 mm.
 _GAIN = 0.7
 METRES_PER_UNIT = 0.05
 _RADIANS_PER_UNIT = 0.5
@@ -27,6 +27,11 @@ OPEN_STEPS = 4
 # it has stood: if the wait is longer than the steps executed per decision, it may never let go.
 STILL_STEPS = 2
 _STANDS = 0.001  # metres in a step that a lowered object does not sink: it stands
+
+
+def facing(pointing: np.ndarray, jaw: np.ndarray) -> np.ndarray:
+    """The end-effector site of a gripper that points along the one and closes along the other."""
+    return np.column_stack([jaw, np.cross(pointing, jaw), pointing])
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ def actor_of(config: Config) -> Actor | None:
         FileNotFoundError: no such run, or it has no weights.
         ValueError: the run was trained on other cameras than ``config.model.cameras``, on another
             suite or without one of the tasks, on a ``demo_dir``, on human demonstrations or on
-            others than the files hold now; ``num_demos`` is not above the number of
-            demonstrations that it was trained on; or a ``demo_dir`` is given.
+            others than the files hold now, or its ``policy.json`` does not identify them, as in
+            the shipped policies; ``num_demos`` is not above the number of demonstrations that it
+            was trained on; or a ``demo_dir`` is given.
     """
     data = config.data
     if not data.actor:
@@ -52,7 +53,11 @@ def actor_of(config: Config) -> Actor | None:
     if "human" in {file["source"] for file in trained_on}:
         raise _unfit(data.actor, "was trained on human demonstrations",
                      "scripted ones: a file has one alignment of observations and actions")
-    count = trained.data.max_demos_per_task or trained.data.num_demos
+    if not all(file.get("actions") for file in trained_on):  # shipped, or of an old version
+        raise _unfit(data.actor, "is described without a digest of its demonstrations' actions, by "
+                     "which they are known again", "a run trained here: a shipped one never has it")
+    limits = (trained.data.max_demos_per_task, trained.data.num_demos)  # as the data set has it
+    count = min(limit for limit in limits if limit)
     config.data.require("num_demos", data.num_demos > count,
                         f"more than {count}, the demonstrations per task that the actor "
                         f"{data.actor!r} was trained on and with which the file begins")
@@ -64,7 +69,7 @@ def actor_of(config: Config) -> Actor | None:
     files = {path.name: path for path in base.values()}
     for file in trained_on:
         path = files.get(Path(file["file"]).name)
-        if path and _actions(path, file["demos"]) != file.get("actions", ""):
+        if path and _actions(path, file["demos"]) != file["actions"]:
             raise _unfit(data.actor, f"was trained on other demonstrations than {path} holds",
                          "the same, which come first in the new file")
     return Actor(data.actor, data.beta, source.sha256, source, base, count)

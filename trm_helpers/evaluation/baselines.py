@@ -112,7 +112,10 @@ def plan_baseline(name: str, folder: str | Path, config: EvalConfig, suite: str,
 
 def _plan_replay(files: Mapping[int, Path], folder: Path, config: EvalConfig, suite: str,
                  task_ids: Iterable[int], results: str) -> Evaluation:
-    """Replays of the first ``config.episodes`` solved demonstrations of each task, checked."""
+    """Replays of the first ``config.episodes`` solved demonstrations of each task, checked.
+
+    ``FileNotFoundError`` if none is solved.
+    """
     stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
     solved, content = {}, b""
     for task_id, path in stored.items():
@@ -124,6 +127,9 @@ def _plan_replay(files: Mapping[int, Path], folder: Path, config: EvalConfig, su
             content += file[schema.DATA_GROUP][names[0]]["actions"][()].tobytes()
     planned = [Episode(suite, task_id, None, number)
                for task_id in task_ids for number in solved[task_id][:config.episodes]]
+    if not planned:
+        raise FileNotFoundError("no demonstration is solved in "
+                                f"{', '.join(stored[task_id] for task_id in task_ids)}")
     return Evaluation(Replay(stored), {"weights": "replay", "sha256": digest(content)}, folder,
                       config, suite, planned, results)
 
@@ -150,11 +156,10 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
     if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
         try:
             files = demonstrations_of(run, trained.replace(demo_dir=demo_dir))
-        except (FileNotFoundError, TimeoutError) as error:  # none, or no time to collect them
-            print(f"no replay: {error}")
-        else:
             bounds["replay"] = _plan_replay(files, folder / "replay", config, suite, task_ids,
                                             results)
+        except (FileNotFoundError, TimeoutError) as error:  # none, or no time to collect them
+            print(f"no replay: {error}")
     return bounds | {name: plan_baseline(name, folder / name, config, suite, task_ids, results)
                      for name in BASELINES}
 

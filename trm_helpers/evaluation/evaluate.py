@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..config import Config, EvalConfig
@@ -116,7 +116,10 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
 
 def trainer_of(config: Config, files: dict[int, Path], run: Path) -> BehaviorCloningTrainer:
     """A run's trainer with its rollouts and its localizer, both of which need the simulator."""
-    return BehaviorCloningTrainer.from_config(config, files, run, selection_rate(run, config),
+    def roll_out() -> float:
+        return selection_success(run, config, ROLLOUT_EPISODES)["success_rate"]
+
+    return BehaviorCloningTrainer.from_config(config, files, run, roll_out,
                                               functools.partial(trained_localizer, run, config))
 
 
@@ -160,11 +163,6 @@ def selection_success(run: str | Path, config: Config, episodes: int,
               f"count; the first: {errors[0]}")
     return {**summarize_episodes([rows[episode] for episode in planned if episode in rows]),
             "errors": errors}
-
-
-def selection_rate(run: str | Path, config: Config) -> Callable[[], float]:
-    """A trainer's ``roll_out``: the success rate of the run's ``last`` weights when called."""
-    return lambda: selection_success(run, config, ROLLOUT_EPISODES)["success_rate"]
 
 
 def selection_rows(ledger: str | Path, sha256: str) -> list[dict]:

@@ -137,9 +137,10 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
                    horizon: int = 0) -> dict:
     """:func:`run_episode` with a film in real time, every second step, which ends with the outcome.
 
-    The main view is from ``schema.FILM_CAMERA``, which no policy sees; the policy's own cameras are
-    small beside it, with task, phase, time and recursions. The rest of a policy's chunk is drawn as
-    dots where the arm would go, one per step, orange until the next decision and blue after it.
+    The main view is from ``schema.FILM_CAMERA``, which no policy sees; ``schema.CAMERAS`` are small
+    beside it, whether or not the policy receives them, with task, phase, time and recursions. The
+    rest of a policy's chunk is drawn as dots where the arm would go, one per step, orange until the
+    next decision and blue after it.
 
     Args:
         path: of the MP4; ``{outcome}`` in it becomes ``success`` or ``failure``.
@@ -165,7 +166,7 @@ def record_episode(policy: Policy, env: LiberoEnv, init_state: int, path: str | 
 class _Frame(NamedTuple):
     step: int
     main: np.ndarray  # (MAIN, MAIN, 3)
-    views: list[np.ndarray]  # of the policy's cameras (H, W, 3)
+    views: list[np.ndarray]  # of schema.CAMERAS (H, W, 3)
     paths: list[np.ndarray]  # pixels (n, 2) of the path, in the main view and in each of the views
     executed: int  # of the path, before the next decision
     recursions: int | None

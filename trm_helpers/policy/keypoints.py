@@ -28,7 +28,7 @@ from ..data.augment import augment_images, resize_images
 from ..data.language import embed_instruction
 from ..demos.demo_files import DemoFileError, open_demo_file
 from ..files import atomic_path, exclusive_lock, read_json, write_bytes, write_json
-from ..sim.env import LayoutError, LiberoEnv, load_task
+from ..sim.env import LayoutError, LiberoEnv, load_task, renewed_after_errors, worker_env
 from ..sim.layouts import randomise_layout
 from ..sim.parallel import run_jobs
 from ..software import minutes_left
@@ -105,21 +105,16 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
     return list(jobs)
 
 
-@functools.lru_cache(maxsize=1)
-def _worker_env(suite: str, task_id: int) -> LiberoEnv:
-    env = LiberoEnv(suite, task_id)
-    env.reset()  # before it, LIBERO's site markers are in the frames
-    return env
-
-
 def _render(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, str, int]]) -> None:
     path, (file, name, seed) = job
-    env = _worker_env(suite, task_id)
-    with open_demo_file(file) as content:
-        demo = content[schema.DATA_GROUP][name]
-        env.set_fixtures(demo.attrs["model_file"])
-        states = demo["states"][()]
-    frames, places = sample_scenes(env, states, count, np.random.default_rng(seed))
+    with renewed_after_errors():
+        env = worker_env(suite, task_id)
+        env.reset()  # before an environment's first, LIBERO's site markers are in the frames
+        with open_demo_file(file) as content:
+            demo = content[schema.DATA_GROUP][name]
+            env.set_fixtures(demo.attrs["model_file"])
+            states = demo["states"][()]
+        frames, places = sample_scenes(env, states, count, np.random.default_rng(seed))
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=frames, places=places, version=schema.COLLECTION_VERSION,
                             things=np.array([*env.goal_parts(), HAND]))

@@ -27,7 +27,6 @@ from .localizer import KeypointEncoder
 from .recursion import (
     Convergence,
     Recursion,
-    learned_halting,
     recurse_adaptive,
     recurse_fixed,
     recurse_remainder,
@@ -166,9 +165,12 @@ class TRMPolicy(nn.Module):
         if self.training or config.halting == "fixed":
             return recurse_fixed(self.block, x_cond, state, limit,
                                  detach=self.training and config.deep_supervision)
-        is_done = (learned_halting(self._halting_logit) if config.halting == "learned" else
-                   Convergence(lambda answers: self.head(answers)[0],
-                               config.convergence_threshold))
+        if config.halting == "learned":  # done with the first answer that the head judges right
+            def is_done(answers: torch.Tensor) -> torch.Tensor:
+                return self._halting_logit(answers) > 0
+        else:
+            is_done = Convergence(lambda answers: self.head(answers)[0],
+                                  config.convergence_threshold)
         return recurse_with_early_exit(self.block, x_cond, state, limit, is_done)
 
     def _halting_logit(self, answer: torch.Tensor) -> torch.Tensor:

@@ -199,8 +199,8 @@ def recurse_with_early_exit(block: nn.Module, x: torch.Tensor, state: torch.Tens
                             is_done: Callable[[torch.Tensor], torch.Tensor]) -> Recursion:
     """Each sample stops at the first answer that ``is_done``, and is computed no further.
 
-    ``is_done`` takes the answers of the samples that are still active and returns a mask; see
-    :func:`learned_halting` and :class:`Convergence`.
+    ``is_done`` takes the answers of the samples that are still active and returns a mask: of a
+    positive logit of the halting head, or see :class:`Convergence`.
     """
     answer, carry = block.readout(state), state
     states = [answer]
@@ -221,11 +221,6 @@ def recurse_with_early_exit(block: nn.Module, x: torch.Tensor, state: torch.Tens
 
 
 # --- when to stop --------------------------------------------------------------------------------
-def learned_halting(halting_logit: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
-    """Done with the first answer that the halting head judges right (logit above 0)."""
-    return lambda answers: halting_logit(answers) > 0
-
-
 class Convergence:
     """Done when the actions change by less than ``threshold`` from one step to the next.
 

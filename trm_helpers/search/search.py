@@ -118,7 +118,8 @@ def claim(config: Config, run: str | Path) -> Path:
     folder = Path(run).resolve() / "search"
     path = folder / "search.json"
     if path.exists():
-        before, now = common_settings(searched(folder)), common_settings(config)
+        before = common_settings(Config.from_dict(read_json(path)))
+        now = common_settings(config)
         if any(metrics.stat().st_size for metrics in visible(folder, "*/metrics.jsonl")):
             refuse_others(folder, before, now)
         if before != now:
@@ -126,14 +127,6 @@ def claim(config: Config, run: str | Path) -> Path:
                 record.unlink(missing_ok=True)
     write_json(path, config.replace(search_storage="").to_dict())  # no password
     return folder
-
-
-def searched(folder: Path) -> Config:
-    """The settings in the ``search.json`` of a search's folder."""
-    path = folder / "search.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected the folder of a search")
-    return Config.from_dict(read_json(path))
 
 
 def run_point(config: Config, folder: Path, point: dict, *, seed: int | None = None,

@@ -107,8 +107,6 @@ def measure_curve(val_losses: list[float]) -> dict:
     ``final_val_loss``; ``epochs_to_converge``: the first epoch (from 1) within 10 % of the lowest
     loss, measured from the first; ``spikes``: epochs above 1.2 times the lowest loss before them.
     """
-    if not val_losses:
-        raise ValueError("val_losses is empty; expected one per epoch")
     first, lowest = val_losses[0], min(val_losses)
     near = first - _CONVERGED * (first - lowest)
     epochs = next(epoch for epoch, loss in enumerate(val_losses, 1) if loss <= near)

@@ -69,7 +69,7 @@ class BehaviorCloningTrainer:
                  roll_out: Callable[[], float] | None = None):
         if config.rollout_every and roll_out is None:
             raise ValueError(f"rollout_every={config.rollout_every} needs rollouts; expected "
-                             "roll_out, for example evaluation.evaluate.selection_rate")
+                             "roll_out, as evaluation.evaluate.trainer_of gives it")
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config, self.run, self.roll_out = config, Path(run), roll_out

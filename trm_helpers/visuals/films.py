@@ -22,14 +22,12 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import schema
 from ..files import atomic_path
 from .colours import GREEN, ORANGE, RED, SKY
 
 FPS = 10  # every second control step (20 Hz) in real time: rendering takes most of a film's time
 MAIN = 320  # pixels of a film's main view; the policy's own views have half of it
-# metres that the arm moves in a control step for a command of 1: a quarter of where the controller
-# aims. Least squares over 8 steps of 30 demonstrations: 0.011, 0.0125, 0.0128 (x, y, z), r >= 0.95
-_STEP = 0.0125
 _TILE = 192  # pixels of an episode in a grid
 _FONT_SIZE, _LINE, _SPACING, _MARGIN = 14, 19, 6, 8  # pixels; the spacing is part of a line
 _PATIENCE = 60.0  # seconds that ffmpeg may take for a frame
@@ -42,7 +40,7 @@ def intended_path(position: np.ndarray, actions: np.ndarray) -> np.ndarray:
 
     A straight extrapolation, without inertia or contact.
     """
-    return position + _STEP * np.cumsum(np.asarray(actions)[:, :3], axis=0)
+    return position + schema.METRES_PER_STEP * np.cumsum(np.asarray(actions)[:, :3], axis=0)
 
 
 def draw_path(image: np.ndarray, pixels: np.ndarray, executed: int) -> np.ndarray:

@@ -158,18 +158,24 @@ def plot_batch(batch: Mapping) -> Figure:
 
 
 @styled
-def plot_chunk_mask(mask, title: str) -> Figure:
-    """The chunk mask (T, K) of a whole demonstration: a column per step, a row per action."""
+def plot_chunk_mask(mask, title: str, frame_stride: int = 1, steps: int = 0) -> Figure:
+    """The chunk mask (N, K) of a whole demonstration: a column per sample, a row per action.
+
+    Args:
+        frame_stride: steps from one sample to the next.
+        steps: of the demonstration; 0 is one per sample.
+    """
     mask = np.asarray(mask)
-    steps, chunk = mask.shape
-    beyond = np.arange(steps)[:, None] + np.arange(chunk) >= steps
+    count, chunk = mask.shape
+    starts = frame_stride * np.arange(count)
+    beyond = starts[:, None] + np.arange(chunk) >= (steps or count)
     kinds = np.where(mask > 0, 0, np.where(beyond, 2, 1))
     names = ("counts in the loss", "after a push", "past the end")
     colours = (BLUE, ORANGE, "white")
     fig = new_figure(9, 1.5 + 0.2 * chunk)
     axes = fig.subplots()
     axes.imshow(kinds.T, aspect="auto", cmap=matplotlib.colors.ListedColormap(colours), vmin=-0.5,
-                vmax=2.5, extent=(-0.5, steps - 0.5, chunk + 0.5, 0.5))
+                vmax=2.5, extent=(-0.5, frame_stride * count - 0.5, chunk + 0.5, 0.5))
     for edge in np.arange(1, chunk) + 0.5:
         axes.axhline(edge, color="white", linewidth=0.8)
     axes.set(xlabel="step of the demonstration at which the chunk begins", title=title,
