@@ -145,7 +145,8 @@ def parameters(config: Config, point: dict, known: Iterable[str]) -> dict[str, A
 
 def point_of(given: dict, search: SearchConfig) -> tuple[dict, int]:
     """Point and seed of :func:`parameters`; an empty point if an axis is missing."""
-    values = {**given, **given.get("more", {})}
+    more = given.get("more")
+    values = {**given, **(more if isinstance(more, dict) else {})}
     names = axes(search)
     if not values.keys() >= {*names, "seed"}:
         return {}, 0
