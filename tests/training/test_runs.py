@@ -373,7 +373,7 @@ def test_damaged_and_foreign_weights_are_refused(trained):
     with pytest.raises(ValueError, match="weights='newest'.*'best', 'last'"):
         load_policy(trained, "newest")
     best.unlink()
-    with pytest.raises(FileNotFoundError, match="best.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match="small holds no best.safetensors"):
         load_policy(trained, "best")
 
 
