@@ -176,6 +176,16 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(search_shard="1/2", search_method="tpe"), "search_shard='1/2'.*'grid', whose points"),
     (dict(search_shard="1/2", search_replicates=2), "search_replicates=2.*1 in a shard"),
     (dict(epochs=3, stop_epoch=4), "stop_epoch=4.*0 to epochs=3"),
+    *((dict([(name, value)]), f"{name}=.* is not valid; expected at most {largest}$")
+      for name, value, largest in [
+          ("lr", 1e300, 10), ("weight_decay", 1e300, 10), ("ponder_cost", 1e308, 1000),
+          ("batch_size", 10**21, 10**6), ("num_demos", 10**21, 10**6), ("epochs", 10**15, 10**6),
+          ("search_lrs", [1e300], 10), ("horizon", 10**21, 10**6)]),
+    (dict(demo_dir="a\0b"), "demo_dir='a.x00b' .*without NUL"),
+    (dict(search_storage="sqlite:///s.db"), "search_storage='sqlite:///s.db' .*expected none"),
+    (dict(keypoints=["bowl"]), "keypoints=.'bowl'. .*none: training sets it"),
+    (dict(more={"keypoints": ["bowl"]}), "keypoints=.'bowl'. .*none: training sets it"),
+    (dict(more={"keypoint_tasks": 3}), "keypoint_tasks=3 .*none: training sets it"),
 ])
 def test_a_bad_value_is_refused_and_printed(setting, message):
     with pytest.raises(ValueError, match=message):
@@ -342,4 +352,4 @@ def test_a_password_belongs_into_the_environment_and_is_not_repeated(url):
 
 @pytest.mark.parametrize("url", ["", "sqlite:////shared/study.db", "postgresql://u@h:5432/db"])
 def test_a_database_without_a_password_is_a_setting(url):
-    assert SearchConfig(search_storage=url).search_storage == url
+    assert SearchConfig(search_method="tpe", search_storage=url).search_storage == url

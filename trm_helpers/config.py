@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import math
 import numbers
 import re
 import sys
@@ -43,12 +42,13 @@ _POSITIVE = {
     "num_samples", "frame_stride",
 }
 
-# A policy from elsewhere must not exhaust this machine; the last two: threads that a machine may
-# have, and the largest int64
+# No number may exceed a million, or what stands here: a policy from elsewhere must not exhaust this
+# machine, training must not overflow; threads that a machine may have, and the largest int64
 _LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
             "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
-            "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "num_threads": 1024,
-            "seed": 2**63 - 1}
+            "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "lr": 10, "search_lrs": 10,
+            "weight_decay": 10, "ponder_cost": 1000, "num_threads": 1024, "seed": 2**63 - 1}
+SET_BY_TRAINING = ("keypoints", "keypoint_tasks")
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:
@@ -77,10 +77,12 @@ class _Part:
             self.require(name, len(values) > 0 or name == "keypoints", "at least one value")
             self.require(name, len(set(values)) == len(values), "no value twice")
             for number in values:
-                if isinstance(number, (int, float)):
+                if isinstance(number, str):
+                    self.require(name, "\0" not in number, "text without NUL characters")
+                else:
                     in_range = number > 0 if name in _POSITIVE else number >= 0
                     self.require(name, in_range, "> 0" if name in _POSITIVE else ">= 0")
-                    largest = _LARGEST.get(name, math.inf)
+                    largest = _LARGEST.get(name, 10**6)
                     self.require(name, number <= largest, f"at most {largest}")
 
     def require(self, name: str, condition: bool, expected: str) -> None:
@@ -116,7 +118,7 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     fits = isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
-    return fits and not (kind is float and abs(value) > sys.float_info.max)
+    return fits and not (kind is float and not abs(value) <= sys.float_info.max)  # NaN too
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,8 @@ class SearchConfig(_Part):
                              "Parameters are stored in notebooks and files: put the URL into the "
                              "environment variable TRM_SEARCH_STORAGE instead, and remove the "
                              "executed notebook that holds it")
+        self.require("search_storage", not self.search_storage or self.search_method != "grid",
+                     "none except with search_method='tpe' or 'halving', which keep a study there")
         if self.search_shard:
             self.require("search_shard", self.search_method == "grid",
                          "none except with search_method='grid', whose points are fixed")
@@ -477,8 +481,8 @@ def from_flat(preset: str = "reference", more: Mapping[str, Any] | None = None,
     Settings given as ``None`` keep the preset's value, so that a notebook can list a parameter
     without deciding it. ``more`` holds further settings, none of which may be given twice.
 
-    Raises ``ValueError`` for an unknown preset or setting (with the valid ones) and for a value
-    that its dataclass rejects.
+    Raises ``ValueError`` for an unknown preset or setting (with the valid ones), for one that only
+    training sets, and for a value that its dataclass rejects.
     """
     schema.check_option("preset", preset, PRESETS)
     given = {name: value for name, value in settings.items() if value is not None}
@@ -486,6 +490,9 @@ def from_flat(preset: str = "reference", more: Mapping[str, Any] | None = None,
     twice = ", ".join(map(str, given.keys() & more.keys()))
     _require(not twice, "more", more, f"no setting that is given by itself as well ({twice})")
     check_names(more, list(settings_by_part()), "setting")
+    for name in SET_BY_TRAINING:
+        value = given.get(name, more.get(name))
+        _require(not value, name, value, "none: training sets it")
     return Config(preset=preset).replace(**{**PRESETS[preset], **given, **more})
 
 

@@ -71,11 +71,17 @@ def _raise_if_disk_is_full(error: BaseException, path: Path, needed: int) -> Non
         named = any(text in str(cause) for text in _FULL_TEXTS)
         if named or getattr(cause, "errno", None) in _FULL:
             free = shutil.disk_usage(path.parent).free
-            need = f" needs {needed / 2**20:,.1f} MiB," if needed else ""
+            need = f" needs {_in_bytes(needed)}," if needed else ""
             raise DiskFullError(
                 errno.ENOSPC, f"the disk is full: {path.name}{need} in {path.parent}, where "
-                f"{free / 2**20:,.1f} MiB are free; completed files are kept") from error
+                f"{_in_bytes(free)} are free; completed files are kept") from error
         cause = cause.__cause__ or cause.__context__
+
+
+def _in_bytes(size: int) -> str:
+    if size < 2**10:
+        return f"{size} bytes"
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
 
 
 @functools.cache
@@ -237,13 +243,17 @@ def read_json(path: str | os.PathLike, kind: type = dict, keys: Iterable[str] = 
 
 def _parse(where: Any, content: bytes, kind: type) -> Any:
     try:
-        value = json.loads(content.decode())
+        value = json.loads(content.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: {error}; expected JSON") from error
     if not isinstance(value, kind):
         raise ValueError(f"{where} is damaged: it holds {type(value).__name__}; expected "
                          f"{kind.__name__}")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
 
 
 def _has(value: Any, key: str, *below: str) -> bool:

@@ -158,7 +158,8 @@ def comparison_rows(summaries: Mapping[str, Mapping], head: str = "policy") -> l
     } for name, summary in summaries.items()]
 
 
-def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
+def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping],
+                   names: Sequence[str] = ("a", "b")) -> dict:
     """Exact McNemar test of two policies on the same episodes.
 
     Under equal success rates ``only_a`` is binomial with probability 1/2 among the pairs that
@@ -166,6 +167,7 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
 
     Args:
         a, b: rows as in :func:`summarize_episodes`; rows with an ``error`` are ignored.
+        names: of both in errors.
 
     Returns:
         ``pairs`` of the same suite, task, init state and seed, of which ``both``, ``only_a``,
@@ -176,17 +178,18 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
         ValueError: no pairs, or a pair of different protocols.
     """
     first, second = (_by_episode([row for row in rows if "error" not in row], name)
-                     for rows, name in ((a, "a"), (b, "b")))
+                     for rows, name in zip((a, b), names, strict=True))
     shared = first.keys() & second.keys()
     if not shared:
-        raise ValueError(f"a ({len(first)} episodes) and b ({len(second)}) share no suite, task "
-                         "and init state; expected policies evaluated on the same episodes")
+        raise ValueError(f"{names[0]} ({counted(len(first), 'episode')}) and {names[1]} "
+                         f"({len(second)}) share no suite, task and init state; expected policies "
+                         "evaluated on the same episodes")
     for key in shared:
         for condition in ("protocol", "horizon"):
             one, other = first[key].get(condition), second[key].get(condition)
             if None not in (one, other) and one != other:
-                raise ValueError(f"{condition} is {one!r} for a and {other!r} for b in episode "
-                                 f"{key}; expected the same")
+                raise ValueError(f"{condition} is {one!r} for {names[0]} and {other!r} for "
+                                 f"{names[1]} in episode {key}; expected the same")
     outcomes = [(bool(first[key]["success"]), bool(second[key]["success"])) for key in shared]
     only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
     return {"pairs": len(shared), "both": outcomes.count((True, True)), "only_a": only_a,

@@ -263,6 +263,14 @@ def test_chunks_are_padded_with_the_last_action_and_masked(path):
     assert np.allclose(data[5]["actions"][0], [action_at(t, 1) for t in range(3)])
 
 
+def test_a_chunk_longer_than_every_demonstration_is_reported(path, capsys):
+    longest = max(demo.end - demo.first for demo in plain(path).demos)
+    plain(path, chunk=longest)
+    assert "chunk" not in capsys.readouterr().out
+    plain(path, chunk=longest + 1).train_val()
+    assert capsys.readouterr().out.count(f"chunk={longest + 1} is longer than every") == 1
+
+
 def test_windows_stay_inside_their_demonstration(path):
     data = plain(path, sequence_length=4, chunk=2)
     assert len(data) == 2 + 4

@@ -257,6 +257,22 @@ def test_data_kept_elsewhere_are_refused_by_every_reader(tmp_path, make, message
     assert row["verdict"] == "bad" and re.search(message, row["found"])
 
 
+@pytest.mark.parametrize(("collection", "attempt", "problem"), [
+    ({}, 0, "failed_attempts=None in attribute collection; expected a list"),
+    ({"failed_attempts": ["1"]}, 0, "failed_attempts=.'1'. in attribute collection"),
+    ({"failed_attempts": []}, None, "demo_0: attribute attempt=None; expected a number"),
+    ({"failed_attempts": []}, "x", "demo_0: attribute attempt='x'; expected a number")])
+def test_a_file_that_cannot_be_extended_says_what_is_missing(tmp_path, collection, attempt,
+                                                             problem):
+    path = small(tmp_path / "soup_demo.hdf5", collection=collection)
+    if attempt is not None:
+        with h5py.File(path, "r+") as file:
+            for demo in file["data"].values():
+                demo.attrs["attempt"] = attempt
+    with pytest.raises(DemoFileError, match=f"{path}.*{problem}"):
+        collect._of_file(path)
+
+
 def test_a_relative_link_does_not_lead_into_the_working_folder(tmp_path, monkeypatch):
     path = small(tmp_path / "folder" / "soup_demo.hdf5")
     small(tmp_path / "other.hdf5")

@@ -101,7 +101,7 @@ def test_an_actor_without_weights_or_without_a_run_is_refused(asked, trained):
     with pytest.raises(FileNotFoundError, match="no trained run 'nobody'"):
         actor_of(asked.replace(actor="nobody"))
     (trained / "best.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="the run has no best weights yet"):
+    with pytest.raises(FileNotFoundError, match="small holds no best.safetensors"):
         actor_of(asked)
 
 

@@ -432,6 +432,35 @@ def test_a_line_that_is_no_episode_is_named(run, line, problem):
         evaluate_run(run, EvalConfig(num_episodes=1, num_videos=0))
 
 
+ROW = {"suite": "libero_object", "task_id": 0, "init_state": 0, "seed": 0, "success": True,
+       "steps": 5, "weights": "best", "protocol": "quick", "horizon": 280}
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    *(({name: value}, f"{name}=.* is not valid; expected")
+      for name, values in {
+          "suite": (["libero_object"], "libero_best"), "placement": ([], "narrow"),
+          "task_id": ([], -1, True), "init_state": ([], -1), "seed": (None, "0"),
+          "success": ("false", 1, None), "steps": ("5", None, -5, 5.0)}.items()
+      for value in values),
+    ({"task_id": 10}, "task_id=10 is not in libero_object; expected 0 to 9"),
+    ({"steps": float("nan")}, "it holds NaN; expected JSON"),
+    ({"steps": 281}, "steps=281; expected at most 280, the horizon"),
+    ({"success": False}, "it contradicts an earlier line"),
+    ({"steps": 6}, "it contradicts an earlier line")])
+def test_a_damaged_value_of_an_episode_is_named(tmp_path, change, problem):
+    def planned():
+        return play.Evaluation(None, {"weights": "best"}, tmp_path, EvalConfig(), "libero_object",
+                               [])
+
+    ledger, first = tmp_path / "episodes.jsonl", json.dumps(ROW) + "\n"
+    ledger.write_text(first * 2)  # the same twice contradicts nothing
+    assert len(planned().finished()) == 1
+    ledger.write_text(first + json.dumps({**ROW, **change}) + "\n")
+    with pytest.raises(ValueError, match=f"episodes.jsonl, line 2 is damaged: {problem}"):
+        planned()
+
+
 @pytest.mark.parametrize("where", ["absolute", "dots", "link", "folder", "number", "no text"])
 def test_a_film_outside_of_the_run_is_not_shown(run, tmp_path, capsys, where):
     config = EvalConfig(num_episodes=2, horizon=4, num_videos=2)
@@ -688,8 +717,11 @@ def test_two_runs_are_compared_episode_by_episode(run, small_run):
     evaluate_run(run, EvalConfig(num_episodes=1, horizon=2, num_videos=0), suite="libero_goal")
     with pytest.raises(FileNotFoundError, match="evaluate other --suite libero_goal"):
         compare.compare_runs("other", run, "libero_goal")
-    with pytest.raises(ValueError, match="share no suite, task and init state"):
+    with pytest.raises(ValueError, match=r"small \(0 episodes\) and other \(0\) share no suite"):
         compare.compare_runs("other", run, task_ids=[3])
+    (run / "episodes.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="episodes.jsonl holds no episode; .*evaluate"):
+        compare.compare_runs("other", run)
 
 
 def test_two_runs_of_the_joint_suite_are_compared(run, small_run, monkeypatch):
@@ -701,9 +733,11 @@ def test_two_runs_of_the_joint_suite_are_compared(run, small_run, monkeypatch):
     evaluate_run(other.run, config, "best", *asked)
     planned = plan_run(run, config, "best", *asked)
     compare.comparable(planned, other.run)
+    with pytest.raises(ValueError, match="small is the run that is evaluated; expected another"):
+        compare.comparable(planned, "small")
     planned.play()
     assert compare.compare_runs("other", run, *asked)["pairs"] == 4
-    with pytest.raises(ValueError, match="horizon is (220|280) for a and 50 for b"):
+    with pytest.raises(ValueError, match="horizon is (220|280) for .*other and 50 for small"):
         compare.comparable(dataclasses.replace(
             planned, config=dataclasses.replace(config, horizon=50), folder=run / "elsewhere"),
             other.run)

@@ -103,8 +103,8 @@ def test_instructions_are_assigned_to_their_task_also_when_rephrased():
 
 def test_a_policy_conditions_its_localizer_on_its_task():
     policy = TRMPolicy(from_flat(
-        "tiny", cameras=[schema.STILL_CAMERA], keypoints=["object"], image_size=36,
-        keypoint_tasks=3, conditioning="task_id", num_tasks=3, proprioception=False).model)
+        "tiny", cameras=[schema.STILL_CAMERA], image_size=36, conditioning="task_id", num_tasks=3,
+        proprioception=False).replace(keypoints=["object"], keypoint_tasks=3).model)
     localizer = policy.encoders[schema.STILL_CAMERA].locator
     localizer.known.copy_(torch.eye(3))
     seen = {schema.STILL_CAMERA: torch.rand(1, 36, 36, 3).expand(2, -1, -1, -1),
@@ -541,8 +541,8 @@ def test_keypoints_need_the_agent_view():
     with pytest.raises(ValueError, match=r"cameras=.*agentview_rgb among them, which the"):
         from_flat("tiny", scenes=2, cameras=["eye_in_hand_rgb"])
     with pytest.raises(ValueError, match="image_size=66.*multiple of 4 with keypoints"):
-        from_flat("tiny", keypoints=["plate_1"], image_size=66)
+        from_flat("tiny").replace(keypoints=["plate_1"], image_size=66)
     with pytest.raises(ValueError, match="keypoints=.*none with scenes"):
-        from_flat("tiny", keypoints=["plate_1"], scenes=2)
-    model = from_flat("tiny", keypoints=["plate_1"]).model
+        from_flat("tiny").replace(keypoints=["plate_1"], scenes=2)
+    model = from_flat("tiny").replace(keypoints=["plate_1"]).model
     assert dataclasses.replace(model, keypoints=()).keypoints == ()

@@ -171,6 +171,41 @@ def test_complete_trials_are_not_run_again(tmp_path, pretend):
     assert len(search(tmp_path)) == 4 and len(pretend) == 4
 
 
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"parameters": {}}, "its parameters are those of no point of the search; expected those of"),
+    ({"parameters": []}, "parameters=.. is not valid; expected dict"),
+    ({"rungs": []}, "rungs=.. is not valid without an error"),
+    ({"rungs": [1]}, "rungs=.1. is not valid; expected a list of dict"),
+    ({"rungs": [{}]}, "epochs=None is not valid; expected int"),
+    ({"trial": 1}, "trial=1 is not valid; expected str"),
+    *(({"rungs": [{"epochs": 1, "final_val_loss": 1, "epochs_to_converge": 1, "spikes": 0,
+                   "minutes": 1, **wrong}]}, problem) for wrong, problem in [
+        ({"final_val_loss": "x"}, "final_val_loss='x' is not valid; expected float"),
+        ({"final_val_loss": float("nan")}, "it holds NaN; expected JSON"),
+        ({"episodes": 2}, "success_rate=None is not valid"),
+        ({"rollouts": [{}]}, "it holds no suite")])])
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_a_damaged_record_is_named_and_never_left_out(tmp_path, pretend, change, problem, method):
+    settings = dict(search_num_recursions=(1,))
+    search(tmp_path, **settings)
+    path = tmp_path / "run" / "search" / point_name(0.1, 1) / "trial.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"{path} is damaged: {problem}"):
+        search(tmp_path, search_method=method, **settings)
+    assert len(pretend) == 2
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"data": [1]}, "'list' object has no attribute"), ({"data": {"spede": 1}}, "unknown data set"),
+    ({"train": {"lr": "x"}}, "lr='x' is not valid")])
+def test_damaged_settings_of_a_search_are_named(tmp_path, pretend, change, problem):
+    search(tmp_path, max_configs=1)
+    path = tmp_path / "run" / "search" / "search.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"{path} is not the configuration of a search: {problem}"):
+        search(tmp_path, max_configs=1)
+
+
 def test_the_stored_search_is_that_of_the_last_call(tmp_path, pretend):
     search(tmp_path, max_configs=1)
     search(tmp_path, search_lrs=(0.3,))

@@ -148,6 +148,25 @@ def test_a_missing_run_lists_the_existing_runs(trained):
         load_config(trained / "figures")
 
 
+def test_what_a_run_lacks_is_said(trained):
+    (trained / "last.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"small holds no last.safetensors; .*\(best.safet"):
+        load_policy("small", "last")
+    (trained / "policy.json").unlink()
+    with pytest.raises(FileNotFoundError, match="small/policy.json does not exist; expected the d"):
+        find_run("small")
+    with pytest.raises(ValueError, match="run='a{255}' is not valid; expected .*at most 255 bytes"):
+        find_run("a" * 5000)
+
+
+def test_a_run_without_the_weights_is_not_copied(shipped):
+    (shipped / "last.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="bowl holds no last.safetensors"):
+        find_run(str(shipped), to_write=True, weights="last")
+    assert not (paths.artifacts_dir() / "pretrained").exists()
+    assert find_run(str(shipped), to_write=True, weights="best") != shipped
+
+
 @pytest.fixture
 def shipped(trained, tmp_path, monkeypatch):
     """``pretrained/bowl`` of a checkout; the caller works in that checkout."""
@@ -380,7 +399,7 @@ def test_damaged_and_foreign_weights_are_refused(trained):
     with pytest.raises(ValueError, match="weights='newest'.*'best', 'last'"):
         load_policy(trained, "newest")
     best.unlink()
-    with pytest.raises(FileNotFoundError, match="best.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match="small holds no best.safetensors"):
         load_policy(trained, "best")
 
 

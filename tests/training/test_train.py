@@ -331,6 +331,26 @@ def test_metrics_are_restored_from_the_training_state(small_run, damage, epochs)
     assert read_jsonl(metrics) == again
 
 
+def test_a_repeated_first_epoch_replaces_the_metrics_at_its_end(small_run, monkeypatch):
+    """So that a second full disk in it leaves the first row."""
+    def full(*_):
+        raise OSError("full")
+
+    trainer = small_run("run")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(train.runs, "save_training_state", full)
+        trainer.fit()
+    metrics = trainer.run / "metrics.jsonl"
+    before = metrics.read_bytes()
+    again = small_run("run", True)
+    monkeypatch.setattr(again, "_train_epoch", full)
+    with pytest.raises(OSError, match="full"):
+        again.fit()
+    assert metrics.read_bytes() == before != b""
+    rows = small_run("run", True).fit()
+    assert read_jsonl(metrics) == rows and len(rows) == 2
+
+
 def test_a_run_of_a_gpu_resumes_with_the_optimizer_of_this_device(small_run, monkeypatch):
     """A GPU's is fused, which its state says."""
     expected = small_run("straight", epochs=2).fit()

@@ -107,6 +107,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         if model.conditioning == "language":
             self._language = torch.from_numpy(np.stack([_embedded(file) for file in opened]))
         self._use(self._steps.demos, "all")
+        longest = max(demo.end - demo.first for demo in self.demos)
+        if self.chunk > longest:
+            print(f"chunk={self.chunk} is longer than every demonstration: no sample has all "
+                  f"actions of its chunk; expected at most {longest}, the steps of the longest")
 
     @classmethod
     def from_config(cls, files: Mapping[int, Path], config: Config,

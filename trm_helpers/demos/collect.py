@@ -38,6 +38,7 @@ from .dagger import Actor, Mixture
 from .demo_files import (
     COLLECTION_ATTR,
     VERSION_ATTR,
+    DemoFileError,
     check_demo_file,
     demo_names,
     json_attribute,
@@ -403,10 +404,21 @@ def _of_file(path: Path, count: int | None = None) -> dict[int, Path | None]:
     """The attempts in a file, or up to its first ``count`` demonstrations."""
     with open_demo_file(path) as file:
         data = file[schema.DATA_GROUP]
-        numbers = [int(data[name].attrs["attempt"]) for name in demo_names(file)[:count]]
-        failed = json_attribute(data, COLLECTION_ATTR)["failed_attempts"]
+        numbers = [_attempt_number(data[name]) for name in demo_names(file)[:count]]
+        failed = json_attribute(data, COLLECTION_ATTR).get("failed_attempts")
+    if not isinstance(failed, list) or not all(type(number) is int for number in failed):
+        raise DemoFileError(f"{path}: failed_attempts={failed!r} in attribute {COLLECTION_ATTR}; "
+                            "expected a list of numbers, without which the file cannot be extended")
     return {**{number: None for number in failed if number < numbers[-1]},
             **dict.fromkeys(numbers, path)}
+
+
+def _attempt_number(demo: h5py.Group) -> int:
+    number = demo.attrs.get("attempt")
+    if not isinstance(number, int | np.integer):
+        raise DemoFileError(f"{demo.file.filename}, {demo.name}: attribute attempt={number!r}; "
+                            "expected a number, without which the file cannot be extended")
+    return int(number)
 
 
 def _attempt(settings: dict, actor: Actor | None, parts: Path, number: int) -> Path | None:

@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..files import read_jsonl
 from ..stats import paired_mcnemar
 from ..training.runs import find_run, load_config
-from .plan import Episode, evaluation_folder
+from .plan import Episode, evaluation_folder, read_ledger
 from .play import Evaluation, weights_digest
 
 
@@ -29,7 +28,7 @@ def compare_runs(run: str | Path, other: str | Path, suite: str = "",
     return paired_mcnemar(*(
         [row for row in evaluated_episodes(folder, suite)
          if (not tasks or row["task_id"] in tasks) and (not wanted or Episode.of(row) in wanted)]
-        for folder in (other, run)))
+        for folder in (other, run)), names=(str(other), str(run)))
 
 
 def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
@@ -37,24 +36,30 @@ def evaluated_episodes(run: str | Path, suite: str = "") -> list[dict]:
     folder = find_run(run)
     suite = suite or load_config(folder).data.suite
     ledger = evaluation_folder(folder, suite) / "episodes.jsonl"
-    if not ledger.exists():
+    rows = [row for episode, row in read_ledger(ledger) if episode.suite == suite]
+    if not rows:
         command = f"python -m trm_helpers evaluate {shlex.quote(str(run))} --suite {suite}"
-        raise FileNotFoundError(f"{ledger} does not exist; expected a run that was evaluated "
-                                f"({command})")
-    return [row for row in read_jsonl(ledger) if row["suite"] == suite]
+        raise FileNotFoundError(
+            f"{ledger} {'holds no episode' if ledger.exists() else 'does not exist'}; expected a "
+            f"run that was evaluated ({command})")
+    return rows
 
 
 def comparable(planned: Evaluation, other: str | Path) -> None:
     """Raise ``ValueError`` if none of the planned episodes has a pair among another run's.
 
-    ``FileNotFoundError`` if that run was not evaluated.
+    Also for the same run; ``FileNotFoundError`` if the other was not evaluated.
     """
+    run = getattr(planned.source, "run", planned.folder)
+    if find_run(other) == run:
+        raise ValueError(f"{other} is the run that is evaluated; expected another one to compare "
+                         "with")
     if planned.config.perturbation != "none":
         raise ValueError(f"perturbation={planned.config.perturbation!r} is not valid in a "
                          "comparison; expected 'none'")
     rows = [{**episode._asdict(), **planned.conditions_of(episode), "success": False, "steps": 0}
             for episode in planned.planned]
-    paired_mcnemar(evaluated_episodes(other, planned.suite), rows)
+    paired_mcnemar(evaluated_episodes(other, planned.suite), rows, names=(str(other), run.name))
 
 
 def stale(run: str | Path, made: Mapping) -> str:

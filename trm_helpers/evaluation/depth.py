@@ -128,7 +128,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         TimeoutError: the session's time is up before the last episode as trained; other rows
             without all their episodes are left out.
     """
-    run = find_run(run, to_write=True)
+    run = find_run(run, to_write=True, weights=weights)
     trained = load_config(run)
     if trained.model.variant not in schema.RECURSIVE:
         raise ValueError(f"{run} has variant={trained.model.variant!r}, which is applied once; "

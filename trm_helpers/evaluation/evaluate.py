@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..config import Config, EvalConfig
-from ..files import read_jsonl
 from ..policy.keypoints import trained_localizer
 from ..sim.env import LiberoEnv
 from ..stats import summarize_episodes
@@ -20,6 +19,7 @@ from .plan import (
     conditions_of,
     evaluation_folder,
     official_episodes,
+    read_ledger,
     refuse_unknown_tasks,
     results_name,
     robustness_folder,
@@ -92,7 +92,7 @@ def plan_run(run: str | Path, config: EvalConfig | None = None, weights: str = "
             conditioned on task numbers was not trained on one of ``task_ids``; the perturbation
             cannot matter for this policy.
     """
-    run = find_run(run, to_write=True)
+    run = find_run(run, to_write=True, weights=weights)
     trained = load_config(run)
     suite = suite or trained.data.suite
     task_ids = tuple(dict.fromkeys(task_ids)) or trained_tasks(trained, suite)
@@ -167,4 +167,5 @@ def selection_success(run: str | Path, config: Config, episodes: int,
 
 def selection_rows(ledger: str | Path, sha256: str) -> list[dict]:
     """Episodes that some weights played in a ledger of :func:`selection_success`."""
-    return [row for row in read_jsonl(ledger) if row["sha256"] == sha256 and "error" not in row]
+    return [row for _, row in read_ledger(Path(ledger))
+            if row.get("sha256") == sha256 and "error" not in row]

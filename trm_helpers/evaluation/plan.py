@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .. import schema
-from ..config import Config, EvalConfig
-from ..files import short_name
+from ..config import Config, EvalConfig, convert
+from ..files import read_jsonl, short_name
 from ..training.runs import load_config
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
@@ -25,11 +25,32 @@ class Episode(NamedTuple):
     placement: str = "benchmark"
 
     @classmethod
-    def of(cls, row: Mapping, result: tuple[str, ...] = ()) -> Episode:
-        """The episode of a ledger's row; ``ValueError`` for one without it or its ``result``."""
+    def of(cls, row: Mapping) -> Episode:
+        """The episode of a ledger's row; ``ValueError`` for a row that names none, or no result."""
+        result = () if "error" in row else ("success", "steps")
         if missing := [key for key in (*cls._fields[:4], *result) if key not in row]:
-            raise ValueError(f"damaged: it holds no {', '.join(missing)}")
+            raise ValueError(f"it holds no {', '.join(missing)}")
+        for name, kind in _TYPES.items():
+            if name in row and not (name == "init_state" and row[name] is None):
+                value = convert(name, row[name], kind)
+                if kind is int and value < 0:
+                    raise ValueError(f"{name}={value} is not valid; expected >= 0")
         return cls(*(row[key] for key in cls._fields[:4]), row.get("placement", "benchmark"))
+
+
+_TYPES = {"suite": str, "task_id": int, "init_state": int, "seed": int,
+          "placement": Literal[schema.PLACEMENTS], "success": bool, "steps": int, "horizon": int}
+
+
+def read_ledger(path: Path) -> list[tuple[Episode, dict]]:
+    """Episodes and rows of a ledger; ``ValueError`` with the number of a damaged line."""
+    found = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            found.append((Episode.of(row), row))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from None
+    return found
 
 
 def conditions_of(config: EvalConfig, episode: Episode) -> dict:

@@ -20,7 +20,6 @@ from ..files import (
     dispensable,
     exclusive_lock,
     inside,
-    read_jsonl,
     write_json,
 )
 from ..opengl import renderer
@@ -33,7 +32,7 @@ from ..stats import summarize_episodes
 from ..training.runs import load_policy
 from ..visuals.films import write_grid
 from .perturbations import PerturbedPolicy
-from .plan import Episode, conditions_of, not_run_in_words
+from .plan import Episode, conditions_of, not_run_in_words, read_ledger
 from .rollout import Policy, record_episode, run_episode
 
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -111,21 +110,33 @@ class Evaluation:
         return self.folder / "episodes.jsonl"
 
     def finished(self) -> dict[Episode, dict]:
-        """Rows of all episodes that were played; ``ValueError`` for one under other conditions."""
-        played = {}
-        for number, row in enumerate(read_jsonl(self.ledger), start=1):
-            try:
-                episode = Episode.of(row, () if "error" in row else ("success", "steps"))
-            except ValueError as error:
-                raise ValueError(f"{self.ledger}, line {number} is {error}") from None
+        """Rows of all episodes that were played.
+
+        Raises ``ValueError`` for a damaged row, one under other conditions, and a second one of an
+        episode with another outcome.
+        """
+        played: dict[Episode, dict] = {}
+        for number, (episode, row) in enumerate(read_ledger(self.ledger), start=1):
             row = {"perturbation": "none", **row}  # older rows do not say so
-            conditions = self.conditions_of(episode)
+            where = f"{self.ledger}, line {number}"
+            try:
+                conditions = self.conditions_of(episode)
+            except ValueError as error:
+                raise ValueError(f"{where} is damaged: {error}") from None
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:
                 raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
                                  f"({different}); move it away to evaluate afresh")
-            if "error" not in row:
-                played[episode] = row
+            if "error" in row:
+                continue
+            most = conditions["horizon"]  # a demonstration that is replayed may be longer
+            if row["steps"] > most and self.identity["weights"] != "replay":
+                raise ValueError(f"{where} is damaged: steps={row['steps']}; expected at most "
+                                 f"{most}, the horizon")
+            before = played.setdefault(episode, row)
+            if before["success"] != row["success"] or before["steps"] != row["steps"]:
+                raise ValueError(f"{where} is damaged: it contradicts an earlier line on the same "
+                                 "episode; expected one result of each")
         return played
 
     def rows(self) -> list[dict]:

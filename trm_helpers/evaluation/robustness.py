@@ -84,7 +84,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         TimeoutError: the session's time is up before the last plain episode; changes without all
             their episodes are listed under ``failed``.
     """
-    run = find_run(run, to_write=True)
+    run = find_run(run, to_write=True, weights=weights)
     trained = load_config(run)
     config = config or dataclasses.replace(trained.eval, num_videos=0, perturbation="none")
     if config.perturbation != "none":

@@ -15,7 +15,7 @@ from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
 from ..evaluation.depth import depth_rows
-from ..evaluation.plan import Episode, protocol_in_words
+from ..evaluation.plan import Episode, protocol_in_words, read_ledger
 from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
@@ -33,6 +33,8 @@ _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-b
 _ACTIONS = ("backward, forward", "right, left", "down, up", "turn about x", "turn about y",
             "turn about z", "gripper: open, close")  # -1 and +1 of schema.ACTION_NAMES
 _MOMENTS, _ERROR = 8, 300  # at most: moments with a slider, characters of an error
+_RESULTS = ("protocol.protocol", "protocol.suite", "protocol.num_episodes", "protocol.horizon",
+            "episodes", "errors", "tasks", "software")
 _SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound shown beside them
 
 
@@ -136,7 +138,7 @@ def _results(run: Path) -> tuple[str, dict | None]:
     """Name and content of the results on the run's tasks; otherwise of the latest on others."""
     others = sorted(run.glob("results-tasks-*.json"), key=lambda path: path.stat().st_mtime)
     path = next(filter(Path.exists, [run / "results.json", *reversed(others)]), None)
-    return (path.name, read_json(path)) if path else ("", None)
+    return (path.name, read_json(path, keys=_RESULTS)) if path else ("", None)
 
 
 def _episodes(run: Path) -> Section:
@@ -144,8 +146,8 @@ def _episodes(run: Path) -> Section:
     episodes: list[dict] = []
     for ledger in ["episodes.jsonl", *media(run, "robustness/*/episodes.jsonl")]:
         latest: dict[Episode, Mapping] = {}
-        for row in read_jsonl(run / ledger):  # one with an error is repeated by the next call
-            latest[Episode.of(row)] = row
+        for episode, row in read_ledger(run / ledger):
+            latest[episode] = row  # one with an error is repeated by the next call
         folder = Path(ledger).parent
         for episode, row in sorted(latest.items()):
             episodes.append({
@@ -363,7 +365,7 @@ _SECTIONS = {  # with the files that each reads
     _task: "config.json", _success: "results.json and bounds/", _episodes: "episodes.jsonl",
     _inside: "explain.json", _training: "metrics.jsonl", _saliency: "figures/",
     _robustness: "robustness.json", _depth: "depth.json", _data: "policy.json and quality.json",
-    _search: "search/", _limits: "config.json", _reproduce: "config.json",
+    _search: "search/", _limits: "config.json", _reproduce: "config.json and results.json",
     _settings: "config.json"}
 
 

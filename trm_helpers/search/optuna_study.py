@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ..config import Config, SearchConfig, migrate
-from ..files import exclusive_lock, visible
+from ..files import exclusive_lock
 from .space import (
     REDUCTION,
     all_points,
@@ -29,7 +29,7 @@ from .space import (
     trial_name,
     value_of,
 )
-from .trials import read_trial
+from .trials import read_trial, read_trials
 
 STUDY = "study.jsonl"  # in the folder of a search: a study without a database
 _HEARTBEAT = 30  # seconds between the heartbeats of a trial in a database
@@ -149,11 +149,9 @@ class Study:
     def _enqueue_folder(self) -> None:
         """Queue the complete trials in the folder that the study does not know."""
         search, known = self.config.search, self.records()
-        for path in visible(self.folder, "*/trial.json"):
-            record = read_trial(path.parent)
+        for name, record in read_trials(self.folder, self.config).items():
             point, _ = point_of(record["parameters"], search)
             complete = record["rungs"] and record["rungs"][-1]["epochs"] == search.search_epochs
-            name = path.parent.name
             if complete and name == trial_name(point) and name not in known and all(
                     min(values) <= point[axis] <= max(values) if axis == "lr"
                     else point[axis] in values for axis, values in axes(search).items()):

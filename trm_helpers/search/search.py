@@ -41,7 +41,7 @@ from .space import (
     trial_settings,
     value_of,
 )
-from .trials import read_trial, run_trial, success_of
+from .trials import read_trials, run_trial, success_of
 
 _SAME_LOSS = 1.01  # losses within this factor count as equal, and the next criterion decides
 _SIGNIFICANT = 0.05
@@ -118,7 +118,10 @@ def claim(config: Config, run: str | Path) -> Path:
     folder = Path(run).resolve() / "search"
     path = folder / "search.json"
     if path.exists():
-        before = common_settings(Config.from_dict(read_json(path)))
+        try:
+            before = common_settings(Config.from_dict(read_json(path)))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not the configuration of a search: {error}") from error
         now = common_settings(config)
         if any(metrics.stat().st_size for metrics in visible(folder, "*/metrics.jsonl")):
             refuse_others(folder, before, now)
@@ -196,14 +199,13 @@ def ranking(config: Config, folder: Path, records: dict[str, dict]) -> list[dict
     The order is: finalists, by all their seeds; other complete trials; trials stopped by halving;
     failed trials.
     """
-    found = {path.parent.name: read_trial(path.parent) for path in visible(folder, "*/trial.json")}
+    found = read_trials(folder, config)
     found |= {name: record for name, record in records.items()  # completed there, begun here
               if name not in found or len(record["rungs"]) > len(found[name]["rungs"])}
     points: dict[str, dict[int, dict]] = {}  # by name: the record of each seed
     for record in found.values():
         point, seed = point_of(record["parameters"], config.search)
-        if point:
-            points.setdefault(trial_name(point), {})[seed] = record
+        points.setdefault(trial_name(point), {})[seed] = record
     base = config.train.seed
     rows = [_row(name, {base: by_seed[base]}, config)
             for name, by_seed in points.items() if base in by_seed]

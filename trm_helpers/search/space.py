@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..config import (
+    SET_BY_TRAINING,
     Config,
     SearchConfig,
     check_names,
@@ -28,7 +29,7 @@ _ROLLOUT_SETTINGS = {"protocol", "horizon", "eval_workers", "cluster"}  # of sel
 # no axes: set by the search itself, or part of the task
 _FIXED = {*_LISTS, *local_settings(), *_ROLLOUT_SETTINGS, "epochs", "patience", "rollout_every",
           "seed", "suite", "task_ids", "demos", "num_demos", "placement", "actor", "beta",
-          "frame_stride"}
+          "frame_stride", *SET_BY_TRAINING}
 REDUCTION = 3  # of successive halving: one in three goes on, with three times the budget
 
 
@@ -144,7 +145,8 @@ def parameters(config: Config, point: dict, known: Iterable[str]) -> dict[str, A
 
 def point_of(given: dict, search: SearchConfig) -> tuple[dict, int]:
     """Point and seed of :func:`parameters`; an empty point if an axis is missing."""
-    values = {**given, **given.get("more", {})}
+    more = given.get("more")
+    values = {**given, **(more if isinstance(more, dict) else {})}
     names = axes(search)
     if not values.keys() >= {*names, "seed"}:
         return {}, 0

@@ -6,13 +6,20 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..config import Config, convert
 from ..evaluation.evaluate import selection_rows
+from ..evaluation.plan import Episode
 from ..evaluation.play import weights_digest
-from ..files import exclusive_lock, read_json, read_jsonl, write_json
+from ..files import exclusive_lock, read_json, read_jsonl, visible, write_json
 from ..notebooks import run_notebook
 from ..stats import EPISODE_KEYS, wilson_interval
+from .space import point_of, trial_name
 
 RECORD = "trial.json"
+_MEASURES = {"epochs": int, "final_val_loss": float, "epochs_to_converge": int, "spikes": int,
+             "minutes": float}
+_OF_ROLLOUTS = {"success_rate": float, "successes": int, "episodes": int,
+                "rollouts": tuple[dict, ...]}
 _SPIKE = 1.2  # a validation loss above this multiple of the lowest before it
 _CONVERGED = 0.9  # of the way from the first validation loss to the lowest
 
@@ -72,9 +79,40 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
 
 
 def read_trial(run_dir: str | Path) -> dict | None:
-    """The ``trial.json`` of a folder; ``None`` without one."""
+    """The ``trial.json`` of a folder; ``None`` without one, ``ValueError`` for a damaged one."""
     path = Path(run_dir) / RECORD
-    return read_json(path, keys=("trial", "parameters", "rungs")) if path.exists() else None
+    if not path.exists():
+        return None
+    record = read_json(path, keys=("trial", "parameters", "rungs"))
+    try:
+        for name, kind in {"trial": str, "parameters": dict, "rungs": tuple[dict, ...],
+                           **({"error": str} if "error" in record else {})}.items():
+            convert(name, record[name], kind)
+        if not (record["rungs"] or "error" in record):
+            raise ValueError("rungs=[] is not valid without an error; expected measures")
+        for rung in record["rungs"]:
+            for name, kind in {**_MEASURES, **(_OF_ROLLOUTS if "episodes" in rung else {})}.items():
+                convert(name, rung.get(name), kind)
+            for row in rung.get("rollouts", ()):
+                Episode.of(row)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return record
+
+
+def read_trials(folder: Path, config: Config) -> dict[str, dict]:
+    """The record of each trial in a search's folder, by name.
+
+    Raises ``ValueError`` for a damaged one, and for one of other parameters than its folder's name.
+    """
+    records = {path.parent.name: read_trial(path.parent) for path in visible(folder, f"*/{RECORD}")}
+    for name, record in records.items():
+        point, seed = point_of(record["parameters"], config.search)
+        expected = trial_name(point, None if seed == config.train.seed else seed)
+        if name != expected:
+            raise ValueError(f"{folder / name / RECORD} is damaged: its parameters are those of "
+                             f"{expected or 'no point of the search'}; expected those of {name}")
+    return records
 
 
 def measure(run_dir: str | Path) -> dict:

@@ -163,7 +163,7 @@ def description(run: Path) -> dict:
                      keys=("model", "normalizer", "proprio_stats", "trained_on.files"))
 
 
-def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
+def find_run(run_name: str | int | Path = "", to_write: bool = False, weights: str = "") -> Path:
     """Folder of a trained run by name or path; the last trained for an empty name.
 
     Runs outside ``artifacts/`` (``pretrained/<name>``, an attached data set) are read-only. Results
@@ -171,21 +171,24 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
 
     Args:
         to_write: create the copy.
+        weights: ``best`` or ``last``, which the run has to hold.
 
     Raises:
-        FileNotFoundError: no such run; lists the existing ones.
+        FileNotFoundError: no such run; lists the existing ones. Or it lacks ``policy.json`` or the
+            ``weights``.
         FileExistsError: the copy's folder holds another run.
-        ValueError: a path with ``..``.
+        ValueError: a path with ``..``, or no possible path.
     """
     root, name = paths.artifacts_dir(), str(run_name)
-    if ".." in Path(name).parts:
-        raise ValueError(f"run={name!r} is not valid; expected the name of a run in {root}, or the "
-                         "path of its folder without '..'")
-    weights = [path for path in visible(root, "*/best.safetensors") if path.is_file()]
-    weights.sort(key=lambda path: path.stat().st_mtime)
-    trained = [path.parent for path in weights if (path.parent / "policy.json").exists()]
+    parts = Path(name).parts
+    if ".." in parts or "\0" in name or max(map(len, map(os.fsencode, parts)), default=0) > 255:
+        raise ValueError(f"run={name[:255]!r} is not valid; expected the name of a run in {root}, "
+                         "or the path of its folder without '..', each part of at most 255 bytes")
+    saved = [path for path in visible(root, "*/best.safetensors") if path.is_file()]
+    saved.sort(key=lambda path: path.stat().st_mtime)
+    trained = [path.parent for path in saved if (path.parent / "policy.json").exists()]
     if not name and trained:
-        return trained[-1]
+        return _holding(trained[-1], weights)
     shipped, beside = shipped_policies(), paths.shipped("pretrained").parent
     if name:
         places = [root / name, beside / name, paths.absolute(name)]
@@ -193,7 +196,11 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
             places = places[1:]
         for run in places:
             if (run / "policy.json").exists():
+                _holding(run, weights)  # before it is copied
                 return run if run.is_relative_to(root) else _in_artifacts(run, to_write)
+        for run in places:
+            if any(run.glob("*.safetensors")):
+                description(run)  # which is missing
     names = [run.name for run in trained] + shipped
     alike = [each for each in shipped if Path(each).name == name]
     hint = f"; did you mean {alike[0]!r}?" if alike else schema.did_you_mean(name, names)
@@ -205,6 +212,15 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False) -> Path:
                             "demo --run-name demo`"
                             + ("; Add Input > Your Work > Notebooks attaches its output"
                                if paths.on_kaggle() else ""))
+
+
+def _holding(run: Path, weights: str) -> Path:
+    """The run, or ``FileNotFoundError`` if it lacks these ``weights``."""
+    if weights and not (run / f"{weights}.safetensors").exists():
+        there = ", ".join(sorted(path.name for path in run.glob("*.safetensors")))
+        raise FileNotFoundError(f"{run} holds no {weights}.safetensors; expected weights that it "
+                                f"holds ({there or 'none'})")
+    return run
 
 
 def _in_artifacts(run: Path, to_write: bool) -> Path:
@@ -309,7 +325,7 @@ def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
             ``policy.json`` (the differences are listed).
     """
     schema.check_option("weights", weights, schema.WEIGHTS)
-    run = find_run(str(run))
+    run = find_run(str(run), weights=weights)
     described = description(run)
     try:
         policy = TRMPolicy(ModelConfig(**migrate(described["model"])),
@@ -319,8 +335,6 @@ def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
         raise ValueError(f"{run / 'policy.json'} describes no policy: "
                          f"{type(error).__name__}: {error}") from error
     path = run / f"{weights}.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; the run has no {weights} weights yet")
     state, policy.sha256 = read_weights(path)
     said = {key: described[key] for key in ("model", "normalizer", "proprio_stats")}
     policy.described = digest(json.dumps(said, sort_keys=True).encode())

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .. import schema
 from ..config import Config, TrainConfig
 from ..data.dataset import LIBERODataset
-from ..files import append_jsonl, write_bytes
+from ..files import write_bytes
 from ..policy.model import TRMPolicy
 from ..software import minutes_left
 from . import captured, runs
@@ -175,8 +175,7 @@ class BehaviorCloningTrainer:
                     row = self._end_epoch()
                     self._save_weights(row)
                     self.rows.append(row)
-                    if self.team.is_main:
-                        append_jsonl(self.run / "metrics.jsonl", row)
+                    self._write_rows()
                     self._save_state()
                     tracker.log(row)
                     progress.set_postfix(epoch=self.epoch, train=f"{row['train_loss']:.4f}",
@@ -412,6 +411,11 @@ class BehaviorCloningTrainer:
             if self.team.is_main:
                 runs.save_weights(self.run, weights, "best")
 
+    def _write_rows(self) -> None:
+        if self.team.is_main:
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.rows]
+            write_bytes(self.run / "metrics.jsonl", "".join(lines).encode())
+
     def _save_state(self) -> None:
         self._saved = time.perf_counter()
         if self.team.is_main:
@@ -447,9 +451,8 @@ class BehaviorCloningTrainer:
         self.team.barrier()
         if not self.team.is_main:
             return
-        metrics = self.run / "metrics.jsonl"
-        if self.rows or metrics.exists():
-            write_bytes(metrics, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        if self.rows:  # else the first row replaces those of an epoch that is repeated
+            self._write_rows()
         if self.epoch:
             best = self.run / "best.safetensors"
             if not best.exists():
