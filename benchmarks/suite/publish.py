@@ -235,13 +235,15 @@ def depth_tables(cards: dict[str, dict]) -> str:
     cost = [["recursion", "mean recursions", f"in {' / '.join(PHASES)}", "ms per action",
              "action error"]]
     for label, card in cards.items():
-        for row in depth_rows(card):
+        for row, made in zip(depth_rows(card), card["rows"], strict=True):
             name = f"{label}, {row['recursion']}" if len(cards) > 1 else row["recursion"]
+            by_phase = [f"{made['by_phase'][phase]:.1f}" if phase in made["by_phase"] else ""
+                        for phase in PHASES]
             against = f"{row['gap (points)']}, p = {row['paired p']}"
             success.append([name, row["successes"], row["95 % Wilson interval (%)"],
                             against if row["paired p"] else REFERENCE, row["length"]])
             cost.append([name, row["mean recursions"],
-                         " / ".join(row[f"in {phase}"] for phase in PHASES), row["ms per action"],
+                         " / ".join(by_phase), row["ms per action"],
                          row.get("action error") or MISSING])
     if all(line[-1] == MISSING for line in cost[1:]):  # the demonstrations were not there
         return f"{markdown(success)}\n{markdown([line[:-1] for line in cost])}"
