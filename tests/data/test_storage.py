@@ -179,6 +179,57 @@ def test_numbers_may_be_of_any_floating_type(tmp_path):
         assert_same(data_set(path, image_size=16).batch(range(12)), expected)
 
 
+# --- memory of batches ---------------------------------------------------------------------------
+@pytest.fixture
+def small_too(monkeypatch):
+    """Batches of a few kilobytes count as large."""
+    monkeypatch.setattr(storage.BatchMemory, "SMALLEST", 1)
+
+
+@pytest.mark.parametrize("kind", ["ram", "mmap"])
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_a_batch_in_use_is_never_written_over(files, small_too, kind, as_bytes):
+    data, fresh = data_set(files, kind), data_set(files, kind)
+    order = torch.arange(len(data)).split(3)
+    held = [data.batch(indices, as_bytes=as_bytes) for indices in order]
+    for batch, indices in zip(held, order, strict=True):
+        assert_same(batch, fresh.batch(indices, as_bytes=as_bytes))
+
+
+def test_one_view_keeps_the_memory_of_its_batch(files, small_too):
+    data = data_set(files)
+    frame = data.batch([4, 7, 1])["observations"]["eye_in_hand_rgb"][1, 0, 2:]
+    expected = frame.clone()
+    for index in range(12):
+        data.batch([index] * 3)
+        assert torch.equal(frame, expected)
+
+
+def test_memory_is_used_again_when_nobody_holds_it(small_too):
+    memory = storage.BatchMemory()
+
+    def place(shape, dtype=torch.float32):
+        tensor = memory.empty(shape, dtype)
+        assert tensor.shape == shape and tensor.dtype == dtype
+        return tensor.data_ptr()
+
+    first = place((8, 5))
+    assert place((8, 5)) == first
+    assert place((7, 5)) == first  # an epoch's last batch
+    assert place((80,), torch.uint8) == first  # other types too
+    assert place((2, 5)) != first  # half of it would lie idle
+    held = memory.empty((8, 5), torch.float32)
+    assert held.data_ptr() == first != place((8, 5))
+
+
+def test_memory_that_is_kept_is_bounded(small_too):
+    memory = storage.BatchMemory()
+    held = [memory.empty((100 * n,), torch.uint8) for n in range(1, 20)]
+    assert len({tensor.data_ptr() for tensor in held}) == 19
+    assert len(memory._kept) == memory.KEPT
+    assert len(pickle.loads(pickle.dumps(memory))._kept) == 0
+
+
 # --- other processes -----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["ram", "mmap"])
 def test_a_copy_through_pickle_gives_the_same(files, kind):

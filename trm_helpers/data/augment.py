@@ -148,9 +148,16 @@ def _sample_crop(count: int, size: tuple[int, int], generator: torch.Generator) 
 
 
 def _crop(frames: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:
-    """Enlarge the crop of the chosen samples, bilinearly."""
-    chosen = crop[:, 0].view(-1, 1, 1, 1, 1) > 0
-    return torch.where(chosen.to(frames.device), _enlarge(frames, crop[:, 1:]), frames)
+    """Enlarge the crop of the chosen samples, bilinearly, in place."""
+    if crop.device.type != "cpu":  # the number of chosen samples is on the GPU: crop all of them
+        chosen = crop[:, 0].view(-1, 1, 1, 1, 1) > 0
+        return torch.where(chosen.to(frames.device), _enlarge(frames, crop[:, 1:]), frames)
+    rows = crop[:, 0].nonzero().squeeze(1)
+    if len(rows) == 0:
+        return frames
+    there = rows.to(frames.device)
+    cropped = _enlarge(frames.index_select(0, there), crop[rows, 1:])
+    return frames.index_copy_(0, there, cropped)
 
 
 def _enlarge(frames: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from ..files import digest
 from .augment import apply_augmentation, sample_augmentation
 from .language import embed_instruction, normalize_instruction
 from .normalize import ActionNormalizer, fit_proprio, normalize_proprio
-from .storage import Demo, DemoFile, load_steps, open_files
+from .storage import BatchMemory, Demo, DemoFile, load_steps, open_files
 
 TRAIN_FRACTION = 0.8  # of each task's demonstrations
+_BYTES_AT_ONCE = 2**19  # of frames turned into floats; a share of the second-level cache
 
 
 def split_demonstrations(names: Sequence[str], path: str | Path) -> tuple[list[str], list[str]]:
@@ -103,6 +105,7 @@ class LIBERODataset(torch.utils.data.Dataset):
                                     0 if file.source == "human" else collected)), default=0)
                   for file in opened]
         self._steps = load_steps(opened, limits, self.cameras, image_size, data.storage, device)
+        self._memory = BatchMemory()
         self._language = None  # (files, 384)
         if model.conditioning == "language":
             self._language = torch.from_numpy(np.stack([_embedded(file) for file in opened]))
@@ -287,8 +290,19 @@ class LIBERODataset(torch.utils.data.Dataset):
     def _frames(self, camera: str, steps: torch.Tensor, device: torch.device,
                 as_bytes: bool) -> torch.Tensor:
         """(n, S, S, 3) of the steps (n,): uint8, or float32 in [0, 1]."""
-        picked = self._steps.frames.pick(camera, steps).to(device)
-        return picked if as_bytes else picked.float().div_(255)
+        frames = self._steps.frames
+        shape = (len(steps), frames.image_size, frames.image_size, 3)
+        on_cpu = frames.device.type == "cpu"
+        if as_bytes or not on_cpu or device.type != "cpu":
+            out = self._memory.empty(shape, torch.uint8) if on_cpu else None
+            picked = frames.pick(camera, steps, out).to(device)
+            return picked if as_bytes else picked.float().div_(255)
+        floats = self._memory.empty(shape, torch.float32)
+        # a few at a time, while their bytes are still in the processor's cache
+        some = max(1, _BYTES_AT_ONCE // math.prod(shape[1:]))
+        for part, out in zip(steps.split(some), floats.split(some), strict=True):
+            torch.div(frames.pick(camera, part), 255, out=out)
+        return floats
 
     def batches(self, batch_size: int, seed: int, epoch: int, shuffle: bool = True,
                 device: str | torch.device = "cpu", start: int = 0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,48 @@ class Steps:
     next_push_step: torch.Tensor  # (N,) int64, see next_push_steps
 
 
+class BatchMemory:
+    """Memory for large batches, reused once no tensor refers to it.
+
+    The C library returns freed memory of this size to the system; getting it back page by page
+    takes longer than filling it. A tensor made from an array keeps the array alive, and so does
+    every view of the tensor: once the array is gone, its memory is free.
+    """
+
+    KEPT = 4  # the batch being made and the one in use, of two cameras each
+    SMALLEST = 2**20  # bytes; the C library itself keeps smaller blocks
+
+    def __init__(self):
+        # the memory, and the array over it that a tensor was made from
+        self._kept: deque[tuple[np.ndarray, weakref.ref]] = deque()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU, its values undefined."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < self.SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        memory = self._take(size)
+        lent = memory[:size]
+        self._kept.append((memory, weakref.ref(lent)))
+        if len(self._kept) > self.KEPT:
+            self._kept.popleft()
+        return torch.from_numpy(lent).view(dtype).view(*shape)
+
+    def _take(self, size: int) -> np.ndarray:
+        for _ in range(len(self._kept)):
+            try:
+                memory, lent = self._kept.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if lent() is None and size <= memory.nbytes <= 2 * size:  # half may lie idle
+                return memory
+            self._kept.append((memory, lent))
+        return np.empty(size, dtype=np.uint8)
+
+    def __reduce__(self):
+        return BatchMemory, ()  # a copy has memory of its own
+
+
 class FramesInMemory:
     """Frames resized once and kept as uint8 tensors on one device."""
 
@@ -71,11 +115,13 @@ class FramesInMemory:
         stored = next(iter(images.values()))
         self.image_size, self.device = stored.shape[1], stored.device
 
-    def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, S, S, 3) of the steps (n,)."""
+    def pick(self, camera: str, steps: torch.Tensor,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
         stored = self.images[camera]
         # whole frames as rows: several times faster than indexing four dimensions
-        rows = stored.flatten(1).index_select(0, steps.to(self.device))
+        rows = torch.index_select(stored.flatten(1), 0, steps.to(self.device),
+                                  out=None if out is None else out.flatten(1))
         return rows.view(-1, *stored.shape[1:])
 
 
@@ -134,14 +180,21 @@ class FramesOnDisk:
         vars(self).update(state)
         self._map()
 
-    def pick(self, camera: str, steps: torch.Tensor) -> torch.Tensor:
-        """uint8 (n, S, S, 3) of the steps (n,)."""
+    def pick(self, camera: str, steps: torch.Tensor,
+             out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (n, S, S, 3) of the steps (n,), written to ``out`` if given."""
         shape, size = self.shapes[camera], math.prod(self.shapes[camera])
-        stored = torch.empty(len(steps), *shape, dtype=torch.uint8)
+        resized = shape != (self.image_size, self.image_size, 3)
+        stored = out
+        if resized or out is None:
+            stored = torch.empty(len(steps), *shape, dtype=torch.uint8)
         frames = stored.flatten(1).numpy()
         for row, (file, offset) in enumerate(self.places[camera][steps.numpy()].tolist()):
             frames[row] = self.maps[file][offset:offset + size]
-        return resize_images(stored, self.image_size)
+        if not resized:
+            return stored
+        stored = resize_images(stored, self.image_size)
+        return stored if out is None else out.copy_(stored)
 
 
 def open_files(files: Sequence[Path], alignment: str) -> list[DemoFile]:
