@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -176,8 +177,11 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", "--against", "mine", "mine"])
     assert "the run comes first, because it sets the defaults" in capsys.readouterr().err
-    assert main(["evaluate", "mine", "--against", "mine"]) == 0
-    assert "mine against mine on 2 shared episodes: +0.0 points" in capsys.readouterr().out
+    shutil.copytree(run, run.parent / "theirs")
+    assert main(["evaluate", "mine", "--against", "theirs"]) == 0
+    assert "mine against theirs on 2 shared episodes: +0.0 points" in capsys.readouterr().out
+    assert main(["evaluate", "mine", "--against", "mine"]) == 1
+    assert "mine is the run that is evaluated" in capsys.readouterr().err
     assert main(["evaluate", "mine", "--against", "other"]) == 1 and len(asked) == 4
     assert main(["evaluate", "expert", "--suite", "libero_goal", "--against", "mine"]) == 1
 

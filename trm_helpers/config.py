@@ -46,8 +46,8 @@ _POSITIVE = {
 # machine, training must not overflow; threads that a machine may have, and the largest int64
 _LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
             "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
-            "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "lr": 10, "search_lrs": 10,
-            "weight_decay": 10, "ponder_cost": 1000, "num_threads": 1024, "seed": 2**63 - 1}
+            "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "ponder_cost": 1000,
+            "convergence_threshold": 1e12, "num_threads": 1024, "seed": 2**63 - 1}
 SET_BY_TRAINING = ("keypoints", "keypoint_tasks")
 
 

@@ -173,7 +173,7 @@ def test_complete_trials_are_not_run_again(tmp_path, pretend):
 
 @pytest.mark.parametrize(("change", "problem"), [
     ({"parameters": {}}, "its parameters are those of no point of the search; expected those of"),
-    ({"parameters": []}, "parameters=.. is not valid; expected dict"),
+    ({"parameters": []}, "parameters=.. is not valid; expected a dict"),
     ({"rungs": []}, "rungs=.. is not valid without an error"),
     ({"rungs": [1]}, "rungs=.1. is not valid; expected a list of dict"),
     ({"rungs": [{}]}, "epochs=None is not valid; expected int"),

@@ -25,7 +25,9 @@ def test_a_folder_is_measured_by_its_files(tmp_path):
     with pytest.raises(RuntimeError, match="metrics.jsonl holds no epoch"):
         measure(tmp_path)
     train_into(tmp_path, {**VALUES, "selection_episodes": 4}, successes=3)
-    append_jsonl(tmp_path / "selection.jsonl", {"sha256": "other weights", "success": True})
+    append_jsonl(tmp_path / "selection.jsonl", {
+        "suite": "libero_object", "task_id": 0, "init_state": None, "seed": 9, "success": True,
+        "steps": 4, "sha256": "other weights"})
     found = measure(tmp_path)
     assert found["epochs"] == 3 and found["minutes"] == 3.0
     assert found["val_losses"] == [6.0, 3.0, 2.0] and found["final_val_loss"] == 2.0

@@ -117,12 +117,13 @@ class Evaluation:
         """
         played: dict[Episode, dict] = {}
         for number, (episode, row) in enumerate(read_ledger(self.ledger), start=1):
-            row = {"perturbation": "none", **row}  # older rows do not say so
             where = f"{self.ledger}, line {number}"
             try:
                 conditions = self.conditions_of(episode)
             except ValueError as error:
                 raise ValueError(f"{where} is damaged: {error}") from None
+            older = {"perturbation": "none", "policy": conditions.get("policy")}
+            row = {**older, **row}  # older rows have none of the two
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:
                 raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "
