@@ -178,9 +178,9 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(epochs=3, stop_epoch=4), "stop_epoch=4.*0 to epochs=3"),
     *((dict([(name, value)]), f"{name}=.* is not valid; expected at most {largest}$")
       for name, value, largest in [
-          ("lr", 1e300, 10), ("weight_decay", 1e300, 10), ("ponder_cost", 1e308, 1000),
+          ("lr", 1e300, 10**6), ("weight_decay", 1e300, 10**6), ("ponder_cost", 1e308, 1000),
           ("batch_size", 10**21, 10**6), ("num_demos", 10**21, 10**6), ("epochs", 10**15, 10**6),
-          ("search_lrs", [1e300], 10), ("horizon", 10**21, 10**6)]),
+          ("search_lrs", [1e300], 10**6), ("horizon", 10**21, 10**6)]),
     (dict(demo_dir="a\0b"), "demo_dir='a.x00b' .*without NUL"),
     (dict(search_storage="sqlite:///s.db"), "search_storage='sqlite:///s.db' .*expected none"),
     (dict(keypoints=["bowl"]), "keypoints=.'bowl'. .*none: training sets it"),

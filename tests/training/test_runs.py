@@ -499,7 +499,8 @@ def test_damaged_statistics_are_refused(trained, part, name, value, problem):
     described = json.loads((trained / "policy.json").read_text())
     described[part] = {**described[part], name: value}
     (trained / "policy.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match=f"small/policy.json (describes no policy|is damaged): .*{problem}"):
+    said = f"small/policy.json (describes no policy|is damaged): .*{problem}"
+    with pytest.raises(ValueError, match=said):
         load_policy(trained)
 
 
