@@ -292,9 +292,9 @@ def plot_episode_lengths(rows: Sequence[Mapping], horizon: int = 0) -> Figure:
 
 
 def _tens(lengths: Sequence[int]) -> np.ndarray:
-    """Edges of bars ten steps wide, each around a multiple of ten, such as a horizon."""
-    return np.arange(10 * round(min(lengths, default=0) / 10),
-                     10 * round(max(lengths, default=0) / 10) + 11, 10) - 5
+    """Edges of bars ten steps wide, each around a multiple of ten, and of one more on each side."""
+    least, most = (10 * round(end(lengths, default=0) / 10) for end in (min, max))
+    return np.arange(least - 10, most + 21, 10) - 5
 
 
 def _span(numbers: Sequence[int]) -> str:
