@@ -122,7 +122,7 @@ from trm_helpers.visuals import films, plots
 # %%
 check_parameters(weights=weights, suite=suite, task_ids=task_ids,
                  robustness_episodes=robustness_episodes)
-run = find_run(run_name, to_write=True)
+run = find_run(run_name, to_write=True, weights=weights)
 settings = dict(protocol=protocol, num_episodes=num_episodes, first_init_state=first_init_state,
                 horizon=horizon, num_videos=num_videos, bound_episodes=bound_episodes,
                 eval_workers=eval_workers, cluster=cluster, demo_dir=demo_dir)

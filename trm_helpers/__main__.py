@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -137,11 +138,13 @@ class Train:
         rows = trainer.fit()
         if not team.is_main:
             return None, [], True
-        line = f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"
-        if not trainer.finished:
-            line += (f"; stopped after {len(rows)} of {trainer.last_epoch} epochs because the time "
-                     "is up; the same command continues")
-        return {"run": str(run), **rows[-1]}, [line, _next("evaluate", self.run_name)], True
+        lines = [f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"]
+        if trainer.finished:
+            lines.append(_next("evaluate", self.run_name))
+        else:
+            lines[0] += (f"; stopped after {len(rows)} of {trainer.last_epoch} epochs because the "
+                         "time is up; the same command continues")
+        return {"run": str(run), **rows[-1]}, lines, True
 
 
 @dataclass
@@ -175,7 +178,7 @@ class _Rollouts:
     eval: OmitArgPrefixes[EvalConfig]
     weights: Literal[schema.WEIGHTS] = "best"  # which of the run's weights to play
     # tasks to play
-    task_ids: Annotated[tuple[int, ...], _default("those that the run was trained on")] = ()
+    task_ids: Annotated[tuple[int, ...], _default("the run's tasks")] = ()
 
 
 _UNUSED = {"num_videos": 0, "perturbation": "none", "bound_episodes": 0}  # by the cards
@@ -485,7 +488,7 @@ def _common_settings(kind: type, config: Config) -> str:
 
 
 def _next(command: str, run: str) -> str:
-    return f"next  python -m trm_helpers {command} {run}"
+    return f"next  python -m trm_helpers {command} {shlex.quote(run)}"
 
 
 def _summary(trial: dict) -> str:

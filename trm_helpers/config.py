@@ -42,8 +42,8 @@ _POSITIVE = {
     "num_samples", "frame_stride",
 }
 
-# No number may exceed a million, or what stands here: a policy from elsewhere must not exhaust this
-# machine, training must not overflow; threads that a machine may have, and the largest int64
+# The largest value of a number, a million if it is not listed: a policy from elsewhere must not
+# exhaust this machine, and training must not overflow. A seed may be any int64
 _LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
             "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
             "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "ponder_cost": 1000,
@@ -118,7 +118,7 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     fits = isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(kind, kind))
-    return fits and not (kind is float and not abs(value) <= sys.float_info.max)  # NaN too
+    return fits and (kind is not float or abs(value) <= sys.float_info.max)  # NaN is not
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,8 @@ def _checked(parameters: Mapping, known: Mapping[str, str],
     runs = {}
     if checked.get("baseline_run"):
         runs["baseline_run"] = find_run(checked["baseline_run"])
-    runs["run_name"] = find_run(checked.get("run_name") or "", to_write=True)  # "": the newest
+    runs["run_name"] = find_run(checked.get("run_name") or "", to_write=True,  # "": the newest
+                                weights=checked.get("weights") or "")
     checked |= {name: str(run) for name, run in runs.items()
                 if run.parent != paths.artifacts_dir()}
     return checked, Path(run_dir or runs["run_name"])

@@ -538,7 +538,7 @@ def test_without_a_solved_demonstration_there_is_no_replay(bounded, capsys):
             demo.attrs["success"] = False
     assert list(play_bounds(bounded, EvalConfig(bound_episodes=2, num_videos=0))) == ["no-op"]
     said = capsys.readouterr().out
-    assert f"no replay: no demonstration is solved in {described['file']}" in said
+    assert f"no replay: no demonstration was solved in {described['file']}" in said
 
 
 def test_bounds_of_another_suite_or_tasks_leave_the_runs_own_alone(bounded):

@@ -114,7 +114,7 @@ def _plan_replay(files: Mapping[int, Path], folder: Path, config: EvalConfig, su
                  task_ids: Iterable[int], results: str) -> Evaluation:
     """Replays of the first ``config.episodes`` solved demonstrations of each task, checked.
 
-    ``FileNotFoundError`` if none is solved.
+    Raises ``FileNotFoundError`` if no demonstration was solved.
     """
     stored = {task_id: str(Path(path).resolve()) for task_id, path in files.items()}
     solved, content = {}, b""
@@ -128,7 +128,7 @@ def _plan_replay(files: Mapping[int, Path], folder: Path, config: EvalConfig, su
     planned = [Episode(suite, task_id, None, number)
                for task_id in task_ids for number in solved[task_id][:config.episodes]]
     if not planned:
-        raise FileNotFoundError("no demonstration is solved in "
+        raise FileNotFoundError("no demonstration was solved in "
                                 f"{', '.join(stored[task_id] for task_id in task_ids)}")
     return Evaluation(Replay(stored), {"weights": "replay", "sha256": digest(content)}, folder,
                       config, suite, planned, results)

@@ -87,6 +87,7 @@ def protocol_in_words(protocol: Mapping) -> str:
 
 
 def not_run_in_words(not_run: int, planned: int) -> str:
+    """What is said of episodes for which no time was left."""
     return (f"the session's time is up: {not_run} of {planned} episodes are not run; the same call "
             "continues")
 

@@ -123,7 +123,7 @@ class Evaluation:
             except ValueError as error:
                 raise ValueError(f"{where} is damaged: {error}") from None
             older = {"perturbation": "none", "policy": conditions.get("policy")}
-            row = {**older, **row}  # older rows have none of the two
+            row = {**older, **row}  # rows of older versions have neither
             different = differences({key: row[key] for key in conditions if key in row}, conditions)
             if different:
                 raise ValueError(f"{self.ledger} holds episodes of another policy or protocol "

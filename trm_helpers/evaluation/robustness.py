@@ -143,10 +143,10 @@ def failure_modes(episodes: Iterable[Mapping]) -> dict[str, int]:
     counts = dict.fromkeys(FAILURE_MODES, 0)
     for row in episodes:
         if not row["success"] and "lifted" in row:
-            # older rows have the objects of the goal, of which the first is to be moved
+            # rows of older versions have all objects of the goal, the one to be moved first
             to_move = row.get("objects_to_move") or row.get("goal_objects", [])[:1]
-            right = row["lifted"][:1] in [[name] for name in to_move]
-            counts[FAILURE_MODES[1 + right if row["lifted"] else 0]] += 1
+            mode = 1 + (row["lifted"][0] in to_move) if row["lifted"] else 0
+            counts[FAILURE_MODES[mode]] += 1
     return counts
 
 

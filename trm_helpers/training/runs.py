@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 
 from .. import paths, schema
-from ..config import PARTS, Config, ModelConfig, from_flat, local_settings, migrate
+from ..config import PARTS, SET_BY_TRAINING, Config, ModelConfig, from_flat, local_settings, migrate
 from ..data.dataset import LIBERODataset
 from ..data.normalize import ActionNormalizer, read_proprio
 from ..files import (
@@ -350,7 +350,7 @@ def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
 def _refuse_other_network(run: Path, described: ModelConfig) -> None:
     """Raise ``ValueError`` if config.json is about another network than policy.json."""
     trained, described = (
-        {name: value for name, value in vars(config).items() if not name.startswith("keypoint")}
+        {name: value for name, value in vars(config).items() if name not in SET_BY_TRAINING}
         for config in (load_config(run).model, described))
     if different := differences(described, trained):
         raise ValueError(f"{run}: policy.json and config.json describe different networks "

@@ -27,7 +27,7 @@ from ..files import atomic_path
 from .colours import GREEN, ORANGE, RED, SKY
 
 FPS = 10  # every second control step (20 Hz) in real time: rendering takes most of a film's time
-MAIN = 320  # pixels of a film's main view; the policy's own views have half of it
+MAIN = 320  # pixels of a film's main view; the two small views have half of it
 _TILE = 192  # pixels of an episode in a grid
 _FONT_SIZE, _LINE, _SPACING, _MARGIN = 14, 19, 6, 8  # pixels; the spacing is part of a line
 _PATIENCE = 60.0  # seconds that ffmpeg may take for a frame
