@@ -295,6 +295,19 @@ def test_a_notebook_that_reads_a_run_takes_its_path_and_writes_to_a_copy(
     assert not (paths.artifacts_dir() / "notebooks").exists()  # nothing was executed
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ({"num_episodes": 51}, "num_episodes=51.*0 to 50"),
+    ({"first_init_state": 49}, "first_init_state=49.*0 to 48 with 2 episodes"),  # the run's number
+    ({"protocol": "x"}, "protocol='x'")])
+def test_a_bad_setting_of_an_evaluation_is_refused_before_anything_runs(nb_dir, trained, given,
+                                                                        message):
+    write_notebook(nb_dir / "06_eval.ipynb", "open('ran', 'w')", parameters=PARAMETERS + "\n".join(
+        f"{name} = None" for name in ("weights", "num_episodes", "first_init_state", "protocol")))
+    with pytest.raises(ValueError, match=message):
+        run_notebook("06_eval", {"run_name": trained.name, **given})
+    assert not (nb_dir / "ran").exists() and not (trained / "notebooks").exists()
+
+
 # --- the suite -----------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -147,7 +147,12 @@ def _checked(parameters: Mapping, known: Mapping[str, str],
     checked = check_parameters(**parameters)
     if checked.get("demo_dir"):
         checked["demo_dir"] = str(paths.absolute(checked["demo_dir"]))
-    from .training.runs import find_run, is_trained, refuse_other_settings  # they read a run
+    from .training.runs import (  # they read a run
+        find_run,
+        is_trained,
+        load_config,
+        refuse_other_settings,
+    )
 
     if "weights" not in known:
         config = _configuration(checked) if "preset" in known else None
@@ -164,6 +169,9 @@ def _checked(parameters: Mapping, known: Mapping[str, str],
                                 weights=checked.get("weights") or "")
     checked |= {name: str(run) for name, run in runs.items()
                 if run.parent != paths.artifacts_dir()}
+    of_evaluation = {name: value for name, value in checked.items()
+                     if settings_by_part().get(name) == "eval" and value is not None}
+    load_config(runs["run_name"], checked.get("preset") or "demo").replace(**of_evaluation)
     return checked, Path(run_dir or runs["run_name"])
 
 
