@@ -207,6 +207,10 @@ def test_bad_input(run, monkeypatch):
     for wrong in ({"depths": [99999]}, {"depths": [1], "thresholds": [float("nan")]}):
         with pytest.raises(ValueError, match="(num_recursions|convergence_threshold)=.* not valid"):
             depth_card(run, config=CONFIG, **wrong)
+    (run / "depth.json").write_text('{"rows": [')
+    with pytest.raises(ValueError, match="depth.json"):
+        depth_card(run, [1], [], CONFIG)
+    (run / "depth.json").unlink()
     assert not (run / "depth").exists()  # nothing was played
     with pytest.raises(ValueError, match="only='fixed 7' is not valid; expected one of 'as"):
         depth_card(run, [1], [], CONFIG, only=["fixed 7"])

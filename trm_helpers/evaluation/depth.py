@@ -129,6 +129,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
             without all their episodes are left out.
     """
     run = find_run(run, to_write=True, weights=weights)
+    path = run / "depth.json"
+    before = read_json(path) if path.exists() else {}  # damaged: refused before the first episode
     trained = load_config(run)
     if trained.model.variant not in schema.RECURSIVE:
         raise ValueError(f"{run} has variant={trained.model.variant!r}, which is applied once; "
@@ -155,7 +157,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     errors: dict[str, list[float]] = {}
     with dispensable("the table of action errors"):
         errors = action_errors(source, trained, settings)
-    path, rows = run / "depth.json", {}
+    rows = {}
     conditions = {"suite": trained.data.suite, "task_ids": list(task_ids), **source.identity,
                   "trained_depth": depth, "num_episodes": config.episodes,
                   "first_init_state": config.first_init_state, "protocol": config.protocol}
@@ -170,7 +172,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
             print(f"{name}: {error}")
             continue
         if name == AS_TRAINED:
-            rows = _earlier(path, conditions, row)
+            rows = _earlier(before, conditions, row)
         else:
             test = paired_mcnemar(evaluations[AS_TRAINED].rows(), episodes)
             row |= {"gap": test["difference"], "p_value": test["p_value"]}
@@ -184,9 +186,8 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     return card
 
 
-def _earlier(path: Path, conditions: Mapping, as_trained: Mapping) -> dict[str, dict]:
+def _earlier(before: Mapping, conditions: Mapping, as_trained: Mapping) -> dict[str, dict]:
     """Rows of an earlier card by name, if it is about the same episodes of the same policy."""
-    before = read_json(path) if path.exists() else {}
     rows = {row["name"]: row for row in before.get("rows", ())}
     same = {key: before.get(key) for key in conditions} == conditions and (
         {key: rows.get(AS_TRAINED, {}).get(key) for key in NUMBERS}
