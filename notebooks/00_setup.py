@@ -21,8 +21,8 @@
 # - what a policy sends: seven numbers, 20 times per simulated second;
 # - where demonstrations come from, and why the scripted expert is pushed while it works.
 #
-# **Time**: 5 minutes to read. With preset `demo` on two CPU cores it runs for 11 minutes if it
-# collects the demonstrations, and for less than one if they exist.
+# **Time**: 5 minutes to read. With preset `demo` on two CPU cores it runs for 11 to 14 minutes if
+# it collects the demonstrations, and for less than one if they exist.
 #
 # **Needs** no other notebook. **Writes** demonstrations to the data folder and one figure to the
 # run folder (`artifacts/<run_name>/`: a run is one trained policy with all its results). The
@@ -172,9 +172,9 @@ print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f
 # Behaviour cloning imitates demonstrations. With `demos="auto"`, a task uses LIBERO's human
 # demonstrations if their file is found, and otherwise demonstrations by a scripted expert,
 # collected in the simulator. The expert is a program that knows the positions of all objects.
-# Random pushes disturb it, so that its demonstrations also show how to recover: a policy trained on
-# perfect motion alone cannot correct its first small error. `demos="human"` downloads missing human
-# files; `demos="scripted"` ignores human files.
+# Random pushes disturb it, so that its demonstrations also show how to recover; on the default
+# layout this brought no measured benefit (`docs/recursion.md`). `demos="human"` downloads missing
+# human files; `demos="scripted"` ignores human files.
 
 # %%
 try:

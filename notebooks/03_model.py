@@ -115,7 +115,7 @@ print(f"variant={model.variant!r}, hidden_dim={model.hidden_dim}, "
 # | word | in `block` | in `trm` |
 # |---|---|---|
 # | application | one pass through the block | one pass through the network `net` |
-# | cycle | | n applications for the latent, one for the answer |
+# | cycle | none | n applications for the latent, one for the answer |
 # | recursion | one application | T cycles |
 # | decision | `num_recursions` recursions, then K actions | the same |
 
@@ -357,17 +357,17 @@ print(f"On this observation the action is {distance[1]:.2f} from the final one a
 # %%
 names, localizer = load_localizer(paths.shipped("pretrained") / "spatial-looks")
 frame = torch.tensor(still).unsqueeze(0) / 255  # (1, H, W, 3)
-told = F.one_hot(torch.tensor([number]), 10).float()
+one_hot = F.one_hot(torch.tensor([number]), 10).float()
 with torch.inference_mode():
-    first = localizer.points(localizer(frame, told))  # (1, K, 2): column and row, 0 to 1
+    first = localizer.points(localizer(frame, one_hot))  # (1, K, 2): column and row, 0 to 1
     estimate = start = first + 5 / frame.shape[1]  # images are upside down
-    which, state, trail = localizer.which(told), None, [start]
+    which, state, trail = localizer.which(one_hot), None, [start]
     for _ in range(localizer.looks):
         move, state = localizer.look(crops(frame, estimate), which, state)  # pixels
         estimate = estimate + move / frame.shape[1]
         trail.append(estimate)
     trail = torch.stack(trail, dim=1)  # (1, 1 + looks, K, 2)
-    packaged = localizer.look_again(frame, told, start, localizer.looks)
+    packaged = localizer.look_again(frame, one_hot, start, localizer.looks)
     torch.testing.assert_close(trail[:, 1:], packaged)
 
 # %%

@@ -197,8 +197,8 @@ assert math.isclose(trainer.first_loss, losses[0], rel_tol=0.05)
 #
 # Training and validation loss both measure the error of the final answer and are comparable. The
 # minimised `objective` adds the terms of deep supervision, of learned halting and, with
-# `variant="act"` (Action Chunking with Transformers), of its style latent. The training loss is
-# measured on augmented samples before each update.
+# `variant="act"` (Action Chunking with Transformers), of its variational latent. The training loss
+# is measured on augmented samples before each update.
 #
 # Both losses should fall, and the validation loss should level out rather than rise. A training
 # loss far below it indicates overfitting: more demonstrations or stronger augmentation help, more
@@ -259,7 +259,7 @@ display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
 # ## Two GPUs
 #
 # With two T4s, a second seed trains on the second GPU while the policy of the first seed is
-# evaluated on the first GPU. `kaggle_all` does this; in a terminal:
+# evaluated (the first GPU only renders). `kaggle_all` does this; in a terminal:
 #
 # ```bash
 # CUDA_VISIBLE_DEVICES=1 python -m trm_helpers train demo --seed 1 --run-name demo-seed1 &
@@ -302,8 +302,8 @@ display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
 # <details><summary>Answer</summary>
 #
 # The learning rate in an epoch depends on the number of epochs planned, so training for 70 epochs
-# is not the first half of training for 140, after which the learning rate is still half of its
-# initial value. That is why `epochs` cannot be changed when a run is resumed.
+# is not the first half of training for 140, halfway through which the learning rate is still half
+# of its initial value. That is why `epochs` cannot be changed when a run is resumed.
 #
 # ```python
 # rates = [1e-6 + (config.train.lr - 1e-6)

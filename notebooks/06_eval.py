@@ -195,7 +195,7 @@ if bounds:
     print(f"Solved: {', '.join(solved.values())}. "
           + ("The task can be solved by chance." if by_chance else
              "Neither random actions nor no action solved an episode; the upper ends of their "
-             "intervals say how often they still may, and more bound_episodes lower these."))
+             "intervals bound how often they could; more bound_episodes lower them."))
 else:
     print("Not run: set bound_episodes=2 for two episodes of each baseline per task (half a minute "
           "on two CPU cores).")

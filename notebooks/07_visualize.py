@@ -287,12 +287,12 @@ print(f"With halting={profile['halting']!r}, a sample uses {profile['mean']:.2f}
 # ## Which pixels matter?
 #
 # Integrated gradients (arXiv 1703.01365) attribute the arm's first predicted action to pixels, by
-# gradients averaged on the way from a black image to this one. The maps lie over the grey image.
+# gradients averaged along the path from a black image to this one, shown over the grey image.
 # Bright pixels affect the action most; one would expect them on the gripper, the object and the
 # target, not on the wall. All cameras share one scale, so a camera with a dark map has little
 # effect at this moment. Near the object, often only the wrist camera has an effect. A map describes
-# one network: two trainings of `demo` gave the agent view 5 and 39 %. The convolutions do not reach
-# the outermost 4 of 64 pixels at two sides, where the maps are grey.
+# one network: in two trainings of `demo`, the agent view's share was 5 and 39 %. The convolutions
+# do not reach the outermost 4 of 64 pixels at two sides, where the maps are grey.
 
 # %%
 maps = explain.saliency(policy, observations)

@@ -15,7 +15,7 @@
 # films appear below. To resume in another session, attach the output of this notebook: training
 # continues from its last checkpoint, and finished episodes are not repeated.
 #
-# **Time**: about 20 minutes (preset `demo`, two CPU cores), most of them for demonstrations.
+# **Time**: 16 to 32 minutes (preset `demo`, two CPU cores), most of them for demonstrations.
 # **Needs** nothing else. **Writes** the run folder `artifacts/<run_name>/`, with `report.html`.
 
 # %% tags=["parameters"]
@@ -86,8 +86,8 @@ show_notebook(run_notebook("05_search", settings))
 # ## Two GPUs
 #
 # With two GPUs (Settings > Accelerator > GPU T4 x2), a second seed trains on the second one while
-# the policy is evaluated on the first. To compare the two seeds, run `06_eval` with `run_name` and
-# `baseline_run`. `05_search` has run one trial on each GPU.
+# the policy of the first seed is evaluated. To compare the two seeds, run `06_eval` with `run_name`
+# and `baseline_run`. `05_search` has run one trial on each GPU.
 
 # %%
 if (gpus := torch.cuda.device_count()) < 2:

@@ -142,7 +142,8 @@ def _gpus() -> str:
                                check=True, capture_output=True, text=True,
                                timeout=30).stdout.splitlines()
     return ", ".join(names) or (
-        "none; choose Settings > Accelerator > GPU T4 x2 to train in minutes instead of hours")
+        "none (the demo trains on the CPU too, in minutes); choose Settings > Accelerator > "
+        "GPU T4 x2")
 
 
 def _network() -> str:
