@@ -292,7 +292,9 @@ print(detectable(results))
 if not baseline_run:
     print("Not run: set baseline_run to the name of a run that this notebook has evaluated before; "
           "the comparison itself takes a second.")
-for baseline in [find_run(baseline_run)] if baseline_run else []:
+elif results["not_run"]:
+    print(f"Not compared with {baseline_run}: episodes are missing.")
+for baseline in [find_run(baseline_run)] if baseline_run and not results["not_run"] else []:
     test = compare_runs(run, baseline, asked["suite"], episodes=evaluation.planned)
     print(format_comparison(test, run.name, baseline.name))
     for marked in stale_episodes(baseline, asked["suite"]):

@@ -180,6 +180,11 @@ def test_training_and_evaluation_from_the_command_line(tmp_path, monkeypatch, ca
     shutil.copytree(run, run.parent / "theirs")
     assert main(["evaluate", "mine", "--against", "theirs"]) == 0
     assert "mine against theirs on 2 shared episodes: +0.0 points" in capsys.readouterr().out
+    cut_off = play(asked.pop()) | {"not_run": 1}
+    monkeypatch.setattr(Evaluation, "play", lambda _: cut_off)
+    assert main(["evaluate", "mine", "--against", "theirs"]) == 3
+    assert "not compared with theirs: episodes are missing" in capsys.readouterr().out
+    monkeypatch.setattr(Evaluation, "play", play)
     assert main(["evaluate", "mine", "--against", "mine"]) == 1
     assert "mine is the run that is evaluated" in capsys.readouterr().err
     assert main(["evaluate", "mine", "--against", "other"]) == 1 and len(asked) == 4
@@ -220,6 +225,7 @@ def test_a_setting_that_a_card_does_not_use_is_refused(trained, argv, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     (["evaluate", ""], "RUN is empty"), (["report", ""], "RUN is empty"),
     (["validate", "file", "--task-id", "9"], "--task-id 9 needs a suite"),
+    (["validate", "file", "--replays", "5"], "--replays 5 needs a suite"),
     (["validate", "none_demo.hdf5"], "none_demo.hdf5 does not exist"),
     (["validate", "none_demo.hdf5", "--suite", "libero_goal"], "none_demo.hdf5 does not exist"),
     (["validate", "/dev/null"], "is not a regular file")])

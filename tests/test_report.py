@@ -326,6 +326,16 @@ def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monke
     assert [found["alt"][:10] for found in parsed.images] == 4 * ["Last frame"]
 
 
+def test_a_film_full_of_detail_is_shown_with_a_still_of_less_quality(trained):
+    play(trained, {(0, 0): True}, filmed=[(0, 0)])
+    detailed = np.random.default_rng(1).integers(0, 256, (12, 256, 512, 3), np.uint8)
+    write_video(trained / "videos" / "0-0.mp4", detailed)
+    parsed = Page(trained)
+    assert len(films(parsed)) == 1 and "Left out" not in parsed.text
+    still = page._still(trained / "videos" / "0-0.mp4")
+    assert 10_000 < len(still) <= page._STILL_BYTES
+
+
 def test_figures_have_alt_text_and_damaged_or_foreign_files_are_left_out(trained, tmp_path):
     axes = new_axes(2, 2)
     axes.set_title("Where it looks")

@@ -86,8 +86,10 @@ class Validate:
     replays: int = 3  # demonstrations to replay
 
     def __call__(self) -> Result:
-        if self.task_id and not self.suite:
-            raise ValueError(f"--task-id {self.task_id} needs a suite; give --suite")
+        for name in ("task_id", "replays"):
+            value = getattr(self, name)
+            if not self.suite and value != getattr(Validate, name):
+                raise ValueError(f"--{name.replace('_', '-')} {value} needs a suite; give --suite")
         from .demos.quality import BAD, frame_size, quality_card
         from .sim.env import LiberoEnv
 
@@ -241,7 +243,9 @@ class Evaluate(_Rollouts):
             lines += [f"{what}  {path}" for what, path in places.items() if path.exists()]
             lines += [_next("report", self.run)]
         test = None
-        if self.against:
+        if self.against and results["not_run"]:
+            lines += [f"not compared with {self.against}: episodes are missing"]
+        elif self.against:
             test = compare_runs(self.run, self.against, planned.suite, episodes=planned.planned)
             lines += [format_comparison(test, self.run, self.against), detectable(results),
                       *stale_episodes(self.against, planned.suite)]

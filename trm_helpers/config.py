@@ -180,8 +180,8 @@ class ModelConfig(_Part):
     cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE  # pixels
     image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: images centred on 0
-    keypoints: Annotated[tuple[str, ...], Fixed] = ()  # set by training: objects to locate
-    keypoint_tasks: Annotated[int, Fixed] = 0  # set by training: the localizer's tasks
+    keypoints: Annotated[tuple[str, ...], Fixed] = ()  # set by training: what is located
+    keypoint_tasks: Annotated[int, Fixed] = 0  # set by training: number of its tasks
     looks: int = 0  # with scenes: how often the localizer looks again at its own estimates
     proprioception: bool = False  # observe joint angles, finger positions, end effector
     conditioning: Literal[schema.CONDITIONING] = "none"  # task number or instruction

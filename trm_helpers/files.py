@@ -129,6 +129,8 @@ def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
     Args:
         stop: when set, waiting ends with ``KeyboardInterrupt``.
         wait: ``False`` raises ``RuntimeError`` if another process holds the lock.
+
+    Raises ``PermissionError`` for a folder in which no file can be made, for whatever reason.
     """
     folder = Path(folder)
     try:

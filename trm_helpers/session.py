@@ -31,6 +31,7 @@ from .demos.demo_files import (
 )
 from .demos.find_demos import scripted_dir
 from .files import atomic_path, inside, read_json, read_jsonl, visible, walk
+from .stats import counted
 from .training.runs import copy_run, description, load_config
 from .training.tracking import connect
 
@@ -243,7 +244,8 @@ def _take_over(name: str, several: list[Path]) -> str:
     home = paths.artifacts_dir().joinpath(*above, paths.run_dir(run_name).name, *below)
     if home.exists():
         return (f"{name} is in {home} already ({_reached(home)}) and stays as it is; attached: "
-                f"{'; '.join(map(_reached, several))}")
+                f"{'; '.join(map(_reached, several))}; to use that, rename {home.name} and run "
+                "this cell again")
     damaged = []
     for place in sorted(several, key=lambda each: [*_progress(each).values()], reverse=True):
         settings = "search.json" if below else "config.json"
@@ -271,8 +273,7 @@ def _progress(place: Path) -> dict[str, int]:
 
 
 def _reached(place: Path) -> str:
-    return ", ".join(f"{count} {what}{'s' * (count != 1)}"
-                     for what, count in _progress(place).items())
+    return ", ".join(counted(count, what) for what, count in _progress(place).items())
 
 
 def _lines(path: Path) -> int:

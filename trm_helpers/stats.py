@@ -135,27 +135,27 @@ def format_success(summary: Mapping) -> str:
         parts.append(f"mean of {len(summary['tasks'])} tasks {100 * summary['task_mean']:.0f} %"
                      f"{resampled}")
     if summary.get("policy_errors"):
-        parts.append(f"counted as failures: {_episodes(summary['policy_errors'])} in which the "
-                     "policy raised an error or gave no valid action")
+        parts.append(f"counted as failures: {counted(summary['policy_errors'], 'episode')} in "
+                     "which the policy raised an error or gave no valid action")
     if summary.get("errors"):
-        parts.append(f"not counted: {_episodes(len(summary['errors']))} that the machine could not "
-                     "run (simulator, process or time limit)")
+        parts.append(f"not counted: {counted(len(summary['errors']), 'episode')} that the machine "
+                     "could not run (simulator, process or time limit)")
     return "; ".join(parts)
-
-
-def _episodes(count: int) -> str:
-    return f"{count} episode{'s' * (count > 1)}"
 
 
 def comparison_rows(summaries: Mapping[str, Mapping], head: str = "policy") -> list[dict]:
     """Rows of a table from summaries of :func:`summarize_episodes` by name, under this head."""
-    return [{
-        head: name,
-        "successes": f"{summary['successes']} of {summary['episodes']}",
-        "success rate (%)": round(100 * summary["success_rate"], 1),
-        "95 % Wilson interval (%)": interval_text(summary["wilson_low"], summary["wilson_high"]),
-        "mean length (steps)": round(summary["mean_length"], 1),
-    } for name, summary in summaries.items()]
+    return [{head: name, **rate_cells(summary),
+             "mean length (steps)": round(summary["mean_length"], 1)}
+            for name, summary in summaries.items()]
+
+
+def rate_cells(summary: Mapping) -> dict[str, str | float]:
+    """Successes, rate and interval of a summary as a table has them, in percent."""
+    return {"successes": f"{summary['successes']} of {summary['episodes']}",
+            "success rate (%)": round(100 * summary["success_rate"], 1),
+            "95 % Wilson interval (%)": interval_text(summary["wilson_low"],
+                                                      summary["wilson_high"])}
 
 
 def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping],

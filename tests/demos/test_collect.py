@@ -103,6 +103,22 @@ def test_an_expert_that_cannot_do_it_is_given_up(monkeypatch):
         run_attempts(monkeypatch, lambda number: None, {}, 3)
 
 
+def test_an_error_ends_the_workers_although_its_traceback_is_kept(monkeypatch):
+    """As IPython keeps it: the suspended generator is then not collected."""
+    ended = []
+
+    def jobs(job, items, **_):
+        try:
+            yield items[0], None, OSError("disk full")
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(collect, "run_jobs", jobs)
+    with pytest.raises(OSError, match="disk full") as kept:
+        run_attempts(monkeypatch, None, {}, 3)
+    assert ended and kept.tb
+
+
 @pytest.mark.parametrize("num_demos", [0, -1])
 def test_no_demonstrations_are_not_collected(tmp_path, num_demos):
     with pytest.raises(ValueError, match=f"num_demos={num_demos}"):

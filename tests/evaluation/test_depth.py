@@ -20,6 +20,7 @@ from trm_helpers.evaluation.depth import (
     plot_depth_card,
     recursion_settings,
 )
+from trm_helpers.evaluation.play import Evaluation
 from trm_helpers.evaluation.rollout import phases
 from trm_helpers.training.runs import held_out, load_policy
 from trm_helpers.visuals.explain import depth_curve
@@ -164,6 +165,21 @@ def test_rows_for_which_no_time_is_left_are_named(run, monkeypatch, capsys):
     monkeypatch.delenv("TRM_STOP_AT")
     card = depth_card(run, [1], config=CONFIG, only=["fixed 1"])
     assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 1"]
+
+
+def test_a_way_that_cannot_be_played_costs_no_other_row(run, monkeypatch, capsys):
+    play_all = Evaluation.play
+
+    def fails(evaluation):
+        if evaluation.folder.name == "fixed-4":
+            raise RuntimeError("no episode could be run")
+        return play_all(evaluation)
+
+    monkeypatch.setattr(Evaluation, "play", fails)
+    card = depth_card(run, [1, 4], [], config=CONFIG, only=["fixed 1", "fixed 4"])
+    assert [row["name"] for row in card["rows"]] == ["as trained", "fixed 1"]
+    assert "fixed 4: no episode could be run" in capsys.readouterr().out
+    assert json.loads((run / "depth.json").read_text()) == card
 
 
 def test_a_policy_that_fails_at_once_has_a_row(run, monkeypatch):

@@ -521,6 +521,35 @@ def test_bounds_for_which_no_time_is_left_are_named_and_left_out(bounded, monkey
     assert "no replay: the session's time is up; demonstrations" in capsys.readouterr().out
 
 
+def test_a_bound_that_cannot_be_played_costs_no_results(bounded, monkeypatch, capsys):
+    config = EvalConfig(num_episodes=1, bound_episodes=1, num_videos=0)
+
+    def without_states(*_):
+        raise ValueError("the demonstration has no states")
+
+    monkeypatch.setattr(baselines, "replay_demonstration", without_states)
+    assert list(play_bounds(bounded, config)) == ["no-op"]
+    assert "replay: no episode could be run; the first error" in capsys.readouterr().out
+
+    def other_settings(*_):
+        raise ValueError("collected with other settings")
+
+    monkeypatch.setattr(baselines, "demonstrations_of", other_settings)
+    assert list(baselines.plan_bounds(bounded, config)) == ["no-op"]
+    assert "no replay: collected with other settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("actor", "num_demos"), [("", 2), ("other", 5)])
+def test_no_more_demonstrations_are_collected_than_replayed(bounded, monkeypatch, actor, num_demos):
+    trained, asked = baselines.load_config(bounded).replace(actor=actor), []
+    monkeypatch.setattr(baselines, "load_config", lambda _: trained)
+    found = baselines.demonstrations_of
+    monkeypatch.setattr(baselines, "demonstrations_of", lambda run, config: (
+        asked.append(config.data.num_demos), found())[1])
+    planned = baselines.plan_bounds(bounded, EvalConfig(bound_episodes=2, num_videos=0))
+    assert asked == [num_demos] and len(planned["replay"].planned) == 2
+
+
 def test_episodes_that_an_actor_left_unsolved_are_not_replayed(bounded):
     """The upper bound of a run trained with DAgger consists of solved demonstrations."""
     (described,) = json.loads((bounded / "policy.json").read_text())["trained_on"]["files"]

@@ -84,6 +84,13 @@ def test_settings_that_change_the_loss_are_compared_by_rollouts():
         axes(SearchConfig(search_space=space, search_episodes=3, search_method="halving"))
 
 
+@pytest.mark.parametrize("given", [dict(search_lrs=(1.2345678e-4, 1.2345679e-4)),
+                                   dict(search_space="{ponder_cost: [0.12345678, 0.12345679]}")])
+def test_values_whose_trials_would_share_a_folder_are_refused(given):
+    with pytest.raises(ValueError, match="expected values that differ in their first six digits"):
+        axes(SearchConfig(**given, search_episodes=1))
+
+
 def test_values_that_do_not_go_together_are_refused_for_every_method():
     for method in ("grid", "tpe"):
         with pytest.raises(ValueError, match="hidden_dim=18.*a multiple of 4"):

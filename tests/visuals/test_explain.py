@@ -147,6 +147,8 @@ def test_predictions_show_pictures_upright():
 def test_a_sample_is_needed():
     with pytest.raises(ValueError, match="num_samples=0"):
         explain.depth_curve(FakePolicy(), FakeDataset(), num_samples=0)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        explain.analyze_model_predictions(FakePolicy(), FakeDataset(), num_samples=0)
 
 
 # --- recursion -----------------------------------------------------------------------------------

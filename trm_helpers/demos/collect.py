@@ -288,21 +288,23 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
         for task in tasks:
             if task.found == task.num_demos:  # cut off before the file was written
                 task.write()
-        for (*_, folder, number), part, error in run_jobs(
-                lambda arguments: _attempt(*arguments), attempts, workers=workers,
-                group=lambda arguments: arguments[-2],
-                wanted=lambda arguments: arguments[-2] not in given_up and minutes_left() > 0):
-            if error:
-                raise error
-            task = by_folder[folder]
-            task.attempts[number] = part
-            attempts += [new for new in task.missing() if new not in attempts]
-            bar.n = sum(task.found for task in tasks)
-            bar.refresh()
-            if reason := task.hopeless():
-                given_up[folder] = reason
-            elif task.found == task.num_demos:
-                task.write()
+        outcomes = run_jobs(
+            lambda arguments: _attempt(*arguments), attempts, workers=workers,
+            group=lambda arguments: arguments[-2],
+            wanted=lambda arguments: arguments[-2] not in given_up and minutes_left() > 0)
+        with contextlib.closing(outcomes):  # an error ends the workers too
+            for (*_, folder, number), part, error in outcomes:
+                if error:
+                    raise error
+                task = by_folder[folder]
+                task.attempts[number] = part
+                attempts += [new for new in task.missing() if new not in attempts]
+                bar.n = sum(task.found for task in tasks)
+                bar.refresh()
+                if reason := task.hopeless():
+                    given_up[folder] = reason
+                elif task.found == task.num_demos:
+                    task.write()
     short = [task for task in tasks if task.found < task.num_demos and task.parts not in given_up]
     for task in short:
         if task.found:

@@ -141,6 +141,7 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
     ``config.bound_episodes`` per task in the run's protocol, into ``bounds/<name>/`` of the suite's
     :func:`plan.evaluation_folder`; none if that is 0. The run's demonstrations, found or collected
     now, are replayed for its own suite and tasks; a run trained with a ``demo_dir`` needs it again.
+    Without usable demonstrations there is no ``replay``, and the reason is printed.
     """
     if not config.bound_episodes:
         return {}
@@ -155,21 +156,24 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
     bounds = {}
     if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
         try:
-            files = demonstrations_of(run, trained.replace(demo_dir=demo_dir))
+            needed = trained.replace(demo_dir=demo_dir)
+            if not trained.data.actor:  # whose file begins with the demonstrations before it
+                needed = needed.replace(num_demos=min(trained.data.num_demos, config.episodes))
+            files = demonstrations_of(run, needed)
             bounds["replay"] = _plan_replay(files, folder / "replay", config, suite, task_ids,
                                             results)
-        except (FileNotFoundError, TimeoutError) as error:  # none, or no time to collect them
+        except (OSError, RuntimeError, ValueError) as error:  # none, damaged, no time to collect
             print(f"no replay: {error}")
     return bounds | {name: plan_baseline(name, folder / name, config, suite, task_ids, results)
                      for name in BASELINES}
 
 
 def play_bounds(planned: Mapping[str, Evaluation]) -> dict[str, dict]:
-    """Results of :func:`plan_bounds`, without those for which no time is left in the session."""
+    """Results of :func:`plan_bounds`, without bounds that no time is left for or that fail."""
     results = {}
     for name, bound in planned.items():
         try:
             results[name] = bound.play()
-        except TimeoutError as error:
+        except (RuntimeError, TimeoutError) as error:
             print(f"{name}: {error}")
     return results

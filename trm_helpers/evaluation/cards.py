@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from ..stats import interval_text
+from ..stats import paired_mcnemar, rate_cells
 from .plan import not_run_in_words, tasks_in_words
 
 NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
@@ -22,11 +22,27 @@ def measured(results: Mapping) -> dict:
             "gap": None, "p_value": None}
 
 
+def earlier_rows(before: Mapping, conditions: Mapping, first: Mapping) -> dict[str, dict]:
+    """Rows of an earlier card by name, to be kept; only ``first`` if it is about other episodes.
+
+    Their gaps are to the first row of that card, which therefore has to have the same numbers.
+    """
+    rows = {row["name"]: row for row in before.get("rows", ())}
+    same = {key: before.get(key) for key in conditions} == conditions and all(
+        rows.get(first["name"], {}).get(key) == first[key] for key in NUMBERS)
+    return (rows if same else {}) | {first["name"]: first}
+
+
+def compared(first: Iterable[Mapping], rows: Iterable[Mapping]) -> dict[str, float]:
+    """``gap`` and ``p_value`` of a row's episodes against those of the first row."""
+    test = paired_mcnemar(list(first), list(rows))
+    return {"gap": test["difference"], "p_value": test["p_value"]}
+
+
 def cells(row: Mapping, rate: bool = False) -> dict[str, str | float]:
     """What both tables say of a row, in percent and points; ``rate`` adds the success rate."""
-    return {"successes": f"{row['successes']} of {row['episodes']}",
-            **({"success rate (%)": round(100 * row["success_rate"], 1)} if rate else {}),
-            "95 % Wilson interval (%)": interval_text(row["wilson_low"], row["wilson_high"]),
+    of_rate = rate_cells(row)
+    return {**{name: cell for name, cell in of_rate.items() if rate or "rate" not in name},
             "gap (points)": "" if row["gap"] is None else f"{100 * row['gap']:+.0f}",
             "paired p": "" if row["p_value"] is None else f"{row['p_value']:.2g}"}
 

@@ -19,7 +19,6 @@ from .. import schema
 from ..config import Config, EvalConfig, ModelConfig
 from ..files import dispensable, read_json, write_json
 from ..sim.env import LiberoEnv
-from ..stats import paired_mcnemar
 from ..training.runs import description, find_run, held_out, load_config
 from ..visuals.colours import GREY, PALETTE
 from ..visuals.figure import (
@@ -30,7 +29,7 @@ from ..visuals.figure import (
     styled,
     success_rates,
 )
-from .cards import NUMBERS, cells, measured, tasks_in_short
+from .cards import cells, compared, earlier_rows, measured, tasks_in_short
 from .plan import official_episodes, refuse_unknown_tasks
 from .play import Evaluation, TrainedPolicy
 from .rollout import PHASES, Policy
@@ -125,8 +124,9 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
         ValueError: the policy does not recurse, a depth or a threshold that is not valid, an
             unknown name in ``only``, or a policy conditioned on task numbers was not trained on one
             of ``task_ids``.
+        RuntimeError: no episode as trained could be played.
         TimeoutError: the session's time is up before the last episode as trained; other rows
-            without all their episodes are left out.
+            that fail or lack episodes are left out.
     """
     run = find_run(run, to_write=True, weights=weights)
     path = run / "depth.json"
@@ -166,17 +166,15 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
             results, episodes = evaluation.play(), evaluation.rows()
             row = {"name": name, **settings[name], **measured(results), **_thinking(episodes),
                    "action_error": errors.get(name)}
-        except TimeoutError as error:
+        except (RuntimeError, TimeoutError) as error:
             if not rows:
                 raise
             print(f"{name}: {error}")
             continue
         if name == AS_TRAINED:
-            rows = _earlier(before, conditions, row)
+            rows = earlier_rows(before, conditions, row)
         else:
-            test = paired_mcnemar(evaluations[AS_TRAINED].rows(), episodes)
-            row |= {"gap": test["difference"], "p_value": test["p_value"]}
-        rows[name] = row
+            rows[name] = row | compared(evaluations[AS_TRAINED].rows(), episodes)
     order = [*dict.fromkeys([*settings, *rows])]
     card = {"run": run.name, **conditions, "rows": [rows[name] for name in order if name in rows],
             "software": results["software"]}
@@ -184,15 +182,6 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     with dispensable("the figure of the card"):
         save_figure(plot_depth_card(card), run / "figures" / "depth_in_control.png")
     return card
-
-
-def _earlier(before: Mapping, conditions: Mapping, as_trained: Mapping) -> dict[str, dict]:
-    """Rows of an earlier card by name, if it is about the same episodes of the same policy."""
-    rows = {row["name"]: row for row in before.get("rows", ())}
-    same = {key: before.get(key) for key in conditions} == conditions and (
-        {key: rows.get(AS_TRAINED, {}).get(key) for key in NUMBERS}
-        == {key: as_trained[key] for key in NUMBERS})
-    return rows if same else {}
 
 
 def _thinking(episodes: Sequence[Mapping]) -> dict:

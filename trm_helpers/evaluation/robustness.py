@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from .. import schema
 from ..config import EvalConfig
 from ..files import dispensable, read_json, write_json
-from ..stats import detectable, paired_mcnemar
+from ..stats import detectable
 from ..training.runs import find_run, load_config
 from ..visuals.colours import BLUE, GREY, ORANGE
 from ..visuals.figure import HATCHES, describe, new_figure, save_figure, styled, success_bars
-from .cards import cells, measured, tasks_in_short
+from .cards import cells, compared, earlier_rows, measured, tasks_in_short
 from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused
 
@@ -103,12 +103,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     plain = planned.pop(PLAIN)
     results = plain.play()
     conditions = {key: results["protocol"][key] for key in _CONDITIONS}
-    rows = {PLAIN: _row(changes[PLAIN], results, plain.rows())}
-    earlier = {row["name"]: row for row in before.get("rows", ())}
-    # their gaps are to the plain episodes of that call
-    if earlier.get(PLAIN) == rows[PLAIN] and all(
-            before.get(key) == value for key, value in conditions.items()):
-        rows = earlier
+    rows = earlier_rows(before, conditions, _row(changes[PLAIN], results, plain.rows()))
     failed = {}
     for name, evaluation in planned.items():
         try:
@@ -120,8 +115,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
         if changes[name].suite != changes[PLAIN].suite or name == WIDE:  # other init states
             rows[name]["gap"] = rows[name]["success_rate"] - rows[PLAIN]["success_rate"]
         else:
-            test = paired_mcnemar(plain.rows(), evaluation.rows())
-            rows[name] |= {"gap": test["difference"], "p_value": test["p_value"]}
+            rows[name] |= compared(plain.rows(), evaluation.rows())
     card = {"run": run.name, **conditions, "rows": [rows[name] for name in changes if name in rows],
             **{key: [{"name": name, "title": changes[name].title, "reason": reason}
                      for name, reason in reasons.items()]

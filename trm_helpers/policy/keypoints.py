@@ -90,11 +90,12 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
                   f"than {schema.COLLECTION_VERSION}; remove them to render them again")
         if missing:
             render = functools.partial(_render, suite, task_id, per_demo)
-            with tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
-                      unit="scene") as bar:
-                for _, _, error in run_jobs(render, list(missing.items()),
-                                            limit=max(900.0, 10.0 * per_demo),
-                                            wanted=lambda _: minutes_left() > 0):
+            outcomes = run_jobs(render, list(missing.items()), limit=max(900.0, 10.0 * per_demo),
+                                wanted=lambda _: minutes_left() > 0)
+            with contextlib.closing(outcomes), \
+                    tqdm(total=len(missing) * per_demo, desc=f"scenes of {suite} {task_id}",
+                         unit="scene") as bar:
+                for _, _, error in outcomes:
                     if error:
                         raise error
                     bar.update(per_demo)
@@ -320,7 +321,8 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
         trained_on, measured_on: :meth:`LIBERODataset.describe` of the two splits.
 
     Raises ``ValueError`` if it could not tell two instructions apart, or if the run's localizer has
-    another number of looks than ``config.model.looks`` or saw scenes of other demonstrations.
+    another number of looks than ``config.model.looks`` or saw scenes of other demonstrations;
+    ``DemoFileError`` if they cannot be rendered; ``TimeoutError`` when the session's time is up.
     """
     path, splits = Path(run) / "locator.safetensors", (trained_on, measured_on)
     demos = [[file.get("actions") for file in split["files"]] for split in splits]  # digests

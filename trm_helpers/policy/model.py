@@ -123,8 +123,7 @@ class TRMPolicy(nn.Module):
         if self.config.conditioning == "task_id":
             parts.append(self.task_embedding(read_batch(observations, "task_id", ())))
         elif self.config.conditioning == "language":
-            language = read_batch(observations, "language", (schema.LANGUAGE_DIM,))
-            parts.append(self.language_mlp(language))
+            parts.append(self.language_mlp(self.task(observations)))
         if not self.tokens:
             return self.fuse(torch.cat(parts, dim=-1)) if len(parts) > 1 else parts[0]
         if self.style is not None:

@@ -159,14 +159,10 @@ def in_parallel(next_job: Callable[[], Callable[..., object] | None],
 
     A ``RuntimeError`` is a failed trial; any other error, or Ctrl-C, ends all threads.
     """
-    lock = threading.Lock()
-
     def work(environment: dict) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # how a notebook ends when `stop` is set
             while not stop.is_set():
-                with lock:
-                    job = next_job()
-                if job is None:
+                if (job := next_job()) is None:
                     return
                 with contextlib.suppress(RuntimeError):  # recorded in its folder
                     job(environment=environment)

@@ -53,7 +53,12 @@ def axes(search: SearchConfig) -> dict[str, tuple]:
                 f"search_space={search.search_space!r} is not valid: {name} changes what the "
                 "validation loss means, so trials can only be compared by rollouts; expected "
                 "search_episodes above 0 and a search_method other than halving")
-    return {**{name: getattr(search, values) for name, values in _LISTS.items()}, **further}
+    found = {**{name: getattr(search, values) for name, values in _LISTS.items()}, **further}
+    for name, values in found.items():
+        if len({trial_name({name: value}) for value in values}) < len(values):
+            raise ValueError(f"{name}: {', '.join(map(repr, values))} are not valid; expected "
+                             "values that differ in their first six digits, which name the trials")
+    return found
 
 
 def _further_axes(search: SearchConfig) -> dict[str, tuple]:

@@ -363,12 +363,6 @@ class LiberoEnv(contextlib.AbstractContextManager):
         """Height in metres of every movable object."""
         return {name: float(self.object_position(name)[2]) for name in self.raw.objects_dict}
 
-    def goal_objects(self) -> list[str]:
-        """Movable objects in the goal, each object to be moved before its target."""
-        named = (name for predicate in self.raw.parsed_problem["goal_state"]
-                 for name in predicate[1:])
-        return [name for name in dict.fromkeys(named) if name in self.raw.objects_dict]
-
     def objects_to_move(self) -> list[str]:
         """Movable objects that the goal places somewhere: the first of each of its predicates."""
         named = (predicate[1] for predicate in self.raw.parsed_problem["goal_state"])

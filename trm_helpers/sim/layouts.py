@@ -116,7 +116,8 @@ def _movable(env: LiberoEnv) -> list[str]:
     placed = {predicate[1]: predicate[2] for predicate in
               env.raw.parsed_problem["initial_state"] if len(predicate) == 3}
     kinds = Counter(_kind(name) for name in env.raw.objects_dict)
-    identified_by_place = {name for name in env.goal_objects() if kinds[_kind(name)] > 1}
+    named = {name for predicate in env.raw.parsed_problem["goal_state"] for name in predicate[1:]}
+    identified_by_place = {name for name in named if kinds[_kind(name)] > 1}
     regions, carrying = _surface_regions(env), set(placed.values())
     return [name for name, place in placed.items() if place in regions
             and name in env.raw.objects_dict and name not in carrying | identified_by_place]

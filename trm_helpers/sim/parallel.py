@@ -63,7 +63,7 @@ def run_jobs(job: Callable[[Any], Any], items: Sequence, *, workers: int | None 
         group: of an item, for example its task. A process takes items of its own group as long as
             there are any; then of a group without a process, else of the group with the most items
             left per process. So few environments are built. A cluster ignores it.
-        wanted: asked before an item's job begins; an item that is not wanted is dropped.
+        wanted: asked, often, of each item that waits; one that is not wanted is dropped.
         workers: single-threaded processes on this machine. ``None`` is :func:`default_workers`; 0
             runs the jobs in this process.
         cluster: address of a Dask scheduler. The cluster sets the number of workers and how often

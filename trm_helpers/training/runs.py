@@ -39,6 +39,7 @@ from ..files import (
 )
 from ..policy.model import TRMPolicy, read_weights
 from ..software import software_versions
+from ..stats import counted
 
 TRAINING_LOCK = ".training.lock"
 ANEW = "remove training_state.pt and metrics.jsonl to train from the start"
@@ -110,7 +111,7 @@ def refuse_without_state(run: Path) -> None:
     """
     epochs = len(read_jsonl(run / "metrics.jsonl"))
     if epochs > 1 or epochs and (run / "episodes.jsonl").exists():
-        raise ValueError(f"{run} has {epochs} epoch{'s' * (epochs > 1)} but no training_state.pt, "
+        raise ValueError(f"{run} has {counted(epochs, 'epoch')} but no training_state.pt, "
                          "from which training continues; expected the file beside the weights. Put "
                          "it back, choose another run_name, or remove metrics.jsonl to train from "
                          "the start")

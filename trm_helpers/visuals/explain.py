@@ -86,6 +86,8 @@ def analyze_model_predictions(policy, dataset, num_samples: int = 4, seed: int =
         (standard deviation of predictions over that of targets: well below 1 is shrinkage towards
         the mean; None if targets do not vary) and ``gripper_accuracy`` (share with the right sign).
     """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is not valid; expected >= 1")
     targets, predictions, images = [], [], []
     with evaluating(policy):
         for batch in _batches(policy, dataset, max(num_samples, num_errors), seed):
