@@ -155,10 +155,10 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
                                  perturbation="none")
     bounds = {}
     if suite == trained.data.suite and set(task_ids) <= set(trained.data.task_ids):
+        needed = trained.replace(demo_dir=demo_dir)
+        if not trained.data.actor:  # whose file begins with the demonstrations before it
+            needed = needed.replace(num_demos=max(2, min(trained.data.num_demos, config.episodes)))
         try:
-            needed = trained.replace(demo_dir=demo_dir)
-            if not trained.data.actor:  # whose file begins with the demonstrations before it
-                needed = needed.replace(num_demos=min(trained.data.num_demos, config.episodes))
             files = demonstrations_of(run, needed)
             bounds["replay"] = _plan_replay(files, folder / "replay", config, suite, task_ids,
                                             results)
