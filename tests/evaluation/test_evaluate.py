@@ -1040,5 +1040,5 @@ def test_demonstrations_are_the_upper_bound_and_chance_the_lower(small_run, monk
     assert [bound["successes"] for bound in bounds.values()] == [2, 0, 0, 0]  # 5 steps are too few
     replayed = read_jsonl(trainer.run / "bounds" / "replay" / "episodes.jsonl")
     assert all(row["steps"] > 50 and row["divergence"] < 0.01 for row in replayed)
-    assert bounds["replay"]["protocol"]["init_states"] == "demonstrations'"
+    assert bounds["replay"]["protocol"]["init_states"] == "of the demonstrations"
     assert play_bounds(trainer.run, EvalConfig()) == {}

@@ -224,8 +224,8 @@ def test_all_looks_share_their_weights_and_the_first_look_sees_half_the_size():
 
 
 @pytest.mark.parametrize("change", [
-    {"things": ["a", "b", "c"]}, {"things": "ab"}, {"things": None}, {"looks": 0}, {"looks": "6"},
-    {"looks": -1}, {"looks": None}])
+    {"keypoints": ["a", "b", "c"]}, {"keypoints": "ab"}, {"keypoints": None},
+    {"looks": 0}, {"looks": "6"}, {"looks": -1}, {"looks": None}])
 def test_a_saved_localizer_is_loaded_or_named_as_damaged(tmp_path, change):
     torch.manual_seed(0)
     localizer, images = Localizer(2, 3, 4, looks=2), torch.rand(1, 64, 64, 3)
@@ -298,8 +298,8 @@ def test_image_positions_are_of_the_stored_frame_upside_down():
                                         [NAN, NAN]])
 
 
-def write_scenes(path, frames, places, things=("red", "green")):
-    np.savez(path, frames=frames, places=places, things=np.array(things))
+def write_scenes(path, frames, places, names=("red", "green")):
+    np.savez(path, frames=frames, places=places, keypoints=np.array(names))
     return path
 
 
@@ -360,9 +360,8 @@ def test_a_run_trains_its_localizer_first(small_run, rendered, looks):
     policy = load_policy(trainer.run)
     assert policy.config.keypoints == ("green", "red")
     known = json.loads((trainer.run / "scenes.json").read_text())
-    assert known["things"] == ["green", "red"] and known["measured_on"] == 60
-    [errors_of] = [value for name, value in known.items() if name.startswith("median and 90 %")]
-    assert all(median < most for median, most in errors_of.values())
+    assert known["keypoints"] == ["green", "red"] and known["measured_on"] == 60
+    assert all(median < most for median, most in known["errors"].values())
     seen = {schema.STILL_CAMERA: torch.rand(2, 40, 40, 3), "proprio": torch.zeros(2, 12)}
     torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
     assert keypoints.predicted_keypoints(policy, seen).shape == (2, 1 + looks, 2, 2)
@@ -461,16 +460,16 @@ def test_scenes_show_randomised_layouts_with_image_positions(demonstration, caps
     [path] = render_scenes("libero_object", 0, {str(demonstration): names}, 8)
     written = path.stat().st_mtime_ns
     with np.load(path) as scenes:
-        frames, places, things = scenes["frames"], scenes["places"], list(scenes["things"])
+        frames, places, names_of = scenes["frames"], scenes["places"], list(scenes["keypoints"])
     assert frames.shape == (8, 128, 128, 3) and frames.dtype == np.uint8
-    assert things == ["object", "target", "hand"]  # the goal's objects, no others
+    assert names_of == ["object", "target", "hand"]  # the goal's objects, no others
     with open_demo_file(demonstration) as file, LiberoEnv("libero_object", 0) as env:
         env.reset()
         demo = file[schema.DATA_GROUP][names[0]]
         env.set_fixtures(demo.attrs["model_file"])
         env.set_state(demo["states"][0])
         [basket] = keypoints.image_positions(env, env.object_position("basket_1")[None])
-    shift = np.linalg.norm(places[:, things.index("target")] - basket, axis=1)
+    shift = np.linalg.norm(places[:, names_of.index("target")] - basket, axis=1)
     as_shown = shift < 0.005  # of the frame's side
     assert 0 < as_shown.sum() < len(shift)  # about half keep the layout of the demonstration
     assert shift[~as_shown].max() > 0.05

@@ -198,8 +198,8 @@ class Evaluation:
                          "settle_steps": protocol.settle_steps,
                          "settle_action": list(protocol.settle_action),
                          "init_states": ("official" if first.init_state is not None
-                                         else "drawn, wide" if first.placement == "wide"
-                                         else "demonstrations'"),
+                                         else "randomised" if first.placement == "wide"
+                                         else "of the demonstrations"),
                          "observations": "what env.step returned"},
             "software": software_versions(),
             "renderers": sorted({row["renderer"] for row in rows if row.get("renderer")}),

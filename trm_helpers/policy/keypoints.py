@@ -52,7 +52,7 @@ def render_scenes(suite: str, task_id: int, demos: Mapping[str, Sequence[str]],
     Each file, ``data/scenes/<suite>/<task>/<checksum of the demonstration>-<per_demo>.npz``, holds
     ``frames`` (n, H, W, 3) uint8, upside down as in demonstrations; ``places`` (n, K, 2), column
     and row of each keypoint from 0 to 1, also where it is occluded, NaN outside the frame; and
-    ``things``, the keypoints' names by their part in the goal (``object``, ``target``, ``object 2``
+    ``keypoints``, their names by their part in the goal (``object``, ``target``, ``object 2``
     ...) and the hand. Existing files are kept; files of another code version are reported.
 
     Args:
@@ -118,7 +118,7 @@ def _render(suite: str, task_id: int, count: int, job: tuple[Path, tuple[str, st
         frames, places = sample_scenes(env, states, count, np.random.default_rng(seed))
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, frames=frames, places=places, version=schema.COLLECTION_VERSION,
-                            things=np.array([*env.goal_parts(), HAND]))
+                            keypoints=np.array([*env.goal_parts(), HAND]))
 
 
 def sample_scenes(env: LiberoEnv, states: np.ndarray, count: int,
@@ -186,18 +186,18 @@ def load_scenes(scenes: Mapping[int, Sequence[Path]], names: Sequence[str], imag
         names: of the K keypoints; NaN is the position of one that a file lacks.
         tasks: a vector of each task; None gives None.
     """
-    frames, places, told = [], [], []
+    frames, places, asked = [], [], []
     for number, path in ((number, path) for number, files in enumerate(scenes.values())
                          for path in files):
         with _opened(path) as file:
             frames.append(resize_images(torch.from_numpy(file["frames"]), image_size))
-            stored, where = list(file["things"]), file["places"].astype(np.float32)
+            stored, where = list(file["keypoints"]), file["places"].astype(np.float32)
         where = np.pad(where, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan)
         index = [stored.index(name) if name in stored else -1 for name in names]
         places.append(torch.from_numpy(where[:, index]))
         if tasks is not None:
-            told.append(tasks[[number] * len(where)])
-    return torch.cat(frames), torch.cat(places), torch.cat(told) if told else None
+            asked.append(tasks[[number] * len(where)])
+    return torch.cat(frames), torch.cat(places), torch.cat(asked) if asked else None
 
 
 def visible_keypoints(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
@@ -206,7 +206,7 @@ def visible_keypoints(scenes: Mapping[int, Sequence[Path]]) -> list[str]:
     for path in itertools.chain(*scenes.values()):
         with _opened(path) as file:
             visible = ~np.isnan(file["places"]).all(axis=(0, 2))
-            found.update(map(str, file["things"][visible]))
+            found.update(map(str, file["keypoints"][visible]))
     return sorted(found)
 
 
@@ -350,7 +350,7 @@ def trained_localizer(run: str | Path, config: Config, trained_on: Mapping, meas
                 torch.tensor([0.5, 0.9]), dim=0).T
             save_localizer(run, localizer, names, {
                 "demonstrations": demos, "scenes": len(data[0]), "measured_on": len(held_out[0]),
-                "median and 90 % error, share of the picture's side": {
+                "errors": {  # median and 90 %, as shares of the image's side
                     name: [None if math.isnan(value) else round(value, 4) for value in row]
                     for name, row in zip(names, distance.tolist(), strict=True)}})
     names, localizer = load_localizer(run)
@@ -381,7 +381,7 @@ def _refuse_alike(config: Config, tasks: torch.Tensor | None) -> None:
 def save_localizer(folder: str | Path, localizer: Localizer, names: Sequence[str],
                    measured: Mapping) -> None:
     """Write ``scenes.json``, which holds ``measured``, and then ``locator.safetensors``."""
-    write_json(Path(folder) / "scenes.json", {"things": list(names), "looks": localizer.looks,
+    write_json(Path(folder) / "scenes.json", {"keypoints": list(names), "looks": localizer.looks,
                                               **measured})
     write_bytes(Path(folder) / "locator.safetensors", save({
         name: weight.cpu().contiguous() for name, weight in localizer.state_dict().items()}))
@@ -393,10 +393,10 @@ def load_localizer(folder: str | Path) -> tuple[tuple[str, ...], Localizer]:
     ``pretrained/spatial-looks`` knows object and target of the ten tasks of LIBERO-Spatial. Raises
     ``FileNotFoundError`` without its two files, ``ValueError`` if they are damaged.
     """
-    found = read_json(Path(folder) / "scenes.json", keys=["things"])
+    found = read_json(Path(folder) / "scenes.json", keys=["keypoints"])
     weights, _ = read_weights(Path(folder) / "locator.safetensors")
     try:
-        names = convert("things", found["things"], tuple[str, ...])
+        names = convert("keypoints", found["keypoints"], tuple[str, ...])
         looks = convert("looks", found.get("looks", 0), int)
         localizer = Localizer(len(names), *weights["known"].shape, max(looks, 0))
         localizer.load_state_dict(weights)
