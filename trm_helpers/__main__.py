@@ -427,10 +427,10 @@ def parse(argv: list[str]) -> Any:
         if wrong.code and (hints := _hints(kind, rest)):
             print("\n".join(hints), file=sys.stderr)
         if text := page.getvalue():  # tyro's usage has the options before the positional arguments
-            usage, _, rest = text.partition("\n")
+            usage, _, options = text.partition("\n")
             usage = re.sub(r" \[.*?\]", "", usage) + " [PRESET]" * takes_preset
-            rest = re.sub(r"config\.(\w+ options)", r"\1", rest)
-            _print(f"{usage} [OPTIONS]\n{rest}")
+            options = re.sub(r"config\.(\w+ options)", r"\1", options)
+            _print(f"{usage} [OPTIONS]\n{options}")
         raise
 
 

@@ -121,6 +121,17 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def writable(folder: Path) -> bool:
+    """Whether a folder can be written, or created where there is none yet."""
+    existing = nearest(folder)
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
+
+
+def nearest(path: Path) -> Path:
+    """``path`` or the nearest folder above it that exists, as far as this user may look."""
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
+
+
 @contextlib.contextmanager
 def exclusive_lock(folder: str | Path, stop: threading.Event | None = None,
                    wait: bool = True, lock: str = ".lock") -> Iterator[None]:

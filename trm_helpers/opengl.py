@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import schema
-from .files import machine, remove_leftovers, write_json
+from .files import machine, remove_leftovers, writable, write_json
 
 # Debian's names; robosuite imports OpenCV, which needs libgl1 and libglib2.0-0 in any case
 _PACKAGES = ("libegl1", "libgl1", "libgl1-mesa-dri", "libgles2", "libglib2.0-0")
@@ -301,17 +301,6 @@ def _find_home_and_cache() -> None:
         os.environ["NUMBA_CACHE_DIR"] = str(_cache_folder() / "numba")
         if "numba" in sys.modules:  # has read its environment already
             sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
-
-
-def writable(folder: Path) -> bool:
-    """Whether a folder can be written, or created where there is none yet."""
-    existing = nearest(folder)
-    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
-
-
-def nearest(path: Path) -> Path:
-    """``path`` or the nearest folder above it that exists, as far as this user may look."""
-    return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
 @functools.cache

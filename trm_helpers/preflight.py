@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import paths, schema
-from .opengl import NVIDIA_EGL, configure_gl, nearest, renders_on_cpu, writable
+from .files import nearest, writable
+from .opengl import NVIDIA_EGL, configure_gl, renders_on_cpu
 from .software import free_memory, installed_version, version_problems
 
 if TYPE_CHECKING:

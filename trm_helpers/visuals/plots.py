@@ -74,11 +74,11 @@ def plot_demo_lengths(lengths: Sequence[int], horizon: int = 0) -> Figure:
                                  f"{f'; horizon {horizon}' if horizon else ''}.")
 
 
-def _length_axes(horizon: int, counted: str, title: str) -> Axes:
+def _length_axes(horizon: int, ylabel: str, title: str) -> Axes:
     axes = new_axes(6, 3.2)
     if horizon:
         axes.axvline(horizon, color="black", linestyle=":", label=f"horizon {horizon}")
-    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)", ylabel=counted,
+    axes.set(xlabel=f"length (control steps; {schema.CONTROL_HZ} are one second)", ylabel=ylabel,
              title=title)
     count_axis(axes.yaxis)
     return axes
