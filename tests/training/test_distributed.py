@@ -53,6 +53,7 @@ def test_two_processes_give_the_losses_of_one_and_resume(train):
         assert [row[key] for row in together] == pytest.approx([row[key] for row in alone],
                                                                rel=2e-3)
     assert printed.count("2 epochs, validation loss") == 1
+    assert printed.splitlines()[0] == "waiting for all 2 processes of torchrun"
     assert train(2, "together")[0] == together  # nothing left to do
 
 

@@ -41,6 +41,9 @@ class Team:
             return
         self.device = own_device(device)
         if not dist.is_initialized():
+            if os.environ.get("RANK") == "0":  # without the others it waits long
+                print(f"waiting for all {os.environ.get('WORLD_SIZE')} processes of torchrun",
+                      flush=True)
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
 
