@@ -31,11 +31,9 @@ def written(tmp_path_factory):
     shutil.copytree(repo_root() / "docs", copy)
     names = runpy.run_path(str(SCRIPT))
     names["write"].__globals__.update(DOCS=copy)
-    names["figure"].save_figure, kept = lambda *_: None, names["figure"].save_figure
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names["figure"], "save_figure", lambda *_: None)
         names["write"]()
-    finally:
-        names["figure"].save_figure = kept
     return copy
 
 
@@ -107,7 +105,8 @@ def test_only_results_of_a_clean_commit_are_taken(publish, tmp_path, software, t
         "exactly.\n"))
 
 
-def test_a_number_that_changes_changes_the_page(publish, tmp_path):
+def test_a_number_that_changes_changes_the_page(publish, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish["figure"], "save_figure", lambda *_: None)
     path = next((tmp_path / "docs" / "results").glob("*/*.json"))
     content = json.loads(path.read_text())
     content["results"]["successes"] = 41
