@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trm_helpers import opengl, paths, schema, software
 from trm_helpers.config import from_flat
@@ -249,6 +250,15 @@ def without_names(text: str) -> str:
     return text
 
 
+def in_texts(change: Callable[[str], str], value: Any) -> Any:
+    """JSON-like ``value`` with every text but the keys changed."""
+    if isinstance(value, dict):
+        return {key: in_texts(change, content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [in_texts(change, content) for content in value]
+    return change(value) if isinstance(value, str) else value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=schema.DEVICES, default="auto")
@@ -280,10 +290,10 @@ def main() -> int:
         done = [(row, machine), *(run_step(name, step, environment)
                                   for name, step in planned.items()
                                   if not given.only or name in given.only)]
-        records = json.dumps([record for _, record in done], ensure_ascii=False)
-        records = records.replace(folder, "FOLDER")
-    write_json(given.out, {"device": device, "steps": json.loads(without_names(records))})
+        records = in_texts(lambda text: without_names(text.replace(folder, "FOLDER")),
+                           [record for _, record in done])
     print(without_names(table([check for check, _ in done])))
+    write_json(given.out, {"device": device, "steps": records})
     print(f"for a bug report: {given.out}")
     return int(any(check.status == "fail" for check, _ in done))
 

@@ -287,7 +287,9 @@ def main() -> None:
     path = given.folder / f"{given.suite}-{given.seed}.json"
     before = read_json(path) if path.exists() else {}
     settings = {name: getattr(given, name) for name in ("first_steps", "steps", "lr")}
-    if before and (other := differences({name: before[name] for name in settings}, settings)):
+    made = {**before, "split": "dev" if "dev" in before.get("splits", ()) else "test"}
+    used = {**settings, "split": given.split}
+    if before and (other := differences({name: made[name] for name in used}, used)):
         parser.error(f"{path} holds results with other settings ({other})")
     software = software_versions()  # of the code as it is now
     torch.manual_seed(given.seed)

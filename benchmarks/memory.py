@@ -44,7 +44,7 @@ from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.data.observations import read_batch
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.evaluation.rollout import run_episode
-from trm_helpers.files import append_jsonl, differences, read_jsonl, write_json
+from trm_helpers.files import append_jsonl, differences, read_json, read_jsonl, write_json
 from trm_helpers.paths import repo_root
 from trm_helpers.policy.model import GRIPPER_WEIGHT, TRMPolicy
 from trm_helpers.sim.env import LiberoEnv
@@ -283,7 +283,8 @@ def train(policy: BlinkingPolicy, condition: str, steps: Steps, updates: int, se
 def play(policies: dict[str, BlinkingPolicy], folder: Path, episodes: int) -> dict[str, list[dict]]:
     """Every arm from the same init states; each row is kept the moment its episode ends."""
     ledgers = {arm: folder / f"{arm}.jsonl" for arm in policies}
-    rows = {arm: read_jsonl(ledger) for arm, ledger in ledgers.items()}
+    rows = {arm: [row for row in read_jsonl(ledger) if row["init_state"] < episodes]
+            for arm, ledger in ledgers.items()}
     for task_id in TASKS:
         with LiberoEnv(SUITE, task_id) as env:
             for arm, policy in policies.items():
@@ -325,6 +326,7 @@ def main() -> None:
         policy = BlinkingPolicy(arm, given.condition, data, localizer, shipped.config.keypoints)
         weights = folder / f"{arm}.safetensors"
         if not weights.exists():
+            (folder / f"{arm}.jsonl").unlink(missing_ok=True)  # episodes of other weights
             took = train(policy, given.condition, steps, given.updates, given.seed)
             save_file(policy.state_dict(), weights, metadata={"seconds": f"{took:.0f}", **used})
         policy.load_state_dict(load_file(weights))
@@ -338,17 +340,23 @@ def main() -> None:
     rows = play(policies, folder, given.episodes)
     for arm, played in rows.items():
         successes = sum(row["success"] for row in played)
-        test = paired_mcnemar(rows.get("reset", played), played)
-        print(f"{arm:18} {rate_text(successes, len(played))}, "
-              f"against reset {100 * test['difference']:+.0f} points, p = {test['p_value']:.2g}")
-    write_json(given.folder / f"{given.condition}-{given.seed}.json", {
+        print(f"{arm:18} {rate_text(successes, len(played))}")
+        if arm != "reset" and "reset" in rows:
+            test = paired_mcnemar(rows["reset"], played)
+            print(f"{'':18} against reset {100 * test['difference']:+.0f} points, "
+                  f"p = {test['p_value']:.2g}")
+    path = given.folder / f"{given.condition}-{given.seed}.json"
+    before = read_json(path) if path.exists() else {}  # of other arms
+    write_json(path, {
         "kind": "memory", "software": software, "condition": given.condition, "seed": given.seed,
         "updates": given.updates, "demos": given.demos, "precision": PRECISION,
-        "seconds": seconds,
-        "parameters": {arm: sum(w.numel() for w in policy.parameters() if w.requires_grad)
-                       for arm, policy in policies.items()},
-        "arms": {arm: [{key: row[key] for key in ("task_id", "init_state", "success", "steps")}
-                       for row in played] for arm, played in rows.items()}})
+        "seconds": before.get("seconds", {}) | seconds,
+        "parameters": before.get("parameters", {}) | {
+            arm: sum(w.numel() for w in policy.parameters() if w.requires_grad)
+            for arm, policy in policies.items()},
+        "arms": before.get("arms", {}) | {
+            arm: [{key: row[key] for key in ("task_id", "init_state", "success", "steps")}
+                  for row in played] for arm, played in rows.items()}})
 
 
 if __name__ == "__main__":

@@ -186,6 +186,9 @@ def main() -> None:
     if given.before:
         compare_checkouts(given)
         return
+    if given.episodes < given.workers:
+        parser.error(f"--episodes {given.episodes}: expected at least one for each of the "
+                     f"{given.workers} workers")
     from libero.libero.envs import SubprocVectorEnv
 
     run = find_run(given.run)

@@ -285,6 +285,9 @@ def our_steps(trainer, captured: bool) -> Iterator[None]:
     """Endless steps of whole batches, one kernel at a time or as a CUDA graph."""
     trainer.policy.train()
     data, size, epoch = trainer.train_data, trainer.config.batch_size, 0
+    if len(data) < size:
+        raise ValueError(f"a batch of {size} needs as many samples; these have {len(data)}: give "
+                         "more --steps or smaller --batches")
     while True:
         for draw in data.draws(size, 0, epoch):
             if len(draw["indices"]) == size:

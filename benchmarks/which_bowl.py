@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from trm_helpers.data.augment import augment_images
-from trm_helpers.files import write_json
+from trm_helpers.files import differences, read_json, write_json
 from trm_helpers.policy.layers import Centre, RMSNorm, TransformerLayer
 from trm_helpers.software import software_versions
 from trm_helpers.stats import mcnemar_p, rate_text
@@ -189,6 +189,13 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-3)
     given = parser.parse_args()
+    path = given.folder / f"{given.seed}.json"
+    used = {"split": given.split, "updates": given.updates, "lr": given.lr}
+    if path.exists():
+        made = read_json(path)
+        made["split"] = "dev" if "dev" in made["splits"] else "test"
+        if other := differences({name: made[name] for name in used}, used):
+            parser.error(f"{path} holds results with other settings ({other})")
     software = software_versions()  # of the code as it is now
     torch.manual_seed(given.seed)
     networks = arms()
@@ -210,7 +217,7 @@ def main() -> None:
         splits[split] = {"tasks": told.tolist(), "arms": {
             name: {"right": "".join(map(str, hits.int().tolist()))}
             for name, hits in found.items()}}
-    write_json(given.folder / f"{given.seed}.json", {
+    write_json(path, {
         "kind": "which-bowl", "software": software, "suite": "own scenes", "seed": given.seed,
         "updates": given.updates, "lr": given.lr, "precision": PRECISION, "splits": splits,
         "seconds": {name: round(value) for name, value in seconds.items()},

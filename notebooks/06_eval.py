@@ -189,13 +189,14 @@ display(pd.DataFrame(episodes)[columns].sort_values(["suite", "task_id", "init_s
 bounds = play_bounds(planned_bounds)
 solved = {name: f"{name} {bound['successes']} of {bound['episodes']}"
           for name, bound in bounds.items()}
-by_chance = sum(bounds[name]["successes"] for name in ("random", "no-op") if name in bounds)
+by_chance = [bounds[name]["successes"] for name in ("random", "no-op") if name in bounds]
 if bounds:
     display(pd.DataFrame(comparison_rows({run.name: results, **bounds})))
     print(f"Solved: {', '.join(solved.values())}. "
-          + ("The task can be solved by chance." if by_chance else
+          + ("The task can be solved by chance." if any(by_chance) else
              "Neither random actions nor no action solved an episode; the upper ends of their "
-             "intervals bound how often they could; more bound_episodes lower them."))
+             "intervals bound how often they could; more bound_episodes lower them."
+             if len(by_chance) == 2 else ""))
 else:
     print("Not run: set bound_episodes=2 for two episodes of each baseline per task (half a minute "
           "on two CPU cores).")
@@ -296,12 +297,13 @@ elif results["not_run"]:
     print(f"Not compared with {baseline_run}: episodes are missing.")
 for baseline in [find_run(baseline_run)] if baseline_run and not results["not_run"] else []:
     test = compare_runs(run, baseline, asked["suite"], episodes=evaluation.planned)
-    print(format_comparison(test, run.name, baseline.name))
+    print(format_comparison(test, run.name, str(baseline_run)))
     for marked in stale_episodes(baseline, asked["suite"]):
         print(marked)
+    other = str(baseline_run) if baseline.name == run.name else baseline.name
     theirs = summarize_episodes([row for row in evaluated_episodes(baseline, asked["suite"])
                                  if Episode.of(row) in evaluation.planned and "error" not in row])
-    fig = plots.plot_success({run.name: results, baseline.name: theirs})
+    fig = plots.plot_success({run.name: results, other: theirs})
     plots.save_figure(fig, run / "figures" / "06_comparison.png")
     display(fig)
 
@@ -319,8 +321,8 @@ if robustness_episodes:
         card = robustness_card(run, changed, weights, task_ids or ())
         display(pd.DataFrame(card_rows(card)), plot_card(card))
         print("\n".join(card_notes(card)))
-    except TimeoutError as error:  # the session ends before the last plain episode
-        print(error)
+    except (RuntimeError, TimeoutError) as error:  # before the last plain episode
+        print(f"Not finished: {error}")
 else:
     print(f"Not run: set robustness_episodes={results['episodes'] // len(results['tasks'])} for as "
           "many episodes as above under each change (on two CPU cores about "

@@ -241,7 +241,10 @@ print(fig.finding)
 
 # %%
 if depth_episodes:
-    depth_card(run, config=changed, weights=weights, task_ids=task_ids or ())
+    try:
+        depth_card(run, config=changed, weights=weights, task_ids=task_ids or ())
+    except (RuntimeError, TimeoutError) as error:  # before the last episode as trained
+        print(f"Not finished: {error}")
 elif not (run / "depth.json").exists():
     print("Not run: set depth_episodes=10 (seven evaluations of ten episodes per task, about eight "
           "minutes per task on two CPU cores).")

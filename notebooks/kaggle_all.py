@@ -56,6 +56,7 @@ from trm_helpers import session
 session.begin(version)
 
 # %%
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -95,10 +96,16 @@ if (gpus := torch.cuda.device_count()) < 2:
     show_notebook(run_notebook("06_eval", settings))
 else:
     second = {**settings, "run_name": f"{settings['run_name']}-seed1", "seed": 1}
+    stop = threading.Event()
     with ThreadPoolExecutor() as pool:
-        training = pool.submit(run_notebook, "04_train", second,
+        training = pool.submit(run_notebook, "04_train", second, stop=stop,
                                environment={"CUDA_VISIBLE_DEVICES": "1"})
-        show_notebook(run_notebook("06_eval", settings, environment={"CUDA_VISIBLE_DEVICES": "0"}))
+        try:
+            show_notebook(run_notebook("06_eval", settings,
+                                       environment={"CUDA_VISIBLE_DEVICES": "0"}))
+        except BaseException:  # interrupted, or failed: the training ends too, and can be resumed
+            stop.set()
+            raise
     show_notebook(training.result())
 
 # %%

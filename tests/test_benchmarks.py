@@ -260,6 +260,16 @@ def test_the_machine_check_needs_no_user_with_a_name(monkeypatch):
     assert names["without_names"]("/proc/cpuinfo") == "/proc/cpuinfo"
 
 
+def test_the_machine_check_has_no_names_of_user_and_host_in_its_texts(monkeypatch):
+    """Whatever they are: the keys and numbers of the file stay."""
+    monkeypatch.setattr("getpass.getuser", lambda: "step")
+    monkeypatch.setattr("platform.node", lambda: "7")
+    names = runpy.run_path(str(FOLDER / "gpu_check.py"))
+    records = [{"step": "step of 7", "seconds": 7, "measured": ("7", None, "steps")}]
+    assert names["in_texts"](names["without_names"], records) == [
+        {"step": "USER of HOST", "seconds": 7, "measured": ["HOST", None, "steps"]}]
+
+
 @pytest.mark.sim
 @pytest.mark.slow
 def test_the_machine_check_measures_frames_and_training(script, tmp_path):

@@ -1,5 +1,6 @@
 """benchmarks/memory.py: what a policy sees where a camera blinks, in training as in control."""
 
+import contextlib
 import runpy
 from types import SimpleNamespace
 
@@ -101,6 +102,23 @@ def test_every_arm_learns_and_plays(steps, arm):
     for _ in range(2 * APART):
         assert policy.act(observation).shape == (7,)
     assert (policy._carry is not None) == policy.config.carry_over and policy.decision == 2
+
+
+def test_episodes_are_played_once_and_no_more_are_counted_than_asked_for(tmp_path, monkeypatch):
+    played = []
+
+    def run_episode(policy, env, init_state):
+        played.append((policy, init_state))
+        return {"success": init_state < 1, "steps": 9}
+
+    for name, fake in (("LiberoEnv", lambda *_: contextlib.nullcontext()),
+                       ("run_episode", run_episode)):
+        monkeypatch.setitem(memory.play.__globals__, name, fake)
+    memory.play({"reset": "a"}, tmp_path, 2)
+    rows = memory.play({"reset": "a", "gru": "b"}, tmp_path, 3)
+    assert [len(rows[arm]) for arm in ("reset", "gru")] == [9, 9]
+    assert len(played) == len(set(played)) * len(memory.TASKS) == 18
+    assert len(memory.play({"reset": "a"}, tmp_path, 1)["reset"]) == 3 and len(played) == 18
 
 
 def test_the_gru_is_not_larger_than_the_recursion():

@@ -182,7 +182,7 @@ def test_notebook_ends_with_two_exercises_whose_answers_assert_something(name):
 def test_kaggle_all_trains_a_second_seed_while_it_evaluates(gpus, monkeypatch, capsys):
     both, ran, displayed = threading.Barrier(2, timeout=10), [], []
 
-    def run(name, settings, environment=None):
+    def run(name, settings, environment=None, stop=None):
         if gpus > 1:
             both.wait()  # neither ends before the other has begun
         ran.append((name, settings, environment))
@@ -191,7 +191,7 @@ def test_kaggle_all_trains_a_second_seed_while_it_evaluates(gpus, monkeypatch, c
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     [cell] = [cell for cell in code(read("kaggle_all")) if "device_count" in cell]
     exec(cell, {"torch": torch, "ThreadPoolExecutor": ThreadPoolExecutor, "run_notebook": run,
-                "show_notebook": displayed.append,
+                "show_notebook": displayed.append, "threading": threading,
                 "settings": {"preset": "tiny", "run_name": "tiny"}})
     evaluation = ("06_eval", {"preset": "tiny", "run_name": "tiny"})
     if gpus < 2:
@@ -205,6 +205,25 @@ def test_kaggle_all_trains_a_second_seed_while_it_evaluates(gpus, monkeypatch, c
         assert displayed == ["06_eval", "04_train"]
     for call in ran:
         assert set(call[1]) <= set(notebook_parameters(ROOT / "notebooks" / f"{call[0]}.ipynb"))
+
+
+def test_kaggle_all_ends_the_second_training_with_a_failed_evaluation(monkeypatch):
+    begun, ended = threading.Event(), []
+
+    def run(name, settings, environment=None, stop=None):
+        if name == "06_eval":
+            begun.wait(10)
+            raise KeyboardInterrupt
+        begun.set()
+        ended.append(stop.wait(10))
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    [cell] = [cell for cell in code(read("kaggle_all")) if "device_count" in cell]
+    with pytest.raises(KeyboardInterrupt):
+        exec(cell, {"torch": torch, "ThreadPoolExecutor": ThreadPoolExecutor, "run_notebook": run,
+                    "threading": threading, "show_notebook": print,
+                    "settings": {"preset": "tiny", "run_name": "tiny"}})
+    assert ended == [True]
 
 
 # --- a run of all eight against the real simulator ----------------------------------------------

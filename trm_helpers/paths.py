@@ -13,7 +13,7 @@ KAGGLE_INPUT = _KAGGLE / "input"
 KAGGLE_WORKING = _KAGGLE / "working"
 KAGGLE_TEMPORARY = Path("/tmp/trm") if str(_KAGGLE) == "/kaggle" else _KAGGLE / "temporary"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_RESERVED = {"notebooks", "pretrained", "search", *schema.BASELINES,
+_RESERVED = {"notebooks", "pretrained", "search", "replay", *schema.BASELINES,
              *(f"{name}-{suite}" for name in schema.BASELINES for suite in schema.SUITES)}
 
 

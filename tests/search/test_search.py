@@ -420,14 +420,22 @@ def test_halving_stops_trials_outside_the_best_third(tmp_path, pretend):
 
 
 def test_halving_ranks_the_stopped_after_the_complete(tmp_path, pretend, monkeypatch):
-    monkeypatch.setattr(optuna.Trial, "should_prune",
-                        lambda trial: trial.params["num_recursions"] == 2)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number % 2 == 1)
     rows = search(tmp_path, search_method="halving", search_epochs=9, max_configs=4,
                   search_lrs=(0.1, 0.4))
-    stopped = [row for row in rows if row["num_recursions"] == 2]
-    assert all((row["state"], row["epochs"]) == ("stopped", 1) for row in stopped)
-    assert rows[len(rows) - len(stopped):] == stopped
-    assert all(row["state"] == "complete" for row in rows[:len(rows) - len(stopped)])
+    states = [(row["state"], row["epochs"]) for row in rows]
+    assert {*states} == {("complete", 9), ("stopped", 1)} and states == sorted(states)
+
+
+@pytest.mark.parametrize("method", ["tpe", "halving"])
+@pytest.mark.parametrize("longer", [dict(search_num_recursions=(1, 2, 3)),
+                                    dict(search_lrs=(0.1, 0.2))])
+def test_a_guided_search_with_longer_lists_is_another_one(tmp_path, pretend, method, longer):
+    settings = dict(search_method=method, search_lrs=(0.1,), max_configs=2, search_epochs=3)
+    rows = search(tmp_path, **settings)
+    with pytest.raises(ValueError, match="the study run belongs to a search with other settings"):
+        search(tmp_path, **{**settings, **longer, "max_configs": 3})
+    assert search(tmp_path, **settings) == rows
 
 
 @pytest.mark.parametrize("database", [False, True])

@@ -79,6 +79,10 @@ class Study:
                 refuse_others(f"the study {study.study_name}",
                               migrate(study.user_attrs.get("settings", common)), common)
                 study.set_user_attr("settings", common)
+                lists = _lists(config.search)
+                refuse_others(f"the study {study.study_name}",
+                              study.user_attrs.get("lists", lists), lists)
+                study.set_user_attr("lists", lists)
                 if url:
                     optuna.storages.fail_stale_trials(study)
                 else:  # what was under way when the process that used the file died
@@ -158,15 +162,19 @@ class Study:
                 self.study.enqueue_trial(point, skip_if_exists=True)
 
 
+def _lists(search: SearchConfig) -> dict[str, list]:
+    """The axes with a list of values, which Optuna cannot change within a study."""
+    return {name: list(values) for name, values in axes(search).items()
+            if name != "lr" or len(values) == 1}
+
+
 def _suggest(trial: optuna.Trial, search: SearchConfig) -> dict:
     """A point: any learning rate between the ends, the other settings from their lists."""
-    point = {}
-    for name, values in axes(search).items():
-        if name == "lr" and len(values) > 1:
-            rate = trial.suggest_float(name, min(values), max(values), log=True)
-            point[name] = float(f"{rate:g}")  # as in the trial's name
-        else:
-            point[name] = trial.suggest_categorical(name, values)
+    point = {name: trial.suggest_categorical(name, values)
+             for name, values in _lists(search).items()}
+    if "lr" not in point:
+        rate = trial.suggest_float("lr", min(search.search_lrs), max(search.search_lrs), log=True)
+        point = {"lr": float(f"{rate:g}"), **point}  # as in the trial's name
     return point
 
 
