@@ -59,7 +59,7 @@ EXECUTED_ACTIONS = "executed_actions"  # ours: the disturbed actions; `actions` 
 # labels of the following steps count in a chunk where a policy acted (DAgger). 0.5 moves the end
 # effector by 6.5 mm, which changes the scripted expert's next command by up to 0.09.
 LABEL_TOLERANCE = 0.5
-COLLECTION_VERSION = 4  # raise it when a seed gives other demonstrations or scenes
+COLLECTION_VERSION = 5  # raise it when a seed gives other demonstrations or scenes
 FRAME_STRIDE_ATTR = "frame_stride"  # of a demonstration: steps per rendered frame
 ALIGNMENT_ATTR = "alignment"  # ours; upstream files have none and are "shift"
 ALIGNMENTS = ("raw", "shift")

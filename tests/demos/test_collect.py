@@ -698,7 +698,7 @@ def test_a_seed_gives_the_styles_and_pushes_of_this_version():
     sent = np.array([disturbance.apply(np.zeros(7)) for _ in range(60)])
     found = schema.COLLECTION_VERSION, style.speed, style.hover, style.clearance, \
         *style.grasp_offset, np.abs(sent).sum()
-    assert found == pytest.approx((4, 0.90732042, 0.06643247, 0.03822876, -0.00104877, -0.00217024,
+    assert found == pytest.approx((5, 0.90732042, 0.06643247, 0.03822876, -0.00104877, -0.00217024,
                                    5.4289), rel=1e-4)
     assert np.flatnonzero(sent.any(axis=1)).tolist() == [16, 17, 18, 19]
 

@@ -42,7 +42,7 @@ class Still:
 class Phases(Skill):
     """An expert that stays in its phase and wants to be ``far`` metres away."""
 
-    closed = ("close", "lift")
+    closed = ("close", "lift", "lower")
     far = 0.0
     skill = property(lambda self: self)  # an expert with this skill only
 
@@ -135,6 +135,21 @@ def test_what_the_actor_has_left_nearby_does_not_hang_on_a_finger():
 def test_a_grip_that_the_actor_opened_is_closed_again_or_given_up():
     assert phase_after(in_phase("lift"), OPEN) == ("close", 0)
     assert phase_after(in_phase("lift", far=0.05), OPEN) == ("release", 0)
+
+
+@pytest.mark.parametrize("far", [0.0, 0.05])
+def test_what_the_actor_released_near_its_place_is_not_grasped_again(far):
+    assert phase_after(in_phase("lower", far=far), OPEN) == ("release", 0)
+
+
+@pytest.mark.parametrize(("height", "phase"), [(0.05, "release"), (0.07, "lift")])
+def test_what_the_actor_holds_again_is_released_or_above_its_place_carried_on(monkeypatch, height,
+                                                                              phase):
+    monkeypatch.setattr(Mixture, "_grasped", lambda mixture, skill: True)
+    monkeypatch.setattr(Mixture, "_adopt", lambda mixture, skill: setattr(skill, "phase", "lift"))
+    skill = in_phase("retreat", 2, kind=Picks)
+    skill.grasp, skill._place_point = (0.0, 0.0, -0.5), lambda: np.array([0.0, 0.0, -height])
+    assert phase_after(skill, *[CLOSED] * CLOSE_STEPS)[0] == phase
 
 
 def test_an_arm_that_somebody_else_moves_is_not_blocked():
@@ -246,6 +261,20 @@ class Grasper:
         return action if self.closes else np.append(action[:6], schema.GRIPPER_OPEN)
 
 
+class Hasty(Grasper):
+    """Opens the gripper 2 cm above the place, for one decision, and closes it again."""
+
+    def act(self, observation):
+        if self.expert is None:
+            self.expert, self.left = Expert(self.env), self.execution_horizon
+        action, skill = self.expert.act(), self.expert.skill
+        above = self.env.end_effector()[2] - skill._place_point()[2]
+        opens = skill.phase not in skill.closed or (
+            skill.phase == "lower" and above < 0.02 and self.left > 0)
+        self.left -= skill.phase == "lower" and opens
+        return np.append(action[:6], schema.GRIPPER_OPEN if opens else schema.GRIPPER_CLOSED)
+
+
 @pytest.fixture(scope="module")
 def env():
     with LiberoEnv("libero_spatial", 2) as env:
@@ -285,3 +314,17 @@ def test_labels_follow_the_scene_whoever_acts(env, closes):
     else:  # nothing is lifted before the gripper has closed
         assert to_close.sum() > 5 and labels[to_close, 2].max() < 0.3
     assert mixture._supported(mixture.expert.skill) != closes  # carried, or still on the table
+
+
+@pytest.mark.sim
+def test_a_hasty_release_is_labelled_as_a_release(env):
+    observation = layouts.reset(env, 3)
+    mixture = Mixture(env, Hasty(env), 0.0, Expert(env), np.random.default_rng(0))
+    to_close, opened = [], []
+    while len(to_close) < env.horizon and (not opened or len(to_close) < opened[0] + 8):
+        label, executed = mixture.act(observation)
+        to_close.append(label[6] > 0)
+        if any(to_close) and executed[6] < 0 and mixture.expert.skill.phase != "close":
+            opened.append(len(to_close))
+        observation, _ = env.step(executed)
+    assert opened and not any(to_close[opened[0] + 1:])

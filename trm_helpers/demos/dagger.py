@@ -25,7 +25,7 @@ from .skills import CLOSE_STEPS, Skill
 
 # In these phases the number of steps counts; in the others it only tells that the arm is blocked.
 _TIMED = ("close", "release", "retreat", "back", "away")
-_PLACED = 0.06  # metres beside the target up to which a release is right
+_PLACED = 0.06  # metres from the target up to which a release is right
 # Metres beside the vertical through the grasp in which a descent continues. The expert begins it
 # nearer to the vertical; an actor that is already on its way down would be sent up again, from
 # where the demonstrations go down.
@@ -101,9 +101,10 @@ class Mixture:
         """Set the phase to what the last step, in which the actor acted, has left of it."""
         ee, closed = self.env.end_effector(), self._closed_steps > 0
         if "close" in skill.closed and skill.phase in skill.closed and not closed:
+            placed = skill.phase == "lower" and np.linalg.norm(ee - skill._goal()) < _PLACED
             skill.phase, skill._steps_in_phase = "close", -1
-            if np.linalg.norm(ee - skill._goal()) > _NEAR:
-                skill.phase = "release"  # it has fallen
+            if placed or np.linalg.norm(ee - skill._goal()) > _NEAR:
+                skill.phase = "release"  # where it belongs, or it has fallen
         elif skill.phase == "release" and closed:
             skill._steps_in_phase = -1
         elif skill.phase not in _TIMED:
@@ -119,8 +120,10 @@ class Mixture:
                 skill.phase, skill._steps_in_phase = "descend", -1
         if isinstance(skill, PickPlace) and skill.phase != "close" \
                 and self._closed_steps >= CLOSE_STEPS and self._grasped(skill):
-            beside = np.linalg.norm((ee - skill._place_point())[:2])
-            if skill.phase != "release" or beside > _PLACED:
+            away = ee - skill._place_point()
+            if skill.phase == "retreat" and np.linalg.norm(away) < _PLACED:
+                skill.phase, skill._steps_in_phase = "release", -1  # what was placed is held again
+            elif skill.phase != "release" or np.linalg.norm(away[:2]) > _PLACED:
                 self._adopt(skill)
 
     def _supported(self, skill: PickPlace | PutInside) -> bool:
