@@ -41,14 +41,12 @@ def bowl():
     ("nearest to", [(0.3, 0), (0, 0.1), (0.2, 0)], 1),
     ("farthest from", [(0.3, 0), (0, 0.1), (0.2, 0)], 0),
     ("nearest to", [(0.12, 0), (0, 0.1)], -1),  # 2 cm apart
-    ("between", [(0.1, 0), (0.2, 0.01)], 1),
+    ("between", [(-0.1, 0), (0.2, 0.01)], 1),
     ("between", [(0.0, -0.1), (0.2, 0.2)], -1),
     ("between", [(0.2, 0), (0.2, 0.06)], -1),  # the second nearly is
 ])
 def test_an_instruction_means_one_bowl_or_none(scenes, relation, bowls, expected):
     anchors = [np.zeros(2), np.array([0.4, 0.0])]
-    if relation == "between" and expected == 1:
-        bowls = [(-0.1, 0), bowls[1]]
     assert scenes.answer(relation, anchors, np.array(bowls, float)) == expected
 
 
