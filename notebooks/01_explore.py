@@ -155,12 +155,13 @@ print(f"Standard deviations: {spread[:3].min():.2f} to {spread[:3].max():.2f} of
       f"takes the values {', '.join(f'{value:+g}' for value in np.unique(grip))} and is closed in "
       f"{100 * np.mean(grip > 0):.0f} % of the steps.")
 
-# %% [markdown] What does the robot do at each moment? The figure shows the actions of the first
-# demonstration over time. Its phases follow from the gripper command: `reach` while the gripper is
-# open, `grasp` while it closes (8 steps), `carry` while it stays closed, `place` for 12 steps after
-# it opens again. A gripper that opens after fewer than 24 steps had no hold, and the arm reaches
-# again. The task counts as solved as soon as the object is where it belongs, so a demonstration may
-# end before the gripper opens.
+# %% [markdown]
+# What does the robot do at each moment? The figure shows the actions of the first demonstration
+# over time. Its phases follow from the gripper command: `reach` while the gripper is open, `grasp`
+# while it closes (8 steps), `carry` while it stays closed, `place` for 12 steps after it opens
+# again. A gripper that opens after fewer than 24 steps had no hold, and the arm reaches again. The
+# task counts as solved as soon as the object is where it belongs, so a demonstration may end before
+# the gripper opens.
 #
 # Grey marks steps in which the arm was pushed: a random command was executed in place of the
 # expert's. The figure shows the expert's commands, which respond to the push from wherever it has

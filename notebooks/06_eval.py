@@ -297,10 +297,10 @@ elif results["not_run"]:
     print(f"Not compared with {baseline_run}: episodes are missing.")
 for baseline in [find_run(baseline_run)] if baseline_run and not results["not_run"] else []:
     test = compare_runs(run, baseline, asked["suite"], episodes=evaluation.planned)
-    print(format_comparison(test, run.name, str(baseline_run)))
+    other = str(baseline_run) if baseline.name == run.name else baseline.name
+    print(format_comparison(test, run.name, other))
     for marked in stale_episodes(baseline, asked["suite"]):
         print(marked)
-    other = str(baseline_run) if baseline.name == run.name else baseline.name
     theirs = summarize_episodes([row for row in evaluated_episodes(baseline, asked["suite"])
                                  if Episode.of(row) in evaluation.planned and "error" not in row])
     fig = plots.plot_success({run.name: results, other: theirs})

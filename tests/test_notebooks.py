@@ -77,6 +77,14 @@ def test_notebook_is_what_its_source_says_without_outputs(name):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_no_text_stands_in_the_head_of_a_cell(name):
+    """It would be the cell's title, which a notebook does not show."""
+    source = (ROOT / "notebooks" / f"{name}.py").read_text()
+    assert set(re.findall(r"^# %%(.*)$", source, re.MULTILINE)) <= {
+        "", " [markdown]", ' tags=["parameters"]'}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_defines_nothing_and_keeps_cells_short(name):
     cells = code(read(name))

@@ -244,8 +244,8 @@ def _take_over(name: str, several: list[Path]) -> str:
     home = paths.artifacts_dir().joinpath(*above, paths.run_dir(run_name).name, *below)
     if home.exists():
         return (f"{name} is in {home} already ({_reached(home)}) and stays as it is; attached: "
-                f"{'; '.join(map(_reached, several))}; to use that, rename {home.name} and run "
-                "this cell again")
+                f"{'; '.join(map(_reached, several))}; to use the attached one, rename that folder "
+                "and run this cell again")
     damaged = []
     for place in sorted(several, key=lambda each: [*_progress(each).values()], reverse=True):
         settings = "search.json" if below else "config.json"

@@ -42,7 +42,9 @@ def compared(first: Iterable[Mapping], rows: Iterable[Mapping]) -> dict[str, flo
 def cells(row: Mapping, rate: bool = False) -> dict[str, str | float]:
     """What both tables say of a row, in percent and points; ``rate`` adds the success rate."""
     of_rate = rate_cells(row)
-    return {**{name: cell for name, cell in of_rate.items() if rate or "rate" not in name},
+    if not rate:
+        del of_rate["success rate (%)"]
+    return {**of_rate,
             "gap (points)": "" if row["gap"] is None else f"{100 * row['gap']:+.0f}",
             "paired p": "" if row["p_value"] is None else f"{row['p_value']:.2g}"}
 
