@@ -93,6 +93,15 @@ def test_the_environment_can_only_restrict_the_mode(monkeypatch, variable, asked
     assert allowed_mode(asked) == mode
 
 
+@pytest.mark.parametrize(("value", "mode"), [
+    ("true", "disabled"), (" True ", "disabled"), ("1", "disabled"), ("", "online"),
+    ("false", "online"), ("0", "online")])
+def test_wandb_can_be_disabled_by_its_own_variable(monkeypatch, value, mode):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    assert allowed_mode("online") == mode
+
+
 @pytest.mark.parametrize("url", ["api.wandb.ai", "localhost:8080", "https://"])
 def test_an_address_without_a_host_is_refused(url):
     with pytest.raises(ConnectionError, match=f"'{url}' is no address like https://"):

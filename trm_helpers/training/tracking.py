@@ -29,7 +29,7 @@ class Tracker:
     """Log one row per epoch to W&B; :meth:`close` waits up to 15 seconds for the upload.
 
     Args:
-        mode: ``disabled``, ``offline`` or ``online``; ``$WANDB_MODE`` can only restrict it.
+        mode: ``disabled``, ``offline`` or ``online``, restricted as in :func:`allowed_mode`.
         settings: JSON values: ``project``, ``name``, ``dir`` and ``config``.
     """
 
@@ -81,7 +81,9 @@ class Tracker:
 
 
 def allowed_mode(asked: str) -> str:
-    """The requested mode, or ``$WANDB_MODE`` if more restrictive."""
+    """The requested mode, or ``$WANDB_MODE`` if more restrictive; ``$WANDB_DISABLED`` disables."""
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes", "on"):
+        return "disabled"
     given = os.environ.get("WANDB_MODE", "").strip().lower()
     given = {"": "online", "run": "online", "dryrun": "offline"}.get(given, given)
     if given not in WANDB_MODES:
