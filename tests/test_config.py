@@ -230,9 +230,9 @@ def test_every_option_is_accepted(name, option):
 
 def test_all_settings_with_options_are_known():
     assert OPTIONS == ["alignment", "augmentation", "cameras", "conditioning", "demos", "device",
-                       "gripper", "halting", "image_activation", "loss", "normalize_actions",
-                       "perturbation", "placement", "precision", "protocol", "search_method",
-                       "storage", "suite", "variant", "wandb_mode"]
+                       "gripper", "halting", "head_activation", "image_activation", "loss",
+                       "normalize_actions", "perturbation", "placement", "precision", "protocol",
+                       "search_method", "storage", "suite", "variant", "wandb_mode"]
     assert "colour" in WITH_OPTIONS["augmentation"]
 
 

@@ -179,7 +179,8 @@ class ModelConfig(_Part):
     gripper: Literal[schema.GRIPPERS] = "continuous"  # head of the gripper's command
     cameras: tuple[Literal[tuple(schema.CAMERAS)], ...] = ("agentview_rgb",)
     image_size: int = schema.IMAGE_SIZE  # pixels
-    image_activation: Literal[schema.IMAGE_ACTIVATIONS] = "relu"  # silu: images centred on 0
+    image_activation: Literal[schema.ACTIVATIONS] = "relu"  # silu: images centred on 0
+    head_activation: Literal[schema.ACTIVATIONS] = "relu"  # of the action head's hidden layer
     keypoints: Annotated[tuple[str, ...], Fixed] = ()  # set by training: what is located
     keypoint_tasks: Annotated[int, Fixed] = 0  # set by training: number of its tasks
     looks: int = 0  # with scenes: how often the localizer looks again at its own estimates

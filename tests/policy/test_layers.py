@@ -11,6 +11,7 @@ from trm_helpers.config import ModelConfig
 from trm_helpers.policy import model
 from trm_helpers.policy.layers import (
     STYLE_DIM,
+    ActionHead,
     TokenEncoder,
     TransformerLayer,
     VisualEncoder,
@@ -495,3 +496,13 @@ def test_variants_overfit_a_batch(settings):
         optimizer.step()
         errors.append(parts["action"].item())
     assert errors[-1] < 0.55 * errors[0]  # one answer for all samples is at 0.63
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_hidden_unit_of_the_head_that_is_off_learns_only_with_silu(activation):
+    head = ActionHead(ModelConfig(hidden_dim=8, head_activation=activation))
+    torch.nn.init.constant_(head.hidden.bias, -3.0)  # off for all inputs, as after one large update
+    torch.nn.init.zeros_(head.hidden.weight)
+    actions, _ = head(torch.randn(4, 8))
+    actions.sum().backward()
+    assert bool(head.hidden.bias.grad.abs().sum() > 0) == (activation == "silu")

@@ -142,7 +142,8 @@ class ActionHead(nn.Module):
     """Features to normalised actions (B, K, 7) and the logits of a gripper with its own loss.
 
     Features (B, D) give K actions at once, features (B, K, D) one action each with shared weights:
-    linear D-D, ReLU, linear. The gripper is the seventh output or the expected value, in (-1, 1),
+    linear D-D, ``head_activation``, linear. The gripper is the seventh output or the expected
+    value, in (-1, 1),
 
     - ``"classifier"``: of a softmax over (open, closed), logits (B, K, 2);
     - ``"binary"``: of a sigmoid for closed, logits (B, K, 1).
@@ -157,6 +158,7 @@ class ActionHead(nn.Module):
         self.chunk = config.chunk if config.variant == "block" else 1  # actions per feature vector
         self.num_experts = 1
         self.hidden = nn.Linear(dim, dim)
+        self.activation = {"relu": F.relu, "silu": F.silu}[config.head_activation]
         self.gate = self.gripper = None
         width = schema.ACTION_DIM
         if config.gripper in ("classifier", "binary"):
@@ -169,7 +171,7 @@ class ActionHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, flat = len(features), features.flatten(0, -2)
-        hidden = F.relu(self.hidden(flat))
+        hidden = self.activation(self.hidden(flat))
         experts = rearrange(
             self.output(hidden).float(), "b (e k a) -> b e k a", e=self.num_experts, k=self.chunk
         )
