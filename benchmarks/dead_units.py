@@ -1,11 +1,12 @@
-"""How much of its image encoders a policy uses: docs/results.md.
+"""How much of its image encoders and its action head a policy uses: docs/results.md.
 
     python benchmarks/dead_units.py RUN RUN ...
 
-For each camera of each run, over 512 training observations: channels of the last convolution that
-are off (within 0.001 of zero) everywhere in every image; the spread of the encoding between images
-(standard deviation divided by root mean square); and the mean absolute change of the arm's
-commands, which lie in -1 to 1, when observations exchange this camera's images.
+For each run, over 512 training observations: hidden units of the action head that are off (within
+0.001 of zero) in all of them. For each of its cameras: channels of the last convolution that are
+off everywhere in every image; the spread of the encoding between images (standard deviation divided
+by root mean square); and the mean absolute change of the arm's commands, which lie in -1 to 1, when
+observations exchange this camera's images.
 """
 
 import argparse
@@ -29,8 +30,12 @@ def lines(run: str) -> list[str]:
     train, _ = LIBERODataset.from_config(demonstrations_of(folder, config),
                                          dataclasses.replace(config, data=data))
     observations = next(iter(train.batches(_PICTURES, 0, 0)))["observations"]
-    policy, rows = load_policy(run), []
+    policy, rows, features = load_policy(run), [], []
+    hook = policy.head.hidden.register_forward_hook(lambda _, __, out: features.append(out))
     before = policy(observations)[..., :schema.ARM_DIM]
+    hook.remove()
+    off = (policy.head.activation(features[0].flatten(0, -2)).abs() < _OFF).all(0)
+    rows.append(f"| {run} | action head | {int(off.sum())} of {len(off)} | – | – |")
     for camera, encoder in policy.encoders.items():
         maps = []
         hook = encoder.convolutions.register_forward_hook(
@@ -52,7 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print("| run | camera | channels always off | spread of the encoding "
+    print("| run | part | units always off | spread of the encoding "
           "| change of the action |\n|---|---|---|---|---|")
     for run in given.runs:
         print(*lines(run), sep="\n", flush=True)

@@ -38,6 +38,8 @@ POLICIES = {
     # at the learning rate of the others, 1e-3, so deep a network stays at the mean action
     "transformer, equal depth, untied": dict(_TOKENS, variant="transformer",
                                              num_layers=_LAYERS, lr=1e-4),
+    "block, depth 4, SiLU in the head": dict(variant="block", num_recursions=4,
+                                             head_activation="silu"),
     # the reference's image encoders: many of their units die
     "block, depth 4, relu": dict(variant="block", num_recursions=4, image_activation="relu"),
     "trm, relu": dict(_TRM, image_activation="relu"),
