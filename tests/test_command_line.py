@@ -350,3 +350,15 @@ def test_a_run_from_elsewhere_chooses_no_cluster_and_no_workers(trained):
         assert (given.cluster, given.eval_workers) == ("", 1)
         assert given.horizon == 17  # the run's own
         assert parse([command, "small", "--cluster", "tcp://mine:1"]).eval.cluster == "tcp://mine:1"
+
+
+def test_a_stop_that_is_no_time_is_refused_before_the_work(monkeypatch, capsys):
+    monkeypatch.setenv("TRM_STOP_AT", "abc")
+    assert main(["train", "tiny", "--run-name", "x"]) == 1
+    assert "TRM_STOP_AT='abc' is not valid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_as_good_as_none(monkeypatch, stream):
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["report", "nobody"]) == 1

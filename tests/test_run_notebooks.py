@@ -251,6 +251,8 @@ def test_relative_folders_mean_those_of_the_caller(nb_dir, monkeypatch, tmp_path
     monkeypatch.setenv("TRM_ARTIFACTS_DIR", "rel")
     monkeypatch.delenv("TRM_DATA_DIR")
     monkeypatch.setattr(paths, "repo_root", Path.cwd)  # as with an installed wheel
+    checked, _ = notebooks._checked({"preset": "tiny", "more": {"demo_dir": "human"}}, {"more": ""})
+    assert checked["more"]["demo_dir"] == str(tmp_path / "human")
     done = run_notebook("04_train", {"run_name": 20240101, "demo_dir": "human"})
     assert done == tmp_path / "rel" / "20240101" / "notebooks" / "04_train.ipynb"
     assert json.loads((nb_dir / "said.json").read_text()) == {

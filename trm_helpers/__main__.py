@@ -34,6 +34,7 @@ from .config import (
     parse_parameter,
     types_of,
 )
+from .software import minutes_left
 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
 Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
@@ -518,8 +519,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     argv = [argument for argument in argv if argument != "--json"]
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell: 2>&-
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     try:
         command = parse(argv)
+        minutes_left()  # refuses a bad TRM_STOP_AT before the work
         if getattr(command, "run", None) == "":
             raise ValueError("RUN is empty; expected a run under artifacts/, such as demo")
         if isinstance(command, (Search, Run)):

@@ -145,8 +145,9 @@ def _checked(parameters: Mapping, known: Mapping[str, str],
     Raises ``ValueError`` for values that the notebook would refuse.
     """
     checked = check_parameters(**parameters)
-    if checked.get("demo_dir"):
-        checked["demo_dir"] = str(paths.absolute(checked["demo_dir"]))
+    for given in (checked, checked.get("more") or {}):
+        if given.get("demo_dir"):
+            given["demo_dir"] = str(paths.absolute(given["demo_dir"]))
     from .training.runs import (  # they read a run
         find_run,
         is_trained,
@@ -249,7 +250,7 @@ def run_suite(preset: str, run_name: str | None = None, **parameters) -> Path:
         RuntimeError: preflight or a notebook failed, or the demo solved its task less often than
             :data:`DEMO_FLOOR`.
     """
-    started = float(os.environ.get("TRM_STARTED_AT", time.time()))
+    started = float(os.environ.get("TRM_STARTED_AT") or time.time())
     settings = {"preset": preset, "run_name": run_name or preset, **parameters}
     known = {path: notebook_parameters(path) for path in suite_notebooks()}
     _refuse_unknown(settings, known)

@@ -1,8 +1,12 @@
+import contextlib
+import json
+
 import h5py
 import pytest
 from demo_files import SCRIPTED, small
 
 from trm_helpers import paths
+from trm_helpers.demos import find_demos
 from trm_helpers.demos.demo_files import DemoFileError, source_of
 from trm_helpers.demos.find_demos import (
     find_demonstrations,
@@ -10,6 +14,7 @@ from trm_helpers.demos.find_demos import (
     left_out_text,
     survey_demonstrations,
 )
+from trm_helpers.sim.env import Task
 
 
 def found_in(folders, *tasks, **settings):
@@ -201,3 +206,30 @@ def test_a_good_file_of_another_source_leaves_the_task_without_one(tmp_path):
     assert found == {} and left_out[good] == "scripted, not human"
     with pytest.raises(FileNotFoundError, match=f"{bad} .unusable: truncated"):
         find_demonstrations([tmp_path], ["soup"], sources=["human"])
+
+
+TASK = Task("libero_object", 0, "soup", "pick up the soup", "soup.bddl")
+
+
+@pytest.mark.parametrize(("settings", "problem"), [
+    ({"suite": "libero_object", "task_id": 0}, ""),
+    ({"suite": "libero_object", "task_id": 1}, "libero_object, task 1; expected those of"),
+    ({"suite": "libero_goal", "task_id": 0}, "libero_goal, task 0; expected those of")])
+def test_a_scripted_file_of_another_task_is_refused(tmp_path, monkeypatch, settings, problem):
+    monkeypatch.setattr(find_demos, "written_instruction", lambda _: "pick up the soup")
+    path = small(tmp_path / "soup_demo.hdf5", collection={**SCRIPTED, **settings})
+    with pytest.raises(DemoFileError, match=problem) if problem else contextlib.nullcontext():
+        assert find_demos.other_task(path, TASK) == ""
+
+
+@pytest.mark.parametrize(("instruction", "said"), [
+    ("Pick up the soup.", False), ("take the soup", False), ("", False), ("open the drawer", True)])
+def test_a_file_with_the_instruction_of_another_task_is_named(tmp_path, monkeypatch, instruction,
+                                                              said):
+    monkeypatch.setattr(find_demos, "written_instruction", lambda _: "take the soup")
+    path = small(tmp_path / "soup_demo.hdf5")
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+    found = find_demos.other_task(path, TASK)
+    assert ("'open the drawer', that of libero_object, task 0, is 'pick up the soup'" in found
+            if said else found == "")

@@ -539,6 +539,11 @@ def test_a_bound_that_cannot_be_played_costs_no_results(bounded, monkeypatch, ca
     assert "no replay: collected with other settings" in capsys.readouterr().out
 
 
+def test_a_folder_of_demonstrations_that_is_none_is_refused(run):
+    with pytest.raises(FileNotFoundError, match="demo_dir='/no/such/folder' is not a folder"):
+        baselines.plan_bounds(run, EvalConfig(bound_episodes=1), demo_dir="/no/such/folder")
+
+
 @pytest.mark.parametrize(("actor", "num_demos"), [("", 2), ("other", 5)])
 def test_no_more_demonstrations_are_collected_than_replayed(bounded, monkeypatch, actor, num_demos):
     trained, asked = baselines.load_config(bounded).replace(actor=actor), []
@@ -661,6 +666,15 @@ def test_rows_carry_the_digest_of_what_was_loaded(run, monkeypatch):
     source = play.TrainedPolicy(run, "best", before)  # as another process gets it
     with pytest.raises(RuntimeError, match="best.safetensors was replaced while it was evaluated"):
         source.make()
+
+
+def test_results_of_another_description_are_marked(trained):
+    source = play.TrainedPolicy.load(trained, "best")
+    assert source.policy and compare.stale(trained, source.identity) == ""
+    described = (trained / "policy.json").read_text()
+    (trained / "policy.json").write_text(
+        described.replace('"execution_horizon": 1', '"execution_horizon": 2'))
+    assert f"another policy.json ({source.policy}) than" in compare.stale(trained, source.identity)
 
 
 def test_results_of_older_weights_are_marked(run, capsys):

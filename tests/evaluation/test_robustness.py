@@ -234,8 +234,9 @@ def test_a_change_that_was_played_otherwise_is_refused_before_the_first_episode(
     robustness_card(run, CONFIG, only=["noise"])  # which has nothing to do with it
 
 
-def test_a_damaged_card_is_named_before_the_first_episode(run):
-    (run / "robustness.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", '{"rows": 3}', '{"rows": [1]}', '{"rows": [{}]}'])
+def test_a_damaged_card_is_named_before_the_first_episode(run, content):
+    (run / "robustness.json").write_text(content)
     with pytest.raises(ValueError, match="robustness.json is damaged"):
         robustness_card(run, CONFIG, only=["noise"])
     assert not (run / "robustness").exists()

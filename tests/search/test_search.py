@@ -366,6 +366,22 @@ def test_a_guided_search_continues(tmp_path, pretend):
     assert losses == sorted(losses)
 
 
+def test_a_search_that_has_just_begun_keeps_its_folder(tmp_path):
+    config = from_flat("tiny", **SETTINGS)
+    folder = searches.claim(config, tmp_path / "run")
+    with exclusive_lock(folder / "a-trial"):
+        assert searches.claim(config, tmp_path / "run") == folder
+        with pytest.raises(RuntimeError, match="another process works in .*a-trial"):
+            searches.claim(config.replace(batch_size=8), tmp_path / "run")
+    assert load_batch_size(folder) == config.train.batch_size
+    searches.claim(config.replace(batch_size=8), tmp_path / "run")
+    assert load_batch_size(folder) == 8
+
+
+def load_batch_size(folder):
+    return json.loads((folder / "search.json").read_text())["train"]["batch_size"]
+
+
 def test_no_worker_is_sent_away_while_another_trial_begins(tmp_path, pretend):
     config = from_flat("tiny", **SETTINGS, search_method="tpe", max_configs=2)
     folder = searches.claim(config, tmp_path / "run")

@@ -54,6 +54,11 @@ def test_a_trial_runs_in_a_notebook_once_per_epoch_asked_for(tmp_path):
     assert further["val_losses"] == [2.0, 1.0, 2 / 3, 0.5]
     notebook.unlink()  # what was measured is not run again
     assert run_trial(notebook, parameters, tmp_path / "t") == first
+    said = r"t belongs .* \(hidden_dim: 8 there, 9 now; loss: preset's there, 'l1' now\)"
+    with pytest.raises(ValueError, match=said):  # of another search, which ran beside this one
+        run_trial(notebook, {**parameters, "more": {"hidden_dim": 9}, "loss": "l1"}, tmp_path / "t")
+    elsewhere = {**parameters, "num_threads": 7}
+    assert run_trial(notebook, elsewhere, tmp_path / "t") == first
     record = read_trial(tmp_path / "t")
     assert record["rungs"] == [first, further] and record["parameters"]["lr"] == 2.0
     assert (tmp_path / "t" / "notebooks" / "04_train.ipynb").exists()

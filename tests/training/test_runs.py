@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trm_helpers import files, paths
 from trm_helpers.config import from_flat, local_settings, settings_by_part
@@ -378,6 +379,14 @@ def test_the_digest_is_of_the_bytes_that_were_loaded(trained, monkeypatch):
     assert load_policy(trained).sha256 == hashlib.sha256(content).hexdigest()[:16]
 
 
+def test_weights_that_are_not_finite_are_refused(trained):
+    weights = load_file(trained / "best.safetensors")
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_weights(trained, weights, "best")
+    with pytest.raises(ValueError, match="best.safetensors is damaged: .* is not finite"):
+        load_policy(trained)
+
+
 def test_damaged_and_foreign_weights_are_refused(trained):
     best = trained / "best.safetensors"
     whole = best.read_bytes()
@@ -456,6 +465,7 @@ def test_file_modes_follow_the_umask(trained):
     ("config.json", b"{}", load_config), ("config.json", b'{"data": ', load_config),
     ("config.json", b"\xff\xfe", load_config),
     ("config.json", b'{"data": 3, "model": {}, "train": {}}', load_config),
+    ("config.json", b'{"data": [], "model": {}, "train": {}}', load_config),
     ("config.json", b'{"data": {"suite": 3}, "model": {}, "train": {}}', load_config),
     ("policy.json", b"", load_policy), ("policy.json", b"3", load_policy),
     ("policy.json", b'{"model": {}}', load_policy),
@@ -504,7 +514,8 @@ def test_damaged_statistics_are_refused(trained, part, name, value, problem):
         load_policy(trained)
 
 
-@pytest.mark.parametrize("trained_on", [{}, [], None])
+@pytest.mark.parametrize("trained_on", [
+    {}, [], None, {"files": 3}, {"files": [1]}, {"files": [{}]}])
 def test_an_error_names_a_description_without_files(trained, trainer, trained_on):
     described = json.loads((trained / "policy.json").read_text())
     (trained / "policy.json").write_text(json.dumps({**described, "trained_on": trained_on}))
@@ -551,6 +562,17 @@ def test_an_error_names_a_truncated_training_state(trained, content):
     path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(ValueError, match="training_state.pt is damaged"):
         load_training_state(trained)
+
+
+@pytest.mark.parametrize(("key", "value", "problem"), [
+    ("epoch", "1", "concatenate str"), ("rows", [{}], "epoch"), ("epoch", 1, "rows of the epochs"),
+    ("generator", torch.zeros(3, dtype=torch.uint8), "size"),
+    ("policy", {"a": torch.zeros(2)}, "state_dict")])
+def test_a_state_that_does_not_fit_is_named(trained, trainer, key, value, problem):
+    state = load_training_state(trained)
+    torch.save({**state, key: value}, trained / "training_state.pt")
+    with pytest.raises(ValueError, match=rf"training_state.pt is damaged .*{problem}"):
+        trainer.fit()
 
 
 def test_a_trained_run_without_its_state_is_not_trained_again(trained, trainer):

@@ -297,6 +297,14 @@ def test_a_folder_overwritten_by_another_run_is_refused(small_run, tmp_path):
             train.BehaviorCloningTrainer.from_config(first, {0: tmp_path / "soup_demo.hdf5"}, run)
 
 
+def test_a_folder_overwritten_before_the_first_step_is_refused(small_run):
+    first = small_run("run", lr=0.5)
+    small_run("run", lr=0.25)
+    with pytest.raises(ValueError, match="other settings .lr: 0.25 there, 0.5 now"):
+        first.fit()
+    assert not (first.run / "last.safetensors").exists()
+
+
 def removed(path):
     path.unlink()
 

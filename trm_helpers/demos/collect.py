@@ -41,6 +41,7 @@ from .demo_files import (
     DemoFileError,
     check_demo_file,
     demo_names,
+    files_trained_on,
     json_attribute,
     open_demo_file,
     source_of,
@@ -51,6 +52,7 @@ from .find_demos import (
     find_demonstrations,
     human_demonstrations,
     left_out_text,
+    other_task,
     scripted_dir,
     survey_demonstrations,
 )
@@ -323,7 +325,7 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     With ``demo_dir`` no other folder is searched, and nothing is collected or downloaded.
     Otherwise ``demos="auto"`` uses human demonstrations of the tasks that have any and scripted
     ones of the others, and with ``config.data.actor`` all tasks have its file. Prints one line for
-    each kind.
+    each kind, and one for each file that may be of another task or of another version.
 
     Args:
         actor: of :func:`evaluation.actor.actor_of`, to collect with; without it only complete
@@ -340,7 +342,9 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
                               frame_stride=data.frame_stride)
     else:
         files = _find_or_collect(data)
-    for note in version_notes(files.values()):
+    of_others = (other_task(path, load_task(data.suite, task_id))
+                 for task_id, path in files.items())
+    for note in (*filter(None, of_others), *version_notes(files.values())):
         print(note)
     return files
 
@@ -393,7 +397,8 @@ def demonstrations_of(run: Path, config: Config) -> dict[int, Path]:
     if given and not config.data.demo_dir:
         raise FileNotFoundError(f"{run} was trained with demo_dir={given!r}; expected demo_dir, "
                                 "the folder with these demonstrations on this machine")
-    trained_on = read_json(run / "policy.json", keys=["trained_on.files"])["trained_on"]["files"]
+    path = run / "policy.json"
+    trained_on = files_trained_on(path, read_json(path, keys=["trained_on.files"]))
     if "human" not in {file["source"] for file in trained_on}:  # human ones may be new here
         config = config.replace(demos="scripted")
     return ensure_demonstrations(config)

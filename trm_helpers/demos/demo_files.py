@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -109,8 +109,10 @@ def demo_names(file: h5py.File) -> list[str]:
     """
     group = file.get(schema.DATA_GROUP)
     if not isinstance(group, h5py.Group):
+        held = [name if isinstance(file.get(name), h5py.Group) else f"{name} (no group)"
+                for name in sorted(file)]
         raise DemoFileError(f"{file.filename}: no group {schema.DATA_GROUP!r}; "
-                            f"found {sorted(file) or 'nothing'}")
+                            f"found {', '.join(held) or 'nothing'}")
     names = [name for name in group if re.search("[0-9]$", name)]
     if not names:
         raise DemoFileError(f"{file.filename}: no demonstrations; expected groups demo_0, demo_1, "
@@ -190,6 +192,20 @@ def instruction_of(path: str | Path) -> str:
                             "expected text")
     words = not isinstance(pieces, str) and any(len(piece) > 1 for piece in pieces)
     return (" " if words else "").join(pieces).strip('"')
+
+
+def files_trained_on(path: Path, described: Mapping) -> list[dict]:
+    """The entries on demonstration files in a run's ``policy.json``, which is at ``path``.
+
+    Raises ``ValueError`` if one lacks its ``file``, ``demos`` or ``source``.
+    """
+    files = described["trained_on"]["files"]
+    if not isinstance(files, list) or not all(
+            isinstance(file, dict) and file.keys() >= {"file", "demos", "source"}
+            for file in files):
+        raise ValueError(f"{path} is damaged: expected files with file, demos and source in "
+                         "trained_on")
+    return files
 
 
 def version_notes(paths: Iterable[str | Path]) -> list[str]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import paths, schema
 from ..files import walk
-from .demo_files import DemoFileError, check_demo_file, source_of
+from ..sim.env import Task, written_instruction
+from .demo_files import (
+    COLLECTION_ATTR,
+    DemoFileError,
+    check_demo_file,
+    instruction_of,
+    json_attribute,
+    open_demo_file,
+    source_of,
+)
 
 HUMAN_REPOSITORY = "yifengzhu-hf/LIBERO-datasets"  # CC BY 4.0, on the Hugging Face hub
 HUMAN_REVISION = "f13aa24a3da8c43c7225569f28c562979fa0e35a"  # of May 2025
@@ -84,7 +94,7 @@ def _choose(files: list[Path], sources: Sequence[str]) -> tuple[Path | None, dic
 
 def _hdf5_files(folder: Path) -> list[Path]:
     return sorted(place / name for place, _, names in walk(folder) for name in names
-                  if name.endswith((".hdf5", ".h5")))
+                  if name.lower().endswith((".hdf5", ".h5")))
 
 
 def find_demonstrations(
@@ -145,3 +155,27 @@ def human_demonstrations(suites: Mapping[str, str]) -> dict[str, Path]:
             f"({type(error).__name__}: {error}). Without internet access, attach a data set that "
             "holds these files or use scripted demonstrations") from error
     return find_demonstrations(folders, suites, ["human"])[0]
+
+
+def other_task(path: str | Path, task: Task) -> str:
+    """A sentence if a file has another instruction than the task that its name says; else empty.
+
+    Raises :class:`DemoFileError` for a scripted file, which records its task, of another one.
+    """
+    suite, task_id = schema.own_suite(task.suite, task.task_id)
+    with open_demo_file(path) as file:
+        made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
+    there = (made.get("suite", suite), made.get("task_id", task_id))
+    if there != (suite, task_id):
+        raise DemoFileError(f"{path}: demonstrations of {there[0]}, task {there[1]}; expected "
+                            f"those of {suite}, task {task_id}, which the file is named after")
+    said = instruction_of(path)
+    known = (task.language, written_instruction(task.bddl_file))
+    if not said or _words(said) in map(_words, known):
+        return ""
+    return (f"{path}: its instruction is {said!r}, that of {suite}, task {task_id}, is "
+            f"{task.language!r}; is it a file of this task?")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())

@@ -26,6 +26,7 @@ from .demo_files import (
     text_attribute,
     version_notes,
 )
+from .find_demos import other_task
 
 GOOD, LOOK, BAD = "good", "look", "bad"
 FLAT_FRAME = 2.0  # grey levels, standard deviation; every image of a scene has more
@@ -77,7 +78,7 @@ def quality_card(path: str | Path, env: LiberoEnv | None = None, replays: int = 
         rows += [_gripper_sign(demos), _gripper_switches(demos), _no_ops(demos),
                  _ranges(demos), _lengths(demos, horizon)]
         rows += [_actors(demos)] if any("actor" in demo.attrs for demo in demos) else []
-        rows += [_alignment(path), _instruction(path)]
+        rows += [_alignment(path), _instruction(path, env)]
         rows += [_row("version", note, "of this code", LOOK) for note in version_notes([path])]
         if env is not None:
             solved = [demo for demo in demos if demo.attrs.get("success", True)][:replays]
@@ -229,9 +230,11 @@ def _alignment(path: str | Path) -> dict:
                 name == stated if stated else name != "unknown")
 
 
-def _instruction(path: str | Path) -> dict:
+def _instruction(path: str | Path, env: LiberoEnv | None) -> dict:
     try:
         found = instruction_of(path)
+        if env is not None and other_task(path, env.task):
+            return _row("instruction", found, env.task.language, LOOK)
     except DemoFileError as error:
         return _row("instruction", str(error), "text", BAD)
     return _row("instruction", found or "none", "text, for policies conditioned on it", bool(found),

@@ -142,6 +142,7 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
     :func:`plan.evaluation_folder`; none if that is 0. The run's demonstrations, found or collected
     now, are replayed for its own suite and tasks; a run trained with a ``demo_dir`` needs it again.
     Without usable demonstrations there is no ``replay``, and the reason is printed.
+    ``FileNotFoundError`` for a ``demo_dir`` that is no folder.
     """
     if not config.bound_episodes:
         return {}
@@ -163,6 +164,8 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
             bounds["replay"] = _plan_replay(files, folder / "replay", config, suite, task_ids,
                                             results)
         except (OSError, RuntimeError, ValueError) as error:  # none, damaged, no time to collect
+            if demo_dir and not Path(demo_dir).is_dir():
+                raise
             print(f"no replay: {error}")
     return bounds | {name: plan_baseline(name, folder / name, config, suite, task_ids, results)
                      for name in BASELINES}

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+from ..files import read_json
 from ..stats import paired_mcnemar, rate_cells
 from .plan import not_run_in_words, tasks_in_words
 
 NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
+
+
+def read_card(path: Path) -> dict:
+    """An earlier card, empty if there is none; ``ValueError`` for a damaged one."""
+    card = read_json(path) if path.exists() else {}
+    rows = card.get("rows", [])
+    if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and row.keys() >= {"name", *NUMBERS} for row in rows):
+        raise ValueError(f"{path} is damaged: expected rows with name, {', '.join(NUMBERS)}")
+    return card
 
 
 def measured(results: Mapping) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..stats import paired_mcnemar
-from ..training.runs import find_run, load_config
+from ..training.runs import description, description_digest, find_run, load_config
 from .plan import Episode, evaluation_folder, read_ledger
 from .play import Evaluation, weights_digest
 
@@ -63,18 +63,23 @@ def comparable(planned: Evaluation, other: str | Path) -> None:
 
 
 def stale(run: str | Path, made: Mapping) -> str:
-    """A sentence if results are of other weights than the run has now; else empty.
+    """A sentence if results are of other weights or settings than the run has now; else empty.
 
     Args:
-        made: ``weights`` and ``sha256``: a row, a card, or the ``protocol`` of results.
+        made: ``weights``, ``sha256`` and, if known, ``policy``: a row, a card, or the ``protocol``
+            of results.
     """
     run, weights = Path(run), made.get("weights", "")
     if not made.get("sha256") or not (run / f"{weights}.safetensors").exists():
         return ""
     present = weights_digest(run, weights)
-    return "" if present == made["sha256"] else (
-        f"Stale: made with other weights ({made['sha256']}) than {weights}.safetensors has now "
-        f"({present}); the run was trained further or replaced since.")
+    if present != made["sha256"]:
+        return (f"Stale: made with other weights ({made['sha256']}) than {weights}.safetensors has "
+                f"now ({present}); the run was trained further or replaced since.")
+    now = description_digest(description(run))
+    return "" if made.get("policy", now) == now else (
+        f"Stale: made with another policy.json ({made['policy']}) than the run has now ({now}); "
+        "its network or its scaling was changed since.")
 
 
 def stale_episodes(run: str | Path, suite: str = "") -> list[str]:

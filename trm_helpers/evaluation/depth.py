@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from .. import schema
 from ..config import Config, EvalConfig, ModelConfig
-from ..files import dispensable, read_json, write_json
+from ..files import dispensable, write_json
 from ..sim.env import LiberoEnv
 from ..training.runs import description, find_run, held_out, load_config
 from ..visuals.colours import GREY, PALETTE
@@ -29,7 +29,7 @@ from ..visuals.figure import (
     styled,
     success_rates,
 )
-from .cards import cells, compared, earlier_rows, measured, tasks_in_short
+from .cards import cells, compared, earlier_rows, measured, read_card, tasks_in_short
 from .plan import official_episodes, refuse_unknown_tasks
 from .play import Evaluation, TrainedPolicy
 from .rollout import PHASES, Policy
@@ -130,7 +130,7 @@ def depth_card(run: str | Path, depths: Iterable[int] = (),
     """
     run = find_run(run, to_write=True, weights=weights)
     path = run / "depth.json"
-    before = read_json(path) if path.exists() else {}  # damaged: refused before the first episode
+    before = read_card(path)
     trained = load_config(run)
     if trained.model.variant not in schema.RECURSIVE:
         raise ValueError(f"{run} has variant={trained.model.variant!r}, which is applied once; "

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from .. import schema
 from ..config import EvalConfig
-from ..files import dispensable, read_json, write_json
+from ..files import dispensable, write_json
 from ..stats import detectable
 from ..training.runs import find_run, load_config
 from ..visuals.colours import BLUE, GREY, ORANGE
 from ..visuals.figure import HATCHES, describe, new_figure, save_figure, styled, success_bars
-from .cards import cells, compared, earlier_rows, measured, tasks_in_short
+from .cards import cells, compared, earlier_rows, measured, read_card, tasks_in_short
 from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused
 
@@ -94,7 +94,7 @@ def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: 
     only = [schema.check_option("only", name, changes) for name in only] or list(changes)
     task_ids = tuple(task_ids) or trained.data.task_ids
     path = run / "robustness.json"
-    before = read_json(path) if path.exists() else {}
+    before = read_card(path)
     unused = {name: reason for name, change in changes.items()
               if (reason := why_unused(change.needs, trained.model))}
     planned = {name: plan_run(run, dataclasses.replace(config, perturbation=change.perturbation),

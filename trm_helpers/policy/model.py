@@ -357,13 +357,17 @@ class TRMPolicy(nn.Module):
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """Weights and the digest of the bytes they were read from.
 
-    Raises ``ValueError`` for a damaged file.
+    Raises ``ValueError`` for a damaged file, and for weights that are not finite.
     """
     content = read_bytes(path)
     try:
-        return load(content), digest(content)
+        weights = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(f"{path} is damaged: {', '.join(broken[:3])} "
+                         f"{'are' if len(broken) > 1 else 'is'} not finite")
+    return weights, digest(content)
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:

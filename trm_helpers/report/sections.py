@@ -69,6 +69,7 @@ def read_sections(run: Path) -> dict[str, Section]:
         try:
             sections[name] = read(run)
         except Exception as error:  # a damaged file costs its own section only
+            print(f"{run.name}: no section {name.capitalize()!r} in the report: {error}")
             sections[name] = Section(name.capitalize(), texts=[
                 f"Could not be read from {file}: {type(error).__name__}: {error}"])
     return sections

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .. import paths
 from ..config import Config
-from ..files import read_json, visible, write_bytes, write_json
+from ..files import exclusive_lock, read_json, visible, write_bytes, write_json
 from ..notebooks import notebook_parameters
 from ..software import minutes_left
 from ..stats import detectable, interval_text, paired_mcnemar
@@ -111,8 +111,11 @@ def run_search(config: Config, run: str | Path) -> list[dict]:
 def claim(config: Config, run: str | Path) -> Path:
     """Prepare the folder of a run's search with its ``search.json``.
 
-    A folder without a trained epoch is overwritten. Raises ``ValueError`` for trials with other
-    settings, and for a bad search space.
+    A folder without a trained epoch is overwritten.
+
+    Raises:
+        ValueError: trials with other settings, or a bad search space.
+        RuntimeError: a search with other settings has just begun its trials.
     """
     check_points(config)
     folder = Path(run).resolve() / "search"
@@ -126,8 +129,11 @@ def claim(config: Config, run: str | Path) -> Path:
         if any(metrics.stat().st_size for metrics in visible(folder, "*/metrics.jsonl")):
             refuse_others(folder, before, now)
         if before != now:
-            for record in (folder / STUDY, *visible(folder, "*/trial.json")):
-                record.unlink(missing_ok=True)
+            with contextlib.ExitStack() as held:
+                for lock in sorted(folder.glob("*/.lock")):  # of the trials
+                    held.enter_context(exclusive_lock(lock.parent, wait=False))
+                for record in (folder / STUDY, *visible(folder, "*/trial.json")):
+                    record.unlink(missing_ok=True)
     write_json(path, config.replace(search_storage="").to_dict())  # no password
     return folder
 

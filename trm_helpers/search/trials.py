@@ -6,11 +6,11 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import Config, convert
+from ..config import Config, convert, local_settings
 from ..evaluation.evaluate import selection_rows
 from ..evaluation.plan import Episode
 from ..evaluation.play import weights_digest
-from ..files import exclusive_lock, read_json, read_jsonl, visible, write_json
+from ..files import differences, exclusive_lock, read_json, read_jsonl, visible, write_json
 from ..notebooks import run_notebook
 from ..stats import EPISODE_KEYS, wilson_interval
 from .space import point_of, trial_name
@@ -43,14 +43,20 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
 
     Raises:
         KeyboardInterrupt: ``stop`` was set.
-        ValueError: a parameter that the notebook does not have; nothing was run.
+        ValueError: the trial was made with other parameters, or the notebook lacks one of these;
+            nothing was run.
         RuntimeError: the notebook failed, or trained for another number of epochs, or could not
             play all episodes.
     """
     run_dir = Path(run_dir).resolve()
     wanted = parameters.get("stop_epoch") or parameters["epochs"]
     with exclusive_lock(run_dir, stop):
-        rungs = (read_trial(run_dir) or {"rungs": []})["rungs"]
+        before = read_trial(run_dir) or {"parameters": {}, "rungs": []}
+        different = differences(_fixed(before["parameters"]), _fixed(parameters), "preset's")
+        if before["parameters"] and different:
+            raise ValueError(f"{run_dir} belongs to a search with other settings ({different}); "
+                             "choose another run_name or the same settings")
+        rungs = before["rungs"]
         for found in rungs:
             if found["epochs"] == wanted:
                 return found
@@ -76,6 +82,13 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
         if wanted == parameters["epochs"]:  # nothing is left to resume; two thirds of the folder
             (run_dir / "training_state.pt").unlink(missing_ok=True)
         return found
+
+
+def _fixed(parameters: Mapping) -> dict:
+    """The parameters that are the same at each rung and on every machine."""
+    flat = {**parameters, **(parameters.get("more") or {})}
+    own = {"more", "stop_epoch", "selection_episodes", *local_settings()}
+    return {name: value for name, value in flat.items() if name not in own}
 
 
 def read_trial(run_dir: str | Path) -> dict | None:

@@ -24,6 +24,7 @@ from .. import paths, schema
 from ..config import PARTS, SET_BY_TRAINING, Config, ModelConfig, from_flat, local_settings, migrate
 from ..data.dataset import LIBERODataset
 from ..data.normalize import ActionNormalizer, read_proprio
+from ..demos.demo_files import files_trained_on
 from ..files import (
     atomic_path,
     differences,
@@ -42,6 +43,7 @@ from ..software import software_versions
 from ..stats import counted
 
 TRAINING_LOCK = ".training.lock"
+_OF_POLICY = ("model", "normalizer", "proprio_stats")  # in policy.json: the network, the scaling
 ANEW = "remove training_state.pt and metrics.jsonl to train from the start"
 STATE_VALUES = (  # attributes of the trainer in a training state
     "epoch", "rows", "seconds", "first_loss", "best_score", "lowest_loss", "lowest_epoch")
@@ -160,8 +162,15 @@ def description(run: Path) -> dict:
     if not (run / "policy.json").exists():
         raise FileNotFoundError(f"{run / 'policy.json'} does not exist; expected the description "
                                 "of the policy beside its weights")
-    return read_json(run / "policy.json",
-                     keys=("model", "normalizer", "proprio_stats", "trained_on.files"))
+    path = run / "policy.json"
+    described = read_json(path, keys=(*_OF_POLICY, "trained_on.files"))
+    files_trained_on(path, described)
+    return described
+
+
+def description_digest(described: Mapping) -> str:
+    """By which results name the network and the scaling in a :func:`description`."""
+    return digest(json.dumps({key: described[key] for key in _OF_POLICY}, sort_keys=True).encode())
 
 
 def find_run(run_name: str | int | Path = "", to_write: bool = False, weights: str = "") -> Path:
@@ -283,6 +292,9 @@ def load_config(run: str | Path, preset: str = "reference") -> Config:
         raise FileNotFoundError(f"{path} does not exist; expected a run folder")
     values = read_json(path, keys=("data", "model", "train"))
     values.pop("software", None)
+    if wrong := [part for part in PARTS if not isinstance(values.get(part, {}), dict)]:
+        raise ValueError(f"{path} is not the configuration of a run: expected {', '.join(wrong)} "
+                         "to be an object")
     try:
         for name in local_settings():
             for part in PARTS:
@@ -337,8 +349,7 @@ def load_policy(run: str | Path, weights: str = "best") -> TRMPolicy:
                          f"{type(error).__name__}: {error}") from error
     path = run / f"{weights}.safetensors"
     state, policy.sha256 = read_weights(path)
-    said = {key: described[key] for key in ("model", "normalizer", "proprio_stats")}
-    policy.described = digest(json.dumps(said, sort_keys=True).encode())
+    policy.described = description_digest(described)
     try:
         policy.load_state_dict(state)
     except RuntimeError as error:  # lists missing and unexpected weights and other shapes

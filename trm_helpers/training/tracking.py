@@ -22,7 +22,7 @@ from ..software import call_within
 
 _CONNECT_WITHIN = 3.0  # seconds, to W&B's server
 _LOGIN_WITHIN = 10.0  # seconds
-_FINISH_WITHIN = 15.0  # seconds after the last epoch; `wandb sync` uploads the rest
+_FINISH_WITHIN = 15.0  # seconds after the last epoch
 
 
 class Tracker:
@@ -76,7 +76,8 @@ class Tracker:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            print(f"W&B did not finish within {_FINISH_WITHIN:g} s; `wandb sync` uploads the rest")
+            print(f"W&B did not finish within {_FINISH_WITHIN:g} s; `wandb sync` uploads what it "
+                  "has, and metrics.jsonl has all rows")
         self._printer.join(1.0)
 
 

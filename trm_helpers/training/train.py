@@ -73,6 +73,7 @@ class BehaviorCloningTrainer:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config, self.run, self.roll_out = config, Path(run), roll_out
+        self.settings: Config | None = None  # all of them, which the run folder has to hold
         self.train_data, self.val_data = train_data, val_data
         self.team = Team(choose_device(config.device).type)
         self.device = self.team.device
@@ -134,7 +135,9 @@ class BehaviorCloningTrainer:
         policy = TRMPolicy(model, train_data.normalizer, train_data.proprio_stats)
         if config.data.scenes:
             policy.encoders[schema.STILL_CAMERA].locator = locator.requires_grad_(False)
-        return cls(policy, train_data, val_data, config.train, run, roll_out)
+        trainer = cls(policy, train_data, val_data, config.train, run, roll_out)
+        trainer.settings = config
+        return trainer
 
     def fit(self) -> list[dict]:
         """Train until ``epochs``, ``patience`` or ``max_minutes`` is reached, or the session ends.
@@ -148,6 +151,7 @@ class BehaviorCloningTrainer:
             loss, lr, grad_norm (mean, before clipping), precision, seconds, samples_per_second.
 
         Raises:
+            ValueError: the run folder has other settings, data or a damaged state.
             RuntimeError: another process writes into the run folder, or training diverged: a loss,
                 a weight or all gradients of an epoch are not finite, or the loss is a hundred
                 times that of the first step. The run folder keeps the last complete epoch.
@@ -156,6 +160,8 @@ class BehaviorCloningTrainer:
         self._began = self._saved = time.perf_counter()
         lock = runs.only_writer(self.run) if self.team.is_main else contextlib.nullcontext()
         with lock, tf32(self.device):
+            if self.settings:  # another process may have claimed the folder since it was created
+                runs.refuse_other_settings(self.run, self.settings)
             self._resume()
             self._captured = self._capture()
             if self.team.is_main:
@@ -438,16 +444,13 @@ class BehaviorCloningTrainer:
             runs.refuse_without_state(self.run)
         else:
             runs.refuse_other_data(self.run, self.train_data)
-            for name in runs.STATE_VALUES:
-                setattr(self, name, state[name])
-            for group in state["optimizer"]["param_groups"]:
-                group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the last
-            for name in _OBJECTS:
-                if state.get(name):  # a scaler has a state in fp16 only
-                    getattr(self, name).load_state_dict(state[name])
-            self.measured = [tuple(torch.tensor(value, device=self.device) for value in step)
-                             for step in state["measured"]]
-            set_random_state(state["generator"], state["cuda_generators"])
+            try:
+                self._load_state(state)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{self.run / 'training_state.pt'} is damaged or of another "
+                                 f"training ({reason}); put an intact one back, or "
+                                 f"{runs.ANEW}") from error
         self.team.barrier()
         if not self.team.is_main:
             return
@@ -465,3 +468,18 @@ class BehaviorCloningTrainer:
             print(f"{self.run} was trained in {state['precision']} and resumes in "
                   f"{self.precision}; its losses will differ slightly from those of an "
                   "uninterrupted run")
+
+    def _load_state(self, state: dict) -> None:
+        epochs = [row["epoch"] for row in state["rows"]]
+        if epochs != list(range(1, state["epoch"] + 1)):
+            raise ValueError(f"epoch={state['epoch']!r} with rows of the epochs {epochs}")
+        for name in runs.STATE_VALUES:
+            setattr(self, name, state[name])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of the last
+        for name in _OBJECTS:
+            if state.get(name):  # a scaler has a state in fp16 only
+                getattr(self, name).load_state_dict(state[name])
+        self.measured = [tuple(torch.tensor(value, device=self.device) for value in step)
+                         for step in state["measured"]]
+        set_random_state(state["generator"], state["cuda_generators"])
