@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 
 import pytest
@@ -46,9 +47,8 @@ SMALL = dict(
 )
 
 
-@pytest.fixture
-def small_run(tmp_path, monkeypatch):
-    """A function: a trainer of a small policy on a small file, in ``artifacts/<name>``."""
+def _run_maker(folder, monkeypatch):
+    """The function of ``small_run``, with its file in ``folder``."""
     from demo_files import write_demo_file
 
     from trm_helpers.config import from_flat
@@ -57,7 +57,7 @@ def small_run(tmp_path, monkeypatch):
     from trm_helpers.training.train import BehaviorCloningTrainer
 
     monkeypatch.setattr(runs, "software_versions", dict)
-    file = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
+    file = write_demo_file(folder / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
 
     def make(name="small", resume=False, roll_out=None, **settings):
         config = from_flat("tiny", **{**SMALL, **settings})
@@ -69,12 +69,35 @@ def small_run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """A function: a trainer of a small policy on a small file, in ``artifacts/<name>``."""
+    return _run_maker(tmp_path, monkeypatch)
+
+
+@pytest.fixture
 def trainer(small_run):
     return small_run()
 
 
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """The ``artifacts`` folder of :func:`trained`, and its demonstration file."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRM_ARTIFACTS_DIR", str(folder / "artifacts"))
+        patch.setenv("TRM_DATA_DIR", str(folder / "data"))
+        _run_maker(folder, patch)().fit()
+    return folder
+
+
 @pytest.fixture
-def trained(trainer):
-    """A run folder after two epochs."""
-    trainer.fit()
-    return trainer.run
+def trained(request, tmp_path, small_run, trained_once):
+    """A run folder after two epochs; that of ``trainer`` in a test that asks for it as well."""
+    if "trainer" in request.fixturenames:
+        trainer = request.getfixturevalue("trainer")
+        trainer.fit()
+        return trainer.run
+    run = shutil.copytree(trained_once / "artifacts" / "small", tmp_path / "artifacts" / "small")
+    described = run / "policy.json"  # names the demonstration file, which small_run has written
+    described.write_text(described.read_text().replace(str(trained_once), str(tmp_path)))
+    return run

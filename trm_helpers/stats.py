@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
 
+# scipy.stats, which takes seconds to import, is imported where it is used
 EPISODE_KEYS = ("suite", "task_id", "init_state", "success", "steps")
 
 
@@ -24,6 +24,8 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     ``p +- 1.96 sqrt(p (1 - p) / n)`` fails (Wilson 1927; Brown, Cai and DasGupta 2001). Raises
     ``ValueError`` for impossible counts.
     """
+    from scipy.stats import binomtest
+
     if episodes < 1 or not 0 <= successes <= episodes:
         raise ValueError(f"successes={successes} of episodes={episodes} is not valid; "
                          "expected episodes >= 1 and successes from 0 to episodes")
@@ -82,6 +84,8 @@ def cluster_bootstrap(task_rates: Sequence[float]) -> tuple[float, float]:
     these". With fewer than ten tasks this one is too narrow as well. Raises ``ValueError`` for
     fewer than two.
     """
+    from scipy.stats import bootstrap
+
     if len(task_rates) < 2:
         raise ValueError(f"{len(task_rates)} task(s); expected at least 2 to resample")
     interval = bootstrap((np.asarray(task_rates),), np.mean, n_resamples=10_000,
@@ -201,6 +205,8 @@ def paired_mcnemar(a: Sequence[Mapping], b: Sequence[Mapping],
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
     """Two-sided exact p of McNemar's test, from the numbers of pairs that differ each way."""
+    from scipy.stats import binomtest
+
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from scipy.stats import ttest_ind
 from tqdm.auto import tqdm
 
 from .. import paths
@@ -300,6 +299,8 @@ def verdict(ranked: Sequence[dict]) -> str:
 
 
 def _welch(a: Sequence[float], b: Sequence[float]) -> float:
+    from scipy.stats import ttest_ind  # slow to import
+
     if len({*a, *b}) == 1:
         return 1.0  # the statistic is 0 / 0
     return float(ttest_ind(a, b, equal_var=False).pvalue)
