@@ -245,7 +245,8 @@ def test_a_pickled_mapping_holds_no_frames(tmp_path):
     assert len(pickle.dumps(data_set(path, "ram", image_size=128))) > frames
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize(("files", "start"), [
+    ("raw", "fork"), ("shift", "fork"), (None, "fork"), ("shift", "spawn")], indirect=["files"])
 def test_workers_read_mapped_files(files, start):
     data = data_set(files, "mmap")
     loader = torch.utils.data.DataLoader(data, batch_size=8, num_workers=1,
