@@ -1,12 +1,18 @@
-"""Training and control on a GPU; nearly every body also runs on the CPU, as a test of itself."""
-
-import math
+"""Training and control on a GPU; nearly every body runs on the CPU too, as a test of itself."""
 
 import numpy as np
 import pytest
 import torch
 from demo_files import data_set, write_demo_file
-from training.test_train import losses, out_of_time_after_an_epoch, out_of_time_in_an_epoch
+from learning import once
+from training.test_train import (
+    RULES_AND_HEADS,
+    differ,
+    losses,
+    one_epoch,
+    out_of_time_after_an_epoch,
+    out_of_time_in_an_epoch,
+)
 
 from trm_helpers import schema
 from trm_helpers.config import PRESETS
@@ -18,7 +24,7 @@ def on_gpu(*values):
     return pytest.param(*values, marks=pytest.mark.gpu)
 
 
-DEVICES = ["cpu", on_gpu("cuda")]
+INTERRUPTS = [out_of_time_in_an_epoch, out_of_time_after_an_epoch]
 
 
 def device_of(trainer) -> set[str]:
@@ -28,9 +34,10 @@ def device_of(trainer) -> set[str]:
     return {tensor.device.type for tensor in tensors}
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("device", "interrupt", "precision"), [
+    ("cpu", out_of_time_in_an_epoch, "bf16"),
+    *(on_gpu("cuda", interrupt, precision) for interrupt in INTERRUPTS
+      for precision in ("fp32", "bf16", "fp16"))])
 def test_resumed_goes_on_as_straight(small_run, monkeypatch, device, interrupt, precision):
     settings = dict(precision=precision, device=device, ema_decay=0.9, epochs=3)
     expected = small_run("straight", **settings).fit()
@@ -43,10 +50,10 @@ def test_resumed_goes_on_as_straight(small_run, monkeypatch, device, interrupt, 
     assert np.allclose(losses(found), losses(expected), rtol=1e-2)
 
 
-@pytest.mark.parametrize(("first", "then"), [
-    ("cpu", "cpu"), on_gpu("cpu", "cuda"), on_gpu("cuda", "cpu")])
-@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-2), ("auto", 0.1)])
+@pytest.mark.parametrize(("first", "then", "interrupt", "precision", "tolerance"), [
+    ("cpu", "cpu", out_of_time_after_an_epoch, "auto", 0.1),
+    *(on_gpu(*devices, interrupt, *precision) for devices in (("cpu", "cuda"), ("cuda", "cpu"))
+      for interrupt in INTERRUPTS for precision in (("fp32", 1e-2), ("auto", 0.1)))])
 def test_a_run_moves_to_another_device_and_back(small_run, monkeypatch, first, then, interrupt,
                                                 precision, tolerance):
     """With ``auto`` in the precision of each; the last epoch is on the first device again."""
@@ -131,7 +138,7 @@ def test_other_steps_are_captured_too(small_run, monkeypatch, capsys, settings):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("interrupt", [out_of_time_in_an_epoch, out_of_time_after_an_epoch])
+@pytest.mark.parametrize("interrupt", INTERRUPTS)
 def test_captured_training_resumes_bit_for_bit(small_run, monkeypatch, replays, interrupt):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     settings = of_preset("demo", precision="fp32")
@@ -206,37 +213,20 @@ def test_batches_are_the_same_wherever_the_frames_lie(tmp_path, kind, device, au
             torch.testing.assert_close(found["observations"][name].cpu(), value, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["ram", on_gpu("gpu")])
-def test_a_run_trains_from_frames_on_the_gpu_as_from_memory(small_run, kind):
+@pytest.mark.parametrize("kind", ["mmap", on_gpu("gpu")])
+def test_a_run_trains_from_frames_elsewhere_as_from_memory(small_run, kind):
     device = "cuda" if kind == "gpu" else "cpu"
     rows = [small_run(name, storage=storage, device=device, augmentation="shift").fit()
             for name, storage in (("memory", "ram"), ("there", kind))]
     assert np.allclose(losses(rows[0]), losses(rows[1]), rtol=1e-3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [
-    *(dict(variant="trm", image_size=64, halting=halting,
-           deep_supervision=halting not in ("remainder", "adaptive"))
-      for halting in schema.HALTING),
-    *(dict(halting=halting) for halting in schema.HALTING),
-    *(dict(gripper=gripper) for gripper in schema.GRIPPERS),
-    dict(variant="transformer", image_size=64),
-    dict(variant="act", image_size=64),
-    dict(conditioning="task_id"), dict(carry_over=True), dict(temporal_ensembling=True),
-], ids=str)
-def test_every_rule_and_head_trains_and_acts(small_run, device, settings):
-    (row,) = small_run("run", device=device, epochs=1, **settings).fit()
-    assert math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])
-    assert row["grad_norm"] > 0
-    policy = load_policy("run").to(device)
-    assert next(policy.parameters()).device.type == device
-    seen = {"agentview_rgb": np.full((64, 64, 3), 100, np.uint8), "joint_states": np.zeros(7),
-            "gripper_states": np.array([0.04, -0.04]), "ee_pos": np.zeros(3), "task_id": 0}
-    policy.reset()
-    actions = np.stack([policy.act(seen) for _ in range(3)])
-    assert actions.shape == (3, 7) and np.isfinite(actions).all() and np.abs(actions).max() <= 1
-    assert policy.last_recursions >= 1
+@pytest.mark.parametrize(("device", "settings", "change"), [
+    ("cpu", *RULES_AND_HEADS[0]), *(on_gpu("cuda", *case) for case in RULES_AND_HEADS)], ids=str)
+def test_every_rule_and_head_trains_and_acts(small_run, device, settings, change):
+    plain, changed = (once(one_epoch, small_run, device=device, **each)
+                      for each in (settings, settings | change))
+    assert differ(plain, changed)
 
 
 @pytest.mark.gpu
