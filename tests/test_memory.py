@@ -85,13 +85,30 @@ def test_training_shows_what_control_shows(steps, arm, condition, monkeypatch):
                 found[key][0].shape))
 
 
+def loss_of_first_decisions(policy, steps):
+    """Of the four in an episode's first window, with what the arm remembers of those before."""
+    index, exists, is_first = next(memory.windows(steps, 100, APART, torch.Generator()))
+    assert is_first and exists.all()
+    seen = memory.observed(policy.arm, "fourth", steps, index, True, [], torch.Generator())
+    features, carry = [], None
+    for place in range(memory.WINDOW):
+        x = policy.encode({name: value[:, place] for name, value in seen.items()})
+        recursion = policy.recurse(x, carry=carry)
+        carry = recursion.carry if policy.config.carry_over else None
+        features.append(recursion.output)
+    return memory.loss_of(policy, torch.cat(features), steps.actions[index.T].flatten(0, 1),
+                          steps.mask[index.T].flatten(0, 1)).item()
+
+
 @pytest.mark.parametrize("arm", memory.ARMS)
 def test_every_arm_learns_and_plays(steps, arm):
     _, steps = steps
     torch.manual_seed(0)
     policy = make_policy(arm)
+    first = loss_of_first_decisions(policy, steps)
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
     memory.train(policy, "fourth", steps, 3, 0)
+    assert loss_of_first_decisions(policy, steps) < first
     still = [name for name, weight in policy.named_parameters()
              if torch.equal(weight, before[name])]
     assert still == []
