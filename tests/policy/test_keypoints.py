@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import h5py
 import numpy as np
@@ -463,7 +464,8 @@ def demonstration(tmp_path_factory):
 
 
 @pytest.mark.sim
-def test_scenes_show_randomised_layouts_with_image_positions(demonstration, capsys):
+def test_scenes_show_randomised_layouts_with_image_positions(demonstration, monkeypatch, capsys):
+    monkeypatch.setattr(keypoints, "run_jobs", partial(parallel.run_jobs, workers=0))
     with open_demo_file(demonstration) as file:
         names = demo_names(file)
     [path] = render_scenes("libero_object", 0, {str(demonstration): names}, 8)

@@ -1,6 +1,5 @@
 """Two real processes train one policy: as one process does, and writing its files once."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ import pytest
 import torch
 from demo_files import data_set, write_demo_file
 
+from trm_helpers.__main__ import main
 from trm_helpers.files import read_jsonl
 from trm_helpers.training.distributed import Team
 
@@ -21,32 +21,33 @@ SETTINGS = dict(
 
 
 @pytest.fixture
-def train(tmp_path):
-    """A function: run ``trm_helpers train`` in n processes; returns its rows and output."""
+def train(tmp_path, monkeypatch):
+    """A function: run ``trm_helpers train`` here or in n processes; returns its rows and output."""
     name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
     write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
-    environment = {**os.environ, "TRM_ARTIFACTS_DIR": str(tmp_path / "runs"),
-                   "OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def run(processes, run_name, **settings):
-        command = [sys.executable, "-m"]
-        if processes > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc_per_node",
-                        str(processes), "-m"]
-        command += ["trm_helpers", "train", "tiny", "--run-name", run_name,
-                    "--demo-dir", str(tmp_path)]
-        for key, value in {**SETTINGS, **settings}.items():
+    def run(processes, run_name):
+        command = ["train", "tiny", "--run-name", run_name, "--demo-dir", str(tmp_path)]
+        for key, value in SETTINGS.items():
             command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return read_jsonl(tmp_path / "runs" / run_name / "metrics.jsonl"), done.stdout
+        if processes:
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                 str(processes), "-m", "trm_helpers", *command], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            assert main(command) == 0
+        rows = read_jsonl(tmp_path / "runs" / run_name / "metrics.jsonl")
+        return rows, done.stdout if processes else ""
 
     return run
 
 
 @pytest.mark.sim  # the task's name is read from LIBERO
 def test_two_processes_give_the_losses_of_one_and_resume(train):
-    alone, _ = train(1, "alone")
+    alone, _ = train(0, "alone")
     together, printed = train(2, "together")
     assert [row["epoch"] for row in together] == [1, 2]
     for key in ("val_loss", "grad_norm"):
