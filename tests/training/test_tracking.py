@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from learning import once, straight
 
 from trm_helpers.files import read_jsonl
 from trm_helpers.training import tracking
@@ -23,6 +24,7 @@ def note(**what):
 def misbehave(where):
     how, _, place = os.environ.get("PRETEND", "").partition(" in ")
     if place == where:
+        note(reached=where)
         if how == "raise":
             raise RuntimeError("server says no" + chr(10) + "a long trace")
         if how == "exit":
@@ -154,13 +156,28 @@ def test_a_refused_key_logs_offline(small_run, seen, monkeypatch, capfd):
     for where in ("import", "offline", "log", "finish")])
 def test_failures_of_the_tracker_do_not_change_training(small_run, seen, monkeypatch,
                                                         misbehaviour):
-    plain = small_run("plain").fit()
+    plain, _ = once(straight, small_run)
+    start, waited = Tracker.__init__, []
+
+    def start_and_wait(tracker, *given):
+        start(tracker, *given)
+        since = time.monotonic()
+        while not any(row.keys() & {"mode", "reached"} for row in seen()):
+            assert time.monotonic() - since < 60
+            time.sleep(0.01)
+        waited.append(time.monotonic() - since)
+
+    monkeypatch.setattr(Tracker, "__init__", start_and_wait)
     monkeypatch.setattr(tracking, "_FINISH_WITHIN", 1.0)
     monkeypatch.setenv("PRETEND", misbehaviour)
     trainer = small_run("tracked", wandb_mode="offline")
     began = time.monotonic()
     rows = trainer.fit()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began - waited[0] < 10
+    where = misbehaviour.split(" in ")[1]
+    assert seen()[-1] == {"reached": where}
+    assert [row["step"] for row in seen() if "step" in row] == {
+        "log": [1], "finish": [1, 2]}.get(where, [])
     assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in plain]
     assert len(read_jsonl(trainer.run / "metrics.jsonl")) == 2
 
