@@ -22,7 +22,7 @@ from ..sim import geometry
 from ..sim.env import LiberoEnv
 from ..training.runs import find_run, load_config
 from .plan import Episode, evaluation_folder, official_episodes, results_name, trained_tasks
-from .play import Evaluation
+from .play import Evaluation, one_environment
 from .rollout import Policy
 
 
@@ -171,6 +171,7 @@ def plan_bounds(run: str | Path, config: EvalConfig, suite: str = "",
                      for name in BASELINES}
 
 
+@one_environment()
 def play_bounds(planned: Mapping[str, Evaluation]) -> dict[str, dict]:
     """Results of :func:`plan_bounds`, without bounds that no time is left for or that fail."""
     results = {}

@@ -31,7 +31,7 @@ from ..visuals.figure import (
 )
 from .cards import cells, compared, earlier_rows, measured, read_card, tasks_in_short
 from .plan import official_episodes, refuse_unknown_tasks
-from .play import Evaluation, TrainedPolicy
+from .play import Evaluation, TrainedPolicy, one_environment
 from .rollout import PHASES, Policy
 
 AS_TRAINED = "as trained"
@@ -99,6 +99,7 @@ def action_errors(source: TrainedPolicy, trained: Config,
     return errors
 
 
+@one_environment()
 def depth_card(run: str | Path, depths: Iterable[int] = (),
                thresholds: Iterable[float] = THRESHOLDS, config: EvalConfig | None = None,
                weights: str = "best", task_ids: Iterable[int] = (),

@@ -266,15 +266,29 @@ def play_all(source, config: EvalConfig, folder: Path, episodes: list[Episode],
     job = functools.partial(play_episode, source, config, folder)
     # starting one worker costs more than playing in this process
     workers = 0 if config.eval_workers == 1 else config.eval_workers
-    try:
+    with one_environment():  # a worker's ends with it
         for episode, row, error in run_jobs(
                 job, episodes, workers=workers, keep=True, cluster=config.cluster,
                 group=lambda episode: (episode.suite, episode.task_id),
                 wanted=lambda _: not stop_in_time or minutes_left() > 0):
             yield episode, row, f"{type(error).__name__}: {error}" if error else ""
-    finally:  # this process plays no more; a worker's simulator ends with it
-        _loaded.cache_clear()
-        worker_env.cache_clear()
+
+
+_inside = 0  # how many `one_environment`
+
+
+@contextlib.contextmanager
+def one_environment() -> Iterator[None]:
+    """This process's environment of a task is kept over evaluations, until the outermost ends."""
+    global _inside
+    _inside += 1
+    try:
+        yield
+    finally:
+        _inside -= 1
+        if not _inside:
+            _loaded.cache_clear()
+            worker_env.cache_clear()
 
 
 def play_episode(source, config: EvalConfig, folder: Path, episode: Episode) -> dict:

@@ -23,6 +23,7 @@ from ..visuals.figure import HATCHES, describe, new_figure, save_figure, styled,
 from .cards import cells, compared, earlier_rows, measured, read_card, tasks_in_short
 from .evaluate import plan_run
 from .perturbations import PERTURBATIONS, why_unused
+from .play import one_environment
 
 PLAIN = "plain"
 WIDE = "wide"
@@ -56,6 +57,7 @@ def changes_of(suite: str) -> dict[str, Change]:
     return {change.name: change for change in changes}
 
 
+@one_environment()
 def robustness_card(run: str | Path, config: EvalConfig | None = None, weights: str = "best",
                     task_ids: Iterable[int] = (), only: Iterable[str] = ()) -> dict:
     """Play a run's policy under every change, and write ``robustness.json`` and its figure.
