@@ -11,7 +11,7 @@ from trm_helpers.demos.pick_place import PickPlace
 from trm_helpers.demos.put_inside import PutInside
 from trm_helpers.demos.skills import STILL_STEPS, Skill, Style
 from trm_helpers.sim import geometry, layouts
-from trm_helpers.sim.env import LiberoEnv
+from trm_helpers.sim.env import _WorkerEnv
 from trm_helpers.sim.geometry import UP, Boxes
 
 DRAWER, DOOR = ("in", "bowl", "drawer"), ("in", "mug", "oven_inside")
@@ -152,6 +152,14 @@ def test_a_disturbance_comes_in_bursts_and_leaves_the_gripper_alone():
 # --- in the simulator ---------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def at():
+    """The environment of a suite's task; that of the last test if it is of the same task."""
+    kept = _WorkerEnv()
+    yield kept
+    kept.cache_clear()
+
+
 def run(env, expert, steps, disturb=lambda expert, action: action):
     """Actions (T, 7) of the expert, the phases it went through, whether the task was solved."""
     actions, phases, success = [], [], False
@@ -163,132 +171,134 @@ def run(env, expert, steps, disturb=lambda expert, action: action):
 
 
 @pytest.mark.sim
-def test_demonstrations_are_as_a_person_gives_them_and_show_how_to_recover():
-    with LiberoEnv("libero_object", 5) as env:
-        env.reset(seed=1)
-        actions, _, success = run(env, Expert(env), 160)
-        assert success and 50 < len(actions) < 160  # what a person's are too
-        change = np.abs(np.diff(actions[:, :6], axis=0)).mean()  # of a command, in a step
-        assert change < 0.05
-        assert np.abs(actions).max() <= 1
-        assert set(actions[:, 6]) == {-1.0, 1.0}
+def test_demonstrations_are_as_a_person_gives_them_and_show_how_to_recover(at):
+    env = at("libero_object", 5)
+    env.reset(seed=1)
+    actions, _, success = run(env, Expert(env), 160)
+    assert success and 50 < len(actions) < 160  # what a person's are too
+    change = np.abs(np.diff(actions[:, :6], axis=0)).mean()  # of a command, in a step
+    assert change < 0.05
+    assert np.abs(actions).max() <= 1
+    assert set(actions[:, 6]) == {-1.0, 1.0}
 
-        record = None
-        for attempt in range(3):  # some pushes are too much for it: such attempts are dropped
-            record = record or record_demonstration(env, np.random.default_rng(attempt))
-        pushed = (np.array(record["actions"]) != np.array(record["executed_actions"])).any(axis=1)
-        assert pushed.sum() >= 3
-
-
-@pytest.mark.sim
-def test_what_is_dropped_is_grasped_again():
-    with LiberoEnv("libero_spatial", 2) as env:
-        env.reset(seed=1)
-        drops = []
-
-        def drop_once(expert, action):
-            if expert.phase == "carry" and len(drops) < 4:
-                drops.append(True)
-                return np.concatenate([action[:6], [-1.0]])
-            return action
-
-        _, phases, success = run(env, Expert(env), env.horizon, drop_once)
-        first = phases.index("carry")
-        assert success and "approach" in phases[first:] and "close" in phases[first:]
+    record = None
+    for attempt in range(3):  # some pushes are too much for it: such attempts are dropped
+        generator = np.random.default_rng(attempt)
+        record = record or record_demonstration(env, generator, frame_stride=16)
+    pushed = (np.array(record["actions"]) != np.array(record["executed_actions"])).any(axis=1)
+    assert pushed.sum() >= 3
 
 
 @pytest.mark.sim
-def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is():
-    with LiberoEnv("libero_spatial", 2) as env:
-        env.reset(seed=1)
-        assert Expert(env).skill.grasp.key[1] == 1.0  # turned, for a plate that is far out
-        grasps, joint = [], env.raw.objects_dict["plate_1"].joints[0]
-        for place in ([0.07, 0.2], [0.06, 0.04], [-0.2, -0.17]):
+def test_a_grasp_that_closes_on_nothing_is_tried_again(at):
+    """The object slips 6 cm away when the fingers begin to close for the first time."""
+    env = at("libero_object", 5)
+    env.reset(seed=1)
+    expert, slipped = Expert(env), []
+
+    def slip_away_once(expert, action):
+        if expert.phase == "close" and not slipped:
+            slipped.append(expert.skill.grasp.key)
+            joint = env.raw.objects_dict[expert.skill.object].joints[0]
             pose = env.sim.data.get_joint_qpos(joint)
-            pose[:2] = place
+            pose[0] += 0.06
             env.sim.data.set_joint_qpos(joint, pose)
             env.sim.forward()
-            grasps.append(Expert(env).skill.grasp)
-        for grasp in grasps:
-            np.testing.assert_allclose(grasp.offset, grasps[0].offset, atol=1e-6)
+        return action
+
+    _, phases, success = run(env, expert, env.horizon, slip_away_once)
+    order = [phase for phase, before in zip(phases, [None, *phases], strict=False)
+             if phase != before]
+    assert success and slipped and expert.skill._misses[slipped[0]] == 1
+    assert order[:6] == ["approach", "descend", "close", "release", "retreat", "approach"]
+    assert order.count("close") == 2 and "carry" in order[6:]
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("task_id", [0, 1, 2])
-def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(task_id):
-    with LiberoEnv("libero_spatial", task_id) as env:
-        sides = []
-        for seed in range(6):
-            layouts.reset(env, seed, "wide")
-            sides.append(Expert(env).skill.grasp.key[1])
-        assert sides == [1.0] * 6
+def test_what_is_dropped_is_grasped_again(at):
+    env = at("libero_spatial", 2)
+    env.reset(seed=1)
+    drops = []
+
+    def drop_once(expert, action):
+        if expert.phase == "carry" and len(drops) < 4:
+            drops.append(True)
+            return np.concatenate([action[:6], [-1.0]])
+        return action
+
+    _, phases, success = run(env, Expert(env), env.horizon, drop_once)
+    first = phases.index("carry")
+    assert success and "approach" in phases[first:] and "close" in phases[first:]
 
 
 @pytest.mark.sim
-def test_a_solid_object_is_grasped_in_its_middle_although_the_gripper_has_little_room():
+def test_a_bowl_is_grasped_at_the_same_side_wherever_its_plate_is(at):
+    env = at("libero_spatial", 2)
+    env.reset(seed=1)
+    assert Expert(env).skill.grasp.key[1] == 1.0  # turned, for a plate that is far out
+    grasps, joint = [], env.raw.objects_dict["plate_1"].joints[0]
+    for place in ([0.07, 0.2], [0.06, 0.04], [-0.2, -0.17]):
+        pose = env.sim.data.get_joint_qpos(joint)
+        pose[:2] = place
+        env.sim.data.set_joint_qpos(joint, pose)
+        env.sim.forward()
+        grasps.append(Expert(env).skill.grasp)
+    for grasp in grasps:
+        np.testing.assert_allclose(grasp.offset, grasps[0].offset, atol=1e-6)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("task_id", [2, 0, 1])
+def test_a_bowl_is_grasped_at_the_same_side_wherever_its_neighbours_are(at, task_id):
+    env = at("libero_spatial", task_id)
+    sides = []
+    for seed in range(6):
+        layouts.reset(env, seed, "wide")
+        sides.append(Expert(env).skill.grasp.key[1])
+    assert sides == [1.0] * 6
+
+
+@pytest.mark.sim
+def test_a_solid_object_is_grasped_in_its_middle_although_the_gripper_has_little_room(at):
     """Turned, it is wider than the gripper; only a bowl has a rim for one finger to reach over."""
-    with LiberoEnv("libero_10", 1) as env:
-        env.reset(init_state=4)
-        expert = Expert(env)
-        assert expert.skill.object == "cream_cheese_1" and not expert.skill._rimmed
-        assert {grasp.key[1] for yaw in pick_place._YAWS
-                for grasp in expert.skill._candidates_at(yaw)} == {0.0}
-        assert run(env, expert, env.horizon)[2]
+    env = at("libero_10", 1)
+    env.reset(init_state=4)
+    expert = Expert(env)
+    assert expert.skill.object == "cream_cheese_1" and not expert.skill._rimmed
+    assert {grasp.key[1] for yaw in pick_place._YAWS
+            for grasp in expert.skill._candidates_at(yaw)} == {0.0}
+    assert run(env, expert, env.horizon)[2]
 
 
 @pytest.mark.sim
-def test_a_box_that_was_pushed_so_that_it_fits_at_no_yaw_is_still_grasped_somewhere(monkeypatch):
-    with LiberoEnv("libero_10", 1) as env:
-        env.reset(init_state=4)
-        skill = Expert(env).skill
-        assert not skill._rimmed
-        monkeypatch.setattr(pick_place, "_OPENING", 0.03)
-        skill._plan()
-        assert skill._rimmed and skill.grasp.key[1] != 0.0
+def test_a_box_that_was_pushed_so_that_it_fits_at_no_yaw_is_still_grasped_somewhere(
+        at, monkeypatch):
+    env = at("libero_10", 1)
+    env.reset(init_state=4)
+    skill = Expert(env).skill
+    assert not skill._rimmed
+    monkeypatch.setattr(pick_place, "_OPENING", 0.03)
+    skill._plan()
+    assert skill._rimmed and skill.grasp.key[1] != 0.0
 
 
 @pytest.mark.sim
-def test_a_frying_pan_is_grasped_at_its_handle_or_away_from_it_and_goes_into_the_shelf():
-    with LiberoEnv("libero_90", 40) as env:
-        env.reset(init_state=0)
-        pan = PickPlace(env, "chefmate_8_frypan_1", "flat_stove_1_cook_region")
-        low, high = Boxes.of_geoms(env, pan._handle).bounds()
-        assert 0 < len(pan._handle) < len(pan._body) and not pan._knob
-        assert pan.grasp.key[1] == 0.0  # in the middle of a part, not at a rim
-        assert (low < pan._grasp_point()).all() and (pan._grasp_point() < high).all()
-        rims = [grasp for grasp in pan._candidates_at(0.0) if grasp.key[1]]
-        body = Boxes.of_geoms(env, pan._body).bounds()
-        for grasp in rims:  # not at the end of the handle, 14 cm further out
-            at = env.object_position(pan.object) + grasp.offset
-            assert (body[0] < at).all() and (at < body[1]).all()
-        expert = Expert(env)
-        assert isinstance(expert.skill, PutInside)  # the shelf's upper board, 5 mm, is a roof
-        assert run(env, expert, env.horizon)[2]
-
-
-@pytest.mark.sim
-def test_a_grasp_that_closes_on_nothing_is_tried_again():
-    """The object slips 6 cm away when the fingers begin to close for the first time."""
-    with LiberoEnv("libero_object", 5) as env:
-        env.reset(seed=1)
-        expert, slipped = Expert(env), []
-
-        def slip_away_once(expert, action):
-            if expert.phase == "close" and not slipped:
-                slipped.append(expert.skill.grasp.key)
-                joint = env.raw.objects_dict[expert.skill.object].joints[0]
-                pose = env.sim.data.get_joint_qpos(joint)
-                pose[0] += 0.06
-                env.sim.data.set_joint_qpos(joint, pose)
-                env.sim.forward()
-            return action
-
-        _, phases, success = run(env, expert, env.horizon, slip_away_once)
-        order = [phase for phase, before in zip(phases, [None, *phases], strict=False)
-                 if phase != before]
-        assert success and slipped and expert.skill._misses[slipped[0]] == 1
-        assert order[:6] == ["approach", "descend", "close", "release", "retreat", "approach"]
-        assert order.count("close") == 2 and "carry" in order[6:]
+def test_a_frying_pan_is_grasped_at_its_handle_or_away_from_it_and_goes_into_the_shelf(at):
+    env = at("libero_90", 40)
+    env.reset(init_state=0)
+    pan = PickPlace(env, "chefmate_8_frypan_1", "flat_stove_1_cook_region")
+    low, high = Boxes.of_geoms(env, pan._handle).bounds()
+    assert 0 < len(pan._handle) < len(pan._body) and not pan._knob
+    assert pan.grasp.key[1] == 0.0  # in the middle of a part, not at a rim
+    assert (low < pan._grasp_point()).all() and (pan._grasp_point() < high).all()
+    rims = [grasp for grasp in pan._candidates_at(0.0) if grasp.key[1]]
+    body = Boxes.of_geoms(env, pan._body).bounds()
+    for grasp in rims:  # not at the end of the handle, 14 cm further out
+        at = env.object_position(pan.object) + grasp.offset
+        assert (body[0] < at).all() and (at < body[1]).all()
+    expert = Expert(env)
+    assert isinstance(expert.skill, PutInside)  # the shelf's upper board, 5 mm, is a roof
+    assert run(env, expert, env.horizon)[2]
 
 
 @pytest.mark.sim
@@ -299,12 +309,12 @@ def test_a_grasp_that_closes_on_nothing_is_tried_again():
     ("libero_goal", 5, {"close", "carry"}),  # a plate is pushed over the table
     ("libero_goal", 7, {"turn"}),  # a knob
 ])
-def test_each_skill_solves_its_task(suite, task_id, phases):
-    with LiberoEnv(suite, task_id) as env:
-        env.reset(seed=2)
-        actions, seen, success = run(env, Expert(env), env.horizon)
-        assert success and phases <= set(seen)
-        assert np.abs(actions).max() <= 1
+def test_each_skill_solves_its_task(at, suite, task_id, phases):
+    env = at(suite, task_id)
+    env.reset(seed=2)
+    actions, seen, success = run(env, Expert(env), env.horizon)
+    assert success and phases <= set(seen)
+    assert np.abs(actions).max() <= 1
 
 
 @pytest.mark.sim
@@ -312,26 +322,26 @@ def test_each_skill_solves_its_task(suite, task_id, phases):
     (3, ["PickPlace", "PushShut"]),  # a bowl in the bottom drawer, which is then closed
     (9, ["PutInside", "PushShut"]),  # a mug in the microwave
 ])
-def test_a_goal_of_two_predicates_is_a_sequence_of_skills(task_id, skills):
-    with LiberoEnv("libero_10", task_id) as env:
-        env.reset(seed=2)
-        expert, used, success = Expert(env), [], False
-        while not success and env.horizon > len(used):
-            action = expert.act()
-            used.append(type(expert.skill).__name__)
-            _, success = env.step(action)
-        assert success and list(dict.fromkeys(used)) == skills
-        assert len(used) < 300
+def test_a_goal_of_two_predicates_is_a_sequence_of_skills(at, task_id, skills):
+    env = at("libero_10", task_id)
+    env.reset(seed=2)
+    expert, used, success = Expert(env), [], False
+    while not success and env.horizon > len(used):
+        action = expert.act()
+        used.append(type(expert.skill).__name__)
+        _, success = env.step(action)
+    assert success and list(dict.fromkeys(used)) == skills
+    assert len(used) < 300
 
 
 @pytest.mark.sim
-def test_a_carton_that_hangs_on_a_finger_by_its_gable_is_lowered_into_the_basket():
-    with LiberoEnv("libero_object", 9) as env:
-        env.reset(seed=5006)
-        expert = Expert(env, Style.sample(np.random.default_rng([9, 6])))
-        _, phases, success = run(env, expert, env.horizon)
-        assert success
-        assert phases.count("close") > phases.index("lift") - phases.index("close")  # a second time
+def test_a_carton_that_hangs_on_a_finger_by_its_gable_is_lowered_into_the_basket(at):
+    env = at("libero_object", 9)
+    env.reset(seed=5006)
+    expert = Expert(env, Style.sample(np.random.default_rng([9, 6])))
+    _, phases, success = run(env, expert, env.horizon)
+    assert success
+    assert phases.count("close") > phases.index("lift") - phases.index("close")  # a second time
 
 
 class Lowers(Skill):
