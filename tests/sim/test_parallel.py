@@ -434,19 +434,35 @@ def test_an_open_cluster_is_warned_of(address, warned, capsys):
     assert capsys.readouterr().err.count(f"{address} has no authentication") == warned
 
 
-@pytest.fixture
-def dask_cluster(job):
+@pytest.fixture(scope="module")
+def dask_cluster(tmp_path_factory):
+    """One for the tests below, in their order; its workers import the job too."""
     distributed = pytest.importorskip("distributed")
-    for attempts_left in (2, 1, 0):  # Dask gives its thread ten seconds to start
-        try:
-            made = distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1",
-                                            dashboard_address=None)
-            break
-        except AssertionError:
-            if not attempts_left:
-                raise
-    with made:
-        yield made
+    import dask
+
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "fanout_jobs.py").write_text(JOBS)
+    with pytest.MonkeyPatch.context() as patch, \
+            dask.config.set({"distributed.deploy.lost-worker-timeout": "60s"}):  # it starts again
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        for attempts_left in (2, 1, 0):  # Dask gives its thread ten seconds to start
+            try:
+                made = distributed.LocalCluster(n_workers=2, threads_per_worker=1,
+                                                host="127.0.0.1", dashboard_address=None)
+                break
+            except AssertionError:
+                if not attempts_left:
+                    raise
+        with made:
+            yield made
+
+
+def test_a_cluster_drops_items_that_are_not_wanted(job, marks, dask_cluster):
+    outcomes = {name: result for (name, _), result, _ in run_jobs(
+        job, [(name, str(marks)) for name in ("good1", "good2", "good3")],
+        cluster=dask_cluster.scheduler_address, wanted=lambda item: item[0] != "good2")}
+    assert set(outcomes) == {"good1", "good3"}
 
 
 def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, dask_cluster):
@@ -462,13 +478,6 @@ def test_a_cluster_that_loses_a_worker_settles_every_job(job, marks, dask_cluste
     dask_cluster.wait_for_workers(2, timeout=60)
 
 
-def test_a_cluster_drops_items_that_are_not_wanted(job, marks, dask_cluster):
-    outcomes = {name: result for (name, _), result, _ in run_jobs(
-        job, [(name, str(marks)) for name in ("good1", "good2", "good3")],
-        cluster=dask_cluster.scheduler_address, wanted=lambda item: item[0] != "good2")}
-    assert set(outcomes) == {"good1", "good3"}
-
-
 def test_a_cluster_without_workers_is_an_error(job, marks, dask_cluster, monkeypatch):
     monkeypatch.setattr(parallel, "_NO_WORKER_SECONDS", 1.0)
     jobs = run_jobs(job, [("good", str(marks)), ("hangs", str(marks))],
@@ -482,6 +491,8 @@ def test_a_cluster_without_workers_is_an_error(job, marks, dask_cluster, monkeyp
 def test_a_cluster_whose_scheduler_ends_is_an_error(job, marks, dask_cluster, monkeypatch):
     import dask
 
+    dask_cluster.scale(1)  # after the last test
+    dask_cluster.wait_for_workers(1, timeout=60)
     with dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
         jobs = run_jobs(job, [("good", str(marks)), ("hangs", str(marks))],
                         cluster=dask_cluster.scheduler_address)
