@@ -217,6 +217,8 @@ ratio = last["val_loss"] / last["train_loss"]
 before = metrics[-len(metrics) // 10 - 1:-1]  # the last tenth of the epochs, without the last
 falls = bool(before) and last["val_loss"] < 0.97 * before[0]["val_loss"]
 trend = "rises" if rise > 5 else "still falls: train longer" if falls else "levels out"
+if len(metrics) < 10:
+    trend = "has too few epochs for a trend"
 print(f"The validation loss {trend}. It is lowest in epoch "
       f"{lowest['epoch']} of {last['epoch']} ({lowest['val_loss']:.4f}) and {rise:.0f} % higher at "
       f"the end. There it is {ratio:.1f} times the training loss, "

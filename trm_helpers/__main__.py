@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:
+    sys.exit(f"{sys.executable} has no tyro, which trm_helpers needs; `source .venv/bin/activate` "
+             "after `make setup` chooses the interpreter that has everything")
 from tyro.conf import OmitArgPrefixes, Positional, SuppressFixed
 
 from . import config as settings
@@ -172,7 +176,7 @@ class Search:
         lines = [f"{place}. {trial['trial']}: {_summary(trial)}"
                  for place, trial in enumerate(trials, 1)]
         ok = all(trial["state"] != "failed" for trial in trials)
-        return trials, [*lines, verdict(trials)], ok
+        return trials, [*lines, verdict(trials), f"results  {folder / 'search'}"], ok
 
 
 @dataclass

@@ -190,7 +190,7 @@ def test_a_run_elsewhere_is_read_there_and_written_to_a_copy(shipped, trained, n
     (copy / "episodes.jsonl").write_text("")
     assert find_run(name) == find_run(name, to_write=True) == copy
     assert (copy / "episodes.jsonl").exists() and not (shipped / "episodes.jsonl").exists()
-    with pytest.raises(FileNotFoundError, match="there are: small, pretrained/bowl"):
+    with pytest.raises(FileNotFoundError, match="there are: small; shipped: pretrained/bowl"):
         load_policy("pretrained/cup")
 
 
@@ -327,7 +327,7 @@ def test_no_name_means_the_run_that_was_trained_last(small_run):
         os.utime(run / "best.safetensors", (1e9 - age, 1e9 - age))
     (small_run("diverged", epochs=1).run / "policy.json").write_text("{}")  # it has no weights
     assert find_run().name == "new"
-    with pytest.raises(FileNotFoundError, match="there are: old, other, new, pretrained"):
+    with pytest.raises(FileNotFoundError, match="there are: old, other, new; shipped: pretrained"):
         find_run("nope")
 
 

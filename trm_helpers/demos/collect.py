@@ -335,7 +335,7 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     if data.actor and not data.demo_dir:
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta, data.frame_stride)
         print(f"{data.num_demos} demonstrations per task, with the run {data.actor!r} acting and "
-              f"the scripted expert labelling: those missing in {folder} are collected")
+              f"the scripted expert labelling, in {folder}; collected if missing")
         files = collect_tasks(data.suite, data.task_ids, data.num_demos, folder,
                               placement=data.placement,
                               actor=actor or Actor(data.actor, data.beta),
@@ -356,6 +356,7 @@ def _find_or_collect(data: DataConfig) -> dict[int, Path]:
     kinds = ["human", "scripted"] if data.demos == "auto" else [data.demos]
     kinds += ["dagger"] if "scripted" in kinds else []
     places = [paths.data_dir(), paths.KAGGLE_INPUT]
+    searched = [str(place) for place in places if place.is_dir()] or [str(places[0])]
     found = {}
     if data.demo_dir:
         if not Path(data.demo_dir).is_dir():
@@ -379,8 +380,8 @@ def _find_or_collect(data: DataConfig) -> dict[int, Path]:
         folder = scripted_dir(suite, data.placement, frame_stride=data.frame_stride)
         wanted = [task_id for each, task_id in owned if each == suite]
         print(f"{data.num_demos} scripted demonstrations of {counted(len(wanted), 'task')}"
-              + (f" (no human ones below {places[0]} or {places[1]})" * (data.demos == "auto"))
-              + f": those missing in {folder} are collected")
+              + (f" (no human ones below {' or '.join(searched)})" * (data.demos == "auto"))
+              + f" in {folder}; collected if missing")
         made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement,
                              frame_stride=data.frame_stride)
         found.update((load_task(suite, task_id).name, path) for task_id, path in made.items())

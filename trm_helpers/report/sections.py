@@ -103,9 +103,10 @@ def _success(run: Path) -> Section:
     title = "Success in the simulator"
     file, results = _results(run)
     if results is None:
+        command = f"python -m trm_helpers evaluate {shlex.quote(run_name(run))}"
         return Section(title, texts=[
             "Not finished; 06_eval plays the missing episodes." if (run / "episodes.jsonl").exists()
-            else "Not evaluated yet; run 06_eval."])
+            else f"Not evaluated yet; `{command}` or 06_eval does it."])
     protocol, not_run = results["protocol"], results.get("not_run", 0)
     planned = results["episodes"] + len(results["errors"]) + not_run
     texts = [*([f"Not finished: {not_run} of {planned} episodes are not run; 06_eval plays them."]
@@ -316,14 +317,16 @@ def _reproduce(run: Path) -> Section:
     config, (_, results) = load_config(run), _results(run)
     saved = read_json(run / "config.json").get("software") or {}
     software = {"Trained": saved, "Evaluated": results["software"] if results else {}}
-    revision = saved.get("revision")
+    dirty = saved.get("dirty")
+    revision = None if dirty else saved.get("revision")
     lines = [*([f"git checkout {shlex.quote(str(revision))}"] if revision else ()), "make setup",
              "source .venv/bin/activate",
              *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
                for words in commands(run.name, config, results))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
-        *(["The run was made with uncommitted changes, which this revision lacks: these commands "
-           "train a similar policy, not this one."] if saved.get("dirty") else ()),
+        *([f"The run was made with uncommitted changes on top of revision {saved.get('revision')}: "
+           "these commands train a policy with its settings by the present code, not this one."]
+          if dirty else ()),
         *(f"{done} with " + "; ".join(f"{key} {versions[key]}" for key in _SOFTWARE
                                       if versions.get(key)) + "."
           for done, versions in software.items() if any(map(versions.get, _SOFTWARE))),

@@ -278,8 +278,8 @@ class LiberoEnv(contextlib.AbstractContextManager):
             bodies = []
         unknown = {str(body.get("name")) for body in bodies} - set(model.body_names)
         if unknown or not bodies:
-            raise ValueError(f"the stored model has {', '.join(sorted(unknown)) or 'no bodies'}; "
-                             f"expected only bodies of {self.task.name}")
+            raise ValueError(f"the stored model has {', '.join(sorted(unknown)) or 'no bodies'}, "
+                             f"which {self.task.name} {'lacks' if unknown else 'has'}")
         for body in bodies:
             index = model.body_name2id(body.get("name"))
             for name, values in (("pos", model.body_pos), ("quat", model.body_quat)):

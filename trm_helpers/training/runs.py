@@ -12,6 +12,7 @@ import filecmp
 import io
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -217,9 +218,10 @@ def find_run(run_name: str | int | Path = "", to_write: bool = False, weights: s
     found = "no run has been trained" if not name else (
         f"the run {name!r} has not been trained" if (root / name).is_dir()
         else f"no trained run {name!r}")
-    raise FileNotFoundError(f"{found} in {root}; there are: {', '.join(names) or 'none'}"
-                            f"{hint or '.'} 04_train makes one, or `python -m trm_helpers train "
-                            "demo --run-name demo`"
+    there = ", ".join(run.name for run in trained) or "none"
+    command = f"python -m trm_helpers train demo --run-name {shlex.quote(name or 'demo')}"
+    raise FileNotFoundError(f"{found} in {root}; there are: {there}; shipped: {', '.join(shipped)}"
+                            f"{hint or '.'} 04_train trains one, or `{command}`"
                             + ("; Add Input > Your Work > Notebooks attaches its output"
                                if paths.on_kaggle() else ""))
 
