@@ -31,12 +31,20 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def opened(chromium, trained):
-    """A function: the page of a run with episodes, a failure's film and moments, in a window.
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("page") / "report.html"
 
-    Afterwards, nothing was requested but the file, and the browser reported no error.
-    """
+
+@pytest.fixture
+def page(kept, request):
+    """The page of a run with episodes, a failure's film and moments; the first test makes it."""
+    if not kept.exists():
+        shutil.copyfile(page_of(request.getfixturevalue("trained")), kept)
+    return kept
+
+
+def page_of(trained):
     play(trained, {(0, 0): True, (0, 1): False, (0, 2): True}, filmed=[(0, 0), (0, 1)])
     write_json(trained / "results.json", results(9))
     write_json(trained / "explain.json", {"sentences": ["It has converged."],
@@ -44,8 +52,18 @@ def opened(chromium, trained):
     (trained / "figures").mkdir()
     for name in ("07_moments.png", "07_saliency.png"):
         imageio.imwrite(trained / "figures" / name, np.full((64, 128, 3), 90, np.uint8))
-    path, requested, errors, contexts = write_report(trained), [], [], []
+    path = write_report(trained)
     assert path.stat().st_size < report_page.MAX_BYTES
+    return path
+
+
+@pytest.fixture
+def opened(chromium, page):
+    """A function: the page in a window of its own.
+
+    Afterwards, nothing was requested but the file, and the browser reported no error.
+    """
+    requested, errors, contexts = [], [], []
 
     def open_window(**look):
         contexts.append(chromium.new_context(**look))
@@ -53,14 +71,14 @@ def opened(chromium, trained):
         window.on("request", lambda request: requested.append(request.url))
         window.on("console", lambda message: errors.append(message.text))
         window.on("pageerror", lambda error: errors.append(str(error)))
-        window.goto(path.as_uri())
+        window.goto(page.as_uri())
         return window
 
     yield open_window
     for context in contexts:
         context.close()
     assert errors == []
-    assert {url for url in requested if not url.startswith("data:")} == {path.as_uri()}
+    assert {url for url in requested if not url.startswith("data:")} == {page.as_uri()}
 
 
 PLAYS = """element => new Promise(done => {

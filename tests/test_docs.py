@@ -33,6 +33,8 @@ SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^(?:make|papermill|%run|torchrun|python|wandb)\b")
 OTHERS = ("git ", "cd ", "cp ", "export ", "source ", "%cd ", "dask ", "ssh ")  # of the system
+OF_PYTHON = ("python -m pip wheel --no-deps --wheel-dir dist .",  # as tests/test_wheel.py does
+             "python -m venv build/peers")
 PATH = re.compile(r"(?:trm_helpers|tests|notebooks|benchmarks|docs|pretrained)/[\w./-]*\w")
 MAKEFILE = (ROOT / "Makefile").read_text()
 MAKES = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
@@ -115,6 +117,8 @@ def test_a_command_is_accepted(command, monkeypatch, capsys):
         accepted_by_a_script(words[1:], monkeypatch)
     elif kind == "python" and words[1:2] != ["-m"] and words[1:]:
         assert (ROOT / words[1]).exists(), command
+    else:
+        assert command in OF_PYTHON, f"nothing here checks {command}"
 
 
 def accepted_by_the_command_line(arguments: list[str]) -> None:
@@ -167,7 +171,8 @@ def accepted_by_a_script(words: list[str], monkeypatch) -> None:
     "python -m trm_helpers evaluate RUN --episodes 3", "python -m trm_helpers paly RUN",
     "papermill 04_train.ipynb out.ipynb -p learning_rate 1e-3", "make everything",
     "papermill 06_eval.ipynb out.ipynb -p num_episodes many", "%run 09_more.ipynb",
-    "python benchmarks/latency.py --round 3 --speed 2", "python benchmarks/none.py"])
+    "python benchmarks/latency.py --round 3 --speed 2", "python benchmarks/none.py",
+    "python -m trm_helper report RUN", "python -m pip whel .", "wandb sync"])
 def test_a_wrong_command_is_noticed(command, monkeypatch, capsys):
     with pytest.raises((SystemExit, AssertionError, ValueError)):
         test_a_command_is_accepted(command, monkeypatch, capsys)

@@ -2,6 +2,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +37,26 @@ def test_playing_episodes_loads_no_plotting():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
-@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("", 1), (" ", 1), ("2", 2)])
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
 def test_a_process_has_one_thread_unless_the_environment_says_otherwise(variable, threads):
     environment = {name: value for name, value in os.environ.items()
-                   if not name.endswith("_NUM_THREADS")} | {"OMP_NUM_THREADS": str(variable)}
-    if variable is None:
-        del environment["OMP_NUM_THREADS"]
+                   if not name.endswith("_NUM_THREADS")}
+    if variable is not None:
+        environment["OMP_NUM_THREADS"] = variable
     code = ("import os, trm_helpers.policy.layers, torch; "
             "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])")
     found = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert found.split() == [str(threads)] * 2  # what it starts has as many
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, "1"), ("", "1"), (" ", "1"), ("2", "2")])
+def test_the_package_sets_the_variable_of_threads_where_it_says_nothing(variable, threads,
+                                                                        monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable or "")
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    runpy.run_path(trm_helpers.__file__)
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize("name", [n for n in trm_helpers.__all__ if n != "__version__"])

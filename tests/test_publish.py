@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from trm_helpers.paths import repo_root
+from trm_helpers.stats import paired_mcnemar
 from trm_helpers.visuals.figure import alt_text
 
 SCRIPT = repo_root() / "benchmarks" / "suite" / "publish.py"
@@ -55,11 +56,52 @@ GENERATED = re.compile(r"<!-- [\w-]+ -->\n.*?<!-- end -->", re.DOTALL)
 SOURCES = ("*Typed by hand", "*As published", "<!-- no measurement -->")
 
 
+def spatial(name: str) -> dict:
+    path = repo_root() / "docs" / "results" / "spatial-all" / f"{name}.json"
+    return json.loads(path.read_text())
+
+
+COMPARED = {  # in the README: the results with SiLU, those with ReLU
+    "`block`, 4": ("spatial-block-silu", "libero_spatial-block-depth-4-s0"),
+    "`trm`, 12": ("spatial-trm-silu", "libero_spatial-trm-s0"),
+    "`trm`, 2": ("spatial-one-silu",
+                 "libero_spatial-trm-one-recursion-one-cycle-one-update-s0")}
+
+
+def readme_rows() -> list[str]:
+    rows = []
+    for policy, (silu, relu) in COMPARED.items():
+        new, old = spatial(silu), spatial(relu)
+        found = new["results"]
+        assert new["parameters"] == old["parameters"] and "relu" in old["policy"]
+        rows.append(f"| {policy} | {new['parameters'] / 1e6:.1f} M | {found['successes']} "
+                    f"({100 * found['wilson_low']:.0f}–{100 * found['wilson_high']:.0f} %) | "
+                    f"{old['results']['successes']} | {new['minutes']:.0f} minutes |\n")
+    return rows
+
+
+def test_the_readme_compares_as_the_results_do():
+    gains = [spatial(silu)["results"]["successes"] - spatial(relu)["results"]["successes"]
+             for silu, relu in COMPARED.values()]
+    twelve, two = (spatial(COMPARED[policy][0]) for policy in ("`trm`, 12", "`trm`, 2"))
+    test = paired_mcnemar(twelve["episodes"], two["episodes"])
+    text = " ".join((repo_root() / "README.md").read_text().split())
+    assert test["pairs"] == 200
+    for said in (f"solved {min(gains)} to {max(gains)} more of 200 episodes",
+                 f"{twelve['results']['successes']} against {two['results']['successes']} of 200 "
+                 f"episodes (p = {test['p_value']:.2f} in McNemar"):
+        assert said in text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(repo_root())))
 def test_every_table_is_generated_or_says_where_it_is_from(page):
     text = GENERATED.sub("", page.read_text())
+    if page.name == "README.md" and page.parent == repo_root():
+        for row in readme_rows():
+            assert row in text
+            text = text.replace(row, "")
     if page.name == "design.md" or page.parent == repo_root():
-        assert not re.search(r"^\|.*\d+ of \d+", text, re.MULTILINE)  # nothing measured there
+        assert not re.search(r"^\|.*\d (of \d|%)", text, re.MULTILINE)  # nothing else measured
         return
     for table in TABLE.finditer(text):
         before = text[:table.start()].rstrip("\n").splitlines()[:-1]  # without the table's head
@@ -80,9 +122,8 @@ def test_tables_are_narrow_enough_to_read(page):
 
 
 def test_the_card_of_the_shipped_policy_says_what_its_results_say():
-    content = json.loads(
-        (repo_root() / "docs" / "results" / "spatial-all" / "spatial-trm-silu.json").read_text())
-    tasks = " | ".join(str(task["successes"]) for task in content["results"]["tasks"])
+    tasks = " | ".join(str(task["successes"])
+                       for task in spatial("spatial-trm-silu")["results"]["tasks"])
     assert f"| of 20 | {tasks} |" in (
         repo_root() / "pretrained" / "spatial-trm" / "README.md").read_text()
 

@@ -4,6 +4,7 @@ Imports inside functions and for annotations count.
 """
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def imports(package: Path) -> dict[str, set[str]]:
     """What each module imports of the package."""
     known = modules(package)
