@@ -50,6 +50,19 @@ def wait_for(condition, seconds=30):
         time.sleep(0.1)
 
 
+def only_copies(monkeypatch):
+    """Replace a notebook's process by writing the copy; returns what each would have been given."""
+    given = []
+
+    def run(stop, log, environment, source, copy, parameters, stage):
+        given.append((source.stem, parameters))
+        copy.write_text("{}")
+        return ""
+
+    monkeypatch.setattr(notebooks, "_in_own_process", run)
+    return given
+
+
 @pytest.fixture
 def nb_dir(tmp_path, monkeypatch):
     """An empty notebooks folder in place of the checkout's."""
@@ -61,22 +74,38 @@ def nb_dir(tmp_path, monkeypatch):
 
 # --- one notebook --------------------------------------------------------------------------------
 
-def test_runs_with_this_python_in_its_folder_with_the_parameters(nb_dir, monkeypatch, tmp_path):
-    write_notebook(nb_dir / "04_train.ipynb", """
-        import json, os, pathlib, sys
-        said = {"lr": lr, "cwd": os.getcwd(), "python": sys.executable, "pid": os.getpid()}
-        pathlib.Path("said.json").write_text(json.dumps(said))
-    """)
+WHERE = """
+    import json, os, pathlib, sys
+    said = {name: os.environ.get(name) for name in ("TRM_ARTIFACTS_DIR", "TRM_DATA_DIR", "GPU")}
+    said |= {"python": sys.executable, "cwd": os.getcwd(), "lr": lr, "run_name": run_name}
+    pathlib.Path("said.json").write_text(json.dumps({**said, "demo_dir": demo_dir}))
+    print(os.environ.get("GPU"))
+"""
+
+
+def test_runs_with_this_python_in_its_folder_with_the_callers_parameters_and_folders(
+        nb_dir, monkeypatch, tmp_path):
+    """Relative folders are the caller's; the environment and the log are the notebook's own."""
+    write_notebook(nb_dir / "04_train.ipynb", WHERE, parameters=PARAMETERS + "demo_dir = None")
     monkeypatch.chdir(tmp_path)
-    executed = run_notebook("04_train", {"lr": 1e-3, "run_name": "first"})
-    assert executed == tmp_path / "artifacts" / "first" / "notebooks" / "04_train.ipynb"
-    said = json.loads((nb_dir / "said.json").read_text())
-    assert said["lr"] == 1e-3
-    assert said["cwd"] == str(nb_dir)
-    assert said["python"] == sys.executable
+    monkeypatch.setenv("TRM_ARTIFACTS_DIR", "rel")
+    monkeypatch.delenv("TRM_DATA_DIR")
+    monkeypatch.setattr(paths, "repo_root", Path.cwd)  # as with an installed wheel
+    log = tmp_path / "output.log"
+    executed = run_notebook("04_train", {"lr": 1e-3, "run_name": 20240101, "demo_dir": "human"},
+                            environment={"GPU": "third"}, log=log)
+    assert executed == tmp_path / "rel" / "20240101" / "notebooks" / "04_train.ipynb"
     assert [p.name for p in executed.parent.iterdir()] == ["04_train.ipynb"]
+    assert json.loads((nb_dir / "said.json").read_text()) == {
+        "TRM_ARTIFACTS_DIR": str(tmp_path / "rel"), "TRM_DATA_DIR": str(tmp_path / "data"),
+        "GPU": "third", "python": sys.executable, "cwd": str(nb_dir), "lr": 1e-3,
+        "run_name": "20240101", "demo_dir": str(tmp_path / "human")}
     cells = nbformat.read(executed, as_version=4).cells
     assert [cell.execution_count for cell in cells] == [1, 2, 3]  # one injected
+    assert cells[2].outputs[0].text == "third\n"
+    assert re.fullmatch(r"04_train \.\.\.\n04_train, done after \d.\d min\n", log.read_text())
+    checked, _ = notebooks._checked({"preset": "tiny", "more": {"demo_dir": "human"}}, {"more": ""})
+    assert checked["more"]["demo_dir"] == str(tmp_path / "human")
 
 
 def test_unknown_parameter_is_refused_before_anything_runs(nb_dir, tmp_path):
@@ -94,24 +123,27 @@ def test_unknown_parameter_is_refused_before_anything_runs(nb_dir, tmp_path):
     assert not (tmp_path / "artifacts").exists()
 
 
-def test_other_settings_of_an_existing_run_are_refused_before_anything_runs(nb_dir):
-    write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'w').close()",
+def test_other_settings_of_an_existing_run_are_refused_before_anything_runs(nb_dir, monkeypatch):
+    write_notebook(nb_dir / "04_train.ipynb",
                    parameters=PARAMETERS + "stop_epoch: int = 0  # stop after this epoch\n")
+    given = only_copies(monkeypatch)
     run = create_run(from_flat("tiny"), "first")
     append_jsonl(run / "metrics.jsonl", {"epoch": 1})
     with pytest.raises(ValueError, match="first was made with other settings .*lr"):
         run_notebook("04_train", {"preset": "tiny", "run_name": "first", "lr": 0.5})
-    assert not (nb_dir / "ran").exists()
-    run_notebook("04_train", {"preset": "tiny", "run_name": "first", "stop_epoch": 1})
-    assert (nb_dir / "ran").exists()
+    assert not given
+    allowed = {"preset": "tiny", "run_name": "first", "stop_epoch": 1}
+    run_notebook("04_train", allowed)
+    assert given == [("04_train", allowed)]
     # a notebook without a preset decides about its settings itself
     assert notebooks._checked({"run_name": "first"}, {"run_name": "", "stop_epoch": ""})[1] == run
 
 
-def test_a_notebook_with_a_folder_of_its_own_is_checked_there(nb_dir, tmp_path):
+def test_a_notebook_with_a_folder_of_its_own_is_checked_there(nb_dir, tmp_path, monkeypatch):
     """A trial of a search, where ``artifacts`` holds another run of its name."""
-    write_notebook(nb_dir / "04_train.ipynb", "open('ran', 'a').write('.')",
+    write_notebook(nb_dir / "04_train.ipynb",
                    parameters=PARAMETERS + "stop_epoch: int = 0  # stop after this epoch\n")
+    given = only_copies(monkeypatch)
     other = create_run(from_flat("tiny", lr=0.5), "first")
     append_jsonl(other / "metrics.jsonl", {"epoch": 1})
     trial = tmp_path / "search" / "first"
@@ -119,7 +151,7 @@ def test_a_notebook_with_a_folder_of_its_own_is_checked_there(nb_dir, tmp_path):
     shutil.copytree(other, trial, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="search/first was made with other settings .*lr"):
         run_notebook("04_train", {"preset": "tiny", "run_name": "first"}, run_dir=trial)
-    assert (nb_dir / "ran").read_text() == "."
+    assert len(given) == 1
 
 
 def test_copy_keeps_the_last_state_of_a_progress_bar(tmp_path):
@@ -142,30 +174,24 @@ def test_parameters_have_their_comments(tmp_path):
         "preset": "which settings", "run_name": "folder under artifacts/", "lr": "learning rate"}
 
 
-def test_failure_has_the_traceback_and_keeps_the_copy(tmp_path):
-    notebook = write_notebook(tmp_path / "a.ipynb", "print('before')", "wheels = 4\nwheels / 0",
-                              "print('after')")
-    copies = tmp_path / "notebooks"
-    with pytest.raises(RuntimeError) as error:
-        run_notebook(notebook, run_dir=tmp_path)
-    assert "a.ipynb failed: ZeroDivisionError: division by zero" in str(error.value)
-    assert "wheels / 0" in str(error.value)
-    assert "\x1b" not in str(error.value)
-    assert [p.name for p in copies.iterdir()] == ["a.failed.ipynb"]
+def test_failure_has_the_traceback_and_keeps_its_copy_beside_an_earlier_good_one(tmp_path):
+    notebook = tmp_path / "a.ipynb"
 
-    write_notebook(notebook, "print('before')")
-    run_notebook(notebook, run_dir=tmp_path)
-    assert [p.name for p in copies.iterdir()] == ["a.ipynb"]
+    def fail():
+        write_notebook(notebook, "print('before')", "wheels = 4\nwheels / 0", "print('after')")
+        with pytest.raises(RuntimeError) as error:
+            run_notebook(notebook, run_dir=tmp_path)
+        assert "a.ipynb failed: ZeroDivisionError: division by zero" in str(error.value)
+        assert "wheels / 0" in str(error.value)
+        assert "\x1b" not in str(error.value)
+        return sorted(path.name for path in (tmp_path / "notebooks").iterdir())
 
-
-def test_failed_run_leaves_the_earlier_copy(tmp_path):
-    notebook = write_notebook(tmp_path / "a.ipynb", "print('good')")
-    output = run_notebook(notebook)
+    assert fail() == ["a.failed.ipynb"]
+    write_notebook(notebook, "print('good')")
+    output = run_notebook(notebook, run_dir=tmp_path)
+    assert [*output.parent.iterdir()] == [output]
     good = output.read_bytes()
-    write_notebook(notebook, "1 / 0")
-    with pytest.raises(RuntimeError):
-        run_notebook(notebook)
-    assert output.read_bytes() == good
+    assert fail() == ["a.failed.ipynb", "a.ipynb"] and output.read_bytes() == good
 
 
 def test_killed_kernel_is_an_error(tmp_path):
@@ -211,14 +237,6 @@ def test_a_notebook_that_is_the_main_module_runs_another(tmp_path):
     assert (tmp_path / "notebooks" / "inner.ipynb").exists(), done.stdout + done.stderr
 
 
-def test_a_notebook_has_its_own_environment_and_log(tmp_path):
-    notebook = write_notebook(tmp_path / "a.ipynb", "import os; print(os.environ['GPU'])")
-    log = tmp_path / "output.log"
-    copy = run_notebook(notebook, environment={"GPU": "third"}, log=log)
-    assert nbformat.read(copy, as_version=4).cells[1].outputs[0].text == "third\n"
-    assert re.fullmatch(r"a \.\.\.\na, done after \d.\d min\n", log.read_text())
-
-
 @pytest.mark.parametrize("content", ["cells = []", "{}", '{"cells": [3], "metadata": {}}', "",
                                      '{"cells": [], "metadata": {}, "nbformat": 4}'])
 def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
@@ -235,29 +253,6 @@ def test_a_missing_notebook_lists_the_existing_ones(nb_dir):
         run_notebook(".")
     with pytest.raises(FileNotFoundError, match="'04_train'.*one of 00_setup"):
         run_notebook("04_train")
-
-
-WHERE = """
-    import json, os, pathlib
-    said = {name: os.environ[name] for name in ("TRM_ARTIFACTS_DIR", "TRM_DATA_DIR")}
-    pathlib.Path("said.json").write_text(json.dumps({**said, "run_name": run_name,
-                                                     "demo_dir": demo_dir}))
-"""
-
-
-def test_relative_folders_mean_those_of_the_caller(nb_dir, monkeypatch, tmp_path):
-    write_notebook(nb_dir / "04_train.ipynb", WHERE, parameters=PARAMETERS + "demo_dir = None")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRM_ARTIFACTS_DIR", "rel")
-    monkeypatch.delenv("TRM_DATA_DIR")
-    monkeypatch.setattr(paths, "repo_root", Path.cwd)  # as with an installed wheel
-    checked, _ = notebooks._checked({"preset": "tiny", "more": {"demo_dir": "human"}}, {"more": ""})
-    assert checked["more"]["demo_dir"] == str(tmp_path / "human")
-    done = run_notebook("04_train", {"run_name": 20240101, "demo_dir": "human"})
-    assert done == tmp_path / "rel" / "20240101" / "notebooks" / "04_train.ipynb"
-    assert json.loads((nb_dir / "said.json").read_text()) == {
-        "TRM_ARTIFACTS_DIR": str(tmp_path / "rel"), "TRM_DATA_DIR": str(tmp_path / "data"),
-        "run_name": "20240101", "demo_dir": str(tmp_path / "human")}
 
 
 BAD = [({"run_name": "../up"}, "run_name='../up'"), ({"run_name": "my run"}, "run_name='my run'"),
@@ -288,13 +283,15 @@ def test_a_notebook_that_reads_a_run_takes_its_path_and_writes_to_a_copy(
     assert run_notebook("06_eval", {"run_name": "theirs/"}).parent == copy / "notebooks"
     assert json.loads((nb_dir / "said.json").read_text())["run_name"] in ("theirs/", "theirs")
     assert not (tmp_path / "input" / "theirs" / "notebooks").exists()
+    given = only_copies(monkeypatch)
     assert run_notebook("06_eval").parent == copy / "notebooks"  # the newest run's
+    assert given == [("06_eval", {})]
     monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(tmp_path / "none"))
     for name, error in (("../input/theirs", ValueError), ("nobody", FileNotFoundError),
                         ("", FileNotFoundError)):
         with pytest.raises(error):
             run_notebook("06_eval", {"run_name": name})
-    assert not (paths.artifacts_dir() / "notebooks").exists()  # nothing was executed
+    assert len(given) == 1 and not (paths.artifacts_dir() / "notebooks").exists()
 
 
 @pytest.mark.parametrize(("given", "message"), [
