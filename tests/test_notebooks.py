@@ -1,10 +1,12 @@
 """The eight notebooks: their form, a run of all of them, and the README's commands."""
 
 import ast
+import functools
 import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,12 +24,17 @@ import torch
 import yaml
 from demo_files import write_demo_file
 from nbclient import NotebookClient
+from pretend_training import train_into
+from test_run_notebooks import only_copies
 
 from trm_helpers import paths
 from trm_helpers.__main__ import main
 from trm_helpers.config import COMMON, from_flat
+from trm_helpers.demos import collect
 from trm_helpers.files import read_jsonl
-from trm_helpers.notebooks import notebook_parameters, run_notebook
+from trm_helpers.notebooks import notebook_parameters
+from trm_helpers.search import trials
+from trm_helpers.sim.env import LiberoEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["00_setup", "01_explore", "02_dataset", "03_model", "04_train", "05_search", "06_eval",
@@ -162,6 +169,38 @@ def test_an_unknown_parameter_is_refused_with_the_one_meant_or_the_valid_ones(ca
     assert "unknown parameter 'zzz'" in said
     assert "lr" in said and "hidden_dim" in said and "learning rate at the start" in said
     assert not paths.artifacts_dir().exists()
+
+
+# --- the run of 04_train ------------------------------------------------------------------------
+
+
+def run_of_04(**parameters) -> Path:
+    """The folder that 04_train makes with these parameters; demonstrations are not looked for."""
+    *first, making = code(read("04_train"))[:4]
+    names = {}
+    for cell in first:
+        exec(cell, names)
+    names |= {**parameters, "ensure_demonstrations": lambda *_: {}}
+    exec(making, names)
+    return names["run"]
+
+
+def test_training_names_an_unchanged_preset_s_run_after_it_and_a_changed_one_by_the_time(
+        monkeypatch):
+    monkeypatch.setattr("trm_helpers.training.runs.software_versions", dict)
+    assert run_of_04(preset="tiny") == paths.artifacts_dir() / "tiny"
+    assert run_of_04(preset="tiny", stop_epoch=1) == paths.artifacts_dir() / "tiny"
+    changed = run_of_04(preset="tiny", lr=0.5)
+    assert re.fullmatch(r"libero_object-block-s0-\d{8}-\d{6}", changed.name)
+    assert json.loads((changed / "config.json").read_text())["train"]["lr"] == 0.5
+    assert run_of_04(preset="tiny", lr=0.5, run_name="mine") == paths.artifacts_dir() / "mine"
+
+
+def test_training_does_not_touch_a_run_that_it_may_not_resume(trained):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    with pytest.raises(FileExistsError, match="exists already; choose another run_name"):
+        run_of_04(preset="tiny", run_name=trained.name, resume=False)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
 # --- exercises ----------------------------------------------------------------------------------
@@ -322,11 +361,18 @@ def test_suite_wrote_measurements_that_agree(tiny):
     assert results["successes"] == sum(row["success"] for row in episodes)
     assert results["software"]["mujoco"] == "3.3.2" and results["software"]["gl_renderer"]
     assert results["protocol"]["horizon"] == 24
-    trials = json.loads((run / "search" / "trials.json").read_text())
+    rows = json.loads((run / "search" / "trials.json").read_text())
     best = yaml.safe_load((run / "search" / "best.yaml").read_text())
-    assert len(trials) == 2 and best["preset"] == "tiny" and "epochs" not in best
-    assert all(trials[0][key] == best[key] for key in ("lr", "hidden_dim", "num_recursions"))
+    assert len(rows) == 2 and best["preset"] == "tiny" and "epochs" not in best
+    assert all(rows[0][key] == best[key] for key in ("lr", "hidden_dim", "num_recursions"))
     assert from_flat(**best).model.num_recursions == best["num_recursions"]
+    for row in rows:
+        trial = run / "search" / row["trial"]
+        losses = [epoch["val_loss"] for epoch in read_jsonl(trial / "metrics.jsonl")]
+        assert row["state"] == "complete" and row["val_losses"] == losses and len(losses) == 1
+        model = json.loads((trial / "config.json").read_text())["model"]
+        assert all(model[key] == row[key] for key in ("hidden_dim", "num_recursions"))
+        assert (trial / "notebooks" / "04_train.ipynb").exists()
     report = (run / "report.md").read_text()
     assert "success rate" in report and report.count("](figures/") == len(FIGURES)
 
@@ -416,58 +462,136 @@ def test_readme_make_commands_end_in_what_is_tested_here(target):
 
 
 SMALL_EVALUATION = ["--num-episodes", "1", "--horizon", "8", "--num-videos", "0"]
+OF_THEIR_OWN = ("make ", "papermill ", " run ", " --actor ", " search ")  # tested below
 
 
-def made_small(command: str, environment: dict) -> tuple[list[str], Path]:
-    """A command of the README with the tiny preset, and one short episode; where to run it."""
-    words = shlex.split(command)
-    if words[:3] == ["python", "-m", "trm_helpers"] and words[3] != "run":
-        data = Path(environment["TRM_DATA_DIR"])
-        (file,) = data.rglob("*_demo.hdf5")
-        small = {
-            "collect": ["collect", "tiny", "--task-ids", "0"],
-            "validate": ["validate", str(file), "--suite", "libero_object", "--task-id", "0"],
-            "train": ["train", "tiny", *words[5:]],
-            "search": ["search", "tiny", *words[5:]],
-            "evaluate": [{"10": "1"}.get(word, word) for word in words[3:]] + SMALL_EVALUATION,
-            "report": words[3:],
-            "robustness": [*words[3:], *SMALL_EVALUATION, "--only", "swap"],
-            "depth": [*words[3:], *SMALL_EVALUATION, "--depths", "2", "--thresholds"],
-        }[words[3]]
-        if "libero_spatial" in small:  # the expert, on all ten tasks
-            small[small.index("libero_spatial")] = "libero_object"
-            small += ["--task-ids", "0"]
-        if small[1].startswith("pretrained/"):
-            small += ["--task-ids", "2"]
-        return words[:3] + small, ROOT
-    if "--help-notebook" not in words:
-        words += ["-p", "preset", "tiny"]
-    if "06_eval.ipynb" in words:
-        words += ["-p", "num_episodes", "1", "-p", "num_videos", "1"]
-    return words, ROOT / "notebooks"
+def made_small(command: str, data: Path) -> list[str]:
+    """The arguments of a command with the tiny preset, and one short episode."""
+    words = [{"10": "1", "40": "3"}.get(word, word) for word in shlex.split(command)]
+    assert words[:3] == ["python", "-m", "trm_helpers"]
+    words, options = words[3:], words[5:]
+    small = {
+        "collect": ["collect", "tiny", *(options if "--actor" in options else ["--task-ids", "0"])],
+        "validate": ["validate", str(next(data.rglob("*_demo.hdf5"))),
+                     "--suite", "libero_object", "--task-id", "0"],
+        "train": ["train", "tiny", *options],
+        "search": ["search", "tiny", *options],
+        "evaluate": words + SMALL_EVALUATION,
+        "report": words,
+        "robustness": [*words, *SMALL_EVALUATION, "--only", "swap"],
+        "depth": [*words, *SMALL_EVALUATION, "--depths", "2", "--thresholds"],
+    }[words[0]]
+    if "libero_spatial" in small:  # the expert, on all ten tasks
+        small[small.index("libero_spatial")] = "libero_object"
+        small += ["--task-ids", "0"]
+    return small
+
+
+@pytest.fixture
+def typed(tiny, monkeypatch, capsys):
+    """A function: run the one command of the README that has this text, made small.
+
+    It runs in this process, which has imported the simulator already.
+    """
+    environment = tiny[0]
+    for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR"):
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.chdir(ROOT)
+
+    def type_in(text):
+        (command,) = [command for command in readme_commands() if text in command]
+        arguments = made_small(command, Path(environment["TRM_DATA_DIR"]))
+        assert main(arguments) == 0, capsys.readouterr().err
+
+    return type_in
 
 
 @pytest.mark.sim
 @pytest.mark.notebooks
-@pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("make")])
-def test_readme_command_runs(command, tiny, monkeypatch, capsys):
-    """In their order: some need what those before them made.
+@pytest.mark.parametrize("command", [command for command in readme_commands()
+                                     if not any(own in command for own in OF_THEIR_OWN)])
+def test_readme_command_runs(command, typed):
+    """In their order: some need what those before them made."""
+    typed(command)
 
-    Commands of the package run in this process, which has imported the simulator already.
-    """
-    words, folder = made_small(command, tiny[0])
-    if words[:3] == ["python", "-m", "trm_helpers"]:
-        monkeypatch.chdir(folder)
-        for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR"):
-            monkeypatch.setenv(name, tiny[0][name])
-        assert main(words[3:]) == 0, capsys.readouterr().err
-        return
-    scripts = Path(sys.executable).parent
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True,
-                          env={**tiny[0], "PATH": f"{scripts}:{os.environ['PATH']}"})
-    for name in ("out.ipynb", "evaluated.ipynb"):
-        (ROOT / "notebooks" / name).unlink(missing_ok=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_readme_dagger_adds_an_episode_of_the_actor_that_was_trained_before(
+        tiny, typed, monkeypatch):
+    monkeypatch.setattr(LiberoEnv, "horizon", property(lambda _: 8))
+    monkeypatch.setattr(collect, "collect_tasks",
+                        functools.partial(collect.collect_tasks, workers=0))
+    typed("--actor my-trm --beta 0.5")
+    plain, added = sorted(Path(tiny[0]["TRM_DATA_DIR"]).rglob("*_demo.hdf5"),
+                          key=lambda path: "my-trm" in str(path))
+    with h5py.File(added) as file, h5py.File(plain) as before:
+        first, second, last = (file[f"data/demo_{number}"] for number in range(3))
+        assert len(file["data"]) == 3 and len(last["actions"]) == 8
+        for old, demo in enumerate((first, second)):
+            assert "actor" not in demo.attrs
+            assert np.array_equal(demo["actions"], before[f"data/demo_{old}/actions"])
+        assert (last.attrs["actor"], last.attrs["beta"]) == ("my-trm", 0.5)
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_readme_search_resumes_and_a_shard_trains_its_points_only(tiny, typed, monkeypatch):
+    one, two = (f"lr0.001-hidden_dim32-num_recursions{number}" for number in (1, 2))
+    folder = tiny[1].parent / "s" / "search"
+    shutil.copytree(tiny[1] / "search", folder)
+    shutil.rmtree(folder / two)
+    kept = {path: path.stat().st_mtime_ns for path in (folder / one).rglob("*")}
+    typed("--search-workers 2")
+    assert {path: path.stat().st_mtime_ns for path in (folder / one).rglob("*")} == kept
+    assert (folder / two / "notebooks" / "04_train.ipynb").exists()
+    assert {row["trial"]: row["state"] for row in json.loads(
+        (folder / "trials.json").read_text())} == {one: "complete", two: "complete"}
+
+    for trial in (one, two):
+        shutil.rmtree(folder / trial)
+    ran = []
+
+    def train(notebook, given, *, run_dir, **_):
+        ran.append(run_dir.name)
+        train_into(run_dir, given)
+
+    monkeypatch.setattr(trials, "run_notebook", train)
+    typed("--search-shard 2/4")
+    assert ran == [two]
+
+
+def test_readme_run_gives_its_parameters_to_the_notebook(monkeypatch):
+    """The suite runs the notebook, and tests/test_wheel.py this command."""
+    (command,) = [command for command in readme_commands() if " run " in command]
+    words, given = shlex.split(command), only_copies(monkeypatch)
+    assert words[:3] == ["python", "-m", "trm_helpers"] and main(words[3:]) == 0
+    assert given == [("04_train", {"run_name": "slower", "lr": 5e-4})]
+
+
+@pytest.mark.sim
+@pytest.mark.notebooks
+def test_readme_papermill_trains_a_new_run_and_evaluates_it(tiny):
+    environment, first, _ = tiny
+    environment = {**environment,
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    small = {"04_train.ipynb": [], "06_eval.ipynb": ["-p", "num_episodes", "1",
+                                                     "-p", "num_videos", "1"]}
+    before = {*first.parent.glob("*/config.json")}
+    results = (first / "results.json").read_bytes()
+    commands = [command for command in readme_commands() if command.startswith("papermill")]
+    for command, (notebook, settings) in zip(commands, small.items(), strict=True):
+        words = shlex.split(command.replace("../artifacts", str(first.parent)))
+        assert words[1] == notebook
+        done = subprocess.run([*words, "-p", "preset", "tiny", *settings], env=environment,
+                              cwd=ROOT / "notebooks", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert Path(words[2]).exists()  # below artifacts/
+    (made,) = {*first.parent.glob("*/config.json")} - before
+    run = made.parent
+    assert json.loads(made.read_text())["train"]["lr"] == 5e-4
+    assert json.loads((run / "results.json").read_text())["episodes"] == 1
+    assert (first / "results.json").read_bytes() == results
 
 
 @pytest.mark.sim
@@ -513,27 +637,10 @@ def test_best_of_the_search_is_trained_and_compared(tiny, tmp_path):
 
 @pytest.mark.sim
 @pytest.mark.notebooks
-def test_training_does_not_touch_a_run_that_it_may_not_resume(tiny, monkeypatch, tmp_path):
-    environment, run, _ = tiny
-    for name in ("TRM_DATA_DIR", "TRM_ARTIFACTS_DIR"):
-        monkeypatch.setenv(name, environment[name])
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(RuntimeError, match="exists already; choose another run_name"):
-        run_notebook("04_train", {"preset": "tiny", "run_name": "tiny", "resume": False},
-                     run_dir=tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-
-
-@pytest.mark.sim
-@pytest.mark.notebooks
-def test_readme_python_runs(tiny):
+def test_readme_python_succeeds(monkeypatch, capsys):
     (example,) = readme_blocks("python")
-    for text, small in (('"demo"', '"tiny"'), ('"libero_spatial", task_id=2', '"libero_object", 0'),
-                        ("range(10, 15), num_episodes=5", "range(10, 11), num_episodes=1"),
-                        ("PolicyEvaluator(policy)", "PolicyEvaluator(policy, horizon=8)")):
-        assert text in example
-        example = example.replace(text, small)
-    done = subprocess.run([sys.executable, "-c", example], env=tiny[0], capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.match(r"0\.0 0\.0 0\.79\d+", done.stdout.splitlines()[-1])
+    assert example.count("num_episodes=5") == 1
+    monkeypatch.chdir(ROOT)
+    exec(example.replace("num_episodes=5", "num_episodes=1"), {})
+    rate, low, high = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert (rate, low, high) == (1, pytest.approx(1 / (1 + 1.96 ** 2), abs=1e-4), 1)

@@ -598,6 +598,7 @@ train_into(pathlib.Path(os.environ["TRM_ARTIFACTS_DIR"]) / run_name, globals())
     assert "too deep" in rows[1]["error"]
 
 
+@pytest.mark.slow  # tests/test_notebooks.py asserts the same of the suite's search
 def test_the_training_notebook_as_a_trial(tmp_path):
     name = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
     write_demo_file(tmp_path / "libero_object" / name, (6, 7, 8, 9, 10), image_size=36)
