@@ -214,15 +214,13 @@ display(fig)
 lowest, last = min(metrics, key=lambda row: row["val_loss"]), metrics[-1]
 rise = 100 * (last["val_loss"] / lowest["val_loss"] - 1)
 ratio = last["val_loss"] / last["train_loss"]
-before = metrics[-len(metrics) // 10 - 1:-1]  # the last tenth of the epochs, without the last
-falls = bool(before) and last["val_loss"] < 0.97 * before[0]["val_loss"]
+before = metrics[-len(metrics) // 10 - 1:][0]  # a tenth of the epochs earlier
+falls = last["val_loss"] < 0.97 * before["val_loss"]
 trend = "rises" if rise > 5 else "still falls: train longer" if falls else "levels out"
-if len(metrics) < 10:
-    trend = "has too few epochs for a trend"
-print(f"The validation loss {trend}. It is lowest in epoch "
-      f"{lowest['epoch']} of {last['epoch']} ({lowest['val_loss']:.4f}) and {rise:.0f} % higher at "
-      f"the end. There it is {ratio:.1f} times the training loss, "
-      f"{'a' if ratio > 1.5 else 'no'} sign of overfitting.")
+trend = trend if len(metrics) >= 10 else "has too few epochs for a trend"
+print(f"The validation loss {trend}. Its lowest, {lowest['val_loss']:.4f}, is in epoch "
+      f"{lowest['epoch']} of {last['epoch']}; at the end it is {rise:.0f} % higher and {ratio:.1f} "
+      f"times the training loss, {'a' if ratio > 1.5 else 'no'} sign of overfitting.")
 
 # %% [markdown]
 # The last epochs. `grad_norm` is the gradient norm before clipping; if it jumps, lower `lr`.
