@@ -706,7 +706,7 @@ def test_a_run_on_scripted_demonstrations_keeps_to_them(tmp_path, made):
     for source, expected in {"scripted": [3], "human": []}.items():
         (run / "config.json").write_text(json.dumps(config.to_dict()))
         (run / "policy.json").write_text(json.dumps({"trained_on": {"files": [
-            {"file": "x", "source": source}]}}))
+            {"file": "x", "demos": [], "source": source}]}}))
         made.clear()
         files = collect.demonstrations_of(run, config)
         assert [row[1] for row in made] == expected
