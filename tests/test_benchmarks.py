@@ -23,6 +23,7 @@ import pytest
 import torch
 from demo_files import write_demo_file
 from PIL import Image
+from safetensors.torch import load_file
 
 from trm_helpers import paths
 from trm_helpers.evaluation import evaluate
@@ -33,6 +34,7 @@ from trm_helpers.notebooks import suite_notebooks
 from trm_helpers.paths import repo_root
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.stats import summarize_episodes
+from trm_helpers.training.runs import save_weights
 
 FOLDER = repo_root() / "benchmarks"
 
@@ -287,11 +289,17 @@ def test_the_machine_check_measures_frames_and_training(script, tmp_path):
 # --- what a policy looks at ----------------------------------------------------------------------
 def test_units_that_are_off_are_counted(script, trained, tmp_path):
     (soup,) = tmp_path.glob("soup_demo.hdf5")
-    ((run, camera, off, *_),) = table(script(
+    state = load_file(trained / "best.safetensors")
+    for layer, units in (("head.hidden", 5), ("encoders.agentview_rgb.convolutions.5", 3)):
+        for kind in ("weight", "bias"):
+            state[f"{layer}.{kind}"][:units] = 0.0
+    save_weights(trained, state, "best")
+    head, camera = table(script(
         "dead_units", trained.name, demonstrations_of=lambda run, config: {0: soup}))
-    assert (run, camera) == (trained.name, "agentview_rgb")
-    few, of, many = off.split()
-    assert of == "of" and 0 <= int(few) <= int(many)
+    for row, part, least in ((head, "action head", 5), (camera, "agentview_rgb", 3)):
+        few, of, many = row[2].split()
+        assert row[:2] == [trained.name, part] and of == "of"
+        assert least <= int(few) < int(many)
 
 
 def test_a_probe_reads_where_things_are(script, trained, tmp_path):
