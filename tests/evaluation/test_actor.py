@@ -93,6 +93,7 @@ def test_collection_with_an_actor_from_the_command_line(asked, trained, monkeypa
         "policy to train, agentview_rgb, eye_in_hand_rgb" in capsys.readouterr().err
     monkeypatch.setattr(collect, "collect_tasks", lambda *_, actor, **__: {0: actor.sha256})
     monkeypatch.setattr(collect, "version_notes", list)
+    monkeypatch.setattr(collect, "other_task", lambda *_: "")
     assert main(["collect", "reference", "--suite", "libero_object", *given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"0": actor_of(asked).sha256}
 
