@@ -89,7 +89,7 @@ def test_the_readme_compares_as_the_results_do():
     assert test["pairs"] == 200
     for said in (f"solved {min(gains)} to {max(gains)} more of 200 episodes",
                  f"{twelve['results']['successes']} against {two['results']['successes']} of 200 "
-                 f"episodes (p = {test['p_value']:.2f} in McNemar"):
+                 f"episodes (p = {test['p_value']:.2f}, McNemar"):
         assert said in text
 
 
