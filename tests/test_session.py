@@ -344,7 +344,7 @@ def test_one_wandb_run_in_two_sessions_is_said(kaggle, capsys, monkeypatch):
 
 
 def test_a_session_without_a_run_says_what_to_attach(kaggle):
-    with pytest.raises(FileNotFoundError, match="04_train trains one.*; Add Input > .* its output$"):
+    with pytest.raises(FileNotFoundError, match="04_train trains one.*; Add Input > .* output$"):
         find_run("demo")
 
 

@@ -39,6 +39,7 @@ from .config import (
     types_of,
 )
 from .software import minutes_left
+from .stats import counted
 
 DONE, FAILED, BAD_VERDICT, INTERRUPTED = 0, 1, 3, 130  # 2 is wrong usage
 Result = tuple[Any, list[str], bool]  # for --json, lines for a person, whether all is well
@@ -145,7 +146,8 @@ class Train:
         rows = trainer.fit()
         if not team.is_main:
             return None, [], True
-        lines = [f"{run}: {len(rows)} epochs, validation loss {rows[-1]['val_loss']:.4f}"]
+        lines = [f"{run}: {counted(len(rows), 'epoch')}, "
+                 f"validation loss {rows[-1]['val_loss']:.4f}"]
         if trainer.finished:
             lines.append(_next("evaluate", self.run_name))
         else:
