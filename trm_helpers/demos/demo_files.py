@@ -194,6 +194,14 @@ def instruction_of(path: str | Path) -> str:
     return (" " if words else "").join(pieces).strip('"')
 
 
+def normalize_instruction(text: str) -> str:
+    """Lower case, single spaces, no enclosing quotation marks and no full stop at the end.
+
+    Files and BDDL sources differ in these details of the same instruction.
+    """
+    return " ".join(text.lower().split()).strip("\"'. ")
+
+
 def files_trained_on(path: Path, described: Mapping) -> list[dict]:
     """The entries on demonstration files in a run's ``policy.json``, which is at ``path``.
 

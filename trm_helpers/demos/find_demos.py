@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from .demo_files import (
     check_demo_file,
     instruction_of,
     json_attribute,
+    normalize_instruction,
     open_demo_file,
     source_of,
 )
@@ -171,11 +171,7 @@ def other_task(path: str | Path, task: Task) -> str:
                             f"those of {suite}, task {task_id}, which the file is named after")
     said = instruction_of(path)
     known = (task.language, written_instruction(task.bddl_file))
-    if not said or _words(said) in map(_words, known):
+    if not said or normalize_instruction(said) in map(normalize_instruction, known):
         return ""
     return (f"{path}: its instruction is {said!r}, that of {suite}, task {task_id}, is "
             f"{task.language!r}; is it a file of this task?")
-
-
-def _words(text: str) -> list[str]:
-    return re.findall("[a-z0-9]+", text.lower())
