@@ -363,3 +363,30 @@ def test_a_stop_that_is_no_time_is_refused_before_the_work(monkeypatch, capsys):
 def test_a_closed_stream_is_as_good_as_none(monkeypatch, stream):
     monkeypatch.setattr(sys, stream, None)
     assert main(["report", "nobody"]) == 1
+
+
+def test_a_log_has_few_lines_of_a_progress_bar():
+    code = """
+import contextlib, time
+from trm_helpers.__main__ import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+from tqdm.auto import tqdm
+for _ in tqdm(range(200)):
+    time.sleep(0.005)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "200/200" in done.stderr and done.stderr.count("\r") <= 3
+
+
+def test_help_of_a_command_that_needs_a_run_imports_no_torch():
+    code = """
+import sys
+from trm_helpers.__main__ import main
+try:
+    main(["evaluate", "--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--num-episodes" in done.stdout, done.stderr

@@ -417,10 +417,11 @@ def parse(argv: list[str]) -> Any:
             given = {"data": config.data, "preset": preset}
         description = f"{inspect.getdoc(kind)}\n\n{_common_settings(kind, config)}"
     elif issubclass(kind, _Rollouts):
-        if rest and rest[0].startswith("-") and not HELP & {*rest}:
+        named = bool(rest) and not rest[0].startswith("-")
+        if rest and not named and not HELP & {*rest}:
             _exit_with_usage("the run comes first, because it sets the defaults of the other "
                              f"options: python -m trm_helpers {name} RUN {rest[0]} ...")
-        given = {"eval": _settings_of(rest[0]) if rest else EvalConfig()}
+        given = {"eval": _settings_of(rest[0]) if named else EvalConfig()}
         if kind is not Evaluate:
             given = {"eval": dataclasses.replace(given["eval"], **_UNUSED)}
     required = {part.name: tyro.MISSING for part in dataclasses.fields(kind)
@@ -528,6 +529,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the shell: 2>&-
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+    if not sys.stderr.isatty():  # in a log: a progress bar every ten seconds, not ten a second
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     try:
         command = parse(argv)
         minutes_left()  # refuses a bad TRM_STOP_AT before the work

@@ -1,6 +1,7 @@
 """Committed result files, and the tables and figures of docs/ made from them.
 
     python benchmarks/suite/publish.py add spatial-all RUN RUN ...
+    python benchmarks/suite/publish.py add long RUN --label "first attempt"
     python benchmarks/suite/publish.py card look-or-remember "wide, 128 pixels" RUN/robustness.json
     python benchmarks/suite/publish.py ship spatial-trm RUN
     python benchmarks/suite/publish.py strip spatial FOLDER
@@ -84,14 +85,14 @@ def store(path: Path, content: dict, source: Path, dirty: bool) -> None:
     write_json(path, content)
 
 
-def add(group: str, runs: list[str], dirty: bool = False) -> None:
+def add(group: str, runs: list[str], name: str = "", dirty: bool = False) -> None:
     for run in map(find_run, runs):
         config = read_json(run / "config.json")
         epochs = read_jsonl(run / "metrics.jsonl")
         results = read_json(run / "results.json")
         weights = load_file(run / f"{results['protocol']['weights']}.safetensors")
-        store(DOCS / "results" / group / f"{run.name}.json", {
-            "policy": policy_name(run, config),
+        store(DOCS / "results" / group / f"{name.replace(' ', '-') or run.name}.json", {
+            **({"label": name} if name else {}), "policy": policy_name(run, config),
             "parameters": sum(w.numel() for w in weights.values()),
             "seed": config["train"]["seed"], "epochs": len(epochs),
             "best_epoch": min(epochs, key=lambda row: row["val_loss"])["epoch"],
@@ -346,29 +347,46 @@ def plot_probes(probes: dict):
 
 # --- docs/results.md -----------------------------------------------------------------------------
 def show_results(rows: list[dict]):
-    """Table of a group's runs, and for many tasks a figure."""
-    rows.sort(key=lambda row: (list(POLICIES).index(row["policy"]), row.get("actor", ""),
+    """Table of a group's runs, and for many tasks a figure of those on the last init states."""
+    rows.sort(key=lambda row: (init_states(row), bool(row.get("actor")),
+                               list(POLICIES).index(row["policy"]), row.get("actor", ""),
                                row["seed"]))
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
-        fig = plots.plot_success({label(row, rows): row["results"] for row in rows})
+        fig = plots.plot_success({label(row, rows): row["results"] for row in rows
+                                  if init_states(row) == init_states(rows[-1])})
     return f"{tables(rows)}\n{detectable(rows[0]['results'])}.\n", fig
 
 
+def init_states(row: dict) -> tuple[int, int]:
+    """The first and the last one of a run's episodes."""
+    played = [episode["init_state"] for episode in row["episodes"]]
+    return min(played), max(played)
+
+
 def label(row: dict, rows: list[dict]) -> str:
+    if "label" in row:
+        return row["label"]
     name = f"{row['policy']}, DAgger" if row.get("actor") else row["policy"]
     several = len({other["seed"] for other in rows}) > 1
     return f"{name}, seed {row['seed']}" if several else name
 
 
 def tables(rows: list[dict]) -> str:
-    """Success, compared with the first policy of the same seed or else seed; then training."""
-    first = {row["seed"]: row for row in reversed(rows)}
+    """Success, compared with the first policy of the same seed or else seed; then training.
+
+    Runs on different init states are compared with the first one on their own.
+    """
+    ranges = sorted({init_states(row) for row in rows})
+    first = {(init_states(row), row["seed"]): row for row in reversed(rows)}
     tasks = [task["task_id"] for task in rows[0]["results"]["tasks"]]
     columns = ([f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) <= _MOST_TASKS
                else ["95 %, tasks resampled", "worst task"])
-    success = [["policy", "successes", "95 % Wilson interval", *columns,
-                f"against {label(rows[0], rows[:1])}: gap, paired p"]]
+    against = f"against {label(rows[0], rows[:1])}: gap, paired p"
+    if len(ranges) > 1:
+        columns[0] = "init states"
+        against = "against the first on the same init states: gap, paired p"
+    success = [["policy", "successes", "95 % Wilson interval", *columns, against]]
     training = [["policy", "parameters", "mean length, steps", "best epoch",
                  "training time, minutes"]]
     for row in rows:
@@ -379,9 +397,13 @@ def tables(rows: list[dict]) -> str:
             worst = min(results["tasks"], key=lambda task: task["success_rate"])
             values = [f"{interval_text(results['task_low'], results['task_high'])} %",
                       f"task {worst['task_id']}: {worst['successes']} of {worst['episodes']}"]
+        if len(ranges) > 1:
+            values[0] = "{} to {}".format(*init_states(row))
+        reference = next(other for other in rows if init_states(other) == init_states(row))
         against = REFERENCE
-        if row is not rows[0]:
-            other = first[row["seed"]] if row is not first[row["seed"]] else rows[0]
+        if row is not reference:
+            other = first[init_states(row), row["seed"]]
+            other = reference if other is row else other
             test = paired_mcnemar(other["episodes"], row["episodes"])
             p_value = test["p_value"]
             against = (f"seed {other['seed']}: " * (other["seed"] != row["seed"])
@@ -402,6 +424,7 @@ def main() -> None:
     adding = commands.add_parser("add")
     adding.add_argument("group")
     adding.add_argument("runs", nargs="+")
+    adding.add_argument("--label", default="", help="of one run, instead of its policy's name")
     adding.add_argument("--dirty", action="store_true")
     showing = commands.add_parser("card")
     showing.add_argument("group")
@@ -417,7 +440,9 @@ def main() -> None:
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "add":
-        add(given.group, given.runs, given.dirty)
+        if given.label and len(given.runs) > 1:
+            parser.error("--label names one run")
+        add(given.group, given.runs, given.label, given.dirty)
     elif given.command == "card":
         card(given.group, given.label, given.path, given.dirty)
     elif given.command == "ship":
