@@ -36,6 +36,7 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
 replays = 2  # type: int; demonstrations replayed in the simulator for the quality card
 
 # %% [markdown]
@@ -90,7 +91,7 @@ from trm_helpers.visuals import action_plots, films, plots
 check_parameters(replays=replays)
 folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos, placement=placement)
+                   num_demos=num_demos, placement=placement, frame_stride=frame_stride)
 files = ensure_demonstrations(config)
 file = next(iter(files.values()))
 found = explore_libero_dataset(file)

@@ -37,6 +37,7 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
 storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
 
@@ -90,7 +91,8 @@ from trm_helpers.visuals import plots
 # %%
 folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-                   num_demos=num_demos, placement=placement, batch_size=batch_size, storage=storage)
+                   num_demos=num_demos, placement=placement, frame_stride=frame_stride,
+                   batch_size=batch_size, storage=storage)
 files = ensure_demonstrations(config)
 
 # %% [markdown]

@@ -51,6 +51,7 @@ seed = None  # type: int; initial weights and order of the samples; None keeps t
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
 actor = None  # type: str; run that acts while the expert labels (DAgger); None: the expert acts
 beta = None  # type: float; with actor: probability that the expert acts in a decision; None: 0.5
 scenes = None  # type: int; scenes per demonstration to train a localizer; None: the preset's
@@ -133,8 +134,8 @@ from trm_helpers.visuals import plots
 check_parameters(selection_episodes=selection_episodes, resume=resume)
 config = from_flat(
     preset, more, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
-    num_demos=num_demos, placement=placement, actor=actor, beta=beta, scenes=scenes,
-    looks=looks, max_demos_per_task=max_demos_per_task, storage=storage,
+    num_demos=num_demos, placement=placement, frame_stride=frame_stride, actor=actor,
+    beta=beta, scenes=scenes, looks=looks, max_demos_per_task=max_demos_per_task, storage=storage,
     augmentation=augmentation, epochs=epochs, batch_size=batch_size, lr=lr, loss=loss,
     variant=variant, conditioning=conditioning, hidden_dim=hidden_dim,
     num_recursions=num_recursions, deep_supervision=deep_supervision, halting=halting,

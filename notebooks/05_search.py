@@ -42,6 +42,7 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
 search_method = None  # type: str; grid, tpe or halving; None keeps the preset's
 search_space = None  # type: str; further axes as YAML; None keeps the preset's
 max_configs = None  # type: int; trials, 0 as many as the grid has points; None: the preset's
@@ -102,10 +103,11 @@ from trm_helpers.visuals.plots import save_figure
 folder = paths.run_dir(run_name or preset)
 config = from_flat(
     preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir, num_demos=num_demos,
-    placement=placement, search_method=search_method, search_space=search_space,
-    max_configs=max_configs, search_epochs=search_epochs, search_episodes=search_episodes,
-    search_replicates=search_replicates, search_shard=search_shard, search_workers=search_workers,
-    search_minutes=search_minutes, search_storage=search_storage)
+    placement=placement, frame_stride=frame_stride, search_method=search_method,
+    search_space=search_space, max_configs=max_configs, search_epochs=search_epochs,
+    search_episodes=search_episodes, search_replicates=search_replicates,
+    search_shard=search_shard, search_workers=search_workers, search_minutes=search_minutes,
+    search_storage=search_storage)
 names = list(axes(config.search))
 print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.search))} points, "
       f"{config.search.search_epochs} epochs each")
