@@ -156,6 +156,25 @@ def test_a_number_that_changes_changes_the_page(publish, tmp_path, monkeypatch):
     assert "| 41 of " in (tmp_path / "docs" / "results.md").read_text()
 
 
+def test_only_runs_on_the_same_init_states_are_compared(publish):
+    def stored(first, successes, **more):
+        row = json.loads(json.dumps(spatial("libero_spatial-block-depth-4-s0")))
+        for episode in row["episodes"]:
+            episode["init_state"] += first
+        row["results"]["successes"] = successes
+        return {**row, **more}
+
+    text, fig = publish["show_results"]([
+        stored(20, 170, label="later", actor="earlier"), stored(20, 160), stored(0, 182)])
+    head, _, *lines = [line.split(" | ") for line in text.split("\n\n")[0].splitlines()]
+    states, against = head.index("init states"), -1
+    assert head[against] == "against the first on the same init states: gap, paired p |"
+    assert [(line[1], line[states], line[against]) for line in lines] == [
+        ("182 of 200", "0 to 19", "reference |"), ("160 of 200", "20 to 39", "reference |"),
+        ("170 of 200", "20 to 39", "+0.0 points, p = 1 |")]
+    assert lines[-1][0] == "| later" and "182" not in alt_text(fig) and "160" in alt_text(fig)
+
+
 def test_a_run_that_is_none_of_the_policies_is_named(publish, tmp_path):
     config = {"data": {}, "model": {"hidden_dim": 3}, "train": {"lr": 3.0}}
     with pytest.raises(SystemExit, match="a-run has the settings of none of benchmarks/policies"):

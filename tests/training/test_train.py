@@ -397,6 +397,17 @@ def test_missing_weights_are_restored_or_reported(small_run):
         small_run("run", True).fit()
 
 
+def test_a_training_state_of_another_seed_is_refused(small_run):
+    other, ours = (small_run(name, epochs=3, stop_epoch=1, seed=seed)
+                   for seed, name in ((1, "other"), (0, "ours")))
+    other.fit()
+    ours.fit()
+    state = other.run / "training_state.pt"
+    state.replace(ours.run / state.name)
+    with pytest.raises(ValueError, match="ours.training_state.pt is .*seed 1 there, 0 now"):
+        small_run("ours", True, epochs=3).fit()
+
+
 @pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])
 def test_a_full_disk_keeps_the_last_complete_state(small_run, monkeypatch, name):
     """In the second epoch; once space is free, training ends with the same weights."""

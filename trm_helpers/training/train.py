@@ -431,7 +431,8 @@ class BehaviorCloningTrainer:
                 **{name: getattr(self, name).state_dict() for name in _OBJECTS
                    if getattr(self, name)},
                 "measured": [tuple(value.item() for value in step) for step in self.measured],
-                "precision": self.precision, "generator": cpu, "cuda_generators": cuda})
+                "seed": self.config.seed, "precision": self.precision, "generator": cpu,
+                "cuda_generators": cuda})
 
     def _resume(self) -> None:
         """Load the training state and repair the folder.
@@ -473,6 +474,8 @@ class BehaviorCloningTrainer:
         epochs = [row["epoch"] for row in state["rows"]]
         if epochs != list(range(1, state["epoch"] + 1)):
             raise ValueError(f"epoch={state['epoch']!r} with rows of the epochs {epochs}")
+        if state.get("seed", self.config.seed) != self.config.seed:  # older states have none
+            raise ValueError(f"seed {state['seed']} there, {self.config.seed} now")
         for name in runs.STATE_VALUES:
             setattr(self, name, state[name])
         for group in state["optimizer"]["param_groups"]:
