@@ -152,6 +152,8 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(num_threads=1025), "num_threads=1025 .*at most 1024"),
     (dict(seed=-1), "seed"),
     (dict(seed=2**63), "seed=9223372036854775808 .*at most 9223372036854775807"),
+    (dict(seed=2**63 - 1, search_replicates=3),
+     "seed=9223372036854775807 .*at most 9223372036854775805 with search_replicates=3"),
     (dict(patience=-1), "patience"),
     (dict(ema_decay=1.0), "ema_decay"),
     (dict(num_episodes=-1), "num_episodes=-1"),

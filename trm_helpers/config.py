@@ -346,6 +346,9 @@ class Config:
             highest = max(self.data.task_ids)
             self.model.require("num_tasks", highest < self.model.num_tasks,
                                f"more than the highest task id, {highest}")
+        seeds = self.search.search_replicates
+        self.train.require("seed", self.train.seed + seeds <= 2**63,
+                           f"at most {2**63 - seeds} with search_replicates={seeds}")
         if self.data.scenes:
             self.model.require_localizer("scenes")
             self.model.require("keypoints", not self.model.keypoints,
