@@ -380,25 +380,27 @@ def tables(rows: list[dict]) -> str:
     ranges = sorted({init_states(row) for row in rows})
     first = {(init_states(row), row["seed"]): row for row in reversed(rows)}
     tasks = [task["task_id"] for task in rows[0]["results"]["tasks"]]
-    columns = ([f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) <= _MOST_TASKS
-               else ["95 %, tasks resampled", "worst task"])
+    few = len(tasks) <= _MOST_TASKS
+    columns = (["95 %, tasks resampled", "worst task"] if not few
+               else [f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) > 1 else [])
     against = f"against {label(rows[0], rows[:1])}: gap, paired p"
     if len(ranges) > 1:
-        columns[0] = "init states"
+        columns[:1] = ["init states"]
         against = "against the first on the same init states: gap, paired p"
     success = [["policy", "successes", "95 % Wilson interval", *columns, against]]
     training = [["policy", "parameters", "mean length, steps", "best epoch",
                  "training time, minutes"]]
     for row in rows:
         results = row["results"]
-        if len(tasks) <= _MOST_TASKS:
+        values = []
+        if few and columns:
             values = [" / ".join(str(task["successes"]) for task in results["tasks"])]
-        else:
+        elif columns:
             worst = min(results["tasks"], key=lambda task: task["success_rate"])
             values = [f"{interval_text(results['task_low'], results['task_high'])} %",
                       f"task {worst['task_id']}: {worst['successes']} of {worst['episodes']}"]
         if len(ranges) > 1:
-            values[0] = "{} to {}".format(*init_states(row))
+            values[:1] = ["{} to {}".format(*init_states(row))]
         reference = next(other for other in rows if init_states(other) == init_states(row))
         against = REFERENCE
         if row is not reference:
