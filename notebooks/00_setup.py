@@ -178,8 +178,8 @@ print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f
 # human files; `demos="scripted"` ignores human files.
 #
 # On a CPU, rendering takes four fifths of the collection. `frame_stride=4` renders every fourth
-# frame, which is 2.7 times as fast but leaves a quarter of the samples; four times as many epochs
-# make up for them.
+# frame, which is 2.7 times as fast but leaves a quarter of the samples. Trained for four times as
+# many epochs, one policy still succeeded in 20 of 20 episodes (`docs/loading.md`).
 
 # %%
 try:

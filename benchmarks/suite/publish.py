@@ -91,8 +91,11 @@ def add(group: str, runs: list[str], name: str = "", dirty: bool = False) -> Non
         epochs = read_jsonl(run / "metrics.jsonl")
         results = read_json(run / "results.json")
         weights = load_file(run / f"{results['protocol']['weights']}.safetensors")
-        store(DOCS / "results" / group / f"{name.replace(' ', '-') or run.name}.json", {
-            **({"label": name} if name else {}), "policy": policy_name(run, config),
+        first = results["protocol"]["first_init_state"]
+        stem = f"{name.replace(' ', '-')}-from-{first}" if name else run.name
+        store(DOCS / "results" / group / f"{stem}.json", {
+            **({"label": name} if name else {}), "run": run.name,
+            "policy": policy_name(run, config),
             "parameters": sum(w.numel() for w in weights.values()),
             "seed": config["train"]["seed"], "epochs": len(epochs),
             "best_epoch": min(epochs, key=lambda row: row["val_loss"])["epoch"],
@@ -347,15 +350,19 @@ def plot_probes(probes: dict):
 
 # --- docs/results.md -----------------------------------------------------------------------------
 def show_results(rows: list[dict]):
-    """Table of a group's runs, and for many tasks a figure of those on the last init states."""
+    """Table of a group's runs, and for many tasks a figure of those on the same init states."""
     rows.sort(key=lambda row: (init_states(row), bool(row.get("actor")),
                                list(POLICIES).index(row["policy"]), row.get("actor", ""),
                                row["seed"]))
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
+        played = [init_states(row) for row in rows]
+        most = max(played, key=played.count)
         fig = plots.plot_success({label(row, rows): row["results"] for row in rows
-                                  if init_states(row) == init_states(rows[-1])})
-    return f"{tables(rows)}\n{detectable(rows[0]['results'])}.\n", fig
+                                  if init_states(row) == most})
+    widest = max((row["results"] for row in rows),
+                 key=lambda results: results["success_rate"] * (1 - results["success_rate"]))
+    return f"{tables(rows)}\n{detectable(widest)}.\n", fig
 
 
 def init_states(row: dict) -> tuple[int, int]:
@@ -385,22 +392,26 @@ def tables(rows: list[dict]) -> str:
                else [f"tasks {' / '.join(map(str, tasks))}"] if len(tasks) > 1 else [])
     against = f"against {label(rows[0], rows[:1])}: gap, paired p"
     if len(ranges) > 1:
-        columns[:1] = ["init states"]
+        columns[-1:] = ["init states"]
         against = "against the first on the same init states: gap, paired p"
     success = [["policy", "successes", "95 % Wilson interval", *columns, against]]
-    training = [["policy", "parameters", "mean length, steps", "best epoch",
-                 "training time, minutes"]]
+    varied = len({row["demonstrations"] for row in rows}) > 1
+    training = [["policy", *["demonstrations per task"] * varied, "parameters",
+                 "mean length, steps", "best epoch", "training time, minutes"]]
     for row in rows:
         results = row["results"]
         values = []
         if few and columns:
             values = [" / ".join(str(task["successes"]) for task in results["tasks"])]
         elif columns:
-            worst = min(results["tasks"], key=lambda task: task["success_rate"])
+            least = min(results["tasks"], key=lambda task: task["success_rate"])
+            worst = [str(task["task_id"]) for task in results["tasks"]
+                     if task["success_rate"] == least["success_rate"]]
             values = [f"{interval_text(results['task_low'], results['task_high'])} %",
-                      f"task {worst['task_id']}: {worst['successes']} of {worst['episodes']}"]
+                      f"task{'s' * (len(worst) > 1)} {', '.join(worst)}: "
+                      f"{least['successes']} of {least['episodes']}"]
         if len(ranges) > 1:
-            values[:1] = ["{} to {}".format(*init_states(row))]
+            values[-1:] = ["{} to {}".format(*init_states(row))]
         reference = next(other for other in rows if init_states(other) == init_states(row))
         against = REFERENCE
         if row is not reference:
@@ -414,7 +425,8 @@ def tables(rows: list[dict]) -> str:
         interval = interval_text(results["wilson_low"], results["wilson_high"])
         success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",
                         f"{interval} %", *values, against])
-        training.append([label(row, rows), f"{row['parameters'] / 1e6:.1f} M",
+        training.append([label(row, rows), *[row["demonstrations"]] * varied,
+                         f"{row['parameters'] / 1e6:.1f} M",
                          f"{results['mean_length']:.0f}", f"{row['best_epoch']} of {row['epochs']}",
                          f"{row['minutes']:.0f}"])
     return f"{markdown(success)}\n{markdown(training)}"
