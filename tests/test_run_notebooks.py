@@ -385,7 +385,7 @@ def test_a_stage_is_a_line_of_its_own_that_is_rewritten(monkeypatch):
                      "[2/4] demonstrations 19 of 30, 3.5 min, then about 6 min",
                      "[2/4] demonstrations loading 1 of 2, 60.0 min, then about 6 min",
                      "UserWarning: ours",
-                     "[2/4] demonstrations loading 1 of 2, done after 0.0 min, then about 6 min"]
+                     "[2/4] demonstrations, done after 0.0 min, then about 6 min"]
 
 
 @pytest.mark.parametrize(("preset", "parameters", "successes", "refused"), [

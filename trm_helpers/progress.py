@@ -33,6 +33,7 @@ class Stage(io.TextIOBase):
         self.title, self.output, self.started = title, sys.stderr, time.monotonic()
         self.then = "" if rest is None else f", then about {max(1, round(rest))} min"
         self.share = self.left = ""
+        self.passing = False  # the share is of a bar within the stage, not of the stage
 
     def __enter__(self) -> Stage:
         if self.output.isatty():
@@ -44,6 +45,8 @@ class Stage(io.TextIOBase):
     def __exit__(self, error: type | None, *_) -> None:
         minutes = (time.monotonic() - self.started) / 60
         self.left = f", {'stopped' if error else 'done'} after {minutes:.1f} min"
+        if self.passing and not error:
+            self.share = ""
         self._show(last=True)
 
     def write(self, text: str) -> int:
@@ -55,18 +58,19 @@ class Stage(io.TextIOBase):
         """Show the progress in ``text``; returns its other lines."""
         others = []
         for line in filter(str.strip, re.split(r"[\r\n]+", without_colours(text))):
-            if bar := _BAR.match(line):
+            bar, epoch = _BAR.match(line), _EPOCH.match(line)
+            if bar:
                 what, done, of, left = bar.groups()
                 seconds = sum(int(part) * 60**power for power, part in
                               enumerate(reversed(left.split(":"))) if part != "?")
                 minutes = seconds / 60
-            elif epoch := _EPOCH.match(line):
+            elif epoch:
                 what, done, of, minutes = "epoch", *epoch.groups("0")
             else:
                 others.append(line)
                 continue
             what = "" if what.partition(" ")[0] in self.title else f" {what}"
-            self.share = f"{what} {done} of {of}"
+            self.share, self.passing = f"{what} {done} of {of}", bool(what) and not epoch
             self.left = f", {float(minutes):.1f} min" if float(minutes) else ""
             self._show()
         return others
