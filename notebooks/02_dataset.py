@@ -269,7 +269,7 @@ print(f"Fastest here: storage={fastest.iloc[0]!r}. This preset uses {config.data
 # neighbours = 255 * (images[1:] - images[:-1]).abs().mean()
 # others = 255 * (images - images[torch.randperm(len(images))]).abs().mean()
 # print(f"grey levels between neighbours {neighbours:.1f}, between random images {others:.1f}")
-# assert neighbours < others / 2
+# assert neighbours < others
 # ```
 #
 # </details>

@@ -95,7 +95,7 @@ from trm_helpers import paths
 from trm_helpers.config import from_flat
 from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.search import figures
-from trm_helpers.search.search import run_search, verdict
+from trm_helpers.search.search import claim, run_search, verdict
 from trm_helpers.search.space import all_points, axes
 from trm_helpers.visuals.plots import save_figure
 
@@ -111,6 +111,7 @@ config = from_flat(
 names = list(axes(config.search))
 print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.search))} points, "
       f"{config.search.search_epochs} epochs each")
+claim(config, folder)  # refuses trials with other settings before anything is collected
 files = ensure_demonstrations(config)
 
 # %% [markdown]

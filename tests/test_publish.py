@@ -1,5 +1,6 @@
 """The pages say what the committed results say, and mark what no file stands for."""
 
+import argparse
 import json
 import re
 import runpy
@@ -156,11 +157,27 @@ def test_a_number_that_changes_changes_the_page(publish, tmp_path, monkeypatch):
     assert "| 41 of " in (tmp_path / "docs" / "results.md").read_text()
 
 
+@pytest.mark.parametrize("label", ["../x", "a/b", "a|b", ".hidden", " ", "", "a\nb", "a\\b"])
+def test_a_label_is_a_files_name_and_a_cell_of_a_table(publish, label):
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot be a file's name"):
+        publish["as_label"](label)
+    assert all(publish["as_label"](good) == good for good in ("x", "10 with, 128 pixels"))
+
+
+def test_a_label_of_another_run_is_refused(publish, tmp_path):
+    path, content = tmp_path / "same.json", {"dirty": False, "run": "one"}
+    publish["store"](path, content, tmp_path, False)
+    publish["store"](path, content, tmp_path, False)  # again, after a new evaluation
+    with pytest.raises(SystemExit, match="same.json holds another run"):
+        publish["store"](path, {**content, "run": "two"}, tmp_path, False)
+
+
 def test_only_runs_on_the_same_init_states_are_compared(publish):
     def stored(first, successes, **more):
         row = json.loads(json.dumps(spatial("libero_spatial-block-depth-4-s0")))
         for episode in row["episodes"]:
             episode["init_state"] += first
+        row["results"]["protocol"]["first_init_state"] = first
         row["results"]["successes"] = successes
         return {**row, **more}
 

@@ -530,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(sys, stream) is None:  # closed by the shell: 2>&-
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     if not sys.stderr.isatty():  # in a log: a progress bar every ten seconds, not ten a second
-        os.environ.setdefault("TQDM_MININTERVAL", "10")
+        os.environ["TQDM_MININTERVAL"] = os.environ.get("TQDM_MININTERVAL") or "10"
     try:
         command = parse(argv)
         minutes_left()  # refuses a bad TRM_STOP_AT before the work

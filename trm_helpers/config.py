@@ -47,7 +47,8 @@ _POSITIVE = {
 _LARGEST = {"hidden_dim": 2048, "num_recursions": 1024, "num_layers": 32, "latent_updates": 64,
             "cycles": 64, "image_grid": 32, "image_size": 512, "num_tasks": 1000,
             "keypoint_tasks": 1000, "looks": 64, "chunk": 1024, "ponder_cost": 1000,
-            "convergence_threshold": 1e12, "num_threads": 1024, "seed": 2**63 - 1}
+            "convergence_threshold": 1e12, "num_threads": 1024, "seed": 2**63 - 1,
+            "frame_stride": 64}
 SET_BY_TRAINING = ("keypoints", "keypoint_tasks")
 
 
@@ -346,9 +347,6 @@ class Config:
             highest = max(self.data.task_ids)
             self.model.require("num_tasks", highest < self.model.num_tasks,
                                f"more than the highest task id, {highest}")
-        seeds = self.search.search_replicates
-        self.train.require("seed", self.train.seed + seeds <= 2**63,
-                           f"at most {2**63 - seeds} with search_replicates={seeds}")
         if self.data.scenes:
             self.model.require_localizer("scenes")
             self.model.require("keypoints", not self.model.keypoints,

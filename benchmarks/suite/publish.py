@@ -79,10 +79,19 @@ def uncommitted(content) -> bool:
 
 
 def store(path: Path, content: dict, source: Path, dirty: bool) -> None:
+    if path.exists() and read_json(path).get("run", content.get("run")) != content.get("run"):
+        sys.exit(f"{path} holds another run; give this one another --label, or remove the file")
     if uncommitted(content) and not dirty:
         sys.exit(f"{source} was made by code with uncommitted or unknown changes; expected a clean "
                  "commit. Make it again, or give --dirty, and the page will say so")
     write_json(path, content)
+
+
+def as_label(text: str) -> str:
+    """The name of a file and of a row of a table."""
+    if not re.fullmatch(r"[^\s./|\\]([^/|\\\n]*[^\s/|\\])?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a file's name and a table's cell")
+    return text
 
 
 def add(group: str, runs: list[str], name: str = "", dirty: bool = False) -> None:
@@ -366,9 +375,9 @@ def show_results(rows: list[dict]):
 
 
 def init_states(row: dict) -> tuple[int, int]:
-    """The first and the last one of a run's episodes."""
-    played = [episode["init_state"] for episode in row["episodes"]]
-    return min(played), max(played)
+    """The first and the last one of those that a run was to play."""
+    first = row["results"]["protocol"]["first_init_state"]
+    return first, first + max(task["episodes"] for task in row["results"]["tasks"]) - 1
 
 
 def label(row: dict, rows: list[dict]) -> str:
@@ -438,11 +447,12 @@ def main() -> None:
     adding = commands.add_parser("add")
     adding.add_argument("group")
     adding.add_argument("runs", nargs="+")
-    adding.add_argument("--label", default="", help="of one run, instead of its policy's name")
+    adding.add_argument("--label", type=as_label, default="",
+                        help="of one run, instead of its policy's name")
     adding.add_argument("--dirty", action="store_true")
     showing = commands.add_parser("card")
     showing.add_argument("group")
-    showing.add_argument("label")
+    showing.add_argument("label", type=as_label)
     showing.add_argument("path", type=Path)
     showing.add_argument("--dirty", action="store_true")
     shipping = commands.add_parser("ship")

@@ -150,3 +150,11 @@ def test_a_long_name_of_a_trial_is_cut_and_stays_its_own():
     assert one != other and one == trial_name(dict(point)) and one.startswith("lr0.001-setting_0")
     assert len(one) == len(trial_name(point, 3)) == 100 and one != trial_name(point, 3)
     assert trial_name({"lr": 1e-3}, 3) == "lr0.001-seed3"
+
+
+def test_seeds_end_where_the_last_replicate_has_one():
+    last = from_flat("tiny", seed=2**63 - 3, search_replicates=3)
+    check_points(last)
+    assert trial_settings(last, {}, 2**63 - 1).train.seed == 2**63 - 1
+    with pytest.raises(ValueError, match="seed=9223372036854775808"):
+        check_points(last.replace(seed=2**63 - 2))

@@ -397,15 +397,27 @@ def test_missing_weights_are_restored_or_reported(small_run):
         small_run("run", True).fit()
 
 
-def test_a_training_state_of_another_seed_is_refused(small_run):
-    other, ours = (small_run(name, epochs=3, stop_epoch=1, seed=seed)
-                   for seed, name in ((1, "other"), (0, "ours")))
+@pytest.mark.parametrize("setting", [dict(seed=1), dict(lr=0.5), dict(weight_decay=0.5),
+                                     dict(num_recursions=3), dict(ema_decay=0.5)], ids=str)
+def test_a_training_state_of_other_settings_is_refused(small_run, setting):
+    other = small_run("other", epochs=3, stop_epoch=1, **setting)
+    ours = small_run("ours", epochs=3, stop_epoch=1)
     other.fit()
     ours.fit()
     state = other.run / "training_state.pt"
     state.replace(ours.run / state.name)
-    with pytest.raises(ValueError, match="ours.training_state.pt is .*seed 1 there, 0 now"):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"ours.training_state.pt is .*{name}: {value} there, "):
         small_run("ours", True, epochs=3).fit()
+
+
+def test_a_training_state_of_before_they_had_settings_loads(small_run):
+    trainer = small_run("run", epochs=2, stop_epoch=1)
+    trainer.fit()
+    state = runs.load_training_state(trainer.run)
+    del state["settings"]
+    runs.save_training_state(trainer.run, state)
+    assert len(small_run("run", True, epochs=2).fit()) == 2
 
 
 @pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])

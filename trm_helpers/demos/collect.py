@@ -301,8 +301,7 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
                 task = by_folder[folder]
                 task.attempts[number] = part
                 attempts += [new for new in task.missing() if new not in attempts]
-                bar.n = sum(task.found for task in tasks)
-                bar.refresh()
+                bar.update(sum(task.found for task in tasks) - bar.n)
                 if reason := task.hopeless():
                     given_up[folder] = reason
                 elif task.found == task.num_demos:

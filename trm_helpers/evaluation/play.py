@@ -250,8 +250,9 @@ def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, 
                 rows[episode] = row
             if len(errors) >= _HOPELESS and not rows and not finished:
                 break
+            progress.set_postfix(successes=sum(each["success"] for each in rows.values()),
+                                 refresh=False)
             progress.update()
-            progress.set_postfix(successes=sum(each["success"] for each in rows.values()))
     if errors and not rows and not finished:
         raise RuntimeError(f"no episode could be run; the first error: {[*errors.values()][0]}")
     return rows, errors

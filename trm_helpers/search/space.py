@@ -127,8 +127,9 @@ def trial_settings(config: Config, point: dict, seed: int) -> Config:
 
 
 def check_points(config: Config) -> None:
-    """Raise ``ValueError`` for points whose values do not go together."""
+    """Raise ``ValueError`` for points whose values do not go together, and seeds past the last."""
     search = config.search
+    config.replace(seed=config.train.seed + search.search_replicates - 1)
     for point in grid(search) if search.search_method == "grid" else all_points(search):
         trial_settings(config, point, config.train.seed)
 

@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .. import schema
-from ..config import Config, TrainConfig
+from ..config import Config, TrainConfig, local_settings
 from ..data.dataset import LIBERODataset
-from ..files import write_bytes
+from ..files import differences, write_bytes
 from ..policy.model import TRMPolicy
 from ..software import minutes_left
 from . import captured, runs
@@ -431,8 +432,13 @@ class BehaviorCloningTrainer:
                 **{name: getattr(self, name).state_dict() for name in _OBJECTS
                    if getattr(self, name)},
                 "measured": [tuple(value.item() for value in step) for step in self.measured],
-                "seed": self.config.seed, "precision": self.precision, "generator": cpu,
+                "settings": self._settings(), "precision": self.precision, "generator": cpu,
                 "cuda_generators": cuda})
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the model and of training, without those of the machine."""
+        values = {**vars(self.policy.config), **vars(self.config)}
+        return {name: value for name, value in values.items() if name not in local_settings()}
 
     def _resume(self) -> None:
         """Load the training state and repair the folder.
@@ -474,8 +480,9 @@ class BehaviorCloningTrainer:
         epochs = [row["epoch"] for row in state["rows"]]
         if epochs != list(range(1, state["epoch"] + 1)):
             raise ValueError(f"epoch={state['epoch']!r} with rows of the epochs {epochs}")
-        if state.get("seed", self.config.seed) != self.config.seed:  # older states have none
-            raise ValueError(f"seed {state['seed']} there, {self.config.seed} now")
+        ours = self._settings()
+        if different := differences(state.get("settings", ours), ours):  # older states have none
+            raise ValueError(different)
         for name in runs.STATE_VALUES:
             setattr(self, name, state[name])
         for group in state["optimizer"]["param_groups"]:
