@@ -248,8 +248,10 @@ def test_a_killed_parent_leaves_no_process_and_loses_no_attempt(quick, tmp_path,
     assert [mark.name for mark in quick.trouble.iterdir()] == ["2"]
 
 
-def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quick, monkeypatch):
+def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quick, monkeypatch,
+                                                                            capsys):
     path = quick("again", 0, num_demos=2)
+    assert "collecting 2 missing demonstrations\n" in capsys.readouterr().out
     before = path.read_bytes()
 
     def made():
@@ -257,6 +259,7 @@ def test_collecting_again_returns_at_once_and_extending_keeps_what_is_there(quic
 
     assert made() == ["0", "1"]
     assert quick("again", 0, num_demos=2) == path and made() == ["0", "1"]
+    assert "collecting" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="other settings .*seed: 0 there, 9 now"):
         collect_demonstrations("libero_object", 0, 2, path.parent, seed=9)
     with pytest.raises(ValueError, match="placement: 'benchmark' there, 'wide' now"):

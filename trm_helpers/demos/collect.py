@@ -167,6 +167,8 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
         for task in incomplete:
             task.open()
         if incomplete:
+            count = sum(task.num_demos - task.found for task in incomplete)
+            print(f"collecting {counted(count, 'missing demonstration')}", flush=True)
             _collect(incomplete, workers)
     return {task_id: tasks[task_id].path for task_id in task_ids}
 
@@ -334,7 +336,7 @@ def ensure_demonstrations(config: Config, actor: Actor | None = None) -> dict[in
     if data.actor and not data.demo_dir:
         folder = scripted_dir(data.suite, data.placement, data.actor, data.beta, data.frame_stride)
         print(f"{data.num_demos} demonstrations per task, with the run {data.actor!r} acting and "
-              f"the scripted expert labelling, in {folder}; collected if missing")
+              f"the scripted expert labelling, in {folder}")
         files = collect_tasks(data.suite, data.task_ids, data.num_demos, folder,
                               placement=data.placement,
                               actor=actor or Actor(data.actor, data.beta),
@@ -380,7 +382,7 @@ def _find_or_collect(data: DataConfig) -> dict[int, Path]:
         wanted = [task_id for each, task_id in owned if each == suite]
         print(f"{data.num_demos} scripted demonstrations of {counted(len(wanted), 'task')}"
               + (f" (no human ones below {' or '.join(searched)})" * (data.demos == "auto"))
-              + f" in {folder}; collected if missing")
+              + f" in {folder}")
         made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement,
                              frame_stride=data.frame_stride)
         found.update((load_task(suite, task_id).name, path) for task_id, path in made.items())
