@@ -426,12 +426,15 @@ def test_the_commands_make_the_same_run_again(trained):
     assert "trm_helpers train" not in before and "trm_helpers train" in after
 
 
-def test_episodes_or_steps_other_than_the_protocols_are_called_changed(trained):
-    made = results(9)
-    for name, changed in {"num_episodes": 1, "horizon": 16}.items():
-        made["protocol"] = {**PROTOCOL, name: changed}
-        write_json(trained / "results.json", made)
-        assert "Protocol quick (OpenVLA's with ten episodes), changed: " in markdown(trained)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"num_episodes": 1}, ", with 1 episode instead of 10: "),
+    ({"horizon": 16}, ", with 16 steps instead of 280: "),
+    ({"num_episodes": 20, "horizon": 16},
+     ", with 20 episodes instead of 10 and 16 steps instead of 280: "), ({}, ": ")])
+def test_episodes_or_steps_other_than_the_protocols_are_named(trained, changes, words):
+    made = {**results(9), "protocol": {**PROTOCOL, **changes}}
+    write_json(trained / "results.json", made)
+    assert f"Protocol quick (OpenVLA's with ten episodes){words}" in markdown(trained)
 
 
 def test_only_sections_that_are_there_are_linked(trained):

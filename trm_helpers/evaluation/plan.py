@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from .. import schema
 from ..config import Config, EvalConfig, convert
 from ..files import read_jsonl, short_name
+from ..stats import counted
 from ..training.runs import load_config
 
 SELECTION_SEED = 1_000_000  # of the placements that choose checkpoints and settings
@@ -79,11 +80,12 @@ def selection_episodes(config: Config, count: int) -> list[Episode]:
 
 
 def protocol_in_words(protocol: Mapping) -> str:
-    """Name and source of the protocol of ``results.json``, and whether settings changed it."""
+    """Name and source of the protocol of ``results.json``, and what settings changed of it."""
     usual = schema.PROTOCOLS[protocol["protocol"]]
-    as_usual = (usual.episodes, usual.horizon(protocol["suite"]))
-    changed = (protocol["num_episodes"], protocol["horizon"]) != as_usual
-    return f"{usual.name} ({usual.source}){', changed' if changed else ''}"
+    changed = [f"{counted(now, what)} instead of {before}" for what, now, before in (
+        ("episode", protocol["num_episodes"], usual.episodes),
+        ("step", protocol["horizon"], usual.horizon(protocol["suite"]))) if now != before]
+    return f"{usual.name} ({usual.source})" + ", with " * bool(changed) + " and ".join(changed)
 
 
 def not_run_in_words(not_run: int, planned: int) -> str:
