@@ -94,7 +94,7 @@ def as_label(text: str) -> str:
     return text
 
 
-def add(group: str, runs: list[str], name: str = "", dirty: bool = False) -> None:
+def add(group: str, runs: list[str], name: str | None = None, dirty: bool = False) -> None:
     for run in map(find_run, runs):
         config = read_json(run / "config.json")
         epochs = read_jsonl(run / "metrics.jsonl")
@@ -447,7 +447,7 @@ def main() -> None:
     adding = commands.add_parser("add")
     adding.add_argument("group")
     adding.add_argument("runs", nargs="+")
-    adding.add_argument("--label", type=as_label, default="",
+    adding.add_argument("--label", type=as_label,
                         help="of one run, instead of its policy's name")
     adding.add_argument("--dirty", action="store_true")
     showing = commands.add_parser("card")
