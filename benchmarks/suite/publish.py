@@ -375,7 +375,7 @@ def show_results(rows: list[dict]):
 
 
 def init_states(row: dict) -> tuple[int, int]:
-    """The first and the last one of those that a run was to play."""
+    """First and last init state of a run's episodes, also of those that could not be run."""
     first = row["results"]["protocol"]["first_init_state"]
     return first, first + max(task["episodes"] for task in row["results"]["tasks"]) - 1
 
@@ -391,7 +391,7 @@ def label(row: dict, rows: list[dict]) -> str:
 def tables(rows: list[dict]) -> str:
     """Success, compared with the first policy of the same seed or else seed; then training.
 
-    Runs on different init states are compared with the first one on their own.
+    Only runs on the same init states are compared.
     """
     ranges = sorted({init_states(row) for row in rows})
     first = {(init_states(row), row["seed"]): row for row in reversed(rows)}
