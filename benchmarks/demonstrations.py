@@ -42,7 +42,7 @@ def settings(kind: str, demos: int, given: argparse.Namespace) -> Config:
         "demo", suite=given.suite, task_ids=given.tasks, num_demos=max(given.demos),
         max_demos_per_task=demos, placement=KINDS[kind].get("placement", "benchmark"),
         epochs=max(round(given.epochs * 30 / demos), 1), num_threads=given.threads,
-        seed=given.seed, **{"conditioning": "language", **POLICIES[given.policy],
+        seed=given.seed, frame_stride=1, **{"conditioning": "language", **POLICIES[given.policy],
                             **{name: parse_parameter(name, value) for name, value in given.set}})
 
 

@@ -64,9 +64,9 @@ SEEN = {"fourth": lambda decision: decision % WINDOW == 0, "first": lambda decis
 
 def settings(arm: str, demos: int = 50) -> Config:
     return from_flat(
-        "demo", suite=SUITE, task_ids=TASKS, num_demos=demos, placement="wide", cameras=[CAMERA],
-        conditioning="language", variant="trm", hidden_dim=128, latent_updates=1, cycles=1,
-        num_recursions=1 if arm in ("gru", "carried, one step") else 4,
+        "demo", suite=SUITE, task_ids=TASKS, num_demos=demos, placement="wide", frame_stride=1,
+        cameras=[CAMERA], conditioning="language", variant="trm", hidden_dim=128,
+        latent_updates=1, cycles=1, num_recursions=1 if arm in ("gru", "carried, one step") else 4,
         carry_over=arm in ("carried", "gru", "carried, one step"))
 
 

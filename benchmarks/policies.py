@@ -56,7 +56,7 @@ def train_and_evaluate(name: str, settings: dict, given: argparse.Namespace, see
     config = from_flat(
         "demo", suite=given.suite, task_ids=given.tasks, num_demos=given.demos,
         epochs=given.epochs, num_threads=given.threads, seed=seed,
-        conditioning="task_id" if len(given.tasks) > 1 else "none", **settings)
+        conditioning="task_id" if len(given.tasks) > 1 else "none", frame_stride=1, **settings)
     words = "-".join(name.replace(",", "").split())
     run = create_run(config, f"policies-{given.suite}-{words}-s{seed}", resume=True)
     trainer = trainer_of(config, ensure_demonstrations(config), run)

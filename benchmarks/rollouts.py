@@ -134,7 +134,7 @@ if what == "episodes":
     config = EvalConfig(num_episodes=count, horizon=horizon, num_videos=0, eval_workers=workers)
     assert not plan_run(run, config, suite=suite, task_ids=tasks).play()["errors"]
 else:
-    ensure_demonstrations(from_flat("demo", suite=suite, task_ids=tasks, num_demos=count,
+    ensure_demonstrations(from_flat("reference", suite=suite, task_ids=tasks, num_demos=count,
                                     demos="scripted"))
 print(time.perf_counter() - began)
 """

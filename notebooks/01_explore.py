@@ -36,7 +36,7 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
-frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 1 renders all; None: the preset's
 replays = 2  # type: int; demonstrations replayed in the simulator for the quality card
 
 # %% [markdown]

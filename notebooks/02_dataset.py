@@ -37,7 +37,7 @@ num_demos = None  # type: int; demonstrations to collect per task; None keeps th
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
-frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 1 renders all; None: the preset's
 batch_size = None  # type: int; samples per batch; None keeps the preset's
 storage = None  # type: str; where frames are kept: auto, ram, mmap or gpu; None keeps the preset's
 
@@ -208,7 +208,7 @@ print(f"Augmentation {config.data.augmentation!r} changed {(changes > 0).sum()} 
 # ## A training batch
 #
 # A batch mixes samples of all training demonstrations. Their order depends only on the seed and the
-# epoch, so that a run can be repeated. The bars show the first target action of each sample. Does
+# epoch, so that a run can be repeated. An epoch visits each sample `frame_stride` times. The bars show the first target action of each sample. Does
 # it fit the image? Where the gripper holds the object, `gripper` should be +1; where it is open and
 # high above the table, `dz` should usually be negative.
 

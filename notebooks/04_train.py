@@ -44,14 +44,14 @@ task_ids = None  # type: list; task indices in the suite; None keeps the preset'
 num_demos = None  # type: int; demonstrations to collect per task; None keeps the preset's
 variant = None  # type: str; block, trm, transformer or act; None keeps the preset's
 num_recursions = None  # type: int; recursions per decision; None keeps the preset's
-epochs = None  # type: int; passes over the training samples; None keeps the preset's
+epochs = None  # type: int; passes over the training demonstrations; None keeps the preset's
 lr = None  # type: float; learning rate at the start; None keeps the preset's
 seed = None  # type: int; initial weights and order of the samples; None keeps the preset's
 # the others
 demos = None  # type: str; auto, human or scripted; None keeps the preset's
 demo_dir = None  # type: str; folder of *_demo.hdf5 files; None searches data/ and Kaggle's input
 placement = None  # type: str; object layouts, benchmark or wide (randomised); None: the preset's
-frame_stride = None  # type: int; steps per rendered frame: 4 collects faster; None: the preset's
+frame_stride = None  # type: int; steps per rendered frame: 1 renders all; None: the preset's
 actor = None  # type: str; run that acts while the expert labels (DAgger); None: the expert acts
 beta = None  # type: float; with actor: probability that the expert acts in a decision; None: 0.5
 scenes = None  # type: int; scenes per demonstration to train a localizer; None: the preset's
@@ -154,7 +154,8 @@ finally:  # on Kaggle, also demonstrations collected before the session's time w
 
 # %%
 trainer = trainer_of(config, files, run)
-print(f"{len(trainer.train_data)} training samples, {trainer.precision} on {trainer.device}")
+print(f"{len(trainer.train_data)} training samples, {trainer.train_data.epoch_size} per epoch, "
+      f"{trainer.precision} on {trainer.device}")
 
 # %% [markdown]
 # ## A training loop by hand

@@ -226,7 +226,7 @@ class ModelConfig(_Part):
 class TrainConfig(_Part):
     """Behaviour cloning."""
 
-    epochs: int = 50  # passes over the training samples
+    epochs: int = 50  # passes over the training demonstrations
     batch_size: int = 64  # samples per update
     lr: float = 3e-4  # learning rate at the start; cosine annealing ends at 1e-6
     weight_decay: float = 1e-4  # of AdamW
@@ -447,8 +447,9 @@ def check_names(given, known: list[str], what: str) -> None:
 
 # What the demo needs to succeed in the simulator: both cameras, proprioception, action chunks.
 _CONTROL = dict(
-    cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64, image_activation="silu",
-    proprioception=True, chunk=8, execution_horizon=4, gripper="classifier",
+    frame_stride=4, cameras=("agentview_rgb", "eye_in_hand_rgb"), image_size=64,
+    image_activation="silu", proprioception=True, chunk=8, execution_horizon=4,
+    gripper="classifier",
 )
 # One task trained and evaluated on two CPU cores in minutes.
 _DEMO = dict(

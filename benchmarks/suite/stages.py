@@ -38,8 +38,8 @@ def settings(given: argparse.Namespace) -> Config:
     return from_flat(
         "demo", suite=given.suite, task_ids=given.tasks, num_demos=given.demos,
         epochs=given.epochs, seed=given.seed, conditioning="task_id", num_threads=given.threads,
-        **POLICIES[given.policy],
-        **{name: parse_parameter(name, value) for name, value in given.set})
+        **{"frame_stride": 1, **POLICIES[given.policy],
+           **{name: parse_parameter(name, value) for name, value in given.set}})
 
 
 def run_stages(given: argparse.Namespace) -> bool:

@@ -185,6 +185,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.proprio_stats = dict(proprio_stats or fit_proprio(self._steps.proprio[steps]))
         starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1, demo.frame_stride)
                   for demo in self.demos]
+        strides = torch.tensor([demo.frame_stride for demo in self.demos]).repeat_interleave(
+            torch.tensor([len(start) for start in starts]))
+        # a frame that stands for four steps is seen four times in an epoch
+        self._visits = torch.arange(len(strides)).repeat_interleave(strides)
         ends = np.cumsum([len(start) for start in starts]).tolist()
         self._samples = [range(*each) for each in zip([0, *ends], ends, strict=False)]
         tables = {
@@ -208,6 +212,14 @@ class LIBERODataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self._tables["start"])
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples that a shuffled epoch visits: each ``frame_stride`` times, augmented anew.
+
+        The number of updates per epoch thus does not depend on ``frame_stride``.
+        """
+        return len(self._visits)
 
     def samples_of(self, number: int) -> range:
         """Indices of the samples of ``demos[number]``, in order of time."""
@@ -309,6 +321,7 @@ class LIBERODataset(torch.utils.data.Dataset):
                 part: tuple[int, int] = (0, 1)) -> Iterator[dict]:
         """The batches of an epoch; order and augmentation are a function of (seed, epoch).
 
+        With ``shuffle`` an epoch has :attr:`epoch_size` samples, otherwise each sample once.
         ``start`` skips that many batches without changing the others. ``part=(r, n)`` yields every
         n-th sample of each batch from the r-th on, or, of a batch too small for it, the first
         sample with an empty mask.
@@ -326,7 +339,8 @@ class LIBERODataset(torch.utils.data.Dataset):
             raise ValueError(f"batch_size={batch_size} is not valid; expected >= 1")
         order = torch.arange(len(self))
         if shuffle:
-            order = torch.randperm(len(self), generator=_generator(seed, epoch))
+            order = self._visits[torch.randperm(self.epoch_size,
+                                                generator=_generator(seed, epoch))]
         draws = self._sampled(order.split(batch_size), (seed, epoch), start, part)
         return draws if self.device.type == "cpu" else _moved_at_once(list(draws), self.device)
 

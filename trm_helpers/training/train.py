@@ -87,7 +87,7 @@ class BehaviorCloningTrainer:
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay,
             fused=True if self.device.type == "cuda" else None)
-        self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
+        self.steps_per_epoch = math.ceil(train_data.epoch_size / config.batch_size)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, config.epochs * self.steps_per_epoch, eta_min=min(MIN_LR, config.lr))
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10,
@@ -247,7 +247,7 @@ class BehaviorCloningTrainer:
             **{f"val_{name}": value for name, value in validation.items()},
             "objective": objectives.mean().item(), "lr": self.scheduler.get_last_lr()[0],
             "grad_norm": grad_norm, "precision": self.precision, "seconds": round(seconds, 3),
-            "samples_per_second": round(len(self.train_data) / seconds, 1),
+            "samples_per_second": round(self.train_data.epoch_size / seconds, 1),
         }
 
     # --- a step -----------------------------------------------------------------------------------
