@@ -221,7 +221,6 @@ def kaggle(built, tmp_path_factory):
         assert 'preset = \\"demo\\"' in source
         source = source.replace('preset = \\"demo\\"', 'preset = \\"tiny\\"')
         source = source.replace('run_name = \\"\\"', 'run_name = \\"tiny\\"')
-        source = source.replace("frame_stride = None", "frame_stride = 4")
         (working / "__notebook__.ipynb").write_text(
             source.replace("/kaggle/input", str(inputs)))
         environment = {key: value for key, value in os.environ.items()
@@ -256,8 +255,7 @@ def test_notebooks_alone_continue_from_attached_outputs(kaggle, tmp_path, monkey
     begun = tmp_path / "begun"  # the output of another session, which trained one epoch
     monkeypatch.setenv("TRM_DATA_DIR", str(file.parents[2]))
     monkeypatch.setenv("TRM_ARTIFACTS_DIR", str(begun / "artifacts"))
-    assert main(["train", "tiny", "--run-name", "tiny", "--stop-epoch", "1",
-                 "--frame-stride", "4"]) == 0
+    assert main(["train", "tiny", "--run-name", "tiny", "--stop-epoch", "1"]) == 0
     first = (begun / "artifacts" / "tiny" / "metrics.jsonl").read_text()
     assert len(first.splitlines()) == 1
 

@@ -296,6 +296,21 @@ def test_samples_begin_at_rendered_frames(path):
         plain(path, sequence_length=2)
 
 
+def test_an_epoch_visits_a_frame_as_often_as_it_stands_for_steps(path):
+    def visited(**given):
+        return torch.cat([draw["indices"] for draw in data.draws(4, seed=0, epoch=1, **given)])
+
+    data = plain(path, chunk=4)
+    assert data.epoch_size == len(data) and sorted(visited().tolist()) == list(range(len(data)))
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["frame_stride"] = 3  # the other has all frames
+    data = plain(path, chunk=4)
+    assert data.epoch_size == 3 * 2 + 7
+    assert torch.bincount(visited()).tolist() == [3] * 2 + [1] * 7
+    assert visited().tolist() != sorted(visited().tolist())
+    assert visited(shuffle=False).tolist() == list(range(9))  # of validation: each once
+
+
 def test_images_are_resized_once_and_scaled_to_one(path):
     data = plain(path, image_size=4, cameras=BOTH)
     with h5py.File(path) as file:

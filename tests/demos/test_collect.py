@@ -589,10 +589,10 @@ def human(folder, task_id, suite="libero_spatial", **settings):
 def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
     files = collect.ensure_demonstrations(from_flat("tiny"))
     collect.ensure_demonstrations(from_flat("tiny", placement="wide"))
-    collect.ensure_demonstrations(from_flat("tiny", frame_stride=4))
-    assert made == [("libero_object", 0, 2, "scripted", "benchmark"),
-                    ("libero_object", 0, 2, "scripted-wide", "wide"),
-                    ("libero_object", 0, 2, "scripted-stride4", "benchmark")]
+    collect.ensure_demonstrations(from_flat("tiny", frame_stride=1))
+    assert made == [("libero_object", 0, 2, "scripted-stride4", "benchmark"),
+                    ("libero_object", 0, 2, "scripted-wide-stride4", "wide"),
+                    ("libero_object", 0, 2, "scripted", "benchmark")]
     assert list(files) == [0]
     assert "2 scripted demonstrations of 1 task (no human ones below" in capsys.readouterr().out
 
@@ -600,10 +600,10 @@ def test_what_is_used_is_found_or_collected_and_printed(made, capsys):
 def test_tasks_of_the_joint_suite_are_collected_with_their_own_suites(made, monkeypatch):
     asked = dict(suite="libero_40", task_ids=(39, 0, 12, 11), num_demos=3)
     files = collect.ensure_demonstrations(from_flat("demo", **asked))
-    assert made == [("libero_10", 9, 3, "scripted", "benchmark"),
-                    ("libero_spatial", 0, 3, "scripted", "benchmark"),
-                    ("libero_object", 2, 3, "scripted", "benchmark"),
-                    ("libero_object", 1, 3, "scripted", "benchmark")]
+    assert made == [("libero_10", 9, 3, "scripted-stride4", "benchmark"),
+                    ("libero_spatial", 0, 3, "scripted-stride4", "benchmark"),
+                    ("libero_object", 2, 3, "scripted-stride4", "benchmark"),
+                    ("libero_object", 1, 3, "scripted-stride4", "benchmark")]
     assert [path.parent.name for path in files.values()] == [
         "libero_10", "libero_spatial", "libero_object", "libero_object"]
     assert list(files) == [39, 0, 12, 11]

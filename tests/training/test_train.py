@@ -785,7 +785,7 @@ def differ(one, other):
 
 @pytest.mark.parametrize(("settings", "change"), RULES_AND_HEADS + [({}, change) for change in (
     dict(loss="mse"), dict(loss="mix"), dict(proprioception=False), dict(chunk=1),
-    dict(sequence_length=3), dict(precision="bf16"), dict(precision="fp16"),
+    dict(sequence_length=3, frame_stride=1), dict(precision="bf16"), dict(precision="fp16"),
     dict(normalize_actions="minmax"), dict(augmentation="none"), dict(ema_decay=0.9),
     dict(cameras=["eye_in_hand_rgb"]))], ids=str)
 def test_every_option_changes_the_training_or_the_actions(small_run, settings, change):
