@@ -267,7 +267,8 @@ def test_attached_scripted_demonstrations_are_used_and_not_collected_again(
     config = from_flat("tiny", suite="libero_object", task_ids=[0], demos="scripted")
     made = {"by": "scripted expert", "suite": "libero_object", "task_id": 0,
             "seed": 0, "disturb": True, "placement": config.data.placement,
-            "frame_stride": config.data.frame_stride, "observations": "what env.step returned", **session.schema.PINNED}
+            "frame_stride": config.data.frame_stride, "observations": "what env.step returned",
+            **session.schema.PINNED}
     attached = write_demo_file(kaggle / "input" / "set" / f"{SOUP}_demo.hdf5",
                                (6, 7, 8, 9, 10), collection=made)
     human = write_demo_file(kaggle / "input" / "human" / "y_demo.hdf5", (6, 7))
