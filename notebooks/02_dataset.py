@@ -208,9 +208,10 @@ print(f"Augmentation {config.data.augmentation!r} changed {(changes > 0).sum()} 
 # ## A training batch
 #
 # A batch mixes samples of all training demonstrations. Their order depends only on the seed and the
-# epoch, so that a run can be repeated. An epoch visits each sample `frame_stride` times. The bars show the first target action of each sample. Does
-# it fit the image? Where the gripper holds the object, `gripper` should be +1; where it is open and
-# high above the table, `dz` should usually be negative.
+# epoch, so that a run can be repeated. An epoch visits each sample `frame_stride` times. The bars
+# show the first target action of each sample. Does it fit the image? Where the gripper holds the
+# object, `gripper` should be +1; where it is open and high above the table, `dz` should usually be
+# negative.
 
 # %%
 batch = next(train_data.batches(config.train.batch_size, seed=0, epoch=0))

@@ -311,3 +311,24 @@ def test_bowls_are_compared_by_steps_with_untrained_numbers_of_bowls_apart(publi
     assert "| recursion | 75.0 % |" in test and "| recursion | 0.0 %" in more
     assert [line.get_xdata()[-1] for line in fig.axes[0].lines[:1]] == [18]
     assert "recursion: 75 % of the scenes with two to four bowls, 0 % with more" in alt_text(fig)
+
+
+def test_policies_with_one_look_and_with_six_are_compared_in_the_same_episodes(publish):
+    def played(suite, label, successes):
+        episodes = [{"task_id": number // 2, "init_state": number % 2, "success": digit == "1"}
+                    for number, digit in enumerate(successes)]
+        return {"seed": 0, "label": label, "results": {"protocol": {"suite": suite}},
+                "episodes": episodes}
+
+    stored = [played("b", "six looks", "1111"), played("a", "one look", "1000"),
+              played("b", "one look", "1010"), played("a", "six looks", "0111")]
+    text, fig = publish["scenes"].show_control(stored, publish["markdown"])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in text.splitlines()[2:]]
+    assert fig is None and [row[:4] for row in cells] == [
+        ["a, seed 0", "1 of 4 (5 to 70 %)", "3 of 4 (30 to 95 %)", "+50.0, p = 0.62 (3 against 1)"],
+        ["b, seed 0", "2 of 4 (15 to 85 %)", "4 of 4 (51 to 100 %)",
+         "+50.0, p = 0.5 (2 against 0)"],
+        ["all", "3 of 8 (14 to 69 %)", "7 of 8 (53 to 98 %)", "+50.0, p = 0.22 (5 against 1)"]]
+    # tasks are resampled: in suite a their gaps are 0 and 100 points, in suite b 50 and 50
+    assert [row[4] for row in cells[:2]] == ["+0.0 to +100.0", "+50.0 to +50.0"]

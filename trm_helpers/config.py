@@ -136,7 +136,7 @@ class DataConfig(_Part):
     beta: float = 0.5  # with an actor: probability that the expert acts in a decision
     frame_stride: int = 1  # scripted demos: steps per rendered frame; samples begin at those
     max_demos_per_task: int = 0  # demonstrations read per task; 0 reads all
-    sequence_length: int = 1  # T: consecutive steps in one sample
+    sequence_length: int = 1  # consecutive steps in one sample
     alignment: Literal[schema.ALIGNMENT_OPTIONS] = "auto"  # auto: by the file, else measured
     normalize_actions: Literal[schema.NORMALIZATIONS] = "zscore"  # scaling of the arm's actions
     augmentation: Literal[schema.AUGMENTATIONS] = "reference"  # augmentation of images

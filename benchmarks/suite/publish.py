@@ -7,15 +7,16 @@
     python benchmarks/suite/publish.py strip spatial FOLDER
     python benchmarks/suite/publish.py write
 
-``add`` writes ``docs/results/<group>/<run>.json``; ``card`` copies a run's depth.json,
+``add`` writes ``docs/results/<group>/<run>.json``, or ``docs/recursion/<group>/<run>.json`` for
+episodes of another suite than the run's (``--suite``); ``card`` copies a run's depth.json,
 robustness.json or probes.json to ``docs/recursion/<group>/<label>.json``. Both refuse results of
 code with uncommitted changes; ``--dirty`` accepts them, and the page says how many there are.
 ``ship`` writes a policy for ``load_policy`` to ``pretrained/<name>``. ``strip`` writes one success
 per task side by side, from a run's films, as an animation that plays within a page, to
-``docs/images/<name>.webp``. ``write`` replaces the text between the marks
-``<!-- <group> -->`` and ``<!-- end -->`` of docs/results.md and docs/recursion.md, and writes
-``docs/images/<group>.png`` and the package's drawing of both recursions. Cards whose labels begin
-with a number, "10 with recoveries", are plotted against that number of demonstrations.
+``docs/images/<name>.webp``. ``write`` replaces the text between the marks ``<!-- <group> -->`` and
+``<!-- end -->`` of docs/results.md and docs/recursion.md, and writes ``docs/images/<group>.png``
+and the package's drawing of both recursions. Cards whose labels begin with a number, "10 with
+recoveries", are plotted against that number of demonstrations.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from suite.drawing import plot_recursions  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.evaluation.cards import tasks_in_short  # noqa: E402
 from trm_helpers.evaluation.depth import depth_rows, plot_depth_card  # noqa: E402
+from trm_helpers.evaluation.plan import evaluation_folder  # noqa: E402
 from trm_helpers.evaluation.robustness import WIDE, changes_of  # noqa: E402
 from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
@@ -94,15 +96,17 @@ def as_label(text: str) -> str:
     return text
 
 
-def add(group: str, runs: list[str], name: str | None = None, dirty: bool = False) -> None:
+def add(group: str, runs: list[str], name: str | None = None, dirty: bool = False,
+        suite: str = "") -> None:
     for run in map(find_run, runs):
         config = read_json(run / "config.json")
         epochs = read_jsonl(run / "metrics.jsonl")
-        results = read_json(run / "results.json")
+        played = evaluation_folder(run, suite or config["data"]["suite"])
+        results = read_json(played / "results.json")
         weights = load_file(run / f"{results['protocol']['weights']}.safetensors")
         first = results["protocol"]["first_init_state"]
-        stem = f"{name.replace(' ', '-')}-from-{first}" if name else run.name
-        store(DOCS / "results" / group / f"{stem}.json", {
+        stem = f"{name.replace(' ', '-')}-from-{first}" if name and not suite else run.name
+        store(DOCS / ("recursion" if suite else "results") / group / f"{stem}.json", {
             **({"label": name} if name else {}), "run": run.name,
             "policy": policy_name(run, config),
             "parameters": sum(w.numel() for w in weights.values()),
@@ -113,7 +117,7 @@ def add(group: str, runs: list[str], name: str | None = None, dirty: bool = Fals
             "trained_with": config["software"],
             "results": results,
             "episodes": [{key: row[key] for key in _EPISODE if key in row}
-                         for row in read_jsonl(run / "episodes.jsonl")
+                         for row in read_jsonl(played / "episodes.jsonl")
                          if row["suite"] == results["protocol"]["suite"] and "error" not in row]},
               run, dirty)
 
@@ -203,6 +207,8 @@ def markdown(lines: list[list]) -> str:
 # --- docs/recursion.md ---------------------------------------------------------------------------
 def show_cards(stored: list[dict]):
     """Tables and figure of a group's cards, all of one kind."""
+    if "results" in stored[0]:
+        return scenes.show_control(stored, markdown)
     kind = stored[0]["kind"]
     if kind == "look-again":
         return scenes.show_looks(stored, markdown)
@@ -449,6 +455,7 @@ def main() -> None:
     adding.add_argument("runs", nargs="+")
     adding.add_argument("--label", type=as_label,
                         help="of one run, instead of its policy's name")
+    adding.add_argument("--suite", default="", help="of the episodes, if the run's is another")
     adding.add_argument("--dirty", action="store_true")
     showing = commands.add_parser("card")
     showing.add_argument("group")
@@ -466,7 +473,7 @@ def main() -> None:
     if given.command == "add":
         if given.label and len(given.runs) > 1:
             parser.error("--label names one run")
-        add(given.group, given.runs, given.label, given.dirty)
+        add(given.group, given.runs, given.label, given.dirty, given.suite)
     elif given.command == "card":
         card(given.group, given.label, given.path, given.dirty)
     elif given.command == "ship":

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from trm_helpers.stats import interval_text, mcnemar_p, wilson_interval
+from trm_helpers.stats import interval_text, mcnemar_p, rate_text, wilson_interval
 from trm_helpers.visuals import figure
 from trm_helpers.visuals.colours import PALETTE
 
@@ -20,6 +20,7 @@ STEPS = {1: "recursion, stopped after 1", 2: "recursion, stopped after 2",
          18: "recursion, 18 steps"}
 BOWLS = ("two layers", "one step", "one step, wide", "six layers", *STEPS.values())
 RIGHT = {"right": "right bowl"}
+CONTROL = ("one look", "six looks")
 
 
 def hits(stored: list[dict], split: str, arm: str, what: str) -> np.ndarray:
@@ -42,6 +43,17 @@ def gap_interval(stored: list[dict], split: str, arms: tuple[str, str],
     table = np.array([[cells[suite, seed, task] for seed in seeds] for suite, task in tasks])
     low, high = np.percentile(_resampled_means(table), [2.5, 97.5])
     return float(low), float(high)
+
+
+def gap_cells(runs: list[dict], split: str, arms: tuple[str, str], what: str) -> list[str]:
+    """The first arm's gap to the second with its exact McNemar p, and the gap's interval."""
+    best, found = (hits(runs, split, arm, what) for arm in arms)
+    better, worse = int((best > found).sum()), int((best < found).sum())
+    p = mcnemar_p(better, worse)
+    gap = 100 * (best.mean() - found.mean())
+    low, high = gap_interval(runs, split, arms, what)
+    return [f"{gap:+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} "
+            f"({better} against {worse})", f"{low:+.1f} to {high:+.1f}"]
 
 
 def _resampled_means(table: np.ndarray) -> np.ndarray:
@@ -76,7 +88,7 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
               "95 %, tasks and seeds resampled", *(name for _, name in others)]]
     for arm in arms:
         runs = having(stored, split, arm)
-        best, found = (hits(runs, split, name, what) for name in (reference, arm))
+        found = hits(runs, split, arm, what)
         interval = interval_text(*wilson_interval(int(found.sum()), found.size), 1)
         seeds = sorted({run["seed"] for run in runs})
         name = arm if len(runs) == len(stored) else f"{arm} (seed {', '.join(map(str, seeds))})"
@@ -84,12 +96,7 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
         if arm == reference:
             row += ["reference", ""]
         else:
-            better, worse = int((best > found).sum()), int((best < found).sum())
-            p = mcnemar_p(better, worse)
-            gap = 100 * (best.mean() - found.mean())
-            from_, to = gap_interval(runs, split, (reference, arm), what)
-            row += [f"{gap:+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} "
-                    f"({better} against {worse})", f"{from_:+.1f} to {to:+.1f}"]
+            row += gap_cells(runs, split, (reference, arm), what)
         table.append([*row, *(f"{100 * hits(runs, split, arm, other).mean():.1f} %"
                               for other, _ in others)])
     return table
@@ -150,6 +157,28 @@ def plot_bowls(stored: list[dict]):
         f"{arm}: {100 * hits(stored, 'test', arm, 'right').mean():.0f} % of the scenes with two to "
         f"four bowls, {100 * hits(stored, 'more', arm, 'right').mean():.0f} % with more"
         for arm in BOWLS) + ".")
+
+
+def show_control(stored: list[dict], markdown):
+    """Table of policies with one look and with six in the same episodes, stored by ``add``."""
+    played = {(row["results"]["protocol"]["suite"], row["seed"], row["label"]): row
+              for row in stored}
+    runs = []
+    for suite, seed in dict.fromkeys(key[:2] for key in sorted(played)):
+        arms = {arm: {(each["task_id"], each["init_state"]): each["success"]
+                      for each in played[suite, seed, arm]["episodes"]} for arm in CONTROL}
+        episodes = sorted(set.intersection(*map(set, arms.values())))
+        runs.append({"suite": suite, "seed": seed, "splits": {"played": {
+            "tasks": [task for task, _ in episodes],
+            "arms": {arm: {"success": [won[episode] for episode in episodes]}
+                     for arm, won in arms.items()}}}})
+    table = [["policies", *CONTROL, "gap in points, p", "95 %, tasks and seeds resampled"]]
+    groups = {f"{run['suite']}, seed {run['seed']}": [run] for run in runs}
+    for name, some in (groups | ({"all": runs} if len(runs) > 1 else {})).items():
+        found = [hits(some, "played", arm, "success") for arm in CONTROL]
+        table.append([name, *(rate_text(int(won.sum()), won.size) for won in found),
+                      *gap_cells(some, "played", CONTROL[::-1], "success")])
+    return markdown(table), None
 
 
 def show_looks(stored: list[dict], markdown):

@@ -196,7 +196,7 @@ class BehaviorCloningTrainer:
         """Print the first, every tenth and the last epoch: executed notebooks keep every line."""
         if self.team.is_main and (self.epoch in (1, self.last_epoch) or self.finished
                                   or self.epoch % _REPORT_EVERY == 0):
-            minutes = (self.last_epoch - self.epoch) * row["seconds"] / 60
+            minutes = max((self.last_epoch - self.epoch) * row["seconds"] / 60, 0.1)
             left = "" if self.finished else f", about {minutes:.1f} minutes left"
             print(f"epoch {self.epoch} of {self.last_epoch}: training loss "
                   f"{row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}{left}",
