@@ -36,8 +36,8 @@ _PRODUCTS = {
     "checkpoints": "*.safetensors",
 }
 _MINUTES = {  # of each stage of preset demo on two cores: the first estimate of the time left
-    "checks": 0.3, "demonstrations": 10.4, "00_setup": 0.2, "01_explore": 0.4, "02_dataset": 0.1,
-    "03_model": 0.1, "04_train": 3.3, "05_search": 1.1, "06_eval": 1.3, "07_visualize": 0.3}
+    "checks": 0.3, "demonstrations": 2.5, "00_setup": 0.3, "01_explore": 0.3, "02_dataset": 0.1,
+    "03_model": 0.1, "04_train": 3.6, "05_search": 1.3, "06_eval": 1.1, "07_visualize": 0.2}
 
 
 # --- one notebook --------------------------------------------------------------------------------
