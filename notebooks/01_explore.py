@@ -113,7 +113,9 @@ display(pd.DataFrame(found["structure"]).T)
 # ## Four moments
 #
 # Frames of the first demonstration at equal intervals, from both cameras. They are stored upside
-# down, because OpenGL counts rows from the bottom, and are flipped only for display.
+# down, because OpenGL counts rows from the bottom, and are flipped only for display. With
+# `frame_stride=4` a frame is rendered in every fourth step and repeated in the file until the next
+# one, so that the film below moves in jumps; all other arrays have a new row in every step.
 
 # %%
 fig = plots.plot_frames(found["frames"], found["language_instruction"])
@@ -211,10 +213,10 @@ print(f"The median demonstration has {np.median(lengths):.0f} steps, "
 # In files of the scripted expert, image `t` was taken *before* action `t` ("raw"); in LIBERO's own
 # files it was taken *after* action `t` ("shift"). With the wrong pairing the policy learns to
 # repeat its last action, so the alignment is measured rather than assumed. The upper panel shows
-# at which fraction of a control step before (below 0) or after the decision the joint angles were
-# stored; the residual is the share of the motion that this fraction leaves unexplained. The lower
-# panel shows the delay between an action and the arm's motion. Both black lines should lie in zones
-# of the same name.
+# when the joint angles were stored, in control steps from the decision (negative: before it); the
+# residual is the share of the motion that this time leaves unexplained. The lower panel shows the
+# delay between an action and the arm's motion. Both black lines should lie in areas of the same
+# name, raw or shift.
 
 # %%
 fig = plots.plot_alignment(**found["alignment"])

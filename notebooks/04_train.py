@@ -27,9 +27,9 @@
 #
 # Interrupt at any time; the same `run_name` resumes. Without `run_name`, an unchanged preset is
 # stored under its own name; a changed preset gets a new folder named after suite, network, seed and
-# time. To train with the best settings of `05_search`, run
-# `papermill 04_train.ipynb ../artifacts/trained.ipynb -f .../best.yaml`. Pass lists as YAML:
-# `-y "task_ids: [0, 1]"`.
+# time. To train with the best settings of `05_search`, run `papermill 04_train.ipynb
+# ../artifacts/trained.ipynb -f ../artifacts/demo/search/best.yaml`. Pass lists as YAML: `-y
+# "task_ids: [0, 1]"`.
 #
 # `actor="demo", num_demos=40` is an iteration of DAgger (dataset aggregation): the policy of the
 # run `demo` acts in new episodes, the expert labels every step, and a new run is trained on the
@@ -233,8 +233,9 @@ display(pd.DataFrame(metrics).tail().round(6))
 # %% [markdown]
 # ## Does it succeed?
 #
-# With `selection_episodes` above 0, the last weights are rolled out from sampled layouts. A search
-# ranks trials by this success rate. The official init states are reserved for `06_eval`.
+# With `selection_episodes` above 0, the weights of the last epoch are rolled out from sampled
+# layouts; searches rank their trials by this success rate. The official init states are reserved
+# for `06_eval`, which plays `best`, the weights of the epoch with the lowest validation loss.
 
 # %%
 if not selection_episodes:
@@ -261,7 +262,7 @@ display(pd.DataFrame([{"file": path.name, "kB": path.stat().st_size // 1000}
 # ## Two GPUs
 #
 # With two T4s, a second seed trains on the second GPU while the policy of the first seed is
-# evaluated (the first GPU only renders). `kaggle_all` does this; in a terminal:
+# evaluated (the first GPU only renders). `kaggle_all` does this; in a terminal, after `demo`:
 #
 # ```bash
 # CUDA_VISIBLE_DEVICES=1 python -m trm_helpers train demo --seed 1 --run-name demo-seed1 &

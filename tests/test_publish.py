@@ -89,8 +89,8 @@ def test_the_readme_compares_as_the_results_do():
     text = " ".join((repo_root() / "README.md").read_text().split())
     assert test["pairs"] == 200
     for said in (f"solved {min(gains)} to {max(gains)} more of 200 episodes",
-                 f"{twelve['results']['successes']} against {two['results']['successes']} of 200 "
-                 f"episodes (p = {test['p_value']:.2f}, McNemar"):
+                 f"solved {twelve['results']['successes']} of 200 episodes; trained with two, "
+                 f"{two['results']['successes']} (p = {test['p_value']:.2f}, McNemar"):
         assert said in text
 
 
@@ -143,8 +143,7 @@ def test_only_results_of_a_clean_commit_are_taken(publish, tmp_path, software, t
     content = json.loads(stored.read_text())
     assert content["card"]["software"] == software
     assert publish["provenance"]([content]) == ("" if taken else (
-        "\n1 of 1 results were made before their code was committed, so no revision repeats them "
-        "exactly.\n"))
+        "\n1 of 1 results came from uncommitted code; no revision repeats them exactly.\n"))
 
 
 def test_a_number_that_changes_changes_the_page(publish, tmp_path, monkeypatch):

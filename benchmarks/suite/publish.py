@@ -193,9 +193,8 @@ def write() -> None:
 def provenance(stored: list[dict]) -> str:
     """A line about results of uncommitted code; empty if there are none."""
     many = sum(map(uncommitted, stored))
-    share = f"{many} of {len(stored)} results"
-    return (f"\n{share} were made before their code was committed, so no revision repeats them "
-            "exactly.\n") if many else ""
+    return (f"\n{many} of {len(stored)} results came from uncommitted code; no revision repeats "
+            "them exactly.\n") if many else ""
 
 
 def markdown(lines: list[list]) -> str:
