@@ -78,7 +78,7 @@ def test_an_actor_was_trained_on_the_demonstrations_read_of_those_stored(
      "was trained on task 0 of libero_object; expected task 0 of libero_goal"),
     ({"task_ids": (0, 3)},
      "was trained on task 0 of libero_object; expected tasks 0 and 3 of libero_object"),
-    ({"frame_stride": 4}, "was trained on demonstrations with frame_stride=1; expected 4, as now"),
+    ({"frame_stride": 1}, "was trained on demonstrations with frame_stride=4; expected 1, as now"),
     ({"num_demos": 5}, "num_demos=5 is not valid; expected more than 5, the demonstrations per")])
 def test_an_actor_for_something_else_is_refused(asked, settings, said):
     with pytest.raises(ValueError, match=said):
@@ -94,7 +94,8 @@ def test_collection_with_an_actor_from_the_command_line(asked, trained, monkeypa
     monkeypatch.setattr(collect, "collect_tasks", lambda *_, actor, **__: {0: actor.sha256})
     monkeypatch.setattr(collect, "version_notes", list)
     monkeypatch.setattr(collect, "other_task", lambda *_: "")
-    assert main(["collect", "reference", "--suite", "libero_object", *given, "--json"]) == 0
+    assert main(["collect", "reference", "--suite", "libero_object", "--frame-stride", "4",
+                 *given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"0": actor_of(asked).sha256}
 
 
