@@ -361,7 +361,7 @@ def test_suite_runs_in_order_and_ends_with_the_success_line(suite, capfd):
     lines = re.sub(r"\d+\.\d", "0.0", stages).splitlines()
     assert lines[::2] == [f"{' '.join(line.split()[:2]).strip(',')} ..." for line in lines[1::2]]
     assert lines[1::2] == [  # one line each, nothing foreign
-        "[1/5] checks 1 of 1 passed, done after 0.0 min, then about 15 min",
+        "[1/5] checks 1 of 1 passed, done after 0.0 min, then about 8 min",
         "[2/5] demonstrations 3 of 3, done after 0.0 min, then about 5 min",
         "[3/5] 00_setup, done after 0.0 min, then about 1 min",
         "[4/5] 04_train epoch 2 of 2, done after 0.0 min, then about 1 min",
