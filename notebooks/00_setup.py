@@ -81,9 +81,7 @@ from IPython.display import display
 
 from trm_helpers import opengl, paths, preflight, schema
 from trm_helpers.config import from_flat
-from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
-from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.visuals import action_plots, plots
 
@@ -183,12 +181,7 @@ print(f"Each action asked for 5 cm. The first raised the gripper by {rise[0]:.1f
 # succeeds as often (`docs/results.md`).
 
 # %%
-try:
-    files = ensure_demonstrations(config)
-finally:  # on Kaggle, also demonstrations collected before the session's time was up
-    for suite in {schema.own_suite(config.data.suite, task)[0] for task in config.data.task_ids}:
-        session.keep(scripted_dir(suite, config.data.placement,
-                                  frame_stride=config.data.frame_stride).glob("*.hdf5"))
+files = session.demonstrations(config)
 
 # %%
 steps = {}

@@ -79,7 +79,6 @@ from IPython.display import Video, display
 
 from trm_helpers import explore_libero_dataset, paths, schema
 from trm_helpers.config import check_parameters, from_flat
-from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.demos.demo_files import demo_names, open_demo_file
 from trm_helpers.demos.quality import quality_card
 from trm_helpers.evaluation.rollout import phases
@@ -92,7 +91,7 @@ check_parameters(replays=replays)
 folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
                    num_demos=num_demos, placement=placement, frame_stride=frame_stride)
-files = ensure_demonstrations(config)
+files = session.demonstrations(config)
 file = next(iter(files.values()))
 found = explore_libero_dataset(file)
 

@@ -84,7 +84,6 @@ from IPython.display import display
 from trm_helpers import ActionNormalizer, LIBERODataset, paths, schema
 from trm_helpers.config import from_flat
 from trm_helpers.data.augment import augment_images
-from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.training.devices import choose_device
 from trm_helpers.visuals import plots
 
@@ -93,7 +92,7 @@ folder = paths.run_dir(run_name or preset)
 config = from_flat(preset, suite=suite, task_ids=task_ids, demos=demos, demo_dir=demo_dir,
                    num_demos=num_demos, placement=placement, frame_stride=frame_stride,
                    batch_size=batch_size, storage=storage)
-files = ensure_demonstrations(config)
+files = session.demonstrations(config)
 
 # %% [markdown]
 # ## Split by demonstration

@@ -155,9 +155,9 @@ print(f"{recursions} recursions by hand and by the package: h {tuple(h.shape)} d
 # recursion is `T` cycles. The policy reads its actions from the last K tokens of `y`. `net` is two
 # transformer layers (self-attention and a gated MLP).
 #
-# Training adds three rules of the paper: the answer of every recursion has a loss (deep
-# supervision); each recursion starts from the detached state of the one before; and gradients flow
-# only through the last cycle of a recursion.
+# With `deep_supervision` (preset `trm`), training adds rules of the paper: the answer of every
+# recursion has a loss, and each recursion starts from the detached state of the one before.
+# Gradients always flow only through the last cycle of a recursion.
 
 # %%
 n, cycles, K = 2, 2, 3  # n and T, in the paper 6 and 3; K actions
@@ -262,8 +262,8 @@ plots.save_figure(fig, folder / "figures" / "03_latency.png")
 display(fig)
 each = (milliseconds[-1] - milliseconds[0]) / (depths[-1] - depths[0])
 print(f"A decision takes {milliseconds[0]:.1f} ms with one recursion and about {each:.2f} ms more "
-      f"for each further one. Its {model.chunk} action(s) take the robot "
-      f"{1000 * model.chunk / schema.CONTROL_HZ:.0f} ms.")
+      f"for each further one. The {model.execution_horizon} action(s) that are executed before the "
+      f"next decision take {1000 * model.execution_horizon / schema.CONTROL_HZ:.0f} ms.")
 
 # %% [markdown]
 # ## A real observation
@@ -339,15 +339,17 @@ print(f"On this observation the action is {distance[1]:.2f} from the final one a
 # %% [markdown]
 # ## A recursion that looks again
 #
-# The recursions above see nothing new between their steps, and more of them did not help on these
-# tasks. A recursion can help where each step decides what the next one sees. `spatial-looks`, which
-# also comes with this package, is a localizer: it estimates where a task's object and its target
-# are in the agent view. A first network gives rough estimates from the image at half its size. Then
-# one small network is applied six times: it sees the 24 x 24 pixels of the full image around each
-# estimate and moves the estimate. Both last estimates are within 1 % of the image's side in 86 % of
-# 1,000 test images, both first estimates in 67 %. Over two suites and three seeds, six looks reach
-# 80 % and a single look 73 % (`docs/recursion.md`). The localizer is conditioned on the task's
-# number in LIBERO-Spatial; on images of other suites its estimates mean nothing.
+# The recursions above see nothing new between their steps, and more of them did not help on
+# LIBERO's tasks. A recursion can help where each step decides what the next one sees.
+# `spatial-looks`, which also comes with this package, is a localizer: it estimates where a task's
+# object and its target are in the agent view. A first network gives rough estimates from the image
+# at half its size. Then one small network is applied six times: it sees the 24 x 24 pixels of the
+# full image around each estimate and moves the estimate. Both last estimates are within 1 % of the
+# image's side in 86 % of 1,000 test images, both first estimates in 67 %. On two suites, three
+# seeds each, six looks reach 80 %, and one look trained alone 73 %; in the one comparison of
+# episodes so far, policies with six and with one succeed equally often (`docs/recursion.md`). The
+# localizer is conditioned on the task's number in LIBERO-Spatial; on images of other suites its
+# estimates mean nothing.
 #
 # To show it at work, we start it 5 pixels to the right of and 5 pixels above its first estimates.
 # Replace the 5 in the code with 7: in the demo's first demonstration the estimate of the plate then
@@ -385,7 +387,7 @@ for index, name in enumerate(names):
 # Now the same figure for this run's own policy. Its state is what the action head reads: `h` in
 # `block`, the last K tokens of `y` in `trm`. Before `04_train` has run, the network is untrained
 # and its action arbitrary; run this notebook again afterwards. If a trained run exists, its saved
-# settings replace the parameters above.
+# settings replace the parameters from here on.
 
 # %%
 trained = (folder / "best.safetensors").exists()

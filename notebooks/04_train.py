@@ -121,8 +121,6 @@ import torch
 from IPython.display import display
 
 from trm_helpers.config import check_parameters, from_flat
-from trm_helpers.demos.collect import ensure_demonstrations
-from trm_helpers.demos.find_demos import scripted_dir
 from trm_helpers.evaluation.actor import actor_of
 from trm_helpers.evaluation.evaluate import selection_success, trainer_of
 from trm_helpers.stats import format_success
@@ -144,13 +142,7 @@ config = from_flat(
     stop_epoch=stop_epoch, num_threads=num_threads, wandb_mode=wandb_mode)
 usual = preset if config.fixed() == from_flat(preset).fixed() else ""
 run = create_run(config, run_name or usual, resume)
-try:
-    files = ensure_demonstrations(config, actor_of(config))
-finally:  # on Kaggle, also demonstrations collected before the session's time was up
-    if actor:
-        data = config.data
-        session.keep(scripted_dir(data.suite, data.placement, actor, data.beta,
-                                  data.frame_stride).glob("*.hdf5"))
+files = session.demonstrations(config, actor_of(config))
 
 # %%
 trainer = trainer_of(config, files, run)

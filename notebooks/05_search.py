@@ -93,7 +93,6 @@ from IPython.display import display
 
 from trm_helpers import paths
 from trm_helpers.config import from_flat
-from trm_helpers.demos.collect import ensure_demonstrations
 from trm_helpers.search import figures
 from trm_helpers.search.search import claim, run_search, verdict
 from trm_helpers.search.space import all_points, axes
@@ -112,15 +111,15 @@ names = list(axes(config.search))
 print(f"{config.search.max_configs or 'all'} of the {len(all_points(config.search))} points, "
       f"{config.search.search_epochs} epochs each")
 claim(config, folder)  # refuses trials with other settings before anything is collected
-files = ensure_demonstrations(config)
+files = session.demonstrations(config)
 
 # %% [markdown]
 # ## An example: all sixteen points
 #
-# A stored search: each of the 16 points for ten epochs, the best three with two more seeds. Trials
-# are ranked by final validation loss; losses within 1 % count as equal and are ranked by
-# convergence speed, then by the number of spikes (both defined below). With `search_episodes` above
-# 0 the success rate in the simulator comes first.
+# A stored search, on demonstrations with all frames: each of the 16 points for ten epochs, the best
+# three with two more seeds. Trials are ranked by final validation loss, in steps of 1 %; those on
+# the same step by convergence speed, then by the number of spikes (both defined below). With
+# `search_episodes` above 0 the success rate in the simulator comes first.
 #
 # A curve on the right that still falls steeply at the end belongs to a trial that was stopped too
 # early; more epochs (`search_epochs`) may change its rank. Low learning rates tend to look worse
@@ -187,7 +186,8 @@ if complete:
 
 # %% [markdown]
 # Do more epochs change the order? With the settings of the `demo` preset, the next cell prints the
-# ranks that the points of your trials have in the example, which trained for more epochs.
+# ranks that the points of your trials have in the example, which trained for more epochs, on
+# demonstrations with all frames.
 
 # %%
 ranks = {trial["trial"]: rank for rank, trial in enumerate(stored, 1)}
@@ -236,8 +236,8 @@ if best.exists():
 # <details><summary>Answer</summary>
 #
 # It is the first epoch whose loss exceeds the lowest loss by at most a tenth of the whole
-# improvement. The last trial converges late: with its low learning rate the loss falls in every
-# epoch and is still falling when the search stops.
+# improvement. The last trial converges late: with its low learning rate, the early epochs bring a
+# smaller share of the improvement than in the best trial.
 #
 # ```python
 # losses = stored[-1]["val_losses"]

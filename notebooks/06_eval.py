@@ -194,8 +194,8 @@ if bounds:
     display(pd.DataFrame(comparison_rows({run.name: results, **bounds})))
     print(f"Solved: {', '.join(solved.values())}. "
           + ("The task can be solved by chance." if any(by_chance) else
-             "Neither random actions nor no action solved an episode; the upper ends of their "
-             "intervals bound how often they could; more bound_episodes lower them."
+             "Neither random actions nor no action solved an episode; their intervals say how "
+             "often they still might, and narrow with more bound_episodes."
              if len(by_chance) == 2 else ""))
 else:
     print("Not run: set bound_episodes=2 for two episodes of each baseline per task (half a minute "
@@ -238,7 +238,8 @@ for film, row in filmed.items():
     print(row["video"])
     display(Video(film, embed=True, width=640))
 if not filmed:
-    print("No film: set num_videos=2 to film two episodes per task in a new evaluation.")
+    print("No film. To film two episodes per task, set num_videos=2, move this run's "
+          "episodes.jsonl away, and run the notebook again.")
 
 # %% [markdown]
 # What went wrong in the failed episodes? They are counted by the first object that rose by 2 cm:

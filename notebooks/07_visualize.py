@@ -33,7 +33,7 @@ task_ids = None  # type: list; demonstrations of these tasks only; None: all tha
 num_demos = None  # type: int; of each task, to look at; None: as many as it was trained with
 # the others
 weights = "best"  # type: str; best or last (see 04_train)
-num_samples = 256  # type: int; samples that the averages are taken over
+num_samples = 256  # type: int; samples, at most, that the averages are taken over
 depth_episodes = 0  # type: int; episodes per task and depth; 0 shows earlier results only
 demo_dir = None  # type: str; folder of the run's demonstrations, if it was trained with one
 
@@ -209,10 +209,10 @@ print(recursion["sentence"])
 # The same weights with fewer and more recursions than in training. Errors differ far more between
 # samples than between depths, so the middle panel shows differences on the same samples: the error
 # at each depth minus the error at the training depth (dotted line), with the 95 % interval of these
-# paired differences. An interval above 0 to the left of the dotted line means that the recursions
-# from this depth to the training depth improve the action; an interval around 0 to the right of it
-# means that further recursions neither help nor harm. That a network trained with several
-# recursions needs them does not mean that the task does: trained with fewer, it may do as well.
+# paired differences. Left of the dotted line, an interval above 0 means that the recursions left
+# out there improve the action; right of it, one around 0 means that further ones neither help nor
+# harm. Even if this network needs its recursions, the task may not: a network trained with fewer
+# may do as well.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
@@ -315,7 +315,7 @@ print(explain.saliency_sentence({camera: maps[camera][0] for camera in images}))
 # - **The state during recursion** shows whether the state settles, but not whether it settles on
 #   the right answer.
 # - **The error by depth** shows what each recursion contributes on demonstrated states, but not
-#   what depth is worth in control; `depth_episodes` measures that.
+#   what depth is worth in episodes; `depth_episodes` measures that.
 # - **The recursions used** show on which samples a halting rule spends recursions, but not that
 #   those samples are harder.
 # - **Saliency** shows where a small change of a pixel changes the action, but not why, nor what

@@ -101,7 +101,7 @@ def test_everything_in_the_folder_is_on_the_page(trained, capsys):
         "Best of 2 configurations:\n\n    lr: 0.001\n\n",
         "- [videos/all.mp4](videos/all.mp4)\n- [videos/success/a.mp4]",
         "![figures/06_success.png](figures/06_success.png)",
-        "libero_object, tasks 0 and 3: 10 episodes each per row. Perturbed episodes start from",
+        "libero_object, tasks 0 and 3: 10 episodes each per row. Rows of LIBERO-PRO and of",
     ):
         assert expected in text
     assert text.count(".mp4](") == 2  # neither a link out of the folder nor half of a film

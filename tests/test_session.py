@@ -304,6 +304,22 @@ def test_collected_demonstrations_become_part_of_the_output(kaggle, capsys):
     assert kept.read_bytes() == made.read_bytes()
 
 
+def test_demonstrations_collected_before_the_time_was_up_are_kept(kaggle, monkeypatch):
+    """Of every suite that the joint one has tasks in."""
+    def collected(config, actor):
+        for folder in ("scripted-stride4/libero_object", "scripted-stride4/libero_goal"):
+            write_demo_file(paths.data_dir() / folder / "z_demo.hdf5", (6,))
+        raise TimeoutError("the time is up")
+
+    session.begin()
+    monkeypatch.setattr(session, "ensure_demonstrations", collected)
+    with pytest.raises(TimeoutError, match="the time is up"):
+        session.demonstrations(from_flat("demo", suite="libero_40", task_ids=[10, 20],
+                                         conditioning="language"))
+    assert sorted(path.parent.name for path in (kaggle / "working").rglob("*.hdf5")) == [
+        "libero_goal", "libero_object"]
+
+
 ANSWERS = {
     "a key": lambda: " a-key\n", "blank": lambda: "  \n", "none": lambda: None,
     "not attached": lambda: {}["WANDB_API_KEY"], "exits": lambda: sys.exit("no secrets"),

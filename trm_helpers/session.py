@@ -21,6 +21,7 @@ import psutil
 
 from . import __version__, opengl, paths, schema, software
 from .config import Config
+from .demos.collect import Actor, ensure_demonstrations
 from .demos.demo_files import (
     COLLECTION_ATTR,
     DemoFileError,
@@ -80,6 +81,20 @@ def begin(version: str = __version__) -> None:
             _say(what, _guarded(step))
     _say("demonstrations", str(paths.data_dir()))
     _say("runs", str(paths.artifacts_dir()))
+
+
+def demonstrations(config: Config, actor: Actor | None = None) -> dict[int, Path]:
+    """:func:`collect.ensure_demonstrations`; on Kaggle, collected ones become part of the output.
+
+    So do those that were collected before the session's time was up.
+    """
+    data = config.data
+    try:
+        return ensure_demonstrations(config, actor)
+    finally:
+        for suite in {schema.own_suite(data.suite, task_id)[0] for task_id in data.task_ids}:
+            keep(scripted_dir(suite, data.placement, data.actor, data.beta,
+                              data.frame_stride).glob(f"*{schema.DEMO_FILE_SUFFIX}"))
 
 
 def keep(files: Iterable[str | os.PathLike]) -> None:

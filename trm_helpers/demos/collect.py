@@ -380,7 +380,8 @@ def _find_or_collect(data: DataConfig) -> dict[int, Path]:
     for suite in dict.fromkeys(suite for suite, _ in owned):
         folder = scripted_dir(suite, data.placement, frame_stride=data.frame_stride)
         wanted = [task_id for each, task_id in owned if each == suite]
-        print(f"{data.num_demos} scripted demonstrations of {counted(len(wanted), 'task')}"
+        print(f"{data.num_demos} scripted demonstrations "
+              + ("of 1 task" if len(wanted) == 1 else f"for each of {len(wanted)} tasks")
               + (f" (no human ones below {' or '.join(searched)})" * (data.demos == "auto"))
               + f" in {folder}")
         made = collect_tasks(suite, wanted, data.num_demos, folder, placement=data.placement,

