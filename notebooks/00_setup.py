@@ -21,7 +21,7 @@
 # - what a policy sends: seven numbers, 20 times per simulated second;
 # - where demonstrations come from, and why the scripted expert is pushed while it works.
 #
-# **Time**: 5 minutes to read. With preset `demo` on two CPU cores it runs for 11 to 14 minutes if
+# **Time**: 5 minutes to read. With preset `demo` on two CPU cores it runs for 3 to 4 minutes if
 # it collects the demonstrations, and for less than one if they exist.
 #
 # **Needs** no other notebook. **Writes** demonstrations to the data folder and one figure to the

@@ -104,7 +104,9 @@ files = session.demonstrations(config)
 # %%
 train_data, val_data = LIBERODataset.from_config(files, config)
 display(pd.DataFrame([{"split": data.split, "demonstrations": len(data.demos),
-                       "samples": len(data)} for data in (train_data, val_data)]))
+                       "samples": len(data), "per epoch": visits}
+                      for data, visits in ((train_data, train_data.epoch_size),
+                                           (val_data, len(val_data)))]))
 shared = {(demo.file, demo.name) for demo in train_data.demos} & {
     (demo.file, demo.name) for demo in val_data.demos}
 print(f"{len(shared)} demonstrations are in both splits.")

@@ -21,7 +21,7 @@
 #   demonstrated trajectories; success at the task is measured in the simulator (`06_eval`)
 # - to stop, resume and repeat a training, and what a run folder holds
 #
-# **Time**: 10 minutes to read; 3 to 10 to run (preset `demo`, two CPU cores).
+# **Time**: 10 minutes to read; 4 to run (preset `demo`, two CPU cores).
 # **Needs** demonstrations (collected if missing, see `00_setup`). **Writes** a run folder
 # `artifacts/<run_name>/`, complete after every epoch: weights, settings, metrics, a figure.
 #

@@ -20,7 +20,7 @@
 # - to choose between a grid, Optuna's sampler and successive halving
 # - to train the best settings in full, which is what the ranking is for
 #
-# **Time**: 10 minutes to read; 1 to 4 to run (preset `demo`, two CPU cores).
+# **Time**: 10 minutes to read; 1 to 2 to run (preset `demo`, two CPU cores).
 # **Needs** demonstrations (collected if missing, see `00_setup`). **Writes**
 # `artifacts/<run_name>/search/`: a run folder per trial, `trials.json`, `best.yaml`; figures.
 #

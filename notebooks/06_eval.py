@@ -21,7 +21,7 @@
 # - to see from films and counts how a policy fails
 # - to compare two policies on the same episodes, and when a difference is significant
 #
-# **Time**: 10 minutes to read; 2 to run (preset `demo`, two CPU cores).
+# **Time**: 10 minutes to read; 1 to 2 to run (preset `demo`, two CPU cores).
 # **Needs** the run folder of `04_train`. **Writes** into it `episodes.jsonl`, `results.json`,
 # `videos/`, `bounds/`, figures.
 #

@@ -15,7 +15,8 @@
 # films appear below. To resume in another session, attach the output of this notebook: training
 # continues from its last checkpoint, and finished episodes are not repeated.
 #
-# **Time**: 16 to 36 minutes (preset `demo`, two CPU cores), most of them for demonstrations.
+# **Time**: 11 to 13 minutes (preset `demo`, two CPU cores), most of them for demonstrations and
+# training.
 # **Needs** nothing else. **Writes** the run folder `artifacts/<run_name>/`, with `report.html`.
 
 # %% tags=["parameters"]

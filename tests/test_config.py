@@ -163,7 +163,7 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(num_videos=-1), "num_videos"),
     (dict(eval_workers=0), "eval_workers"),
     (dict(frame_stride=0), "frame_stride=0"),
-    (dict(frame_stride=2, sequence_length=3), "sequence_length=3.*1 with frame_stride > 1"),
+    (dict(frame_stride=2, sequence_length=3), "sequence_length=3.*1, or frame_stride=1"),
     (dict(search_lrs=[]), "search_lrs"),
     (dict(search_hidden_dims=[128, 0]), "search_hidden_dims"),
     (dict(search_num_recursions=[-1]), "search_num_recursions"),

@@ -305,10 +305,20 @@ def test_an_epoch_visits_a_frame_as_often_as_it_stands_for_steps(path):
     with h5py.File(path, "a") as file:
         file["data/demo_0"].attrs["frame_stride"] = 3  # the other has all frames
     data = plain(path, chunk=4)
-    assert data.epoch_size == 3 * 2 + 7
-    assert torch.bincount(visited()).tolist() == [3] * 2 + [1] * 7
+    assert data.epoch_size == 5 + 7  # its steps: the second frame stands for two
+    assert torch.bincount(visited()).tolist() == [3, 2] + [1] * 7
     assert visited().tolist() != sorted(visited().tolist())
     assert visited(shuffle=False).tolist() == list(range(9))  # of validation: each once
+
+
+def test_actions_between_frames_that_no_chunk_reaches_are_reported(path, capsys):
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["frame_stride"] = 3
+    plain(path, chunk=3)
+    assert "frame_stride" not in capsys.readouterr().out
+    plain(path, chunk=2).train_val()
+    assert capsys.readouterr().out.count(
+        "frame_stride=3 is above chunk=2: only 2 of every 3 actions are trained on") == 1
 
 
 def test_images_are_resized_once_and_scaled_to_one(path):

@@ -627,7 +627,8 @@ def test_each_task_has_human_demonstrations_or_scripted_ones(tmp_path, made, cap
     assert list(files) == list(range(10))
     assert {task: path for task, path in files.items() if task in attached} == attached
     assert [row[1] for row in made] == [0, 2, 3, 5, 6, 8]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "demonstrations " in line]
+    lines = [line for line in capsys.readouterr().out.splitlines()
+             if "demonstrations of " in line or "demonstrations for " in line]
     assert len(lines) == 2
     assert lines[0].startswith("human demonstrations of 4 tasks: ")
     assert lines[1].startswith("3 scripted demonstrations for each of 6 tasks (")

@@ -73,7 +73,8 @@ def test_importance_finds_the_deciding_setting():
 def test_importance_needs_enough_trials():
     assert "it needs 15 complete trials (now 14) and 2 settings that vary (now 2)" in importance(
         sixteen()[:14], NAMES)
-    assert "2 settings that vary (now 1)" in importance([row(1e-3 + i * 1e-5) for i in range(20)], NAMES)
+    assert "2 settings that vary (now 1)" in importance(
+        [row(1e-3 + i * 1e-5) for i in range(20)], NAMES)
 
 
 def test_a_line_crosses_the_settings_of_its_trial():

@@ -258,6 +258,30 @@ def test_resuming_on_other_demonstrations_is_refused(small_run):
     assert len(small_run("run", resume=True, epochs=3).fit()) == 3
 
 
+def test_resuming_on_the_same_demonstrations_with_fewer_frames_is_refused(small_run):
+    first = small_run("run", epochs=3, stop_epoch=1)
+    samples = len(first.train_data)
+    first.fit()
+    (described,) = first.train_data.describe()["files"]
+    with h5py.File(described["file"], "a") as file:
+        for demo in file["data"].values():
+            demo.attrs["frame_stride"] = 2
+    other = small_run("run", resume=True, epochs=3)
+    with pytest.raises(ValueError, match=f"{samples} samples there, {len(other.train_data)} now, "
+                                         "as with another frame_stride"):
+        other.fit()
+
+
+def test_a_state_with_another_number_of_updates_is_refused(small_run):
+    """As a version made it that visited each of fewer frames once in an epoch."""
+    first = small_run("run", epochs=3, stop_epoch=1)
+    first.scheduler.T_max -= 3
+    first.fit()
+    updates = 3 * first.steps_per_epoch
+    with pytest.raises(ValueError, match=f"a schedule of {updates - 3} updates; {updates} now"):
+        small_run("run", resume=True, epochs=3).fit()
+
+
 def test_rollouts_need_a_function_that_rolls_out(trainer, small_run):
     config = trainer.config
     with pytest.raises(ValueError, match="rollout_every=3"):

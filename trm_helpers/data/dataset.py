@@ -114,6 +114,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         if self.chunk > longest:
             print(f"chunk={self.chunk} is longer than every demonstration: no sample has all "
                   f"actions of its chunk; expected at most {longest}, the steps of the longest")
+        stride = max(demo.frame_stride for demo in self.demos)
+        if stride > self.chunk:
+            print(f"frame_stride={stride} is above chunk={self.chunk}: only {self.chunk} of every "
+                  f"{stride} actions are trained on")
 
     @classmethod
     def from_config(cls, files: Mapping[int, Path], config: Config,
@@ -185,10 +189,10 @@ class LIBERODataset(torch.utils.data.Dataset):
         self.proprio_stats = dict(proprio_stats or fit_proprio(self._steps.proprio[steps]))
         starts = [torch.arange(demo.first, demo.end - self.sequence_length + 1, demo.frame_stride)
                   for demo in self.demos]
-        strides = torch.tensor([demo.frame_stride for demo in self.demos]).repeat_interleave(
-            torch.tensor([len(start) for start in starts]))
-        # a frame that stands for four steps is seen four times in an epoch
-        self._visits = torch.arange(len(strides)).repeat_interleave(strides)
+        # a frame that stands for four steps is visited four times in an epoch
+        stands_for = torch.cat([(demo.end - self.sequence_length + 1 - start).clamp(
+            max=demo.frame_stride) for start, demo in zip(starts, self.demos, strict=True)])
+        self._visits = torch.arange(len(stands_for)).repeat_interleave(stands_for)
         ends = np.cumsum([len(start) for start in starts]).tolist()
         self._samples = [range(*each) for each in zip([0, *ends], ends, strict=False)]
         tables = {
@@ -215,9 +219,10 @@ class LIBERODataset(torch.utils.data.Dataset):
 
     @property
     def epoch_size(self) -> int:
-        """Samples that a shuffled epoch visits: each ``frame_stride`` times, augmented anew.
+        """Visits of samples in a shuffled epoch of :meth:`batches`, each augmented anew.
 
-        The number of updates per epoch thus does not depend on ``frame_stride``.
+        A sample is visited as often as its frame stands for steps, ``frame_stride`` times except at
+        the end, so that the number of updates does not depend on ``frame_stride``.
         """
         return len(self._visits)
 

@@ -47,7 +47,8 @@ def actor_of(config: Config) -> Actor | None:
     if trained.data.frame_stride != data.frame_stride:
         raise _unfit(data.actor, "was trained on demonstrations with "
                      f"frame_stride={trained.data.frame_stride}",
-                     f"{data.frame_stride}, as now: they come first in the file")
+                     f"{data.frame_stride}, as now, or frame_stride={trained.data.frame_stride}: "
+                     "they come first in the file")
     source = TrainedPolicy.load(run, "best")
     trained_on = description(run)["trained_on"]["files"]
     if "human" in {file["source"] for file in trained_on}:

@@ -483,6 +483,9 @@ class BehaviorCloningTrainer:
         ours = self._settings()
         if different := differences(state.get("settings", ours), ours):  # older states have none
             raise ValueError(different)
+        updates, planned = state["scheduler"]["T_max"], self.scheduler.T_max
+        if updates != planned:
+            raise ValueError(f"a schedule of {updates} updates; {planned} now")
         for name in runs.STATE_VALUES:
             setattr(self, name, state[name])
         for group in state["optimizer"]["param_groups"]:
