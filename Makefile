@@ -50,7 +50,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 # One episode of three tasks by the shipped policy, whose weights and films are then in artifacts/.
 PLAYED := pretrained/spatial-trm
 play: setup
-	$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1 | sed -u '/^next /d'
+	@$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1 | sed -u '/^next /d'
 	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
 	    echo "page  $$page" && echo "next  make demo (all of it, from no data), make lab (notebooks)" && \
 	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \

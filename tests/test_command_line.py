@@ -306,7 +306,8 @@ def test_preflight_reports_by_its_exit_code(monkeypatch, capsys):
         monkeypatch.setattr(preflight, "preflight", lambda quick, status=status: [
             Check("mujoco", status, "3.3.2")])
         assert main(["preflight", "--quick"]) == code
-        assert f"{status:4}  mujoco" in capsys.readouterr().out
+        assert capsys.readouterr().out.splitlines() == [
+            f"{status:4}  mujoco  3.3.2", f"{int(not code)} of 1 checks passed"]
 
 
 def test_a_lack_of_memory_is_a_message(monkeypatch, capsys):

@@ -50,6 +50,20 @@ def test_results_on_some_tasks_are_shown_if_there_are_no_others(trained):
     assert "9 of 10" not in markdown(trained) and "8 of 10 episodes" in markdown(trained)
 
 
+def test_results_in_another_suite_are_shown_until_a_card_has_them(trained):
+    swap = {**results(7), "protocol": {**PROTOCOL, "suite": "libero_object_swap"}}
+    write_json(trained / "robustness" / "libero_object_swap-none" / "results.json", swap)
+    write_json(trained / "robustness" / "libero_object-none" / "results.json", results(9))  # plain
+    text = markdown(trained)
+    assert "Not evaluated yet" in text and "9 of 10" not in text
+    assert r"In libero_object_swap: 7 of 10 episodes" in text.replace("\\", "")
+    write_json(trained / "results.json", results(8))
+    text = markdown(trained)
+    assert "8 of 10 episodes" in text and "7 of 10 episodes" in text
+    (trained / "robustness.json").write_text("{}")
+    assert "7 of 10" not in markdown(trained)
+
+
 def test_bounds_of_other_tasks_belong_to_the_results_on_these(trained):
     write_json(trained / "results-tasks-0.json", results(9))
     write_json(trained / "bounds" / "no-op" / "results-tasks-0.json", results(1))

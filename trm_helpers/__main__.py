@@ -390,7 +390,9 @@ class Preflight:
             checks = selftest()
         else:
             checks = preflight(quick=self.quick)
-        return ([dataclasses.asdict(check) for check in checks], [table(checks)],
+        passed = sum(check.status == "ok" for check in checks)
+        return ([dataclasses.asdict(check) for check in checks],
+                [table(checks), f"{passed} of {len(checks)} checks passed"],
                 all(check.status != "fail" for check in checks))
 
 

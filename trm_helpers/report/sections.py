@@ -97,7 +97,9 @@ def _task(run: Path) -> Section:
         f"{counted(len(task_ids), 'task')} of the suite {suite}. It is {network}; each decision "
         f"predicts the arm's next {counted(model.chunk, 'movement')}"
         + (f", of which the first {model.execution_horizon} are executed."
-           if model.execution_horizon < model.chunk else ".")],
+           if model.execution_horizon < model.chunk else ".")
+        + (" A localizer, trained before it, gives it the positions of the goal's objects and of "
+           "the hand in the agent view." if config.data.scenes else "")],
         sentences=[f"Task {task_id}: {in_words(suite, task_id)}." for task_id in task_ids])
 
 
@@ -108,7 +110,7 @@ def _success(run: Path) -> Section:
         command = f"python -m trm_helpers evaluate {shlex.quote(run_name(run))}"
         return Section(title, texts=[
             "Not finished; 06_eval plays the missing episodes." if (run / "episodes.jsonl").exists()
-            else f"Not evaluated yet; `{command}` or 06_eval does it."])
+            else f"Not evaluated yet; `{command}` or 06_eval does it.", *_elsewhere(run)])
     protocol, not_run = results["protocol"], results.get("not_run", 0)
     planned = results["episodes"] + len(results["errors"]) + not_run
     texts = [*([f"Not finished: {not_run} of {planned} episodes are not run; 06_eval plays them."]
@@ -118,7 +120,7 @@ def _success(run: Path) -> Section:
              f"from official init state {protocol['first_init_state']}, "
              + (f"{protocol['horizon']} steps; " if protocol["horizon"]
                 else "with the horizon of each task's own suite; ")
-             + f"{protocol['weights']} weights.", f"{detectable(results)}."]
+             + f"{protocol['weights']} weights.", f"{detectable(results)}.", *_elsewhere(run)]
     bounds = {path.parent.name: read_json(path)
               for path in sorted(run.glob(f"bounds/*/{file}"))}
     bounds = {name: bound for name, bound in bounds.items()
@@ -136,6 +138,17 @@ def _success(run: Path) -> Section:
     return Section(title, stale(run, protocol), texts, comparison_rows(rows, "task or baseline"),
                    shown={"bars": _bars(rows), "rate": _percent(results["success_rate"]),
                           "counts": f"{results['successes']} of {results['episodes']}"})
+
+
+def _elsewhere(run: Path) -> list[str]:
+    """Success in other suites, unless a robustness card shows it."""
+    if (run / "robustness.json").exists():
+        return []
+    own = load_config(run).data.suite
+    played = [read_json(path, keys=_RESULTS)
+              for path in sorted(run.glob("robustness/*-none/results*.json"))
+              if not path.parent.name.startswith((f"{own}-none", f"{own}-wide-"))]
+    return [f"In {results['protocol']['suite']}: {format_success(results)}." for results in played]
 
 
 def _results(run: Path) -> tuple[str, dict | None]:
