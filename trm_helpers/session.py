@@ -84,9 +84,9 @@ def begin(version: str = __version__) -> None:
 
 
 def demonstrations(config: Config, actor: Actor | None = None) -> dict[int, Path]:
-    """:func:`collect.ensure_demonstrations`; on Kaggle, collected ones become part of the output.
+    """:func:`collect.ensure_demonstrations`, and on Kaggle a copy of collected ones in the output.
 
-    So do those that were collected before the session's time was up.
+    Demonstrations are copied also if the session's time is up before all are collected.
     """
     data = config.data
     try:

@@ -380,7 +380,7 @@ def show_results(rows: list[dict]):
 
 
 def init_states(row: dict) -> tuple[int, int]:
-    """First and last init state of a run's episodes, also of those that could not be run."""
+    """First and last init state of a run's episodes, including those that could not be run."""
     first = row["results"]["protocol"]["first_init_state"]
     return first, first + max(task["episodes"] for task in row["results"]["tasks"]) - 1
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from trm_helpers import schema
 from trm_helpers.config import from_flat
-from trm_helpers.files import DiskFullError, read_jsonl
+from trm_helpers.files import DiskFullError, read_json, read_jsonl, write_json
 from trm_helpers.policy import model
 from trm_helpers.report import write_report
 from trm_helpers.training import runs, train
@@ -270,6 +270,10 @@ def test_resuming_on_the_same_demonstrations_with_fewer_frames_is_refused(small_
     with pytest.raises(ValueError, match=f"{samples} samples there, {len(other.train_data)} now, "
                                          "as with another frame_stride"):
         other.fit()
+    described = read_json(other.run / "policy.json")
+    del described["trained_on"]["samples"]  # as a description from elsewhere may lack it
+    write_json(other.run / "policy.json", described)
+    assert len(small_run("run", resume=True, epochs=3).fit()) == 3
 
 
 def test_a_state_with_another_number_of_updates_is_refused(small_run):

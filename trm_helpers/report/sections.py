@@ -20,7 +20,7 @@ from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
 from ..sim.env import load_task
-from ..stats import comparison_rows, counted, detectable, format_success
+from ..stats import comparison_rows, counted, detectable, format_success, rate_text
 from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
@@ -141,14 +141,15 @@ def _success(run: Path) -> Section:
 
 
 def _elsewhere(run: Path) -> list[str]:
-    """Success in other suites, unless a robustness card shows it."""
-    if (run / "robustness.json").exists():
-        return []
+    """A sentence on the official init states of other suites, if the policy has played them."""
     own = load_config(run).data.suite
     played = [read_json(path, keys=_RESULTS)
               for path in sorted(run.glob("robustness/*-none/results*.json"))
-              if not path.parent.name.startswith((f"{own}-none", f"{own}-wide-"))]
-    return [f"In {results['protocol']['suite']}: {format_success(results)}." for results in played]
+              if not path.parent.name.endswith("-wide-none")]
+    rates = [f"{results['protocol']['suite']} "
+             f"{rate_text(results['successes'], results['episodes'])}"
+             for results in played if results["protocol"]["suite"] != own]
+    return [f"In other suites: {'; '.join(rates)}."] if rates else []
 
 
 def _results(run: Path) -> tuple[str, dict | None]:

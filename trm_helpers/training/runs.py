@@ -133,9 +133,9 @@ def refuse_other_data(run: Path, data: LIBERODataset) -> None:
     Compares contents, not locations. Different frames are only reported, because another renderer
     gives other pixels.
     """
-    both_splits = description(run)["trained_on"], data.describe()
-    before, now = ({Path(file["file"]).name: file for file in described["files"]}
-                   for described in both_splits)
+    trained_on, described = description(run)["trained_on"], data.describe()
+    before, now = ({Path(file["file"]).name: file for file in split["files"]}
+                   for split in (trained_on, described))
     different = []
     for name in sorted({*before, *now}):
         there, here = (files.get(name, {"demos": []}) for files in (before, now))
@@ -148,9 +148,9 @@ def refuse_other_data(run: Path, data: LIBERODataset) -> None:
         elif there.get("frames", here["frames"]) != here["frames"]:
             print(f"{name}: the frames differ from those that {run} was trained on, as those of "
                   "another renderer do")
-    samples, samples_now = (described["samples"] for described in both_splits)
-    if not different and samples != samples_now:
-        different.append(f"{samples} samples there, {samples_now} now, as with another "
+    samples = trained_on.get("samples", described["samples"])
+    if not different and samples != described["samples"]:
+        different.append(f"{samples} samples there, {described['samples']} now, as with another "
                          "frame_stride")
     if different:
         raise ValueError(f"{run} was trained on other demonstrations ({'; '.join(different)}); "
