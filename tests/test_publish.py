@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trm_helpers import schema
 from trm_helpers.paths import repo_root
-from trm_helpers.stats import paired_mcnemar
+from trm_helpers.sim.env import load_task
+from trm_helpers.stats import paired_mcnemar, summarize_episodes
 from trm_helpers.visuals.figure import alt_text
 
 SCRIPT = repo_root() / "benchmarks" / "suite" / "publish.py"
@@ -331,3 +333,30 @@ def test_policies_with_one_look_and_with_six_are_compared_in_the_same_episodes(p
         ["all", "3 of 8 (14 to 69 %)", "7 of 8 (53 to 98 %)", "+50.0, p = 0.22 (5 against 1)"]]
     # tasks are resampled: in suite a their gaps are 0 and 100 points, in suite b 50 and 50
     assert [row[4] for row in cells[:2]] == ["+0.0 to +100.0", "+50.0 to +50.0"]
+
+
+def test_a_policy_of_forty_tasks_is_shown_by_suite_and_task(publish):
+    suites = dict(zip(schema.JOINED, (2, 1, 2, 0), strict=True))
+    played = {("libero_40", 0): 2, ("libero_40", 10): 1, ("libero_40", 20): 2, ("libero_40", 30): 0}
+    episodes = [{"suite": suite, "task_id": task, "init_state": 40 + number, "steps": 100,
+                 "success": number < won} for (suite, task), won in played.items()
+                for number in range(2)]
+    results = {**summarize_episodes(episodes),
+               "protocol": {"suite": "libero_40", "first_init_state": 40},
+               "suites": {suite: {"successes": won, "episodes": 2}
+                          for suite, won in suites.items()}}
+    row = {"policy": "block, depth 4", "seed": 0, "parameters": 2_500_000, "epochs": 12,
+           "best_epoch": 11, "minutes": 40.0, "demonstrations": 15, "results": results,
+           "episodes": episodes}
+    text, fig = publish["show_results"]([row])
+    success, training = ([cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+                         for table in text.split("\n\n"))
+    assert success == ["block, depth 4", "2 of 2 (34 to 100 %)", "1 of 2 (9 to 91 %)",
+                       "2 of 2 (34 to 100 %)", "0 of 2 (0 to 66 %)", "62 % (25 to 100 %)"]
+    assert training == ["block, depth 4", "2.5 M", "100", "11 of 12", "40"]
+    signs = [sorted(text.get_text() for text in axes.texts) for axes in fig.axes]
+    assert signs == [["2/2", "✓", "✓"], ["1/2", "✓", "✗"], ["2/2", "✓", "✓"], ["0/2", "✗", "✗"]]
+    assert [label.get_text() for axes in fig.axes for label in axes.get_yticklabels()] == [
+        load_task(suite, 0).language for suite in schema.JOINED]
+    assert "Least often solved: put both the alphabet soup and the tomato sauce in the basket, " \
+           "0 of 2" in alt_text(fig)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from policies import POLICIES  # noqa: E402
-from suite import scenes  # noqa: E402
+from suite import four_suites, scenes  # noqa: E402
 from suite.cards import (  # noqa: E402
     failures_in_short,
     plot_cards,
@@ -42,6 +42,7 @@ from suite.cards import (  # noqa: E402
 )
 from suite.drawing import plot_recursions  # noqa: E402
 
+from trm_helpers import schema  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.evaluation.cards import tasks_in_short  # noqa: E402
 from trm_helpers.evaluation.depth import depth_rows, plot_depth_card  # noqa: E402
@@ -368,6 +369,9 @@ def show_results(rows: list[dict]):
     rows.sort(key=lambda row: (init_states(row), bool(row.get("actor")),
                                list(POLICIES).index(row["policy"]), row.get("actor", ""),
                                row["seed"]))
+    if rows[0]["results"]["protocol"]["suite"] == schema.JOINT_SUITE:
+        return (f"{markdown(four_suites.success_lines(rows, label))}\n{training_table(rows)}",
+                four_suites.plot_forty_tasks(rows[0]))
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
         played = [init_states(row) for row in rows]
@@ -409,9 +413,6 @@ def tables(rows: list[dict]) -> str:
         columns[-1:] = ["init states"]
         against = "against the first on the same init states: gap, paired p"
     success = [["policy", "successes", "95 % Wilson interval", *columns, against]]
-    varied = len({row["demonstrations"] for row in rows}) > 1
-    training = [["policy", *["demonstrations per task"] * varied, "parameters",
-                 "mean length, steps", "best epoch", "training time, minutes"]]
     for row in rows:
         results = row["results"]
         values = []
@@ -439,11 +440,17 @@ def tables(rows: list[dict]) -> str:
         interval = interval_text(results["wilson_low"], results["wilson_high"])
         success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",
                         f"{interval} %", *values, against])
-        training.append([label(row, rows), *[row["demonstrations"]] * varied,
-                         f"{row['parameters'] / 1e6:.1f} M",
-                         f"{results['mean_length']:.0f}", f"{row['best_epoch']} of {row['epochs']}",
-                         f"{row['minutes']:.0f}"])
-    return f"{markdown(success)}\n{markdown(training)}"
+    return f"{markdown(success)}\n{training_table(rows)}"
+
+
+def training_table(rows: list[dict]) -> str:
+    varied = len({row["demonstrations"] for row in rows}) > 1
+    lines = [["policy", *["demonstrations per task"] * varied, "parameters",
+              "mean length, steps", "best epoch", "training time, minutes"]]
+    lines += [[label(row, rows), *[row["demonstrations"]] * varied,
+               f"{row['parameters'] / 1e6:.1f} M", f"{row['results']['mean_length']:.0f}",
+               f"{row['best_epoch']} of {row['epochs']}", f"{row['minutes']:.0f}"] for row in rows]
+    return markdown(lines)
 
 
 def main() -> None:
