@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from . import paths, schema
 from .files import nearest, writable
 from .opengl import NVIDIA_EGL, configure_gl, renders_on_cpu
-from .software import free_memory, installed_version, version_problems
+from .software import OTHER_GPU, free_memory, gpu_fault, installed_version, version_problems
 
 if TYPE_CHECKING:
     from .sim.checks import SimulatorCheck, Subject
@@ -166,6 +166,8 @@ def _check_gpu() -> Check:
 
     if not torch.cuda.is_available():
         return Check("GPU", "ok", "none: everything runs on the CPU")
+    if fault := gpu_fault():
+        return Check("GPU", "warn", fault, f"everything runs on the CPU. {OTHER_GPU}")
     properties = torch.cuda.get_device_properties(0)
     # by default PyTorch counts the T4's emulation, which is far too slow
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -24,6 +25,7 @@ from .opengl import renderer
 # When long work stops (collection, training, search, evaluation), in seconds since 1970; set on
 # Kaggle
 STOP_AT = "TRM_STOP_AT"
+OTHER_GPU = "Choose another GPU (on Kaggle: Settings > Accelerator > GPU T4 x2)"
 
 
 # --- versions ------------------------------------------------------------------------------------
@@ -54,6 +56,26 @@ def check_pinned_versions() -> None:
         listed = "; ".join(f"{name} {installed_version(name) or 'is missing'}: {problem}"
                            for name, problem in problems.items())
         raise RuntimeError(f"the benchmark's numbers hold for the pinned versions only: {listed}")
+
+
+@functools.cache  # once in a process
+def gpu_fault() -> str:
+    """Why PyTorch cannot compute on the CUDA GPU that it finds; empty if it can, or finds none.
+
+    A GPU older than the architectures that PyTorch was compiled for counts as available, and its
+    first operation fails.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    try:
+        torch.ones(1, device="cuda").add_(1).cpu()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        return (f"PyTorch {torch.__version__} cannot compute on {torch.cuda.get_device_name()} "
+                f"({reason})")
+    return ""
 
 
 def pip_command(distributions) -> str:

@@ -18,12 +18,15 @@ from learning import falls_below, once, straight
 from safetensors.torch import load_file
 
 from trm_helpers import schema
-from trm_helpers.config import from_flat
+from trm_helpers.config import Config, from_flat
 from trm_helpers.files import DiskFullError, read_json, read_jsonl, write_json
 from trm_helpers.policy import model
+from trm_helpers.preflight import _check_gpu
 from trm_helpers.report import write_report
+from trm_helpers.search.search import worker_environments
+from trm_helpers.software import gpu_fault
 from trm_helpers.training import runs, train
-from trm_helpers.training.devices import choose_device, choose_precision, tf32
+from trm_helpers.training.devices import choose_device, choose_precision, say_cpu, tf32
 from trm_helpers.training.runs import create_run, load_policy
 
 
@@ -829,10 +832,35 @@ def test_device_and_precision(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation, own=native: including_emulation or own)
         assert choose_precision("auto", torch.device("cuda")) == expected
-    if not torch.cuda.is_available():
-        assert choose_device("auto") == cpu
-        with pytest.raises(ValueError, match="finds no CUDA GPU"):
+    assert choose_device("auto") == cpu
+    with pytest.raises(ValueError, match="finds no CUDA GPU"):
+        choose_device("cuda")
+
+
+def test_a_gpu_without_kernels_in_this_pytorch_is_left_alone(monkeypatch, capsys):
+    """Kaggle's P100 counts as available; its first operation raises."""
+    def no_kernel(*_, device):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    for cached in (gpu_fault, say_cpu):
+        cached.cache_clear()
+    try:
+        assert choose_device("cpu").type == "cpu" and not capsys.readouterr().out
+        assert choose_device("auto").type == "cpu"
+        said = capsys.readouterr().out
+        assert choose_device("auto").type == "cpu" and not capsys.readouterr().out
+        with pytest.raises(ValueError, match="device='cuda' is not valid here; PyTorch .* cannot "):
             choose_device("cuda")
+        assert _check_gpu().status == "warn" and "GPU T4 x2" in _check_gpu().hint
+        assert worker_environments(Config()) == [{}]
+    finally:
+        gpu_fault.cache_clear()
+    assert "cannot compute on Tesla P100-PCIE-16GB (CUDA error: no kernel image is available)" \
+           in said and "GPU T4 x2" in said and "more lines" not in said
 
 
 def test_tf32_is_of_training_on_a_gpu_alone():

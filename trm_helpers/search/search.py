@@ -25,7 +25,7 @@ from .. import paths
 from ..config import Config
 from ..files import exclusive_lock, read_json, visible, write_bytes, write_json
 from ..notebooks import notebook_parameters
-from ..software import minutes_left
+from ..software import gpu_fault, minutes_left
 from ..stats import detectable, interval_text, paired_mcnemar
 from .optuna_study import STUDY, Study
 from .space import (
@@ -185,7 +185,9 @@ def in_parallel(next_job: Callable[[], Callable[..., object] | None],
 def worker_environments(config: Config) -> list[dict[str, str]]:
     """Environment variables of each worker: its GPU, if there is any."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = 0 if config.train.device == "cpu" else torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if config.train.device == "cpu" or gpu_fault():
+        count = 0
     gpus = allowed.split(",")[:count] if allowed else [str(gpu) for gpu in range(count)]
     workers = config.search.search_workers or max(1, len(gpus))
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 
+from ..software import OTHER_GPU, gpu_fault
+
 
 def choose_device(device: str = "auto") -> torch.device:
-    """``auto``: a CUDA GPU if available. ``ValueError`` for ``cuda`` without one."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' is not valid here; PyTorch finds no CUDA GPU")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    """``auto``: a CUDA GPU if PyTorch can use one. ``ValueError`` for ``cuda`` if it cannot."""
+    if device == "cpu":
+        return torch.device("cpu")
+    fault = gpu_fault()
+    if device == "cuda" and (fault or not torch.cuda.is_available()):
+        raise ValueError("device='cuda' is not valid here; "
+                         + (fault or "PyTorch finds no CUDA GPU"))
+    if fault:
+        say_cpu(fault)
+    return torch.device("cuda" if torch.cuda.is_available() and not fault else "cpu")
+
+
+@functools.cache  # once in a process
+def say_cpu(fault: str) -> None:
+    print(f"{fault}: the CPU is used. {OTHER_GPU}")
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
