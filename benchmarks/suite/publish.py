@@ -20,6 +20,7 @@ recoveries", are plotted against that number of demonstrations.
 """
 
 import argparse
+import math
 import re
 import shutil
 import sys
@@ -51,6 +52,7 @@ from trm_helpers.evaluation.robustness import WIDE, changes_of  # noqa: E402
 from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
 from trm_helpers.paths import repo_root  # noqa: E402
+from trm_helpers.sim.env import load_task  # noqa: E402
 from trm_helpers.stats import detectable, interval_text, paired_mcnemar  # noqa: E402
 from trm_helpers.training.runs import find_run, load_config  # noqa: E402
 from trm_helpers.visuals import figure, plots  # noqa: E402
@@ -64,6 +66,7 @@ MISSING = "—"  # a cell without a measurement; zero is 0
 REFERENCE = "reference"  # the row that the others are compared with
 _NUMBERED = re.compile(r"(\d+) (.+)")  # a label that begins with a number of demonstrations
 _MOST_TASKS = 3  # listed one by one
+_FILM = re.compile(r"(\w+)-task(\d+)-init\d+")
 _STRIP_COLUMNS, _STRIP_EVERY, _STRIP_QUALITY = 5, 1, 50
 
 
@@ -147,16 +150,19 @@ def ship(name: str, run_name: str) -> None:
     write_json(folder / "policy.json", described)
 
 
-def strip(name: str, folder: Path) -> None:
-    films = {re.search(r"task(\d+)", film.stem)[1]: film  # the first success of each task
+def strip(name: str, folder: Path, tasks: list[int]) -> None:
+    found = {_FILM.fullmatch(film.stem): film  # from the last init state to the first
              for film in sorted((folder / "videos" / "success").glob("*-init*.mp4"), reverse=True)}
-    tasks = sorted(films, key=int)
-    if not tasks:
-        sys.exit(f"{folder / 'videos' / 'success'} has no film of an episode")
+    films = {(match[1], int(match[2])): film for match, film in found.items()
+             if not tasks or int(match[2]) in tasks}
+    if not films or {task for _, task in films} < set(tasks):
+        sys.exit(f"{folder / 'videos' / 'success'} has films of tasks "
+                 f"{sorted({task for _, task in films})}; expected {tasks or 'some'}")
+    rows = math.ceil(len(films) / _STRIP_COLUMNS)
     with tempfile.TemporaryDirectory() as scratch:
-        film = write_grid(Path(scratch) / "strip.mp4", [films[task] for task in tasks],
-                          [f"task {task}" for task in tasks], [True] * len(tasks),
-                          min(_STRIP_COLUMNS, len(tasks)))
+        film = write_grid(Path(scratch) / "strip.mp4", [films[task] for task in sorted(films)],
+                          [load_task(*task).language for task in sorted(films)],
+                          [True] * len(films), math.ceil(len(films) / rows))
         frames = [Image.fromarray(frame) for frame in imageio.mimread(film, memtest=False)]
     first, *rest = [*frames[:-1:_STRIP_EVERY], frames[-1]]
     milliseconds = 1000 * _STRIP_EVERY // FPS
@@ -474,6 +480,7 @@ def main() -> None:
     stripping = commands.add_parser("strip")
     stripping.add_argument("name")
     stripping.add_argument("folder", type=Path)
+    stripping.add_argument("--tasks", type=int, nargs="+", default=[])
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "add":
@@ -485,7 +492,7 @@ def main() -> None:
     elif given.command == "ship":
         ship(given.name, given.run)
     elif given.command == "strip":
-        strip(given.name, given.folder)
+        strip(given.name, given.folder, given.tasks)
     else:
         write()
 
