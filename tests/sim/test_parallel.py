@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trm_helpers.sim import parallel
@@ -121,6 +122,13 @@ def test_every_job_is_settled_once_even_if_its_worker_hangs_or_dies(job, marks):
         assert attempts(marks, name) == 2
     assert "pickle" in str(outcomes["answers oddly"][1])
     assert "fanout_jobs.py" in str(outcomes["raises"][1].__cause__)  # where in the worker
+
+
+def test_an_item_that_cannot_be_sent_leaves_no_process():
+    before = set(psutil.Process().children())
+    with pytest.raises(TypeError, match="cannot pickle"):
+        list(run_jobs(len, [threading.Lock()], workers=1))
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.parametrize(("name", "error"), [
