@@ -39,7 +39,8 @@ class DiskFullError(OSError):
 def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` on success and is removed on failure.
 
-    For a file or a folder. Leftovers of killed processes beside it are removed first.
+    For a file or a folder, of which an existing one has to be empty. Leftovers of killed processes
+    beside it are removed first.
 
     Args:
         needed: size in bytes if known, for the message about a full disk.
