@@ -324,6 +324,7 @@ def _work(connection: Connection) -> None:
         try:
             job, item = pickle.loads(call)
             answer = cloudpickle.dumps((job(item), None, ""))
+            pickle.loads(answer)  # as the parent does, where an error would end the other jobs
         except Exception as error:
             trace = traceback.format_exc()
             try:
