@@ -167,12 +167,12 @@ def walk(folder: str | os.PathLike) -> Iterator[tuple[Path, list[str], list[str]
     """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(
-            name for name in folders if not name.startswith("."))
-        if real not in seen:
-            yield Path(place), folders, sorted(n for n in names if not n.startswith("."))
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), folders, sorted(name for name in names if not name.startswith("."))
 
 
 def visible(folder: str | os.PathLike, pattern: str) -> list[Path]:
