@@ -39,7 +39,8 @@ class DiskFullError(OSError):
 def atomic_path(path: str | os.PathLike, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` on success and is removed on failure.
 
-    For a file or a folder. Leftovers of killed processes beside it are removed first.
+    For a file or a folder, of which an existing one has to be empty. Leftovers of killed processes
+    beside it are removed first.
 
     Args:
         needed: size in bytes if known, for the message about a full disk.
@@ -166,12 +167,12 @@ def walk(folder: str | os.PathLike) -> Iterator[tuple[Path, list[str], list[str]
     """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(
-            name for name in folders if not name.startswith("."))
-        if real not in seen:
-            yield Path(place), folders, sorted(n for n in names if not n.startswith("."))
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), folders, sorted(name for name in names if not name.startswith("."))
 
 
 def visible(folder: str | os.PathLike, pattern: str) -> list[Path]:

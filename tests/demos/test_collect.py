@@ -103,6 +103,11 @@ def test_an_expert_that_cannot_do_it_is_given_up(monkeypatch):
         run_attempts(monkeypatch, lambda number: None, {}, 3)
 
 
+def test_a_task_that_had_been_given_up_is_written_once_its_demonstrations_are_there(monkeypatch):
+    known = {number: Path(str(number)) if number < 2 else None for number in range(22)}
+    assert run_attempts(monkeypatch, lambda number: Path(str(number)), known, 3) == [0, 1, 22]
+
+
 def test_an_error_ends_the_workers_although_its_traceback_is_kept(monkeypatch):
     """As IPython keeps it: the suspended generator is then not collected."""
     ended = []

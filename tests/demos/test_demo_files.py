@@ -11,9 +11,16 @@ from demo_files import LONG, SCRIPTED, data_set, fingers, grey_at, small
 from trm_helpers.data.dataset import LIBERODataset
 from trm_helpers.demos import collect, demo_files
 from trm_helpers.demos.alignment import measure_alignment, resolve_alignment
-from trm_helpers.demos.demo_files import DemoFileError, check_demo_file, source_of
+from trm_helpers.demos.demo_files import (
+    DemoFileError,
+    check_demo_file,
+    instruction_of,
+    source_of,
+)
 from trm_helpers.demos.explore import explore_libero_dataset
+from trm_helpers.demos.find_demos import other_task
 from trm_helpers.demos.quality import frame_size, quality_card
+from trm_helpers.sim.env import Task
 
 
 def changed(name, index, value):
@@ -119,6 +126,16 @@ def test_odd_files_are_named_with_the_cause(tmp_path, change, message):
         with pytest.raises(DemoFileError, match=message) as error:
             read(path)
         assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda file: file.move("data", "demos"), replace("data", [1.0])])
+def test_every_reader_names_a_file_without_demonstrations(tmp_path, change):
+    path = rewritten(small(tmp_path / "soup_demo.hdf5"), change)
+    task = Task("libero_object", 0, "soup", "pick up the soup", "soup.bddl")
+    for read in (instruction_of, resolve_alignment, lambda path: other_task(path, task)):
+        with pytest.raises(DemoFileError, match=f"{path}: no group 'data'; found d"):
+            read(path)
 
 
 def test_a_file_that_is_being_written_is_said_to_be(tmp_path):

@@ -288,6 +288,13 @@ def test_a_model_is_saved_as_it_is_although_another_was_loaded_last():
             assert "alphabet_soup_1_main" in places(other.model_xml())
 
 
+def test_a_region_of_the_table_is_no_part_of_the_goal():
+    with LiberoEnv("libero_10", 6) as env:  # a mug on a plate, a pudding to the right of the plate
+        assert env.goal_parts() == {"object": "porcelain_mug_1", "target": "plate_1",
+                                    "object 2": "chocolate_pudding_1"}
+        assert all(env.object_position(name).shape == (3,) for name in env.goal_parts().values())
+
+
 def test_points_are_projected_as_robosuite_projects_them(env):
     from robosuite.utils.camera_utils import (
         get_camera_transform_matrix,

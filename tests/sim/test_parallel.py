@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trm_helpers.sim import parallel
@@ -39,6 +40,8 @@ def job(item):
         raise Odd(1, 2)
     if name == "answers oddly":
         return sys._getframe()
+    if name == "answers unreadably":
+        return Odd(1, 2)
     if name == "hangs" or (name == "hangs once" and attempt == 0):
         time.sleep(600)
     if name == "holds the lock":
@@ -107,7 +110,8 @@ def test_every_job_is_settled_once_even_if_its_worker_hangs_or_dies(job, marks):
     bad = {"dies": WorkerDied(KILLED), "hangs": TimeoutError(LATE),
            "raises": ZeroDivisionError("always"), "raises oddly": RuntimeError("Odd: 1 2"),
            "exits": WorkerDied("a worker process ended with exit code 3; see its messages")}
-    names = [*good[:2], *bad, *good[2:4], "dies once", *good[4:], "answers oddly"]
+    names = [*good[:2], *bad, *good[2:4], "dies once", *good[4:], "answers oddly",
+             "answers unreadably"]
     outcomes = run_all(job, names, marks, workers=2, limit=LIMIT)
     assert set(outcomes) == set(names)
     for name in [*good, "dies once"]:
@@ -120,7 +124,15 @@ def test_every_job_is_settled_once_even_if_its_worker_hangs_or_dies(job, marks):
         assert result is None and type(error) is type(expected) and str(error) == str(expected)
         assert attempts(marks, name) == 2
     assert "pickle" in str(outcomes["answers oddly"][1])
+    assert "missing 1 required" in str(outcomes["answers unreadably"][1])
     assert "fanout_jobs.py" in str(outcomes["raises"][1].__cause__)  # where in the worker
+
+
+def test_an_item_that_cannot_be_sent_leaves_no_process():
+    before = set(psutil.Process().children())
+    with pytest.raises(TypeError, match="cannot pickle"):
+        list(run_jobs(len, [threading.Lock()], workers=1))
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.parametrize(("name", "error"), [

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from .. import schema
-from .demo_files import DemoFileError, demo_names, open_demo_file, text_attribute
+from .demo_files import DemoFileError, data_group, demo_names, open_demo_file, text_attribute
 
 MIN_MOTION = 1e-6  # rad^2, mean over steps; below it the arm stands still
 MAX_RESIDUAL = 0.2  # share of the motion that the fitted fraction may leave unexplained
@@ -119,7 +119,7 @@ def resolve_alignment(path: str | Path, setting: str = "auto") -> str:
     """
     schema.check_option("alignment", setting, schema.ALIGNMENT_OPTIONS)
     with open_demo_file(path) as file:
-        attribute = text_attribute(file[schema.DATA_GROUP], schema.ALIGNMENT_ATTR)
+        attribute = text_attribute(data_group(file), schema.ALIGNMENT_ATTR)
     if attribute not in ("", *schema.ALIGNMENTS):
         raise DemoFileError(
             f"{path}: attribute alignment={attribute!r}; expected one of {schema.ALIGNMENTS}")

@@ -304,10 +304,11 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
                 task.attempts[number] = part
                 attempts += [new for new in task.missing() if new not in attempts]
                 bar.update(sum(task.found for task in tasks) - bar.n)
-                if reason := task.hopeless():
-                    given_up[folder] = reason
-                elif task.found == task.num_demos:
+                if task.found == task.num_demos:
+                    given_up.pop(folder, None)  # attempts that ran on when it was given up
                     task.write()
+                elif reason := task.hopeless():
+                    given_up[folder] = reason
     short = [task for task in tasks if task.found < task.num_demos and task.parts not in given_up]
     for task in short:
         if task.found:

@@ -101,18 +101,24 @@ def _refuse_outside(name: str, item: h5py.Group | h5py.Dataset, folders: set[Pat
 
 
 # --- names and attributes ------------------------------------------------------------------------
+def data_group(file: h5py.File) -> h5py.Group:
+    """The group of the demonstrations; :class:`DemoFileError` for a file without one."""
+    group = file.get(schema.DATA_GROUP)
+    if isinstance(group, h5py.Group):
+        return group
+    held = [name if isinstance(file.get(name), h5py.Group) else f"{name} (no group)"
+            for name in sorted(file)]
+    raise DemoFileError(f"{file.filename}: no group {schema.DATA_GROUP!r}; "
+                        f"found {', '.join(held) or 'nothing'}")
+
+
 def demo_names(file: h5py.File) -> list[str]:
     """Names of the demonstrations, in natural order: ``demo_2`` before ``demo_10``.
 
     Any member of the group ``data`` whose name ends in a digit is a demonstration: ``demo_0``,
     ``demo_007`` or ``3``; numbers may be missing.
     """
-    group = file.get(schema.DATA_GROUP)
-    if not isinstance(group, h5py.Group):
-        held = [name if isinstance(file.get(name), h5py.Group) else f"{name} (no group)"
-                for name in sorted(file)]
-        raise DemoFileError(f"{file.filename}: no group {schema.DATA_GROUP!r}; "
-                            f"found {', '.join(held) or 'nothing'}")
+    group = data_group(file)
     names = [name for name in group if re.search("[0-9]$", name)]
     if not names:
         raise DemoFileError(f"{file.filename}: no demonstrations; expected groups demo_0, demo_1, "
@@ -185,7 +191,7 @@ def instruction_of(path: str | Path) -> str:
     Upstream files hold text or a list of its pieces, some in quotation marks.
     """
     with open_demo_file(path) as file:
-        info = json_attribute(file[schema.DATA_GROUP], "problem_info")
+        info = json_attribute(data_group(file), "problem_info")
     pieces = info.get("language_instruction", "")
     if not isinstance(pieces, (str, list)) or not all(isinstance(each, str) for each in pieces):
         raise DemoFileError(f"{path}: language_instruction {pieces!r} in attribute problem_info; "

@@ -12,6 +12,7 @@ from .demo_files import (
     COLLECTION_ATTR,
     DemoFileError,
     check_demo_file,
+    data_group,
     instruction_of,
     json_attribute,
     normalize_instruction,
@@ -164,7 +165,7 @@ def other_task(path: str | Path, task: Task) -> str:
     """
     suite, task_id = schema.own_suite(task.suite, task.task_id)
     with open_demo_file(path) as file:
-        made = json_attribute(file[schema.DATA_GROUP], COLLECTION_ATTR)
+        made = json_attribute(data_group(file), COLLECTION_ATTR)
     there = (made.get("suite", suite), made.get("task_id", task_id))
     if there != (suite, task_id):
         raise DemoFileError(f"{path}: demonstrations of {there[0]}, task {there[1]}; expected "

@@ -371,13 +371,15 @@ class LiberoEnv(contextlib.AbstractContextManager):
     def goal_parts(self) -> dict[str, str]:
         """Objects and fixtures in the goal, by their part in it; a region counts as its fixture.
 
-        The parts are ``object`` and ``target``, of a second predicate ``object 2`` and so on.
+        The parts are ``object`` and ``target``, of a second predicate ``object 2`` and so on. A
+        region of the table or the floor is left out.
         """
         parts, sites = {}, self.raw.object_sites_dict
         for number, predicate in enumerate(self.raw.parsed_problem["goal_state"], start=1):
             for part, name in zip(("object", "target"), predicate[1:], strict=False):
-                parts[part if number == 1 else f"{part} {number}"] = (
-                    name if name in self.raw.obj_body_id else sites[name].parent_name)
+                name = name if name in self.raw.obj_body_id else sites[name].parent_name
+                if name is not None:
+                    parts[part if number == 1 else f"{part} {number}"] = name
         return parts
 
     # --- inside -----------------------------------------------------------------------------------

@@ -205,9 +205,9 @@ def _in_processes(job: Callable, items: Sequence, size: int, limit: float, keep:
                 worker = idle.pop() if idle else _Worker()
                 groups = [group(item) for item, _ in waiting]
                 chosen = _next_group(groups, worker.group, [each.group for each in running])
-                worker.begin(job, *waiting.pop(groups.index(chosen)), limit)
                 worker.group = chosen
-                running.append(worker)
+                running.append(worker)  # first, as an item that cannot be pickled raises
+                worker.begin(job, *waiting.pop(groups.index(chosen)), limit)
             if not running:
                 return
             for worker, result, error in _Worker.ended(running):
@@ -324,6 +324,7 @@ def _work(connection: Connection) -> None:
         try:
             job, item = pickle.loads(call)
             answer = cloudpickle.dumps((job(item), None, ""))
+            pickle.loads(answer)  # as the parent does, where an error would end the other jobs
         except Exception as error:
             trace = traceback.format_exc()
             try:
