@@ -327,6 +327,22 @@ def test_a_time_budget_ends_cleanly_and_the_next_call_resumes(tmp_path, pretend,
     assert pretend[2][0] == interrupted
 
 
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_a_trial_that_the_sessions_time_ends_has_not_failed(tmp_path, pretend, monkeypatch, method):
+    """A notebook stops by itself, which may be earlier than the search stops it."""
+    def end(name, stop):
+        if len(pretend) == 2:
+            monkeypatch.setenv("TRM_STOP_AT", str(time.time() - 1))
+            raise RuntimeError("TimeoutError: the session's time is up")
+
+    pretend.act = end
+    settings = dict(search_method=method, search_lrs=(0.1, 0.4, 0.9), max_configs=3)
+    assert len(search(tmp_path, **settings)) == 1
+    monkeypatch.delenv("TRM_STOP_AT")
+    assert [row["state"] for row in search(tmp_path, **settings)] == ["complete"] * 3
+    assert pretend[2][0] == pretend[1][0]
+
+
 def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend, monkeypatch):
     monkeypatch.setattr(searches, "FINALISTS", 2)
     pretend.successes = {point_name(0.1, 1): 4, point_name(0.2, 1): 3,
