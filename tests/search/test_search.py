@@ -434,6 +434,23 @@ def test_halving_continues_from_rung_to_rung(tmp_path, pretend):
     assert rows[0]["epochs"] == 9 and rows[0]["episodes"] == 3
 
 
+@pytest.mark.parametrize("trained", [4, 9])
+def test_halving_continues_what_a_grid_has_trained(tmp_path, pretend, trained):
+    """A trial cannot be measured at epochs that it has passed."""
+    settings = dict(search_lrs=(0.1,), search_num_recursions=(1,), search_epochs=9,
+                    search_episodes=3)
+    if trained == 9:
+        search(tmp_path, **settings)
+    else:
+        folder = tmp_path / "run" / "search" / point_name(0.1, 1)
+        folder.mkdir(parents=True)
+        train_into(folder, dict(lr=0.1, hidden_dim=16, num_recursions=1, epochs=9,
+                                stop_epoch=trained, selection_episodes=0))
+    (row,) = search(tmp_path, search_method="halving", **settings)
+    assert row["state"] == "complete" and row["epochs"] == 9 and row["episodes"] == 3
+    assert [ran[:2] for ran in pretend] == [(row["trial"], 9)]
+
+
 def test_halving_stops_trials_outside_the_best_third(tmp_path, pretend):
     """One worker; the first trial beats all later ones, so that it alone continues."""
     folder = tmp_path / "run" / "search"

@@ -29,7 +29,7 @@ from .space import (
     trial_name,
     value_of,
 )
-from .trials import read_trial, read_trials
+from .trials import is_past, read_trial, read_trials
 
 STUDY = "study.jsonl"  # in the folder of a search: a study without a database
 _HEARTBEAT = 30  # seconds between the heartbeats of a trial in a database
@@ -134,6 +134,8 @@ class Study:
         steps = rungs(self.config.search)
         try:
             for number, (epochs, episodes) in enumerate(steps):
+                if is_past(self.folder / trial_name(point), epochs):
+                    continue  # trained by a grid, which measures at the last epoch only
                 found = train(point, epochs=epochs, episodes=episodes, environment=environment)
                 trial.report(value_of(found), REDUCTION ** number)
                 if number < len(steps) - 1 and trial.should_prune():

@@ -116,6 +116,13 @@ def read_trial(run_dir: str | Path) -> dict | None:
     return record
 
 
+def is_past(run_dir: str | Path, epochs: int) -> bool:
+    """Whether a trial was trained beyond ``epochs`` without being measured there."""
+    record = read_trial(run_dir) or {"rungs": []}
+    measured = [found["epochs"] for found in record["rungs"]]
+    return epochs not in measured and len(read_jsonl(Path(run_dir) / "metrics.jsonl")) > epochs
+
+
 def read_trials(folder: Path, config: Config) -> dict[str, dict]:
     """The record of each trial in a search's folder, by name.
 
