@@ -487,6 +487,23 @@ def test_a_guided_search_with_longer_lists_is_another_one(tmp_path, pretend, met
     assert search(tmp_path, **settings) == rows
 
 
+@pytest.mark.parametrize(("changed", "problem"), [
+    ({}, ""), ({"weight_decay": 0.1}, "weight_decay: 0.0001 there, 0.1 now"),
+    ({"search_space": "{weight_decay: [0.1, 0.2]}"}, "weight_decay: 0.0001 there, searched over")])
+def test_a_study_of_another_version_goes_on(tmp_path, pretend, changed, problem):
+    """With a setting that is a constant now, and without one that was new later."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    settings = dict(search_method="tpe", search_storage=url)
+    search(tmp_path, max_configs=1, **settings)
+    study = optuna.load_study(study_name="run", storage=url)
+    stored = {**study.user_attrs["settings"], "num_heads": 4}
+    del stored["weight_decay"]
+    study.set_user_attr("settings", stored)
+    refused = pytest.raises(ValueError, match=f"the study run belongs to .*{problem}")
+    with refused if problem else contextlib.nullcontext():
+        assert len(search(tmp_path, "other/run", max_configs=2, **settings, **changed)) == 2
+
+
 @pytest.mark.parametrize("database", [False, True])
 def test_a_killed_search_repeats_its_running_trial(tmp_path, pretend, monkeypatch, database):
     url = f"sqlite:///{tmp_path}/study.db" if database else ""
