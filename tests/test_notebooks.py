@@ -27,7 +27,7 @@ from nbclient import NotebookClient
 from pretend_training import train_into
 from test_run_notebooks import only_copies
 
-from trm_helpers import paths
+from trm_helpers import paths, schema
 from trm_helpers.__main__ import main
 from trm_helpers.config import COMMON, from_flat
 from trm_helpers.demos import collect
@@ -169,6 +169,21 @@ def test_an_unknown_parameter_is_refused_with_the_one_meant_or_the_valid_ones(ca
     assert "unknown parameter 'zzz'" in said
     assert "lr" in said and "hidden_dim" in said and "learning rate at the start" in said
     assert not paths.artifacts_dir().exists()
+
+
+# --- the checks of 03_model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", schema.VARIANTS)
+def test_the_checks_of_a_recursion_pass_with_every_variant(variant, capsys):
+    parameters, *cells = code(read("03_model"))
+    names = {}
+    exec(parameters, names)
+    names |= {"preset": "tiny", "variant": variant}
+    last = next(number for number, cell in enumerate(cells) if "All four hold" in cell)
+    for cell in cells[:last + 1]:
+        exec(cell, names)
+    assert ("All four hold." in capsys.readouterr().out) == (variant in schema.RECURSIVE)
 
 
 # --- the run of 04_train ------------------------------------------------------------------------

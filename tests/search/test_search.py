@@ -327,6 +327,22 @@ def test_a_time_budget_ends_cleanly_and_the_next_call_resumes(tmp_path, pretend,
     assert pretend[2][0] == interrupted
 
 
+@pytest.mark.parametrize("method", ["grid", "tpe"])
+def test_a_trial_that_the_sessions_time_ends_has_not_failed(tmp_path, pretend, monkeypatch, method):
+    """A notebook stops by itself, which may be earlier than the search stops it."""
+    def end(name, stop):
+        if len(pretend) == 2:
+            monkeypatch.setenv("TRM_STOP_AT", str(time.time() - 1))
+            raise RuntimeError("TimeoutError: the session's time is up")
+
+    pretend.act = end
+    settings = dict(search_method=method, search_lrs=(0.1, 0.4, 0.9), max_configs=3)
+    assert len(search(tmp_path, **settings)) == 1
+    monkeypatch.delenv("TRM_STOP_AT")
+    assert [row["state"] for row in search(tmp_path, **settings)] == ["complete"] * 3
+    assert pretend[2][0] == pretend[1][0]
+
+
 def test_the_best_few_are_trained_with_more_seeds(tmp_path, pretend, monkeypatch):
     monkeypatch.setattr(searches, "FINALISTS", 2)
     pretend.successes = {point_name(0.1, 1): 4, point_name(0.2, 1): 3,
@@ -418,6 +434,23 @@ def test_halving_continues_from_rung_to_rung(tmp_path, pretend):
     assert rows[0]["epochs"] == 9 and rows[0]["episodes"] == 3
 
 
+@pytest.mark.parametrize("trained", [4, 9])
+def test_halving_continues_what_a_grid_has_trained(tmp_path, pretend, trained):
+    """A trial cannot be measured at epochs that it has passed."""
+    settings = dict(search_lrs=(0.1,), search_num_recursions=(1,), search_epochs=9,
+                    search_episodes=3)
+    if trained == 9:
+        search(tmp_path, **settings)
+    else:
+        folder = tmp_path / "run" / "search" / point_name(0.1, 1)
+        folder.mkdir(parents=True)
+        train_into(folder, dict(lr=0.1, hidden_dim=16, num_recursions=1, epochs=9,
+                                stop_epoch=trained, selection_episodes=0))
+    (row,) = search(tmp_path, search_method="halving", **settings)
+    assert row["state"] == "complete" and row["epochs"] == 9 and row["episodes"] == 3
+    assert [ran[:2] for ran in pretend] == [(row["trial"], 9)]
+
+
 def test_halving_stops_trials_outside_the_best_third(tmp_path, pretend):
     """One worker; the first trial beats all later ones, so that it alone continues."""
     folder = tmp_path / "run" / "search"
@@ -452,6 +485,23 @@ def test_a_guided_search_with_longer_lists_is_another_one(tmp_path, pretend, met
     with pytest.raises(ValueError, match="the study run belongs to a search with other settings"):
         search(tmp_path, **{**settings, **longer, "max_configs": 3})
     assert search(tmp_path, **settings) == rows
+
+
+@pytest.mark.parametrize(("changed", "problem"), [
+    ({}, ""), ({"weight_decay": 0.1}, "weight_decay: 0.0001 there, 0.1 now"),
+    ({"search_space": "{weight_decay: [0.1, 0.2]}"}, "weight_decay: 0.0001 there, searched over")])
+def test_a_study_of_another_version_goes_on(tmp_path, pretend, changed, problem):
+    """With a setting that is a constant now, and without one that was new later."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    settings = dict(search_method="tpe", search_storage=url)
+    search(tmp_path, max_configs=1, **settings)
+    study = optuna.load_study(study_name="run", storage=url)
+    stored = {**study.user_attrs["settings"], "num_heads": 4}
+    del stored["weight_decay"]
+    study.set_user_attr("settings", stored)
+    refused = pytest.raises(ValueError, match=f"the study run belongs to .*{problem}")
+    with refused if problem else contextlib.nullcontext():
+        assert len(search(tmp_path, "other/run", max_configs=2, **settings, **changed)) == 2
 
 
 @pytest.mark.parametrize("database", [False, True])

@@ -442,13 +442,29 @@ def test_a_training_state_of_other_settings_is_refused(small_run, setting):
         small_run("ours", True, epochs=3).fit()
 
 
-def test_a_training_state_of_before_they_had_settings_loads(small_run):
+@pytest.mark.parametrize("stored", [
+    lambda settings: None, lambda settings: {**settings, "num_heads": 4},
+    lambda settings: {name: settings[name] for name in settings if name != "head_activation"}])
+def test_a_training_state_of_another_version_loads(small_run, stored):
+    """Without settings, with a former one, and without one that was new later."""
     trainer = small_run("run", epochs=2, stop_epoch=1)
     trainer.fit()
     state = runs.load_training_state(trainer.run)
-    del state["settings"]
+    if settings := stored(state.pop("settings")):
+        state["settings"] = settings
     runs.save_training_state(trainer.run, state)
     assert len(small_run("run", True, epochs=2).fit()) == 2
+
+
+def test_a_training_state_without_a_setting_had_its_default(small_run):
+    settings = dict(epochs=2, head_activation="silu")
+    trainer = small_run("run", stop_epoch=1, **settings)
+    trainer.fit()
+    state = runs.load_training_state(trainer.run)
+    del state["settings"]["head_activation"]
+    runs.save_training_state(trainer.run, state)
+    with pytest.raises(ValueError, match="head_activation: 'relu' there, 'silu' now"):
+        small_run("run", True, **settings).fit()
 
 
 @pytest.mark.parametrize("name", ["last.safetensors", "best.safetensors", "training_state.pt"])

@@ -44,6 +44,10 @@ class ActBlock(TransformerBlock):
         self.net = nn.Transformer(dim, num_heads, num_layers, num_layers, 4 * dim,
                                   batch_first=True)
 
+    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+        """The action queries, (B, K, D) as every state."""
+        return x[:, -self.chunk:]
+
     def forward(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.net(x[:, :-self.chunk], x[:, -self.chunk:])
 

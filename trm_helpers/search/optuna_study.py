@@ -29,7 +29,7 @@ from .space import (
     trial_name,
     value_of,
 )
-from .trials import read_trial, read_trials
+from .trials import is_past, read_trial, read_trials
 
 STUDY = "study.jsonl"  # in the folder of a search: a study without a database
 _HEARTBEAT = 30  # seconds between the heartbeats of a trial in a database
@@ -75,13 +75,14 @@ class Study:
                         min_resource=1, reduction_factor=REDUCTION),
                     sampler=optuna.samplers.TPESampler(
                         n_startup_trials=_RANDOM_TRIALS, constant_liar=True))
-                common = common_settings(config)
-                refuse_others(f"the study {study.study_name}",
-                              migrate(study.user_attrs.get("settings", common)), common)
+                what, before = f"the study {study.study_name}", study.user_attrs
+                common, lists = common_settings(config), _lists(config.search)
+                # an older version may have former settings and lack new ones
+                usual = {name: value for name, value in common_settings(Config()).items()
+                         if name not in before.get("lists", lists)}
+                refuse_others(what, {**usual, **migrate(before.get("settings", common))}, common)
+                refuse_others(what, before.get("lists", lists), lists)
                 study.set_user_attr("settings", common)
-                lists = _lists(config.search)
-                refuse_others(f"the study {study.study_name}",
-                              study.user_attrs.get("lists", lists), lists)
                 study.set_user_attr("lists", lists)
                 if url:
                     optuna.storages.fail_stale_trials(study)
@@ -134,6 +135,8 @@ class Study:
         steps = rungs(self.config.search)
         try:
             for number, (epochs, episodes) in enumerate(steps):
+                if is_past(self.folder / trial_name(point), epochs):
+                    continue  # trained by a grid, which measures at the last epoch only
                 found = train(point, epochs=epochs, episodes=episodes, environment=environment)
                 trial.report(value_of(found), REDUCTION ** number)
                 if number < len(steps) - 1 and trial.should_prune():

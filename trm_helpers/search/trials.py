@@ -12,6 +12,7 @@ from ..evaluation.plan import Episode
 from ..evaluation.play import weights_digest
 from ..files import differences, exclusive_lock, read_json, read_jsonl, visible, write_json
 from ..notebooks import run_notebook
+from ..software import minutes_left
 from ..stats import EPISODE_KEYS, wilson_interval
 from .space import point_of, trial_name
 
@@ -42,7 +43,7 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
         rollouts: episodes of all tasks, if the notebook plays any.
 
     Raises:
-        KeyboardInterrupt: ``stop`` was set.
+        KeyboardInterrupt: ``stop`` was set, or the session's time is up.
         ValueError: the trial was made with other parameters, or the notebook lacks one of these;
             nothing was run.
         RuntimeError: the notebook failed, or trained for another number of epochs, or could not
@@ -75,6 +76,8 @@ def run_trial(notebook: str | Path, parameters: dict, run_dir: str | Path,
                 raise RuntimeError(f"{found['episodes']} of {rollouts} episodes of {run_dir} "
                                    "could be played")
         except RuntimeError as error:
+            if minutes_left() <= 0:  # the notebook ended by itself before `stop` was set
+                raise KeyboardInterrupt from error
             write_json(run_dir / RECORD, {**record, "error": str(error)})
             raise
         rungs.append(found)
@@ -111,6 +114,13 @@ def read_trial(run_dir: str | Path) -> dict | None:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     return record
+
+
+def is_past(run_dir: str | Path, epochs: int) -> bool:
+    """Whether a trial was trained beyond ``epochs`` without being measured there."""
+    record = read_trial(run_dir) or {"rungs": []}
+    measured = [found["epochs"] for found in record["rungs"]]
+    return epochs not in measured and len(read_jsonl(Path(run_dir) / "metrics.jsonl")) > epochs
 
 
 def read_trials(folder: Path, config: Config) -> dict[str, dict]:

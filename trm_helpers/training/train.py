@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .. import schema
-from ..config import Config, TrainConfig, local_settings
+from ..config import Config, TrainConfig, local_settings, migrate
 from ..data.dataset import LIBERODataset
 from ..files import differences, write_bytes
 from ..policy.model import TRMPolicy
@@ -481,7 +481,9 @@ class BehaviorCloningTrainer:
         if epochs != list(range(1, state["epoch"] + 1)):
             raise ValueError(f"epoch={state['epoch']!r} with rows of the epochs {epochs}")
         ours = self._settings()
-        if different := differences(state.get("settings", ours), ours):  # older states have none
+        # an older version may have former settings and lack new ones
+        theirs = {**Config().flat(), **migrate(state.get("settings", ours))}
+        if different := differences(theirs, {**theirs, **ours}):
             raise ValueError(different)
         updates, planned = state["scheduler"]["T_max"], self.scheduler.T_max
         if updates != planned:
