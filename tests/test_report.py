@@ -15,6 +15,7 @@ import pytest
 
 from trm_helpers.__main__ import main, parse
 from trm_helpers.files import append_jsonl, write_json
+from trm_helpers.paths import run_dir
 from trm_helpers.report import page, sections, write_report
 from trm_helpers.stats import summarize_episodes
 from trm_helpers.training.runs import load_config
@@ -438,6 +439,24 @@ def test_the_commands_make_the_same_run_again(trained):
     assert code.index("make setup") < code.index("bin/activate") < code.index("python -m")
     before, _, after = page.text.partition("In a checkout of the project")
     assert "trm_helpers train" not in before and "trm_helpers train" in after
+
+
+@pytest.mark.parametrize(("bounds", "again"), [({}, ""), ({"bound_episodes": 0}, ""),
+                                               ({"bound_episodes": 2}, "/their files")])
+def test_the_commands_name_the_folder_of_demonstrations_and_the_bounds(trained, bounds, again):
+    trained = trained.rename(trained.with_name("a" * 100))
+    settings = json.loads((trained / "config.json").read_text())
+    settings["data"]["demo_dir"] = "/their files"
+    write_json(trained / "config.json", settings)
+    write_json(trained / "results.json", {**results(9), "protocol": {**PROTOCOL, **bounds}})
+    lines = re.findall("^    python -m .*", markdown(trained), re.MULTILINE)
+    train, evaluate = (parse(shlex.split(line)[3:]) for line in lines)
+    assert train.config.data.demo_dir == "/their files"
+    assert run_dir(train.run_name).name == "a" * 94 + "-again" == evaluate.run
+    assert evaluate.eval.bound_episodes == bounds.get("bound_episodes", 0)
+    assert evaluate.demo_dir == again  # refused without bounds
+    for section in sections._inside(trained), sections._saliency(trained):
+        assert section.missing.endswith("-p demo_dir '/their files'`")
 
 
 @pytest.mark.parametrize(("changes", "words"), [

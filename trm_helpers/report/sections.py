@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from .. import paths, schema
-from ..config import Config, local_settings
+from ..config import Config, from_flat, local_settings
 from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
@@ -323,10 +323,16 @@ def _limits(run: Path) -> Section:
 
 def _played(run: Path, notebook: str) -> str:
     """The command that runs a notebook, of a shipped policy with few demonstrations to collect."""
-    name = run_name(run)
+    name, demo_dir = run_name(run), _demo_dir(run)
     few = f' -p task_ids "[{load_config(run).data.task_ids[0]}]" -p num_demos 5'
     return (f"`python -m trm_helpers run {notebook} -p run_name {shlex.quote(name)}"
+            + (f" -p demo_dir {shlex.quote(demo_dir)}" if demo_dir else "")
             + few * (name in shipped_policies()) + "`")
+
+
+def _demo_dir(run: Path) -> str:
+    """The ``demo_dir`` that a run was trained with; a loaded configuration has no local values."""
+    return str(read_json(run / "config.json", keys=["data"])["data"].get("demo_dir") or "")
 
 
 def _reproduce(run: Path) -> Section:
@@ -338,7 +344,7 @@ def _reproduce(run: Path) -> Section:
     lines = [*([f"git checkout {shlex.quote(str(revision))}"] if revision else ()), "make setup",
              "source .venv/bin/activate",
              *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
-               for words in commands(run.name, config, results))]
+               for words in commands(run.name, config, results, _demo_dir(run)))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
         *([f"The run was made with uncommitted changes on top of revision {saved.get('revision')}: "
            "these commands train a policy with its settings by the present code, not this one."]
@@ -350,19 +356,29 @@ def _reproduce(run: Path) -> Section:
         + (", where 'git switch -' then returns to your branch:" if revision else ":")])
 
 
-def commands(name: str, config: Config, results: Mapping | None) -> list[list[str]]:
-    """Words of the commands that train and evaluate a run again, as ``name``-again."""
-    again, usual = f"{name}-again", {*local_settings(), *vars(config.eval), *vars(config.search)}
+def commands(name: str, config: Config, results: Mapping | None, demo_dir: str = ""
+             ) -> list[list[str]]:
+    """Words of the commands that train and evaluate a run again, as ``name``-again.
+
+    Args:
+        demo_dir: the folder of the run's demonstrations, if it was trained with one.
+    """
+    again = f"{name[:94]}-again"  # a name has at most 100 characters
+    usual = {*local_settings(), *vars(config.eval), *vars(config.search)}
+    there = {"demo_dir": demo_dir} if demo_dir else {}
     train = ["train", config.preset, "--run-name", again, *_options({
-        key: value for key, value in config.changes().items() if key not in usual})]
+        key: value for key, value in config.changes().items() if key not in usual} | there)]
     if not results:
         return [train]
-    protocol = results["protocol"]
+    protocol, preset = results["protocol"], from_flat(config.preset).eval
     asked = {key: protocol[key] for key in ("protocol", "num_episodes", "first_init_state",
                                             "horizon", "weights")}
     if (task_ids := protocol.get("task_ids")) and task_ids != [*config.data.task_ids]:
         asked["task_ids"] = task_ids
-    return [train, ["evaluate", again, *_options(asked)]]
+    bounds = protocol.get("bound_episodes", preset.bound_episodes)
+    if bounds != preset.bound_episodes:
+        asked["bound_episodes"] = bounds
+    return [train, ["evaluate", again, *_options(asked | (there if bounds else {}))]]
 
 
 def _options(settings: Mapping) -> Iterator[str]:
