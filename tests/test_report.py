@@ -41,6 +41,7 @@ def test_a_run_that_was_only_trained_says_so(trained):
     text = markdown(trained)
     assert text.startswith(f"# {trained.name}\n")
     assert "Not evaluated yet" in text and "2 epochs in" in text and "| lr | " in text
+    assert "in 0.0 minutes" not in text
     assert not any(heading in text for heading in ("## Search", "## Inside", "## Films", "## When"))
 
 

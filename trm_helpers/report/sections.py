@@ -20,7 +20,7 @@ from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
 from ..sim.env import load_task
-from ..stats import comparison_rows, counted, detectable, format_success, rate_text
+from ..stats import comparison_rows, counted, detectable, duration, format_success, rate_text
 from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
@@ -238,9 +238,9 @@ def _training(run: Path) -> Section:
     if not epochs:
         return Section("Training", missing="`04_train` trains a policy.")
     best = min(epochs, key=lambda row: row["val_loss"])
-    minutes = sum(row["seconds"] for row in epochs) / 60
+    took = duration(sum(row["seconds"] for row in epochs))
     return Section("Training", texts=[
-        f"{counted(len(epochs), 'epoch')} in {minutes:.1f} minutes; lowest validation loss "
+        f"{counted(len(epochs), 'epoch')} in {took}; lowest validation loss "
         f"{best['val_loss']:.4g} in epoch {best['epoch']}, final training loss "
         f"{epochs[-1]['train_loss']:.4g}."], figures=["04_training.png"])
 
