@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from trm_helpers.__main__ import main, parse
+from trm_helpers.evaluation.play import weights_digest
 from trm_helpers.files import append_jsonl, write_json
 from trm_helpers.paths import run_dir
 from trm_helpers.report import page, sections, write_report
@@ -64,6 +65,15 @@ def test_results_in_another_suite_are_shown(trained):
     write_json(trained / "results.json", results(8))
     text = markdown(trained)
     assert "8 of 10 episodes" in text and said in text
+
+
+def test_results_of_other_weights_in_another_suite_are_marked(trained):
+    made = {**results(7), "protocol": {**PROTOCOL, "suite": "libero_object_swap"}}
+    digest = weights_digest(trained, "best")
+    for sha256, mark in ((digest, "."), ("0" * 16, " with other weights or settings than the run")):
+        made["protocol"]["sha256"] = sha256
+        write_json(trained / "robustness" / "libero_object_swap-none" / "results.json", made)
+        assert f"libero_object_swap 7 of 10 (40 to 89 %){mark}" in markdown(trained)
 
 
 def test_bounds_of_other_tasks_belong_to_the_results_on_these(trained):
@@ -168,8 +178,7 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
 
 def test_episodes_with_errors_are_named_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
-    assert "1 episode could not be run and are excluded; the first: it hung" \
-        in markdown(trained)
+    assert "Excluded: 1 episode that could not be run; the first: it hung" in markdown(trained)
 
 
 def test_a_folder_without_a_run_is_refused():

@@ -130,8 +130,8 @@ def _success(run: Path) -> Section:
                      "expert is the scripted demonstrator, which knows all positions, random sends "
                      "random commands, no-op none.")
     if results["errors"]:
-        texts.append(f"{counted(len(results['errors']), 'episode')} could not be run and are "
-                     f"excluded; the first: {results['errors'][0]['error']}")
+        texts.append(f"Excluded: {counted(len(results['errors']), 'episode')} that could not be "
+                     f"run; the first: {results['errors'][0]['error']}")
     tasks = results["tasks"]
     others = ({"all": results} if len(tasks) > 1 else {}) | bounds
     rows = {f"task {task['task_id']}": task for task in tasks} | others
@@ -148,6 +148,8 @@ def _elsewhere(run: Path) -> list[str]:
               if not path.parent.name.endswith("-wide-none")]
     rates = [f"{results['protocol']['suite']} "
              f"{rate_text(results['successes'], results['episodes'])}"
+             + " with other weights or settings than the run has now"
+             * bool(stale(run, results["protocol"]))
              for results in played if results["protocol"]["suite"] != own]
     return [f"In other suites: {'; '.join(rates)}."] if rates else []
 
