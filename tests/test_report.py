@@ -480,9 +480,15 @@ def test_episodes_or_steps_other_than_the_protocols_are_named(trained, changes, 
     assert f"Protocol quick (OpenVLA's with ten episodes){words}" in markdown(trained)
 
 
-def test_only_sections_that_are_there_are_linked(trained):
-    links = [attributes["href"] for attributes, _ in Page(trained).all("a")]
-    assert {"#task", "#limits", "#settings"} <= {*links} and "#robustness" not in links
+def test_the_sections_that_are_there_are_linked_and_no_others(trained):
+    save_figure(new_axes(2, 2).figure, trained / "figures" / "mine.png")
+    parsed = Page(trained)
+    links = [attributes["href"] for attributes, _ in parsed.all("a")]
+    assert links == [f"#{attributes['id']}" for attributes, _ in parsed.all("h2")]
+    assert {"#task", "#limits", "#settings", "#absent", "#others"} <= {*links}
+    assert not {"#episodes", "#inside", "#robustness"} & {*links}
+    assert parsed.all("li", id="episodes") == [({"id": "episodes"}, "Every episode. 06_eval plays "
+                                                "the episodes.")]
 
 
 @pytest.mark.parametrize("error", [ImportError, FileNotFoundError, RuntimeError, ValueError])

@@ -48,13 +48,14 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     figures = Figures(run)
     shown = {name: figures.all(section.figures) for name, section in sections.items()}
+    absent = [key for key, section in sections.items() if section.missing and not shown[key]]
     used = {figure for section in sections.values() for figure in section.figures} | {_MOMENTS}
     others = [name for name in media(run, "figures/*.png") if Path(name).name not in used]
     moments = sections["inside"].shown.get("moments", [])
     left_out = figures.left_out
     content = {
         "name": run.name, "run_name": run_name(run), "sections": sections, "figures": shown,
-        "script": script, "style": style,
+        "absent": absent, "script": script, "style": style,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "moment_images": figures.parts(_MOMENTS, len(moments)),
         "others": figures.all(Path(name).name for name in others), "left_out": left_out}
