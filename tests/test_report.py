@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from trm_helpers.__main__ import main, parse
+from trm_helpers.evaluation.plan import WIDE_SEED
 from trm_helpers.evaluation.play import weights_digest
 from trm_helpers.files import append_jsonl, write_json
 from trm_helpers.paths import run_dir
@@ -298,6 +299,67 @@ def test_episodes_under_changes_can_be_looked_at_too(trained, tmp_path):
         ("tile success", "0✓4.5 s"), ("tile failure", "1 ▶✗14.0 s"), ("tile failure", "2✗14.0 s")]
     assert "Episodes of libero_object-brightness" in parsed.text and "of link" not in parsed.text
     assert "1 episode, of which 0 failed" in parsed.text and len(films(parsed)) == 1
+
+
+def test_the_film_of_the_task_is_of_the_runs_own_episodes(trained):
+    changed = trained / "robustness" / "libero_object-brightness"
+    (changed / "videos").mkdir(parents=True)
+    play(changed, {(0, 0): True}, filmed=[(0, 0)])
+    play(trained, {(0, 0): True, (0, 1): False})
+    hero, = Page(trained).all("video", id="hero")
+    assert hero[0]["aria-label"].endswith(
+        "init state 0. Success after 4.5 s. Not the run's own evaluation: "
+        "libero_object-brightness.")
+    play(trained, {(0, 2): False}, filmed=[(0, 2)])
+    hero, = Page(trained).all("video", id="hero")
+    assert "init state 2. Failure" in hero[0]["aria-label"]
+    assert "Not the run's own" not in hero[0]["aria-label"]
+
+
+def test_randomised_layouts_are_numbered_as_init_states_are(trained):
+    play(trained, {(0, 0): True})
+    wide = trained / "robustness" / "libero_object-wide-none"
+    wide.mkdir(parents=True)
+    for number in range(2):
+        append_jsonl(wide / "episodes.jsonl", {
+            **PLAYED, "task_id": 0, "init_state": None, "seed": WIDE_SEED + number, "steps": 90,
+            "placement": "wide", "success": True})
+    tiles = Page(trained).all("button")
+    assert [text for _, text in tiles] == ["0✓4.5 s", "0✓4.5 s", "1✓4.5 s"]
+    assert tiles[2][0]["aria-label"].startswith("Layout 1: ")
+
+
+def test_films_are_announced_where_an_episode_has_one(trained):
+    (trained / "videos").mkdir()
+    write_video(trained / "videos" / "01_demonstration.mp4", FRAMES)
+    play(trained, {(0, 0): True})
+    assert "▶" not in Page(trained).text
+    play(trained, {(0, 1): True}, filmed=[(0, 1)])
+    assert "▶ filmed: click to play" in Page(trained).text
+
+
+def test_code_in_texts_is_shown_as_code(trained):
+    said = "start one with `dask scheduler`"
+    play(trained, {(0, 0): True}, filmed=[(0, 0)])
+    append_jsonl(trained / "episodes.jsonl", {
+        **PLAYED, "task_id": 0, "init_state": 1, "success": False, "steps": 9,
+        "policy_error": said, "phases": []})
+    write_json(trained / "results.json", {**results(9), "errors": [{"error": said}]})
+    write_json(trained / "explain.json", {"sentences": [said], "moments": [MOMENT]})
+    write_json(trained / "quality.json", [
+        {"check": "a", "found": said, "expected": "b", "verdict": "bad"}])
+    parsed = Page(trained)
+    (script,) = [text for _, text in parsed.all("script")]
+    assert parsed.text.count("start one with dask scheduler") == 4
+    assert "`" not in parsed.text.replace(script, "") and "at four moments" not in parsed.text
+
+
+def test_a_success_rate_of_other_weights_is_marked_where_it_comes_first(trained):
+    write_json(trained / "results.json", results(9))
+    assert "(90 %) in the simulator." in Page(trained).text
+    write_json(trained / "results.json",
+               {**results(9), "protocol": {**PROTOCOL, "sha256": "0" * 16}})
+    assert "(90 %) in the simulator, with other weights or settings than" in Page(trained).text
 
 
 MOMENT = {"title": "0.8 s, reach", "demonstrated": [0.1] * 7, "recursions": [

@@ -81,14 +81,16 @@ def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list
             left_out.append(f"{film['video'].name} ({type(error).__name__})")
         return film["number"] in stills
 
-    demonstration = {"number": "demonstration", "outcome": "success",
+    demonstration = {"number": "demonstration", "outcome": "success", "change": "",
                      "video": inside(run, "videos/01_demonstration.mp4")}
     filmed = [*filter(has_still, sections["episodes"].shown.get("episodes", []))] or [
         *filter(has_still, [demonstration])]
-    first = min(filmed, key=lambda each: each["outcome"] != "success", default=None)
+    first = min(filmed, default=None,
+                key=lambda each: (bool(each["change"]), each["outcome"] != "success"))
     hero = first and {"number": first["number"], "caption": (
         "A demonstration of the training data." if first is demonstration
-        else f"{first['task']}, {first['start']}. {first['end']}")}
+        else f"{first['task']}, {first['start']}. {first['end']}"
+             + f" Not the run's own evaluation: {first['change']}." * bool(first["change"]))}
     ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
     wanted = {each["number"]: each["video"] for each in ordered}
     films = {}

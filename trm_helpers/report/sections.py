@@ -15,7 +15,7 @@ from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
 from ..evaluation.depth import depth_rows
-from ..evaluation.plan import Episode, protocol_in_words, read_ledger
+from ..evaluation.plan import WIDE_SEED, Episode, protocol_in_words, read_ledger
 from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
@@ -173,7 +173,7 @@ def _episodes(run: Path) -> Section:
             episodes.append({
                 "number": len(episodes), "change": folder.name, "task_id": int(episode.task_id),
                 "task": f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}",
-                "start": (f"layout {episode.seed}" if episode.init_state is None
+                "start": (f"layout {episode.seed % WIDE_SEED}" if episode.init_state is None
                           else f"init state {episode.init_state}"),
                 **_outcome(row),
                 "video": row.get("video") and inside(run, folder / "videos" / str(row["video"]))})
