@@ -413,6 +413,20 @@ def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monke
     assert [found["alt"][:10] for found in parsed.images] == 4 * ["Last frame"]
 
 
+def test_stills_of_many_films_take_at_most_half_of_the_room(trained, monkeypatch):
+    play(trained, {(0, i): i != 5 for i in range(6)}, filmed=[(0, i) for i in range(6)])
+    still = len(page._still(trained / "videos" / "0-0.mp4"))
+    for name, value in (("_STILL_BYTES", still), ("_RESERVE", 0), ("MAX_BYTES", 0)):
+        monkeypatch.setattr(page, name, value)
+    without = Page(trained)
+    assert "6 film(s) do not fit into this" in without.text and not without.images
+    monkeypatch.setattr(page, "MAX_BYTES", len(without.source) + 5 * still)
+    parsed = Page(trained)
+    assert len(parsed.source) < page.MAX_BYTES and not films(parsed)
+    # of the task, there and among the episodes, and of the failure
+    assert ["init state 0" in found["alt"] for found in parsed.images] == [True, True, False]
+
+
 def test_a_film_full_of_detail_is_shown_with_a_still_of_less_quality(trained):
     play(trained, {(0, 0): True}, filmed=[(0, 0)])
     detailed = np.random.default_rng(1).integers(0, 256, (12, 256, 512, 3), np.uint8)

@@ -92,14 +92,16 @@ def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list
         else f"{first['task']}, {first['start']}. {first['end']}"
              + f" Not the run's own evaluation: {first['change']}." * bool(first["change"]))}
     ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
-    wanted = {each["number"]: each["video"] for each in ordered}
+    # at most half of the room is for stills, or many of them would leave none for films
+    room = max(0, free) // (2 * _STILL_BYTES)
+    wanted = {each["number"]: each["video"] for each in ordered[:room]}
     films = {}
     free -= _STILL_BYTES * len(wanted)  # of a film that does not fit
     for number, path in wanted.items():
         if film := _embedded(path, "video/mp4", free + _STILL_BYTES):
             films[number], free = film, free + _STILL_BYTES - len(film)
-    not_embedded = len(wanted) - len(films)
-    stills = {number: still for number, still in stills.items()
+    not_embedded = len(filmed) - len(films)
+    stills = {number: stills[number] for number in wanted
               if number not in films or hero["number"] == number}  # printed pages show no film
     return {"films": films, "stills": stills, "hero": hero, "not_embedded": not_embedded}
 
