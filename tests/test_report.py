@@ -384,6 +384,13 @@ def test_the_recursion_has_a_slider_over_the_moments_of_07_visualize(trained):
         "What the policy sees at 0.8 s, reach", "What the policy sees at end"]
 
 
+def test_moments_without_their_images_say_so(trained):
+    write_json(trained / "explain.json", {"sentences": [], "moments": [MOMENT]})
+    text = Page(trained).text
+    assert "figures/07_moments.png is missing or damaged" in text
+    assert "What the policy sees at this moment" not in text
+
+
 @pytest.mark.parametrize("recursions", [[], *(
     [{"action": action, "change": 0, "sentence": ""}]
     for action in ([0.1] * 6, [0.1] * 6 + [float("nan")], ["</script>"] * 7))])

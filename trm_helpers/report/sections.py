@@ -42,10 +42,12 @@ _SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound sh
 class Section:
     """A part of both pages, in this order; ``report.html`` adds figures and ``shown``.
 
+    What stands between backticks in a text is code there.
+
     Args:
         rows: of a table.
         code: a block of lines.
-        missing: how to make a section that has no content yet; code between backticks.
+        missing: how to make a section that has no content yet; not in ``report.md``.
         figures: names of files in ``figures/``, as far as they exist.
         shown: what the page draws: ``bars``, ``episodes``, ``moments``.
     """
