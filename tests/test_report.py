@@ -536,15 +536,18 @@ def test_the_commands_make_the_same_run_again(trained):
 
 @pytest.mark.parametrize(("bounds", "again"), [({}, ""), ({"bound_episodes": 0}, ""),
                                                ({"bound_episodes": 2}, "/their files")])
-def test_the_commands_name_the_folder_of_demonstrations_and_the_bounds(trained, bounds, again):
+def test_the_commands_name_the_folder_of_demonstrations_rollouts_and_bounds(trained, bounds, again):
     trained = trained.rename(trained.with_name("a" * 100))
     settings = json.loads((trained / "config.json").read_text())
     settings["data"]["demo_dir"] = "/their files"
+    settings["train"]["rollout_every"] = 1  # in rollouts as long as those of the run
+    settings["eval"]["horizon"] = 17
     write_json(trained / "config.json", settings)
     write_json(trained / "results.json", {**results(9), "protocol": {**PROTOCOL, **bounds}})
     lines = re.findall("^    python -m .*", markdown(trained), re.MULTILINE)
     train, evaluate = (parse(shlex.split(line)[3:]) for line in lines)
     assert train.config.data.demo_dir == "/their files"
+    assert (train.config.train.rollout_every, train.config.eval.horizon) == (1, 17)
     assert run_dir(train.run_name).name == "a" * 94 + "-again" == evaluate.run
     assert evaluate.eval.bound_episodes == bounds.get("bound_episodes", 0)
     assert evaluate.demo_dir == again  # refused without bounds

@@ -369,6 +369,8 @@ def commands(name: str, config: Config, results: Mapping | None, demo_dir: str =
     """
     again = f"{name[:94]}-again"  # a name has at most 100 characters
     usual = {*local_settings(), *vars(config.eval), *vars(config.search)}
+    if config.train.rollout_every:  # how the rollouts that select weights are played
+        usual -= {"protocol", "horizon"}
     there = {"demo_dir": demo_dir} if demo_dir else {}
     train = ["train", config.preset, "--run-name", again, *_options({
         key: value for key, value in config.changes().items() if key not in usual} | there)]
