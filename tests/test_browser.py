@@ -133,6 +133,36 @@ def test_the_keyboard_does_what_the_mouse_does(opened):
     assert window.locator(".tabs [aria-pressed=true]").count() == 1
 
 
+def test_tab_reaches_one_tile_of_a_task_also_after_a_click(opened):
+    window = opened()
+    window.locator(".tile").nth(1).click()
+    window.keyboard.press("ArrowRight")
+    (reached,) = window.locator(".tile:not([tabindex='-1'])").all()
+    assert reached.get_attribute("aria-label").startswith("Init state 2")
+
+
+def test_escape_in_a_film_returns_to_its_tile(opened):
+    window = opened()
+    tile = window.locator(".tile.failure")
+    tile.click()
+    window.locator(".episode:visible video").focus()
+    window.keyboard.press("Escape")
+    assert window.locator(".episode:visible").count() == 0
+    assert tile.evaluate("element => element === document.activeElement")
+
+
+def test_tables_are_unfolded_on_paper_and_folded_again(opened):
+    window = opened()
+    folded = window.locator("details:not([open])")
+    before = folded.count()
+    assert before > 1
+    window.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+    assert window.get_by_role("cell", name="num_recursions").is_visible()
+    assert all(table.is_visible() for table in window.locator("table").all())
+    window.evaluate("() => dispatchEvent(new Event('afterprint'))")
+    assert folded.count() == before
+
+
 def test_the_slider_changes_sentence_bars_and_image(opened):
     window = opened()
     bar, sentence = window.locator("#actions i").first, window.locator("#sentence")

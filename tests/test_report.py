@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from trm_helpers.__main__ import main, parse
+from trm_helpers.evaluation.plan import WIDE_SEED
+from trm_helpers.evaluation.play import weights_digest
 from trm_helpers.files import append_jsonl, write_json
+from trm_helpers.paths import run_dir
 from trm_helpers.report import page, sections, write_report
 from trm_helpers.stats import summarize_episodes
 from trm_helpers.training.runs import load_config
@@ -40,6 +43,7 @@ def test_a_run_that_was_only_trained_says_so(trained):
     text = markdown(trained)
     assert text.startswith(f"# {trained.name}\n")
     assert "Not evaluated yet" in text and "2 epochs in" in text and "| lr | " in text
+    assert "in 0.0 minutes" not in text
     assert not any(heading in text for heading in ("## Search", "## Inside", "## Films", "## When"))
 
 
@@ -62,6 +66,15 @@ def test_results_in_another_suite_are_shown(trained):
     write_json(trained / "results.json", results(8))
     text = markdown(trained)
     assert "8 of 10 episodes" in text and said in text
+
+
+def test_results_of_other_weights_in_another_suite_are_marked(trained):
+    made = {**results(7), "protocol": {**PROTOCOL, "suite": "libero_object_swap"}}
+    digest = weights_digest(trained, "best")
+    for sha256, mark in ((digest, "."), ("0" * 16, " with other weights or settings than the run")):
+        made["protocol"]["sha256"] = sha256
+        write_json(trained / "robustness" / "libero_object_swap-none" / "results.json", made)
+        assert f"libero_object_swap 7 of 10 (40 to 89 %){mark}" in markdown(trained)
 
 
 def test_bounds_of_other_tasks_belong_to_the_results_on_these(trained):
@@ -166,8 +179,7 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
 
 def test_episodes_with_errors_are_named_apart(trained):
     write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
-    assert "1 episode could not be run and are excluded; the first: it hung" \
-        in markdown(trained)
+    assert "Excluded: 1 episode that could not be run; the first: it hung" in markdown(trained)
 
 
 def test_a_folder_without_a_run_is_refused():
@@ -289,6 +301,67 @@ def test_episodes_under_changes_can_be_looked_at_too(trained, tmp_path):
     assert "1 episode, of which 0 failed" in parsed.text and len(films(parsed)) == 1
 
 
+def test_the_film_of_the_task_is_of_the_runs_own_episodes(trained):
+    changed = trained / "robustness" / "libero_object-brightness"
+    (changed / "videos").mkdir(parents=True)
+    play(changed, {(0, 0): True}, filmed=[(0, 0)])
+    play(trained, {(0, 0): True, (0, 1): False})
+    hero, = Page(trained).all("video", id="hero")
+    assert hero[0]["aria-label"].endswith(
+        "init state 0. Success after 4.5 s. Not the run's own evaluation: "
+        "libero_object-brightness.")
+    play(trained, {(0, 2): False}, filmed=[(0, 2)])
+    hero, = Page(trained).all("video", id="hero")
+    assert "init state 2. Failure" in hero[0]["aria-label"]
+    assert "Not the run's own" not in hero[0]["aria-label"]
+
+
+def test_randomised_layouts_are_numbered_as_init_states_are(trained):
+    play(trained, {(0, 0): True})
+    wide = trained / "robustness" / "libero_object-wide-none"
+    wide.mkdir(parents=True)
+    for number in range(2):
+        append_jsonl(wide / "episodes.jsonl", {
+            **PLAYED, "task_id": 0, "init_state": None, "seed": WIDE_SEED + number, "steps": 90,
+            "placement": "wide", "success": True})
+    tiles = Page(trained).all("button")
+    assert [text for _, text in tiles] == ["0✓4.5 s", "0✓4.5 s", "1✓4.5 s"]
+    assert tiles[2][0]["aria-label"].startswith("Layout 1: ")
+
+
+def test_films_are_announced_where_an_episode_has_one(trained):
+    (trained / "videos").mkdir()
+    write_video(trained / "videos" / "01_demonstration.mp4", FRAMES)
+    play(trained, {(0, 0): True})
+    assert "▶" not in Page(trained).text
+    play(trained, {(0, 1): True}, filmed=[(0, 1)])
+    assert "▶ filmed: click to play" in Page(trained).text
+
+
+def test_code_in_texts_is_shown_as_code(trained):
+    said = "start one with `dask scheduler`"
+    play(trained, {(0, 0): True}, filmed=[(0, 0)])
+    append_jsonl(trained / "episodes.jsonl", {
+        **PLAYED, "task_id": 0, "init_state": 1, "success": False, "steps": 9,
+        "policy_error": said, "phases": []})
+    write_json(trained / "results.json", {**results(9), "errors": [{"error": said}]})
+    write_json(trained / "explain.json", {"sentences": [said], "moments": [MOMENT]})
+    write_json(trained / "quality.json", [
+        {"check": "a", "found": said, "expected": "b", "verdict": "bad"}])
+    parsed = Page(trained)
+    (script,) = [text for _, text in parsed.all("script")]
+    assert parsed.text.count("start one with dask scheduler") == 4
+    assert "`" not in parsed.text.replace(script, "") and "at four moments" not in parsed.text
+
+
+def test_a_success_rate_of_other_weights_is_marked_where_it_comes_first(trained):
+    write_json(trained / "results.json", results(9))
+    assert "(90 %) in the simulator." in Page(trained).text
+    write_json(trained / "results.json",
+               {**results(9), "protocol": {**PROTOCOL, "sha256": "0" * 16}})
+    assert "(90 %) in the simulator, with other weights or settings than" in Page(trained).text
+
+
 MOMENT = {"title": "0.8 s, reach", "demonstrated": [0.1] * 7, "recursions": [
     {"action": [0.2] * 7, "change": 0.9, "sentence": "one"},
     {"action": [0.1] * 7, "change": 0.1, "sentence": "two"}]}
@@ -309,6 +382,13 @@ def test_the_recursion_has_a_slider_over_the_moments_of_07_visualize(trained):
     assert [(image[[0, 2]] > 127).tolist() for image in images] == [[True, False], [False, True]]
     assert [found["alt"] for found in parsed.images] == [
         "What the policy sees at 0.8 s, reach", "What the policy sees at end"]
+
+
+def test_moments_without_their_images_say_so(trained):
+    write_json(trained / "explain.json", {"sentences": [], "moments": [MOMENT]})
+    text = Page(trained).text
+    assert "figures/07_moments.png is missing or damaged" in text
+    assert "What the policy sees at this moment" not in text
 
 
 @pytest.mark.parametrize("recursions", [[], *(
@@ -338,6 +418,20 @@ def test_films_that_do_not_fit_are_stills_and_failures_come_first(trained, monke
                                                    parsed.source)]
     assert playing == ["episode-0", "episode-5"]  # the film of the task, then the failure
     assert [found["alt"][:10] for found in parsed.images] == 4 * ["Last frame"]
+
+
+def test_stills_of_many_films_take_at_most_half_of_the_room(trained, monkeypatch):
+    play(trained, {(0, i): i != 5 for i in range(6)}, filmed=[(0, i) for i in range(6)])
+    still = len(page._still(trained / "videos" / "0-0.mp4"))
+    for name, value in (("_STILL_BYTES", still), ("_RESERVE", 0), ("MAX_BYTES", 0)):
+        monkeypatch.setattr(page, name, value)
+    without = Page(trained)
+    assert "6 film(s) do not fit into this" in without.text and not without.images
+    monkeypatch.setattr(page, "MAX_BYTES", len(without.source) + 5 * still)
+    parsed = Page(trained)
+    assert len(parsed.source) < page.MAX_BYTES and not films(parsed)
+    # of the task, there and among the episodes, and of the failure
+    assert ["init state 0" in found["alt"] for found in parsed.images] == [True, True, False]
 
 
 def test_a_film_full_of_detail_is_shown_with_a_still_of_less_quality(trained):
@@ -440,6 +534,27 @@ def test_the_commands_make_the_same_run_again(trained):
     assert "trm_helpers train" not in before and "trm_helpers train" in after
 
 
+@pytest.mark.parametrize(("bounds", "again"), [({}, ""), ({"bound_episodes": 0}, ""),
+                                               ({"bound_episodes": 2}, "/their files")])
+def test_the_commands_name_the_folder_of_demonstrations_rollouts_and_bounds(trained, bounds, again):
+    trained = trained.rename(trained.with_name("a" * 100))
+    settings = json.loads((trained / "config.json").read_text())
+    settings["data"]["demo_dir"] = "/their files"
+    settings["train"]["rollout_every"] = 1  # in rollouts as long as those of the run
+    settings["eval"]["horizon"] = 17
+    write_json(trained / "config.json", settings)
+    write_json(trained / "results.json", {**results(9), "protocol": {**PROTOCOL, **bounds}})
+    lines = re.findall("^    python -m .*", markdown(trained), re.MULTILINE)
+    train, evaluate = (parse(shlex.split(line)[3:]) for line in lines)
+    assert train.config.data.demo_dir == "/their files"
+    assert (train.config.train.rollout_every, train.config.eval.horizon) == (1, 17)
+    assert run_dir(train.run_name).name == "a" * 94 + "-again" == evaluate.run
+    assert evaluate.eval.bound_episodes == bounds.get("bound_episodes", 0)
+    assert evaluate.demo_dir == again  # refused without bounds
+    for section in sections._inside(trained), sections._saliency(trained):
+        assert section.missing.endswith("-p demo_dir '/their files'`")
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"num_episodes": 1}, ", with 1 episode instead of 10: "),
     ({"horizon": 16}, ", with 16 steps instead of 280: "),
@@ -451,9 +566,15 @@ def test_episodes_or_steps_other_than_the_protocols_are_named(trained, changes, 
     assert f"Protocol quick (OpenVLA's with ten episodes){words}" in markdown(trained)
 
 
-def test_only_sections_that_are_there_are_linked(trained):
-    links = [attributes["href"] for attributes, _ in Page(trained).all("a")]
-    assert {"#task", "#limits", "#settings"} <= {*links} and "#robustness" not in links
+def test_the_sections_that_are_there_are_linked_and_no_others(trained):
+    save_figure(new_axes(2, 2).figure, trained / "figures" / "mine.png")
+    parsed = Page(trained)
+    links = [attributes["href"] for attributes, _ in parsed.all("a")]
+    assert links == [f"#{attributes['id']}" for attributes, _ in parsed.all("h2")]
+    assert {"#task", "#limits", "#settings", "#absent", "#others"} <= {*links}
+    assert not {"#episodes", "#inside", "#robustness"} & {*links}
+    assert parsed.all("li", id="episodes") == [({"id": "episodes"}, "Every episode. 06_eval plays "
+                                                "the episodes.")]
 
 
 @pytest.mark.parametrize("error", [ImportError, FileNotFoundError, RuntimeError, ValueError])

@@ -9,6 +9,7 @@ from trm_helpers.stats import (
     cluster_bootstrap,
     comparison_rows,
     detectable,
+    duration,
     format_comparison,
     format_success,
     paired_mcnemar,
@@ -176,3 +177,10 @@ def test_a_comparison_has_a_row_for_each_policy():
     assert comparison_rows({"mine": summarize_episodes(rows)}) == [{
         "policy": "mine", "successes": "9 of 10", "success rate (%)": 90.0,
         "95 % Wilson interval (%)": "60 to 98", "mean length (steps)": 104.5}]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0.043, "0.043 seconds"), (2.13, "2.1 seconds"), (42.4, "42 seconds"), (60, "1.0 minutes"),
+    (198, "3.3 minutes")])
+def test_a_duration_is_never_zero_minutes(seconds, words):
+    assert duration(seconds) == words

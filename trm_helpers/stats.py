@@ -17,6 +17,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
+def duration(seconds: float) -> str:
+    """``3.3 minutes``, or below one minute ``8.2 seconds``."""
+    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
+
+
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """95 % Wilson score interval (low, high), in [0, 1], of a success rate.
 

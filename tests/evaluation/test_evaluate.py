@@ -27,7 +27,13 @@ from trm_helpers.report import write_report
 from trm_helpers.sim.env import Observation
 from trm_helpers.sim.parallel import run_jobs
 from trm_helpers.stats import format_success
-from trm_helpers.training.runs import find_run, load_config, save_weights
+from trm_helpers.training.runs import (
+    description,
+    description_digest,
+    find_run,
+    load_config,
+    save_weights,
+)
 from trm_helpers.visuals import films
 
 
@@ -690,6 +696,18 @@ def test_rows_carry_the_digest_of_what_was_loaded(run, monkeypatch):
     source = play.TrainedPolicy(run, "best", before)  # as another process gets it
     with pytest.raises(RuntimeError, match="best.safetensors was replaced while it was evaluated"):
         source.make()
+
+
+def test_a_kept_process_plays_the_policy_that_is_described_now(trained):
+    before = play.TrainedPolicy.load(trained, "best")
+    assert before.make().config.execution_horizon == 1
+    for path in (trained / "policy.json", trained / "config.json"):
+        text = path.read_text()
+        path.write_text(text.replace('"execution_horizon": 1', '"execution_horizon": 2'))
+    now = before._replace(policy=description_digest(description(trained)))  # as a worker gets it
+    assert now != before and now.make().config.execution_horizon == 2
+    with pytest.raises(RuntimeError, match="policy.json was replaced while it was evaluated"):
+        before.make()
 
 
 def test_results_of_another_description_are_marked(trained):

@@ -164,6 +164,8 @@ def test_training_curves_mark_the_best_epoch():
     rows[2]["success_rate"] = 0.5  # rollouts chose the last one
     assert list(plots.plot_training_curves(rows).axes[0].lines[2].get_xdata()) == [3]
     assert figure.get_suptitle() == "Training: 3 epochs in 1.5 minutes"
+    rows = [{**row, "seconds": 0.5} for row in rows]
+    assert plots.plot_training_curves(rows).get_suptitle() == "Training: 3 epochs in 1.5 seconds"
 
 
 def test_training_curves_need_an_epoch():

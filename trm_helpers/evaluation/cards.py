@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import read_json
 from ..stats import paired_mcnemar, rate_cells
-from .plan import not_run_in_words, tasks_in_words
+from .plan import Episode, not_run_in_words, tasks_in_words
 
 NUMBERS = ("successes", "episodes", "success_rate", "wilson_low", "wilson_high", "mean_length")
 
@@ -46,8 +46,14 @@ def earlier_rows(before: Mapping, conditions: Mapping, first: Mapping) -> dict[s
 
 
 def compared(first: Iterable[Mapping], rows: Iterable[Mapping]) -> dict[str, float]:
-    """``gap`` and ``p_value`` of a row's episodes against those of the first row."""
-    test = paired_mcnemar(list(first), list(rows))
+    """``gap`` and ``p_value`` of a row's episodes against those of the first row.
+
+    Empty if none was played in both, because the machine failed in the others.
+    """
+    first, rows = list(first), list(rows)
+    if not {*map(Episode.of, first)} & {*map(Episode.of, rows)}:
+        return {}
+    test = paired_mcnemar(first, rows)
     return {"gap": test["difference"], "p_value": test["p_value"]}
 
 

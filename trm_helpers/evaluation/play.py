@@ -48,10 +48,9 @@ class TrainedPolicy(NamedTuple):
 
     @classmethod
     def load(cls, run: Path, weights: str) -> TrainedPolicy:
-        """Load the policy that plays in this process, and its digest."""
+        """Load the policy that plays in this process, and its digests."""
         _loaded.cache_clear()
-        policy, sha256 = _loaded(run, weights)
-        return cls(run, weights, sha256, getattr(policy, "described", ""))
+        return cls(run, weights, *_loaded(run, weights)[1:])
 
     @property
     def identity(self) -> dict[str, str]:
@@ -59,19 +58,22 @@ class TrainedPolicy(NamedTuple):
         return {"weights": self.weights, "sha256": self.sha256, **described}
 
     def make(self, env: LiberoEnv | None = None) -> Policy:
-        if _loaded(self.run, self.weights)[1] != self.sha256:
-            _loaded.cache_clear()  # a kept process has the weights of an earlier call
-        policy, sha256 = _loaded(self.run, self.weights)
-        if sha256 != self.sha256:
-            raise RuntimeError(f"{self.run / self.weights}.safetensors was replaced while it was "
-                               f"evaluated; expected the weights {self.sha256} until the end")
+        if _loaded(self.run, self.weights)[1:] != self[2:]:
+            _loaded.cache_clear()  # a kept process has the policy of an earlier call
+        policy, *found = _loaded(self.run, self.weights)
+        for file, expected, now in zip((f"{self.weights}.safetensors", "policy.json"), self[2:],
+                                       found, strict=True):
+            if now != expected:
+                raise RuntimeError(f"{self.run / file} was replaced while it was evaluated; "
+                                   f"expected {expected} until the end, found {now}")
         return policy
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(run: Path, weights: str) -> tuple[Policy, str]:
+def _loaded(run: Path, weights: str) -> tuple[Policy, str, str]:
     policy = load_policy(run, weights)
-    return policy, getattr(policy, "sha256", "") or weights_digest(run, weights)
+    sha256 = getattr(policy, "sha256", "") or weights_digest(run, weights)
+    return policy, sha256, getattr(policy, "described", "")
 
 
 def weights_digest(run: Path, weights: str) -> str:

@@ -149,8 +149,10 @@ def failure_modes(episodes: Iterable[Mapping]) -> dict[str, int]:
 # --- shown ---------------------------------------------------------------------------------------
 def card_rows(card: Mapping) -> list[dict]:
     """A card as the rows of a table, in percent and points."""
+    # rows of older versions, which a card may still hold, have no failure modes
+    modes = FAILURE_MODES if any("failures" in row for row in card["rows"]) else ()
     return [{"change": row["title"], **cells(row, rate=True),
-             **{f"failed, {mode}": count for mode, count in row.get("failures", {}).items()},
+             **{f"failed, {mode}": row.get("failures", {}).get(mode, "") for mode in modes},
              "errors": row["errors"]} for row in card["rows"]]
 
 

@@ -25,15 +25,27 @@ for (const tile of tiles) {
     const { previousElementSibling: ArrowLeft, nextElementSibling: ArrowRight } = tile;
     const next = { ArrowLeft, ArrowRight }[event.key];  // of the same task
     if (!next) return;
-    tile.tabIndex = -1;
-    next.tabIndex = 0;
+    for (const each of tile.parentElement.children) each.tabIndex = each === next ? 0 : -1;
     next.focus();
   });
 }
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") show(null); });
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  const open = tiles.find((tile) => tile.getAttribute("aria-expanded") === "true");
+  if (open && figureOf(open).contains(document.activeElement)) open.focus();  // not lost with it
+  show(null);
+});
 
 const hero = find("#hero");
 if (hero) hero.src = find(`#episode-${hero.dataset.episode} video`).src;
+
+// --- on paper, tables and lists are unfolded ---------------------------------------------------
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = all("details:not([open]):has(table, li)");
+  folded.forEach((each) => { each.open = true; });
+});
+addEventListener("afterprint", () => folded.forEach((each) => { each.open = false; }));
 
 // --- recursion: moments and a slider -----------------------------------------------------------
 const recursion = find("#recursion");

@@ -48,13 +48,14 @@ def render(run: Path, sections: Mapping[str, Section]) -> str:
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     figures = Figures(run)
     shown = {name: figures.all(section.figures) for name, section in sections.items()}
+    absent = [key for key, section in sections.items() if section.missing and not shown[key]]
     used = {figure for section in sections.values() for figure in section.figures} | {_MOMENTS}
     others = [name for name in media(run, "figures/*.png") if Path(name).name not in used]
     moments = sections["inside"].shown.get("moments", [])
     left_out = figures.left_out
     content = {
         "name": run.name, "run_name": run_name(run), "sections": sections, "figures": shown,
-        "script": script, "style": style,
+        "absent": absent, "script": script, "style": style,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "moment_images": figures.parts(_MOMENTS, len(moments)),
         "others": figures.all(Path(name).name for name in others), "left_out": left_out}
@@ -80,23 +81,27 @@ def _films(run: Path, sections: Mapping[str, Section], free: int, left_out: list
             left_out.append(f"{film['video'].name} ({type(error).__name__})")
         return film["number"] in stills
 
-    demonstration = {"number": "demonstration", "outcome": "success",
+    demonstration = {"number": "demonstration", "outcome": "success", "change": "",
                      "video": inside(run, "videos/01_demonstration.mp4")}
     filmed = [*filter(has_still, sections["episodes"].shown.get("episodes", []))] or [
         *filter(has_still, [demonstration])]
-    first = min(filmed, key=lambda each: each["outcome"] != "success", default=None)
+    first = min(filmed, default=None,
+                key=lambda each: (bool(each["change"]), each["outcome"] != "success"))
     hero = first and {"number": first["number"], "caption": (
         "A demonstration of the training data." if first is demonstration
-        else f"{first['task']}, {first['start']}. {first['end']}")}
+        else f"{first['task']}, {first['start']}. {first['end']}"
+             + f" Not the run's own evaluation: {first['change']}." * bool(first["change"]))}
     ordered = sorted(filmed, key=lambda each: (each is not first, each["outcome"] == "success"))
-    wanted = {each["number"]: each["video"] for each in ordered}
+    # at most half of the room is for stills, or many of them would leave none for films
+    room = max(0, free) // (2 * _STILL_BYTES)
+    wanted = {each["number"]: each["video"] for each in ordered[:room]}
     films = {}
     free -= _STILL_BYTES * len(wanted)  # of a film that does not fit
     for number, path in wanted.items():
         if film := _embedded(path, "video/mp4", free + _STILL_BYTES):
             films[number], free = film, free + _STILL_BYTES - len(film)
-    not_embedded = len(wanted) - len(films)
-    stills = {number: still for number, still in stills.items()
+    not_embedded = len(filmed) - len(films)
+    stills = {number: stills[number] for number in wanted
               if number not in films or hero["number"] == number}  # printed pages show no film
     return {"films": films, "stills": stills, "hero": hero, "not_embedded": not_embedded}
 

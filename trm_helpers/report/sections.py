@@ -10,17 +10,17 @@ from pathlib import Path
 from textwrap import shorten
 
 from .. import paths, schema
-from ..config import Config, local_settings
+from ..config import Config, from_flat, local_settings
 from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
 from ..evaluation.depth import depth_rows
-from ..evaluation.plan import Episode, protocol_in_words, read_ledger
+from ..evaluation.plan import WIDE_SEED, Episode, protocol_in_words, read_ledger
 from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
 from ..sim.env import load_task
-from ..stats import comparison_rows, counted, detectable, format_success, rate_text
+from ..stats import comparison_rows, counted, detectable, duration, format_success, rate_text
 from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
@@ -42,10 +42,12 @@ _SAME = ("suite", "protocol", "horizon")  # in a run's results and in a bound sh
 class Section:
     """A part of both pages, in this order; ``report.html`` adds figures and ``shown``.
 
+    What stands between backticks in a text is code there.
+
     Args:
         rows: of a table.
         code: a block of lines.
-        missing: how to make a section that has no content yet; code between backticks.
+        missing: how to make a section that has no content yet; not in ``report.md``.
         figures: names of files in ``figures/``, as far as they exist.
         shown: what the page draws: ``bars``, ``episodes``, ``moments``.
     """
@@ -130,8 +132,8 @@ def _success(run: Path) -> Section:
                      "expert is the scripted demonstrator, which knows all positions, random sends "
                      "random commands, no-op none.")
     if results["errors"]:
-        texts.append(f"{counted(len(results['errors']), 'episode')} could not be run and are "
-                     f"excluded; the first: {results['errors'][0]['error']}")
+        texts.append(f"Excluded: {counted(len(results['errors']), 'episode')} that could not be "
+                     f"run; the first: {results['errors'][0]['error']}")
     tasks = results["tasks"]
     others = ({"all": results} if len(tasks) > 1 else {}) | bounds
     rows = {f"task {task['task_id']}": task for task in tasks} | others
@@ -148,6 +150,8 @@ def _elsewhere(run: Path) -> list[str]:
               if not path.parent.name.endswith("-wide-none")]
     rates = [f"{results['protocol']['suite']} "
              f"{rate_text(results['successes'], results['episodes'])}"
+             + " with other weights or settings than the run has now"
+             * bool(stale(run, results["protocol"]))
              for results in played if results["protocol"]["suite"] != own]
     return [f"In other suites: {'; '.join(rates)}."] if rates else []
 
@@ -171,7 +175,7 @@ def _episodes(run: Path) -> Section:
             episodes.append({
                 "number": len(episodes), "change": folder.name, "task_id": int(episode.task_id),
                 "task": f"Task {episode.task_id}: {in_words(episode.suite, episode.task_id)}",
-                "start": (f"layout {episode.seed}" if episode.init_state is None
+                "start": (f"layout {episode.seed % WIDE_SEED}" if episode.init_state is None
                           else f"init state {episode.init_state}"),
                 **_outcome(row),
                 "video": row.get("video") and inside(run, folder / "videos" / str(row["video"]))})
@@ -238,9 +242,9 @@ def _training(run: Path) -> Section:
     if not epochs:
         return Section("Training", missing="`04_train` trains a policy.")
     best = min(epochs, key=lambda row: row["val_loss"])
-    minutes = sum(row["seconds"] for row in epochs) / 60
+    took = duration(sum(row["seconds"] for row in epochs))
     return Section("Training", texts=[
-        f"{counted(len(epochs), 'epoch')} in {minutes:.1f} minutes; lowest validation loss "
+        f"{counted(len(epochs), 'epoch')} in {took}; lowest validation loss "
         f"{best['val_loss']:.4g} in epoch {best['epoch']}, final training loss "
         f"{epochs[-1]['train_loss']:.4g}."], figures=["04_training.png"])
 
@@ -323,10 +327,16 @@ def _limits(run: Path) -> Section:
 
 def _played(run: Path, notebook: str) -> str:
     """The command that runs a notebook, of a shipped policy with few demonstrations to collect."""
-    name = run_name(run)
+    name, demo_dir = run_name(run), _demo_dir(run)
     few = f' -p task_ids "[{load_config(run).data.task_ids[0]}]" -p num_demos 5'
     return (f"`python -m trm_helpers run {notebook} -p run_name {shlex.quote(name)}"
+            + (f" -p demo_dir {shlex.quote(demo_dir)}" if demo_dir else "")
             + few * (name in shipped_policies()) + "`")
+
+
+def _demo_dir(run: Path) -> str:
+    """The ``demo_dir`` that a run was trained with; a loaded configuration has no local values."""
+    return str(read_json(run / "config.json", keys=["data"])["data"].get("demo_dir") or "")
 
 
 def _reproduce(run: Path) -> Section:
@@ -338,7 +348,7 @@ def _reproduce(run: Path) -> Section:
     lines = [*([f"git checkout {shlex.quote(str(revision))}"] if revision else ()), "make setup",
              "source .venv/bin/activate",
              *(" ".join(map(shlex.quote, ["python", "-m", "trm_helpers", *words]))
-               for words in commands(run.name, config, results))]
+               for words in commands(run.name, config, results, _demo_dir(run)))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
         *([f"The run was made with uncommitted changes on top of revision {saved.get('revision')}: "
            "these commands train a policy with its settings by the present code, not this one."]
@@ -350,19 +360,31 @@ def _reproduce(run: Path) -> Section:
         + (", where 'git switch -' then returns to your branch:" if revision else ":")])
 
 
-def commands(name: str, config: Config, results: Mapping | None) -> list[list[str]]:
-    """Words of the commands that train and evaluate a run again, as ``name``-again."""
-    again, usual = f"{name}-again", {*local_settings(), *vars(config.eval), *vars(config.search)}
+def commands(name: str, config: Config, results: Mapping | None, demo_dir: str = ""
+             ) -> list[list[str]]:
+    """Words of the commands that train and evaluate a run again, as ``name``-again.
+
+    Args:
+        demo_dir: the folder of the run's demonstrations, if it was trained with one.
+    """
+    again = f"{name[:94]}-again"  # a name has at most 100 characters
+    usual = {*local_settings(), *vars(config.eval), *vars(config.search)}
+    if config.train.rollout_every:  # how the rollouts that select weights are played
+        usual -= {"protocol", "horizon"}
+    there = {"demo_dir": demo_dir} if demo_dir else {}
     train = ["train", config.preset, "--run-name", again, *_options({
-        key: value for key, value in config.changes().items() if key not in usual})]
+        key: value for key, value in config.changes().items() if key not in usual} | there)]
     if not results:
         return [train]
-    protocol = results["protocol"]
+    protocol, preset = results["protocol"], from_flat(config.preset).eval
     asked = {key: protocol[key] for key in ("protocol", "num_episodes", "first_init_state",
                                             "horizon", "weights")}
     if (task_ids := protocol.get("task_ids")) and task_ids != [*config.data.task_ids]:
         asked["task_ids"] = task_ids
-    return [train, ["evaluate", again, *_options(asked)]]
+    bounds = protocol.get("bound_episodes", preset.bound_episodes)
+    if bounds != preset.bound_episodes:
+        asked["bound_episodes"] = bounds
+    return [train, ["evaluate", again, *_options(asked | (there if bounds else {}))]]
 
 
 def _options(settings: Mapping) -> Iterator[str]:

@@ -392,4 +392,5 @@ def _percent(camera: str, maps: Mapping[str, np.ndarray]) -> float:
 def _half_of(heat: np.ndarray) -> float:
     """The share of pixels, strongest first, that hold half of a map's attribution."""
     total = np.cumsum(np.sort(heat, axis=None)[::-1])
-    return float(np.mean(total < total[-1] / 2))
+    pixels = np.count_nonzero(total < total[-1] / 2) + 1 if total[-1] else 0
+    return pixels / heat.size

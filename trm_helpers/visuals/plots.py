@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .. import schema
 from ..demos.alignment import DELAY_MARGIN, HALF_SUBSTEP, MIDDLE_DELAY
 from ..sim.render import upright
-from ..stats import counted, format_success
+from ..stats import counted, duration, format_success
 from .colours import BLUE, GREEN, GREY, ORANGE, RED
 from .figure import (
     HATCHES,
@@ -216,8 +216,8 @@ def plot_training_curves(metrics: Sequence[Mapping]) -> Figure:
         log_axis(axes.yaxis)
         count_axis(axes.xaxis)
     label_right(losses, {"training": (train[-1], BLUE), "validation": (val[-1], RED)})
-    minutes = sum(row["seconds"] for row in metrics) / 60
-    fig.suptitle(f"Training: {counted(len(metrics), 'epoch')} in {minutes:.1f} minutes")
+    took = duration(sum(row["seconds"] for row in metrics))
+    fig.suptitle(f"Training: {counted(len(metrics), 'epoch')} in {took}")
     return describe(fig, f"Training loss from {train[0]:.4g} to {train[-1]:.4g}; validation loss "
                          f"from {val[0]:.4g} to {val[-1]:.4g}, best {val[best]:.4g} in epoch "
                          f"{epoch[best]}.")
