@@ -153,8 +153,6 @@ print("evaluating", run)
 results = evaluation.play()
 print(format_success(results))
 print(f"protocol {protocol_in_words(results['protocol'])}")
-for error in results["errors"]:
-    print("excluded, could not be run:", error)
 
 # %% [markdown]
 # Each tile is an episode: its task, its init state, whether it succeeded, and its length in

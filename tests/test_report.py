@@ -28,6 +28,11 @@ PROTOCOL = dict(protocol="quick", source="OpenVLA's with ten episodes", num_epis
                 suite="libero_object", first_init_state=0, horizon=280, weights="best")
 
 
+def failed(error: str) -> dict:
+    return {"suite": "libero_spatial", "task_id": 2, "init_state": 3, "seed": 0,
+            "placement": "benchmark", "error": error}
+
+
 def results(successes: int, tasks: int = 1) -> dict:
     rows = [dict(suite="libero_object", task_id=task, init_state=i, success=i < successes, steps=90)
             for task in range(tasks) for i in range(10)]
@@ -166,20 +171,21 @@ def test_markdown_and_html_in_names_and_texts_are_escaped(trained):
     (trained / "videos").mkdir()
     (trained / "videos" / name).touch()
     write_json(trained / "bounds" / "<i>|`" / "results.json", results(0))
-    write_json(trained / "results.json", {**results(9), "errors": [{"error": "<script> | `x`"}]})
+    write_json(trained / "results.json", {**results(9), "errors": [failed("<script> | `x`")]})
     write_json(trained / "explain.json", {"sentences": ["a <b> & [c](d)"]})
     text = markdown(trained)
     for expected in (
         r"# a\<b\>\|\`",
         r"- [videos/\<b\>a\|\`b\`\&c\](x).mp4](videos/%3Cb%3Ea%7C%60b%60%26c%5D%28x%29.mp4)",
-        r"| \<i\>\|\` | 0 of 10 |", r"the first: \<script\> \| \`x\`", r"- a \<b\> \& \[c\](d)",
+        r"| \<i\>\|\` | 0 of 10 |", r"init state 3: \<script\> \| \`x\`", r"- a \<b\> \& \[c\](d)",
     ):
         assert expected in text
 
 
 def test_episodes_with_errors_are_named_apart(trained):
-    write_json(trained / "results.json", {**results(9), "errors": [{"error": "it hung"}]})
-    assert "Excluded: 1 episode that could not be run; the first: it hung" in markdown(trained)
+    write_json(trained / "results.json", {**results(9), "errors": [failed("it hung")]})
+    assert ("Excluded: 1 episode that could not be run; the first, libero_spatial task 2, "
+            "init state 3: it hung") in markdown(trained)
 
 
 def test_a_folder_without_a_run_is_refused():
@@ -344,7 +350,7 @@ def test_code_in_texts_is_shown_as_code(trained):
     append_jsonl(trained / "episodes.jsonl", {
         **PLAYED, "task_id": 0, "init_state": 1, "success": False, "steps": 9,
         "policy_error": said, "phases": []})
-    write_json(trained / "results.json", {**results(9), "errors": [{"error": said}]})
+    write_json(trained / "results.json", {**results(9), "errors": [failed(said)]})
     write_json(trained / "explain.json", {"sentences": [said], "moments": [MOMENT]})
     write_json(trained / "quality.json", [
         {"check": "a", "found": said, "expected": "b", "verdict": "bad"}])

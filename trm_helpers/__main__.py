@@ -242,7 +242,7 @@ class Evaluate(_Rollouts):
         bounds = play_bounds(bounds)
         lines = [f"{task['suite']} {task['task_id']}: {format_success(task)}"
                  for task in results["tasks"]]
-        lines += [format_success(results), *(f"error: {error}" for error in results["errors"])]
+        lines.append(format_success(results))
         lines += [f"{name}: {format_success(bound)}" for name, bound in bounds.items()]
         if self.run not in BASELINES:
             places = {"results": planned.folder / planned.results_name,

@@ -269,7 +269,7 @@ def test_an_error_is_tried_again_then_kept_apart_from_failures(run, monkeypatch)
     assert (results["episodes"], results["errors"]) == (3, [])
 
 
-def test_an_evaluation_in_which_something_was_played_goes_on(run, monkeypatch):
+def test_an_evaluation_in_which_something_was_played_goes_on(run, monkeypatch, capsys):
     run_episode = play.run_episode
 
     def fail(policy, env, init_state, horizon, **drawn):
@@ -280,6 +280,8 @@ def test_an_evaluation_in_which_something_was_played_goes_on(run, monkeypatch):
     monkeypatch.setattr(play, "run_episode", fail)
     results = evaluate_run(run, EvalConfig(num_episodes=6, horizon=9, num_videos=0))
     assert (results["episodes"], len(results["errors"])) == (2, 4)
+    assert ("Excluded: 4 episodes that could not be run; the first, libero_object task 0, init "
+            "state 1: FloatingPointError: the arm is nowhere") in capsys.readouterr().out
 
 
 def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):

@@ -88,6 +88,15 @@ def protocol_in_words(protocol: Mapping) -> str:
     return f"{usual.name} ({usual.source})" + ", with " * bool(changed) + " and ".join(changed)
 
 
+def excluded_in_words(errors: Sequence[Mapping]) -> str:
+    """What is said of the ``errors`` of ``results.json``."""
+    first = errors[0]
+    start = (f"seed {first['seed']}" if first["init_state"] is None
+             else f"init state {first['init_state']}")
+    return (f"Excluded: {counted(len(errors), 'episode')} that could not be run; the first, "
+            f"{first['suite']} task {first['task_id']}, {start}: {first['error']}")
+
+
 def not_run_in_words(not_run: int, planned: int) -> str:
     """What is said of episodes for which no time was left."""
     return (f"the session's time is up: {not_run} of {planned} episodes are not run; the same call "

@@ -32,7 +32,7 @@ from ..stats import summarize_episodes
 from ..training.runs import load_policy
 from ..visuals.films import write_grid
 from .perturbations import PerturbedPolicy
-from .plan import Episode, conditions_of, not_run_in_words, read_ledger
+from .plan import Episode, conditions_of, excluded_in_words, not_run_in_words, read_ledger
 from .rollout import Policy, record_episode, run_episode
 
 _HOPELESS = 3  # errors, with no episode played, after which an evaluation gives up
@@ -178,6 +178,8 @@ class Evaluation:
                     raise TimeoutError(message)
                 print(message)
             results = {**self._results(rows, errors), "not_run": not_run}
+            if results["errors"]:
+                print(excluded_in_words(results["errors"]))
             failed = [row["video_error"] for row in new.values() if "video_error" in row]
             if failed:
                 print(f"{len(failed)} film(s) could not be made; their episodes count as usual. "

@@ -15,7 +15,13 @@ from ..demos.quality import GOOD
 from ..evaluation.cards import tasks_in_short
 from ..evaluation.compare import stale
 from ..evaluation.depth import depth_rows
-from ..evaluation.plan import WIDE_SEED, Episode, protocol_in_words, read_ledger
+from ..evaluation.plan import (
+    WIDE_SEED,
+    Episode,
+    excluded_in_words,
+    protocol_in_words,
+    read_ledger,
+)
 from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
@@ -132,8 +138,7 @@ def _success(run: Path) -> Section:
                      "expert is the scripted demonstrator, which knows all positions, random sends "
                      "random commands, no-op none.")
     if results["errors"]:
-        texts.append(f"Excluded: {counted(len(results['errors']), 'episode')} that could not be "
-                     f"run; the first: {results['errors'][0]['error']}")
+        texts.append(excluded_in_words(results["errors"]))
     tasks = results["tasks"]
     others = ({"all": results} if len(tasks) > 1 else {}) | bounds
     rows = {f"task {task['task_id']}": task for task in tasks} | others
