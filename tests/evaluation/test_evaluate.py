@@ -284,6 +284,15 @@ def test_an_evaluation_in_which_something_was_played_goes_on(run, monkeypatch, c
             "state 1: FloatingPointError: the arm is nowhere") in capsys.readouterr().out
 
 
+def test_the_bar_of_a_resumed_evaluation_counts_all_successes(run, capsys):
+    first, both = (EvalConfig(num_episodes=number, horizon=40, num_videos=0) for number in (1, 2))
+    won = evaluate_run(run, first)["successes"]
+    capsys.readouterr()
+    results = evaluate_run(run, both)
+    assert won and results["successes"] > won
+    assert f"successes={results['successes']}]" in capsys.readouterr().err
+
+
 def test_an_evaluation_of_errors_alone_gives_up(run, monkeypatch):
     monkeypatch.setattr(StraightRoad, "step", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match="no episode could be run; .*ZeroDivisionError"):

@@ -154,8 +154,8 @@ def selection_success(run: str | Path, config: Config, episodes: int,
             before[episode] = row
     missing = [episode for episode in planned if episode not in before]
     new, errors = collect(play_all(source, settings, run, missing), len(planned),
-                          len(planned) - len(missing), ledger, conditions, desc="selection",
-                          leave=False)
+                          [before[episode] for episode in planned if episode in before],
+                          ledger, conditions, desc="selection", leave=False)
     rows = {**before, **new}
     errors = [f"{tuple(episode)}: {error}" for episode, error in errors.items()]
     if errors:

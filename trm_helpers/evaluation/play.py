@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,8 +169,7 @@ class Evaluation:
             missing = [episode for episode in self.planned if episode not in finished]
             new, errors = collect(
                 play_all(self.source, self.config, self.folder, missing, stop_in_time=True),
-                len(self.planned), len(self.planned) - len(missing), self.ledger,
-                self.conditions_of, desc="episodes")
+                len(self.planned), self.rows(), self.ledger, self.conditions_of, desc="episodes")
             rows = self.rows()
             if not_run := len(self.planned) - len(rows) - len(errors):
                 message = not_run_in_words(not_run, len(self.planned))
@@ -225,15 +224,16 @@ def _by_own_suite(rows: Iterable[Mapping]) -> dict[str, dict]:
 # --- the one loop --------------------------------------------------------------------------------
 
 
-def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, finished: int = 0,
-            ledger: str | Path | None = None,
+def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int,
+            finished: Collection[Mapping] = (), ledger: str | Path | None = None,
             stamp: Callable[[Episode], Mapping] = lambda _: {}, **bar
             ) -> tuple[dict[Episode, dict], dict[Episode, str]]:
     """Rows and errors of episodes, each appended to the ledger the moment it ends.
 
     Args:
         outcomes: an episode with its row, or with what went wrong.
-        planned, finished: number of episodes, and of those played before.
+        planned: number of episodes.
+        finished: rows of those that were played before.
         stamp: further entries of an episode's line in the ledger.
         bar: how ``tqdm`` shows the progress.
 
@@ -243,7 +243,7 @@ def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, 
     rows: dict[Episode, dict] = {}
     errors: dict[Episode, str] = {}
     with contextlib.closing(outcomes), \
-            tqdm(total=planned, initial=finished, unit="episode", **bar) as progress:
+            tqdm(total=planned, initial=len(finished), unit="episode", **bar) as progress:
         for episode, row, error in outcomes:
             if ledger:
                 append_jsonl(ledger, {**(row or {**episode._asdict(), "error": error}),
@@ -254,7 +254,8 @@ def collect(outcomes: Iterator[tuple[Episode, dict | None, str]], planned: int, 
                 rows[episode] = row
             if len(errors) >= _HOPELESS and not rows and not finished:
                 break
-            progress.set_postfix(successes=sum(each["success"] for each in rows.values()),
+            progress.set_postfix(successes=sum(each["success"]
+                                               for each in [*finished, *rows.values()]),
                                  refresh=False)
             progress.update()
     if errors and not rows and not finished:
