@@ -13,7 +13,7 @@ from PIL import Image
 from trm_helpers import schema
 from trm_helpers.paths import repo_root
 from trm_helpers.sim.env import load_task
-from trm_helpers.stats import paired_mcnemar, summarize_episodes
+from trm_helpers.stats import paired_mcnemar, rate_text, summarize_episodes
 from trm_helpers.visuals.figure import alt_text
 
 SCRIPT = repo_root() / "benchmarks" / "suite" / "publish.py"
@@ -129,6 +129,23 @@ def test_the_card_of_the_shipped_policy_says_what_its_results_say():
                        for task in spatial("spatial-trm-silu")["results"]["tasks"])
     assert f"| of 20 | {tasks} |" in (
         repo_root() / "pretrained" / "spatial-trm" / "README.md").read_text()
+
+
+def test_what_is_said_of_the_policy_for_four_suites_is_what_its_results_say():
+    found = json.loads((repo_root() / "docs/results/four-suites/four-suites.json").read_text())
+    results, counts = found["results"], [
+        found["results"]["suites"][suite] for suite in schema.JOINED]
+    low, high = (f"{100 * results[end]:.0f}" for end in ("wilson_low", "wilson_high"))
+    won = f"{results['successes']} of {results['episodes']} episodes"
+    readme, card, page = (" ".join((repo_root() / name).read_text().split()) for name in (
+        "README.md", "pretrained/four-suites/README.md", "docs/results.md"))
+    assert f"{won} ({low} to {high} %" in readme and f"{won} ({low} to {high} %" in page
+    *first, last = (each["successes"] for each in counts)
+    assert f"{', '.join(map(str, first))} and {last} of {counts[0]['episodes']} (" in readme
+    cells = " | ".join(rate_text(each["successes"], each["episodes"]) for each in counts)
+    assert f"| {cells} |" in card and f"epoch {found['best_epoch']}" in card
+    assert sum(task["success_rate"] == 1 for task in results["tasks"]) == int(
+        re.search(r"solves all five episodes of (\d+) tasks and none of one", page)[1])
 
 
 @pytest.mark.parametrize(("software", "taken"), [
