@@ -16,11 +16,11 @@ import pytest
 from trm_helpers.__main__ import main, parse
 from trm_helpers.evaluation.plan import WIDE_SEED
 from trm_helpers.evaluation.play import weights_digest
-from trm_helpers.files import append_jsonl, write_json
-from trm_helpers.paths import run_dir
+from trm_helpers.files import append_jsonl, read_json, write_json
+from trm_helpers.paths import repo_root, run_dir
 from trm_helpers.report import page, sections, write_report
 from trm_helpers.stats import summarize_episodes
-from trm_helpers.training.runs import load_config
+from trm_helpers.training.runs import find_run, load_config
 from trm_helpers.visuals.figure import describe, new_axes, save_figure
 from trm_helpers.visuals.films import write_video
 
@@ -590,3 +590,20 @@ def test_a_task_whose_suite_is_not_installed_has_its_number(monkeypatch, error):
 
     monkeypatch.setattr(sections, "load_task", load_task)
     assert sections.in_words("libero_goal", 3) == "libero_goal 3"
+
+
+def test_a_run_of_four_suites_shows_a_bar_for_each_and_its_tasks_on_demand():
+    run = find_run("pretrained/four-suites", to_write=True)
+    published = read_json(repo_root() / "docs/results/four-suites/four-suites.json")
+    write_json(run / "results.json", published["results"])
+    page = Page(run)
+    [task] = [text for _, text in page.all("p") if "This one was trained on" in text]
+    assert "40 tasks of the suites libero_spatial, libero_object, libero_goal, libero_10." in task
+    folded = [text for _, text in page.all("details")]
+    assert folded[0].startswith("The 40 tasksTask 0: pick up the black bowl between")
+    assert folded[1].startswith("Each task") and "task 39" in folded[1]
+    bars = sections.read_sections(run)["success"].shown["bars"]
+    assert [(bar["label"], bar["counts"]) for bar in bars] == [
+        ("libero_spatial", "49 of 50"), ("libero_object", "47 of 50"), ("libero_goal", "41 of 50"),
+        ("libero_10", "36 of 50"), ("all", "173 of 200")]
+    assert "(36 of 50; 58 to 83 %)" in page.text  # as everywhere else, not 82 from 82.5

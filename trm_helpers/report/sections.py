@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -26,7 +26,15 @@ from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
 from ..search.search import verdict
 from ..sim.env import load_task
-from ..stats import comparison_rows, counted, detectable, duration, format_success, rate_text
+from ..stats import (
+    comparison_rows,
+    counted,
+    detectable,
+    duration,
+    format_success,
+    rate_text,
+    wilson_interval,
+)
 from ..training.runs import description, load_config, shipped_policies
 
 # the main settings; all are in config.json
@@ -102,8 +110,8 @@ def _task(run: Path) -> Section:
     return Section("The task", texts=[
         "A simulated robot arm does household tasks of the LIBERO benchmark: a policy reads camera "
         f"images and sends {schema.CONTROL_HZ} commands per second. This one was trained on "
-        f"{counted(len(task_ids), 'task')} of the suite {suite}. It is {network}; each decision "
-        f"predicts the arm's next {counted(model.chunk, 'movement')}"
+        f"{counted(len(task_ids), 'task')} of {_suites(suite, task_ids)}. It is {network}; each "
+        f"decision predicts the arm's next {counted(model.chunk, 'movement')}"
         + (f", of which the first {model.execution_horizon} are executed."
            if model.execution_horizon < model.chunk else ".")
         + (" A localizer, trained before it, gives it the positions of the goal's objects and of "
@@ -139,11 +147,14 @@ def _success(run: Path) -> Section:
                      "random commands, no-op none.")
     if results["errors"]:
         texts.append(excluded_in_words(results["errors"]))
-    tasks = results["tasks"]
+    tasks = {f"task {task['task_id']}": task for task in results["tasks"]}
     others = ({"all": results} if len(tasks) > 1 else {}) | bounds
-    rows = {f"task {task['task_id']}": task for task in tasks} | others
-    return Section(title, stale(run, protocol), texts, comparison_rows(rows, "task or baseline"),
-                   shown={"bars": _bars(rows), "rate": _percent(results["success_rate"]),
+    suites = {suite: _rated(**counts) for suite, counts in results.get("suites", {}).items()}
+    return Section(title, stale(run, protocol), texts,
+                   comparison_rows(tasks | others, "task or baseline"),
+                   shown={"bars": _bars((suites or tasks) | others),
+                          "table": "Each task" if suites else "The same as a table",
+                          "rate": _percent(results["success_rate"]),
                           "counts": f"{results['successes']} of {results['episodes']}"})
 
 
@@ -430,10 +441,22 @@ def in_words(suite: str, task_id: int) -> str:
         return f"{suite} {task_id}"
 
 
+def _suites(suite: str, task_ids: Iterable[int]) -> str:
+    """``the suite libero_goal``; of the joint suite, those of its tasks."""
+    names = dict.fromkeys(schema.own_suite(suite, task_id)[0] for task_id in task_ids)
+    return f"the suite{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def _rated(successes: int, episodes: int) -> dict:
+    low, high = wilson_interval(successes, episodes)
+    return {"successes": successes, "episodes": episodes, "success_rate": successes / episodes,
+            "wilson_low": low, "wilson_high": high}
+
+
 def _bars(summaries: Mapping[str, Mapping]) -> list[dict]:
     """Success rates and the ends of their Wilson intervals in percent, with the counts."""
     return [{"label": label, "rate": _percent(row["success_rate"]),
-             "low": _percent(row["wilson_low"]), "high": _percent(row["wilson_high"]),
+             "low": 100 * row["wilson_low"], "high": 100 * row["wilson_high"],
              "counts": f"{row['successes']} of {row['episodes']}"}
             for label, row in summaries.items()]
 
