@@ -143,7 +143,9 @@ def ship(name: str, run_name: str) -> None:
     for file in ("best.safetensors", "metrics.jsonl"):
         shutil.copyfile(run / file, folder / file)
     software = read_json(run / "config.json").get("software", {})
-    write_json(folder / "config.json", {**load_config(run).to_dict(), "software": software})
+    # whoever evaluates it need not collect the demonstrations that bounds replay
+    config = load_config(run).replace(bound_episodes=0)
+    write_json(folder / "config.json", {**config.to_dict(), "software": software})
     described = read_json(run / "policy.json")
     for file in described["trained_on"]["files"]:
         file["file"] = Path(file["file"]).name

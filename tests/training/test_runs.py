@@ -280,6 +280,7 @@ def test_shipped_policies_load_and_act(name):
     folder = paths.shipped("pretrained").parent / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < 25e6
     assert (folder / "README.md").exists()
+    assert load_config(folder).eval.bound_episodes == 0  # they need demonstrations
     assert "/" not in json.loads((folder / "policy.json").read_text())[
         "trained_on"]["files"][0]["file"]
     policy = load_policy(name)
