@@ -40,7 +40,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	    "Python %d.%d found, 3.10 to 3.13 needed; try: make PYTHON=python3.12" \
 	    % sys.version_info[:2])'
 	@echo "installing into $(VENV), with all messages in $(LOG)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $$([ "$$($(BIN)/python -VV 2> /dev/null)" = "$$($(PYTHON) -VV)" ] || echo --clear) $(VENV)
 	@rm -f $(LOG)
 	@$(INSTALL) --quiet --upgrade pip setuptools $(SHOWN)
 	@$(INSTALL) --build-constraint constraints.txt --editable '.[dev]' $(SHOWN)
