@@ -1,6 +1,5 @@
 """Table and figure of policies trained on the forty tasks of the four suites, for publish.py."""
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from trm_helpers import schema
@@ -39,11 +38,11 @@ def plot_forty_tasks(row: dict) -> Figure:
     panels = fig.subplots(len(suites), sharex=True)
     for axes, (suite, tasks) in zip(panels, suites, strict=True):
         places = {task["task_id"]: place for place, task in enumerate(tasks)}
-        for won, sign, colour in ((True, "\N{CHECK MARK}", GREEN), (False, "\N{BALLOT X}", ORANGE)):
-            tiles = np.array([(states.index(each["init_state"]), places[each["task_id"]])
-                              for each in row["episodes"]
-                              if each["task_id"] in places and bool(each["success"]) is won])
-            for x, y in tiles:
+        for each in row["episodes"]:
+            if each["task_id"] in places:
+                x, y = states.index(each["init_state"]), places[each["task_id"]]
+                sign, colour = (("\N{CHECK MARK}", GREEN) if each["success"]
+                                else ("\N{BALLOT X}", ORANGE))
                 axes.bar(x, 0.9, 0.94, y - 0.45, color=colour, alpha=0.4)
                 axes.text(x, y, sign, ha="center", va="center")
         for task in tasks:

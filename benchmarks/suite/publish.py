@@ -153,13 +153,14 @@ def ship(name: str, run_name: str) -> None:
 
 
 def strip(name: str, folder: Path, tasks: list[int]) -> None:
-    found = {_FILM.fullmatch(film.stem): film  # from the last init state to the first
-             for film in sorted((folder / "videos" / "success").glob("*-init*.mp4"), reverse=True)}
-    films = {(match[1], int(match[2])): film for match, film in found.items()
-             if not tasks or int(match[2]) in tasks}
-    if not films or {task for _, task in films} < set(tasks):
-        sys.exit(f"{folder / 'videos' / 'success'} has films of tasks "
-                 f"{sorted({task for _, task in films})}; expected {tasks or 'some'}")
+    successes, films = folder / "videos" / "success", {}
+    for film in sorted(successes.glob("*-init*.mp4"), reverse=True):  # the first state stays
+        suite, task = _FILM.fullmatch(film.stem).groups()
+        if not tasks or int(task) in tasks:
+            films[suite, int(task)] = film
+    found = {task for _, task in films}
+    if not films or found < set(tasks):
+        sys.exit(f"{successes} has films of tasks {sorted(found)}; expected {tasks or 'some'}")
     rows = math.ceil(len(films) / _STRIP_COLUMNS)
     with tempfile.TemporaryDirectory() as scratch:
         film = write_grid(Path(scratch) / "strip.mp4", [films[task] for task in sorted(films)],
