@@ -296,6 +296,18 @@ def test_attached_demonstrations_with_an_actor_are_not_taken_for_plain_ones(kagg
     assert linked.parent == paths.data_dir() / "dagger-a-run-beta0.25-stride4" / "libero_object"
 
 
+def test_an_actors_demonstrations_of_the_joint_suite_are_kept(kaggle, monkeypatch):
+    def collected(config, actor):
+        made = "dagger-a-run-beta0.5-stride4/libero_40"
+        return {10: write_demo_file(paths.data_dir() / made / "z_demo.hdf5", (6,))}
+
+    session.begin()
+    monkeypatch.setattr(session, "ensure_demonstrations", collected)
+    session.demonstrations(from_flat("demo", suite="libero_40", task_ids=[10], actor="a-run",
+                                     conditioning="language"))
+    assert [path.parent.name for path in (kaggle / "working").rglob("*.hdf5")] == ["libero_40"]
+
+
 def test_collected_demonstrations_become_part_of_the_output(kaggle, capsys):
     session.begin()
     made = write_demo_file(paths.data_dir() / "scripted" / "libero_object" / "z_demo.hdf5", (6,))

@@ -155,8 +155,6 @@ class DataConfig(_Part):
         self.require("beta", self.beta <= 1, "a probability in [0, 1]")
         self.require("sequence_length", self.frame_stride == 1 or self.sequence_length == 1,
                      "1, or frame_stride=1: otherwise most steps have no frame of their own")
-        self.require("suite", not self.actor or self.suite != schema.JOINT_SUITE,
-                     f"one of {', '.join(schema.JOINED)} with an actor")
         self.require("demos", not (self.actor and self.demos == "human"),
                      "auto or scripted with an actor, which the scripted expert labels")
 

@@ -92,7 +92,8 @@ def demonstrations(config: Config, actor: Actor | None = None) -> dict[int, Path
     try:
         return ensure_demonstrations(config, actor)
     finally:
-        for suite in {schema.own_suite(data.suite, task_id)[0] for task_id in data.task_ids}:
+        suites = {schema.own_suite(data.suite, task_id)[0] for task_id in data.task_ids}
+        for suite in {data.suite} if data.actor else suites:
             keep(scripted_dir(suite, data.placement, data.actor, data.beta,
                               data.frame_stride).glob(f"*{schema.DEMO_FILE_SUFFIX}"))
 

@@ -140,7 +140,7 @@ def collect_tasks(suite: str, task_ids: Iterable[int], num_demos: int, folder: s
         raise ValueError(f"frame_stride={frame_stride} is not valid; expected at least 1")
     schema.check_option("placement", placement, schema.PLACEMENTS)
     schema.check_training_suite(suite)
-    if suite == schema.JOINT_SUITE:
+    if suite == schema.JOINT_SUITE and not actor:  # an actor knows the tasks by this suite's ids
         raise ValueError(f"suite={suite!r} has no demonstrations of its own; expected one of "
                          f"{', '.join(schema.JOINED)}, or ensure_demonstrations")
     task_ids, tasks = [int(task_id) for task_id in task_ids], {}  # Python's own, for the JSON

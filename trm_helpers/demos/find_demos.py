@@ -167,6 +167,8 @@ def other_task(path: str | Path, task: Task) -> str:
     with open_demo_file(path) as file:
         made = json_attribute(data_group(file), COLLECTION_ATTR)
     there = (made.get("suite", suite), made.get("task_id", task_id))
+    if there[0] == schema.JOINT_SUITE:  # an actor's
+        there = schema.own_suite(*there)
     if there != (suite, task_id):
         raise DemoFileError(f"{path}: demonstrations of {there[0]}, task {there[1]}; expected "
                             f"those of {suite}, task {task_id}, which the file is named after")
