@@ -47,11 +47,13 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(BIN)/python -m trm_helpers preflight --gl
 	@touch $(STAMP)
 
-# One episode of three tasks by the shipped policy, whose weights and films are then in artifacts/.
-PLAYED := pretrained/spatial-trm
+# One episode of each of three tasks; another policy and other tasks:
+# make play POLICY=pretrained/four-suites TASKS="0 19 23 36"
+POLICY := pretrained/spatial-trm
+TASKS := 0 4 5
 play: setup
-	@$(BIN)/python -m trm_helpers evaluate $(PLAYED) --task-ids 0 4 5 --num-episodes 1 | sed -u '/^next /d'
-	@page=$$($(BIN)/python -m trm_helpers report $(PLAYED) | tail -n 1) && \
+	@$(BIN)/python -m trm_helpers evaluate $(POLICY) --task-ids $(TASKS) --num-episodes 1 | sed -u '/^next /d'
+	@page=$$($(BIN)/python -m trm_helpers report $(POLICY) | tail -n 1) && \
 	    echo "page  $$page" && echo "next  make demo (all of it, from no data), make lab (notebooks)" && \
 	    if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
 	        $(BIN)/python -m webbrowser "file://$$page" > /dev/null || true; fi

@@ -26,10 +26,10 @@ from trm_helpers.notebooks import suite_notebooks
 _LIMIT = 12e6  # bytes of all copies together
 _FRAMES = 6
 _THUMBS = {  # figures of the run; left, upper, right and lower end of the part, as shares
-    "00_action": (0.02, 0.1, 0.47, 0.97), "01_frames": (0.085, 0.11, 0.53, 1),
-    "02_mask": (0.28, 0.1, 0.66, 0.8), "03_answer": (0.59, 0.08, 1, 0.97),
-    "04_training": (0, 0.07, 0.52, 1), "05_coordinates": (0, 0.1, 1, 0.95),
-    "06_episodes": (0.145, 0.2, 0.43, 0.72), "07_saliency": (0.47, 0.5, 0.84, 0.96)}
+    "00_action": (0.02, 0.1, 0.47, 0.97), "01_frames": (0.025, 0.1, 0.51, 0.97),
+    "02_mask": (0.02, 0.075, 0.58, 0.83), "03_answer": (0.255, 0.125, 0.565, 1),
+    "04_training": (0, 0.07, 0.52, 1), "05_coordinates": (0.245, 0.06, 1, 0.96),
+    "06_episodes": (0.145, 0.15, 0.485, 1), "07_saliency": (0.02, 0.53, 0.86, 0.98)}
 _THUMB = 240, 180  # pixels
 _FILM = re.compile(r"data:video/mp4;base64,([A-Za-z0-9+/=]+)")
 

@@ -38,7 +38,7 @@ OF_PYTHON = ("python -m pip wheel --no-deps --wheel-dir dist .",  # as tests/tes
 PATH = re.compile(r"(?:trm_helpers|tests|notebooks|benchmarks|docs|pretrained)/[\w./-]*\w")
 MAKEFILE = (ROOT / "Makefile").read_text()
 MAKES = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
-VARIABLES = re.findall(r"^(\w+) \?=", MAKEFILE, re.MULTILINE)
+VARIABLES = re.findall(r"^(\w+) [:?]=", MAKEFILE, re.MULTILINE)
 
 
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
@@ -179,12 +179,14 @@ def test_a_wrong_command_is_noticed(command, monkeypatch, capsys):
 
 
 def test_the_makefile_calls_the_command_line_as_it_is():
-    played = re.search(r"^PLAYED := (.+)$", MAKEFILE, re.MULTILINE)[1]
-    assert (ROOT / played).is_dir()
+    of_play = dict(re.findall(r"^(POLICY|TASKS) := (.+)$", MAKEFILE, re.MULTILINE))
+    assert (ROOT / of_play["POLICY"]).is_dir()
     calls = re.findall(r"python -m trm_helpers (.+?)(?: \||$)", MAKEFILE, re.MULTILINE)
     assert len(calls) == 5  # preflight, evaluate, report, run twice
     for call in calls:
-        accepted_by_the_command_line(shlex.split(call.replace("$(PLAYED)", played)))
+        for variable, value in of_play.items():
+            call = call.replace(f"$({variable})", value)
+        accepted_by_the_command_line(shlex.split(call))
 
 
 # --- links and paths -----------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_the_page_of_a_run_that_was_only_trained_says_how_to_make_the_rest(train
     parsed = Page(trained)
     for name in ("05_search", "06_eval", "07_visualize", "robustness_episodes", "depth_episodes"):
         assert name in parsed.text
-    assert "Trained; its success is not known yet." in parsed.text
+    assert "Trained; not evaluated yet." in parsed.text
     assert "pick up the alphabet soup and place it in the basket" in parsed.text
     assert not parsed.all("button") and not parsed.all("video")
     (curve, _), = parsed.all("img")
@@ -594,6 +594,10 @@ def test_a_task_whose_suite_is_not_installed_has_its_number(monkeypatch, error):
 
 def test_a_run_of_four_suites_shows_a_bar_for_each_and_its_tasks_on_demand():
     run = find_run("pretrained/four-suites", to_write=True)
+    page = Page(run)
+    assert "Shipped with the project; not evaluated on this machine yet." in page.text
+    assert "rates are in its card, pretrained/four-suites/README.md." in page.text
+    assert any(text.startswith("40 rows") for _, text in page.all("details"))
     published = read_json(repo_root() / "docs/results/four-suites/four-suites.json")
     write_json(run / "results.json", published["results"])
     page = Page(run)

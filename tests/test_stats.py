@@ -158,8 +158,10 @@ def test_the_detectable_difference_in_a_line():
         "probability of 80 %")
     assert "of 7 points" in detectable({"episodes": 500, "success_rate": 0.8})  # 0.0709
     assert "17 points" in detectable({"episodes": 50, "success_rate": 1.0})  # as of 90 %
-    assert detectable({"episodes": 1, "success_rate": 1.0}) == (
-        "Too few episodes per policy (1) to detect any difference")
+    for few in (1, 5):  # five pairs that all differ: p = 2 / 2**5
+        assert detectable({"episodes": few, "success_rate": 1.0}) == (
+            f"Too few episodes per policy ({few}) to detect any difference")
+    assert "49 points" in detectable({"episodes": 6, "success_rate": 1.0})
 
 
 def test_a_comparison_in_a_line():

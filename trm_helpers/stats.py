@@ -229,12 +229,13 @@ def detectable(summary: Mapping) -> str:
 
     Of two independent groups of n episodes, with a two-sided test at level 0.05 and probability
     0.8: ``(z_0.975 + z_0.8) sqrt(2 p (1 - p) / n)``, the normal approximation with the variance at
-    this success rate p, which counts as 0.1 to 0.9.
+    this success rate p, which counts as 0.1 to 0.9. With fewer than six episodes the exact paired
+    test finds nothing: five pairs that all differ in one direction have p = 0.0625.
     """
     rate, episodes = min(max(summary["success_rate"], 0.1), 0.9), summary["episodes"]
     z = NormalDist().inv_cdf
     gap = (z(0.975) + z(0.8)) * math.sqrt(2 * rate * (1 - rate) / episodes)
-    if gap > 1:
+    if episodes < 6 or gap > 1:
         return f"Too few episodes per policy ({episodes}) to detect any difference"
     return (f"With {episodes} episodes per policy, a true difference of {100 * gap:.0f} points is "
             "detected with a probability of 80 %; a comparison on the same episodes detects "

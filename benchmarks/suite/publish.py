@@ -155,7 +155,9 @@ def ship(name: str, run_name: str) -> None:
 def strip(name: str, folder: Path, tasks: list[int]) -> None:
     successes, films = folder / "videos" / "success", {}
     for film in sorted(successes.glob("*-init*.mp4"), reverse=True):  # the first state stays
-        suite, task = _FILM.fullmatch(film.stem).groups()
+        if not (named := _FILM.fullmatch(film.stem)):
+            sys.exit(f"{film} is not named SUITE-taskN-initN.mp4, as evaluations name films")
+        suite, task = named.groups()
         if not tasks or int(task) in tasks:
             films[suite, int(task)] = film
     found = {task for _, task in films}

@@ -286,9 +286,11 @@ def _collect(tasks: Sequence[_Collection], workers: int | None) -> None:
     by_folder, given_up = {task.parts: task for task in tasks}, {}
     attempts = [attempt for task in tasks for attempt in task.missing()]
     numbers = " ".join(str(task.settings["task_id"]) for task in tasks)
+    named = f"task {numbers}" if len(tasks) == 1 else (
+        f"tasks {numbers}" if len(tasks) <= 10 else f"{len(tasks)} tasks")
     with tqdm(total=sum(task.num_demos for task in tasks), unit="demo",
               initial=sum(task.found for task in tasks),
-              desc=f"demonstrations of {tasks[0].settings['suite']} {numbers}") as bar:
+              desc=f"demonstrations of {tasks[0].settings['suite']}, {named}") as bar:
         for task in tasks:
             if task.found == task.num_demos:  # cut off before the file was written
                 task.write()

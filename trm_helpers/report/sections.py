@@ -123,10 +123,13 @@ def _success(run: Path) -> Section:
     title = "Success in the simulator"
     file, results = _results(run)
     if results is None:
-        command = f"python -m trm_helpers evaluate {shlex.quote(run_name(run))}"
+        name = run_name(run)
+        command = f"python -m trm_helpers evaluate {shlex.quote(name)}"
+        measured = [f"Its measured success rates are in its card, `{name}/README.md`."]
         return Section(title, texts=[
             "Not finished; 06_eval plays the missing episodes." if (run / "episodes.jsonl").exists()
-            else f"Not evaluated yet; `{command}` or 06_eval does it.", *_elsewhere(run)])
+            else f"Not evaluated yet; `{command}` or 06_eval does it.",
+            *measured * (name in shipped_policies()), *_elsewhere(run)])
     protocol, not_run = results["protocol"], results.get("not_run", 0)
     planned = results["episodes"] + len(results["errors"]) + not_run
     texts = [*([f"Not finished: {not_run} of {planned} episodes are not run; 06_eval plays them."]
@@ -367,7 +370,7 @@ def _reproduce(run: Path) -> Section:
                for words in commands(run.name, config, results, _demo_dir(run)))]
     return Section("How to reproduce", code="\n".join(lines), texts=[
         *([f"The run was made with uncommitted changes on top of revision {saved.get('revision')}: "
-           "these commands train a policy with its settings by the present code, not this one."]
+           "these commands train a similar policy, with its settings and the present code."]
           if dirty else ()),
         *(f"{done} with " + "; ".join(f"{key} {versions[key]}" for key in _SOFTWARE
                                       if versions.get(key)) + "."

@@ -61,7 +61,8 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
     table.axvline(steps[-1] - 0.5, color="black", linewidth=2)
     if len(steps) <= 8:  # numbers would overlap
         for (step, dim), value in np.ndenumerate(np.round(actions, 2) + 0.0):  # no -0.00
-            table.text(step, dim, f"{value:+.2f}", ha="center", va="center")
+            table.text(step, dim, f"{value:+.2f}", ha="center", va="center",
+                       color="white" if abs(value) > 0.75 else "black")
     else:
         fig.colorbar(cells, ax=table)
     count_axis(change.xaxis)
