@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from trm_helpers.__main__ import main, parse
-from trm_helpers.evaluation.plan import WIDE_SEED
+from trm_helpers.evaluation.plan import WIDE_SEED, tasks_in_words
 from trm_helpers.evaluation.play import weights_digest
 from trm_helpers.files import append_jsonl, read_json, write_json
 from trm_helpers.paths import repo_root, run_dir
@@ -71,6 +71,11 @@ def test_results_in_another_suite_are_shown(trained):
     write_json(trained / "results.json", results(8))
     text = markdown(trained)
     assert "8 of 10 episodes" in text and said in text
+    home = trained / "robustness" / "libero_object_swap-none"
+    write_json(home / "results-tasks-0.json", {**swap, "tasks": swap["tasks"][:1]})
+    tasks = tasks_in_words([swap["tasks"][0]["task_id"]])
+    assert f"libero_object_swap {tasks} 7 of 10 (40 to 89 %); libero_object_swap 7 of 10" \
+        in markdown(trained)
 
 
 def test_results_of_other_weights_in_another_suite_are_marked(trained):

@@ -41,6 +41,13 @@ def evaluate_run(*asked, **more):
     return plan_run(*asked, **more).play()
 
 
+@pytest.mark.parametrize(("task_ids", "words"), [
+    ([0], "task 0"), ([0, 1], "tasks 0 and 1"), ([0, 1, 4], "tasks 0, 1 and 4"),
+    (range(40), "tasks 0 to 39"), ([7, 0, 1, 2, 12], "tasks 7, 0 to 2 and 12")])
+def test_tasks_in_words(task_ids, words):
+    assert plan.tasks_in_words(list(task_ids)) == words
+
+
 def test_evaluate_on_task_counts():
     evaluator = PolicyEvaluator(CountingPolicy())
     # an init state that is given twice is played once

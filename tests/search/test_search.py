@@ -134,6 +134,8 @@ def test_the_verdict_on_losses_needs_seeds():
     assert "difference is significant at 0.05 (Welch over seeds: p = 0.00026)" in verdict([a, b])
     b["seed_losses"] = [0.1, 0.3, 0.05]
     assert "is not significant at 0.05" in verdict([a, b])
+    a["seed_losses"], b["seed_losses"] = [0.1, 0.1], [0.2, 0.2]
+    assert "Welch over seeds: p = 1" in verdict([a, b])  # no variance is no certainty
     assert verdict([a, {"trial": "c", "state": "failed"}]).startswith("1 trial is complete")
     assert verdict([]) == "No trial is complete: there is nothing to compare."
 

@@ -55,6 +55,7 @@ def test_further_axes():
                             "weight_decay": (0.0, 0.1), "variant": ("block", "trm")}
     assert [(p["weight_decay"], p["variant"]) for p in grid(search)] == [
         (0.0, "block"), (0.0, "trm"), (0.1, "block"), (0.1, "trm")]
+    assert trial_name({"weight_decay": 1e6}) == "weight_decay1e06"  # run names have no plus sign
     assert trial_name(grid(search)[3], seed=2) == \
         "lr0.001-hidden_dim64-num_recursions2-weight_decay0.1-varianttrm-seed2"
 

@@ -104,8 +104,17 @@ def not_run_in_words(not_run: int, planned: int) -> str:
 
 
 def tasks_in_words(task_ids: Sequence[int]) -> str:
-    """``task 0``, ``tasks 0 and 1`` or ``tasks 0, 1 and 4``."""
-    *others, last = map(str, task_ids)
+    """``task 0``, ``tasks 0 and 1``, ``tasks 0, 1 and 4`` or ``tasks 0 to 9 and 12``."""
+    runs: list[list[int]] = []
+    for task_id in task_ids:
+        if runs and task_id == runs[-1][-1] + 1:
+            runs[-1].append(task_id)
+        else:
+            runs.append([task_id])
+    *others, last = (part for run in runs for part in (
+        map(str, run) if len(run) < 3 else [f"{run[0]} to {run[-1]}"]))
+    if not others and len(task_ids) > 1:
+        return f"tasks {last}"
     return f"tasks {', '.join(others)} and {last}" if others else f"task {last}"
 
 

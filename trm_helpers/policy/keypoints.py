@@ -304,7 +304,9 @@ def predicted_keypoints(policy, observations: Mapping) -> np.ndarray:
     localizer = policy.encoders[schema.STILL_CAMERA].locator
     images = observations[schema.STILL_CAMERA]
     images = images.reshape(-1, *images.shape[-3:]).to(next(localizer.parameters()))
-    return localizer.locate(images, policy.task(observations)).cpu().numpy()
+    task = policy.task(observations)
+    task = None if task is None else task.to(images.device)
+    return localizer.locate(images, task).cpu().numpy()
 
 
 # --- a run's localizer ---------------------------------------------------------------------------

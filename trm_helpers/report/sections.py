@@ -21,6 +21,7 @@ from ..evaluation.plan import (
     excluded_in_words,
     protocol_in_words,
     read_ledger,
+    tasks_in_words,
 )
 from ..evaluation.robustness import card_notes, card_rows, failure_modes
 from ..files import inside, read_json, read_jsonl, visible
@@ -164,14 +165,16 @@ def _success(run: Path) -> Section:
 def _elsewhere(run: Path) -> list[str]:
     """A sentence on the official init states of other suites, if the policy has played them."""
     own = load_config(run).data.suite
-    played = [read_json(path, keys=_RESULTS)
+    played = {path: read_json(path, keys=_RESULTS)
               for path in sorted(run.glob("robustness/*-none/results*.json"))
-              if not path.parent.name.endswith("-wide-none")]
+              if not path.parent.name.endswith("-wide-none")}
     rates = [f"{results['protocol']['suite']} "
-             f"{rate_text(results['successes'], results['episodes'])}"
+             + ("" if path.name == "results.json" else
+                tasks_in_words([task["task_id"] for task in results["tasks"]]) + " ")
+             + rate_text(results["successes"], results["episodes"])
              + " with other weights or settings than the run has now"
              * bool(stale(run, results["protocol"]))
-             for results in played if results["protocol"]["suite"] != own]
+             for path, results in played.items() if results["protocol"]["suite"] != own]
     return [f"In other suites: {'; '.join(rates)}."] if rates else []
 
 

@@ -115,7 +115,7 @@ def trial_name(point: dict, seed: int | None = None) -> str:
 
     Every method of search thus finds the same trial for the same point. ``seed`` marks a replicate.
     """
-    name = "-".join(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
+    name = "-".join(f"{key}{f'{value:g}'.replace('+', '') if isinstance(value, float) else value}"
                     for key, value in point.items())
     return short_name(name if seed is None else f"{name}-seed{seed}")
 
