@@ -151,6 +151,34 @@ def test_held_out_is_what_a_policy_was_not_trained_on_in_its_own_normalisation(t
         LIBERODataset.held_out({0: path}, config.replace(max_demos_per_task=1), train, known)
 
 
+def test_a_file_renumbered_since_the_training_is_named(tmp_path, capsys):
+    """The first demonstration was removed: a name now stands for another demonstration."""
+    path = write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7, 8, 9, 10), image_size=36)
+    config = from_flat("tiny", image_size=36)
+    train, _ = LIBERODataset.from_config({0: path}, config)
+    capsys.readouterr()
+    LIBERODataset.held_out({0: path}, config, train, train.describe())
+    assert "other demonstrations" not in capsys.readouterr().out
+    with h5py.File(path, "r+") as file:
+        del file["data/demo_0"]
+        for number in range(4):
+            file.move(f"data/demo_{number + 1}", f"data/demo_{number}")
+        file.copy("data/demo_3", "data/demo_4")
+        file["data/demo_4/actions"][0, 0] = 0.5
+    LIBERODataset.held_out({0: path}, config, train, train.describe())
+    assert f"{path} holds other demonstrations than the policy was trained on" \
+        in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([True, False]), [1.9], 5, [[0, 1]]])
+def test_indices_are_a_list_of_integers(tmp_path, indices):
+    data = LIBERODataset(write_demo_file(tmp_path / "soup_demo.hdf5", (6, 7), image_size=36),
+                         config=from_flat("tiny", image_size=36))
+    with pytest.raises(TypeError, match=r"expected \(B,\) integers"):
+        data.batch(indices)
+    assert len(data.batch([])["actions"]) == 0
+
+
 # --- split ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("count", "train"), [
     (50, 40), (12, 10), (10, 8), (9, 7), (7, 6), (5, 4), (4, 3), (3, 2), (2, 1)])  # to the nearest

@@ -336,6 +336,17 @@ def test_too_little_memory_on_the_gpu_is_refused(files, monkeypatch):
         data_set(files, "gpu")
 
 
+@pytest.mark.parametrize(("kind", "device", "expected"), [
+    ("gpu", "cuda:1", "cuda:1"), ("gpu", "cpu", "cuda"), ("ram", "cuda:1", "cpu")])
+def test_frames_are_kept_on_the_gpu_that_trains(monkeypatch, kind, device, expected):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info",
+                        lambda device: asked.append(device) or (80 * 2**30, 80 * 2**30))
+    assert storage._reserve(1024, kind, device) == torch.device(expected)
+    assert asked == [torch.device(expected)] * (kind == "gpu")
+
+
 @pytest.mark.parametrize(("device", "free", "expected"), [
     ("cpu", 80 * 2**30, "ram"), ("cuda", 2 * 33792, "gpu"), ("cuda", 2 * 33792 - 2, "ram")])
 def test_auto_keeps_frames_on_the_training_gpu_if_they_take_at_most_half_of_it(
@@ -343,7 +354,7 @@ def test_auto_keeps_frames_on_the_training_gpu_if_they_take_at_most_half_of_it(
     """22 steps of two cameras at 16 pixels: 33,792 bytes."""
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
-    monkeypatch.setattr(storage, "_reserve", lambda needed, kind: (
+    monkeypatch.setattr(storage, "_reserve", lambda needed, kind, _: (
         asked.append((needed, kind)) or torch.device("cpu")))
     file = write_demo_file(tmp_path / "soup_demo.hdf5", (10, 12), "raw", 16)
     config = Config().replace(storage="auto", image_size=36, cameras=BOTH)

@@ -374,7 +374,10 @@ def test_a_run_trains_its_localizer_first(small_run, rendered, tmp_path, looks):
         assert known["errors"][name] == pytest.approx(expected, abs=1e-4), name
     seen = {schema.STILL_CAMERA: torch.rand(2, 40, 40, 3), "proprio": torch.zeros(2, 12)}
     torch.testing.assert_close(policy(seen), load_policy(trainer.run, "best")(seen))
-    assert keypoints.predicted_keypoints(policy, seen).shape == (2, 1 + looks, 2, 2)
+    found = keypoints.predicted_keypoints(policy, seen)
+    assert found.shape == (2, 1 + looks, 2, 2)
+    as_bytes = {**seen, "agentview_rgb": (255 * seen["agentview_rgb"]).round().to(torch.uint8)}
+    assert np.abs(keypoints.predicted_keypoints(policy, as_bytes) - found).max() < 0.01
     assert any(name.startswith("locator.look.") for name in before) == bool(looks)
 
 

@@ -102,6 +102,8 @@ def test_reference_parameter_count_worked_out_by_hand():
     counts = count_parameters(TRMPolicy(ModelConfig()))
     assert counts == {"encoders": encoder, "block": block, "head": head}
     assert sum(counts.values()) == 5_689_575
+    paper = TRMPolicy(small(variant="trm", image_size=64, image_grid=2))  # whose action queries belong to no child
+    assert sum(count_parameters(paper).values()) == sum(map(torch.numel, paper.parameters()))
 
 
 def test_depth_adds_no_parameters():
@@ -412,6 +414,17 @@ def test_loss_refuses_other_shapes_and_names():
         policy.loss({**batch, "actions": torch.zeros(3, 1, 7), "mask": torch.ones(3, 1)})
 
 
+@pytest.mark.parametrize("variant", ["block", "act"])
+@pytest.mark.parametrize(("actions", "mask"), [((2, 1, 7, 4), (2, 1, 4)), ((2, 1, 4, 7), (1, 2, 4)),
+                                               ((2, 1, 4, 7), (2, 4)), ((2, 1, 4, 7), (2, 1))])
+def test_loss_does_not_reshape_transposed_targets(variant, actions, mask):
+    """Their number of elements may be the right one."""
+    config = small(chunk=4, variant=variant, image_size=64, image_grid=2, num_recursions=1)
+    batch = {**make_batch(config, 2), "actions": torch.zeros(actions), "mask": torch.ones(mask)}
+    with pytest.raises(ValueError, match="expected observations with chunk=4 actions each"):
+        TRMPolicy(config).loss(batch)
+
+
 @pytest.mark.parametrize(
     "settings",
     [dict(), dict(gripper="classifier", chunk=4, proprioception=True),
@@ -602,6 +615,18 @@ def test_carry_over_starts_from_the_previous_decision():
     np.testing.assert_allclose(carrying.act(seen), twice.clip(-1, 1), atol=1e-5)
     carrying.reset()
     np.testing.assert_array_equal(carrying.act(seen), first)
+
+
+def test_a_decision_that_fails_leaves_the_carried_state_as_it_was():
+    policy = TRMPolicy(small(carry_over=True, proprioception=True))
+    seen, broken = CountingObservation(), CountingObservation(ee_pos=np.full(3, np.nan))
+    policy.act(seen)
+    with pytest.raises(RuntimeError, match="expected finite numbers"):
+        policy.act(broken)
+    second = policy.act(seen)
+    policy.reset()
+    policy.act(seen)
+    np.testing.assert_array_equal(policy.act(seen), second)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def sample_augmentation(count: int, size: tuple[int, int], mode: str,
 
     One tensor (count, ...) for each change of the mode, in the order of application.
     """
+    schema.check_option("mode", mode, _MODES)
     return {change: _CHANGES[change][0](count, size, generator) for change in _MODES[mode]}
 
 

@@ -31,7 +31,8 @@ def split_demonstrations(names: Sequence[str], path: str | Path) -> tuple[list[s
     folder change it. Raises ``ValueError`` for fewer than two demonstrations.
     """
     if len(names) < 2:
-        raise ValueError(f"{path}: {len(names)} demonstration(s); a split needs at least 2")
+        raise ValueError(f"{path}: {len(names)} demonstration(s) read; a split needs at least 2, "
+                         "in the file and by max_demos_per_task")
     count = min(max(round(TRAIN_FRACTION * len(names)), 1), len(names) - 1)
     generator = np.random.default_rng([0, zlib.crc32(Path(path).name.encode())])
     chosen = set(generator.permutation(len(names))[:count].tolist())
@@ -137,9 +138,19 @@ class LIBERODataset(torch.utils.data.Dataset):
             policy: has ``normalizer`` and ``proprio_stats``.
             trained_on: the training split's :meth:`describe`.
 
+        Demonstrations are told apart by their names. A line is printed for a file that holds others
+        under these names than when the policy was trained.
+
         Raises ``ValueError`` when there is no such demonstration.
         """
         whole = cls(list(files.values()), config=config.replace(task_ids=tuple(files)))
+        for file in trained_on["files"]:
+            demos = [demo for demo in whole.demos if demo.name in file["demos"]
+                     and whole._steps.files[demo.file].path.name == Path(file["file"]).name]
+            if len(demos) == len(file["demos"]) and file.get("actions", "") not in (
+                    "", whole._digest(demos)):
+                print(f"{whole._steps.files[demos[0].file].path} holds other demonstrations than "
+                      "the policy was trained on; some of these may count as held out")
         known = {(Path(file["file"]).name, name)
                  for file in trained_on["files"] for name in file["demos"]}
         demos = [demo for demo in whole.demos
@@ -245,9 +256,15 @@ class LIBERODataset(torch.utils.data.Dataset):
         """The samples of ``indices`` (B,) as one batch on ``device``.
 
         PyTorch's global generator samples the augmentation. ``as_bytes`` keeps the frames uint8 in
-        [0, 255], without augmentation. Raises ``IndexError`` for an index out of range.
+        [0, 255], without augmentation. Raises ``IndexError`` for an index out of range,
+        ``TypeError`` for anything but a list of integers, as a mask.
         """
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        given = torch.as_tensor(indices)
+        whole = not (given.is_floating_point() or given.dtype == torch.bool)
+        if given.ndim != 1 or len(given) and not whole:
+            raise TypeError(f"indices have shape {tuple(given.shape)} and type {given.dtype}; "
+                            "expected (B,) integers")
+        indices = given.long()
         if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"index out of range; the data set has {len(self)} samples")
         draw = ({"indices": indices} if as_bytes
@@ -368,17 +385,20 @@ class LIBERODataset(torch.utils.data.Dataset):
         files = []
         for index, file in enumerate(self._steps.files):
             demos = [demo for demo in self.demos if demo.file == index]
-            actions = [self._steps.actions[demo.first:demo.end].numpy().tobytes()
-                       for demo in demos]
             with open_demo_file(file.path) as content:
                 frames = [content[schema.DATA_GROUP][demo.name]["obs"][camera][0].tobytes()
                           for demo in demos for camera in self.cameras]
             files.append({"file": str(file.path), "demos": [demo.name for demo in demos],
                           "steps": sum(demo.end - demo.first for demo in demos),
                           "alignment": file.alignment, "source": file.source,
-                          "actions": digest(b"".join(actions)),
+                          "actions": self._digest(demos),
                           "frames": digest(b"".join(frames))})
         return {"split": self.split, "samples": len(self), "files": files}
+
+    def _digest(self, demos: Sequence[Demo]) -> str:
+        """Digest of the demonstrations' actions."""
+        return digest(b"".join(self._steps.actions[demo.first:demo.end].numpy().tobytes()
+                               for demo in demos))
 
 
 def _paths(hdf5_files: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -30,11 +30,17 @@ class ActionNormalizer:
         self.scale: list[float] | None = [1.0] * schema.ARM_DIM if fitted else None
 
     def fit(self, actions) -> ActionNormalizer:
-        """Fit to actions (..., 7), a tensor or an array; returns itself."""
-        arm = np.asarray(actions, dtype=np.float64).reshape(-1, schema.ACTION_DIM)
-        arm = arm[:, :schema.ARM_DIM]
-        if len(arm) == 0:
+        """Fit to actions (..., 7), a tensor or an array; returns itself.
+
+        Raises ``ValueError`` for another shape, no action, and numbers that are not finite.
+        """
+        arm = torch.as_tensor(actions).detach().cpu().double().numpy()
+        if arm.size == 0:
             raise ValueError("actions is empty; expected at least one action to fit to")
+        if arm.shape[-1:] != (schema.ACTION_DIM,) or not np.isfinite(arm).all():
+            raise ValueError(f"actions have shape {arm.shape} and {np.sum(~np.isfinite(arm))} "
+                             "numbers that are not finite; expected (..., 7) and none")
+        arm = arm.reshape(-1, schema.ACTION_DIM)[:, :schema.ARM_DIM]
         low, high = arm.min(axis=0), arm.max(axis=0)
         if self.mode == "zscore":
             offset, scale = arm.mean(axis=0), arm.std(axis=0) + EPSILON

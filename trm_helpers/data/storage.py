@@ -230,7 +230,7 @@ def load_steps(files: list[DemoFile], limits: Sequence[int], cameras: Sequence[s
             fits = (torch.device(device).type == "cuda"
                     and needed <= _AUTO_SHARE * torch.cuda.mem_get_info(device)[0])
             storage = "gpu" if fits else "ram"
-        device = _reserve(needed, storage)
+        device = _reserve(needed, storage, device)
         images = {camera: torch.empty(count, image_size, image_size, 3, dtype=torch.uint8,
                                       device=device) for camera in cameras}
         frames = FramesInMemory(images)
@@ -249,12 +249,19 @@ def load_steps(files: list[DemoFile], limits: Sequence[int], cameras: Sequence[s
     return steps
 
 
-def _reserve(needed: int, storage: str) -> torch.device:
-    """The frames' device; prints the bytes needed, ``MemoryError`` when they are not free."""
+def _reserve(needed: int, storage: str, device: str | torch.device) -> torch.device:
+    """The frames' device; prints the bytes needed, ``MemoryError`` when they are not free.
+
+    With ``storage="gpu"`` it is ``device``, or the current GPU if that is none.
+    """
     if storage == "gpu" and not torch.cuda.is_available():
         raise ValueError("storage='gpu' needs a CUDA GPU; PyTorch finds none here. "
                          "Expected 'ram' or 'mmap'")
-    device = torch.device("cuda" if storage == "gpu" else "cpu")
+    if storage != "gpu":
+        device = "cpu"
+    elif torch.device(device).type != "cuda":
+        device = "cuda"
+    device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if storage == "gpu" else free_memory()
     print(f"frames need {needed / 2**20:,.1f} MiB of {free / 2**20:,.1f} MiB free ({storage})")
     if needed > (1 - _KEPT_FREE) * free:

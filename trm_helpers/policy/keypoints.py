@@ -300,9 +300,14 @@ def localization_errors(localizer: Localizer, frames: torch.Tensor, places: torc
 
 @torch.inference_mode()
 def predicted_keypoints(policy, observations: Mapping) -> np.ndarray:
-    """Image positions (B, 1 + looks, K, 2) from 0 to 1, of which a policy acts on the last."""
+    """Image positions (B, 1 + looks, K, 2) from 0 to 1, of which a policy acts on the last.
+
+    Frames are float in [0, 1], or uint8.
+    """
     localizer = policy.encoders[schema.STILL_CAMERA].locator
     images = observations[schema.STILL_CAMERA]
+    if images.dtype == torch.uint8:
+        images = images / 255
     images = images.reshape(-1, *images.shape[-3:]).to(next(localizer.parameters()))
     task = policy.task(observations)
     task = None if task is None else task.to(images.device)

@@ -216,6 +216,10 @@ class TRMPolicy(nn.Module):
         and adds ``kl``, times ``KL_WEIGHT``.
         """
         schema.check_option("loss", loss, schema.LOSSES)
+        chunk = (self.config.chunk,) * (self.config.chunk > 1)
+        shape = (*batch["mask"].shape[:batch["mask"].ndim - len(chunk)], *chunk)
+        if batch["mask"].shape != shape or batch["actions"].shape != (*shape, schema.ACTION_DIM):
+            raise _other_shape(batch, self.config.chunk)
         target = batch["actions"].reshape(-1, self.config.chunk, schema.ACTION_DIM)
         mask = batch["mask"].reshape(-1, self.config.chunk)
         style = None
@@ -226,9 +230,7 @@ class TRMPolicy(nn.Module):
         recursion = self.recurse(self.encode(batch["observations"], style))
         count = len(recursion.output)
         if len(target) != count or len(mask) != count:
-            raise ValueError(f"actions have shape {tuple(batch['actions'].shape)} and mask "
-                             f"{tuple(batch['mask'].shape)}; expected {count} observations with "
-                             f"chunk={self.config.chunk} actions each")
+            raise _other_shape(batch, self.config.chunk, f"{count} ")
         every_step = self.training and self.config.deep_supervision
         graded = recursion.states[1:] if every_step else [recursion.output]
         grades = [self._grade(*self.head(answer), target, mask, loss) for answer in graded]
@@ -319,12 +321,12 @@ class TRMPolicy(nn.Module):
     def _plan(self, observation: Mapping) -> np.ndarray:
         """Actions (execution_horizon, 7) until the next observation is read."""
         recursion = self.recurse(self.encode(self.prepare(observation)), carry=self._carry)
-        if self.config.carry_over:
-            self._carry = recursion.carry
         actions = self.head(recursion.output)[0].squeeze(0)  # (K, 7)
         if not actions.isfinite().all():
             raise RuntimeError(f"the policy returned {actions.tolist()}; expected finite numbers. "
                                "Its weights or the observation hold NaN or infinity")
+        if self.config.carry_over:
+            self._carry = recursion.carry
         self.last_recursions = int(recursion.depth.max())
         planned = self.last_chunk = self.normalizer.denormalize(actions).cpu().numpy()
         if self.config.temporal_ensembling:
@@ -371,9 +373,16 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:
-    """Number of parameters of each direct child of ``module``, by name."""
-    return {name: sum(parameter.numel() for parameter in child.parameters())
-            for name, child in module.named_children()}
+    """Number of parameters of each direct child of ``module``, and of its own, by name."""
+    own = {name: parameter.numel() for name, parameter in module.named_parameters(recurse=False)}
+    return own | {name: sum(parameter.numel() for parameter in child.parameters())
+                  for name, child in module.named_children()}
+
+
+def _other_shape(batch: Mapping, chunk: int, count: str = "") -> ValueError:
+    return ValueError(f"actions have shape {tuple(batch['actions'].shape)} and mask "
+                      f"{tuple(batch['mask'].shape)}; expected {count}observations with "
+                      f"chunk={chunk} actions each")
 
 
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
