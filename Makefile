@@ -32,7 +32,10 @@ help:
 	@echo "make gpu-check  minutes of measurements of this machine in one table, for a bug report"
 	@echo "make gallery    docs/notebooks: executed copies, from the run of make demo; 03 again, trained"
 
-setup:  # one at a time
+setup:  # one at a time; anew for another PYTHON, and if the one it was made with is gone
+	@mkdir -p $(dir $(VENV))
+	@found=$$($(BIN)/python -VV 2> /dev/null); [ ! -e $(STAMP) ] || { [ -n "$$found" ] && \
+	    [ $(origin PYTHON) = file -o "$$found" = "$$($(PYTHON) -VV)" ]; } || rm $(STAMP)
 	@flock $(VENV).lock $(MAKE) --silent $(STAMP)
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml

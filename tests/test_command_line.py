@@ -124,6 +124,20 @@ def test_a_baseline_refuses_what_only_runs_use(ignored, capsys):
     assert f"{' '.join(ignored)} has no effect on the baseline 'no-op'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("ignored", "said"), [
+    (["--lr", "7e-4"], "--lr has no effect on a search, whose trials have the values of "
+                       "--search-lrs; leave it out"),
+    (["--patience", "5"], "--patience has no effect on a search, whose trials train to the end")])
+def test_a_search_refuses_what_it_chooses_itself(ignored, said, capsys):
+    assert main(["search", "demo", "--run-name", "s", *ignored]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_preflight_makes_one_kind_of_check(capsys):
+    assert main(["preflight", "--quick", "--selftest"]) == 1
+    assert "three different checks; choose one" in capsys.readouterr().err
+
+
 def test_a_folder_of_demonstrations_is_for_replays_alone(trained, capsys):
     assert main(["evaluate", trained.name, "--bound-episodes", "0", "--demo-dir", "folder"]) == 1
     assert "--demo-dir folder has no effect on an evaluation without --bound-episodes" in (

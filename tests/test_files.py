@@ -126,6 +126,7 @@ def test_a_long_name_has_room_for_its_temporary_one(tmp_path):
     write_json(path, 1)
     assert read_json(path, int) == 1 and list(tmp_path.iterdir()) == [path]
     assert short_name("a" * 100) == "a" * 100 and len(short_name("a" * 101)) == 100
+    write_json(tmp_path / ("\N{GREEK SMALL LETTER ALPHA}" * 120 + ".json"), 1)  # of two bytes each
 
 
 def test_files_follow_the_umask(tmp_path):

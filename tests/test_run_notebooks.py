@@ -194,6 +194,25 @@ def test_failure_has_the_traceback_and_keeps_its_copy_beside_an_earlier_good_one
     assert fail() == ["a.failed.ipynb", "a.ipynb"] and output.read_bytes() == good
 
 
+def test_a_full_disk_elsewhere_is_the_notebooks_own_error(tmp_path):
+    """Its executed copy was written; the disk of the runs is not full."""
+    notebook = write_notebook(tmp_path / "a.ipynb", "open('/dev/full', 'w').write('x' * 10**6)")
+    with pytest.raises(RuntimeError, match="a.ipynb failed: OSError: .*No space left") as error:
+        run_notebook(notebook, run_dir=tmp_path)
+    assert str(tmp_path / "notebooks" / "a.failed.ipynb") in str(error.value)
+
+
+def test_what_fails_outside_a_cell_is_not_called_a_lack_of_memory(tmp_path, monkeypatch):
+    notebook = write_notebook(tmp_path / "a.ipynb", "print(1)")
+    kernels = tmp_path / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    (kernels / "kernel.json").write_text(json.dumps(
+        {"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="a.ipynb failed: RuntimeError: Kernel died before"):
+        run_notebook(notebook, run_dir=tmp_path / "run")
+
+
 def test_killed_kernel_is_an_error(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "import os\nos._exit(9)")
     log = tmp_path / "output.log"
@@ -251,8 +270,9 @@ def test_a_missing_notebook_lists_the_existing_ones(nb_dir):
     write_notebook(nb_dir / "00_setup.ipynb")
     with pytest.raises(FileNotFoundError, match="no preset or notebook '.'; .*one of 00_setup"):
         run_notebook(".")
-    with pytest.raises(FileNotFoundError, match="'04_train'.*one of 00_setup"):
-        run_notebook("04_train")
+    for wrong in ("04_train", "mine/00_setup.ipynb", "mine/00_setup.py", "00_setup.v2"):
+        with pytest.raises(FileNotFoundError, match=f"'{wrong}'.*one of 00_setup"):
+            run_notebook(wrong)
 
 
 BAD = [({"run_name": "../up"}, "run_name='../up'"), ({"run_name": "my run"}, "run_name='my run'"),

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,6 +157,14 @@ class Train:
         return {"run": str(run), **rows[-1]}, lines, True
 
 
+_OF_TRIALS = {  # settings of training that a search chooses itself, and how
+    **{name: f"whose trials have the values of --{values.replace('_', '-')}" for name, values in (
+        ("lr", "search_lrs"), ("hidden_dim", "search_hidden_dims"),
+        ("num_recursions", "search_num_recursions"), ("epochs", "search_epochs"))},
+    **dict.fromkeys(("patience", "stop_epoch", "max_minutes", "wandb_mode"),
+                    "whose trials train to the end, untracked")}
+
+
 @dataclass
 class Search:
     """Search hyper-parameters into artifacts/RUN_NAME/search, as 05_search does.
@@ -171,6 +180,10 @@ class Search:
         from .evaluation.actor import actor_of
         from .search.search import claim, run_search, verdict
 
+        ignored = self.config.changes().keys() & _OF_TRIALS.keys()
+        for name in sorted(ignored):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on a search, "
+                             f"{_OF_TRIALS[name]}; leave it out")
         folder = paths.run_dir(self.run_name)
         claim(self.config, folder)  # refuses other settings before anything is collected
         ensure_demonstrations(self.config, actor_of(self.config))
@@ -380,6 +393,8 @@ class Preflight:
         from .opengl import ensure_gl
         from .preflight import preflight, table
 
+        if self.quick + self.gl + self.selftest > 1:
+            raise ValueError("--quick, --gl and --selftest are three different checks; choose one")
         if self.gl:
             found = ensure_gl()
             line = f"OpenGL renders with {found['renderer']}, {found['ms']:.0f} ms a frame"
@@ -538,7 +553,8 @@ def main(argv: list[str] | None = None) -> int:
         minutes_left()  # refuses a bad TRM_STOP_AT before the work
         if getattr(command, "run", None) == "":
             raise ValueError("RUN is empty; expected a run under artifacts/, such as demo")
-        if isinstance(command, (Search, Run)):
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and isinstance(command, (Search, Run)):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends kernels as Ctrl-C does
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result, lines, ok = command()

@@ -197,7 +197,9 @@ def inside(folder: str | os.PathLike, path: str | os.PathLike) -> Path | None:
 
 def short_name(name: str) -> str:
     """``name``, with a digest in place of its end if it is too long for a file system."""
-    return name if len(name) <= 100 else f"{name[:83]}-{digest(name.encode())}"
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= 100 else (
+        f"{encoded[:83].decode(errors='ignore')}-{digest(encoded)}")
 
 
 def differences(there: Mapping, now: Mapping, missing: str = "none") -> str:

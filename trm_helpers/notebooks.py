@@ -42,6 +42,10 @@ _MINUTES = {  # of each stage of preset demo on two cores: the first estimate of
 
 # --- one notebook --------------------------------------------------------------------------------
 
+class _Failed(Exception):
+    """A notebook failed. Without a text, in which a full disk would be looked for."""
+
+
 def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None, *,
                  run_dir: str | os.PathLike | None = None,
                  environment: Mapping[str, str] | None = None,
@@ -79,14 +83,18 @@ def run_notebook(name_or_path: str | os.PathLike, parameters: dict | None = None
                    "TRM_DATA_DIR": str(paths.data_dir()), **(environment or {})}
     output = folder.resolve() / "notebooks" / source.name
     failed = output.with_suffix(".failed.ipynb")
-    with atomic_path(output) as temporary:
-        if error := _in_own_process(stop, log, environment, source, temporary, parameters,
-                                    stage or (source.stem,)):
-            if not temporary.exists():
-                raise RuntimeError(f"{source.name} did not start; see "
-                                   f"{log or 'the messages above'}")
-            os.replace(temporary, failed)
-            raise RuntimeError(f"{source.name} failed: {error}\nThe copy up to there is {failed}")
+    kept = False
+    try:
+        with atomic_path(output) as temporary:
+            if error := _in_own_process(stop, log, environment, source, temporary, parameters,
+                                        stage or (source.stem,)):
+                if kept := temporary.exists():
+                    os.replace(temporary, failed)
+                raise _Failed
+    except _Failed:
+        raise RuntimeError(
+            f"{source.name} failed: {error}"
+            + (f"\nThe copy up to there is {failed}" if kept else "")) from None
     failed.unlink(missing_ok=True)
     return output
 
@@ -116,10 +124,11 @@ def suite_notebooks() -> list[Path]:
 
 def _find_notebook(name_or_path: str | os.PathLike) -> Path:
     path = Path(name_or_path)
-    for candidate in (path, paths.notebooks_dir() / f"{path.stem}.ipynb"):
+    known = [p.stem for p in suite_notebooks()]
+    named = paths.notebooks_dir() / f"{path.name.removesuffix('.ipynb')}.ipynb"
+    for candidate in (path, *[named] * (path == Path(path.name))):  # no folder that may be wrong
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()
-    known = [p.stem for p in suite_notebooks()]
     raise FileNotFoundError(f"no preset or notebook {str(path)!r}; expected the path of an .ipynb, "
                             f"one of {', '.join(known)}, or a preset, one of "
                             f"{', '.join(PRESETS)}{did_you_mean(str(path), [*known, *PRESETS])}")
@@ -213,6 +222,7 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
     os.environ.setdefault("TQDM_MININTERVAL", "1")  # each refresh is stored in the executed copy
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm: text is wanted
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     try:
         with Stage(*stage) as progress:
@@ -226,6 +236,11 @@ def _execute(connection: Connection, source: Path, output: Path, parameters: dic
     except papermill.PapermillExecutionError as error:
         lines = without_colours("\n".join(error.traceback)).splitlines()[-_TRACEBACK_LINES:]
         connection.send("\n".join([f"{error.ename}: {error.evalue}", *lines])[:_ERROR_LENGTH])
+        sys.exit(1)
+    except DeadKernelError:
+        sys.exit(1)
+    except Exception as error:  # no kernel starts, or the copy cannot be written
+        connection.send(f"{type(error).__name__}: {error}"[:_ERROR_LENGTH])
         sys.exit(1)
 
 

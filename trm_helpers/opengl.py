@@ -234,7 +234,8 @@ def ensure_gl() -> dict:
             raise
     for step in _install_steps():
         print("+", *step, flush=True)
-        if subprocess.run(step, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}).returncode:
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        if subprocess.run(step, env=environment, stdout=2).returncode:  # no part of --json
             raise RuntimeError(f"`{' '.join(step)}` failed; {_hint()}")
     return configure_gl()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import schema
 
-_KAGGLE = Path(os.environ.get("TRM_KAGGLE", "/kaggle"))  # another folder in an emulated session
+_KAGGLE = Path(os.environ.get("TRM_KAGGLE") or "/kaggle")  # another folder in an emulated session
 KAGGLE_INPUT = _KAGGLE / "input"
 KAGGLE_WORKING = _KAGGLE / "working"
 KAGGLE_TEMPORARY = Path("/tmp/trm") if str(_KAGGLE) == "/kaggle" else _KAGGLE / "temporary"

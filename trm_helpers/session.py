@@ -72,8 +72,9 @@ def begin(version: str = __version__) -> None:
     _refuse_unknown_parameters()
     _say("package", f"trm_helpers {__version__}, Python {sys.version.split()[0]}, {home}")
     if paths.on_kaggle():
-        os.environ.setdefault("TRM_DATA_DIR", str(paths.KAGGLE_TEMPORARY / "data"))
-        os.environ.setdefault("HF_HOME", str(paths.KAGGLE_TEMPORARY / "hub"))
+        for variable, name in (("TRM_DATA_DIR", "data"), ("HF_HOME", "hub")):
+            if not os.environ.get(variable, "").strip():
+                os.environ[variable] = str(paths.KAGGLE_TEMPORARY / name)
         for what, step in (("GPU", _gpus), ("network", _network), ("W&B", _tracking),
                            ("time", _time_left), ("working disk", _free_space),
                            ("attached runs", _take_over_runs),

@@ -102,7 +102,7 @@ def test_reference_parameter_count_worked_out_by_hand():
     counts = count_parameters(TRMPolicy(ModelConfig()))
     assert counts == {"encoders": encoder, "block": block, "head": head}
     assert sum(counts.values()) == 5_689_575
-    paper = TRMPolicy(small(variant="trm", image_size=64, image_grid=2))  # whose action queries belong to no child
+    paper = TRMPolicy(small(variant="trm", image_size=64, image_grid=2))  # has action queries
     assert sum(count_parameters(paper).values()) == sum(map(torch.numel, paper.parameters()))
 
 
