@@ -35,7 +35,7 @@ help:
 setup:  # one at a time; anew for another PYTHON, and if the one it was made with is gone
 	@mkdir -p $(dir $(VENV))
 	@found=$$($(BIN)/python -VV 2> /dev/null); [ ! -e $(STAMP) ] || { [ -n "$$found" ] && \
-	    [ $(origin PYTHON) = file -o "$$found" = "$$($(PYTHON) -VV)" ]; } || rm $(STAMP)
+	    [ "$(origin PYTHON)" = file -o "$$found" = "$$($(PYTHON) -VV)" ]; } || rm $(STAMP)
 	@flock $(VENV).lock $(MAKE) --silent $(STAMP)
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
