@@ -602,7 +602,7 @@ def test_a_run_of_four_suites_shows_a_bar_for_each_and_its_tasks_on_demand():
     page = Page(run)
     assert "Shipped with the project; not evaluated on this machine yet." in page.text
     assert "rates are in its card, pretrained/four-suites/README.md." in page.text
-    assert any(text.startswith("40 rows") for _, text in page.all("details"))
+    assert any(text.startswith("Each of the 40 files") for _, text in page.all("details"))
     published = read_json(repo_root() / "docs/results/four-suites/four-suites.json")
     write_json(run / "results.json", published["results"])
     page = Page(run)
