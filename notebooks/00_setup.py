@@ -129,7 +129,7 @@ print("this run:       ", folder)
 # ## What a policy sees and sends
 #
 # The agent view is a fixed camera in front of the robot; the wrist camera moves with the gripper.
-# These frames show a sampled layout of the first task, rendered just now. They are stored upside
+# These frames, rendered just now, show a sampled layout of the first task. Frames are stored upside
 # down, because OpenGL counts rows from the bottom, and are flipped only for display.
 #
 # Twenty times per simulated second the policy sends an action of seven numbers in [-1, 1]. The

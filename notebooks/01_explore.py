@@ -212,10 +212,9 @@ print(f"The median demonstration has {np.median(lengths):.0f} steps, "
 # In files of the scripted expert, image `t` was taken *before* action `t` ("raw"); in LIBERO's own
 # files it was taken *after* action `t` ("shift"). With the wrong pairing the policy learns to
 # repeat its last action, so the alignment is measured rather than assumed. The upper panel shows
-# when the joint angles were stored, in control steps from the decision (negative: before it); the
-# residual is the share of the motion that this time leaves unexplained. The lower panel shows the
-# delay between an action and the arm's motion. Both black lines should lie in areas of the same
-# name, raw or shift.
+# when the joint angles were stored, in control steps from the decision (negative: before it). The
+# lower panel shows the delay between an action and the arm's motion. Both black lines should lie in
+# areas of the same name, raw or shift.
 
 # %%
 fig = plots.plot_alignment(**found["alignment"])
@@ -233,7 +232,8 @@ print(f"This file is {name!r}: judged by the {evidence['method']}, image t belon
 # eight flips and rotations; the closest match must be LIBERO's orientation. Replay: the actions of
 # some demonstrations, executed from their first state, must succeed again. If they do not, a policy
 # that imitates them cannot be expected to succeed. `bad` marks a fault that spoils training; `look`
-# marks a value to check, which may be harmless.
+# marks a value to check, which may be harmless. In row `alignment`, `residual` is the share of the
+# motion that the measured pairing leaves unexplained.
 
 # %%
 size = found["image_shapes"]["agentview_rgb"][1]  # of (steps, height, width, channels)

@@ -133,7 +133,7 @@ display(pd.DataFrame([{"entry": name, "shape": tuple(value.shape), "type": str(v
 #
 # - Actions past the end of the demonstration do not exist.
 # - Actions after a push cannot be predicted from earlier observations: the push moves the arm, and
-#   the demonstrator answers from the new position.
+#   the demonstrator responds from the new position.
 #
 # The figure has a column per sample, in order of time, and a row per action of its chunk. A sample
 # begins at each rendered frame, one in `frame_stride` steps. The figure shows a training

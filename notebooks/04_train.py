@@ -15,11 +15,11 @@
 # observations.
 #
 # **What you will learn**
-# - to write a training loop in ten lines, and what the real trainer adds to it
-# - to read loss curves: when training is finished, and what overfitting looks like
+# - how to write a training loop in ten lines, and what the real trainer adds to it
+# - how to read loss curves: when training is finished, and what overfitting looks like
 # - why a low loss is not the goal: the loss measures agreement with the demonstrator along
 #   demonstrated trajectories; success at the task is measured in the simulator (`06_eval`)
-# - to stop, resume and repeat a training, and what a run folder holds
+# - how to stop, resume and repeat a training run, and what a run folder holds
 #
 # **Time**: 10 minutes to read; 4 to run (preset `demo`, two CPU cores).
 # **Needs** demonstrations (collected if missing, see `00_setup`). **Writes** a run folder

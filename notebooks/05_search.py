@@ -12,13 +12,13 @@
 # # 05 Hyper-parameter search
 #
 # A search trains the policy with several settings and ranks them. The grid combines learning rates,
-# widths and numbers of recursions; a point is one combination, a trial its training.
+# widths and numbers of recursions; a point is one combination, a trial is the training of one.
 #
 # **What you will learn**
-# - to read a ranking, and what it cannot tell: another seed changes a loss too
-# - to see which setting matters, from parallel coordinates and an importance estimate
-# - to choose between a grid, Optuna's sampler and successive halving
-# - to train the best settings in full, which is what the ranking is for
+# - how to read a ranking, and what it cannot tell: another seed changes a loss too
+# - how to see which setting matters, from parallel coordinates and an importance estimate
+# - how to choose between a grid, Optuna's sampler and successive halving
+# - how to train the best settings in full, which is what the ranking is for
 #
 # **Time**: 10 minutes to read; 1 to 2 to run (preset `demo`, two CPU cores).
 # **Needs** demonstrations (collected if missing, see `00_setup`). **Writes**
@@ -236,8 +236,8 @@ if best.exists():
 # <details><summary>Answer</summary>
 #
 # It is the first epoch whose loss exceeds the lowest loss by at most a tenth of the whole
-# improvement. The last trial converges late: with its low learning rate, the early epochs bring a
-# smaller share of the improvement than in the best trial.
+# improvement. The last trial converges one epoch later than the best: with its low learning rate,
+# the early epochs bring a smaller share of the improvement.
 #
 # ```python
 # losses = stored[-1]["val_losses"]

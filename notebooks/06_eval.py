@@ -18,8 +18,8 @@
 # **What you will learn**
 # - why a success rate means little without its number of episodes, its interval and its protocol
 # - what bounds it: replayed demonstrations, the scripted expert, random actions, no action
-# - to see from films and counts how a policy fails
-# - to compare two policies on the same episodes, and when a difference is significant
+# - how to see from films and counts how a policy fails
+# - how to compare two policies on the same episodes, and when a difference is significant
 #
 # **Time**: 10 minutes to read; 1 to 2 to run (preset `demo`, two CPU cores).
 # **Needs** the run folder of `04_train`. **Writes** into it `episodes.jsonl`, `results.json`,
@@ -225,10 +225,10 @@ print(f"Successes take {min(lengths)} to {max(lengths)} steps "
 # ## Watch the episodes
 #
 # The films run in real time and show a view that the policy does not receive, with the agent view
-# and the wrist view small beside it. The dots show the planned path, one per action of the chunk:
-# orange for actions that are executed, blue for actions that the next decision replaces. In a
-# failed episode, did the policy miss the object, drop it, or miss the target? Successes and
-# failures are stored in separate folders.
+# and the wrist view small beside it. The dots show the predicted path, one for each remaining
+# action of the chunk: orange for actions that are executed, blue for actions that the next decision
+# replaces. In a failed episode, did the policy miss the object, drop it, or miss the target?
+# Successes and failures are stored in separate folders.
 
 # %%
 filmed = films_of(episodes, evaluation.folder)

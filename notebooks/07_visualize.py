@@ -15,11 +15,11 @@
 # does it need, and which pixels matter? The last code cell writes a report of the whole run.
 #
 # **What you will learn**
-# - to look for systematic errors of a policy: one wrong dimension, a shrunken range, wrong gripper
-#   commands
-# - to watch a recursion form an action, step by step, and to see whether it converges
-# - to measure what each recursion contributes, by differences on the same samples
-# - to read a saliency map, and what it does not prove
+# - how to look for systematic errors of a policy: one wrong dimension, a shrunken range, wrong
+#   gripper commands
+# - how to watch a recursion form an action, step by step, and see whether it converges
+# - how to measure what each recursion contributes, by differences on the same samples
+# - how to read a saliency map, and what it does not prove
 #
 # **Time**: 10 minutes to read; less than one to run (preset `demo`, two CPU cores).
 # **Needs** the run folder of `04_train` and its demonstrations. **Writes** into the run folder
@@ -210,9 +210,10 @@ print(recursion["sentence"])
 # samples than between depths, so the middle panel shows differences on the same samples: the error
 # at each depth minus the error at the training depth (dotted line), with the 95 % interval of these
 # paired differences. Left of the dotted line, an interval above 0 means that the recursions left
-# out there improve the action; right of it, one around 0 means that further ones neither help nor
-# harm. Even if this network needs its recursions, the task may not: a network trained with fewer
-# may do as well.
+# out there improve the action; right of it, one around 0 means that no effect of further ones was
+# measured. Steps of one demonstration resemble each other, so these intervals are too narrow. Even
+# if this network needs its recursions, the task may not: a network trained with fewer may do as
+# well.
 
 # %%
 curve = explain.depth_curve(policy, data, num_samples=num_samples)
@@ -291,11 +292,12 @@ print(f"With halting={profile['halting']!r}, a sample uses {profile['mean']:.2f}
 #
 # Integrated gradients (arXiv 1703.01365) attribute the arm's first predicted action to pixels, by
 # gradients averaged along the path from a black image to this one, shown over the grey image.
-# Bright pixels affect the action most; one would expect them on the gripper, the object and the
-# target, not on the wall. All cameras share one scale, so a camera with a dark map has little
-# effect at this moment. Near the object, often only the wrist camera has an effect. A map describes
-# one network: in two trainings of `demo`, the agent view's share was 5 and 39 %. The convolutions
-# do not reach the outermost 4 of 64 pixels at two sides, where the maps are grey.
+# Bright pixels contribute most to the action; expect them on the gripper, the object and the
+# target, not on the wall. Black pixels equal the black image and get nothing, whatever they show.
+# All cameras share one scale, so a camera with hardly any colour has little effect at this moment.
+# Near the object, often only the wrist camera has an effect. A map describes one network: in two
+# trainings of `demo`, the agent view's share was 5 and 39 %. The convolutions do not reach the
+# outermost 4 of 64 pixels at two sides, where the maps are grey.
 
 # %%
 maps = explain.saliency(policy, observations)
@@ -318,8 +320,9 @@ print(explain.saliency_sentence({camera: maps[camera][0] for camera in images}))
 #   what depth is worth in episodes; `depth_episodes` measures that.
 # - **The recursions used** show on which samples a halting rule spends recursions, but not that
 #   those samples are harder.
-# - **Saliency** shows where a small change of a pixel changes the action, but not why, nor what
-#   happens if an object is moved; the robustness card of `06_eval` measures that.
+# - **Saliency** shows to which pixels the difference between this image's action and a black
+#   image's is attributed, but not why, nor what happens if an object is moved; the robustness card
+#   of `06_eval` measures that.
 
 # %% [markdown]
 # ## Report

@@ -284,8 +284,8 @@ def test_search_prints_the_trials_in_order(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "1. a: 1 of 2 episodes, validation loss 0.25", "2. b: validation loss 0.25",
         "3. c: validation loss 0.25, stopped after 3 epochs", "4. d: failed: no GPU",
-        "a has a validation loss of 0.25, b has a validation loss of 0.25, with one training each: "
-        "no difference can be claimed, because another seed changes a loss too.",
+        "a has a validation loss of 0.25, b has a validation loss of 0.25, with one training run "
+        "each: no difference can be claimed, because another seed changes a loss too.",
         f"results  {paths.artifacts_dir() / 's' / 'search'}"]
     with pytest.raises(SystemExit, match="2"):
         main(["search", "tiny", "--run-name", "s", "--search-shard", "5/4"])

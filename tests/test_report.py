@@ -392,14 +392,14 @@ def test_the_recursion_has_a_slider_over_the_moments_of_07_visualize(trained):
               for found in parsed.images]
     assert [(image[[0, 2]] > 127).tolist() for image in images] == [[True, False], [False, True]]
     assert [found["alt"] for found in parsed.images] == [
-        "What the policy sees at 0.8 s, reach", "What the policy sees at end"]
+        "The view of the policy's first camera at 0.8 s, reach", "The view of the policy's first camera at end"]
 
 
 def test_moments_without_their_images_say_so(trained):
     write_json(trained / "explain.json", {"sentences": [], "moments": [MOMENT]})
     text = Page(trained).text
     assert "figures/07_moments.png is missing or damaged" in text
-    assert "What the policy sees at this moment" not in text
+    assert "The view of the policy's first camera at this moment" not in text
 
 
 @pytest.mark.parametrize("recursions", [[], *(

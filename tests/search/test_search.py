@@ -92,8 +92,8 @@ def test_the_verdict_is_significant_only_if_the_episodes_are():
     assert "difference is not significant at 0.05 (McNemar over 10 pairs: p = 0.062)" in said
     said = verdict([rolled("a", 10), rolled("b", 4)])  # six pairs: 2 / 2^6
     assert "difference is significant at 0.05 (McNemar over 10 pairs: p = 0.031)" in said
-    assert ("from one training each, which another seed may reverse. With 10 episodes per policy"
-            in said)
+    assert ("from one training run each, which another seed may reverse. With 10 episodes per "
+            "policy" in said)
 
 
 def test_with_several_seeds_the_trainings_have_to_differ_too():
@@ -128,7 +128,7 @@ def test_the_trainings_of_one_trial_may_vary_more_than_those_of_the_other():
 def test_the_verdict_on_losses_needs_seeds():
     a = {"trial": "a", "state": "complete", "seeds": [0], "final_val_loss": 0.1}
     b = {**a, "trial": "b", "final_val_loss": 0.2}
-    assert "with one training each: no difference can be claimed" in verdict([a, b])
+    assert "with one training run each: no difference can be claimed" in verdict([a, b])
     for row, losses in ((a, [0.10, 0.11, 0.09]), (b, [0.20, 0.21, 0.19])):
         row.update(seeds=[0, 1, 2], seed_losses=losses)
     assert "difference is significant at 0.05 (Welch over seeds: p = 0.00026)" in verdict([a, b])

@@ -219,7 +219,7 @@ def test_moments_say_how_the_action_forms():
         "After recursion 1 of 2, the arm's movement differs from the demonstrated one by 0.10 on "
         "average; the gripper command is wrong. This recursion changed the state by 63 % of its "
         "norm.")
-    assert "by 0.00 on average, 0.10 less than after the recursion before; " in two["sentence"]
+    assert "by 0.00 on average, 0.10 less than after the previous recursion; " in two["sentence"]
     assert two["sentence"].endswith("by 0 % of its norm: it has almost stopped changing.")
     assert "the gripper command is right" in moments[1]["recursions"][0]["sentence"]
     assert images.shape == (256, 512, 3) and images.dtype == np.uint8

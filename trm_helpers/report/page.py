@@ -34,8 +34,8 @@ HINTS = {  # below the alt text that a figure has from the function that drew it
     "07_predictions.png": "Actions of four held-out samples: demonstrated in blue, predicted in "
                           "orange; errors on average.",
     "07_recursion.png": "A recursion that has converged stops changing its state.",
-    "07_saliency.png": "Bright pixels affect the action most; they should lie on the gripper, the "
-                       "object and the target.",
+    "07_saliency.png": "Bright pixels contribute most to the action; they should lie on the "
+                       "gripper, the object and the target. Black pixels of the image get nothing.",
 }
 
 

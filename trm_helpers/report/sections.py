@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 
 from .. import paths, schema
 from ..config import Config, from_flat, local_settings
@@ -104,6 +103,7 @@ def _task(run: Path) -> Section:
     each = model.cycles * (model.latent_updates + 1) if model.variant == "trm" else 1
     kind = "a Tiny Recursive Model" if model.variant == "trm" else "a recursive network"
     network = (f"{kind} ({model.variant}), which applies one small network "
+               f"{'' if model.halting == 'fixed' else 'up to '}"
                f"{counted(each * model.num_recursions, 'time')} per decision"
                + (f" ({counted(model.num_recursions, 'recursion')} x {each})" if each > 1 else "")
                if model.variant in schema.RECURSIVE else
@@ -215,20 +215,26 @@ def _outcome(row: Mapping) -> dict:
     """An episode's end in words, and the seconds of its phases."""
     if "error" in row:
         return {"outcome": "excluded", "seconds": None, "phases": [],
-                "end": f"Could not be run, excluded: {shorten(str(row['error']), _ERROR)}"}
+                "end": f"Could not be run, excluded: {_shorten(row['error'])}"}
     seconds = int(row["steps"]) / schema.CONTROL_HZ
     phases = [(str(name), int(steps) / schema.CONTROL_HZ) for name, steps in row.get("phases", ())]
     if row["success"]:
         end = f"Success after {seconds:.1f} s."
     elif "policy_error" in row:
         end = (f"Failure after {seconds:.1f} s: the policy raised "
-               f"{shorten(str(row['policy_error']), _ERROR)}")
+               f"{_shorten(row['policy_error'])}")
     else:
         modes = [mode for mode, count in failure_modes([row]).items() if count]
         end = f"Failure: not solved within {seconds:.1f} s" + "".join(
             f"; {mode}" for mode in modes) + "."
     return {"outcome": "success" if row["success"] else "failure", "seconds": seconds,
             "phases": phases, "end": end}
+
+
+def _shorten(error: object) -> str:
+    """An error in one line; of a long one the beginning, also if it is one word."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= _ERROR else f"{line[:_ERROR - 6]} [...]"
 
 
 def _inside(run: Path) -> Section:
@@ -336,7 +342,7 @@ def _search(run: Path) -> Section:
 def _limits(run: Path) -> Section:
     config = load_config(run)
     said = ["Simulation only: nothing here was measured on a physical robot.",
-            "One training with one random seed; another seed can give another success rate.",
+            "One training run with one random seed; another seed can give another success rate.",
             f"Only {counted(len(config.data.task_ids), 'task')} of {config.data.suite}: no claim "
             "about other tasks, objects or scenes.",
             "Success is the simulator's own check of the goal; it ignores smoothness, force and "

@@ -61,7 +61,8 @@ def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figu
         ranking.bar_label(bars, [f"{loss:.4f}" for loss in losses], padding=3)
         ranking.set(xlim=(0, 1.2 * max(losses)), xlabel="final validation loss")
         ranking.locator_params(axis="x", nbins=5)
-    ranking.set_title("Ranking (best in bold)")
+    seeds = max(len(trial.get("seeds", [0])) for trial in trials)
+    ranking.set_title(f"Ranking (best in bold{'; means over seeds' if seeds > 1 else ''})")
     ranking.invert_yaxis()
     ranking.get_yticklabels()[0].set_fontweight("bold")
     for trial, colour in reversed(list(zip(trials, colours, strict=True))):
@@ -69,14 +70,15 @@ def plot_search_ranking(trials: Sequence[Mapping], names: Sequence[str]) -> Figu
         curves.plot(epochs, trial["val_losses"], color=colour, marker=".",
                     linewidth=2.5 if trial is trials[0] else 1.2)
     curves.set(xlabel="epoch", ylabel="validation loss (log scale)",
-               title="Training (best: thick line)")
+               title=f"Training (colours as left{'; first seed' if seeds > 1 else ''})")
     log_axis(curves.yaxis)
     count_axis(curves.xaxis)
     legend = "".join(f", {short} {name}" for name, short in _SHORT.items() if name in names)
     fig.suptitle(f"Search over {len(trials)} configurations: lr learning rate{legend}")
-    ends = [f"{place} {label} with validation loss {loss:.4g}"
-            for place, label, loss in (("Best", labels[0], losses[0]),
-                                       ("last", labels[-1], losses[-1]))]
+    solved = [f"{trial['successes']} of {trial['episodes']} successes and "
+              if "successes" in trial else "" for trial in trials]
+    ends = [f"{place} {labels[i]} with {solved[i]}validation loss {losses[i]:.4g}"
+            for place, i in (("Best", 0), ("last", -1))]
     return describe(fig, f"{'; '.join(ends)}.")
 
 
@@ -132,7 +134,7 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
     title = {"success_rate": "success rate (%)", "final_val_loss": "final validation loss"}[result]
     fig = new_figure(1.9 * len(names) + 3.0, 4.0)
     axes = fig.subplots()
-    # spread by rank, to separate lines through the same values
+    # spread by rank, to separate lines through the same value
     spread = _SPREAD * np.linspace(0.5, -0.5, len(trials)) if len(trials) > 1 else np.zeros(1)
     heights = []
     for place, name in enumerate([*names, result]):
@@ -141,7 +143,8 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
         ticks = dict(zip(values, height, strict=True))
         if len(ticks) > 5 and name in ("lr", result):
             ticks = {value: ticks[value] for value in (min(values), max(values))}
-        heights.append(height + (0 if name == result else spread))
+        shared = np.array([values.count(value) > 1 for value in values])
+        heights.append(height + (0 if name == result else spread * shared))
         axes.axvline(place, color=GREY, linewidth=1, zorder=0)
         for value, at in ticks.items():
             text = f"{100 * value:.0f}" if name == "success_rate" else (
@@ -154,7 +157,8 @@ def plot_search_coordinates(trials: Sequence[Mapping], names: Sequence[str]) -> 
                   linewidth=1.2 if rank else 2.5)
     axes.set(xticks=range(len(heights)), xticklabels=[*names, title], yticks=[],
              xlim=(-0.1, len(heights) - 0.6))
-    axes.set_xlabel("lines through the same value are drawn apart")
+    axes.set_xlabel("lines through the same value are drawn apart"
+                    + "; a lower loss is better" * (result != "success_rate"))
     axes.spines[["left", "bottom"]].set_visible(False)
     fig.suptitle(f"{len(trials)} trials across their settings (best: thick; others dark to light; "
                  "lr on a log scale)")

@@ -290,13 +290,13 @@ def verdict(ranked: Sequence[dict]) -> str:
         p_values["Welch over seeds"] = _welch(best[measured], second[measured])
     said = ", ".join(both)
     if not p_values:
-        return (f"{said}, with one training each: no difference can be claimed, because another "
-                "seed changes a loss too.")
+        return (f"{said}, with one training run each: no difference can be claimed, because "
+                "another seed changes a loss too.")
     tests = ", ".join(f"{name}: p = {p:.2g}" for name, p in p_values.items())
     able = f" {detectable(best)}." if rollouts else ""
     if max(p_values.values()) >= _SIGNIFICANT:
         return f"{said}: the difference is not significant at 0.05 ({tests}).{able}"
-    caution = "" if several else ", from one training each, which another seed may reverse"
+    caution = "" if several else ", from one training run each, which another seed may reverse"
     return f"{said}: the difference is significant at 0.05 ({tests}){caution}.{able}"
 
 

@@ -87,8 +87,9 @@ def plot_action_phases(actions, phases: Sequence[str], pushed: Sequence[bool]) -
         for start in starts[1:]:
             axes.axvline(edges[start], color="black", linestyle=":", linewidth=1)
     for start, end in zip(starts, [*starts[1:], len(phases)], strict=True):
-        fig.axes[0].text((edges[start] + edges[end]) / 2, 1.02, phases[start], ha="center",
-                         va="bottom", transform=fig.axes[0].get_xaxis_transform())
+        if (end - start) / len(phases) > 0.011 * len(phases[start]):  # it would cover another name
+            fig.axes[0].text((edges[start] + edges[end]) / 2, 1.02, phases[start], ha="center",
+                             va="bottom", transform=fig.axes[0].get_xaxis_transform())
     order = ", then ".join(phases[start] for start in starts)
     return describe(fig, f"{fig.finding} Phases: {order}. The arm is pushed in "
                          f"{np.count_nonzero(pushed)} of {len(phases)} steps.")

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import torch
 from captum.attr import IntegratedGradients
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from .. import schema
@@ -317,8 +318,8 @@ def plot_halting(profile: Mapping) -> Figure:
                    f"(halting: {profile['halting']})")
     count_axis(axes.xaxis)
     axes.legend()
-    return describe(axes.figure, f"{min(profile['depths'])} to {max(profile['depths'])} "
-                                 f"recursions used, mean {profile['mean']:.2f}, of at most "
+    used = " to ".join(map(str, sorted({min(profile["depths"]), max(profile["depths"])})))
+    return describe(axes.figure, f"{used} recursions used, mean {profile['mean']:.2f}, of at most "
                                  f"{profile['limit']}.")
 
 
@@ -371,8 +372,10 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
         image.set_ylabel(schema.CAMERA_TITLES[camera])
         over.set_title(f"{_percent(camera, maps):.0f} % of the attribution")
     grid[0, 0].set_title("image")
-    fig.colorbar(matplotlib.cm.ScalarMappable(cmap=colours), ax=grid[:, 1],
-                 label="colour over the grey image: attribution (1: strongest pixel)")
+    values = np.linspace(0, 1, 256)[:, None]
+    over_grey = (1 - np.sqrt(values)) * 0.25 + np.sqrt(values) * colours(values[:, 0])[:, :3]
+    fig.colorbar(matplotlib.cm.ScalarMappable(cmap=ListedColormap(over_grey)), ax=grid[:, 1],
+                 label="attribution (1: strongest pixel), as drawn over a medium grey")
     fig.suptitle("Saliency of the first predicted arm action")
     return describe(fig, saliency_sentence(maps))
 

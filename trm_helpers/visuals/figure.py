@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from ..files import atomic_path
@@ -165,10 +165,18 @@ def count_axis(axis) -> None:
 
 
 def log_axis(axis) -> None:
-    """Logarithmic, labelled with plain numbers at 1, 2, 3 and 5 of each decade."""
+    """Logarithmic, labelled with plain numbers at 1, 2, 3 and 5 of each decade.
+
+    What is drawn within a third of a decade has evenly spaced numbers instead.
+    """
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
+    low, high = getattr(axis.axes, f"get_{axis.axis_name}lim")()
+    if high < 3 * low:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
 
 
 def success_rates(results: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ def plot_places(images, places, names: Sequence[str]) -> Figure:
     for axes, image, found in zip(fig.subplots(1, len(images), squeeze=False)[0], upright(images),
                                   np.asarray(places), strict=True):
         show_image(axes, image)
+        axes.autoscale(False)  # an estimate may lie outside of it
         height, width = image.shape[:2]
         for index, ((column, row), name) in enumerate(zip(found, names, strict=True)):
             axes.plot(column * width - 0.5, (1 - row) * height - 0.5, linestyle="",
@@ -63,6 +64,7 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     for line, image, where, crop, steps in zip(grid, upright(images), trail, seen, moved,
                                                strict=True):
         show_image(line[0], image)
+        line[0].autoscale(False)  # a crop may reach beyond it
         columns, rows = (where * (1, -1) + (0, 1)).T * size[:, None] - 0.5
         line[0].plot(columns, rows, ".-", color=ORANGE, markersize=4, linewidth=1)
         line[0].add_patch(Rectangle((columns[0] - CROP / 2, rows[0] - CROP / 2), CROP, CROP,
@@ -78,8 +80,9 @@ def plot_looks(images, trails, names: Sequence[str], name: str) -> Figure:
     for number, axes in enumerate(grid[0, 1:-1], start=1):
         axes.set_title(f"look {number}")
     grid[0, -1].set_title(f"after {looks}")
-    fig.suptitle(f"Looking again at the {label}: {CROP} pixels around each estimate.\n"
-                 "Cross: the estimate of this look; ring: the final one")
+    fig.suptitle(f"Looking again at the {label}: {CROP} x {CROP} pixels around each estimate "
+                 "(square: those of look 1).\n"
+                 "Cross: the estimate before this look; ring: the final one")
     return describe(fig, "; ".join(
         f"Image {number}: moved by {', '.join(f'{step:.1f}' for step in steps)} pixels"
         for number, steps in enumerate(moved, start=1)) + ".")

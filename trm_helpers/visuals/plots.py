@@ -236,6 +236,12 @@ def plot_latency(depths: Sequence[int], milliseconds: Sequence[float]) -> Figure
 
 
 # --- evaluation ----------------------------------------------------------------------------------
+def short_suite(suite: str) -> str:
+    """``goal`` of ``libero_goal``; but ``libero_10`` stays, which a number would not tell."""
+    short = suite.removeprefix("libero_")
+    return suite if short.isdigit() else short
+
+
 @styled
 def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
     """Success rate per task with 95 % Wilson intervals, for each policy by name.
@@ -246,7 +252,7 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
     suites = {task["suite"] for summary in summaries.values() for task in summary["tasks"]}
     (only,) = suites if len(suites) == 1 else ("",)
     groups = {name: {str(task["task_id"]) if only else
-                     f"{task['suite'].removeprefix('libero_')} {task['task_id']}": task
+                     f"{short_suite(task['suite'])} {task['task_id']}": task
                      for task in summary["tasks"]} for name, summary in summaries.items()}
     labels = list(dict.fromkeys(label for tasks in groups.values() for label in tasks))
     if len(labels) > 1:
@@ -271,7 +277,7 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
              title="Success rate with 95 % Wilson interval"
                    + "\n(above: successes/episodes)" * (not full))
     if len(groups) > 1:
-        fig.legend(loc="outside lower center", ncols=3)
+        fig.legend(loc="outside lower center", ncols=3 if max(map(len, groups)) <= 25 else 1)
     return describe(fig, "; ".join(f"{name}: {format_success(summary)}"
                                    for name, summary in summaries.items()) + ".")
 
@@ -317,11 +323,12 @@ def plot_episode_tiles(rows: Sequence[Mapping]) -> Figure:
         axes.text(x, y, f"{sign}{seconds}", ha="center", va="center")
     axes.set(xticks=range(0, len(states), every), xticklabels=states[::every],
              yticks=range(len(tasks)), xlabel="init state", xlim=(-0.6, len(states) - 0.4),
-             yticklabels=[f"{suite.removeprefix('libero_')}, task {task}" for suite, task in tasks],
+             yticklabels=[f"{short_suite(suite)}, task {task}" for suite, task in tasks],
              ylim=(len(tasks) - 0.4, -0.6))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Episodes: success (\N{CHECK MARK}) or failure (\N{BALLOT X}), and their length")
+    axes.set_title("Episodes: success (\N{CHECK MARK}) or failure (\N{BALLOT X})"
+                   + ", and their length" * (len(states) <= 15))
     failed = [f"{suite} task {task} init state {row['init_state']}" for suite, task in tasks
               for row in rows if (row["suite"], row["task_id"]) == (suite, task)
               and not row["success"]]

@@ -52,7 +52,7 @@ def plot_refinement(image, changes: Mapping[str, Sequence[float]], actions,
     for values, colour, dashes in zip(changes.values(), PALETTE, DASHES, strict=False):
         change.plot(steps[1:], 100 * np.asarray(values), dashes, marker="o", color=colour)
     change.set(ylim=(0, 110 * max(map(max, changes.values()))), xlabel=unit,
-               title="change of the state, % of its new norm")
+               title="change of the state, % of the new state's norm")
     label_right(change, {name: (100 * values[-1], colour) for (name, values), colour
                          in zip(changes.items(), PALETTE, strict=False)})
     cells = table.imshow(actions.T, aspect="auto", cmap="PuOr", vmin=-1.5, vmax=1.5)
@@ -123,13 +123,19 @@ def visualize_recursive_states(policy, observations: Mapping) -> tuple[dict, Fig
     return report, plot_recursion(states[:, 0].numpy(), report)
 
 
+def _largest(values: np.ndarray | Sequence[float]) -> float:
+    """The largest finite absolute value; 1 without one."""
+    values = np.abs(values)
+    return float(values[np.isfinite(values)].max(initial=0)) or 1.0
+
+
 @styled
 def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     """Heat map of one sample's states (N + 1, D), and norm and change of the state by step."""
     steps = np.arange(len(states))
     fig = new_figure(MAX_WIDTH, 3.8)
     heat, norm, change = fig.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    limit = np.abs(states).max()
+    limit = _largest(states)
     image = heat.imshow(states[:, np.argsort(states[-1])].T, aspect="auto", cmap="PuOr",
                         vmin=-limit, vmax=limit, origin="lower")
     heat.set(xlabel="recursion (0: before the first)", xlim=(-0.5, len(states) - 0.5),
@@ -137,12 +143,12 @@ def plot_recursion(states: np.ndarray, report: Mapping) -> Figure:
     fig.colorbar(image, ax=heat).ax.set_title("value", fontsize="medium")
     norm.plot(steps, report["norms"], marker="o")
     norm.set(xlabel="recursion", title="L2 norm of the state",
-             ylim=(0, 1.15 * max(report["norms"])))
+             ylim=(0, 1.15 * _largest(report["norms"])))
     change.plot(steps[1:], report["changes"], marker="o", color=RED)
     change.axhline(CONVERGED * report["norms"][-1], color=GREY, linestyle=":",
                    label=f"converged below\n({100 * CONVERGED:.0f} % of the norm)")
     change.set(xlabel="recursion", title="L2 norm of its change",
-               ylim=(0, 1.25 * max(report["changes"])))
+               ylim=(0, 1.25 * _largest(report["changes"])))
     change.legend(loc="upper right")
     for axes in (heat, norm, change):
         count_axis(axes.xaxis)
@@ -216,7 +222,9 @@ def plot_recursion_steps(steps: Mapping) -> Figure:
                    title=f"arm error {steps['errors'][step - 1]:.3f}")
         bottom.invert_yaxis()
     fig.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    fig.suptitle("The state (above) and the action read from it (below) after each recursion")
+    which = "each recursion" if len(shown) == len(actions) else (
+        f"recursions {', '.join(map(str, shown))} of {len(actions)}")
+    fig.suptitle(f"The state (above) and the action read from it (below) after {which}")
     away = np.abs(actions - actions[-1]).max(axis=1)
     settled = 2 + max(np.flatnonzero(away >= SETTLED), default=-1)
     end = (f"from recursion {settled} on it is within {SETTLED:g}" if settled < len(actions) else
@@ -258,9 +266,10 @@ def _moment_sentence(k: int, steps: Mapping) -> str:
     gripper = "right" if (np.sign(actions[k, schema.GRIPPER_INDEX])
                           == np.sign(target[schema.GRIPPER_INDEX])) else "wrong"
     difference = errors[k] - errors[k - 1] if k else 0.0
-    compared = "" if not k else (", as after the recursion before" if abs(difference) < 0.005 else
-                                 f", {abs(difference):.2f} {'more' if difference > 0 else 'less'} "
-                                 "than after the recursion before")
+    compared = "" if not k else ", " + (
+        "the same as" if abs(difference) < 0.005 else
+        f"{abs(difference):.2f} {'more' if difference > 0 else 'less'} than"
+    ) + " after the previous recursion"
     return (f"After recursion {k + 1} of {len(actions)}, the arm's movement differs from the "
             f"demonstrated one by {errors[k]:.2f} on average{compared}; the gripper command is "
             f"{gripper}. This recursion changed the state by {100 * change:.0f} % of its norm"
