@@ -392,7 +392,7 @@ def test_the_recursion_has_a_slider_over_the_moments_of_07_visualize(trained):
               for found in parsed.images]
     assert [(image[[0, 2]] > 127).tolist() for image in images] == [[True, False], [False, True]]
     assert [found["alt"] for found in parsed.images] == [
-        "The view of the policy's first camera at 0.8 s, reach", "The view of the policy's first camera at end"]
+        f"The view of the policy's first camera at {moment}" for moment in ("0.8 s, reach", "end")]
 
 
 def test_moments_without_their_images_say_so(trained):
