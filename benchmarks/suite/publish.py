@@ -382,7 +382,7 @@ def show_results(rows: list[dict]):
                                row["seed"]))
     if rows[0]["results"]["protocol"]["suite"] == schema.JOINT_SUITE:
         return (f"{markdown(four_suites.success_lines(rows, label))}\n{training_table(rows)}",
-                four_suites.plot_forty_tasks(rows[0]))
+                four_suites.plot_forty_tasks(rows[-1]))  # DAgger last
     fig = None
     if len(rows[0]["results"]["tasks"]) > _MOST_TASKS:
         played = [init_states(row) for row in rows]
