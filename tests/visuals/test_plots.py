@@ -392,3 +392,17 @@ def test_phases_and_pushes_are_where_they_happened():
     [push] = [patch for patch in figure.axes[2].patches if patch.get_alpha()]
     assert (push.get_x(), push.get_width()) == (0.35, pytest.approx(0.05))
     assert "reach, then grasp, then carry. The arm is pushed in 1 of 20 steps" in figure.finding
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.068, 0.095), (0.115, 0.143), (0.07, 0.25),
+                                           (1e-6, 1e-3)])
+def test_an_axis_of_losses_has_numbers_whatever_their_range(low, high):
+    axes = base.new_axes(4, 3)
+    axes.plot([1, 2], [low, high])
+    base.log_axis(axes.yaxis)
+    axes.figure.draw_without_rendering()
+    bottom, top = axes.get_ylim()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    labelled = [tick for tick in ticks if tick.label1.get_text()
+                and bottom <= tick.get_loc() <= top]
+    assert len(labelled) >= 3

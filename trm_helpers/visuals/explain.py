@@ -375,7 +375,7 @@ def plot_saliency(images: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarra
     values = np.linspace(0, 1, 256)[:, None]
     over_grey = (1 - np.sqrt(values)) * 0.25 + np.sqrt(values) * colours(values[:, 0])[:, :3]
     fig.colorbar(matplotlib.cm.ScalarMappable(cmap=ListedColormap(over_grey)), ax=grid[:, 1],
-                 label="attribution (1: strongest pixel), as drawn over a medium grey")
+                 label="attribution (1: strongest pixel)")
     fig.suptitle("Saliency of the first predicted arm action")
     return describe(fig, saliency_sentence(maps))
 

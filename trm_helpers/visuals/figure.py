@@ -167,7 +167,8 @@ def count_axis(axis) -> None:
 def log_axis(axis) -> None:
     """Logarithmic, labelled with plain numbers at 1, 2, 3 and 5 of each decade.
 
-    What is drawn within a third of a decade has evenly spaced numbers instead.
+    Within one decade every digit is labelled, and a range below a factor of 3 has evenly spaced
+    numbers.
     """
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_formatter("{x:g}")
@@ -176,7 +177,8 @@ def log_axis(axis) -> None:
         axis.set_major_locator(MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
     else:
-        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
+        digits = "235" if high >= 10 * low else "23456789"
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in digits else "")
 
 
 def success_rates(results: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
