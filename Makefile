@@ -51,7 +51,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 # One episode of each of three tasks; another policy and other tasks:
-# make play POLICY=pretrained/four-suites TASKS="0 19 23 36"
+# make play POLICY=pretrained/four-suites TASKS="0 19 29 33"
 POLICY := pretrained/spatial-trm
 TASKS := 0 4 5
 play: setup

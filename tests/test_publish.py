@@ -132,7 +132,8 @@ def test_the_card_of_the_shipped_policy_says_what_its_results_say():
 
 
 def test_what_is_said_of_the_policy_for_four_suites_is_what_its_results_say():
-    found = json.loads((repo_root() / "docs/results/four-suites/four-suites.json").read_text())
+    before, found = (json.loads((repo_root() / "docs/results/four-suites" / name).read_text())
+                     for name in ("four-suites.json", "four-suites-dagger.json"))
     results, counts = found["results"], [
         found["results"]["suites"][suite] for suite in schema.JOINED]
     low, high = (f"{100 * results[end]:.0f}" for end in ("wilson_low", "wilson_high"))
@@ -146,6 +147,9 @@ def test_what_is_said_of_the_policy_for_four_suites_is_what_its_results_say():
     assert f"| {cells} |" in card and f"epoch {found['best_epoch']}" in card
     assert sum(task["success_rate"] == 1 for task in results["tasks"]) == int(
         re.search(r"solves all ten episodes of (\d+) tasks", page)[1])
+    test = paired_mcnemar(before["episodes"], found["episodes"])
+    assert f"gains {test['only_b']} and loses {test['only_a']} (p < 0.001)" in page
+    assert test["p_value"] < 0.001 and f"({before['results']['successes']} of 400)" in card
 
 
 @pytest.mark.parametrize(("software", "taken"), [

@@ -277,7 +277,9 @@ def plot_success(summaries: Mapping[str, Mapping]) -> Figure:
              title="Success rate with 95 % Wilson interval"
                    + "\n(above: successes/episodes)" * (not full))
     if len(groups) > 1:
-        fig.legend(loc="outside lower center", ncols=3 if max(map(len, groups)) <= 25 else 1)
+        letters = 13 * fig.get_figwidth()  # in a line
+        fig.legend(loc="outside lower center",
+                   ncols=int(np.clip(letters // (max(map(len, groups)) + 4), 1, 3)))
     return describe(fig, "; ".join(f"{name}: {format_success(summary)}"
                                    for name, summary in summaries.items()) + ".")
 
