@@ -124,11 +124,11 @@ def suite_notebooks() -> list[Path]:
 
 def _find_notebook(name_or_path: str | os.PathLike) -> Path:
     path = Path(name_or_path)
-    known = [p.stem for p in suite_notebooks()]
     named = paths.notebooks_dir() / f"{path.name.removesuffix('.ipynb')}.ipynb"
     for candidate in (path, *[named] * (path == Path(path.name))):  # no folder that may be wrong
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate.resolve()
+    known = [p.stem for p in suite_notebooks()]
     raise FileNotFoundError(f"no preset or notebook {str(path)!r}; expected the path of an .ipynb, "
                             f"one of {', '.join(known)}, or a preset, one of "
                             f"{', '.join(PRESETS)}{did_you_mean(str(path), [*known, *PRESETS])}")
