@@ -280,23 +280,24 @@ def train(policy: BlinkingPolicy, condition: str, steps: Steps, updates: int, se
 
 
 # --- evaluation ----------------------------------------------------------------------------------
-def play(policies: dict[str, BlinkingPolicy], folder: Path, episodes: int) -> dict[str, list[dict]]:
+def play(policies: dict[str, BlinkingPolicy], folder: Path,
+         init_states: range) -> dict[str, list[dict]]:
     """Every arm from the same init states; each row is kept the moment its episode ends."""
     ledgers = {arm: folder / f"{arm}.jsonl" for arm in policies}
-    rows = {arm: [row for row in read_jsonl(ledger) if row["init_state"] < episodes]
+    rows = {arm: [row for row in read_jsonl(ledger) if row["init_state"] in init_states]
             for arm, ledger in ledgers.items()}
     for task_id in TASKS:
         with LiberoEnv(SUITE, task_id) as env:
             for arm, policy in policies.items():
                 done = {(row["task_id"], row["init_state"]) for row in rows[arm]}
-                for init_state in range(episodes):
+                for init_state in init_states:
                     if (task_id, init_state) not in done:
                         row = {"suite": SUITE, "task_id": task_id, "init_state": init_state,
                                "seed": 0, **run_episode(policy, env, init_state)}
                         append_jsonl(ledgers[arm], row)
                         rows[arm].append(row)
                 solved = sum(row["success"] for row in rows[arm] if row["task_id"] == task_id)
-                print(f"task {task_id}, {arm}: {solved} of {episodes}", flush=True)
+                print(f"task {task_id}, {arm}: {solved} of {len(init_states)}", flush=True)
     return rows
 
 
@@ -309,6 +310,7 @@ def main() -> None:
     parser.add_argument("--demos", type=int, default=50, help="per task")
     parser.add_argument("--updates", type=int, default=STEPS)
     parser.add_argument("--episodes", type=int, default=20, help="per task")
+    parser.add_argument("--first-init-state", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     software = software_versions()  # of the code as it is now
@@ -337,7 +339,8 @@ def main() -> None:
         stored = {name: made.get(name, value) for name, value in used.items()}
         if other := differences(stored, used):
             parser.error(f"{weights} was trained with other settings ({other})")
-    rows = play(policies, folder, given.episodes)
+    first = given.first_init_state
+    rows = play(policies, folder, range(first, first + given.episodes))
     for arm, played in rows.items():
         successes = sum(row["success"] for row in played)
         print(f"{arm:18} {rate_text(successes, len(played))}")
