@@ -131,11 +131,12 @@ def test_episodes_are_played_once_and_no_more_are_counted_than_asked_for(tmp_pat
     for name, fake in (("LiberoEnv", lambda *_: contextlib.nullcontext()),
                        ("run_episode", run_episode)):
         monkeypatch.setitem(memory.play.__globals__, name, fake)
-    memory.play({"reset": "a"}, tmp_path, 2)
-    rows = memory.play({"reset": "a", "gru": "b"}, tmp_path, 3)
+    memory.play({"reset": "a"}, tmp_path, range(2))
+    rows = memory.play({"reset": "a", "gru": "b"}, tmp_path, range(3))
     assert [len(rows[arm]) for arm in ("reset", "gru")] == [9, 9]
     assert len(played) == len(set(played)) * len(memory.TASKS) == 18
-    assert len(memory.play({"reset": "a"}, tmp_path, 1)["reset"]) == 3 and len(played) == 18
+    assert len(memory.play({"reset": "a"}, tmp_path, range(1, 2))["reset"]) == 3
+    assert len(played) == 18
 
 
 def test_the_gru_is_not_larger_than_the_recursion():
