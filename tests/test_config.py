@@ -166,6 +166,8 @@ def test_unknown_names_are_refused_with_a_suggestion_and_the_valid_ones():
     (dict(frame_stride=2, sequence_length=3), "sequence_length=3.*1, or frame_stride=1"),
     (dict(search_lrs=[]), "search_lrs"),
     (dict(search_hidden_dims=[128, 0]), "search_hidden_dims"),
+    (dict(variant="transformer", halting="learned"), "expected 'fixed' with variant='transformer'"),
+    (dict(variant="act", carry_over=True), "expected False with variant='act', which applies its"),
     (dict(search_num_recursions=[-1]), "search_num_recursions"),
     (dict(search_episodes=-1), "search_episodes=-1"),
     (dict(search_epochs=0), "search_epochs"),

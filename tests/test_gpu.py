@@ -128,7 +128,8 @@ def test_captured_training_is_training(small_run, monkeypatch, capsys, replays, 
     dict(augmentation="reference", halting="learned"), dict(augmentation="none", gripper="mixture"),
     dict(augmentation="colour", conditioning="task_id"), dict(augmentation="brightness", chunk=1,
                                                               execution_horizon=1),
-    dict(augmentation="cutout", variant="transformer", halting="convergence")], ids=str)
+    dict(augmentation="cutout", variant="transformer"),
+    dict(augmentation="cutout", halting="convergence")], ids=str)
 def test_other_steps_are_captured_too(small_run, monkeypatch, capsys, settings):
     settings = of_preset("demo", epochs=1, **settings)
     found = small_run("captured", **settings).fit()

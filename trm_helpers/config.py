@@ -199,6 +199,9 @@ class ModelConfig(_Part):
                          f"False with halting={self.halting!r}, which weights all steps together")
         if self.variant not in schema.RECURSIVE:
             object.__setattr__(self, "num_recursions", 1)
+            once = f"with variant={self.variant!r}, which applies its network once"
+            self.require("halting", self.halting == "fixed", f"'fixed' {once}")
+            self.require("carry_over", not self.carry_over, f"False {once}")
         if self.keypoints:
             self.require_localizer("keypoints")
         self.require("image_size", not self.looks or self.image_size % 8 == 0,

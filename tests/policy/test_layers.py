@@ -437,9 +437,9 @@ def test_act_queries_attend_to_the_observation_and_not_vice_versa():
     assert (policy.recurse(nearer).output - policy.recurse(x).output).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", schema.VARIANTS)
+@pytest.mark.parametrize("variant", schema.RECURSIVE)
 @pytest.mark.parametrize("halting", schema.HALTING)
-def test_every_variant_halts_by_every_rule(variant, halting):
+def test_every_recursion_halts_by_every_rule(variant, halting):
     policy = trm(variant=variant, halting=halting, image_size=64)
     x = policy.encode(seen(size=64))
     assert policy.recurse(x).carry.shape == policy.block.initial_state(x).shape
