@@ -356,6 +356,27 @@ def test_policies_with_one_look_and_with_six_are_compared_in_the_same_episodes(p
     assert [row[4] for row in cells[:2]] == ["+0.0 to +100.0", "+50.0 to +50.0"]
 
 
+def test_policies_with_a_memory_are_compared_in_the_same_episodes(publish):
+    def trained(condition, seed, arms):
+        return {"kind": "memory", "condition": condition, "seed": seed, "arms": {
+            arm: [{"task_id": number // 2, "init_state": number % 2, "success": digit == "1"}
+                  for number, digit in enumerate(digits)] for arm, digits in arms.items()}}
+
+    every = {arm: "0000" for arm in publish["scenes"].MEMORY} | {"carried": "0111"}
+    stored = [trained("first", 0, {"carried": "1000", "reset": "0000"}),
+              trained("fourth", 0, every), trained("fourth", 1, every | {"reset": "1111"})]
+    stored[1]["arms"]["carried"].reverse()  # the order of the episodes does not matter
+    text, fig = publish["show_cards"](stored)
+    fourth, first = text.split("seen at the first decision only:")
+    assert "| carried | 75.0 % | 40.9 to 92.9 % | reference |  |" in fourth
+    assert "| reset | 50.0 % | 21.5 to 78.5 % | +25.0, p = 0.62 (3 against 1) |" in fourth
+    assert "| carried | 25.0 % |" in first and "gru" not in first
+    assert "carried, seen at every fourth decision: 6 of 8" in alt_text(fig)
+    stored[0]["arms"]["reset"].pop()
+    with pytest.raises(ValueError):
+        publish["show_cards"](stored)
+
+
 def test_a_policy_of_forty_tasks_is_shown_by_suite_and_task(publish):
     suites = dict(zip(schema.JOINED, (2, 1, 2, 0), strict=True))
     played = {("libero_40", 0): 2, ("libero_40", 10): 1, ("libero_40", 20): 2, ("libero_40", 30): 0}

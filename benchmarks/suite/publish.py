@@ -225,6 +225,8 @@ def show_cards(stored: list[dict]):
         return scenes.show_looks(stored, markdown)
     if kind == "which-bowl":
         return scenes.show_bowls(stored, markdown)
+    if kind == "memory":
+        return scenes.show_memory(stored, markdown)
     cards = {each["label"]: each["card"] for each in stored}
     if kind == "robustness":
         cards = {label: titled(card) for label, card in cards.items()}

@@ -1,7 +1,8 @@
-"""Tables and figures of docs/recursion.md made from experiments on scenes, for publish.py.
+"""Tables and figures of docs/recursion.md made from preregistered experiments, for publish.py.
 
 A file of docs/recursion/look-again or docs/recursion/which-bowl is one training of all arms: for
-each split the task of every scene, and for each arm a digit per scene, 1 where it was right.
+each split the task of every scene, and for each arm a digit per scene, 1 where it was right. One of
+docs/recursion/memory holds the episodes of all arms, under one condition, instead.
 """
 
 import functools
@@ -21,6 +22,9 @@ STEPS = {1: "recursion, stopped after 1", 2: "recursion, stopped after 2",
 BOWLS = ("two layers", "one step", "one step, wide", "six layers", *STEPS.values())
 RIGHT = {"right": "right bowl"}
 CONTROL = ("one look", "six looks")
+MEMORY = ("last seen", "stacked", "gru", "reset", "carried, one step", "carried")
+CONDITIONS = {"fourth": "seen at every fourth decision", "first": "seen at the first decision only"}
+SOLVED = {"success": "episodes solved"}
 
 
 def hits(stored: list[dict], split: str, arm: str, what: str) -> np.ndarray:
@@ -84,8 +88,10 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
     The reference is compared with each arm by the first measure; the others are only listed.
     """
     (what, title), *others = measures.items()
-    table = [["network", title, "95 % Wilson interval", f"{reference} against it: gap in points, p",
-              "95 %, tasks and seeds resampled", *(name for _, name in others)]]
+    arms = tuple(arm for arm in arms if having(stored, split, arm))
+    table = [["policy" if measures is SOLVED else "network", title, "95 % Wilson interval",
+              f"{reference} against it: gap in points, p", "95 %, tasks and seeds resampled",
+              *(name for _, name in others)]]
     for arm in arms:
         runs = having(stored, split, arm)
         found = hits(runs, split, arm, what)
@@ -179,6 +185,58 @@ def show_control(stored: list[dict], markdown):
         table.append([name, *(rate_text(int(won.sum()), won.size) for won in found),
                       *gap_cells(some, "played", CONTROL[::-1], "success")])
     return markdown(table), None
+
+
+def played_by_arms(stored: list[dict], condition: str) -> list[dict]:
+    """The trainings under one condition as ``lines`` takes them, a digit for each episode."""
+    runs = []
+    for run in stored:
+        if run["condition"] == condition:
+            rows = {arm: sorted(played, key=lambda row: (row["task_id"], row["init_state"]))
+                    for arm, played in run["arms"].items()}
+            (episodes,) = {tuple((row["task_id"], row["init_state"]) for row in played)
+                           for played in rows.values()}  # the same of every arm
+            runs.append({"suite": "libero_spatial", "seed": run["seed"], "splits": {"played": {
+                "tasks": [task for task, _ in episodes],
+                "arms": {arm: {"success": [row["success"] for row in played]}
+                         for arm, played in rows.items()}}}})
+    return runs
+
+
+def show_memory(stored: list[dict], markdown):
+    """A table for each condition, and the figure."""
+    runs = {condition: played_by_arms(stored, condition) for condition in CONDITIONS}
+    runs = {condition: found for condition, found in runs.items() if found}
+    tables = [f"The agent view is {CONDITIONS[condition]}:\n\n"
+              + markdown(lines(found, "played", MEMORY, "carried", SOLVED))
+              for condition, found in runs.items()]
+    return "\n".join(tables), plot_memory(runs)
+
+
+@figure.styled
+def plot_memory(runs: dict[str, list[dict]]):
+    """Success of each arm: all seeds with the interval, and a small mark for each seed."""
+    fig = figure.new_figure(4.5 + 3.5 * (len(runs) - 1), 3.6)
+    described = []
+    for axes, (condition, found) in zip(
+            fig.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items(), strict=True):
+        for place, arm in enumerate(MEMORY):
+            if won := [hits([run], "played", arm, "success")
+                       for run in having(found, "played", arm)]:
+                solved, played = sum(int(one.sum()) for one in won), sum(one.size for one in won)
+                rate = 100 * solved / played
+                low, high = (100 * end for end in wilson_interval(solved, played))
+                axes.errorbar(rate, place, xerr=[[rate - low], [high - rate]], fmt="o", capsize=3,
+                              color=PALETTE[0] if "carried" in arm else "0.35")
+                if len(won) > 1:
+                    axes.plot([100 * one.mean() for one in won], [place + 0.25] * len(won), "|",
+                              color="0.5")
+                described.append(f"{arm}, {CONDITIONS[condition]}: {solved} of {played}")
+        axes.set(xlim=(-3, 103), xlabel="episodes solved (%)", title=CONDITIONS[condition],
+                 yticks=range(len(MEMORY)), yticklabels=MEMORY)
+    fig.suptitle("A camera that blinks\n(whiskers: 95 % Wilson interval" + "; above: each seed" * (max(
+        map(len, runs.values())) > 1) + ")")
+    return figure.describe(fig, "; ".join(described) + ".")
 
 
 def show_looks(stored: list[dict], markdown):
