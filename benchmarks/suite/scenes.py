@@ -234,8 +234,8 @@ def plot_memory(runs: dict[str, list[dict]]):
                 described.append(f"{arm}, {CONDITIONS[condition]}: {solved} of {played}")
         axes.set(xlim=(-3, 103), xlabel="episodes solved (%)", title=CONDITIONS[condition],
                  yticks=range(len(MEMORY)), yticklabels=MEMORY)
-    fig.suptitle("A camera that blinks\n(whiskers: 95 % Wilson interval" + "; above: each seed" * (max(
-        map(len, runs.values())) > 1) + ")")
+    seeds = "; above: each seed" * (max(map(len, runs.values())) > 1)
+    fig.suptitle(f"A camera that blinks\n(whiskers: 95 % Wilson interval{seeds})")
     return figure.describe(fig, "; ".join(described) + ".")
 
 
