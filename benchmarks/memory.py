@@ -2,12 +2,14 @@
 
     python benchmarks/memory.py FOLDER --seed 0
     python benchmarks/memory.py FOLDER --seed 0 --condition first --arms carried reset
+    python benchmarks/memory.py FOLDER --seed 100 --arms "last seen" --sampled --episodes 5
 
 A policy decides every four steps. It sees the agent view at its first decision and then at every
 fourth (``--condition fourth``) or never again (``first``), otherwise a black frame. Trains each arm
 on 50 demonstrations per task in randomised layouts, collected first if they are missing, and plays
-the official init states. Keeps ``FOLDER/<condition>-<seed>/<arm>.safetensors`` and a ledger beside
-it; the same command resumes, and writes ``FOLDER/<condition>-<seed>.json`` when all are played.
+the official init states, or for development randomised layouts (``--sampled``). Keeps
+``FOLDER/<condition>-<seed>/<arm>.safetensors`` and a ledger beside it; the same command resumes,
+and, unless sampled, writes ``FOLDER/<condition>-<seed>.json`` when all are played.
 
 The localizer of ``pretrained/spatial-wide`` stays as it is, so that images become positions once,
 before training. Arms:
@@ -54,6 +56,7 @@ from trm_helpers.training.devices import choose_precision
 
 PRECISION = choose_precision("auto", torch.device("cpu"))  # emulated, bf16 is several times slower
 SUITE, TASKS = "libero_spatial", (0, 1, 2)
+SAMPLED_FROM = 100_000  # seed of the first sampled layout
 CAMERA = schema.STILL_CAMERA
 WINDOW = 4  # decisions with a common gradient; every WINDOW-th sees the frame
 NOISE = 0.005  # of positions in training, as a share of the image's side
@@ -65,8 +68,9 @@ SEEN = {"fourth": lambda decision: decision % WINDOW == 0, "first": lambda decis
 def settings(arm: str, demos: int = 50) -> Config:
     return from_flat(
         "demo", suite=SUITE, task_ids=TASKS, num_demos=demos, placement="wide", frame_stride=1,
-        cameras=[CAMERA], conditioning="language", variant="trm", hidden_dim=128,
-        latent_updates=1, cycles=1, num_recursions=1 if arm in ("gru", "carried, one step") else 4,
+        augmentation="none", cameras=[CAMERA], conditioning="language", variant="trm",
+        hidden_dim=128, latent_updates=1, cycles=1,
+        num_recursions=1 if arm in ("gru", "carried, one step") else 4,
         carry_over=arm in ("carried", "gru", "carried, one step"))
 
 
@@ -280,24 +284,28 @@ def train(policy: BlinkingPolicy, condition: str, steps: Steps, updates: int, se
 
 
 # --- evaluation ----------------------------------------------------------------------------------
-def play(policies: dict[str, BlinkingPolicy], folder: Path,
-         init_states: range) -> dict[str, list[dict]]:
-    """Every arm from the same init states; each row is kept the moment its episode ends."""
+def play(policies: dict[str, BlinkingPolicy], folder: Path, episodes: int,
+         sampled: bool = False) -> dict[str, list[dict]]:
+    """Every arm in the same episodes; each row is kept the moment its episode ends."""
+    key, first = ("seed", SAMPLED_FROM) if sampled else ("init_state", 0)
+    wanted = range(first, first + episodes)
     ledgers = {arm: folder / f"{arm}.jsonl" for arm in policies}
-    rows = {arm: [row for row in read_jsonl(ledger) if row["init_state"] in init_states]
+    rows = {arm: [row for row in read_jsonl(ledger) if row[key] in wanted]
             for arm, ledger in ledgers.items()}
     for task_id in TASKS:
         with LiberoEnv(SUITE, task_id) as env:
             for arm, policy in policies.items():
-                done = {(row["task_id"], row["init_state"]) for row in rows[arm]}
-                for init_state in init_states:
-                    if (task_id, init_state) not in done:
-                        row = {"suite": SUITE, "task_id": task_id, "init_state": init_state,
-                               "seed": 0, **run_episode(policy, env, init_state)}
+                done = {(row["task_id"], row[key]) for row in rows[arm]}
+                for number in wanted:
+                    if (task_id, number) not in done:
+                        row = (run_episode(policy, env, None, seed=number, placement="wide")
+                               if sampled else run_episode(policy, env, number))
+                        if "policy_error" in row:  # a fault of this script, not a failure
+                            raise RuntimeError(f"{arm}: {row['policy_error']}")
                         append_jsonl(ledgers[arm], row)
                         rows[arm].append(row)
                 solved = sum(row["success"] for row in rows[arm] if row["task_id"] == task_id)
-                print(f"task {task_id}, {arm}: {solved} of {len(init_states)}", flush=True)
+                print(f"task {task_id}, {arm}: {solved} of {episodes}", flush=True)
     return rows
 
 
@@ -310,16 +318,19 @@ def main() -> None:
     parser.add_argument("--demos", type=int, default=50, help="per task")
     parser.add_argument("--updates", type=int, default=STEPS)
     parser.add_argument("--episodes", type=int, default=20, help="per task")
-    parser.add_argument("--first-init-state", type=int, default=0)
+    parser.add_argument("--sampled", action="store_true", help="randomised layouts, no result file")
     given = parser.parse_args()
+    if not 1 <= given.episodes <= schema.NUM_INIT_STATES:
+        parser.error(f"--episodes {given.episodes}; expected 1 to {schema.NUM_INIT_STATES}")
     torch.set_num_threads(1)
     software = software_versions()  # of the code as it is now
     shipped = load_policy(repo_root() / "pretrained" / "spatial-wide")
     localizer = shipped.encoders[CAMERA].locator.requires_grad_(False).eval()
     config = settings("reset", given.demos)
-    data, _ = LIBERODataset.from_config(ensure_demonstrations(config), config)
+    files = ensure_demonstrations(config)
+    data = LIBERODataset(list(files.values()), config=config)  # nothing is chosen by validation
     steps = located(data, localizer)
-    folder = given.folder / f"{given.condition}-{given.seed}"
+    folder = given.folder / f"{given.condition}-{given.seed}{'-sampled' * given.sampled}"
     folder.mkdir(parents=True, exist_ok=True)
     policies, seconds = {}, {}
     used = {"updates": str(given.updates), "demos": str(given.demos)}
@@ -339,8 +350,7 @@ def main() -> None:
         stored = {name: made.get(name, value) for name, value in used.items()}
         if other := differences(stored, used):
             parser.error(f"{weights} was trained with other settings ({other})")
-    first = given.first_init_state
-    rows = play(policies, folder, range(first, first + given.episodes))
+    rows = play(policies, folder, given.episodes, given.sampled)
     for arm, played in rows.items():
         successes = sum(row["success"] for row in played)
         print(f"{arm:18} {rate_text(successes, len(played))}")
@@ -348,11 +358,17 @@ def main() -> None:
             test = paired_mcnemar(rows["reset"], played)
             print(f"{'':18} against reset {100 * test['difference']:+.0f} points, "
                   f"p = {test['p_value']:.2g}")
+    if given.sampled:
+        return
     path = given.folder / f"{given.condition}-{given.seed}.json"
-    before = read_json(path) if path.exists() else {}  # of other arms
+    settings_used = {"condition": given.condition, "seed": given.seed, "updates": given.updates,
+                     "demos": given.demos, "precision": PRECISION, "episodes": given.episodes}
+    before = read_json(path) if path.exists() else {**settings_used, "software": software}
+    if other := differences({name: before[name] for name in settings_used}, settings_used):
+        parser.error(f"{path} holds arms with other settings ({other})")
     write_json(path, {
-        "kind": "memory", "software": software, "condition": given.condition, "seed": given.seed,
-        "updates": given.updates, "demos": given.demos, "precision": PRECISION,
+        "kind": "memory", **settings_used,
+        "software": {**software, "dirty": software["dirty"] or before["software"]["dirty"]},
         "seconds": before.get("seconds", {}) | seconds,
         "parameters": before.get("parameters", {}) | {
             arm: sum(w.numel() for w in policy.parameters() if w.requires_grad)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from demo_files import write_demo_file
 
 from trm_helpers import schema
 from trm_helpers.data.normalize import ActionNormalizer
@@ -124,19 +125,38 @@ def test_every_arm_learns_and_plays(steps, arm):
 def test_episodes_are_played_once_and_no_more_are_counted_than_asked_for(tmp_path, monkeypatch):
     played = []
 
-    def run_episode(policy, env, init_state):
-        played.append((policy, init_state))
-        return {"success": init_state < 1, "steps": 9}
+    def run_episode(policy, env, init_state, seed=0, placement="benchmark"):
+        played.append((policy, init_state, seed, placement))
+        broken = {"policy_error": "ValueError: no"} if policy == "broken" else {}
+        return {"task_id": env, "init_state": init_state, "seed": seed, "success": True, **broken}
 
-    for name, fake in (("LiberoEnv", lambda *_: contextlib.nullcontext()),
+    for name, fake in (("LiberoEnv", lambda _, task_id: contextlib.nullcontext(task_id)),
                        ("run_episode", run_episode)):
         monkeypatch.setitem(memory.play.__globals__, name, fake)
-    memory.play({"reset": "a"}, tmp_path, range(2))
-    rows = memory.play({"reset": "a", "gru": "b"}, tmp_path, range(3))
+    memory.play({"reset": "a"}, tmp_path, 2)
+    rows = memory.play({"reset": "a", "gru": "b"}, tmp_path, 3)
     assert [len(rows[arm]) for arm in ("reset", "gru")] == [9, 9]
     assert len(played) == len(set(played)) * len(memory.TASKS) == 18
-    assert len(memory.play({"reset": "a"}, tmp_path, range(1, 2))["reset"]) == 3
-    assert len(played) == 18
+    assert len(memory.play({"reset": "a"}, tmp_path, 1)["reset"]) == 3 and len(played) == 18
+    other = tmp_path / "sampled"
+    other.mkdir()
+    memory.play({"reset": "a"}, other, 1, sampled=True)
+    assert played[18:] == 3 * [("a", None, memory.SAMPLED_FROM, "wide")]
+    with pytest.raises(RuntimeError, match="carried: ValueError: no"):
+        memory.play({"carried": "broken"}, other, 1)
+
+
+def test_positions_are_located_in_the_frames_as_they_are(tmp_path):
+    files = [write_demo_file(tmp_path / f"{name}_demo.hdf5", (9, 6)) for name in "abc"]
+    config = memory.settings("reset", 2).replace(conditioning="none")
+    data = memory.LIBERODataset(files, config=config)
+    data._language = torch.zeros(3, schema.LANGUAGE_DIM)
+    data._use(data.demos, "all")
+    found = memory.located(data, Localizer())
+    frames = torch.cat([data._frames(memory.CAMERA, torch.arange(demo.first, demo.end),
+                                     torch.device("cpu"), False) for demo in data.demos])
+    torch.testing.assert_close(found.points[:, 0, 0], frames.mean((1, 2, 3)))
+    assert len(found.points) == 3 * 15 and found.demos[1] == (9, 15)
 
 
 def test_the_gru_is_not_larger_than_the_recursion():
