@@ -192,6 +192,10 @@ def test_a_label_of_another_run_is_refused(publish, tmp_path):
     publish["store"](path, content, tmp_path, False)  # again, after a new evaluation
     with pytest.raises(SystemExit, match="same.json holds another run"):
         publish["store"](path, {**content, "run": "two"}, tmp_path, False)
+    cards = [{"card": {"run": run, "dirty": False}} for run in ("one", "two")]
+    publish["store"](tmp_path / "card.json", cards[0], tmp_path, False)
+    with pytest.raises(SystemExit, match="card.json holds another run"):
+        publish["store"](tmp_path / "card.json", cards[1], tmp_path, False)
 
 
 def test_only_runs_on_the_same_init_states_are_compared(publish):
@@ -354,6 +358,13 @@ def test_policies_with_one_look_and_with_six_are_compared_in_the_same_episodes(p
         ["all", "3 of 8 (14 to 69 %)", "7 of 8 (53 to 98 %)", "+50.0, p = 0.22 (5 against 1)"]]
     # tasks are resampled: in suite a their gaps are 0 and 100 points, in suite b 50 and 50
     assert [row[4] for row in cells[:2]] == ["+0.0 to +100.0", "+50.0 to +50.0"]
+    assert "95 %, tasks resampled |" in text
+    later = [played("a", "one look", "1000") | {"seed": 1},
+             played("a", "six looks", "0111") | {"seed": 1},
+             played("b", "one look", "0000") | {"seed": 1}]  # the other arm is still to come
+    text, _ = publish["scenes"].show_control(stored + later, publish["markdown"])
+    assert "| b, seed 0 |" in text and "b, seed 1" not in text and "seeds resampled |" in text
+    assert "| all | 4 of 12 " in text and "(8 against 2) |  |" in text  # three of four parts
 
 
 def test_policies_with_a_memory_are_compared_in_the_same_episodes(publish):

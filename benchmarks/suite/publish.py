@@ -84,8 +84,12 @@ def uncommitted(content) -> bool:
     return not found or any(state is not False for state in found)
 
 
+def run_behind(content: dict) -> str:
+    return content.get("card", content).get("run", "")
+
+
 def store(path: Path, content: dict, source: Path, dirty: bool) -> None:
-    if path.exists() and read_json(path).get("run", content.get("run")) != content.get("run"):
+    if path.exists() and run_behind(read_json(path)) != run_behind(content):
         sys.exit(f"{path} holds another run; give this one another --label, or remove the file")
     if uncommitted(content) and not dirty:
         sys.exit(f"{source} was made by code with uncommitted or unknown changes; expected a clean "

@@ -34,8 +34,11 @@ def hits(stored: list[dict], split: str, arm: str, what: str) -> np.ndarray:
 
 
 def gap_interval(stored: list[dict], split: str, arms: tuple[str, str],
-                 what: str) -> tuple[float, float]:
-    """95 % of the first arm's gap to the second when tasks and seeds are resampled, in points."""
+                 what: str) -> tuple[float, float] | None:
+    """95 % of the first arm's gap to the second when tasks and seeds are resampled, in points.
+
+    None if a task was not run with each of the seeds.
+    """
     cells = {}  # (suite, seed, task): the gap
     for run in stored:
         tasks = np.array(list(run["splits"][split]["tasks"]), dtype=int)
@@ -44,6 +47,8 @@ def gap_interval(stored: list[dict], split: str, arms: tuple[str, str],
             cells[run["suite"], run["seed"], task] = 100 * (first - second)[tasks == task].mean()
     tasks = sorted({(suite, task) for suite, _, task in cells})
     seeds = sorted({seed for _, seed, _ in cells})
+    if len(cells) < len(tasks) * len(seeds):
+        return None
     table = np.array([[cells[suite, seed, task] for seed in seeds] for suite, task in tasks])
     low, high = np.percentile(_resampled_means(table), [2.5, 97.5])
     return float(low), float(high)
@@ -55,9 +60,16 @@ def gap_cells(runs: list[dict], split: str, arms: tuple[str, str], what: str) ->
     better, worse = int((best > found).sum()), int((best < found).sum())
     p = mcnemar_p(better, worse)
     gap = 100 * (best.mean() - found.mean())
-    low, high = gap_interval(runs, split, arms, what)
+    interval = gap_interval(runs, split, arms, what)
+    ends = "{:+.1f} to {:+.1f}".format(*interval) if interval else ""
     return [f"{gap:+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'} "
-            f"({better} against {worse})", f"{low:+.1f} to {high:+.1f}"]
+            f"({better} against {worse})", ends]
+
+
+def resampled(runs: list[dict]) -> str:
+    """The title of a column of ``gap_interval``."""
+    several = len({run["seed"] for run in runs}) > 1
+    return f"95 %, tasks {'and seeds ' * several}resampled"
 
 
 def _resampled_means(table: np.ndarray) -> np.ndarray:
@@ -90,7 +102,7 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
     (what, title), *others = measures.items()
     arms = tuple(arm for arm in arms if having(stored, split, arm))
     table = [["policy" if measures is SOLVED else "network", title, "95 % Wilson interval",
-              f"{reference} against it: gap in points, p", "95 %, tasks and seeds resampled",
+              f"{reference} against it: gap in points, p", resampled(stored),
               *(name for _, name in others)]]
     for arm in arms:
         runs = having(stored, split, arm)
@@ -171,6 +183,8 @@ def show_control(stored: list[dict], markdown):
               for row in stored}
     runs = []
     for suite, seed in dict.fromkeys(key[:2] for key in sorted(played)):
+        if not all((suite, seed, arm) in played for arm in CONTROL):
+            continue
         arms = {arm: {(each["task_id"], each["init_state"]): each["success"]
                       for each in played[suite, seed, arm]["episodes"]} for arm in CONTROL}
         episodes = sorted(set.intersection(*map(set, arms.values())))
@@ -178,7 +192,7 @@ def show_control(stored: list[dict], markdown):
             "tasks": [task for task, _ in episodes],
             "arms": {arm: {"success": [won[episode] for episode in episodes]}
                      for arm, won in arms.items()}}}})
-    table = [["policies", *CONTROL, "gap in points, p", "95 %, tasks and seeds resampled"]]
+    table = [["policies", *CONTROL, "gap in points, p", resampled(runs)]]
     groups = {f"{run['suite']}, seed {run['seed']}": [run] for run in runs}
     for name, some in (groups | ({"all": runs} if len(runs) > 1 else {})).items():
         found = [hits(some, "played", arm, "success") for arm in CONTROL]

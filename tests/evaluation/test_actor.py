@@ -78,6 +78,7 @@ def test_an_actor_was_trained_on_the_demonstrations_read_of_those_stored(
      "was trained on task 0 of libero_object; expected task 0 of libero_goal"),
     ({"task_ids": (0, 3)},
      "was trained on task 0 of libero_object; expected tasks 0 and 3 of libero_object"),
+    ({"placement": "wide"}, "was trained on demonstrations with placement='benchmark'; expected"),
     ({"frame_stride": 1}, "was trained on demonstrations with frame_stride=4; expected 1, as now"),
     ({"num_demos": 5}, "num_demos=5 is not valid; expected more than 5, the demonstrations per")])
 def test_an_actor_for_something_else_is_refused(asked, settings, said):

@@ -25,7 +25,8 @@ def actor_of(config: Config) -> Actor | None:
     Raises:
         FileNotFoundError: no such run, or it has no weights.
         ValueError: the run was trained on other cameras than ``config.model.cameras``, on another
-            suite or without one of the tasks, on a ``demo_dir``, on human demonstrations or on
+            suite or without one of the tasks, on another ``frame_stride`` or ``placement``, on a
+            ``demo_dir``, on human demonstrations or on
             others than the files hold now, or its ``policy.json`` does not identify them, as in
             the shipped policies; ``num_demos`` is not above the number of demonstrations that it
             was trained on; or a ``demo_dir`` is given.
@@ -44,11 +45,11 @@ def actor_of(config: Config) -> Actor | None:
     if trained.data.suite != data.suite or not set(data.task_ids) <= set(trained.data.task_ids):
         raise _unfit(data.actor, f"was trained on {_tasks(trained)}", f"{_tasks(config)}, whose "
                      "demonstrations come first in the file")
-    if trained.data.frame_stride != data.frame_stride:
-        raise _unfit(data.actor, "was trained on demonstrations with "
-                     f"frame_stride={trained.data.frame_stride}",
-                     f"{data.frame_stride}, as now, or frame_stride={trained.data.frame_stride}: "
-                     "they come first in the file")
+    for name in ("frame_stride", "placement"):
+        was, now = getattr(trained.data, name), getattr(data, name)
+        if was != now:
+            raise _unfit(data.actor, f"was trained on demonstrations with {name}={was!r}",
+                         f"{now!r}, as now, or {name}={was!r}: they come first in the file")
     source = TrainedPolicy.load(run, "best")
     trained_on = description(run)["trained_on"]["files"]
     if "human" in {file["source"] for file in trained_on}:
