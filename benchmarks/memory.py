@@ -60,7 +60,7 @@ SAMPLED_FROM = 100_000  # seed of the first sampled layout
 CAMERA = schema.STILL_CAMERA
 WINDOW = 4  # decisions with a common gradient; every WINDOW-th sees the frame
 NOISE = 0.005  # of positions in training, as a share of the image's side
-STEPS, LR = 1200, 1e-3
+STEPS, BATCH, LR, WARM_UP = 4800, 16, 3e-4, 100
 ARMS = ("carried", "reset", "gru", "stacked", "last seen", "carried, one step")
 SEEN = {"fourth": lambda decision: decision % WINDOW == 0, "first": lambda decision: decision == 0}
 
@@ -247,13 +247,16 @@ def loss_of(policy: BlinkingPolicy, features: torch.Tensor, actions: torch.Tenso
 
 
 def train(policy: BlinkingPolicy, condition: str, steps: Steps, updates: int, seed: int) -> float:
-    """AdamW with cosine annealing; returns the seconds."""
+    """AdamW with warm-up and cosine annealing; returns the seconds."""
     began, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LR, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, 1e-6)
+    schedules = torch.optim.lr_scheduler
+    schedule = schedules.SequentialLR(optimizer, [
+        schedules.LinearLR(optimizer, 1 / WARM_UP, total_iters=WARM_UP),
+        schedules.CosineAnnealingLR(optimizer, max(updates - WARM_UP, 1), 1e-6)], [WARM_UP])
     policy.train()
-    stream, before, carry = windows(steps, 64, policy.execution_horizon, generator), [], None
+    stream, before, carry = windows(steps, BATCH, policy.execution_horizon, generator), [], None
     progress = tqdm(range(updates), desc=policy.arm, mininterval=20)
     for _ in progress:
         index, exists, is_first = next(stream)

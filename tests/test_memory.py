@@ -102,8 +102,9 @@ def loss_of_first_decisions(policy, steps):
 
 
 @pytest.mark.parametrize("arm", memory.ARMS)
-def test_every_arm_learns_and_plays(steps, arm):
+def test_every_arm_learns_and_plays(steps, arm, monkeypatch):
     _, steps = steps
+    monkeypatch.setitem(memory.train.__globals__, "WARM_UP", 1)
     torch.manual_seed(0)
     policy = make_policy(arm)
     first = loss_of_first_decisions(policy, steps)
