@@ -383,6 +383,10 @@ def test_policies_with_a_memory_are_compared_in_the_same_episodes(publish):
     assert "| reset | 50.0 % | 21.5 to 78.5 % | +25.0, p = 0.62 (3 against 1) |" in fourth
     assert "| carried | 25.0 % |" in first and "gru" not in first
     assert "carried, seen at every fourth decision: 6 of 8" in alt_text(fig)
+    assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == list(
+        publish["scenes"].MEMORY)
+    _, fig = publish["show_cards"](stored[:1])  # what was not run has no line
+    assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == ["reset", "carried"]
     stored[0]["arms"]["reset"].pop()
     with pytest.raises(ValueError):
         publish["show_cards"](stored)

@@ -230,11 +230,13 @@ def show_memory(stored: list[dict], markdown):
 @figure.styled
 def plot_memory(runs: dict[str, list[dict]]):
     """Success of each arm: all seeds with the interval, and a small mark for each seed."""
-    fig = figure.new_figure(4.5 + 3.5 * (len(runs) - 1), 3.6)
+    arms = [arm for arm in MEMORY
+            if any(having(found, "played", arm) for found in runs.values())]
+    fig = figure.new_figure(5 + 3.5 * (len(runs) - 1), 1.6 + 0.4 * len(arms))
     described = []
     for axes, (condition, found) in zip(
             fig.subplots(1, len(runs), sharey=True, squeeze=False)[0], runs.items(), strict=True):
-        for place, arm in enumerate(MEMORY):
+        for place, arm in enumerate(arms):
             if won := [hits([run], "played", arm, "success")
                        for run in having(found, "played", arm)]:
                 solved, played = sum(int(one.sum()) for one in won), sum(one.size for one in won)
@@ -247,7 +249,7 @@ def plot_memory(runs: dict[str, list[dict]]):
                               color="0.5")
                 described.append(f"{arm}, {CONDITIONS[condition]}: {solved} of {played}")
         axes.set(xlim=(-3, 103), xlabel="episodes solved (%)", title=CONDITIONS[condition],
-                 yticks=range(len(MEMORY)), yticklabels=MEMORY)
+                 ylim=(-0.6, len(arms) - 0.4), yticks=range(len(arms)), yticklabels=arms)
     seeds = "; above: each seed" * (max(map(len, runs.values())) > 1)
     fig.suptitle(f"A camera that blinks\n(whiskers: 95 % Wilson interval{seeds})")
     return figure.describe(fig, "; ".join(described) + ".")
