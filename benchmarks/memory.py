@@ -17,6 +17,11 @@ before training. Arms:
 - ``carried``: a ``trm`` whose state is carried from decision to decision, trained by
   backpropagation through four decisions, with the state of the four before as a constant;
 - ``carried, one step``: the same with one step per decision instead of four;
+- ``gated``: as ``carried``, but a gate decides, channel by channel, how much of the state before
+  the decision is kept; the answer is the recursion's;
+- ``memory token``: ``reset`` with one more token in the input, which every step sees; what the
+  latent holds at its place is written to it through a gate, and it is carried;
+- ``memory token, one step``: the same with one step per decision;
 - ``reset``: the same network, each decision from the initial state;
 - ``gru``: a GRU with at most as many parameters in place of the recursion, carried;
 - ``stacked``: ``reset`` with the last four decisions' observations;
@@ -49,6 +54,7 @@ from trm_helpers.evaluation.rollout import run_episode
 from trm_helpers.files import append_jsonl, differences, read_json, read_jsonl, write_json
 from trm_helpers.paths import repo_root
 from trm_helpers.policy.model import GRIPPER_WEIGHT, TRMPolicy
+from trm_helpers.policy.recursion import Recursion
 from trm_helpers.sim.env import LiberoEnv
 from trm_helpers.software import software_versions
 from trm_helpers.stats import paired_mcnemar, rate_text
@@ -61,7 +67,10 @@ CAMERA = schema.STILL_CAMERA
 WINDOW = 4  # decisions with a common gradient; every WINDOW-th sees the frame
 NOISE = 0.005  # of positions in training, as a share of the image's side
 STEPS, BATCH, LR, WARM_UP = 4800, 16, 3e-4, 100
-ARMS = ("carried", "reset", "gru", "stacked", "last seen", "carried, one step")
+ARMS = ("carried", "reset", "gru", "stacked", "last seen", "carried, one step", "gated",
+        "memory token", "memory token, one step")
+ONE_STEP = ("gru", "carried, one step", "memory token, one step")
+NOT_CARRIED = ("reset", "stacked", "last seen")
 SEEN = {"fourth": lambda decision: decision % WINDOW == 0, "first": lambda decision: decision == 0}
 
 
@@ -70,8 +79,7 @@ def settings(arm: str, demos: int = 50) -> Config:
         "demo", suite=SUITE, task_ids=TASKS, num_demos=demos, placement="wide", frame_stride=1,
         augmentation="none", cameras=[CAMERA], conditioning="language", variant="trm",
         hidden_dim=128, latent_updates=1, cycles=1,
-        num_recursions=1 if arm in ("gru", "carried, one step") else 4,
-        carry_over=arm in ("carried", "gru", "carried, one step"))
+        num_recursions=1 if arm in ONE_STEP else 4, carry_over=arm not in NOT_CARRIED)
 
 
 # --- policies ------------------------------------------------------------------------------------
@@ -105,6 +113,18 @@ class GRUBlock(nn.Module):
         return self.out(state).unflatten(1, (self.chunk, -1))
 
 
+class Gate(nn.Module):
+    """Old and new (..., D) to a mixture of both; each channel's share is learned."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.keep = nn.Linear(2 * dim, dim)
+
+    def forward(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        share = torch.sigmoid(self.keep(torch.cat([old, new], dim=-1)).float())
+        return torch.lerp(new.float(), old.float(), share)
+
+
 class BlinkingPolicy(TRMPolicy):
     """A policy that reads positions (B, T, K, 2) and proprioception of its last T decisions.
 
@@ -124,6 +144,26 @@ class BlinkingPolicy(TRMPolicy):
         if arm == "gru":
             limit = sum(weight.numel() for weight in self.block.parameters())
             self.block = GRUBlock(3, config.hidden_dim, config.chunk, limit)
+        self.has_token = arm.startswith("memory token")
+        if self.has_token or arm == "gated":
+            self.gate = Gate(config.hidden_dim)
+        if self.has_token:
+            self.blank = nn.Parameter(0.02 * torch.randn(1, config.hidden_dim))  # nothing kept yet
+            self.place = nn.Parameter(0.02 * torch.randn(1, config.hidden_dim))
+
+    def recurse(self, x_cond: torch.Tensor, num_recursions: int | None = None,
+                carry: torch.Tensor | None = None) -> Recursion:
+        """The carry of ``memory token`` is the token (B, 1, D)."""
+        if self.has_token:
+            token = self.blank.expand(len(x_cond), 1, -1) if carry is None else carry
+            x_cond = torch.cat([(token + self.place).to(x_cond.dtype), x_cond], dim=1)
+            recursion = super().recurse(x_cond, num_recursions)
+            return recursion._replace(carry=self.gate(token, recursion.carry[:, 1, :1]))
+        recursion = super().recurse(x_cond, num_recursions, carry)
+        if self.arm == "gated":
+            old = self.block.initial_state(x_cond) if carry is None else carry
+            return recursion._replace(carry=self.gate(old, recursion.carry))
+        return recursion
 
     def reset(self) -> None:
         super().reset()

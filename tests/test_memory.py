@@ -164,3 +164,21 @@ def test_the_gru_is_not_larger_than_the_recursion():
     gru, recursion = (sum(weight.numel() for weight in make_policy(arm).block.parameters())
                       for arm in ("gru", "reset"))
     assert 0.95 * recursion < gru <= recursion
+
+
+@pytest.mark.parametrize("arm", ["gated", "memory token", "memory token, one step"])
+def test_a_gate_keeps_or_replaces_what_is_carried(arm):
+    torch.manual_seed(0)
+    policy = make_policy(arm).eval()
+    x = torch.randn(2, 3 + CHUNK, policy.config.hidden_dim)
+    with torch.no_grad():
+        for weight in policy.gate.parameters():
+            weight.zero_()
+        half = policy.recurse(x).carry
+        policy.gate.keep.bias.fill_(50.0)
+        old = policy.recurse(x).carry
+        assert torch.equal(policy.recurse(x, carry=old).carry, old)  # kept, whatever is seen
+        policy.gate.keep.bias.fill_(-50.0)
+        new = policy.recurse(x).carry
+        torch.testing.assert_close(half, (old + new) / 2)
+        assert not torch.allclose(policy.recurse(x, carry=new).output, policy.recurse(x).output)
