@@ -410,6 +410,12 @@ def test_policies_with_a_memory_are_compared_in_the_same_episodes(publish):
     assert "carried, seen at every fourth decision: 6 of 8" in alt_text(fig)
     assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == list(
         publish["scenes"].MEMORY)
+    assert "| reset | 50.0 % | 21.5 to 78.5 % | -50.0, p = 0.12 (0 against 4) |" in \
+        fourth.split("With a gate")[1]
+    fewer = {arm: every[arm] for arm in ("reset", "memory token")}  # a later seed without `carried`
+    text, _ = publish["show_cards"]([*stored, trained("fourth", 2, fewer | {"reset": "1111"})])
+    assert "| reset | 66.7 % | 39.1 to 86.2 % | +25.0, p = 0.62 (3 against 1) |" in text
+    assert "| carried (seed 0, 1) |" in text
     _, fig = publish["show_cards"](stored[:1])  # what was not run has no line
     assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == ["reset", "carried"]
     stored[0]["arms"]["reset"].pop()

@@ -22,7 +22,9 @@ STEPS = {1: "recursion, stopped after 1", 2: "recursion, stopped after 2",
 BOWLS = ("two layers", "one step", "one step, wide", "six layers", *STEPS.values())
 RIGHT = {"right": "right bowl"}
 CONTROL = ("one look", "six looks")
-MEMORY = ("last seen", "stacked", "gru", "reset", "carried, one step", "carried")
+PLANNED = ("last seen", "stacked", "gru", "reset", "carried, one step", "carried")
+GATED = ("gated", "memory token, one step", "memory token")
+MEMORY = (*PLANNED, *GATED)
 CONDITIONS = {"fourth": "seen at every fourth decision", "first": "seen at the first decision only"}
 SOLVED = {"success": "episodes solved"}
 
@@ -114,7 +116,8 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
         if arm == reference:
             row += ["reference", ""]
         else:
-            row += gap_cells(runs, split, (reference, arm), what)
+            both = having(runs, split, reference)
+            row += gap_cells(both, split, (reference, arm), what) if both else ["", ""]
         table.append([*row, *(f"{100 * hits(runs, split, arm, other).mean():.1f} %"
                               for other, _ in others)])
     return table
@@ -221,9 +224,14 @@ def show_memory(stored: list[dict], markdown):
     """A table for each condition, and the figure."""
     runs = {condition: played_by_arms(stored, condition) for condition in CONDITIONS}
     runs = {condition: found for condition, found in runs.items() if found}
-    tables = [f"The agent view is {CONDITIONS[condition]}:\n\n"
-              + markdown(lines(found, "played", MEMORY, "carried", SOLVED))
-              for condition, found in runs.items()]
+    tables = []
+    for condition, found in runs.items():
+        tables.append(f"The agent view is {CONDITIONS[condition]}:\n\n"
+                      + markdown(lines(found, "played", PLANNED, "carried", SOLVED)))
+        if any(having(found, "played", arm) for arm in GATED):
+            arms = ("gru", "reset", *GATED)
+            tables.append("With a gate (exploratory):\n\n"
+                          + markdown(lines(found, "played", arms, "memory token", SOLVED)))
     return "\n".join(tables), plot_memory(runs)
 
 
