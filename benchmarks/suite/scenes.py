@@ -25,6 +25,7 @@ CONTROL = ("one look", "six looks")
 PLANNED = ("last seen", "stacked", "gru", "reset", "carried, one step", "carried")
 GATED = ("gated", "memory token, one step", "memory token")
 MEMORY = (*PLANNED, *GATED)
+REMEMBERING = ("carried, one step", "carried", *GATED)  # recursions with a memory
 CONDITIONS = {"fourth": "seen at every fourth decision", "first": "seen at the first decision only"}
 SOLVED = {"success": "episodes solved"}
 
@@ -251,7 +252,7 @@ def plot_memory(runs: dict[str, list[dict]]):
                 rate = 100 * solved / played
                 low, high = (100 * end for end in wilson_interval(solved, played))
                 axes.errorbar(rate, place, xerr=[[rate - low], [high - rate]], fmt="o", capsize=3,
-                              color=PALETTE[0] if "carried" in arm else "0.35")
+                              color=PALETTE[0] if arm in REMEMBERING else "0.35")
                 if len(won) > 1:
                     axes.plot([100 * one.mean() for one in won], [place + 0.25] * len(won), "|",
                               color="0.5")
