@@ -194,6 +194,12 @@ def test_only_results_of_a_clean_commit_are_taken(publish, tmp_path, software, t
         "\n1 of 1 results came from uncommitted code; no revision repeats them exactly.\n"))
 
 
+@pytest.mark.parametrize(("chosen", "said"), [
+    (["9"], "task 9"), (["1", "9"], "tasks 1, 9"), (list("0123456789"), "all")])
+def test_the_worst_tasks_are_named_unless_all_are_alike(publish, chosen, said):
+    assert publish["_tasks_in_words"](chosen, 10) == said
+
+
 def test_a_number_that_changes_changes_the_page(publish, tmp_path, monkeypatch):
     monkeypatch.setattr(publish["figure"], "save_figure", lambda *_: None)
     path = next((tmp_path / "docs" / "results" / "goal-all").glob("*.json"))

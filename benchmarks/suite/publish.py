@@ -383,7 +383,7 @@ def plot_probes(probes: dict):
 # --- docs/results.md -----------------------------------------------------------------------------
 def show_results(rows: list[dict]):
     """Table of a group's runs, and for many tasks a figure of those on the same init states."""
-    rows.sort(key=lambda row: (init_states(row), bool(row.get("actor")),
+    rows.sort(key=lambda row: (init_states(row), bool(row.get("actor")), "label" in row,
                                list(POLICIES).index(row["policy"]), row.get("actor", ""),
                                row["seed"]))
     if rows[0]["results"]["protocol"]["suite"] == schema.JOINT_SUITE:
@@ -440,7 +440,7 @@ def tables(rows: list[dict]) -> str:
             worst = [str(task["task_id"]) for task in results["tasks"]
                      if task["success_rate"] == least["success_rate"]]
             values = [f"{interval_text(results['task_low'], results['task_high'])} %",
-                      f"task{'s' * (len(worst) > 1)} {', '.join(worst)}: "
+                      f"{_tasks_in_words(worst, len(tasks))}: "
                       f"{least['successes']} of {least['episodes']}"]
         if len(ranges) > 1:
             values[-1:] = ["{} to {}".format(*init_states(row))]
@@ -458,6 +458,10 @@ def tables(rows: list[dict]) -> str:
         success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",
                         f"{interval} %", *values, against])
     return f"{markdown(success)}\n{training_table(rows)}"
+
+
+def _tasks_in_words(chosen: list[str], count: int) -> str:
+    return "all" if len(chosen) == count else f"task{'s' * (len(chosen) > 1)} {', '.join(chosen)}"
 
 
 def training_table(rows: list[dict]) -> str:
