@@ -105,7 +105,8 @@ def lines(stored: list[dict], split: str, arms: tuple[str, ...], reference: str,
     (what, title), *others = measures.items()
     arms = tuple(arm for arm in arms if having(stored, split, arm))
     table = [["policy" if measures is SOLVED else "network", title, "95 % Wilson interval",
-              f"{reference} against it: gap in points, p", resampled(stored),
+              f"{reference} against it: gap in points, p",
+              resampled(having(stored, split, reference) or stored),
               *(name for _, name in others)]]
     for arm in arms:
         runs = having(stored, split, arm)
