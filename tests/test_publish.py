@@ -59,9 +59,12 @@ GENERATED = re.compile(r"<!-- [\w-]+ -->\n.*?<!-- end -->", re.DOTALL)
 SOURCES = ("*Typed by hand", "*As published", "<!-- no measurement -->")
 
 
+def result(name: str) -> dict:
+    return json.loads((repo_root() / "docs" / "results" / f"{name}.json").read_text())
+
+
 def spatial(name: str) -> dict:
-    path = repo_root() / "docs" / "results" / "spatial-all" / f"{name}.json"
-    return json.loads(path.read_text())
+    return result(f"spatial-all/{name}")
 
 
 COMPARED = {  # in the README: the results with SiLU, those with ReLU
@@ -86,18 +89,15 @@ def readme_rows() -> list[str]:
 def readme_suites() -> list[str]:
     """Rows of the README's first table: a policy per suite, and one for all."""
     def solved(*names: str) -> str:
-        found = [json.loads((repo_root() / "docs" / "results" / f"{name}.json").read_text())
-                 for name in names]
-        episodes = {each["results"]["episodes"] for each in found}
-        return (f"{', '.join(str(each['results']['successes']) for each in found)} "
-                f"of {episodes.pop()}") if len(episodes) == 1 else ""
+        found = [result(name)["results"] for name in names]
+        (episodes,) = {each["episodes"] for each in found}
+        return f"{', '.join(str(each['successes']) for each in found)} of {episodes}"
 
     own = [solved("spatial-all/spatial-block-silu"),
            *(solved(*(f"{suite}-all/libero_{suite}-block-depth-4-s{seed}" for seed in range(2)))
              for suite in ("object", "goal")),
            solved("long/sooner-release,-SiLU-in-the-head,-DAgger-from-20")]
-    joined = json.loads((repo_root() / "docs/results/four-suites/four-suites-dagger.json")
-                        .read_text())["results"]["suites"]
+    joined = result("four-suites/four-suites-dagger")["results"]["suites"]
     one = [f"{joined[suite]['successes']} of {joined[suite]['episodes']}"
            for suite in schema.JOINED]
     return [f"| {' | '.join(cells)} |\n" for cells in (
@@ -110,16 +110,14 @@ def test_the_readme_compares_as_the_results_do():
              for silu, relu in COMPARED.values()]
     twelve, two = (spatial(COMPARED[policy][0]) for policy in ("`trm`, 12", "`trm`, 2"))
     test = paired_mcnemar(twelve["episodes"], two["episodes"])
-    found = {name: json.loads((repo_root() / "docs" / "results" / file).read_text())[
-        "results"]["successes"] for name, file in (
-            ("all", "four-suites/four-suites.json"),
-            ("long", "long/sooner-release,-SiLU-in-the-head-from-20.json"))}
+    forty, long = (result(name)["results"]["successes"] for name in (
+        "four-suites/four-suites", "long/sooner-release,-SiLU-in-the-head-from-20"))
     text = " ".join((repo_root() / "README.md").read_text().split())
     assert test["pairs"] == 200
     for said in (f"solved {min(gains)} to {max(gains)} more of 200 episodes",
                  f"solved {twelve['results']['successes']} of 200 episodes; trained with two, "
                  f"{two['results']['successes']} (p = {test['p_value']:.2f}, McNemar",
-                 f"tried after {found['all']} of 400 and {found['long']} of 50 without it"):
+                 f"(docs/results.md) {forty} of 400 (after which it was tried) and {long} of 50"):
         assert said in text
 
 
@@ -159,8 +157,8 @@ def test_the_card_of_the_shipped_policy_says_what_its_results_say():
 
 
 def test_what_is_said_of_the_policy_for_four_suites_is_what_its_results_say():
-    before, found = (json.loads((repo_root() / "docs/results/four-suites" / name).read_text())
-                     for name in ("four-suites.json", "four-suites-dagger.json"))
+    before, found = (result(f"four-suites/{name}") for name in ("four-suites",
+                                                                "four-suites-dagger"))
     results, counts = found["results"], [
         found["results"]["suites"][suite] for suite in schema.JOINED]
     low, high = (f"{100 * results[end]:.0f}" for end in ("wilson_low", "wilson_high"))
@@ -192,12 +190,6 @@ def test_only_results_of_a_clean_commit_are_taken(publish, tmp_path, software, t
     assert content["card"]["software"] == software
     assert publish["provenance"]([content]) == ("" if taken else (
         "\n1 of 1 results came from uncommitted code; no revision repeats them exactly.\n"))
-
-
-@pytest.mark.parametrize(("chosen", "said"), [
-    (["9"], "task 9"), (["1", "9"], "tasks 1, 9"), (list("0123456789"), "all")])
-def test_the_worst_tasks_are_named_unless_all_are_alike(publish, chosen, said):
-    assert publish["_tasks_in_words"](chosen, 10) == said
 
 
 def test_a_number_that_changes_changes_the_page(publish, tmp_path, monkeypatch):

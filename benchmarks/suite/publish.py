@@ -47,7 +47,7 @@ from trm_helpers import schema  # noqa: E402
 from trm_helpers.config import ModelConfig  # noqa: E402
 from trm_helpers.evaluation.cards import tasks_in_short  # noqa: E402
 from trm_helpers.evaluation.depth import depth_rows, plot_depth_card  # noqa: E402
-from trm_helpers.evaluation.plan import evaluation_folder  # noqa: E402
+from trm_helpers.evaluation.plan import evaluation_folder, tasks_in_words  # noqa: E402
 from trm_helpers.evaluation.robustness import WIDE, changes_of  # noqa: E402
 from trm_helpers.evaluation.rollout import PHASES  # noqa: E402
 from trm_helpers.files import atomic_path, read_json, read_jsonl, write_json  # noqa: E402
@@ -437,10 +437,10 @@ def tables(rows: list[dict]) -> str:
             values = [" / ".join(str(task["successes"]) for task in results["tasks"])]
         elif columns:
             least = min(results["tasks"], key=lambda task: task["success_rate"])
-            worst = [str(task["task_id"]) for task in results["tasks"]
+            worst = [task["task_id"] for task in results["tasks"]
                      if task["success_rate"] == least["success_rate"]]
             values = [f"{interval_text(results['task_low'], results['task_high'])} %",
-                      f"{_tasks_in_words(worst, len(tasks))}: "
+                      f"{tasks_in_words(worst)}: "
                       f"{least['successes']} of {least['episodes']}"]
         if len(ranges) > 1:
             values[-1:] = ["{} to {}".format(*init_states(row))]
@@ -458,10 +458,6 @@ def tables(rows: list[dict]) -> str:
         success.append([label(row, rows), f"{results['successes']} of {results['episodes']}",
                         f"{interval} %", *values, against])
     return f"{markdown(success)}\n{training_table(rows)}"
-
-
-def _tasks_in_words(chosen: list[str], count: int) -> str:
-    return "all" if len(chosen) == count else f"task{'s' * (len(chosen) > 1)} {', '.join(chosen)}"
 
 
 def training_table(rows: list[dict]) -> str:
